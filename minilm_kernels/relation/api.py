@@ -1,0 +1,233 @@
+"""The public call: validation of everything that comes from outside, then one operator call.
+
+`relation_kl` computes one relation, `relations_kl` all relations of a loss at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from .masks import REDUCTIONS
+from .operator import BACKENDS, RelationKL
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def relation_kl(
+    teacher_query: Tensor,
+    teacher_key: Tensor | None,
+    student_query: Tensor,
+    student_key: Tensor | None,
+    *,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    causal: bool = False,
+    prefix_lens: Tensor | None = None,
+    teacher_scale: float | None = None,
+    student_scale: float | None = None,
+    reduction: str = "sequence",
+    backend: str = "auto",
+) -> Tensor:
+    """KL divergence between a teacher's and a student's attention relation, without an S×S matrix in memory.
+
+    With R = softmax(scale · X Yᵀ) over the keys that a row sees (MiniLM, arXiv 2002.10957, equations 5 to 8;
+    MiniLMv2, arXiv 2012.15828, equations 6 to 8):
+
+        KL[b, a, i] = Σ_j R_t[b, a, i, j] · (log R_t[b, a, i, j] − log R_s[b, a, i, j])
+
+    Differentiable in the student's tensors, once. The gradient of a scalar reduction is computed in the forward.
+
+    Args:
+        teacher_query, teacher_key: (B, S, A, D_t), or packed (T, A, D_t); float16, bfloat16, float32 or float64, any
+            strides. Key None: a self relation, the key is the query. Must not require grad.
+        student_query, student_key: (B, S, A, D_s), or packed (T, A, D_s), likewise. D_s need not equal D_t, and the
+            student's dtype need not be the teacher's.
+        attention_mask: (B, S) bool or integer, nonzero marks real tokens, any pattern. The others are neither keys nor
+            rows, and their values never matter, NaN included. Dense inputs only.
+        cu_seqlens: (N + 1,) int32, the bounds of the N sequences in a packed batch, from 0 to T. Required for packed
+            inputs. Its values are checked on a CPU only.
+        max_seqlen: length of the longest packed sequence or more; a bound that some backends work faster with.
+        causal: row i sees the keys j ≤ i.
+        prefix_lens: (B,), packed (N,), integer: row i sees j < prefix_lens[b] or j ≤ i (UniLM sequence-to-sequence).
+            Positions count from the start of the sequence, padding included. `causal` beside it changes nothing.
+        teacher_scale, student_scale: factor of the scores; None: 1/sqrt(D_t), 1/sqrt(D_s).
+        reduction: "sequence": mean over heads and real rows of each sequence, then over the sequences that have any;
+            "token": mean over heads and real rows of the batch; "sum": sum over heads and rows; "none": every row.
+        backend: "auto", or one of `available_backends()`.
+
+    Returns:
+        Scalar, or with reduction "none" (B, A, S), packed (A, T), with 0 on rows that are not real; in nats, float32,
+        or float64 if an input is float64.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described; the message names it.
+        RuntimeError: the backend asked for cannot serve the call; the message gives every reason.
+    """
+    teacher, student = {"query": teacher_query}, {"query": student_query}
+    pair = ("query", "query")
+    if teacher_key is not None or student_key is not None:
+        same = (teacher_key is None or teacher_key is teacher_query) and (
+            student_key is None or student_key is student_query
+        )
+        if not same:
+            teacher["key"] = teacher_query if teacher_key is None else teacher_key
+            student["key"] = student_query if student_key is None else student_key
+            pair = ("query", "key")
+    return relations_kl(
+        teacher,
+        student,
+        [pair],
+        attention_mask=attention_mask,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        causal=causal,
+        prefix_lens=prefix_lens,
+        teacher_scale=teacher_scale,
+        student_scale=student_scale,
+        reduction=reduction,
+        backend=backend,
+    )[0]
+
+
+def relations_kl(
+    teacher: Mapping[str, Tensor],
+    student: Mapping[str, Tensor],
+    relations: Sequence[tuple[str, str]],
+    *,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    causal: bool = False,
+    prefix_lens: Tensor | None = None,
+    teacher_scale: float | None = None,
+    student_scale: float | None = None,
+    reduction: str = "sequence",
+    backend: str = "auto",
+) -> Tensor:
+    """`relation_kl` of several relations, (query name, key name) into `teacher` and `student`, in one operator call.
+
+    Returns (R,), or with reduction "none" (R, B, A, S), packed (R, A, T); every entry is differentiable by itself.
+    """
+    leading, device = _check_tensors(teacher, student, relations, packed=cu_seqlens is not None)
+    _check_masks(leading, device, attention_mask, cu_seqlens, max_seqlen, causal, prefix_lens)
+    _check_scale("teacher_scale", teacher_scale)
+    _check_scale("student_scale", student_scale)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend: expected auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+
+    names = list(teacher)
+    pairs = [names.index(name) for relation in relations for name in relation]
+    scales = (None if scale is None else float(scale) for scale in (teacher_scale, student_scale))
+    options = (max_seqlen, causal, *scales, reduction, backend)
+    tensors = (*teacher.values(), *(student[name] for name in names))
+    return RelationKL.apply(pairs, options, attention_mask, cu_seqlens, prefix_lens, *tensors)
+
+
+def _check_tensors(
+    teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], relations: Sequence[tuple[str, str]], packed: bool
+) -> tuple[tuple[int, ...], torch.device]:
+    """Returns (B, S), or (T,) for packed inputs, and the device."""
+    named = {f"teacher_{name}": x for name, x in teacher.items()} | {
+        f"student_{name}": x for name, x in student.items()
+    }
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+        layout = (
+            "packed (T, A, D), because cu_seqlens is given" if packed else "(B, S, A, D), or packed with cu_seqlens"
+        )
+        if x.dim() != (3 if packed else 4):
+            raise ValueError(f"{name}: expected shape {layout}, got {tuple(x.shape)}")
+        if x.shape[-2] == 0 or x.shape[-1] == 0:
+            raise ValueError(f"{name}: expected at least one head of width 1 or more, got shape {tuple(x.shape)}")
+    first_name, first = next(iter(named.items()))
+    for name, x in named.items():
+        if x.shape[:-1] != first.shape[:-1]:
+            raise ValueError(
+                f"{name}: expected the batch, sequence and head sizes of {first_name}, {tuple(first.shape[:-1])}, "
+                f"got shape {tuple(x.shape)}"
+            )
+        if x.device != first.device:
+            raise ValueError(f"{name}: expected the device of {first_name}, {first.device}, got {x.device}")
+    for query, key in relations:
+        for side, tensors in (("teacher", teacher), ("student", student)):
+            width, other = tensors[query].shape[-1], tensors[key].shape[-1]
+            if width != other:
+                raise ValueError(
+                    f"{side}_{key}: expected the head width of {side}_{query}, {width}, got {other}; a relation needs "
+                    "equal widths (grouped-query models have narrower keys and values: leave out the mixed relations)"
+                )
+    for name, x in teacher.items():
+        if x.requires_grad:
+            raise ValueError(
+                f"teacher_{name}: expected a tensor that does not require grad, got one that does; the teacher gets no "
+                "gradient: run it under torch.no_grad() or pass teacher.detach()"
+            )
+    return tuple(first.shape[:-2]), first.device
+
+
+def _check_masks(
+    leading: tuple[int, ...],
+    device: torch.device,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    causal: bool,
+    prefix_lens: Tensor | None,
+) -> None:
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")
+    masks = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens, "prefix_lens": prefix_lens}
+    for name, mask in masks.items():
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(mask).__name__}")
+        if mask.dtype not in _INTEGERS:
+            raise TypeError(f"{name}: expected an integer or bool dtype, got {mask.dtype}")
+        if mask.device != device:
+            raise ValueError(f"{name}: expected the device of the other tensors, {device}, got {mask.device}")
+    if attention_mask is not None and cu_seqlens is not None:
+        raise ValueError("attention_mask: expected None for packed inputs (cu_seqlens says what is real), got a tensor")
+    if attention_mask is not None and tuple(attention_mask.shape) != leading:
+        raise ValueError(f"attention_mask: expected shape (B, S) = {leading}, got {tuple(attention_mask.shape)}")
+    if cu_seqlens is not None:
+        if cu_seqlens.dtype != torch.int32:
+            raise TypeError(f"cu_seqlens: expected int32, got {cu_seqlens.dtype}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+            raise ValueError(f"cu_seqlens: expected shape (N + 1,), got {tuple(cu_seqlens.shape)}")
+    if max_seqlen is not None:
+        if cu_seqlens is None:
+            raise ValueError(f"max_seqlen: expected None without cu_seqlens, got {max_seqlen}")
+        if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int | torch.SymInt):
+            raise TypeError(f"max_seqlen: expected an int, got {type(max_seqlen).__name__}")
+        if max_seqlen < 0:
+            raise ValueError(f"max_seqlen: expected 0 or more, got {max_seqlen}")
+    if prefix_lens is not None:
+        sequences = leading[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if prefix_lens.dtype == torch.bool:
+            raise TypeError("prefix_lens: expected integers, got torch.bool")
+        if tuple(prefix_lens.shape) != (sequences,):
+            raise ValueError(
+                f"prefix_lens: expected one integer a sequence, shape ({sequences},), got {tuple(prefix_lens.shape)}"
+            )
+
+
+def _check_scale(name: str, scale: float | None) -> None:
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"{name}: expected a number or None, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"{name}: expected a finite number, got {scale}")

@@ -1,0 +1,237 @@
+"""Backend `torch`: blocked pure PyTorch on any device and dtype, with O(B·A·S) extra memory.
+
+Every mask becomes one form first: the real tokens of each sequence, gathered side by side (hidden keys are then not
+there at all), with a causal or prefix bound that counts gathered tokens. Rows are worked through in blocks that hold
+all their keys, so a block has its softmax at once: both phases of the computation, loss and gradient, fall into one
+visit with two softmaxes a pair, and no score is computed twice. See docs/mathematics.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .problem import Problem, gradient_slots
+
+# Scores that one block holds. On a CPU the buffers of a block shall stay in the cache; on an accelerator a block must
+# fill the chip, and launches are what costs.
+_BLOCK_SCORES_CPU = 2**18
+_BLOCK_SCORES_ACCELERATOR = 2**23
+_BLOCK_ROWS = 64
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def refusals(problem: Problem) -> list[str]:
+    return []
+
+
+def scalar(problem: Problem, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+    values = torch.zeros(len(problem.relations), dtype=problem.dtype, device=problem.mask.device)
+    grads = _zero_gradients(problem) if gradient else [[]] * len(problem.relations)
+    for group in _groups(problem):
+        row_weights = weights[group.sequences].repeat_interleave(problem.heads)[:, None].expand(-1, group.length)
+        row_weights = group.zero_padding(row_weights)
+        for r in range(len(problem.relations)):
+            kl = _relation(problem, group, r, row_weights, grads[r], exact=not gradient)
+            values[r] += (kl * row_weights).sum()
+    return values, [slot for slots in grads for slot in slots]
+
+
+def rows(problem: Problem) -> Tensor:
+    leading, heads = problem.mask.leading, problem.heads
+    out = torch.zeros(len(problem.relations), prod(leading), heads, dtype=problem.dtype, device=problem.mask.device)
+    for group in _groups(problem):
+        for r in range(len(problem.relations)):
+            group.scatter(_relation(problem, group, r, None, [], exact=True)[..., None], out[r, ..., None])
+    return out.unflatten(1, leading).transpose(-1, -2).contiguous()
+
+
+def rows_gradient(problem: Problem, row_grads: Tensor) -> list[Tensor]:
+    grads = _zero_gradients(problem)
+    for group in _groups(problem):
+        for r in range(len(problem.relations)):
+            row_weights = group.gather(row_grads[r].transpose(-1, -2)[..., None], problem.dtype)[..., 0]
+            _relation(problem, group, r, group.zero_padding(row_weights), grads[r], exact=False)
+    return [slot for slots in grads for slot in slots]
+
+
+def _zero_gradients(problem: Problem) -> list[list[Tensor]]:
+    """Of each relation, its gradient slots."""
+    grads: list[list[Tensor]] = [[] for _ in problem.relations]
+    for r, m in gradient_slots(problem.relations):
+        grads[r].append(
+            torch.zeros_like(problem.student[m], dtype=problem.dtype, memory_format=torch.contiguous_format)
+        )
+    return grads
+
+
+@dataclass(frozen=True)
+class _Group:
+    """n sequences of similar length, gathered to (n·A, L, D); rows and keys beyond a sequence's end are padding."""
+
+    leading: tuple[int, ...]
+    sequences: Tensor  # (n,) int64
+    tokens: Tensor  # (n, L) int64 into the flattened `leading`; padding repeats the sequence's last token
+    real: Tensor | None  # (n, L) bool; None when there is no padding
+    causal: bool
+    prefix: Tensor | None  # (n,) int64, in gathered tokens
+    longest_prefix: int
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+    def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, S, A, D) or (T, A, D) to (n·A, L, D)."""
+        if len(self.leading) == 1:
+            taken = x[self.tokens]
+        else:
+            taken = x[self.tokens // self.leading[1], self.tokens % self.leading[1]]
+        return taken.transpose(1, 2).to(dtype).flatten(0, 1).contiguous()
+
+    def scatter(self, values: Tensor, out: Tensor) -> None:
+        """Writes (n·A, L, D) to the real tokens of `out`, (B·S or T, A, D)."""
+        values = values.unflatten(0, (self.tokens.shape[0], -1)).transpose(1, 2)  # (n, L, A, D)
+        if self.real is None:
+            out[self.tokens] = values
+        else:
+            out[self.tokens[self.real]] = values[self.real]
+
+    def zero_padding(self, row_weights: Tensor) -> Tensor:
+        if self.real is None:
+            return row_weights
+        real = self.real.repeat_interleave(row_weights.shape[0] // self.real.shape[0], 0)
+        return row_weights.masked_fill(~real, 0.0)
+
+    def num_keys(self, rows_end: int) -> int:
+        """How many keys the rows before `rows_end` can see."""
+        if self.causal:
+            return min(self.length, max(rows_end, self.longest_prefix))
+        return self.length
+
+    def hidden(self, rows: slice, items: slice, heads: int) -> Tensor | None:
+        """(items or 1, rows, keys) bool: the keys that these rows may not see; None: they see all."""
+        key = torch.arange(self.num_keys(rows.stop), device=self.tokens.device)
+        hidden = None
+        if self.causal:
+            hidden = (key > torch.arange(rows.start, rows.stop, device=key.device)[:, None])[None]
+            if self.prefix is not None:
+                hidden = hidden & (key >= self.prefix[:, None])[:, None]
+        if self.real is not None:
+            padding = ~self.real[:, None, : len(key)]
+            hidden = padding if hidden is None else hidden | padding
+        if hidden is None or hidden.shape[0] == 1:
+            return hidden
+        return hidden[torch.arange(items.start, items.stop, device=key.device) // heads]
+
+
+def _groups(problem: Problem) -> Iterator[_Group]:
+    """Sequences by falling length; short ones together as far as a block goes, long ones one by one."""
+    mask = problem.mask
+    sequence, position = mask.sequence_and_position()
+    if mask.attention_mask is None and not mask.packed:
+        flat, lengths = torch.arange(prod(mask.leading), device=mask.device), [mask.leading[1]] * mask.num_sequences
+    else:
+        flat, lengths = mask.real().flatten().nonzero().flatten(), mask.lengths().tolist()
+    prefixes = None
+    if mask.prefix_lens is not None:
+        in_prefix = mask.real() & (position < mask.prefix_lens.long()[sequence])
+        prefixes = torch.bincount(sequence[in_prefix], minlength=mask.num_sequences).tolist()
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+
+    budget = _block_scores(mask.device)
+    order = sorted((n for n in range(mask.num_sequences) if lengths[n]), key=lambda n: -lengths[n])
+    while order:
+        longest = lengths[order[0]]
+        fit = max(1, budget // (problem.heads * longest * longest))
+        members = [n for n in order[:fit] if 2 * lengths[n] > longest]
+        order = order[len(members) :]
+
+        def index(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=mask.device)
+
+        ends = index([lengths[n] for n in members])[:, None]
+        offsets = torch.arange(longest, device=mask.device)
+        prefix = None if prefixes is None else [prefixes[n] for n in members]
+        yield _Group(
+            leading=mask.leading,
+            sequences=index(members),
+            tokens=flat[index([starts[n] for n in members])[:, None] + offsets.minimum(ends - 1)],
+            real=None if lengths[members[-1]] == longest else offsets < ends,
+            causal=not mask.bidirectional,
+            prefix=None if prefix is None else index(prefix),
+            longest_prefix=0 if prefix is None else max(prefix),
+        )
+
+
+def _block_scores(device: torch.device) -> int:
+    return _BLOCK_SCORES_CPU if device.type == "cpu" else _BLOCK_SCORES_ACCELERATOR
+
+
+def _relation(
+    problem: Problem, group: _Group, r: int, row_weights: Tensor | None, slots: list[Tensor], exact: bool
+) -> Tensor:
+    """(n·A, L): KL of a group's rows in relation r. Writes the gradient of their weighted sum to `slots`, if any."""
+    query, key = relation = problem.relations[r]
+    scale_t, scale_s = problem.scales(relation)
+    k_t, k_s = (group.gather(side[key], problem.dtype) for side in (problem.teacher, problem.student))
+    q_t, q_s = (
+        (k_t, k_s)
+        if query == key
+        else (group.gather(side[query], problem.dtype) for side in (problem.teacher, problem.student))
+    )
+    q_t = q_t * scale_t
+    items, length = q_s.shape[:2]
+    kl = q_s.new_zeros(items, length)
+    grads = [torch.zeros_like(q_s) for _ in slots]  # of the query, then of the key; one for both in a self relation
+
+    block_rows = min(length, max(1, min(_BLOCK_ROWS, _block_scores(q_s.device) // length)))
+    block_items = max(1, _block_scores(q_s.device) // (block_rows * length))
+    for first in range(0, items, block_items):
+        i = slice(first, min(first + block_items, items))
+        for start in range(0, length, block_rows):
+            rows = slice(start, min(start + block_rows, length))
+            keys = slice(group.num_keys(rows.stop))
+            scores_t = torch.bmm(q_t[i, rows], k_t[i, keys].mT)
+            scores_s = torch.bmm(q_s[i, rows] * scale_s, k_s[i, keys].mT)
+            kl[i, rows], excess = _rows_of_block(scores_t, scores_s, group.hidden(rows, i, problem.heads), exact)
+            if row_weights is not None and grads:
+                weights = row_weights[i, rows, None]
+                grads[0][i, rows] += torch.bmm(excess, k_s[i, keys]) * weights
+                grads[-1][i, keys] += torch.bmm(excess.mT, q_s[i, rows] * weights)
+    for slot, grad in zip(slots, grads, strict=True):
+        group.scatter(grad * scale_s, slot.flatten(0, -3))
+    return kl
+
+
+def _rows_of_block(scores_t: Tensor, scores_s: Tensor, hidden: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+    """(…, rows) KL and (…, rows, keys) q − p, the derivative of the row's KL by its student scores; overwrites scores.
+
+    With δ = log q − log p, a row is Σ p·(e^δ − 1 − δ) = Σ (q − p) − Σ p·δ: in this form an error of the two
+    log-sum-exps cancels in first order. What rounding is left in q − p matters for single rows of small KL; `exact`
+    takes there, where |δ| < 1/4, the left-hand side.
+    """
+    if hidden is not None:
+        scores_t.masked_fill_(hidden, -torch.inf)
+        scores_s.masked_fill_(hidden, -torch.inf)
+    log_p, log_q = scores_t.log_softmax(-1), scores_s.log_softmax(-1)
+    delta = torch.sub(log_q, log_p, out=scores_s)
+    if hidden is not None:
+        delta.masked_fill_(hidden, 0.0)
+    p = log_p.exp_()
+    excess = log_q.exp_().sub_(p)
+    if exact:
+        small = p * (delta.expm1() - delta)
+        kl = torch.where(delta.abs() < 0.25, small, excess - p * delta).sum(-1)
+    else:
+        kl = excess.sum(-1) - p.mul_(delta).sum(-1)
+    return kl.clamp_(min=0.0), excess

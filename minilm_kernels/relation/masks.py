@@ -1,0 +1,100 @@
+"""The mask vocabulary that every backend shares: which tokens are real, which key a row sees, what a row weighs.
+
+A mask is kept as the caller gave it (a padding mask or cu_seqlens, a causal flag, prefix lengths); nothing of size
+S x S is built here except in `visible`, which serves the dense reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("sequence", "token", "sum", "none")
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Masks of one call. Dense inputs have shape `leading` = (B, S), packed inputs (T,) and `cu_seqlens`."""
+
+    leading: tuple[int, ...]
+    device: torch.device
+    attention_mask: Tensor | None = None  # (B, S) bool or integer, nonzero = real token
+    cu_seqlens: Tensor | None = None  # (N + 1,) int32
+    max_seqlen: int | None = None
+    causal: bool = False
+    prefix_lens: Tensor | None = None  # (B,) or (N,) integer
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    @property
+    def bidirectional(self) -> bool:
+        return not self.causal and self.prefix_lens is None
+
+    @property
+    def num_sequences(self) -> int:
+        return self.leading[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def real(self) -> Tensor:
+        """(B, S) or (T,) bool: the tokens that take part."""
+        if self.attention_mask is None:
+            return torch.ones(self.leading, dtype=torch.bool, device=self.device)
+        return self.attention_mask != 0
+
+    def lengths(self) -> Tensor:
+        """(N,) int64: real tokens of each sequence."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens.diff().long()
+        return self.real().sum(-1)
+
+    def sequence_and_position(self) -> tuple[Tensor, Tensor]:
+        """Of each token, the index of its sequence and its position there: two int64 tensors of shape `leading`."""
+        if self.cu_seqlens is None:
+            batch, length = self.leading
+            sequence = torch.arange(batch, device=self.device)[:, None].expand(batch, length)
+            return sequence, torch.arange(length, device=self.device).expand(batch, length)
+        token = torch.arange(self.leading[0], device=self.device)
+        sequence = torch.searchsorted(self.cu_seqlens[1:].long(), token, right=True)
+        return sequence, token - self.cu_seqlens.long()[sequence]
+
+    def visible(self) -> Tensor:
+        """(B, S, S), or (1, T, T) for packed inputs, bool: row i sees key j. Dense: for the reference only."""
+        real = self.real()
+        sequence, position = self.sequence_and_position()
+        if self.packed:
+            real, sequence, position = real[None], sequence[None], position[None]
+        see = real[:, :, None] & real[:, None, :] & (sequence[:, :, None] == sequence[:, None, :])
+        if self.bidirectional:
+            return see
+        within = position[:, None, :] <= position[:, :, None]
+        if self.prefix_lens is not None:
+            within = within | (position < self.prefix_lens.long()[sequence])[:, None, :]
+        return see & within
+
+    def weights(self, reduction: str, heads: int, dtype: torch.dtype) -> Tensor:
+        """(N,): what one row of each sequence counts in the scalar; a sequence without tokens counts nothing."""
+        lengths = self.lengths()
+        if reduction == "sum":
+            return torch.ones(lengths.shape, dtype=dtype, device=self.device)
+        if reduction == "token":
+            return (1 / (heads * lengths.sum().clamp(min=1).to(dtype))).expand(lengths.shape)
+        counted = (lengths > 0).sum().clamp(min=1).to(dtype)
+        return 1 / (heads * counted * lengths.clamp(min=1).to(dtype))
+
+    def check_packing(self) -> None:
+        """Checks the values of `cu_seqlens`; on an accelerator, where reading them would stall, nothing is read."""
+        if self.cu_seqlens is None or self.device.type != "cpu":
+            return
+        bounds, total = self.cu_seqlens.tolist(), self.leading[0]
+        lengths = [end - start for start, end in pairwise(bounds)]
+        if bounds[0] != 0 or bounds[-1] != total or min(lengths, default=0) < 0:
+            shown = str(bounds) if len(bounds) <= 16 else f"[{bounds[0]}, {bounds[1]}, ..., {bounds[-1]}]"
+            raise ValueError(f"cu_seqlens: expected to rise from 0 to the {total} packed tokens, got {shown}")
+        if self.max_seqlen is not None and max(lengths, default=0) > self.max_seqlen:
+            raise ValueError(
+                f"max_seqlen: expected at least the longest sequence, {max(lengths)} tokens, got {self.max_seqlen}"
+            )
