@@ -125,21 +125,23 @@ class _RelationLoss(nn.Module):
                     layout = "packed (T, hidden), because cu_seqlens is given" if packed else "(B, S, hidden)"
                     raise ValueError(f"{side}.{name}: expected shape {layout}, got {tuple(x.shape)}")
             sides.append({name: tensors[name] for name in used})
-        common = math.gcd(*(x.shape[-1] for tensors in sides for x in tensors.values()))
-        if common % self.num_heads:
-            widths = ", ".join(
-                f"{side}.{name} {x.shape[-1]}"
-                for side, tensors in zip(("teacher", "student"), sides, strict=True)
-                for name, x in tensors.items()
-            )
-            legal = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-            raise ValueError(
-                f"{self._argument}: expected a divisor of every width ({widths}), one of {legal}; got {self.num_heads}"
-            )
+        if any(x.shape[-1] % self.num_heads for tensors in sides for x in tensors.values()):
+            raise ValueError(self._indivisible(sides))
         teacher_heads, student_heads = (
             {name: x.unflatten(-1, (self.num_heads, -1)) for name, x in tensors.items()} for tensors in sides
         )
         return teacher_heads, student_heads
+
+    def _indivisible(self, sides: list[dict[str, Tensor]]) -> str:
+        widths = {
+            f"{side}.{name}": x.shape[-1]
+            for side, tensors in zip(("teacher", "student"), sides, strict=True)
+            for name, x in tensors.items()
+        }
+        common = math.gcd(*widths.values())
+        legal = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        found = ", ".join(f"{name} {width}" for name, width in widths.items())
+        return f"{self._argument}: expected a divisor of every width ({found}), one of {legal}; got {self.num_heads}"
 
 
 class MiniLMLoss(_RelationLoss):

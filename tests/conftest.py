@@ -1,0 +1,24 @@
+"""Fixtures of the whole suite: the backends and devices that can be tested here, and reproducible random numbers."""
+
+import pytest
+import torch
+
+from minilm_kernels import available_backends
+
+USABLE = [name for name, reason in available_backends().items() if reason is None and name != "reference"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.fixture(params=USABLE)
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

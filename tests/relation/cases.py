@@ -1,0 +1,123 @@
+"""Inputs for the operator's tests: every mask mode, and the dense PyTorch loss whose error is the yardstick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from minilm_kernels.relation import relation_kl
+
+LENGTHS = (19, 7, 23, 1, 0, 12)  # of packed sequences; also the real tokens of the padded ones
+B, S = len(LENGTHS), max(LENGTHS)
+
+
+def _padding(kind: str) -> Tensor:
+    if kind == "holes":
+        mask = torch.rand(B, S, generator=torch.Generator().manual_seed(5)) < 0.6
+        mask[4] = False
+        return mask
+    right = torch.arange(S) < torch.tensor(LENGTHS)[:, None]
+    return right.flip(1) if kind == "left" else right
+
+
+_PREFIX = torch.tensor([4, 0, 23, 1, 3, 40])
+_CU_SEQLENS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+
+MASKS: dict[str, dict] = {
+    "none": {},
+    "right": {"attention_mask": _padding("right")},
+    "left": {"attention_mask": _padding("left").long()},
+    "holes": {"attention_mask": _padding("holes").to(torch.uint8) * 7},
+    "causal": {"causal": True},
+    "causal-holes": {"causal": True, "attention_mask": _padding("holes")},
+    "prefix": {"prefix_lens": _PREFIX},
+    "prefix-left": {"prefix_lens": _PREFIX, "attention_mask": _padding("left")},
+    "prefix-holes": {"prefix_lens": _PREFIX.int(), "attention_mask": _padding("holes")},
+    "packed": {"cu_seqlens": _CU_SEQLENS},
+    "packed-causal": {"cu_seqlens": _CU_SEQLENS, "max_seqlen": 23, "causal": True},
+    "packed-prefix": {"cu_seqlens": _CU_SEQLENS, "max_seqlen": 64, "prefix_lens": _PREFIX},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of one `relation_kl` call; the student's tensors are leaves."""
+
+    tensors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    kwargs: dict
+
+    def run(self, reduction: str, backend: str, upstream: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Value and the student's gradients; `upstream` weighs rows (reduction "none") or scales the scalar."""
+        leaves = {id(x): x.detach().requires_grad_() for x in self.tensors[2:] if x is not None}
+        student = [None if x is None else leaves[id(x)] for x in self.tensors[2:]]
+        value = relation_kl(*self.tensors[:2], *student, reduction=reduction, backend=backend, **self.kwargs)
+        value.backward(torch.ones_like(value) if upstream is None else upstream.to(value))
+        return value.detach(), [x.grad for x in leaves.values()]
+
+    def to(self, *args) -> Case:
+        moved = {id(x): x.to(*args) for x in self.tensors if x is not None}
+        return replace(self, tensors=tuple(None if x is None else moved[id(x)] for x in self.tensors))
+
+    def on(self, device: str) -> Case:
+        kwargs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.kwargs.items()}
+        return replace(self.to(device), kwargs=kwargs)
+
+    def oracle(self, reduction: str, upstream: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        return self.to(torch.float64).run(reduction, "reference", upstream)
+
+    def row_shape(self) -> tuple[int, ...]:
+        *batch, positions, heads, _ = self.tensors[0].shape
+        return (*batch, heads, positions)
+
+
+def make(
+    mask: str | dict = "none",
+    *,
+    cross: bool = False,
+    widths: tuple[int, int] = (12, 6),
+    heads: int = 3,
+    batch: int = B,
+    length: int = S,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    spread: float = 1.0,
+) -> Case:
+    """A seeded random case; `mask` names one of MASKS (then batch and length are those of the masks) or is kwargs."""
+    kwargs = MASKS[mask] if isinstance(mask, str) else mask
+    generator = torch.Generator().manual_seed(seed)
+    leading = (int(kwargs["cu_seqlens"][-1]),) if "cu_seqlens" in kwargs else (batch, length)
+
+    def draw(width: int) -> Tensor:
+        return (spread * torch.randn(*leading, heads, width, generator=generator)).to(dtype)
+
+    width_t, width_s = widths
+    teacher = (draw(width_t), draw(width_t) if cross else None)
+    student = (draw(width_s), draw(width_s) if cross else None)
+    return Case((*teacher, *student), kwargs)
+
+
+def dense(case: Case, upstream: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Rows and gradients of the plain dense loss in the inputs' own dtype, as a careful user of PyTorch writes it.
+
+    Scores, softmax and KL stay in that dtype; only full, dense batches (no masks).
+    """
+    q_t, k_t, q_s, k_s = case.tensors
+    leaves = [x.detach().requires_grad_() for x in (q_s, k_s) if x is not None]
+    k_t = q_t if k_t is None else k_t
+
+    def log_relation(query: Tensor, key: Tensor) -> Tensor:
+        scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) * query.shape[-1] ** -0.5
+        return scores.log_softmax(-1)
+
+    log_t, log_s = log_relation(q_t, k_t), log_relation(leaves[0], leaves[-1])
+    rows = (log_t.exp() * (log_t - log_s)).sum(-1)
+    rows.backward(torch.ones_like(rows) if upstream is None else upstream.to(rows))
+    return rows.detach(), [x.grad for x in leaves]
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """Relative error in the Euclidean norm; absolute where the expected value is 0."""
+    difference, norm = (got.double() - expected.double()).norm().item(), expected.double().norm().item()
+    return difference / norm if norm else difference

@@ -1,0 +1,302 @@
+"""What every backend owes: the reference's numbers, in every mask mode, dtype, layout and size.
+
+Tolerance: a backend may err twice as much as dense PyTorch in the same dtype errs against float64, plus one rounding of
+the result. The yardstick is taken on a full batch of the same distribution.
+"""
+
+import pytest
+import torch
+
+from minilm_kernels import relation_kl
+from minilm_kernels.relation.masks import REDUCTIONS
+
+from .cases import MASKS, Case, dense, error, make
+
+
+def _upstream(case: Case, reduction: str) -> torch.Tensor:
+    shape = case.row_shape() if reduction == "none" else ()
+    return torch.rand(shape, generator=torch.Generator().manual_seed(3)) + 0.5
+
+
+def _yardstick(dtype: torch.dtype, cross: bool, widths: tuple[int, int]) -> tuple[float, float]:
+    """Allowed relative errors of rows and gradients: twice the dense loss's own, plus one rounding.
+
+    Float64 has no more precise oracle: there it is a few dozen roundings, those of the longest sums.
+    """
+    if dtype == torch.float64:
+        return 64 * torch.finfo(dtype).eps, 64 * torch.finfo(dtype).eps
+    case = make(cross=cross, widths=widths, dtype=dtype, seed=11)
+    upstream = _upstream(case, "none")
+    rows, grads = dense(case, upstream)
+    expected_rows, expected_grads = case.oracle("none", upstream)
+    worst = max(error(g, e) for g, e in zip(grads, expected_grads, strict=True))
+    return 2 * error(rows, expected_rows) + torch.finfo(torch.float32).eps, 2 * worst + torch.finfo(dtype).eps
+
+
+def _check(case: Case, reduction: str, backend: str, widths=(12, 6), dtype=torch.float32) -> None:
+    cross = case.tensors[1] is not None
+    allowed_value, allowed_grad = _yardstick(dtype, cross, widths)
+    upstream = _upstream(case, reduction)
+    value, grads = case.run(reduction, backend, upstream)
+    expected, expected_grads = case.oracle(reduction, upstream)
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert value.shape == expected.shape
+    assert error(value, expected) <= allowed_value
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert grad.shape == expected_grad.shape
+        assert error(grad, expected_grad) <= allowed_grad
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_and_reductions(backend, device, mask, cross, reduction):
+    _check(make(mask, cross=cross).on(device), reduction, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("widths", [(16, 8), (16, 6), (64, 32), (1, 128), (31, 17)], ids=str)
+def test_dtypes_and_widths(backend, device, dtype, widths):
+    for cross in (False, True):
+        case = make(cross=cross, widths=widths, dtype=dtype).on(device)
+        if dtype == torch.float64 and backend != "torch":
+            with pytest.raises(RuntimeError, match="float64"):
+                case.run("none", backend)
+            continue
+        _check(case, "none", backend, widths, dtype)
+        _check(case, "sequence", backend, widths, dtype)
+
+
+def test_teacher_and_student_dtypes_are_independent(backend, device):
+    case = make("holes").on(device)
+    q_t, _, q_s, _ = case.tensors
+    for teacher, student in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16)):
+        mixed = Case((q_t.to(teacher), None, q_s.to(student), None), case.kwargs)
+        value, (grad,) = mixed.run("token", backend)
+        expected, (expected_grad,) = mixed.oracle("token")
+        assert value.dtype == torch.float32
+        assert grad.dtype == student
+        assert error(value, expected) < 1e-6
+        assert error(grad, expected_grad) <= _yardstick(student, False, (12, 6))[1]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 130, 257])
+def test_lengths(backend, device, length):
+    case = make({"causal": length % 2 == 0}, batch=2, length=length, heads=2).on(device)
+    value, (grad,) = case.run("sum", backend)
+    expected, (expected_grad,) = case.oracle("sum")
+    allowed_value, allowed_grad = _yardstick(torch.float32, False, (12, 6))
+    assert (value - expected).abs() <= allowed_value * expected.abs()
+    assert (grad - expected_grad).norm() <= allowed_grad * expected_grad.norm()
+
+
+def test_4097_tokens(backend, device):
+    mask = torch.ones(1, 4097, dtype=torch.bool)
+    mask[0, 1000:1100] = False
+    _check(
+        make({"attention_mask": mask}, batch=1, length=4097, heads=1, widths=(16, 8)).on(device), "sequence", backend
+    )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_many_short_sequences_among_long_ones(backend, device, reduction):
+    lengths = torch.tensor([300, *[3, 1, 0, 17] * 40, 299, 64])
+    case = make({"cu_seqlens": torch.cat((torch.zeros(1), lengths.cumsum(0))).int()}).on(device)
+    _check(case, reduction, backend)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("mask", [name for name in MASKS if "attention_mask" in MASKS[name]])
+def test_padding_never_matters(backend, device, mask, reduction):
+    case = make(mask, cross=True).on(device)
+    real = (case.kwargs["attention_mask"] != 0)[..., None, None]
+    upstream = _upstream(case, reduction).to(device)
+    expected, expected_grads = case.run(reduction, backend, upstream)
+    for poison in (float("nan"), float("inf"), -float("inf"), 3e38):
+        poisoned = Case(tuple(torch.where(real, x, poison) for x in case.tensors), case.kwargs)
+        if reduction == "none":
+            row_real = real[..., 0].transpose(-1, -2)
+            upstream = torch.where(row_real, upstream, float("nan"))
+        value, grads = poisoned.run(reduction, backend, upstream)
+        assert torch.equal(value, expected)
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            assert torch.equal(grad, expected_grad)
+            assert not grad.masked_select(~real).any()
+
+
+@pytest.mark.parametrize("kind", ["bidirectional", "causal", "prefix"])
+def test_packed_equals_padded(backend, device, kind):
+    padded = make({"bidirectional": "right", "causal": "right", "prefix": "prefix"}[kind], cross=True)
+    real = MASKS["right"]["attention_mask"]
+    shared = {"causal": kind == "causal"} | (
+        {"prefix_lens": MASKS["prefix"]["prefix_lens"]} if kind == "prefix" else {}
+    )
+    padded = Case(padded.tensors, {"attention_mask": real, **shared}).on(device)
+    packed = Case(
+        tuple(x[real.to(device)] for x in padded.tensors), {"cu_seqlens": MASKS["packed"]["cu_seqlens"], **shared}
+    ).on(device)
+    for reduction in ("sequence", "token", "sum"):
+        value, grads = padded.run(reduction, backend)
+        packed_value, packed_grads = packed.run(reduction, backend)
+        torch.testing.assert_close(packed_value, value)
+        for grad, packed_grad in zip(grads, packed_grads, strict=True):
+            torch.testing.assert_close(packed_grad, grad[real.to(device)])
+
+
+def test_prefix_of_zero_is_causal_and_of_everything_is_bidirectional(backend, device):
+    case = make("none").on(device)
+
+    def rows(**kwargs):
+        return Case(case.tensors, kwargs).on(device).run("none", backend)[0]
+
+    batch, length = case.tensors[0].shape[:2]
+    nothing, everything = torch.zeros(batch, dtype=torch.long), torch.full((batch,), length)
+    torch.testing.assert_close(rows(prefix_lens=nothing), rows(causal=True))
+    torch.testing.assert_close(rows(prefix_lens=everything), rows())
+    torch.testing.assert_close(rows(prefix_lens=everything, causal=True), rows())
+    torch.testing.assert_close(rows(prefix_lens=-nothing - 5), rows(causal=True))
+
+
+def test_self_path_equals_cross_path(backend, device):
+    for mask in MASKS:
+        case = make(mask).on(device)
+        q_t, _, q_s, _ = case.tensors
+        value, (grad,) = case.run("sequence", backend)
+        other, grads = Case((q_t, q_t.clone(), q_s, q_s.clone()), case.kwargs).run("sequence", backend)
+        torch.testing.assert_close(other, value)
+        torch.testing.assert_close(sum(grads), grad)
+
+
+def test_one_student_tensor_as_query_and_key(backend, device):
+    """A cross relation of the teacher against a self relation of the student: the gradients add up."""
+    case = make("holes", cross=True).on(device)
+    q_t, k_t, q_s, _ = case.tensors
+    case = Case((q_t, k_t, q_s, q_s), case.kwargs)
+    value, (grad,) = case.run("sequence", backend)
+    expected, (expected_grad,) = case.oracle("sequence")
+    assert error(value, expected) < 1e-6
+    assert error(grad, expected_grad) < 1e-5
+
+
+def test_heads_and_sequences_are_independent(backend, device):
+    case = make("holes").on(device)
+    rows, (grad,) = case.run("none", backend)
+    heads, batch = torch.tensor([2, 0, 1]), torch.randperm(rows.shape[0])
+    permuted = Case(
+        tuple(None if x is None else x[batch][:, :, heads] for x in case.tensors),
+        {"attention_mask": case.kwargs["attention_mask"][batch]},
+    )
+    permuted_rows, (permuted_grad,) = permuted.run("none", backend)
+    torch.testing.assert_close(permuted_rows, rows[batch][:, heads])
+    torch.testing.assert_close(permuted_grad, grad[batch][:, :, heads])
+
+
+def test_strided_views(backend, device):
+    """Heads of a fused projection, a sliced batch, reversed axes and broadcast tensors give what copies give."""
+    fused_t, fused_s = torch.randn(4, 30, 3 * 36, device=device), torch.randn(4, 30, 3 * 18, device=device)
+    q_t, k_t, _ = fused_t[1:, 5:28].unflatten(-1, (3, 3, 12)).unbind(2)
+    q_s, k_s, _ = fused_s[1:, 5:28].unflatten(-1, (3, 3, 6)).unbind(2)
+    views = [
+        (q_t, k_t, q_s, k_s),
+        tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q_t, k_t, q_s, k_s)),
+        tuple(x[:1].expand(3, -1, -1, -1) for x in (q_t, k_t, q_s, k_s)),
+    ]
+    for view in views:
+        assert not all(x.is_contiguous() for x in view)
+        copies = Case(tuple(x.contiguous() for x in view), {})
+        for reduction in ("sequence", "none"):
+            value, grads = Case(view, {}).run(reduction, backend)
+            expected, expected_grads = copies.run(reduction, backend)
+            assert torch.equal(value, expected)
+            assert all(torch.equal(g, e) for g, e in zip(grads, expected_grads, strict=True))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_nothing_to_compare(backend, device, reduction, cross):
+    empty = [
+        make(batch=0, cross=cross),
+        make(length=0, cross=cross),
+        make({"attention_mask": torch.zeros(2, 5)[:, :5].bool()}, batch=2, length=5, cross=cross),
+        make({"cu_seqlens": torch.zeros(1, dtype=torch.int32)}, cross=cross),
+        make({"cu_seqlens": torch.zeros(4, dtype=torch.int32), "causal": True}, cross=cross),
+    ]
+    for case in empty:
+        for name in (backend, "reference"):
+            value, grads = case.on(device).run(reduction, name)
+            assert value.shape == (case.row_shape() if reduction == "none" else ())
+            assert torch.equal(value, torch.zeros_like(value))
+            assert all(torch.equal(g.cpu(), torch.zeros_like(x)) for g, x in zip(grads, case.tensors[2:], strict=False))
+
+
+def test_equal_models_have_zero_divergence(backend, device):
+    for mask in MASKS:
+        x = make(mask, widths=(8, 8)).on(device)
+        case = Case((x.tensors[0], None, x.tensors[0], None), x.kwargs)
+        rows, (grad,) = case.run("none", backend)
+        assert rows.max() <= 1e-6
+        assert rows.min() >= 0
+        assert grad.abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("target", [1e-1, 1e-3, 1e-4, 1e-5])
+def test_small_divergences(backend, device, target):
+    """Float32, 12 288 rows: the scalar to 1e-3 down to KL = 1e-5, single rows to 1e-3 down to 1e-4; none negative."""
+    x = make(batch=16, length=32, heads=24, widths=(8, 8)).tensors[0]
+    noise = torch.randn_like(x)
+
+    def rows_at(amplitude: float) -> tuple[Case, torch.Tensor]:
+        case = Case((x, None, x + amplitude * noise, None), {})
+        return case, relation_kl(*case.to(torch.float64).tensors, reduction="none", backend="reference")
+
+    amplitude = target**0.5
+    for _ in range(3):  # KL is quadratic in the perturbation: a few steps reach the target
+        amplitude *= (target / rows_at(amplitude)[1].mean().item()) ** 0.5
+    case, rows = rows_at(amplitude)
+    assert 0.5 * target < rows.mean() < 2 * target
+    case = case.on(device)
+    value, (grad,) = case.run("token", backend)
+    assert value >= 0
+    assert abs(value.item() / rows.mean().item() - 1) < 1e-3
+    evaluated = relation_kl(*case.tensors, reduction="token", backend=backend)  # without gradient: the exact form
+    assert abs(evaluated.item() / rows.mean().item() - 1) < 1e-3
+    got = case.run("none", backend)[0].cpu()
+    assert got.min() >= 0
+    judged = rows > 0.5e-4
+    if target >= 1e-4:
+        assert judged.float().mean() > 0.2
+        assert ((got - rows).abs() / rows)[judged].max() < 1e-3
+    assert error(grad, case.oracle("token")[1][0]) < 2e-3
+
+
+@pytest.mark.parametrize("spread", [4.0, 12.0, 40.0])
+def test_sharp_relations(backend, device, spread):
+    """Scores of tens to thousands: one-hot rows, row maxima far apart; nothing overflows or dies."""
+    case = make("holes", spread=spread, cross=False).on(device)
+    value, (grad,) = case.run("sequence", backend)
+    expected, (expected_grad,) = case.oracle("sequence")
+    # A score rounds to eps·|score|, which is the error of log p: relative to a KL of the same size, a few eps.
+    assert error(value, expected) < 1e-5
+    assert error(grad, expected_grad) < 1e-6 * spread**2 + 1e-5
+    assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_repeated_runs_are_bitwise_equal(backend, device, reduction):
+    case = make("prefix-holes", cross=True).on(device)
+    value, grads = case.run(reduction, backend)
+    for _ in range(3):
+        again, again_grads = case.run(reduction, backend)
+        assert torch.equal(again, value)
+        assert all(torch.equal(a, g) for a, g in zip(again_grads, grads, strict=True))
+
+
+def test_scales(backend, device):
+    base = make("right", cross=True).on(device)
+    case = Case(base.tensors, base.kwargs | {"teacher_scale": 0.9, "student_scale": -0.2})
+    value, grads = case.run("token", backend)
+    expected, expected_grads = case.oracle("token")
+    assert error(value, expected) < 1e-6
+    assert all(error(g, e) < 1e-5 for g, e in zip(grads, expected_grads, strict=True))
+    zero = Case(base.tensors, base.kwargs | {"student_scale": 0.0})
+    assert not any(g.any() for g in zero.run("token", backend)[1])
