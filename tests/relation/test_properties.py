@@ -1,0 +1,79 @@
+"""Random shapes, masks and values: the properties that hold for all of them."""
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from .cases import Case, error, make
+
+anything = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@st.composite
+def cases(draw) -> Case:
+    cross = draw(st.booleans())
+    sizes = {"heads": draw(st.integers(1, 3)), "widths": (draw(st.integers(1, 20)), draw(st.integers(1, 20)))}
+    spread, seed = draw(st.sampled_from([0.1, 1.0, 3.0])), draw(st.integers(0, 1000))
+    if draw(st.booleans()):
+        lengths = draw(st.lists(st.integers(0, 40), max_size=5))
+        kwargs = {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int()}
+        sequences, longest = len(lengths), max(lengths, default=0)
+    else:
+        sequences, longest = draw(st.integers(1, 3)), draw(st.integers(1, 40))
+        sizes |= {"batch": sequences, "length": longest}
+        kwargs = {}
+        if draw(st.booleans()):
+            real = draw(st.lists(st.booleans(), min_size=sequences * longest, max_size=sequences * longest))
+            kwargs["attention_mask"] = torch.tensor(real).view(sequences, longest)
+    order = draw(st.sampled_from(["bidirectional", "causal", "prefix"]))
+    if order == "causal":
+        kwargs["causal"] = True
+    if order == "prefix":
+        prefixes = draw(st.lists(st.integers(-3, longest + 3), min_size=sequences, max_size=sequences))
+        kwargs["prefix_lens"] = torch.tensor(prefixes, dtype=torch.int64)
+    return make(kwargs, cross=cross, spread=spread, seed=seed, **sizes)
+
+
+@anything
+@given(cases(), st.sampled_from(["sequence", "token", "sum", "none"]))
+def test_the_reference_is_met(backend, case, reduction):
+    """Scores of size s round to eps·s; 64 roundings are allowed, gradients likewise."""
+    value, grads = case.run(reduction, backend)
+    expected, expected_grads = case.oracle(reduction)
+    largest = (
+        max(x.abs().max().item() ** 2 * x.shape[-1] ** 0.5 for x in case.tensors if x is not None and x.numel())
+        if any(x is not None and x.numel() for x in case.tensors)
+        else 1.0
+    )
+    allowed = 64 * torch.finfo(torch.float32).eps * max(1.0, largest)
+    assert value.isfinite().all()
+    assert (value >= 0).all()
+    assert (value - expected).norm() <= allowed * max(expected.norm().item(), value.numel() ** 0.5 * 1e-2)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert (grad - wanted).norm() <= allowed * max(wanted.norm().item(), expected_scale(case))
+
+
+def expected_scale(case: Case) -> float:
+    """A gradient's natural size: that of the tensors it is a weighted sum of."""
+    return max((x.norm().item() for x in case.tensors[2:] if x is not None), default=0.0)
+
+
+@anything
+@given(cases())
+def test_a_model_agrees_with_itself(backend, case):
+    q_t, k_t, *_ = case.tensors
+    rows, _ = Case((q_t, k_t, q_t.clone(), None if k_t is None else k_t.clone()), case.kwargs).run("none", backend)
+    assert (rows >= 0).all()
+    assert (rows < 1e-6).all()
+
+
+@anything
+@given(cases(), st.randoms(use_true_random=False))
+def test_order_of_heads_does_not_matter(backend, case, random):
+    heads = list(range(case.tensors[0].shape[-2]))
+    random.shuffle(heads)
+    rows, _ = case.run("none", backend)
+    shuffled = Case(tuple(None if x is None else x[..., heads, :] for x in case.tensors), case.kwargs)
+    assert error(shuffled.run("none", backend)[0], rows[..., heads, :]) < 1e-6
