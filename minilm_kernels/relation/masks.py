@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor
@@ -60,6 +61,24 @@ class Mask:
         token = torch.arange(self.leading[0], device=self.device)
         sequence = torch.searchsorted(self.cu_seqlens[1:].long(), token, right=True)
         return sequence, token - self.cu_seqlens.long()[sequence]
+
+    def gathered(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Every mask in one form: the real tokens of each sequence side by side, all int64.
+
+        Positions of the real tokens, sequence after sequence, as in `leading`; (N + 1,) where each sequence starts
+        among them; and (N,), given prefixes, how many of a sequence's real tokens lie in its prefix. Row i of a
+        sequence then sees the gathered tokens j ≤ i and j < prefix, or, with a bidirectional mask, all.
+        """
+        starts = torch.nn.functional.pad(self.lengths().cumsum(0), (1, 0))
+        if self.attention_mask is None:
+            tokens = torch.arange(self.leading[-1], device=self.device).repeat(prod(self.leading[:-1]))
+        else:
+            tokens = self.real().nonzero()[:, -1].contiguous()
+        if self.prefix_lens is None:
+            return tokens, starts, None
+        sequence, position = self.sequence_and_position()
+        inside = self.real() & (position < self.prefix_lens.long()[sequence])
+        return tokens, starts, torch.bincount(sequence[inside], minlength=self.num_sequences)
 
     def visible(self) -> Tensor:
         """(B, S, S), or (1, T, T) for packed inputs, bool: row i sees key j. Dense: for the reference only."""

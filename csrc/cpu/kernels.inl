@@ -1,0 +1,549 @@
+// The kernels, written once over a vector F of V floats. The mathematics is derived in docs/mathematics.md; the cost
+// of each step is counted in docs/cpu.md. Everything has internal linkage: no function compiled for one instruction
+// set may be picked by the linker for another.
+
+#include <cmath>
+
+#include "kernels.h"
+
+namespace {
+
+using namespace minilm::cpu;
+
+constexpr int R = kStripRows;
+constexpr int kGroup = V < R ? V : R;   // rows of a strip that lie in one block
+constexpr int64_t kPanelBlocks = 16;    // blocks of keys between two visits of a row's accumulators
+constexpr int kSumRows = 4;             // rows whose sums are kept in registers
+constexpr float kHidden = -1e30f;       // score of a key that a row does not see: its exponential is 0
+constexpr float kLn2 = 0.693147180559945309f;
+
+static_assert(R % kTileRows == 0 && R % kDotRows == 0 && R % kSumRows == 0 && kGroup % kTileRows == 0, "");
+
+// 2^x: minimax polynomials of 2^r for |r| <= 1/2 with p(0) = 1; relative errors 2e-8 and 1.1e-7 before rounding.
+INLINE F exp2_of(F x) {
+  Split s = split(x);
+  F p = fma(all(1.53533619e-4f), s.rest, all(1.33988744e-3f));
+  p = fma(p, s.rest, all(9.61843736e-3f));
+  p = fma(p, s.rest, all(5.55033247e-2f));
+  p = fma(p, s.rest, all(2.40226479e-1f));
+  p = fma(p, s.rest, all(6.93147203e-1f));
+  p = fma(p, s.rest, all(1.0f));
+  return times_power(p, s, x);
+}
+
+INLINE F fast_exp2_of(F x) {
+  Split s = split(x);
+  F p = fma(all(1.32647272e-3f), s.rest, all(9.67151264e-3f));
+  p = fma(p, s.rest, all(5.55073374e-2f));
+  p = fma(p, s.rest, all(2.40222421e-1f));
+  p = fma(p, s.rest, all(6.93146978e-1f));
+  p = fma(p, s.rest, all(1.0f));
+  return times_power(p, s, x);
+}
+
+INLINE const float* row_of(const float* x, int64_t width, int64_t row) { return x + row / V * width * V + row % V; }
+
+// ---- Products -------------------------------------------------------------------------------------------------
+
+// out[block][row][lane] = init + Σ_d x_row,d · y_d: a register tile of kTileRows × N blocks.
+template <int N>
+INLINE void score_tile(const float* row, const float* keys, int64_t width, F init, float* out) {
+  F acc[kTileRows][N];
+  for (int r = 0; r < kTileRows; ++r)
+    for (int n = 0; n < N; ++n) acc[r][n] = init;
+  for (int64_t d = 0; d < width; ++d) {
+    F key[N];
+    for (int n = 0; n < N; ++n) key[n] = load(keys + (n * width + d) * V);
+    for (int r = 0; r < kTileRows; ++r) {
+      F x = all(row[d * V + r]);
+      for (int n = 0; n < N; ++n) acc[r][n] = fma(x, key[n], acc[r][n]);
+    }
+  }
+  for (int r = 0; r < kTileRows; ++r)
+    for (int n = 0; n < N; ++n) store(out + (n * R + r) * V, acc[r][n]);
+}
+
+// Scores of the strip that starts at row `first` against `blocks` blocks of keys.
+void scores(const float* queries, int64_t first, const float* keys, int64_t width, int64_t blocks, float init,
+            float* out) {
+  for (int64_t b = 0; b < blocks;) {
+    const float* key = keys + b * width * V;
+    float* o = out + b * R * V;
+    bool wide = b + kTileBlocks <= blocks;
+    for (int r = 0; r < R; r += kTileRows) {
+      const float* row = row_of(queries, width, first + r);
+      if (wide)
+        score_tile<kTileBlocks>(row, key, width, all(init), o + r * V);
+      else
+        score_tile<1>(row, key, width, all(init), o + r * V);
+    }
+    b += wide ? kTileBlocks : 1;
+  }
+}
+
+// grads[block][d] += Σ_row m[block][row] · x_row,d
+void key_gradient(const float* m, const float* queries, int64_t first, int64_t width, int64_t blocks, float* grads) {
+  const float* rows[R / kGroup];
+  for (int g = 0; g < R / kGroup; ++g) rows[g] = row_of(queries, width, first + g * kGroup);
+  for (int64_t b = 0; b < blocks; ++b) {
+    F factor[R];
+    for (int r = 0; r < R; ++r) factor[r] = load(m + (b * R + r) * V);
+    float* grad = grads + b * width * V;
+    for (int64_t d = 0; d < width; ++d) {
+      F acc = load(grad + d * V);
+      for (int r = 0; r < R; ++r) acc = fma(factor[r], all(rows[r / kGroup][d * V + r % kGroup]), acc);
+      store(grad + d * V, acc);
+    }
+  }
+}
+
+template <int N>
+INLINE void dot_tile(const float* m, const float* keys, int64_t width, int64_t blocks, float* sums) {
+  F acc[kDotRows][N];
+  for (int r = 0; r < kDotRows; ++r)
+    for (int n = 0; n < N; ++n) acc[r][n] = load(sums + (r * width + n) * V);
+  for (int64_t b = 0; b < blocks; ++b) {
+    F key[N];
+    for (int n = 0; n < N; ++n) key[n] = load(keys + (b * width + n) * V);
+    for (int r = 0; r < kDotRows; ++r) {
+      F factor = load(m + (b * R + r) * V);
+      for (int n = 0; n < N; ++n) acc[r][n] = fma(factor, key[n], acc[r][n]);
+    }
+  }
+  for (int r = 0; r < kDotRows; ++r)
+    for (int n = 0; n < N; ++n) store(sums + (r * width + n) * V, acc[r][n]);
+}
+
+// sums[row][d][lane] += Σ_block m[block][row][lane] · key[block][d][lane]; the lanes are added up in `add_rows`.
+void query_gradient(const float* m, const float* keys, int64_t width, int64_t blocks, float* sums) {
+  for (int r = 0; r < R; r += kDotRows) {
+    int64_t d = 0;
+    for (; d + kDotFeatures <= width; d += kDotFeatures)
+      dot_tile<kDotFeatures>(m + r * V, keys + d * V, width, blocks, sums + (r * width + d) * V);
+    for (; d < width; ++d) dot_tile<1>(m + r * V, keys + d * V, width, blocks, sums + (r * width + d) * V);
+  }
+}
+
+INLINE void set_zero(float* x, int64_t vectors) {
+  for (int64_t i = 0; i < vectors; ++i) store(x + i * V, all(0.0f));
+}
+
+void add_rows(const float* sums, int64_t first, int64_t width, float* grads) {
+  for (int r = 0; r < R; ++r) {
+    float* grad = grads + (first + r) / V * width * V + (first + r) % V;
+    for (int64_t d = 0; d < width; ++d) grad[d * V] += sum_lanes(load(sums + (r * width + d) * V));
+  }
+}
+
+// ---- Gathering and scattering -----------------------------------------------------------------------------------
+
+INLINE float to_float(float x) { return x; }
+struct Half16 { uint16_t bits; };
+struct Brain16 { uint16_t bits; };
+INLINE float from_bits(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+INLINE float to_float(Brain16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+INLINE float to_float(Half16 x) {
+  uint32_t magnitude = x.bits & 0x7fffu;
+  float value = magnitude < 0x7c00u ? from_bits(magnitude << 13) * 0x1p112f  // also of subnormal numbers
+                                    : from_bits(0x7f800000u | magnitude << 13);
+  return x.bits & 0x8000u ? -value : value;
+}
+
+template <class T>
+void gather_typed(const Task& task, const Matrix& matrix, float factor, int64_t block, float* out) {
+  const T* base = static_cast<const T*>(matrix.data) + task.sequence * matrix.batch + task.head * matrix.head;
+  for (int lane = 0; lane < V; ++lane) {
+    int64_t i = block * V + lane;
+    if (i < task.length) {
+      const T* x = base + task.tokens[i] * matrix.position;
+      if (matrix.feature == 1)
+        for (int64_t d = 0; d < matrix.width; ++d) out[d * V + lane] = factor * to_float(x[d]);
+      else
+        for (int64_t d = 0; d < matrix.width; ++d) out[d * V + lane] = factor * to_float(x[d * matrix.feature]);
+    } else {
+      for (int64_t d = 0; d < matrix.width; ++d) out[d * V + lane] = 0.0f;
+    }
+  }
+}
+
+void gather_matrix(const Task& task, const Matrix& matrix, float factor, int64_t block, float* out) {
+  out += block * matrix.width * V;
+  if (matrix.type == Type::float32) gather_typed<float>(task, matrix, factor, block, out);
+  if (matrix.type == Type::float16) gather_typed<Half16>(task, matrix, factor, block, out);
+  if (matrix.type == Type::bfloat16) gather_typed<Brain16>(task, matrix, factor, block, out);
+}
+
+void gather_side(const Task& task, const Side& side, int64_t block) {
+  const Half& half = *side.half;
+  float factor = std::sqrt(std::fabs(half.scale) / kLn2);
+  gather_matrix(task, half.key, factor, block, side.keys);
+  if (side.queries != side.keys)
+    gather_matrix(task, half.query, half.scale < 0 ? -factor : factor, block, side.queries);
+  if (side.norms) {
+    F sum = all(0.0f);
+    for (int64_t d = 0; d < side.width; ++d) {
+      F x = load(side.keys + (block * side.width + d) * V);
+      sum = fma(x, x, sum);
+    }
+    store(side.norms + block * V, sum);
+  }
+}
+
+void gather(const Task& task, int64_t block) {
+  gather_side(task, task.teacher, block);
+  gather_side(task, task.student, block);
+}
+
+void scatter(const Task& task, int64_t block) {
+  const Side& side = task.student;
+  float factor = std::sqrt(std::fabs(side.half->scale) * kLn2) * task.weight;
+  float query_factor = side.half->scale < 0 ? -factor : factor;
+  int64_t width = side.width, size = task.blocks * V * width;
+  bool apart = side.query_grads != side.key_grads;
+  bool self = task.key_out == task.query_out;
+  float* queries = side.query_grads + block * V * width;
+  float* keys = side.key_grads + block * V * width;
+  for (int64_t d = 0; d < width; ++d) {
+    F key = load(keys + d * V), query = load(queries + d * V);
+    for (int64_t c = 1; c < task.chunks; ++c) {
+      key = add(key, load(keys + c * size + d * V));
+      query = add(query, load(queries + c * size + d * V));
+    }
+    key = mul(key, all(factor));
+    query = mul(query, all(query_factor));
+    store(keys + d * V, self && apart ? add(key, query) : key);
+    if (!self) store(queries + d * V, query);
+  }
+  for (int lane = 0; lane < V && block * V + lane < task.length; ++lane) {
+    int64_t to = task.tokens[block * V + lane] * task.head_stride;
+    for (int64_t d = 0; d < width; ++d) task.key_out[to + d] = keys[d * V + lane];
+    if (!self)
+      for (int64_t d = 0; d < width; ++d) task.query_out[to + d] = queries[d * V + lane];
+  }
+}
+
+// ---- Self relations: unordered pairs ----------------------------------------------------------------------------
+//
+// u_ij = s_ij − reference, E_ij = 2^u_ij = E_ji, p_ij = E_ij / Σ_k E_ik. A strip of rows i visits the keys j <= i and
+// serves (i, j) and, where row j sees key i (i below the prefix), (j, i). A strip is `plain` in a block when all its
+// pairs are of both kinds; at the diagonal and at the end of the prefix they are told apart.
+
+struct Pairs {
+  Keep seen[R], mirrored[R];
+};
+
+INLINE bool is_plain(const Task& task, int64_t first, int64_t block) {
+  return (block + 1) * V <= first && first + R <= task.prefix;
+}
+
+INLINE Pairs pairs_of(const Task& task, int64_t first, int64_t block) {
+  Pairs pairs;
+  for (int r = 0; r < R; ++r) {
+    int64_t before = first + r - block * V;
+    pairs.seen[r] = first_lanes(before + 1);
+    pairs.mirrored[r] = first_lanes(first + r < task.prefix ? before : 0);
+  }
+  return pairs;
+}
+
+INLINE int64_t strip_blocks(int64_t first) { return (first + R - 1) / V + 1; }
+
+// One block: exponentials, and sums of rows (in `row`, kSumRows × 3) and of columns.
+template <bool kPlain>
+INLINE void sums_of_block(float* u_t, float* u_s, float* exponentials, const Pairs* pairs, int r0, F row[][3],
+                          float* columns, int64_t column_stride) {
+  F e_t[kSumRows], e_s[kSumRows], y[kSumRows];
+  for (int r = 0; r < kSumRows; ++r) {
+    F a_t = load(u_t + (r0 + r) * V), a_s = load(u_s + (r0 + r) * V);
+    e_t[r] = fast_exp2_of(a_t);
+    e_s[r] = fast_exp2_of(a_s);
+    if (!kPlain) {
+      e_t[r] = keep(pairs->seen[r0 + r], e_t[r]);
+      e_s[r] = keep(pairs->seen[r0 + r], e_s[r]);
+    }
+    y[r] = mul(e_t[r], sub(a_s, a_t));
+    if (exponentials) {
+      store(exponentials + (r0 + r) * V, e_t[r]);
+      store(exponentials + (R + r0 + r) * V, e_s[r]);
+    }
+    row[r][0] = add(row[r][0], e_t[r]);
+    row[r][1] = add(row[r][1], e_s[r]);
+    row[r][2] = add(row[r][2], y[r]);
+    if (!kPlain) {
+      e_t[r] = keep(pairs->mirrored[r0 + r], e_t[r]);
+      e_s[r] = keep(pairs->mirrored[r0 + r], e_s[r]);
+      y[r] = keep(pairs->mirrored[r0 + r], y[r]);
+    }
+  }
+  static_assert(kSumRows == 4, "the sums below");
+  F c_t = add(add(e_t[0], e_t[1]), add(e_t[2], e_t[3]));
+  F c_s = add(add(e_s[0], e_s[1]), add(e_s[2], e_s[3]));
+  F c_y = add(add(y[0], y[1]), add(y[2], y[3]));
+  store(columns, add(load(columns), c_t));
+  store(columns + column_stride, add(load(columns + column_stride), c_s));
+  store(columns + 2 * column_stride, add(load(columns + 2 * column_stride), c_y));
+}
+
+INLINE void panel_scores(const Task& task, int64_t first, int64_t block, int64_t blocks, float* u_t, float* u_s) {
+  const Side &t = task.teacher, &s = task.student;
+  scores(t.keys, first, t.keys + block * t.width * V, t.width, blocks, -t.reference, u_t);
+  scores(s.keys, first, s.keys + block * s.width * V, s.width, blocks, -s.reference, u_s);
+}
+
+void symmetric_sums(const Task& task, int64_t chunk, float* scratch, float* exponentials) {
+  int64_t padded = task.blocks * V;
+  float* recent = task.column_sums + chunk * 6 * padded;
+  float* total = recent + 3 * padded;
+  set_zero(recent, 6 * task.blocks);
+  float *u_t = scratch, *u_s = scratch + kPanelBlocks * R * V;
+  int64_t visited = 0;
+  for (int64_t first = chunk * R; first < task.length; first += task.chunks * R) {
+    F row[R][3];
+    for (int r = 0; r < R; ++r)
+      for (int k = 0; k < 3; ++k) row[r][k] = all(0.0f);
+    int64_t end = strip_blocks(first);
+    for (int64_t block = 0; block < end; block += kPanelBlocks) {
+      int64_t blocks = end - block < kPanelBlocks ? end - block : kPanelBlocks;
+      panel_scores(task, first, block, blocks, u_t, u_s);
+      for (int r = 0; r < R; r += kSumRows) {
+        F part[kSumRows][3];
+        for (int k = 0; k < kSumRows * 3; ++k) part[k / 3][k % 3] = row[r + k / 3][k % 3];
+        for (int64_t b = 0; b < blocks; ++b) {
+          float* column = recent + (block + b) * V;
+          float* e = exponentials ? exponentials + b * 2 * R * V : nullptr;
+          if (is_plain(task, first, block + b)) {
+            sums_of_block<true>(u_t + b * R * V, u_s + b * R * V, e, nullptr, r, part, column, padded);
+          } else {
+            Pairs pairs = pairs_of(task, first, block + b);
+            sums_of_block<false>(u_t + b * R * V, u_s + b * R * V, e, &pairs, r, part, column, padded);
+          }
+        }
+        for (int k = 0; k < kSumRows * 3; ++k) row[r + k / 3][k % 3] = part[k / 3][k % 3];
+      }
+      if (exponentials) exponentials += blocks * 2 * R * V;
+    }
+    for (int r = 0; r < R && first + r < padded; ++r)
+      for (int k = 0; k < 3; ++k) task.row_sums[k * padded + first + r] = sum_lanes(row[r][k]);
+    if (++visited % kFlushStrips == 0 || first + task.chunks * R >= task.length) {
+      for (int64_t i = 0; i < 3 * task.blocks; ++i) store(total + i * V, add(load(total + i * V), load(recent + i * V)));
+      set_zero(recent, 3 * task.blocks);
+    }
+  }
+}
+
+// 1 / Σ E, and the part of the KL that needs no further pair: −ln 2 Σ_i [ Σ_j p_ij (u_s − u_t)_ij − log2 (l_s / l_t) ].
+void symmetric_rows(const Task& task) {
+  int64_t padded = task.blocks * V;
+  for (int k = 0; k < 3; ++k)
+    for (int64_t b = 0; b < task.blocks; ++b) {
+      float* sum = task.row_sums + k * padded + b * V;
+      F x = load(sum);
+      for (int64_t c = 0; c < task.chunks; ++c) x = add(x, load(task.column_sums + (c * 6 + 3 + k) * padded + b * V));
+      store(sum, x);
+      if (k < 2) store(task.inverse + k * padded + b * V, div(all(1.0f), x));
+    }
+  for (int64_t i = task.length; i < padded; ++i) task.inverse[i] = task.inverse[padded + i] = 0.0f;
+  const float *l_t = task.row_sums, *l_s = l_t + padded, *y = l_s + padded, *inverse_t = task.inverse;
+  double sum = 0.0, ratio = 1.0;
+  for (int64_t i = 0; i < task.length; ++i) {
+    sum += static_cast<double>(y[i]) * inverse_t[i];
+    ratio *= static_cast<double>(l_s[i]) / l_t[i];  // within 2^±220
+    if (i % 4 == 3 || i + 1 == task.length) {
+      sum -= std::log2(ratio);
+      ratio = 1.0;
+    }
+  }
+  task.kl[task.chunks] = -0.693147180559945309 * sum;
+}
+
+// m = E_s (1/l_s,i + 1/l_s,j) − E_t (1/l_t,i + 1/l_t,j) = q_ij + q_ji − p_ij − p_ji; returns the lanes' sums.
+template <bool kPlain>
+INLINE F excess_of_block(const float* e_t, const float* e_s, const Pairs* pairs, const float* rows_t,
+                         const float* rows_s, F column_t, F column_s, float* m) {
+  F total = all(0.0f);
+  for (int r = 0; r < R; ++r) {
+    F f_t = column_t, f_s = column_s;
+    if (!kPlain) {
+      f_t = keep(pairs->mirrored[r], f_t);
+      f_s = keep(pairs->mirrored[r], f_s);
+    }
+    f_t = add(f_t, all(rows_t[r]));
+    f_s = add(f_s, all(rows_s[r]));
+    F x_t = load(e_t + r * V), x_s = load(e_s + r * V);
+    F x = sub(mul(x_s, f_s), mul(x_t, f_t));
+    store(m + r * V, x);
+    total = add(total, x);
+  }
+  return total;
+}
+
+void symmetric_gradient(const Task& task, int64_t chunk, float* scratch, const float* exponentials) {
+  int64_t padded = task.blocks * V, width = task.student.width;
+  const float *inverse_t = task.inverse, *inverse_s = task.inverse + padded, *keys = task.student.keys;
+  float* grads = task.student.key_grads + chunk * padded * width;
+  set_zero(grads, task.blocks * width);
+  float *m = scratch, *u_s = m + kPanelBlocks * R * V, *sums = u_s + kPanelBlocks * R * V;
+  double excess = 0.0;
+  for (int64_t first = chunk * R; first < task.length; first += task.chunks * R) {
+    set_zero(sums, R * width);
+    float rows_t[R], rows_s[R];
+    for (int r = 0; r < R; ++r) {
+      bool real = first + r < task.length;
+      rows_t[r] = real ? inverse_t[first + r] : 0.0f;
+      rows_s[r] = real ? inverse_s[first + r] : 0.0f;
+    }
+    F total = all(0.0f);
+    int64_t end = strip_blocks(first);
+    for (int64_t block = 0; block < end; block += kPanelBlocks) {
+      int64_t blocks = end - block < kPanelBlocks ? end - block : kPanelBlocks;
+      if (!exponentials) panel_scores(task, first, block, blocks, m, u_s);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const float *e_t = exponentials + b * 2 * R * V, *e_s = e_t + R * V;
+        F column_t = load(inverse_t + (block + b) * V), column_s = load(inverse_s + (block + b) * V);
+        bool plain = is_plain(task, first, block + b);
+        Pairs pairs;
+        if (!plain) pairs = pairs_of(task, first, block + b);
+        if (!exponentials) {
+          float *x_t = m + b * R * V, *x_s = u_s + b * R * V;
+          for (int r = 0; r < R; ++r) {
+            F y_t = fast_exp2_of(load(x_t + r * V)), y_s = fast_exp2_of(load(x_s + r * V));
+            store(x_t + r * V, plain ? y_t : keep(pairs.seen[r], y_t));
+            store(x_s + r * V, plain ? y_s : keep(pairs.seen[r], y_s));
+          }
+          e_t = x_t;
+          e_s = x_s;
+        }
+        float* out = m + b * R * V;
+        F part = plain ? excess_of_block<true>(e_t, e_s, nullptr, rows_t, rows_s, column_t, column_s, out)
+                       : excess_of_block<false>(e_t, e_s, &pairs, rows_t, rows_s, column_t, column_s, out);
+        total = add(total, part);
+      }
+      if (exponentials) exponentials += blocks * 2 * R * V;
+      key_gradient(m, keys, first, width, blocks, grads + block * width * V);
+      query_gradient(m, keys + block * width * V, width, blocks, sums);
+    }
+    add_rows(sums, first, width, grads);
+    excess += sum_lanes(total);
+  }
+  task.kl[chunk] = excess;
+}
+
+// ---- Any relation: a strip of rows with all the keys that it sees -----------------------------------------------
+
+struct Softmax {
+  float max, inverse;
+  double log2_sum;  // relative to max
+};
+
+// Scores of one row become log2 of its exponentials, in place; `exponentials` gets them.
+INLINE Softmax softmax_of_row(float* u, float* exponentials, int64_t blocks) {
+  F top = all(kHidden);
+  for (int64_t b = 0; b < blocks; ++b) top = larger(load(u + b * R * V), top);
+  Softmax out;
+  out.max = max_lanes(top);
+  F sum = all(0.0f);
+  for (int64_t b = 0; b < blocks; ++b) {
+    F x = sub(load(u + b * R * V), all(out.max)), e = exp2_of(x);
+    store(u + b * R * V, x);
+    store(exponentials + b * R * V, e);
+    sum = add(sum, e);
+  }
+  float l = sum_lanes(sum);
+  out.inverse = 1.0f / l;
+  out.log2_sum = std::log2(static_cast<double>(l));
+  return out;
+}
+
+// KL of one row, Σ p (e^δ − 1 − δ) with δ = log q − log p, which is Σ (q − p) − Σ p δ; where |δ| < 1/4 and `exact`,
+// by its series. `m` gets (q − p) · weight.
+template <bool kExact>
+INLINE float kl_of_row(const float* u_t, const float* u_s, const float* e_t, const float* e_s, Softmax t, Softmax s,
+                       float weight, int64_t blocks, float* m) {
+  F shift = all(static_cast<float>(t.log2_sum - s.log2_sum));
+  F sum = all(0.0f);
+  for (int64_t b = 0; b < blocks; ++b) {
+    F delta = mul(add(sub(load(u_s + b * R * V), load(u_t + b * R * V)), shift), all(kLn2));
+    F p = mul(load(e_t + b * R * V), all(t.inverse));
+    F x = sub(mul(load(e_s + b * R * V), all(s.inverse)), p);
+    F kl = fma(sub(all(0.0f), p), delta, x);
+    if (kExact) {
+      F f = fma(delta, all(1.0f / 720), all(1.0f / 120));
+      f = fma(delta, f, all(1.0f / 24));
+      f = fma(delta, f, all(1.0f / 6));
+      f = fma(delta, f, all(0.5f));
+      kl = choose(magnitude_below(delta, 0.25f), mul(mul(p, delta), mul(delta, f)), kl);
+    }
+    sum = add(sum, kl);
+    if (m) store(m + b * R * V, mul(x, all(weight)));
+  }
+  return sum_lanes(sum);
+}
+
+void strips(const Task& task, int64_t chunk, float* scratch) {
+  const Side &t = task.teacher, &s = task.student;
+  int64_t size = task.blocks * V * s.width, strip = task.blocks * R * V;
+  float *u_t = scratch, *u_s = u_t + strip, *e_t = u_s + strip, *e_s = e_t + strip, *sums = e_s + strip;
+  float *key_grads = nullptr, *query_grads = nullptr;
+  if (task.gradient) {
+    key_grads = s.key_grads + chunk * size;
+    query_grads = s.query_grads + chunk * size;
+    set_zero(key_grads, task.blocks * s.width);
+    set_zero(query_grads, task.blocks * s.width);
+  }
+  double total = 0.0;
+  for (int64_t first = chunk * R; first < task.length; first += task.chunks * R) {
+    int64_t rows = task.length - first < R ? task.length - first : R;
+    int64_t most = first + rows > task.prefix ? first + rows : task.prefix;    // keys that the last row sees
+    int64_t least = first + 1 > task.prefix ? first + 1 : task.prefix;         // and the first one
+    int64_t blocks = (most - 1) / V + 1;
+    scores(t.queries, first, t.keys, t.width, blocks, 0.0f, u_t);
+    scores(s.queries, first, s.keys, s.width, blocks, 0.0f, u_s);
+    for (int64_t b = least / V; b < blocks; ++b)
+      for (int r = 0; r < R; ++r) {
+        int64_t sees = first + r + 1 > task.prefix ? first + r + 1 : task.prefix;
+        Keep k = first_lanes((sees < most ? sees : most) - b * V);
+        int64_t at = (b * R + r) * V;
+        store(u_t + at, choose(k, load(u_t + at), all(kHidden)));
+        store(u_s + at, choose(k, load(u_s + at), all(kHidden)));
+      }
+    for (int r = 0; r < R; ++r) {
+      int64_t at = r * V;
+      if (r >= rows) {  // rows behind the end weigh nothing
+        for (int64_t b = 0; b < blocks; ++b) store(e_t + b * R * V + at, all(0.0f));
+        continue;
+      }
+      int64_t token = task.tokens[first + r];
+      Softmax row_t = softmax_of_row(u_t + at, e_t + at, blocks), row_s = softmax_of_row(u_s + at, e_s + at, blocks);
+      float weight = task.row_grads ? task.row_grads[token] : 1.0f;
+      float* m = task.gradient ? e_t + at : nullptr;
+      float kl = task.exact
+                     ? kl_of_row<true>(u_t + at, u_s + at, e_t + at, e_s + at, row_t, row_s, weight, blocks, m)
+                     : kl_of_row<false>(u_t + at, u_s + at, e_t + at, e_s + at, row_t, row_s, weight, blocks, m);
+      if (kl < 0.0f) kl = 0.0f;
+      if (task.rows) task.rows[token] = kl;
+      total += kl;
+    }
+    if (task.gradient) {
+      set_zero(sums, R * s.width);
+      key_gradient(e_t, s.queries, first, s.width, blocks, key_grads);
+      query_gradient(e_t, s.keys, s.width, blocks, sums);
+      add_rows(sums, first, s.width, query_grads);
+    }
+  }
+  task.kl[chunk] = total;
+}
+
+}  // namespace
+
+namespace minilm::cpu {
+
+const Kernels KERNELS = {
+    KERNELS_NAME, V, 2 * kPanelBlocks * R * V, gather, symmetric_sums, symmetric_rows, symmetric_gradient, strips,
+    scatter,
+};
+
+}  // namespace minilm::cpu

@@ -1,0 +1,59 @@
+// AVX2 kernels: 8 lanes, 16 registers. Flags: -mavx2 -mfma.
+#include <immintrin.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+using F = __m256;
+using Keep = __m256;
+constexpr int V = 8;
+constexpr int kTileRows = 4, kTileBlocks = 2;  // scores: 8 accumulators
+constexpr int kDotRows = 4, kDotFeatures = 2;  // gradients of rows: 8 accumulators
+
+INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+INLINE F all(float x) { return _mm256_set1_ps(x); }
+INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE F larger(F a, F b) { return _mm256_max_ps(a, b); }
+INLINE Keep first_lanes(int64_t n) {
+  return _mm256_cmp_ps(_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7), all(static_cast<float>(n)), _CMP_LT_OQ);
+}
+INLINE Keep magnitude_below(F x, float bound) {
+  return _mm256_cmp_ps(_mm256_andnot_ps(all(-0.0f), x), all(bound), _CMP_LT_OQ);
+}
+INLINE F choose(Keep k, F yes, F no) { return _mm256_blendv_ps(no, yes, k); }
+INLINE F keep(Keep k, F x) { return _mm256_and_ps(k, x); }
+
+// 2^x = 2^n · 2^r; adding `magic` leaves n + 127 in the low bits. Below 2^-126 the result is 0; NaN stays NaN.
+struct Split { F rest; F whole; };
+INLINE Split split(F x) {
+  F magic = all(12582912.0f + 127.0f);
+  F n = add(x, magic);
+  return {sub(x, sub(n, magic)), n};
+}
+INLINE F times_power(F y, Split s, F x) {
+  F power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(s.whole), 23));
+  return keep(_mm256_cmp_ps(x, all(-126.0f), _CMP_NLT_UQ), mul(y, power));
+}
+
+INLINE float sum_lanes(F x) {
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+}
+INLINE float max_lanes(F x) {
+  __m128 h = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
+}
+
+}  // namespace
+
+#define KERNELS kernels_avx2
+#define KERNELS_NAME "avx2"
+#include "kernels.inl"

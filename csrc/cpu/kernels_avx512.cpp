@@ -1,0 +1,46 @@
+// AVX-512 kernels: 16 lanes, 32 registers. Flags: -mavx512f -mfma.
+#include <immintrin.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+using F = __m512;
+using Keep = __mmask16;
+constexpr int V = 16;
+constexpr int kTileRows = 8, kTileBlocks = 2;    // scores: 16 accumulators
+constexpr int kDotRows = 4, kDotFeatures = 4;    // gradients of rows: 16 accumulators
+
+INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+INLINE F all(float x) { return _mm512_set1_ps(x); }
+INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE F larger(F a, F b) { return _mm512_max_ps(a, b); }
+INLINE Keep first_lanes(int64_t n) {
+  return _mm512_cmp_ps_mask(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                            all(static_cast<float>(n)), _CMP_LT_OQ);
+}
+INLINE Keep magnitude_below(F x, float bound) { return _mm512_cmp_ps_mask(_mm512_abs_ps(x), all(bound), _CMP_LT_OQ); }
+INLINE F choose(Keep k, F yes, F no) { return _mm512_mask_blend_ps(k, no, yes); }
+INLINE F keep(Keep k, F x) { return _mm512_maskz_mov_ps(k, x); }
+
+// 2^x = 2^n · 2^r.
+struct Split { F rest; F whole; };
+INLINE Split split(F x) {
+  F n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return {sub(x, n), n};
+}
+INLINE F times_power(F x, Split s, F) { return _mm512_scalef_ps(x, s.whole); }
+
+INLINE float sum_lanes(F x) { return _mm512_reduce_add_ps(x); }
+INLINE float max_lanes(F x) { return _mm512_reduce_max_ps(x); }
+
+}  // namespace
+
+#define KERNELS kernels_avx512
+#define KERNELS_NAME "avx512"
+#include "kernels.inl"

@@ -1,0 +1,64 @@
+// Kernels for any processor: 4 lanes by the compiler's vector extensions (SSE2, NEON, or plain scalars).
+#include <cstdint>
+#include <cstring>
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+typedef float F __attribute__((vector_size(16)));
+typedef int32_t Keep __attribute__((vector_size(16)));
+constexpr int V = 4;
+constexpr int kTileRows = 4, kTileBlocks = 2;  // scores: 8 accumulators
+constexpr int kDotRows = 4, kDotFeatures = 2;  // gradients of rows: 8 accumulators
+
+INLINE F load(const float* p) {
+  F x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+INLINE void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
+INLINE F all(float x) { return F{x, x, x, x}; }
+INLINE F add(F a, F b) { return a + b; }
+INLINE F sub(F a, F b) { return a - b; }
+INLINE F mul(F a, F b) { return a * b; }
+INLINE F div(F a, F b) { return a / b; }
+INLINE F fma(F a, F b, F c) {
+#if defined(__aarch64__)
+  return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+INLINE F keep(Keep k, F x) { return (F)(k & (Keep)x); }
+INLINE F choose(Keep k, F yes, F no) { return (F)((k & (Keep)yes) | (~k & (Keep)no)); }
+INLINE F larger(F a, F b) { return choose(a > b, a, b); }
+INLINE Keep first_lanes(int64_t n) { return F{0, 1, 2, 3} < all(static_cast<float>(n)); }
+INLINE Keep magnitude_below(F x, float bound) { return (F)((Keep)x & INT32_MAX) < all(bound); }
+
+// 2^x = 2^n · 2^r; adding `magic` leaves n + 127 in the low bits. Below 2^-126 the result is 0; NaN stays NaN.
+struct Split { F rest; F whole; };
+INLINE Split split(F x) {
+  F magic = all(12582912.0f + 127.0f);
+  F n = x + magic;
+  return {x - (n - magic), n};
+}
+INLINE F times_power(F y, Split s, F x) {
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  return keep(~(x < all(-126.0f)), y * (F)((Bits)s.whole << 23));
+}
+
+INLINE float sum_lanes(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+INLINE float max_lanes(F x) {
+  float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
+  return a > b ? a : b;
+}
+
+}  // namespace
+
+#define KERNELS kernels_portable
+#define KERNELS_NAME "portable"
+#include "kernels.inl"

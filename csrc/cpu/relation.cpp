@@ -1,0 +1,343 @@
+// Driver of the CPU backend: cuts a call into tasks, gives each its memory, and runs them on the caller's threads.
+//
+// What a task computes, and in which order it adds up, depends on its shape alone: never on the number of threads.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#include "kernels.h"
+
+namespace minilm::cpu {
+namespace {
+
+// Exponentials of a task are kept between its two phases when they are not larger than this; otherwise they are
+// computed twice. See docs/cpu.md for what it is worth.
+constexpr size_t kKeptBytes = size_t{3} << 20;
+// All scratch memory of a call stays below this as long as single tasks do.
+constexpr size_t kBudgetBytes = size_t{24} << 20;
+// A call of so few tasks, or a task of so many tokens, is cut into chunks that run beside each other.
+constexpr int64_t kFewTasks = 16, kManyTokens = 8192;
+constexpr int64_t kMostChunks = 16, kChunkTokens = 256;
+// Widest range of s_ii, in log2 units, for which one reference serves all rows of a task: E_ii stays within 2^±100.
+constexpr float kWidestRange = 200.0f;
+// Shorter sequences gain little by unordered pairs, and in a mean of so few rows rounding does not average out: they
+// go row by row, in the exact form.
+constexpr int64_t kFewTokens = 64;
+
+const Kernels* find_kernels(const char* name) {
+  const Kernels* const all[] = {
+#if defined(__x86_64__)
+      &kernels_avx512, &kernels_avx2,
+#endif
+      &kernels_portable};
+  for (const Kernels* k : all)
+    if (std::strcmp(k->name, name) == 0) return k;
+  return nullptr;
+}
+
+// Memory is laid out twice by the same code: once to learn its size, once for real.
+class Layout {
+ public:
+  explicit Layout(char* base) : base_(base) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* at = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base_) + size_);
+    size_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return at;
+  }
+  size_t size() const { return size_; }
+
+ private:
+  char* base_;
+  size_t size_ = 0;
+};
+
+class Memory {
+ public:
+  explicit Memory(size_t bytes) : data_(static_cast<char*>(::operator new(bytes, std::align_val_t{64}))) {}
+  ~Memory() { ::operator delete(data_, std::align_val_t{64}); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  char* data() const { return data_; }
+
+ private:
+  char* data_;
+};
+
+// One (sequence, relation, head) with everything that it needs.
+struct Work {
+  Task task;
+  float* exponentials;
+  std::vector<float*> scratch;  // one a chunk
+};
+
+class Run {
+ public:
+  Run(const Call& call, const Threads& threads, const Kernels& kernels)
+      : call_(call), threads_(threads), k_(kernels), gradient_(call.relations[0].query_grad != nullptr) {}
+
+  void operator()() {
+    std::vector<int64_t> order(call_.num_sequences);
+    std::iota(order.begin(), order.end(), 0);
+    order.erase(std::remove_if(order.begin(), order.end(), [&](int64_t n) { return length(n) == 0; }), order.end());
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return length(a) > length(b); });
+    int64_t heads = call_.num_heads, relations = call_.num_relations;
+    kl_.assign(relations * call_.num_sequences * heads, 0.0);
+
+    int64_t tasks = static_cast<int64_t>(order.size()) * relations * heads;
+    size_t apart = 0;
+    while (apart < order.size() && chunks(length(order[apart]), tasks) > 1) {
+      for (int64_t r = 0; r < relations; ++r)
+        for (int64_t a = 0; a < heads; ++a) run_alone(order[apart], r, a, chunks(length(order[apart]), tasks));
+      ++apart;
+    }
+    run_together(std::vector<int64_t>(order.begin() + apart, order.end()));
+
+    if (call_.values)
+      for (int64_t r = 0; r < relations; ++r) {
+        double value = 0.0;
+        for (int64_t n = 0; n < call_.num_sequences; ++n)
+          for (int64_t a = 0; a < heads; ++a) value += call_.weights[n] * kl_at(n, r, a);
+        call_.values[r] = static_cast<float>(value);
+      }
+  }
+
+ private:
+  int64_t length(int64_t n) const { return call_.starts[n + 1] - call_.starts[n]; }
+  double& kl_at(int64_t n, int64_t r, int64_t a) { return kl_[(r * call_.num_sequences + n) * call_.num_heads + a]; }
+
+  // Whether unordered pairs may be tried: a training scalar of a self relation whose scales are not negative.
+  bool may_be_symmetric(int64_t r) const {
+    const Relation& relation = call_.relations[r];
+    return relation.self && gradient_ && call_.weights && relation.teacher.scale >= 0 && relation.student.scale >= 0;
+  }
+
+  int64_t padded(int64_t tokens) const {
+    int64_t unit = std::max<int64_t>(k_.lanes, kStripRows);
+    return (tokens + unit - 1) / unit * unit;
+  }
+
+  int64_t exponentials(int64_t tokens) const {
+    int64_t blocks = 0;
+    for (int64_t first = 0; first < tokens; first += kStripRows) blocks += (first + kStripRows - 1) / k_.lanes + 1;
+    return blocks * 2 * kStripRows * k_.lanes;
+  }
+
+  int64_t chunks(int64_t tokens, int64_t tasks) const {
+    if (tasks >= kFewTasks && tokens < kManyTokens) return 1;
+    size_t one = size_of(tokens, 1), more = size_of(tokens, 2) - one;
+    int64_t fit = one < kBudgetBytes ? static_cast<int64_t>((kBudgetBytes - one) / more) + 1 : 1;
+    return std::max<int64_t>(1, std::min({kMostChunks, tokens / kChunkTokens, fit}));
+  }
+
+  size_t size_of(int64_t tokens, int64_t chunks) const {
+    size_t most = 0;
+    for (int64_t r = 0; r < call_.num_relations; ++r) {
+      Layout layout(nullptr);
+      Work work;
+      lay_out(layout, r, tokens, chunks, false, work);
+      most = std::max(most, layout.size());
+    }
+    return most;
+  }
+
+  void lay_out(Layout& layout, int64_t r, int64_t tokens, int64_t chunks, bool keep, Work& work) const {
+    const Relation& relation = call_.relations[r];
+    bool symmetric = may_be_symmetric(r);
+    int64_t length = padded(tokens);
+    Task& task = work.task;
+    task.relation = &relation;
+    task.length = tokens;
+    task.blocks = length / k_.lanes;
+    task.chunks = chunks;
+    task.kl = layout.take<double>(chunks + 1);
+    auto side = [&](Side& side, const Half& half) {
+      side.half = &half;
+      side.width = half.key.width;
+      side.keys = layout.take<float>(length * side.width);
+      bool shared = relation.self && half.scale >= 0;
+      side.queries = shared ? side.keys : layout.take<float>(length * side.width);
+      side.norms = symmetric ? layout.take<float>(length) : nullptr;
+    };
+    side(task.teacher, relation.teacher);
+    side(task.student, relation.student);
+    Side& student = task.student;
+    if (gradient_) {
+      student.key_grads = layout.take<float>(chunks * length * student.width);
+      student.query_grads = student.queries == student.keys ? student.key_grads
+                                                            : layout.take<float>(chunks * length * student.width);
+    }
+    if (symmetric) {
+      task.row_sums = layout.take<float>(3 * length);
+      task.column_sums = layout.take<float>(chunks * 6 * length);
+      task.inverse = layout.take<float>(2 * length);
+    }
+    // Beside the rows' gradients: a panel of symmetric scores, or four strips of scores and exponentials.
+    int64_t strip = std::max(4 * kStripRows * length, k_.panel_floats);
+    work.scratch.resize(chunks);
+    for (float*& scratch : work.scratch) scratch = layout.take<float>(strip + kStripRows * student.width * k_.lanes);
+    work.exponentials = symmetric && keep ? layout.take<float>(exponentials(tokens)) : nullptr;
+  }
+
+  void fill_in(Task& task, int64_t n, int64_t r, int64_t a) const {
+    task.sequence = call_.packed ? 0 : n;
+    task.head = a;
+    task.tokens = call_.tokens + call_.starts[n];
+    bool all = !call_.causal && !call_.prefixes;
+    task.prefix = all ? task.length : call_.prefixes ? std::min(call_.prefixes[n], task.length) : 0;
+    task.gradient = gradient_;
+    task.exact = !gradient_ || task.length < kFewTokens;
+    task.weight = call_.weights ? call_.weights[n] : 1.0f;
+    int64_t matrices = call_.packed ? 1 : call_.num_sequences;
+    int64_t row = ((r * matrices + task.sequence) * call_.num_heads + a) * call_.positions;
+    task.row_grads = call_.row_grads ? call_.row_grads + row : nullptr;
+    task.rows = call_.rows ? call_.rows + row : nullptr;
+    task.head_stride = call_.num_heads * task.student.width;
+    if (gradient_) {
+      const Relation& relation = call_.relations[r];
+      int64_t at = (task.sequence * call_.positions * call_.num_heads + a) * task.student.width;
+      task.query_out = relation.query_grad + at;
+      task.key_out = relation.self ? task.query_out : relation.key_grad + at;
+    }
+  }
+
+  static bool find_reference(Side& side, int64_t length) {
+    float low = side.norms[0], high = side.norms[0];
+    for (int64_t i = 1; i < length; ++i) {
+      low = std::min(low, side.norms[i]);
+      high = std::max(high, side.norms[i]);
+      if (!(side.norms[i] <= high)) return false;  // NaN
+    }
+    side.reference = low + (high - low) / 2;
+    return high - low <= kWidestRange;
+  }
+
+  bool choose_symmetric(Task& task) const {
+    return task.teacher.norms && task.length >= kFewTokens && find_reference(task.teacher, task.length) &&
+           find_reference(task.student, task.length);
+  }
+
+  // A task's steps, each a range of independent items, run by `each(count, body(item))`.
+  template <class Each>
+  void compute(Work& work, double& kl, const Each& each) const {
+    Task& task = work.task;
+    each(task.blocks, [&](int64_t block) { k_.gather(task, block); });
+    task.symmetric = choose_symmetric(task);
+    if (task.symmetric) {
+      each(task.chunks, [&](int64_t c) { k_.symmetric_sums(task, c, work.scratch[c], work.exponentials); });
+      k_.symmetric_rows(task);
+      each(task.chunks, [&](int64_t c) { k_.symmetric_gradient(task, c, work.scratch[c], work.exponentials); });
+    } else {
+      each(task.chunks, [&](int64_t c) { k_.strips(task, c, work.scratch[c]); });
+      task.kl[task.chunks] = 0.0;
+    }
+    if (gradient_) each(task.blocks, [&](int64_t block) { k_.scatter(task, block); });
+    kl = std::accumulate(task.kl, task.kl + task.chunks + 1, 0.0);
+    if (kl < 0.0) kl = 0.0;
+  }
+
+  // body(worker, item) for every item, by as many workers as there are threads; each takes the next item.
+  template <class Body>
+  void parallel(int64_t items, const Body& body) const {
+    struct Context {
+      const Body& body;
+      int64_t items;
+      std::atomic<int64_t> next;
+    } context{body, items, {0}};
+    threads_.run(
+        std::min(items, threads_.count),
+        [](void* raw, int64_t worker) {
+          auto& context = *static_cast<Context*>(raw);
+          for (int64_t item; (item = context.next.fetch_add(1, std::memory_order_relaxed)) < context.items;)
+            context.body(worker, item);
+        },
+        &context);
+  }
+
+  void run_alone(int64_t n, int64_t r, int64_t a, int64_t chunks) {
+    Layout sizes(nullptr);
+    Work work;
+    lay_out(sizes, r, length(n), chunks, false, work);
+    Memory memory(sizes.size());
+    Layout layout(memory.data());
+    lay_out(layout, r, length(n), chunks, false, work);
+    fill_in(work.task, n, r, a);
+    compute(work, kl_at(n, r, a), [&](int64_t count, const auto& body) {
+      parallel(count, [&](int64_t, int64_t item) { body(item); });
+    });
+  }
+
+  void run_together(const std::vector<int64_t>& sequences) {
+    if (sequences.empty()) return;
+    int64_t heads = call_.num_heads, relations = call_.num_relations;
+    int64_t tasks = static_cast<int64_t>(sequences.size()) * relations * heads;
+    int64_t workers = std::min(tasks, threads_.count);
+    int64_t longest = length(sequences[0]);
+    size_t size = size_of(longest, 1);
+    size_t kept = std::min(kKeptBytes, kBudgetBytes / workers);
+    auto keep = [&](int64_t tokens) { return exponentials(tokens) * sizeof(float) <= kept; };
+    size_t extra = 0;
+    for (int64_t n : sequences)
+      if (keep(length(n))) {
+        extra = exponentials(length(n)) * sizeof(float) + 64;
+        break;
+      }
+    Memory memory(workers * (size + extra));
+    std::vector<Work> work(workers);
+    for (Work& w : work) w.scratch.reserve(1);
+    parallel(tasks, [&](int64_t worker, int64_t item) {
+      int64_t n = sequences[item / (relations * heads)], r = item / heads % relations, a = item % heads;
+      Work& w = work[worker];
+      Layout layout(memory.data() + worker * (size + extra));
+      lay_out(layout, r, length(n), 1, keep(length(n)), w);
+      fill_in(w.task, n, r, a);
+      compute(w, kl_at(n, r, a), [](int64_t count, const auto& body) {
+        for (int64_t i = 0; i < count; ++i) body(i);
+      });
+    });
+  }
+
+  const Call& call_;
+  const Threads& threads_;
+  const Kernels& k_;
+  bool gradient_;
+  std::vector<double> kl_;
+};
+
+}  // namespace
+
+const char* const* instruction_sets() {
+  static const auto names = [] {
+    std::vector<const char*> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool fma = __builtin_cpu_supports("fma");
+    if (__builtin_cpu_supports("avx512f") && fma) found.push_back(kernels_avx512.name);
+    if (__builtin_cpu_supports("avx2") && fma) found.push_back(kernels_avx2.name);
+#endif
+    found.push_back(kernels_portable.name);
+    found.push_back(nullptr);
+    return found;
+  }();
+  return names.data();
+}
+
+const char* run(const Call& call, const Threads& threads, const char* instruction_set) {
+  bool can = false;
+  for (const char* const* name = instruction_sets(); *name; ++name) can |= std::strcmp(*name, instruction_set) == 0;
+  if (!can) return "this processor cannot run the instruction set asked for";
+  if (call.num_relations == 0) return nullptr;
+  try {
+    Run(call, threads, *find_kernels(instruction_set))();
+  } catch (const std::bad_alloc&) {
+    return "out of memory";
+  }
+  return nullptr;
+}
+
+}  // namespace minilm::cpu

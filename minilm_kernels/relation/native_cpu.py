@@ -1,0 +1,107 @@
+"""Backend `cpu`: the C++ kernels of csrc/cpu, AVX-512, AVX2 or portable, chosen for the processor that runs.
+
+The library is built with the package where a compiler is found (setup.py). It registers one private operator through
+PyTorch's stable ABI; here a problem becomes its arguments. See docs/cpu.md.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .problem import Problem, gradient_slots
+
+_LIBRARY = Path(__file__).parents[1] / "_cpu.abi3.so"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Overrides the choice of instruction set; one of `instruction_sets()`.
+_VARIABLE = "MINILM_KERNELS_CPU"
+
+
+@cache
+def unavailable() -> str | None:
+    if not _LIBRARY.exists():
+        return (
+            "the package was installed without its CPU library; build it with a C++ compiler: "
+            "MINILM_KERNELS_BUILD=cpu pip install --no-build-isolation ..., see README"
+        )
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as error:
+        return f"its library does not load: {error}"
+    return None
+
+
+def instruction_sets() -> list[str]:
+    """What this processor can run, best first."""
+    return torch.ops.minilm_kernels_cpu.instruction_sets().split(",")
+
+
+def refusals(problem: Problem) -> list[str]:
+    reasons = []
+    if problem.mask.device.type != "cpu":
+        reasons.append(f"it computes on the CPU, the tensors are on {problem.mask.device}")
+    others = {x.dtype for x in (*problem.teacher, *problem.student)} - set(_DTYPES)
+    if others:
+        reasons.append(
+            f"it computes in float32 for float32, float16 and bfloat16, not for {', '.join(map(str, others))}"
+        )
+    chosen = os.environ.get(_VARIABLE)
+    if chosen and chosen not in instruction_sets():
+        reasons.append(f"{_VARIABLE} is {chosen!r}, but this processor runs {', '.join(instruction_sets())}")
+    return reasons
+
+
+def scalar(problem: Problem, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+    values = torch.empty(len(problem.relations), dtype=torch.float32)
+    grads = _new_gradients(problem) if gradient else []
+    _run(problem, weights=weights.contiguous(), values=values, grads=grads)
+    return values, grads
+
+
+def rows(problem: Problem) -> Tensor:
+    *batch, positions = problem.mask.leading
+    out = torch.zeros(len(problem.relations), *batch, problem.heads, positions)
+    _run(problem, rows=out)
+    return out
+
+
+def rows_gradient(problem: Problem, row_grads: Tensor) -> list[Tensor]:
+    grads = _new_gradients(problem)
+    _run(problem, row_grads=row_grads.float().contiguous(), grads=grads)
+    return grads
+
+
+def _new_gradients(problem: Problem) -> list[Tensor]:
+    """Of every slot; zeros, because tokens that are not real are not written."""
+    return [torch.zeros(problem.student[m].shape) for _, m in gradient_slots(problem.relations)]
+
+
+def _run(
+    problem: Problem,
+    weights: Tensor | None = None,
+    row_grads: Tensor | None = None,
+    values: Tensor | None = None,
+    rows: Tensor | None = None,
+    grads: list[Tensor] | None = None,
+) -> None:
+    tokens, starts, prefixes = problem.mask.gathered()
+    torch.ops.minilm_kernels_cpu.relation_kl(
+        problem.teacher,
+        problem.student,
+        [m for relation in problem.relations for m in relation],
+        [scale for relation in problem.relations for scale in problem.scales(relation)],
+        tokens,
+        starts,
+        prefixes,
+        not problem.mask.bidirectional,
+        weights,
+        row_grads,
+        values,
+        rows,
+        grads or [],
+        os.environ.get(_VARIABLE) or instruction_sets()[0],
+    )
