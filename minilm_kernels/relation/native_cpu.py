@@ -7,6 +7,7 @@ PyTorch's stable ABI; here a problem becomes its arguments. See docs/cpu.md.
 from __future__ import annotations
 
 import os
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from .problem import Problem, gradient_slots
 
 _LIBRARY = Path(__file__).parents[1] / "_cpu.abi3.so"
+_MISSING = _LIBRARY.with_name("_cpu.missing")  # left by setup.py: why it could not build the library
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Overrides the choice of instruction set; one of `instruction_sets()`.
 _VARIABLE = "MINILM_KERNELS_CPU"
@@ -24,10 +26,12 @@ _VARIABLE = "MINILM_KERNELS_CPU"
 @cache
 def unavailable() -> str | None:
     if not _LIBRARY.exists():
-        return (
-            "the package was installed without its CPU library; build it with a C++ compiler: "
-            "MINILM_KERNELS_BUILD=cpu pip install --no-build-isolation ..., see README"
-        )
+        reason = "the package was installed without its CPU library"
+        if not _MISSING.exists():
+            return reason
+        reason = f"{reason}: {_MISSING.read_text(encoding='utf-8')}"
+        warnings.warn(f"minilm_kernels: on the CPU the slower backend `torch` serves; {reason}", stacklevel=2)
+        return reason
     try:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
