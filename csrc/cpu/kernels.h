@@ -37,6 +37,8 @@ struct Task {
   float* row_sums;    // symmetric: [3][blocks·V]: Σ E_t, Σ E_s, Σ E_t·(u_s − u_t) of the keys before the row
   float* column_sums; // symmetric: [chunks][2][3][blocks·V]: the same of the keys behind the row
   float* inverse;     // symmetric: [2][blocks·V]: 1 / Σ E_t, 1 / Σ E_s
+  float* kept;        // symmetric: exponentials of the first strips, for the second phase
+  int64_t kept_size;
   double* kl;         // [chunks + 1] sums of KL
   int64_t head_stride;  // of gradients, from token to token
   float *query_out, *key_out;  // gradients at position 0 of this sequence and head
@@ -47,9 +49,9 @@ struct Kernels {
   int64_t lanes;
   int64_t panel_floats;  // scratch of a symmetric panel
   void (*gather)(const Task&, int64_t block);
-  void (*symmetric_sums)(const Task&, int64_t chunk, float* scratch, float* exponentials);
+  void (*symmetric_sums)(const Task&, int64_t chunk, float* scratch);
   void (*symmetric_rows)(const Task&);
-  void (*symmetric_gradient)(const Task&, int64_t chunk, float* scratch, const float* exponentials);
+  void (*symmetric_gradient)(const Task&, int64_t chunk, float* scratch);
   void (*strips)(const Task&, int64_t chunk, float* scratch);
   void (*scatter)(const Task&, int64_t block);
 };

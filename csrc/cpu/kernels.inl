@@ -158,6 +158,9 @@ void gather_typed(const Task& task, const Matrix& matrix, float factor, int64_t 
   const T* base = static_cast<const T*>(matrix.data) + task.sequence * matrix.batch + task.head * matrix.head;
   for (int lane = 0; lane < V; ++lane) {
     int64_t i = block * V + lane;
+    if (i + V < task.length)  // tokens lie a page apart, out of the hardware prefetcher's sight
+      for (int64_t d = 0; d < matrix.width * static_cast<int64_t>(sizeof(T)); d += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(base + task.tokens[i + V] * matrix.position) + d);
     if (i < task.length) {
       const T* x = base + task.tokens[i] * matrix.position;
       if (matrix.feature == 1)
@@ -294,18 +297,27 @@ INLINE void panel_scores(const Task& task, int64_t first, int64_t block, int64_t
   scores(s.keys, first, s.keys + block * s.width * V, s.width, blocks, -s.reference, u_s);
 }
 
-void symmetric_sums(const Task& task, int64_t chunk, float* scratch, float* exponentials) {
+// Exponentials of as many strips as `task.kept` holds are kept for the second phase; both phases ask this.
+INLINE float* kept_strip(const Task& task, int64_t end, int64_t& used) {
+  int64_t size = end * 2 * R * V;
+  if (used + size > task.kept_size) return nullptr;
+  used += size;
+  return task.kept + used - size;
+}
+
+void symmetric_sums(const Task& task, int64_t chunk, float* scratch) {
   int64_t padded = task.blocks * V;
   float* recent = task.column_sums + chunk * 6 * padded;
   float* total = recent + 3 * padded;
   set_zero(recent, 6 * task.blocks);
   float *u_t = scratch, *u_s = scratch + kPanelBlocks * R * V;
-  int64_t visited = 0;
+  int64_t visited = 0, used = 0;
   for (int64_t first = chunk * R; first < task.length; first += task.chunks * R) {
     F row[R][3];
     for (int r = 0; r < R; ++r)
       for (int k = 0; k < 3; ++k) row[r][k] = all(0.0f);
     int64_t end = strip_blocks(first);
+    float* exponentials = kept_strip(task, end, used);
     for (int64_t block = 0; block < end; block += kPanelBlocks) {
       int64_t blocks = end - block < kPanelBlocks ? end - block : kPanelBlocks;
       panel_scores(task, first, block, blocks, u_t, u_s);
@@ -381,13 +393,14 @@ INLINE F excess_of_block(const float* e_t, const float* e_s, const Pairs* pairs,
   return total;
 }
 
-void symmetric_gradient(const Task& task, int64_t chunk, float* scratch, const float* exponentials) {
+void symmetric_gradient(const Task& task, int64_t chunk, float* scratch) {
   int64_t padded = task.blocks * V, width = task.student.width;
   const float *inverse_t = task.inverse, *inverse_s = task.inverse + padded, *keys = task.student.keys;
   float* grads = task.student.key_grads + chunk * padded * width;
   set_zero(grads, task.blocks * width);
   float *m = scratch, *u_s = m + kPanelBlocks * R * V, *sums = u_s + kPanelBlocks * R * V;
   double excess = 0.0;
+  int64_t used = 0;
   for (int64_t first = chunk * R; first < task.length; first += task.chunks * R) {
     set_zero(sums, R * width);
     float rows_t[R], rows_s[R];
@@ -398,6 +411,7 @@ void symmetric_gradient(const Task& task, int64_t chunk, float* scratch, const f
     }
     F total = all(0.0f);
     int64_t end = strip_blocks(first);
+    const float* exponentials = kept_strip(task, end, used);
     for (int64_t block = 0; block < end; block += kPanelBlocks) {
       int64_t blocks = end - block < kPanelBlocks ? end - block : kPanelBlocks;
       if (!exponentials) panel_scores(task, first, block, blocks, m, u_s);

@@ -15,11 +15,10 @@
 namespace minilm::cpu {
 namespace {
 
-// Exponentials of a task are kept between its two phases when they are not larger than this; otherwise they are
-// computed twice. See docs/cpu.md for what it is worth.
-constexpr size_t kKeptBytes = size_t{3} << 20;
-// All scratch memory of a call stays below this as long as single tasks do.
-constexpr size_t kBudgetBytes = size_t{24} << 20;
+// All scratch memory of a call stays below this as long as its tasks without the exponentials that they keep do.
+constexpr size_t kBudgetBytes = size_t{28} << 20;
+// Exponentials that a task keeps between its two phases; the others are computed twice. docs/cpu.md: what it is worth.
+constexpr size_t kKeptBytes = size_t{5} << 20;
 // A call of so few tasks, or a task of so many tokens, is cut into chunks that run beside each other.
 constexpr int64_t kFewTasks = 16, kManyTokens = 8192;
 constexpr int64_t kMostChunks = 16, kChunkTokens = 256;
@@ -72,7 +71,6 @@ class Memory {
 // One (sequence, relation, head) with everything that it needs.
 struct Work {
   Task task;
-  float* exponentials;
   std::vector<float*> scratch;  // one a chunk
 };
 
@@ -140,13 +138,13 @@ class Run {
     for (int64_t r = 0; r < call_.num_relations; ++r) {
       Layout layout(nullptr);
       Work work;
-      lay_out(layout, r, tokens, chunks, false, work);
+      lay_out(layout, r, tokens, chunks, 0, work);
       most = std::max(most, layout.size());
     }
     return most;
   }
 
-  void lay_out(Layout& layout, int64_t r, int64_t tokens, int64_t chunks, bool keep, Work& work) const {
+  void lay_out(Layout& layout, int64_t r, int64_t tokens, int64_t chunks, size_t keep, Work& work) const {
     const Relation& relation = call_.relations[r];
     bool symmetric = may_be_symmetric(r);
     int64_t length = padded(tokens);
@@ -181,7 +179,8 @@ class Run {
     int64_t strip = std::max(4 * kStripRows * length, k_.panel_floats);
     work.scratch.resize(chunks);
     for (float*& scratch : work.scratch) scratch = layout.take<float>(strip + kStripRows * student.width * k_.lanes);
-    work.exponentials = symmetric && keep ? layout.take<float>(exponentials(tokens)) : nullptr;
+    task.kept_size = symmetric ? std::min(exponentials(tokens), static_cast<int64_t>(keep / sizeof(float))) : 0;
+    task.kept = layout.take<float>(task.kept_size);
   }
 
   void fill_in(Task& task, int64_t n, int64_t r, int64_t a) const {
@@ -229,9 +228,9 @@ class Run {
     each(task.blocks, [&](int64_t block) { k_.gather(task, block); });
     task.symmetric = choose_symmetric(task);
     if (task.symmetric) {
-      each(task.chunks, [&](int64_t c) { k_.symmetric_sums(task, c, work.scratch[c], work.exponentials); });
+      each(task.chunks, [&](int64_t c) { k_.symmetric_sums(task, c, work.scratch[c]); });
       k_.symmetric_rows(task);
-      each(task.chunks, [&](int64_t c) { k_.symmetric_gradient(task, c, work.scratch[c], work.exponentials); });
+      each(task.chunks, [&](int64_t c) { k_.symmetric_gradient(task, c, work.scratch[c]); });
     } else {
       each(task.chunks, [&](int64_t c) { k_.strips(task, c, work.scratch[c]); });
       task.kl[task.chunks] = 0.0;
@@ -262,10 +261,10 @@ class Run {
   void run_alone(int64_t n, int64_t r, int64_t a, int64_t chunks) {
     Layout sizes(nullptr);
     Work work;
-    lay_out(sizes, r, length(n), chunks, false, work);
+    lay_out(sizes, r, length(n), chunks, 0, work);
     Memory memory(sizes.size());
     Layout layout(memory.data());
-    lay_out(layout, r, length(n), chunks, false, work);
+    lay_out(layout, r, length(n), chunks, 0, work);
     fill_in(work.task, n, r, a);
     compute(work, kl_at(n, r, a), [&](int64_t count, const auto& body) {
       parallel(count, [&](int64_t, int64_t item) { body(item); });
@@ -278,23 +277,16 @@ class Run {
     int64_t tasks = static_cast<int64_t>(sequences.size()) * relations * heads;
     int64_t workers = std::min(tasks, threads_.count);
     int64_t longest = length(sequences[0]);
-    size_t size = size_of(longest, 1);
-    size_t kept = std::min(kKeptBytes, kBudgetBytes / workers);
-    auto keep = [&](int64_t tokens) { return exponentials(tokens) * sizeof(float) <= kept; };
-    size_t extra = 0;
-    for (int64_t n : sequences)
-      if (keep(length(n))) {
-        extra = exponentials(length(n)) * sizeof(float) + 64;
-        break;
-      }
-    Memory memory(workers * (size + extra));
+    size_t size = size_of(longest, 1), free = kBudgetBytes / workers > size ? kBudgetBytes / workers - size : 0;
+    size_t keep = std::min({kKeptBytes, free, exponentials(longest) * sizeof(float)});
+    size += keep + 64;
+    Memory memory(workers * size);
     std::vector<Work> work(workers);
-    for (Work& w : work) w.scratch.reserve(1);
     parallel(tasks, [&](int64_t worker, int64_t item) {
       int64_t n = sequences[item / (relations * heads)], r = item / heads % relations, a = item % heads;
       Work& w = work[worker];
-      Layout layout(memory.data() + worker * (size + extra));
-      lay_out(layout, r, length(n), 1, keep(length(n)), w);
+      Layout layout(memory.data() + worker * size);
+      lay_out(layout, r, length(n), 1, keep, w);
       fill_in(w.task, n, r, a);
       compute(w, kl_at(n, r, a), [](int64_t count, const auto& body) {
         for (int64_t i = 0; i < count; ++i) body(i);
