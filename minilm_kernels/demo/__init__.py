@@ -1,0 +1,1 @@
+"""`python -m minilm_kernels.demo`: distil a real teacher on real text in a few minutes on a CPU."""
