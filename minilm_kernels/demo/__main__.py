@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import report
+from . import MARKER, markers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder of the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a student is trained for each")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
-    parser.add_argument("--update", type=Path, metavar="FILE", help=f"file that gets the table, below {report.BEGIN}")
+    begin, _ = markers.markers(MARKER)
+    parser.add_argument("--update", type=Path, metavar="FILE", help=f"file that gets the table, below {begin}")
     options = parser.parse_args(argv)
     if min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
         parser.error(f"--seeds: expected different numbers of 0 or more, got {options.seeds}")
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--steps: expected 1 or more, got {options.steps}")
     try:
         if options.update:
-            report.check_markers(options.update)
+            markers.check_markers(options.update, MARKER)
         from transformers.utils.logging import disable_progress_bar
 
         from .experiment import run  # with transformers and matplotlib: seconds that --help need not wait for

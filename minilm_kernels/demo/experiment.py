@@ -15,7 +15,7 @@ from minilm_kernels import __version__
 from minilm_kernels.distill import DistillConfig, DistillResult, distill
 from minilm_kernels.students import copied_student
 
-from . import assets, report
+from . import MARKER, assets, markers, report
 from .plot import plot_losses
 from .probes import probe
 
@@ -89,7 +89,9 @@ def run(output: Path, seeds: Sequence[int], steps: int, update: Path | None = No
     for result in results.values():
         print(f"student  {result.student}")
     if update:
-        report.update(update, report.section(record, f"--seeds {' '.join(map(str, seeds))} --update {update.name}"))
+        markers.update(
+            update, MARKER, report.section(record, f"--seeds {' '.join(map(str, seeds))} --update {update.name}")
+        )
         print(f"table    {update}")
     return 0
 

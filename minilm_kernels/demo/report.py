@@ -1,10 +1,7 @@
-"""The demo's table, made from its result rows alone, and the place in a Markdown file that holds it."""
+"""The demo's table, made from its result rows alone."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 
 _FIGURES = {  # result row: (line of the table, decimals)
     "heldout_kl": ("held-out relation KL", 3),
@@ -56,28 +53,3 @@ def section(record: Mapping[str, Any], arguments: str) -> str:
         f"`python -m minilm_kernels.demo {arguments}` makes this table.",
     ]
     return "\n".join(lines)
-
-
-def check_markers(file: Path) -> None:
-    """Raise FileNotFoundError or ValueError unless `file` can take the table."""
-    _split(file)
-
-
-def update(file: Path, text: str) -> None:
-    """Replace what stands between the markers of `file` by `text`; the rest stays as it is, byte for byte."""
-    head, tail = _split(file)
-    new = file.with_name(f".{file.name}.new")
-    new.write_bytes(f"{head}{BEGIN}\n{text.strip()}\n{END}{tail}".encode())
-    new.chmod(file.stat().st_mode)
-    new.replace(file)
-
-
-def _split(file: Path) -> tuple[str, str]:
-    if not file.is_file():
-        raise FileNotFoundError(f"--update: there is no file {file}; expected a Markdown file with {BEGIN} and {END}")
-    text = file.read_bytes().decode()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(
-            f"--update: expected {BEGIN} and below it {END} in {file}, each once: add them where the table goes"
-        )
-    return text[: text.index(BEGIN)], text[text.index(END) + len(END) :]

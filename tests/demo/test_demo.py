@@ -6,8 +6,10 @@ import pytest
 
 from minilm_kernels.demo import assets, experiment
 from minilm_kernels.demo.__main__ import main
-from minilm_kernels.demo.report import BEGIN, END
+from minilm_kernels.demo.markers import markers
 from minilm_kernels.distill import DistillResult
+
+BEGIN, END = markers("demo")
 
 
 @pytest.fixture
