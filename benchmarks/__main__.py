@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m benchmarks run --suite loss`."""
+"""Command line of the benchmarks: `python -m benchmarks run --suite loss`, `python -m benchmarks report ROWS`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from minilm_kernels.demo.markers import update
+
+from . import report
 from .measure import loss_rows
 from .providers import PROVIDERS
 from .workloads import Workload
@@ -18,7 +21,8 @@ SHAPES = ["2x48x512x16x8", "4x12x512x64x32"]
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    run = parser.add_subparsers(dest="command", required=True).add_parser(
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
         "run",
         help="measure and print one JSON line a measurement",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -32,14 +36,28 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument("--seconds", type=float, default=20.0, help="time for the timed runs of one shape")
     run.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     run.add_argument("--out", type=Path, help="append the rows to this file as well")
+    table = commands.add_parser("report", help="make tables of rows")
+    table.add_argument("rows", type=Path, help="file that `run --out` wrote")
+    table.add_argument("--update", type=Path, metavar="FILE", help="Markdown file that gets the tables, at its markers")
     options = parser.parse_args(arguments)
+    try:
+        (_run if options.command == "run" else _report)(options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
+
+def _report(options: argparse.Namespace) -> None:
+    text = report.markdown(report.read(options.rows))
+    if options.update is None:
+        print(text)
+    else:
+        update(options.update, "loss", text)
+
+
+def _run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     kind = {"relations": options.relations, "mask": options.mask, "dtype": options.dtype}
-    try:
-        workloads = [Workload.parse(text, **kind) for text in options.shapes]
-    except ValueError as error:
-        parser.error(str(error))
+    workloads = [Workload.parse(text, **kind) for text in options.shapes]
     for workload in tqdm(workloads, desc="shapes", disable=None):
         rows = loss_rows(workload, options.providers, options.seconds)
         for row in rows:

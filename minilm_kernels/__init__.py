@@ -1,5 +1,6 @@
 """Distillation losses of MiniLM and MiniLMv2 that never materialize an attention-relation matrix."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .losses import QKV, MiniLMLoss, MiniLMv2Loss
@@ -22,13 +23,12 @@ __all__ = [
 ]
 
 
+_MODULES = {"QKVExtractor": ".qkv", "student_config": ".students"}
+
+
 def __getattr__(name: str) -> Any:
     """The names that need transformers are imported on first use: the losses alone start without it."""
-    if name == "QKVExtractor":
-        from .qkv import QKVExtractor as found
-    elif name == "student_config":
-        from .students import student_config as found
-    else:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found
-    return found
+    globals()[name] = getattr(import_module(_MODULES[name], __name__), name)
+    return globals()[name]

@@ -1,5 +1,10 @@
 """Fixtures of the whole suite: the backends and devices that can be tested here, and reproducible random numbers."""
 
+import os
+
+# The tests are very many small operations, also in processes that they start: more threads only make them wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

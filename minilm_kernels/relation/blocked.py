@@ -17,11 +17,12 @@ from torch import Tensor
 
 from .problem import Problem, gradient_slots
 
-# Scores that one block holds. On a CPU the buffers of a block shall stay in the cache; on an accelerator a block must
-# fill the chip, and launches are what costs.
-_BLOCK_SCORES_CPU = 2**18
+# Scores that one block holds. CPU: the buffers shall stay in the cache, yet every operation on a block shall be worth
+# starting threads for. ns a pair at A = 48, S = 512, (16, 8) on two cores, for 2**17 to 2**21: 6.1, 5.1, 4.6, 4.7, 5.3.
+# Accelerators: a block must fill the chip, and launches are what costs (an estimate, not measured).
+_BLOCK_SCORES_CPU = 2**19
 _BLOCK_SCORES_ACCELERATOR = 2**23
-_BLOCK_ROWS = 64
+_BLOCK_ROWS = 128
 
 
 def unavailable() -> str | None:

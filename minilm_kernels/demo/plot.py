@@ -1,0 +1,27 @@
+"""The demo's figure: training and held-out loss over the steps."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+Curve = Sequence[tuple[int, float]]  # (step, loss)
+
+
+def plot_losses(curves: Mapping[int, tuple[Curve, Curve]], file: Path) -> None:
+    """Write a PNG of the (training, held-out) curves of each seed."""
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for colour, (seed, (training, held_out)) in enumerate(curves.items()):
+        for curve, label in ((training, "training"), (held_out, "held out")):
+            look = "-" if curve is training else "o-"
+            (line,) = axes.plot(*zip(*curve, strict=True), look, label=f"{label}, seed {seed}", color=f"C{colour}")
+            line.set(markersize=4, linewidth=1, alpha=0.5 if curve is training else 1)
+    axes.set(xlabel="optimizer step", ylabel="relation KL (Q-Q + K-K + V-V), nats", ylim=(0, None), xlim=(0, None))
+    axes.set_title("MiniLM-L6 into 3 × 384")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)

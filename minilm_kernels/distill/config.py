@@ -1,0 +1,350 @@
+"""The settings of a distillation run: one validated dataclass, from which the command line is generated."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from os import PathLike, fspath
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+PAIRS = tuple(a + b for a in "qkv" for b in "qkv")
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    neutral: bool = False,
+    positive: bool = False,
+    nargs: str = "",
+) -> Any:
+    """A field with its help. `neutral`: may change between the parts of a resumed run without changing its numbers."""
+    metadata = {"help": help, "choices": choices, "neutral": neutral, "positive": positive, "nargs": nargs}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Every option of `distill` and `minilm-distill`; the defaults are the published MiniLMv2 recipe.
+
+    Values are accepted as the declared type or as the text that the command line takes (`"1,3,5"`, `"qq:1,kk:0.5"`).
+    Raises `ValueError` that names the option for a value outside its range and for options that exclude each other.
+    """
+
+    teacher: str = _option(MISSING, "teacher: hub name or local folder (safetensors weights)")
+    output: str = _option(MISSING, "folder of the run: checkpoints, metrics.jsonl, student/", neutral=True)
+
+    student: str | None = _option(None, "student to start from: hub name or local folder")
+    copy_layers: tuple[int, ...] | None = _option(
+        None, "make the student of these teacher layers (1-based), for example 1,3,5"
+    )
+    student_layers: int | None = _option(
+        None, "make a random student with so many layers (with --student-hidden)", positive=True
+    )
+    student_hidden: int | None = _option(
+        None, "hidden size of the random student; its intermediate size is 4 times that", positive=True
+    )
+    student_heads: int = _option(12, "attention heads of the random student", positive=True)
+    dropout: float | None = _option(None, "dropout of the student in training; default: what its configuration says")
+
+    method: str = _option("minilmv2", "the loss", choices=("minilm", "minilmv2"))
+    relations: dict[str, float] = _option(  # noqa: RUF009
+        {"qq": 1.0, "kk": 1.0, "vv": 1.0}, "minilmv2: relations with optional weights, for example qq:1,kk:1,vv:0.5"
+    )
+    relation_heads: int | None = _option(
+        None, "minilmv2: relation heads; default: 48, or 64 for teachers of hidden size 1024 and more", positive=True
+    )
+    teacher_layer: int = _option(
+        -1, "teacher layer, 1-based, -1 is the last (published: 21 of 24 or 19 of 24 if large)"
+    )
+    student_layer: int = _option(-1, "student layer, 1-based, -1 is the last")
+    teacher_projections: tuple[str, ...] | None = _option(
+        None,
+        "teachers of other architectures: the three projections, {i} for the layer's index from 0, for example "
+        "layers.{i}.self_attn.q_proj layers.{i}.self_attn.k_proj layers.{i}.self_attn.v_proj",
+        nargs="+",
+    )
+    student_projections: tuple[str, ...] | None = _option(None, "the same for the student", nargs="+")
+    mask: str = _option(
+        "bidirectional",
+        "which tokens see which, in both models and the loss",
+        choices=("bidirectional", "causal", "prefix"),
+    )
+    prefix_range: tuple[float, float] = _option(
+        (0.25, 0.75),
+        "--mask prefix: each document's prefix is a share of its tokens, drawn uniformly from LOW,HIGH at every step",
+    )
+    reduction: str = _option(
+        "sequence",
+        "mean over documents of their token means, mean over all tokens, or sum",
+        choices=("sequence", "token", "sum"),
+    )
+    backend: str = _option("auto", "backend of the relation operator (see minilm_kernels.available_backends)")
+
+    text: tuple[str, ...] = _option(
+        (), "training text: files (.txt, .jsonl, .parquet) or folders, searched recursively", nargs="+"
+    )
+    dataset: str | None = _option(None, "training text: hub data set (streamed), instead of --text")
+    dataset_config: str | None = _option(None, "configuration name of the hub data set")
+    dataset_split: str = _option("train", "split of the hub data set")
+    text_field: str = _option(
+        "text", "field of JSONL lines, column of Parquet files and hub data sets that holds the text"
+    )
+    documents: str = _option(
+        "paragraph",
+        "plain text: documents are separated by blank lines (paragraph), or each line is one (line)",
+        choices=("paragraph", "line"),
+    )
+    heldout_text: tuple[str, ...] = _option(
+        (), "text for the held-out loss; default: --heldout-fraction of the training documents", nargs="+"
+    )
+    heldout_fraction: float = _option(
+        0.01,
+        "share of the training documents, chosen by a hash of their content, that is held out; 0: no held-out loss",
+    )
+    heldout_rows: int = _option(
+        256, "rows of at most --seq-len tokens that the held-out loss is measured on", positive=True
+    )
+    seq_len: int = _option(512, "tokens of a row, special tokens included")
+    packing: bool = _option(True, "fill each row with several documents that do not see each other; else one, padded")
+    shuffle_rows: int = _option(2048, "rows in the shuffle buffer; 1 keeps the order of the text", positive=True)
+
+    steps: int = _option(400_000, "optimizer steps", positive=True)
+    batch_size: int = _option(256, "rows of one optimizer step, over all processes and micro-batches", positive=True)
+    accumulation: int = _option(1, "micro-batches that a process splits its share of the batch into", positive=True)
+    lr: float = _option(6e-4, "peak learning rate", positive=True)
+    warmup_steps: int | None = _option(None, "steps of linear warm-up; default: 4000, at most a tenth of --steps")
+    betas: tuple[float, float] = _option((0.9, 0.999), "AdamW's betas")
+    eps: float = _option(1e-6, "AdamW's epsilon", positive=True)
+    weight_decay: float = _option(0.01, "AdamW's weight decay (not on biases and LayerNorms)")
+    clip: float = _option(1.0, "largest norm of the gradient; 0: no clipping")
+    precision: str = _option("float32", "bfloat16: autocast of both models", choices=("float32", "bfloat16"))
+    seed: int = _option(0, "seed of initial weights, order of the text, dropout and prefixes")
+    device: str = _option("auto", "auto: a CUDA device where there is one", choices=("auto", "cpu", "cuda"))
+
+    log_every: int = _option(10, "steps between two lines of metrics", neutral=True, positive=True)
+    eval_every: int = _option(
+        1000,
+        "steps between two held-out losses (also before the first and after the last step)",
+        neutral=True,
+        positive=True,
+    )
+    checkpoint_every: int = _option(
+        1000, "steps between two checkpoints (also at a signal and at the end)", neutral=True, positive=True
+    )
+    keep_checkpoints: int = _option(2, "checkpoints to keep", neutral=True, positive=True)
+    resume: bool = _option(
+        False, "continue from the newest whole checkpoint in --output, or begin if there is none", neutral=True
+    )
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(DistillConfig)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            object.__setattr__(self, option.name, _coerce(option, value, hints[option.name]))
+        self._check_ranges()
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        positive = [option.name for option in fields(self) if option.metadata["positive"]]
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{flag(name)} must be positive, got {value}")
+        for name in ("warmup_steps", "weight_decay", "clip", "seed"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{flag(name)} must not be negative, got {value}")
+        if self.seq_len < 8:
+            raise ValueError(f"--seq-len must be at least 8, got {self.seq_len}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout must be in [0, 1), got {self.dropout}")
+        if not 0 <= self.heldout_fraction < 1:
+            raise ValueError(f"--heldout-fraction must be in [0, 1), got {self.heldout_fraction}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"--betas must be in [0, 1), got {self.betas}")
+        low, high = self.prefix_range
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"--prefix-range must be LOW,HIGH with 0 <= LOW <= HIGH <= 1, got {low},{high}")
+        for name in ("teacher_layer", "student_layer"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{flag(name)} counts from 1 (or from -1 backwards), got 0")
+
+    def _check_combinations(self) -> None:
+        unknown = [pair for pair in self.relations if pair not in PAIRS]
+        if unknown or not self.relations:
+            raise ValueError(f"--relations takes pairs of q, k and v ({', '.join(PAIRS)}), got {unknown or 'none'}")
+        if self.method == "minilm" and self.relation_heads is not None:
+            raise ValueError("--relation-heads belongs to --method minilmv2; minilm uses the attention heads")
+        if (self.student_layers is None) != (self.student_hidden is None):
+            raise ValueError("--student-layers and --student-hidden make a random student together: give both")
+        sources = {
+            "--student": self.student,
+            "--copy-layers": self.copy_layers,
+            "--student-layers": self.student_layers,
+        }
+        given = [name for name, value in sources.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(sources)}, got {' and '.join(given) or 'none of them'}")
+        if bool(self.text) == bool(self.dataset):
+            raise ValueError("give the training text as either --text or --dataset")
+        if self.warmup_steps is not None and self.warmup_steps > self.steps:
+            raise ValueError(f"--warmup-steps ({self.warmup_steps}) must not exceed --steps ({self.steps})")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"--accumulation ({self.accumulation}) must divide --batch-size ({self.batch_size})")
+
+    @property
+    def warmup(self) -> int:
+        """Steps of linear warm-up."""
+        return min(4000, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of 0-based `step`: linear warm-up to `lr`, then linear decay that reaches 0 after the last."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        return self.lr * (self.steps - step) / (self.steps - self.warmup)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON can hold them."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """What keeps a run with the settings `other` (of `as_dict`) from continuing with these, one line an option."""
+        mine = self.as_dict()
+        return [
+            f"{flag(option.name)}: {show(other.get(option.name))} before, {show(mine[option.name])} now"
+            for option in fields(self)
+            if not option.metadata["neutral"] and mine[option.name] != other.get(option.name)
+        ]
+
+    def command(self, processes: int = 1) -> str:
+        """The command that runs these settings: `minilm-distill`, or torchrun for several processes."""
+        words = ["minilm-distill"]
+        if processes > 1:
+            words = ["torchrun", "--nproc-per-node", str(processes), "-m", "minilm_kernels.distill"]
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name == "resume" or value == default_of(option):
+                continue
+            if isinstance(value, bool):
+                words.append(flag(option.name) if value else flag(option.name).replace("--", "--no-"))
+            elif option.metadata["nargs"]:
+                words += [flag(option.name), *value]
+            else:  # the joined form also carries values that begin with a dash
+                words.append(f"{flag(option.name)}={show(value)}")
+        return shlex.join(words)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], origin: str = "settings") -> DistillConfig:
+        """Settings from option names (`seq_len` or `seq-len`) to values; an unknown name is a `ValueError`."""
+        legal = [option.name for option in fields(cls)]
+        chosen = {}
+        for key, value in values.items():
+            name = str(key).replace("-", "_")
+            if name not in legal:
+                close = difflib.get_close_matches(name, legal, n=3, cutoff=0.5)
+                hint = f"did you mean {' or '.join(close)}?" if close else "minilm-distill --help lists the options"
+                raise ValueError(f"{origin}: unknown option {key!r}; {hint}")
+            chosen[name] = value
+        for option in fields(cls):
+            if default_of(option) is MISSING and option.name not in chosen:
+                raise ValueError(f"{flag(option.name)} is required: {option.metadata['help']}")
+        return cls(**chosen)
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Options from a YAML or JSON file (JSON is YAML). Raises `FileNotFoundError` or `ValueError` naming the file."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"--config: there is no file {file}")
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"--config {file}: neither YAML nor JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {file}: expected option names with values, got {type(values).__name__}")
+    return values
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def default_of(option: Field[Any]) -> Any:
+    """The default of an option, `MISSING` for one that is required."""
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
+def show(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}:{weight:g}" for name, weight in value.items())
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value))
+    return str(value)
+
+
+def _coerce(option: Field[Any], value: Any, hint: Any) -> Any:
+    """`value` as the declared type; text is parsed, since YAML 1.1 reads `6e-4` as text too."""
+    if NoneType in get_args(hint):
+        if value is None:
+            return None
+        hint = next(kind for kind in get_args(hint) if kind is not NoneType)
+    choices = option.metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{flag(option.name)} must be one of {', '.join(choices)}, got {value!r}")
+    try:
+        if get_origin(hint) is dict:
+            return _relations(value)
+        if get_origin(hint) is tuple:
+            return _sequence(value, get_args(hint))
+        return _scalar(value, hint)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{flag(option.name)}: {error}") from error
+
+
+def _scalar(value: Any, kind: type) -> Any:
+    if isinstance(value, PathLike):
+        value = fspath(value)
+    right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if right:
+        return value
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, str):
+        return int(value)
+    raise TypeError(f"expected {kind.__name__}, got {value!r}")
+
+
+def _sequence(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    kind, open_ended = kinds[0], kinds[-1] is Ellipsis
+    if isinstance(value, str):
+        value = [value] if kind is str else value.split(",")
+    if not isinstance(value, (list, tuple)):
+        value = [value]
+    if not open_ended and len(value) != len(kinds):
+        raise ValueError(f"expected {len(kinds)} values, got {show(value)}")
+    return tuple(_scalar(item, kind) for item in value)
+
+
+def _relations(value: Any) -> dict[str, float]:
+    if isinstance(value, str):
+        value = value.split(",")
+    if not isinstance(value, Mapping):
+        pairs = [str(item).strip().partition(":") for item in value]
+        value = {name: weight or 1.0 for name, _, weight in pairs}
+        if len(value) < len(pairs):
+            raise ValueError("a relation is named twice")
+    return {str(name): _scalar(weight, float) for name, weight in value.items()}

@@ -1,0 +1,70 @@
+"""Fixtures of the distillation tests: a saved teacher, text, and settings of a short run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minilm_kernels.distill import DistillConfig
+
+from .tiny import make_texts, save_model
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny operators are slower on several threads; the number is put back."""
+    found = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(found)
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of 2 layers, hidden size 48, vocabulary of 65 words, 40 positions."""
+    return save_model(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 documents, separated by blank lines."""
+    file = tmp_path_factory.mktemp("text") / "documents.txt"
+    file.write_text("\n\n".join(make_texts(300)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def settings(teacher_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., DistillConfig]:
+    """Settings of a run of a few steps; arguments replace or add to them."""
+
+    def make(**changes: Any) -> DistillConfig:
+        base = {
+            "teacher": str(teacher_folder),
+            "output": str(tmp_path / "run"),
+            "text": [str(text_file)],
+            "student_layers": 1,
+            "student_hidden": 24,
+            "student_heads": 4,
+            "relation_heads": 12,
+            "seq_len": 32,
+            "batch_size": 8,
+            "steps": 6,
+            "lr": 1e-3,
+            "heldout_fraction": 0.1,
+            "heldout_rows": 12,
+            "shuffle_rows": 40,
+            "log_every": 1,
+            "eval_every": 3,
+            "checkpoint_every": 3,
+            "device": "cpu",
+        }
+        merged = {**base, **changes}
+        if "student" in changes or "copy_layers" in changes:
+            merged |= {"student_layers": None, "student_hidden": None}
+        return DistillConfig(**merged)
+
+    return make

@@ -1,0 +1,139 @@
+"""Documents packed into rows give the losses, and the gradients, that they give one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minilm_kernels.distill.batch import Batch, Counts, prefix_lengths
+from minilm_kernels.distill.data import PADDING, Packer, Rows, Tokenizer, stack
+from minilm_kernels.distill.models import Side, position_range
+from minilm_kernels.losses import MiniLMv2Loss
+
+from .tiny import ARCHITECTURES, make_model, make_texts, make_tokenizer
+
+SEQ_LEN = 32
+CPU = torch.device("cpu")
+TOKENIZER = Tokenizer(make_tokenizer())
+
+
+def pack(texts: list[str], packing: bool = True) -> Rows:
+    packer = Packer(TOKENIZER, SEQ_LEN, packing)
+    for text in texts:
+        packer.add(TOKENIZER(text))
+    packer.flush()
+    return stack(packer.rows, SEQ_LEN)
+
+
+def documents(rows: Rows) -> list[np.ndarray]:
+    """The tokens of every document (piece), special ones included."""
+    found = []
+    for ids, positions in zip(*rows, strict=True):
+        real = positions != PADDING
+        found += np.split(ids[real], np.flatnonzero(positions[real] == 0)[1:])
+    return found
+
+
+def sides(architecture: str) -> tuple[Side, Side]:
+    teacher, student = (make_model(architecture, seed).double().eval() for seed in (0, 1))
+    return Side(teacher.requires_grad_(False), -1, None, "teacher"), Side(student, -1, None, "student")
+
+
+def loss_of(batch: Batch, pair: tuple[Side, Side], reduction: str) -> torch.Tensor:
+    loss = MiniLMv2Loss(12, reduction=reduction)
+    with torch.no_grad():
+        teacher = pair[0].project(batch)
+    return loss(teacher, pair[1].project(batch), **batch.loss_arguments())
+
+
+def alone(model: Any, document: np.ndarray, mask: str, prefix: int) -> Any:
+    """Q, K and V of one document by the model itself: its own positions, no padding, the mask written out."""
+    order = torch.arange(len(document))
+    visible = torch.ones(len(document), len(document), dtype=torch.bool)
+    if mask != "bidirectional":
+        visible = (order[:, None] >= order[None, :]) | (order[None, :] < (prefix if mask == "prefix" else 0))
+    inputs: dict[str, Any] = {"input_ids": torch.tensor(document, dtype=torch.long)[None]}
+    if mask != "bidirectional":
+        inputs["attention_mask"] = torch.where(visible, 0.0, -1e4).double()[None, None]
+    return model.extractor(**inputs)
+
+
+@pytest.mark.parametrize("mask", ["bidirectional", "causal", "prefix"])
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_packed_losses_are_those_of_the_documents_alone(architecture: str, packing: bool, mask: str) -> None:
+    rows = pack(make_texts(9, seed=3, longest=20), packing)
+    assert (rows.positions == PADDING).any()
+    if packing:
+        assert ((rows.positions == 0).sum(1) > 1).any()
+    pair = sides(architecture)
+    prefixes = prefix_lengths(rows, 0.2, 0.8, (0,)) if mask == "prefix" else None
+    batch = Batch(rows, CPU, packed=packing, causal=mask == "causal", prefixes=prefixes)
+    found = loss_of(batch, pair, "sequence")
+    found.backward()
+    name, weight = next((n, p) for n, p in pair[1].model.named_parameters() if "word_embeddings" in n)
+    gradient, weight.grad = weight.grad, None
+
+    loss, total = MiniLMv2Loss(12), torch.zeros((), dtype=torch.float64)
+    pieces = documents(rows)
+    for number, piece in enumerate(pieces):
+        prefix = 0 if prefixes is None else int(prefixes[number])
+        teacher, student = (alone(side, piece, mask, prefix) for side in pair)
+        prefix_lens = None if prefixes is None else torch.tensor([prefix])
+        total = total + loss(teacher, student, causal=mask == "causal", prefix_lens=prefix_lens) / len(pieces)
+    total.backward()
+    assert found.item() == pytest.approx(total.item(), rel=1e-9)
+    assert found.item() > 1e-3
+    torch.testing.assert_close(gradient, weight.grad, rtol=1e-7, atol=1e-10, msg=name)
+
+
+def test_a_token_of_another_document_changes_nothing() -> None:
+    rows = pack(make_texts(6, seed=3, longest=12))
+    side = sides("bert")[0]
+    before = side.extractor(**Batch(rows, CPU, packed=True).model_inputs(0, additive=False)).query[0]
+    second = int(np.flatnonzero(rows.positions[0] == 0)[1])
+    rows.ids[0, second:] = 7
+    after = side.extractor(**Batch(rows, CPU, packed=True).model_inputs(0, additive=False)).query[0]
+    assert torch.equal(before[:second], after[:second])
+    assert not torch.equal(before[second:], after[second:])
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token", "sum"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_weighted_parts_sum_to_the_whole(reduction: str, packing: bool) -> None:
+    rows = pack(make_texts(12, seed=5, longest=25), packing)
+    pair = sides("bert")
+    whole = loss_of(Batch(rows, CPU, packed=packing), pair, reduction).item()
+    total, parts = Counts.of(rows), 0.0
+    for part in (slice(0, 1), slice(1, 4), slice(4, len(rows.ids))):
+        value = loss_of(Batch(rows.part(part), CPU, packed=packing), pair, reduction).item()
+        parts += value * Counts.of(rows.part(part)).weight(reduction, total)
+    assert parts == pytest.approx(whole, rel=1e-12)
+
+
+def test_counts_and_prefixes() -> None:
+    positions = np.array([[0, 1, 2, 0, 1, PADDING], [0, 0, 1, 2, 3, 4]], np.int32)
+    rows = Rows(np.zeros_like(positions), positions)
+    assert Counts.of(rows) == Counts(documents=4, tokens=11)
+    assert prefix_lengths(rows, 1.0, 1.0, (0,)).tolist() == [3, 2, 1, 5]
+    assert prefix_lengths(rows, 0.0, 0.0, (0,)).tolist() == [0, 0, 0, 0]
+    wide = Rows(np.zeros((500, 101)), np.tile(np.arange(101), (500, 1)))
+    drawn = prefix_lengths(wide, 0.25, 0.75, (1, 2))
+    assert np.array_equal(drawn, prefix_lengths(wide, 0.25, 0.75, (1, 2)))
+    assert not np.array_equal(drawn, prefix_lengths(wide, 0.25, 0.75, (1, 3)))
+    assert 25 <= drawn.min() < 27
+    assert 74 < drawn.max() <= 76
+
+
+def test_positions_of_every_architecture() -> None:
+    expected = {"bert": (0, 40), "distilbert": (0, 40), "roberta": (2, 38), "mpnet": (2, 38)}
+    assert {name: position_range(make_model(name)) for name in ARCHITECTURES} == expected
+
+
+def test_rows_of_one_document_are_trimmed() -> None:
+    rows = pack(["w0 w1 w2", "w0 w1 w2 w3 w4"], packing=False)
+    assert Batch(rows, CPU, packed=False).ids.shape == (2, 7)
+    assert Batch(rows, CPU, packed=True).ids.shape == (2, SEQ_LEN)

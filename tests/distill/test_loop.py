@@ -1,0 +1,464 @@
+"""Runs of the loop: exact averages, exact continuation, what is trained, what is left behind, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shlex
+import shutil
+import signal
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaModel
+
+from minilm_kernels.distill import DistillConfig, DistillResult, cli, distill, loop
+from minilm_kernels.distill.batch import Batch
+from minilm_kernels.distill.evaluation import components
+from minilm_kernels.distill.report import Metrics, read_metrics
+from minilm_kernels.students import copied_student
+
+from .tiny import make_model, make_texts, make_tokenizer, save_model
+
+Settings = Callable[..., DistillConfig]
+TIMED = {"tokens_per_second"}
+
+
+def records(result: DistillResult, split: str = "train") -> list[dict[str, Any]]:
+    """The metrics of one kind, without what depends on the clock."""
+    lines = [record for record in read_metrics(result.metrics) if record["split"] == split]
+    return [{key: value for key, value in record.items() if key not in TIMED} for record in lines]
+
+
+def weights(result: DistillResult) -> bytes:
+    assert result.student is not None
+    return (result.student / "model.safetensors").read_bytes()
+
+
+def losses(result: DistillResult) -> list[float]:
+    return [record["loss"] for record in records(result)]
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
+    """Sends this process a signal in the middle of a step, as a user or a scheduler does."""
+    real = loop._Run._step
+
+    def signalled(run: Any) -> None:
+        if run.step == step - 1:
+            os.kill(os.getpid(), number)
+        real(run)
+
+    monkeypatch.setattr(loop._Run, "_step", signalled)
+
+
+def test_a_stopped_run_continues_to_the_same_bits(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Dropout draws random numbers, the text runs through several epochs, and the stop falls between two log lines.
+    options = {
+        "steps": 40,
+        "accumulation": 2,
+        "dropout": 0.2,
+        "log_every": 4,
+        "eval_every": 9,
+        "checkpoint_every": 1000,
+    }
+    whole = distill(settings(output=tmp_path / "whole", **options))
+    assert records(whole)[-1]["epoch"] >= 1
+    with monkeypatch.context() as patch:
+        stop_at(26, patch)
+        stopped = distill(settings(**options))
+    assert (stopped.stopped_by, stopped.step, stopped.student) == (signal.SIGTERM, 26, None)
+    said = capfd.readouterr()
+    assert "continue with\n  minilm-distill" in said.out
+    assert "--resume" in said.out
+    assert "the same signal again aborts at once" in said.err
+
+    torch.manual_seed(99)
+    continued = distill(settings(**options, resume=True))
+    assert records(continued) == records(whole)
+    assert records(continued, "heldout") == records(whole, "heldout")
+    assert weights(continued) == weights(whole)
+    assert continued.stopped_by is None
+
+    again = distill(settings(**options, resume=True))  # nothing left to do
+    assert (again.step, again.student) == (40, continued.student)
+    assert weights(again) == weights(whole)
+
+
+def test_lines_after_the_checkpoint_are_dropped(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = distill(settings(output=tmp_path / "whole"))
+
+    def die(run: Any) -> None:
+        if run.step == 5:
+            raise KeyboardInterrupt
+        real(run)
+
+    real = loop._Run._step
+    monkeypatch.setattr(loop._Run, "_step", die)
+    with pytest.raises(KeyboardInterrupt):
+        distill(settings())
+    monkeypatch.undo()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert [record["step"] for record in read_metrics(metrics)] == [0, 1, 2, 3, 3, 4, 5]
+    with metrics.open("a") as file:
+        file.write('{"step": 6, "spl')
+    continued = distill(settings(resume=True))
+    assert records(continued) == records(whole)
+    assert records(continued, "heldout") == records(whole, "heldout")
+    assert weights(continued) == weights(whole)
+
+
+def test_resume_before_any_checkpoint_begins(settings: Settings, tmp_path: Path) -> None:
+    whole = distill(settings(output=tmp_path / "whole", steps=3))
+    fresh = distill(settings(steps=3, resume=True))
+    assert weights(fresh) == weights(whole)
+
+
+def test_a_damaged_checkpoint_falls_back(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = distill(settings())
+    expected = weights(whole)
+    shutil.rmtree(tmp_path / "run" / "student")
+    os.truncate(tmp_path / "run" / "checkpoints" / "step-000000006" / "optimizer.safetensors", 10)
+    again = distill(settings(resume=True))
+    assert "step-000000006 is damaged: optimizer.safetensors has 10 bytes" in capsys.readouterr().err
+    assert weights(again) == expected
+    assert [record["step"] for record in records(again)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_settings_are_refused_with_their_differences(settings: Settings, tmp_path: Path) -> None:
+    distill(settings(steps=3))
+    shutil.rmtree(tmp_path / "run" / "student")
+    with pytest.raises(ValueError, match=r"(?s)--steps: 3 before, 9 now.*--lr: 0.001 before, 0.01 now"):
+        distill(settings(steps=9, lr=0.01, resume=True))
+    with pytest.raises(ValueError, match=r"another run \(settings.json, metrics.jsonl, checkpoints\).*--resume"):
+        distill(settings(steps=3))
+    assert distill(settings(steps=3, log_every=2, eval_every=7, keep_checkpoints=1, resume=True)).step == 3
+
+
+def test_a_start_that_fails_leaves_the_folder_free(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--teacher-layer"):
+        distill(settings(teacher_layer=9))
+    assert distill(settings(steps=1)).step == 1
+    (tmp_path / "run" / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"without readable settings.json"):
+        distill(settings(steps=1, resume=True))
+
+
+def test_changed_text_is_refused(settings: Settings, text_file: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    distill(settings(text=[text], steps=3))
+    shutil.rmtree(tmp_path / "run" / "student")
+    text.write_text(text_file.read_text() + "\n\nmore")
+    with pytest.raises(ValueError, match="text has changed"):
+        distill(settings(text=[text], steps=3, resume=True))
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_accumulation_is_the_exact_average(reduction: str, packing: bool, settings: Settings, tmp_path: Path) -> None:
+    """Micro-batches of unequal numbers of documents and tokens give the steps of one big batch."""
+    runs = [
+        distill(
+            settings(
+                output=tmp_path / str(k), accumulation=k, reduction=reduction, packing=packing, dropout=0.0, lr=1e-4
+            )
+        )
+        for k in (1, 4)
+    ]
+    for one, four in zip(records(runs[0]), records(runs[1]), strict=True):
+        assert four["loss"] == pytest.approx(one["loss"], rel=2e-6)
+        assert four["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-5)
+        assert four["tokens"] == one["tokens"]
+    for split in ("train", "heldout"):
+        assert [r["step"] for r in records(runs[0], split)] == [r["step"] for r in records(runs[1], split)]
+    for one, four in zip(records(runs[0], "heldout"), records(runs[1], "heldout"), strict=True):
+        assert four["loss"] == pytest.approx(one["loss"], rel=2e-6)
+
+
+def test_steps_are_those_of_plain_pytorch(settings: Settings, tmp_path: Path) -> None:
+    """AdamW, decay groups, warm-up and decay of the rate, clipping: written again with torch's own parts."""
+    config = settings(steps=8, warmup_steps=3, lr=0.02, clip=0.01, weight_decay=0.5, betas=(0.8, 0.9), dropout=0.0)
+    result = distill(config)
+    assert result.student is not None
+    norms = [record["grad_norm"] for record in records(result)]
+    assert min(norms) > config.clip  # every step is clipped
+
+    processes = loop.Processes("cpu")
+    with closing(loop._Run(config, processes, tmp_path)) as run:
+        model = run.pair.student.model
+        groups: dict[float, list[torch.nn.Parameter]] = {0.5: [], 0.0: []}
+        for name, parameter in model.named_parameters():
+            parameter.grad = None
+            groups[0.0 if name.endswith("bias") or "LayerNorm" in name else 0.5].append(parameter)
+        optimizer = torch.optim.AdamW(
+            [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
+            lr=0.02,
+            betas=(0.8, 0.9),
+            eps=1e-6,
+        )
+        factors = [1 / 3, 2 / 3, 1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5, 0]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[step])
+        model.train()
+        for norm in norms:
+            batch = Batch(run.stream.take(8), processes.device, packed=True)
+            with torch.no_grad():
+                teacher = run.pair.teacher.project(batch)
+            optimizer.zero_grad()
+            run.pair.loss(teacher, run.pair.student.project(batch), **batch.loss_arguments()).backward()
+            assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01).item() == pytest.approx(norm, rel=1e-4)
+            optimizer.step()
+            schedule.step()
+        saved = load_file(result.student / "model.safetensors")
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(saved[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_only_the_student_has_gradients(gradient: bool, settings: Settings, tmp_path: Path) -> None:
+    config = settings()
+    processes = loop.Processes("cpu")
+    with closing(loop._Run(config, processes, tmp_path)) as run:
+        batch = Batch(run.stream.take(2), processes.device, packed=True)
+        values = components(config, run.pair, batch, gradient=gradient)
+        assert {value.requires_grad for value in values.values()} == {gradient}
+        assert not any(parameter.requires_grad for parameter in run.pair.teacher.model.parameters())
+
+
+def test_measuring_does_not_disturb_training(settings: Settings, tmp_path: Path) -> None:
+    often = distill(settings(output=tmp_path / "often", eval_every=1, checkpoint_every=1, dropout=0.3))
+    never = distill(settings(output=tmp_path / "never", eval_every=99, checkpoint_every=99, dropout=0.3, log_every=6))
+    assert weights(often) == weights(never)
+    assert records(never)[-1]["loss"] == pytest.approx(sum(losses(often)) / 6)
+    assert len(records(often, "heldout")) == 7
+
+
+def test_the_loss_falls_and_the_student_is_usable(
+    settings: Settings, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = distill(settings(steps=60, lr=5e-3, log_every=5, eval_every=60, relations="qq:1,kk:1,vv:0.5"))
+    before, after = result.heldout_before, result.heldout_after
+    assert before is not None
+    assert after is not None
+    assert result.student is not None
+    assert (before["step"], after["step"]) == (0, 60)
+    assert after["loss"] < 0.7 * before["loss"]
+    assert after["loss"] == pytest.approx(after["qq"] + after["kk"] + 0.5 * after["vv"])
+    *_, last = records(result)
+    assert last["loss"] == pytest.approx(last["qq"] + last["kk"] + 0.5 * last["vv"])
+    assert last["lr"] == pytest.approx(5e-3 / 54)
+
+    student, tokenizer = (kind.from_pretrained(result.student) for kind in (AutoModel, AutoTokenizer))
+    assert (student.config.num_hidden_layers, student.config.hidden_size) == (1, 24)
+    assert student(**tokenizer("w1 w2 w3", return_tensors="pt")).last_hidden_state.isfinite().all()
+    assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
+    again = DistillConfig.from_mapping(json.loads((result.student / "settings.json").read_text()))
+    assert again.steps == 60
+    assert (result.student / "metrics.jsonl").read_text() == result.metrics.read_text()
+    assert {path.suffix for path in result.student.iterdir()} <= {".json", ".safetensors", ".jsonl", ".md"}
+    readme = (result.student / "README.md").read_text()
+    assert again.command() in readme
+    assert f"| qq | {before['qq']:.4f} | {after['qq']:.4f} |" in readme
+    assert "step 60/60" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("relations", "untrained"), [("qq,kk,vv", ()), ("vv", ("query", "key"))])
+def test_the_readme_names_exactly_the_tensors_left_alone(
+    relations: str, untrained: tuple[str, ...], settings: Settings
+) -> None:
+    """Weight decay must not shrink what the loss does not reach."""
+    result = distill(settings(copy_layers=(2, 1), relations=relations, weight_decay=0.5, dropout=0.0))
+    assert result.student is not None
+    first = copied_student(make_model("bert"), [2, 1]).state_dict()
+    last = load_file(result.student / "model.safetensors")
+    assert first.keys() == last.keys()
+    same = {name for name in first if torch.equal(first[name], last[name])}
+    readme = (result.student / "README.md").read_text()
+    named = {line[3:-1] for line in readme.splitlines() if line.startswith("- `")}
+    assert named == same
+    assert {"encoder.layer.1.output.dense.weight", "pooler.dense.bias"} <= named
+    projections = {f"encoder.layer.1.attention.self.{name}.weight" for name in ("query", "key", "value")}
+    assert {name.split(".")[-2] for name in projections & named} == set(untrained)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "minilm", "relation_heads": None},
+        {"mask": "causal", "teacher_layer": 1},
+        {"mask": "prefix", "packing": False},
+        {"mask": "prefix", "heldout_fraction": 0.0},
+        {"precision": "bfloat16", "clip": 0.0},
+        {"reduction": "sum", "relations": "qk,kv"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_every_mode_trains(options: dict[str, Any], settings: Settings) -> None:
+    result = distill(settings(steps=20, lr=3e-3, dropout=0.0, **options))
+    values = losses(result)
+    assert sum(values[-5:]) < 0.98 * sum(values[:5])
+    assert (result.heldout_after is None) == ("heldout_fraction" in options)
+
+
+def test_the_student_may_be_any_folder(settings: Settings, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "student", seed=7)
+    separate = tmp_path / "heldout.jsonl"
+    separate.write_text("\n".join(json.dumps({"body": text}) for text in make_texts(10, seed=8)))
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"body": text}) for text in make_texts(50, seed=9)))
+    result = distill(
+        settings(student=folder, student_layer=1, text=[text], heldout_text=[separate], text_field="body", steps=4)
+    )
+    assert result.student is not None
+    first, last = load_file(folder / "model.safetensors"), load_file(result.student / "model.safetensors")
+    changed = {name for name in first if not torch.equal(first[name], last[name])}
+    assert any(name.startswith("encoder.layer.0") for name in changed)
+    assert not any(name.startswith(("encoder.layer.1", "pooler")) for name in changed)
+
+
+def test_other_architectures_name_their_projections(settings: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "llama"
+    shape = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96, "num_hidden_layers": 2}
+    LlamaModel(LlamaConfig(vocab_size=65, max_position_embeddings=40, **shape)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    names = [f"layers.{{i}}.self_attn.{letter}_proj" for letter in "qkv"]
+    common = {"teacher": folder, "teacher_projections": names, "mask": "causal", "steps": 20, "lr": 3e-3}
+    values = losses(distill(settings(student_projections=names, **common)))
+    assert sum(values[-5:]) < 0.98 * sum(values[:5])
+    with pytest.raises(ValueError, match=r"--student-projections: .*LlamaModel"):
+        distill(settings(output=tmp_path / "other", **common))
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = distill(settings(output=tmp_path / "whole"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real = loop._Run._save
+
+    def save(run: Any) -> None:
+        if run.step > 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            real(run)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(loop._Run, "_save", save)
+    with pytest.raises(OSError, match=r"disk is full.*make room.*--resume"):
+        distill(settings())
+    monkeypatch.undo()
+    continued = distill(settings(resume=True))
+    assert weights(continued) == weights(whole)
+    assert records(continued) == records(whole)
+
+
+def test_a_full_disk_is_named_for_metrics_too(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))
+    try:
+        with pytest.raises(OSError, match="disk is full"):
+            metrics.write({"step": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop._Run._step
+
+    def poisoned(run: Any) -> None:
+        if run.step == 4:
+            next(iter(run.parameters.values())).data.fill_(float("nan"))
+        real(run)
+
+    monkeypatch.setattr(loop._Run, "_step", poisoned)
+    with pytest.raises(RuntimeError, match=r"not finite at step 5.*--lr"):
+        distill(settings(log_every=6))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000003"]
+
+
+def test_one_run_a_folder_at_a_time(settings: Settings, tmp_path: Path) -> None:
+    config = settings()
+    with (
+        loop.Processes("cpu") as processes,
+        loop._output_folder(config, processes),
+        pytest.raises(RuntimeError, match="another process"),
+    ):
+        distill(settings(resume=True))
+
+
+def other_tokenizer(folder: Path) -> str:
+    save_model(folder)
+    make_tokenizer([f"v{i}" for i in range(60)]).save_pretrained(folder)
+    return str(folder)
+
+
+def pickled_teacher(folder: Path) -> str:
+    save_model(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(make_model("bert").state_dict(), folder / "pytorch_model.bin")
+    return str(folder)
+
+
+def empty_file(folder: Path) -> list[str]:
+    folder.write_text("\n \n\n")
+    return [str(folder)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": "./no/such/teacher"}, r"--teacher: there is no folder \./no/such/teacher"),
+        ({"teacher": lambda p: p}, "--teacher: no tokenizer could be loaded from the folder"),
+        ({"teacher": pickled_teacher}, "--teacher: no model as safetensors could be loaded"),
+        ({"teacher_layer": 3}, "--teacher-layer, .*: layer=3: expected 1 to 2"),
+        ({"student_layer": 2}, "--student-layer, .*: layer=2: expected 1 to 1"),
+        ({"copy_layers": (1, 3)}, "--copy-layers: layer=3: expected 1 to 2"),
+        ({"relation_heads": 7}, "--relation-heads 7 .* 1, 2, 3, 4, 6, 8, 12, 24$"),
+        ({"relation_heads": None}, "--relation-heads 48 does not divide"),
+        (
+            {"method": "minilm", "relation_heads": None, "student_heads": 3},
+            r"heads in the student \(3\).*teacher \(4\)",
+        ),
+        ({"seq_len": 41}, "--seq-len 41 exceeds the 40 positions"),
+        ({"student": other_tokenizer}, "tokenizers of --teacher .* differ, for example in .*'w"),
+        ({"text": ["./nowhere.txt"]}, "--text: there is no file or folder nowhere.txt"),
+        ({"text": empty_file}, "holds out none|training text is empty"),
+        ({"text": empty_file, "heldout_fraction": 0}, "training text is empty"),
+        ({"heldout_text": empty_file}, "--heldout-text holds no text"),
+        ({"batch_size": 9, "accumulation": 3, "output": empty_file}, "is a file, expected a folder"),
+        ({"backend": "abacus"}, "backend"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    options: dict[str, Any], message: str, settings: Settings, tmp_path: Path
+) -> None:
+    made = {name: value(tmp_path / name) if callable(value) else value for name, value in options.items()}
+    if isinstance(made.get("output"), list):
+        [made["output"]] = made["output"]
+    if options.get("teacher") and made["teacher"] == tmp_path / "teacher":
+        made["teacher"].mkdir()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        distill(settings(**made))
+
+
+def test_the_command_line_reports_errors_without_a_traceback(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split(settings(teacher_layer=5).command())[1:]
+    assert cli.main(words) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("minilm-distill: error: --teacher-layer, ")
