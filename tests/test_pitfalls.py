@@ -1,13 +1,14 @@
 """What public implementations get wrong. Each test holds for this package and fails for the wrong variant beside it.
 
-Pitfalls of layer numbers, token types and rotary models belong to tests/test_qkv.py.
+Pitfall 18, rotary and sliding-window models, belongs to tests/test_qkv.py.
 """
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from minilm_kernels import QKV, MiniLMLoss, MiniLMv2Loss, relation_kl
+from minilm_kernels import QKV, MiniLMLoss, MiniLMv2Loss, QKVExtractor, relation_kl
 from minilm_kernels.students import PRESETS
 
 B, S, A, D_T, D_S = 3, 12, 4, 8, 6
@@ -182,6 +183,36 @@ def test_11_heads_are_cut_within_a_token():
     torch.testing.assert_close(loss(*shuffled), loss(*right))
     wrong_shuffled = [QKV(*[x[:, :, permutation].reshape(B, S, -1)] * 3) for x in (teacher, student)]
     assert not _agree(loss(*wrong_shuffled), loss(*wrong), 1e-3)
+
+
+def _roberta() -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """A small RoBERTa and what its tokenizer makes: a batch without token_type_ids."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    model = AutoModel.from_config(AutoConfig.for_model("roberta", vocab_size=50, **sizes)).eval()
+    ids = torch.randint(5, 50, (2, 7))
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_12_layers_are_counted_from_one():
+    """Layer 2 projects what layer 1 put out; a 0-based number takes the projections one layer too late."""
+    model, batch = _roberta()
+    with torch.no_grad():
+        hidden = model(**batch, output_hidden_states=True).hidden_states  # embeddings first
+        attention = [layer.attention.self for layer in model.encoder.layer]
+        value = QKVExtractor(model, 2)(**batch).value
+    torch.testing.assert_close(value, attention[1].value(hidden[1]))
+    assert (attention[2].value(hidden[2]) - value).abs().max() > 0.01
+
+
+def test_13_token_types_are_not_required():
+    model, batch = _roberta()
+
+    def with_token_types(model, batch):
+        return model(batch["input_ids"], token_type_ids=batch["token_type_ids"])
+
+    assert QKVExtractor(model)(**batch).query.shape == (2, 7, 24)
+    with pytest.raises(KeyError, match="token_type_ids"):
+        with_token_types(model, batch)
 
 
 def test_14_no_synchronisation():
