@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench sanitize clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -29,6 +29,17 @@ format: $(INSTALLED)  ## format the code in place
 
 bench: $(INSTALLED)  ## loss and gradient: time, memory and error of every provider
 	$(BIN)/python -m benchmarks run --suite loss $(ARGS)
+
+SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(INSTALLED)  ## the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf $(SANITIZED)
+	MINILM_KERNELS_BUILD=cpu CXXFLAGS="-O1 -g $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
+		$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)
+	cp -r tests pyproject.toml $(SANITIZED)
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		$(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider tests/relation/test_native_cpu.py -k "not peak_memory"
 
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .ruff_cache .mypy_cache .hypothesis

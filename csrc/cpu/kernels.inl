@@ -154,7 +154,8 @@ INLINE float to_float(Half16 x) {
 }
 
 template <class T>
-void gather_typed(const Task& task, const Matrix& matrix, float factor, int64_t block, float* out) {
+void gather_typed(const Task& task, const Matrix& matrix, float factor, int64_t block,
+                  float* __restrict out) {
   const T* base = static_cast<const T*>(matrix.data) + task.sequence * matrix.batch + task.head * matrix.head;
   for (int lane = 0; lane < V; ++lane) {
     int64_t i = block * V + lane;
@@ -164,6 +165,7 @@ void gather_typed(const Task& task, const Matrix& matrix, float factor, int64_t 
     if (i < task.length) {
       const T* x = base + task.tokens[i] * matrix.position;
       if (matrix.feature == 1)
+#pragma GCC unroll 8
         for (int64_t d = 0; d < matrix.width; ++d) out[d * V + lane] = factor * to_float(x[d]);
       else
         for (int64_t d = 0; d < matrix.width; ++d) out[d * V + lane] = factor * to_float(x[d * matrix.feature]);
@@ -201,6 +203,14 @@ void gather(const Task& task, int64_t block) {
   gather_side(task, task.student, block);
 }
 
+INLINE void write_tokens(const Task& task, int64_t block, const float* __restrict grads, int64_t width, float* out) {
+  for (int lane = 0; lane < V && block * V + lane < task.length; ++lane) {
+    float* __restrict to = out + task.tokens[block * V + lane] * task.head_stride;
+#pragma GCC unroll 8
+    for (int64_t d = 0; d < width; ++d) to[d] = grads[d * V + lane];
+  }
+}
+
 void scatter(const Task& task, int64_t block) {
   const Side& side = task.student;
   float factor = std::sqrt(std::fabs(side.half->scale) * kLn2) * task.weight;
@@ -221,12 +231,8 @@ void scatter(const Task& task, int64_t block) {
     store(keys + d * V, self && apart ? add(key, query) : key);
     if (!self) store(queries + d * V, query);
   }
-  for (int lane = 0; lane < V && block * V + lane < task.length; ++lane) {
-    int64_t to = task.tokens[block * V + lane] * task.head_stride;
-    for (int64_t d = 0; d < width; ++d) task.key_out[to + d] = keys[d * V + lane];
-    if (!self)
-      for (int64_t d = 0; d < width; ++d) task.query_out[to + d] = queries[d * V + lane];
-  }
+  write_tokens(task, block, keys, width, task.key_out);
+  if (!self) write_tokens(task, block, queries, width, task.query_out);
 }
 
 // ---- Self relations: unordered pairs ----------------------------------------------------------------------------

@@ -80,8 +80,9 @@ def rows_gradient(problem: Problem, row_grads: Tensor) -> list[Tensor]:
 
 
 def _new_gradients(problem: Problem) -> list[Tensor]:
-    """Of every slot; zeros, because tokens that are not real are not written."""
-    return [torch.zeros(problem.student[m].shape) for _, m in gradient_slots(problem.relations)]
+    """One of every slot. Tokens that are not real are not written: theirs are zeros."""
+    new = torch.empty if problem.mask.attention_mask is None else torch.zeros
+    return [new(problem.student[m].shape) for _, m in gradient_slots(problem.relations)]
 
 
 def _run(
