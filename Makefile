@@ -42,9 +42,9 @@ sanitize: $(INSTALLED)  ## the native kernels' tests under AddressSanitizer and 
 		$(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider tests/relation/test_native_cpu.py -k "not peak_memory"
 
 clean:  ## remove the environment and what was built
-	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info minilm_kernels/*.so minilm_kernels/*.missing demo-output .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-$(INSTALLED): pyproject.toml setup.py
+$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "minilm_kernels needs Python 3.10 or later, this is %s; set PYTHON=" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,12 +46,12 @@ def scalar(problem: Problem, weights: Tensor, gradient: bool) -> tuple[Tensor, l
 
 
 def rows(problem: Problem) -> Tensor:
-    leading, heads = problem.mask.leading, problem.heads
-    out = torch.zeros(len(problem.relations), prod(leading), heads, dtype=problem.dtype, device=problem.mask.device)
+    shape = (len(problem.relations), *problem.mask.leading, problem.heads)
+    out = torch.zeros(shape, dtype=problem.dtype, device=problem.mask.device)
     for group in _groups(problem):
         for r in range(len(problem.relations)):
             group.scatter(_relation(problem, group, r, None, [], exact=True)[..., None], out[r, ..., None])
-    return out.unflatten(1, leading).transpose(-1, -2).contiguous()
+    return out.transpose(-1, -2).contiguous()
 
 
 def rows_gradient(problem: Problem, row_grads: Tensor) -> list[Tensor]:
@@ -77,33 +77,25 @@ def _zero_gradients(problem: Problem) -> list[list[Tensor]]:
 class _Group:
     """n sequences of similar length, gathered to (n·A, L, D); rows and keys beyond a sequence's end are padding."""
 
-    leading: tuple[int, ...]
     sequences: Tensor  # (n,) int64
-    tokens: Tensor  # (n, L) int64 into the flattened `leading`; padding repeats the sequence's last token
+    index: tuple[Tensor, ...]  # of the tokens, (n, L) together, into `leading`; padding repeats the last token
+    length: int
     real: Tensor | None  # (n, L) bool; None when there is no padding
     causal: bool
     prefix: Tensor | None  # (n,) int64, in gathered tokens
     longest_prefix: int
 
-    @property
-    def length(self) -> int:
-        return self.tokens.shape[1]
-
     def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, S, A, D) or (T, A, D) to (n·A, L, D)."""
-        if len(self.leading) == 1:
-            taken = x[self.tokens]
-        else:
-            taken = x[self.tokens // self.leading[1], self.tokens % self.leading[1]]
-        return taken.transpose(1, 2).to(dtype).flatten(0, 1).contiguous()
+        return x[self.index].transpose(1, 2).to(dtype).flatten(0, 1).contiguous()
 
     def scatter(self, values: Tensor, out: Tensor) -> None:
-        """Writes (n·A, L, D) to the real tokens of `out`, (B·S or T, A, D)."""
-        values = values.unflatten(0, (self.tokens.shape[0], -1)).transpose(1, 2)  # (n, L, A, D)
+        """Writes (n·A, L, D) to the real tokens of `out`, (B, S, A, D) or (T, A, D)."""
+        values = values.unflatten(0, (len(self.sequences), -1)).transpose(1, 2)  # (n, L, A, D)
         if self.real is None:
-            out[self.tokens] = values
+            out[self.index] = values
         else:
-            out[self.tokens[self.real]] = values[self.real]
+            out[tuple(part.expand(self.real.shape)[self.real] for part in self.index)] = values[self.real]
 
     def zero_padding(self, row_weights: Tensor) -> Tensor:
         if self.real is None:
@@ -119,7 +111,7 @@ class _Group:
 
     def hidden(self, rows: slice, items: slice, heads: int) -> Tensor | None:
         """(items or 1, rows, keys) bool: the keys that these rows may not see; None: they see all."""
-        key = torch.arange(self.num_keys(rows.stop), device=self.tokens.device)
+        key = torch.arange(self.num_keys(rows.stop), device=self.sequences.device)
         hidden = None
         if self.causal:
             hidden = (key > torch.arange(rows.start, rows.stop, device=key.device)[:, None])[None]
@@ -136,18 +128,12 @@ class _Group:
 def _groups(problem: Problem) -> Iterator[_Group]:
     """Sequences by falling length; short ones together as far as a block goes, long ones one by one."""
     mask = problem.mask
-    sequence, position = mask.sequence_and_position()
-    if mask.attention_mask is None and not mask.packed:
-        flat, lengths = torch.arange(prod(mask.leading), device=mask.device), [mask.leading[1]] * mask.num_sequences
+    tokens, starts, prefixes = mask.gathered()
+    if mask.attention_mask is None and not mask.packed:  # no need to wait for an accelerator
+        first = [n * mask.leading[1] for n in range(mask.num_sequences + 1)]
     else:
-        flat, lengths = mask.real().flatten().nonzero().flatten(), mask.lengths().tolist()
-    prefixes = None
-    if mask.prefix_lens is not None:
-        in_prefix = mask.real() & (position < mask.prefix_lens.long()[sequence])
-        prefixes = torch.bincount(sequence[in_prefix], minlength=mask.num_sequences).tolist()
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
+        first = starts.tolist()
+    lengths = [end - start for start, end in pairwise(first)]
 
     budget = _block_scores(mask.device)
     order = sorted((n for n in range(mask.num_sequences) if lengths[n]), key=lambda n: -lengths[n])
@@ -160,17 +146,18 @@ def _groups(problem: Problem) -> Iterator[_Group]:
         def index(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=mask.device)
 
-        ends = index([lengths[n] for n in members])[:, None]
+        sequences, ends = index(members), index([lengths[n] for n in members])[:, None]
         offsets = torch.arange(longest, device=mask.device)
-        prefix = None if prefixes is None else [prefixes[n] for n in members]
+        position = tokens[index([first[n] for n in members])[:, None] + offsets.minimum(ends - 1)]
+        prefix = None if prefixes is None else prefixes[sequences]
         yield _Group(
-            leading=mask.leading,
-            sequences=index(members),
-            tokens=flat[index([starts[n] for n in members])[:, None] + offsets.minimum(ends - 1)],
+            sequences=sequences,
+            index=(position,) if mask.packed else (sequences[:, None], position),
+            length=longest,
             real=None if lengths[members[-1]] == longest else offsets < ends,
             causal=not mask.bidirectional,
-            prefix=None if prefix is None else index(prefix),
-            longest_prefix=0 if prefix is None else max(prefix),
+            prefix=prefix,
+            longest_prefix=0 if prefix is None else int(prefix.max()),
         )
 
 
@@ -210,7 +197,7 @@ def _relation(
                 grads[0][i, rows] += torch.bmm(excess, k_s[i, keys]) * weights
                 grads[-1][i, keys] += torch.bmm(excess.mT, q_s[i, rows] * weights)
     for slot, grad in zip(slots, grads, strict=True):
-        group.scatter(grad * scale_s, slot.flatten(0, -3))
+        group.scatter(grad * scale_s, slot)
     return kl
 
 
