@@ -6,7 +6,7 @@ import json
 from itertools import groupby
 from pathlib import Path
 
-_COLUMNS = ("provider", "time, × eager", "ns a pair", "peak memory, MiB", "error of the loss", "error of the gradient")
+_COLUMNS = ("provider", "faster than eager", "peak memory, MiB", "error of the loss", "error of the gradient")
 
 
 def read(file: Path) -> list[dict]:
@@ -29,7 +29,7 @@ def markdown(rows: list[dict]) -> str:
         lines = [_COLUMNS, ("---", *["--:"] * (len(_COLUMNS) - 1)), *(_cells(row, eager) for row in members)]
         title = (
             f"B = {shape['B']}, A = {shape['A']}, S = {shape['S']}, widths {shape['d_t']} and {shape['d_s']}, {dtype}, "
-            f"mask: {shape['mask']}; loss and gradient, medians of one run on {device}, torch "
+            f"mask: {shape['mask']}. Loss and gradient, medians\nof one run on {device}, torch "
             f"{members[0]['versions']['torch']}:"
         )
         parts.append(title + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
@@ -39,11 +39,10 @@ def markdown(rows: list[dict]) -> str:
 def _cells(row: dict, eager: float | None) -> tuple[str, ...]:
     if row["status"] != "ok":
         return (f"`{row['provider']}`", row["status"], *["–"] * (len(_COLUMNS) - 2))
-    ratio = "–" if eager is None else f"{row['median_ms'] / eager:.2f}"
+    ratio = "–" if eager is None else f"{eager / row['median_ms']:.1f} ×"
     return (
         f"`{row['provider']}`",
         ratio,
-        f"{1e6 * row['median_ms'] / row['pairs']:.1f}",
         f"{row['peak_bytes'] / 2**20:.0f}",
         f"{row['error_value']:.0e}",
         f"{row['error_grad']:.0e}",
