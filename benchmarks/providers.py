@@ -12,7 +12,6 @@ from minilm_kernels import available_backends
 from minilm_kernels.relation import relations_kl
 
 Step = Callable[[], tuple[Tensor, list[Tensor]]]
-_PADDING_FILL = -torch.inf
 
 
 class Unsupported(Exception):
@@ -59,7 +58,7 @@ def _dense_log_relation(x: Tensor, hidden: Tensor | None) -> Tensor:
     heads = x.transpose(1, 2)
     scores = heads @ heads.mT * x.shape[-1] ** -0.5
     if hidden is not None:
-        scores = scores.masked_fill(hidden, _PADDING_FILL)
+        scores = scores.masked_fill(hidden, -torch.inf)
     return scores.log_softmax(-1)
 
 

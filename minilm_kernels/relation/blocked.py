@@ -18,7 +18,8 @@ from torch import Tensor
 from .problem import Problem, gradient_slots
 
 # Scores that one block holds. CPU: the buffers shall stay in the cache, yet every operation on a block shall be worth
-# starting threads for. ns a pair at A = 48, S = 512, (16, 8) on two cores, for 2**17 to 2**21: 6.1, 5.1, 4.6, 4.7, 5.3.
+# starting threads for. ns a pair at A = 48, S = 512, (16, 8) for 2**17 to 2**21, the fastest of five turns on two cores
+# that also did other work: 6.1, 5.1, 4.6, 4.7, 5.3. Their medians: 7.0, 5.7, 5.4, 5.8, 6.9.
 # Accelerators: a block must fill the chip, and launches are what costs (an estimate, not measured).
 _BLOCK_SCORES_CPU = 2**19
 _BLOCK_SCORES_ACCELERATOR = 2**23
