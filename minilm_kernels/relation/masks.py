@@ -63,22 +63,29 @@ class Mask:
         return sequence, token - self.cu_seqlens.long()[sequence]
 
     def gathered(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Every mask in one form: the real tokens of each sequence side by side, all int64.
+        """Every mask in one form: the real tokens of each sequence side by side, all int64; no host is waited for.
 
-        Positions of the real tokens, sequence after sequence, as in `leading`; (N + 1,) where each sequence starts
-        among them; and (N,), given prefixes, how many of a sequence's real tokens lie in its prefix. Row i of a
-        sequence then sees the gathered tokens j ≤ i and j < prefix, or, with a bidirectional mask, all.
+        Positions of the real tokens, sequence after sequence, as in `leading`, then anything up to B·S or T of them;
+        (N + 1,) where each sequence starts among them; and (N,), given prefixes, how many of a sequence's real tokens
+        lie in its prefix. Row i of a sequence then sees the gathered tokens j ≤ i and j < prefix, or, with a
+        bidirectional mask, all.
         """
-        starts = torch.nn.functional.pad(self.lengths().cumsum(0), (1, 0))
+        lengths = self.lengths()
+        starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         if self.attention_mask is None:
             tokens = torch.arange(self.leading[-1], device=self.device).repeat(prod(self.leading[:-1]))
         else:
-            tokens = self.real().nonzero()[:, -1].contiguous()
+            real = self.real()
+            total = real.numel()
+            place = torch.where(real, starts[:-1, None] + real.cumsum(-1) - 1, total)  # hidden ones behind the end
+            position = torch.arange(self.leading[-1], device=self.device).expand_as(place)
+            tokens = place.new_zeros(total + 1).scatter_(0, place.flatten(), position.flatten())[:total]
         if self.prefix_lens is None:
             return tokens, starts, None
-        sequence, position = self.sequence_and_position()
-        inside = self.real() & (position < self.prefix_lens.long()[sequence])
-        return tokens, starts, torch.bincount(sequence[inside], minlength=self.num_sequences)
+        if self.packed:
+            return tokens, starts, self.prefix_lens.long().clamp(min=0).minimum(lengths)
+        inside = torch.arange(self.leading[-1], device=self.device) < self.prefix_lens.long()[:, None]
+        return tokens, starts, (self.real() & inside).sum(-1)
 
     def visible(self) -> Tensor:
         """(B, S, S), or (1, T, T) for packed inputs, bool: row i sees key j. Dense: for the reference only."""
