@@ -3,6 +3,7 @@
 // set may be picked by the linker for another.
 
 #include <cmath>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -128,10 +129,22 @@ INLINE void set_zero(float* x, int64_t vectors) {
   for (int64_t i = 0; i < vectors; ++i) store(x + i * V, all(0.0f));
 }
 
+// sums[k] = the sum of the lanes of x[k].
+INLINE void sum_lanes_of_four(F x[4], float* sums) {
+  transpose_quads(x);
+  store_sum_of_quads(sums, add(add(x[0], x[1]), add(x[2], x[3])));
+}
+
 void add_rows(const float* sums, int64_t first, int64_t width, float* grads) {
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < R; r += 4) {
     float* grad = grads + (first + r) / V * width * V + (first + r) % V;
-    for (int64_t d = 0; d < width; ++d) grad[d * V] += sum_lanes(load(sums + (r * width + d) * V));
+    for (int64_t d = 0; d < width; ++d) {
+      F x[4];
+      float part[4];
+      for (int k = 0; k < 4; ++k) x[k] = load(sums + ((r + k) * width + d) * V);
+      sum_lanes_of_four(x, part);
+      for (int k = 0; k < 4; ++k) grad[d * V + k] += part[k];
+    }
   }
 }
 
@@ -153,25 +166,40 @@ INLINE float to_float(Half16 x) {
   return x.bits & 0x8000u ? -value : value;
 }
 
+// Tokens are turned into lanes four features at a time. What does not lie in memory as a quad of floats is converted.
 template <class T>
-void gather_typed(const Task& task, const Matrix& matrix, float factor, int64_t block,
-                  float* __restrict out) {
+void gather_typed(const Task& task, const Matrix& matrix, float factor, int64_t block, float* __restrict out) {
   const T* base = static_cast<const T*>(matrix.data) + task.sequence * matrix.batch + task.head * matrix.head;
+  int64_t width = matrix.width;
+  const T* rows[V];
   for (int lane = 0; lane < V; ++lane) {
     int64_t i = block * V + lane;
     if (i + V < task.length)  // tokens lie a page apart, out of the hardware prefetcher's sight
-      for (int64_t d = 0; d < matrix.width * static_cast<int64_t>(sizeof(T)); d += 64)
+      for (int64_t d = 0; d < width * static_cast<int64_t>(sizeof(T)); d += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(base + task.tokens[i + V] * matrix.position) + d);
-    if (i < task.length) {
-      const T* x = base + task.tokens[i] * matrix.position;
-      if (matrix.feature == 1)
-#pragma GCC unroll 8
-        for (int64_t d = 0; d < matrix.width; ++d) out[d * V + lane] = factor * to_float(x[d]);
+    rows[lane] = i < task.length ? base + task.tokens[i] * matrix.position : nullptr;
+  }
+  for (int64_t d = 0; d < width; d += 4) {
+    int64_t features = width - d < 4 ? width - d : 4;
+    bool direct = std::is_same<T, float>::value && matrix.feature == 1 && features == 4;
+    float converted[V][4];
+    const float* quads[V];
+    for (int lane = 0; lane < V; ++lane) {
+      quads[lane] = converted[lane];
+      if (rows[lane] == nullptr)
+        for (int k = 0; k < 4; ++k) converted[lane][k] = 0.0f;
+      else if (direct)
+        quads[lane] = reinterpret_cast<const float*>(rows[lane]) + d;
+      else if (matrix.feature == 1 && features == 4)
+        for (int k = 0; k < 4; ++k) converted[lane][k] = to_float(rows[lane][d + k]);
       else
-        for (int64_t d = 0; d < matrix.width; ++d) out[d * V + lane] = factor * to_float(x[d * matrix.feature]);
-    } else {
-      for (int64_t d = 0; d < matrix.width; ++d) out[d * V + lane] = 0.0f;
+        for (int k = 0; k < 4; ++k)
+          converted[lane][k] = k < features ? to_float(rows[lane][(d + k) * matrix.feature]) : 0.0f;
     }
+    F x[4];
+    for (int k = 0; k < 4; ++k) x[k] = load_quads(quads + k);
+    transpose_quads(x);
+    for (int k = 0; k < features; ++k) store(out + (d + k) * V, mul(x[k], all(factor)));
   }
 }
 
@@ -203,11 +231,24 @@ void gather(const Task& task, int64_t block) {
   gather_side(task, task.student, block);
 }
 
-INLINE void write_tokens(const Task& task, int64_t block, const float* __restrict grads, int64_t width, float* out) {
-  for (int lane = 0; lane < V && block * V + lane < task.length; ++lane) {
-    float* __restrict to = out + task.tokens[block * V + lane] * task.head_stride;
-#pragma GCC unroll 8
-    for (int64_t d = 0; d < width; ++d) to[d] = grads[d * V + lane];
+INLINE void write_tokens(const Task& task, int64_t block, const float* grads, int64_t width, float* out) {
+  float nowhere[4], last[V][4];
+  float* rows[V];
+  for (int lane = 0; lane < V; ++lane) {
+    int64_t i = block * V + lane;
+    rows[lane] = i < task.length ? out + task.tokens[i] * task.head_stride : nullptr;
+  }
+  for (int64_t d = 0; d < width; d += 4) {
+    F x[4];
+    float* quads[V];
+    int64_t features = width - d < 4 ? width - d : 4;
+    for (int k = 0; k < 4; ++k) x[k] = k < features ? load(grads + (d + k) * V) : all(0.0f);
+    transpose_quads(x);
+    for (int lane = 0; lane < V; ++lane) quads[lane] = features < 4 ? last[lane] : rows[lane] ? rows[lane] + d : nowhere;
+    for (int k = 0; k < 4; ++k) store_quads(quads + k, x[k]);
+    if (features < 4)
+      for (int lane = 0; lane < V; ++lane)
+        for (int64_t k = 0; rows[lane] && k < features; ++k) rows[lane][d + k] = last[lane][k];
   }
 }
 
@@ -344,8 +385,11 @@ void symmetric_sums(const Task& task, int64_t chunk, float* scratch) {
       }
       if (exponentials) exponentials += blocks * 2 * R * V;
     }
-    for (int r = 0; r < R && first + r < padded; ++r)
-      for (int k = 0; k < 3; ++k) task.row_sums[k * padded + first + r] = sum_lanes(row[r][k]);
+    for (int r = 0; r < R; r += 4)
+      for (int k = 0; k < 3; ++k) {
+        F x[4] = {row[r][k], row[r + 1][k], row[r + 2][k], row[r + 3][k]};
+        sum_lanes_of_four(x, task.row_sums + k * padded + first + r);
+      }
     if (++visited % kFlushStrips == 0 || first + task.chunks * R >= task.length) {
       for (int64_t i = 0; i < 3 * task.blocks; ++i) store(total + i * V, add(load(total + i * V), load(recent + i * V)));
       set_zero(recent, 3 * task.blocks);

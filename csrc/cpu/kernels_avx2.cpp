@@ -52,6 +52,26 @@ INLINE float max_lanes(F x) {
   return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
 }
 
+// A quad: four floats. Lanes 4q … 4q + 3 hold the quad at rows[4q].
+INLINE F load_quads(const float* const* rows) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[0])), _mm_loadu_ps(rows[4]), 1);
+}
+INLINE void store_quads(float* const* rows, F x) {
+  _mm_storeu_ps(rows[0], _mm256_castps256_ps128(x));
+  _mm_storeu_ps(rows[4], _mm256_extractf128_ps(x, 1));
+}
+INLINE void transpose_quads(F x[4]) {
+  F a = _mm256_unpacklo_ps(x[0], x[1]), b = _mm256_unpackhi_ps(x[0], x[1]);
+  F c = _mm256_unpacklo_ps(x[2], x[3]), d = _mm256_unpackhi_ps(x[2], x[3]);
+  x[0] = _mm256_shuffle_ps(a, c, 0x44);
+  x[1] = _mm256_shuffle_ps(a, c, 0xee);
+  x[2] = _mm256_shuffle_ps(b, d, 0x44);
+  x[3] = _mm256_shuffle_ps(b, d, 0xee);
+}
+INLINE void store_sum_of_quads(float* to, F x) {
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
+
 }  // namespace
 
 #define KERNELS kernels_avx2

@@ -39,6 +39,33 @@ INLINE F times_power(F x, Split s, F) { return _mm512_scalef_ps(x, s.whole); }
 INLINE float sum_lanes(F x) { return _mm512_reduce_add_ps(x); }
 INLINE float max_lanes(F x) { return _mm512_reduce_max_ps(x); }
 
+// A quad: four floats. Lanes 4q … 4q + 3 hold the quad at rows[4q].
+INLINE F load_quads(const float* const* rows) {
+  F x = _mm512_castps128_ps512(_mm_loadu_ps(rows[0]));
+  x = _mm512_insertf32x4(x, _mm_loadu_ps(rows[4]), 1);
+  x = _mm512_insertf32x4(x, _mm_loadu_ps(rows[8]), 2);
+  return _mm512_insertf32x4(x, _mm_loadu_ps(rows[12]), 3);
+}
+INLINE void store_quads(float* const* rows, F x) {
+  _mm_storeu_ps(rows[0], _mm512_castps512_ps128(x));
+  _mm_storeu_ps(rows[4], _mm512_extractf32x4_ps(x, 1));
+  _mm_storeu_ps(rows[8], _mm512_extractf32x4_ps(x, 2));
+  _mm_storeu_ps(rows[12], _mm512_extractf32x4_ps(x, 3));
+}
+INLINE void transpose_quads(F x[4]) {
+  F a = _mm512_unpacklo_ps(x[0], x[1]), b = _mm512_unpackhi_ps(x[0], x[1]);
+  F c = _mm512_unpacklo_ps(x[2], x[3]), d = _mm512_unpackhi_ps(x[2], x[3]);
+  x[0] = _mm512_shuffle_ps(a, c, 0x44);
+  x[1] = _mm512_shuffle_ps(a, c, 0xee);
+  x[2] = _mm512_shuffle_ps(b, d, 0x44);
+  x[3] = _mm512_shuffle_ps(b, d, 0xee);
+}
+INLINE void store_sum_of_quads(float* to, F x) {
+  __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x),
+                           _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+}
+
 }  // namespace
 
 #define KERNELS kernels_avx512

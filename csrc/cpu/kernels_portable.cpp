@@ -57,6 +57,18 @@ INLINE float max_lanes(F x) {
   return a > b ? a : b;
 }
 
+// A quad: four floats. Here it is the whole vector.
+INLINE F load_quads(const float* const* rows) { return load(rows[0]); }
+INLINE void store_quads(float* const* rows, F x) { store(rows[0], x); }
+INLINE void transpose_quads(F x[4]) {
+  F a = x[0], b = x[1], c = x[2], d = x[3];
+  x[0] = F{a[0], b[0], c[0], d[0]};
+  x[1] = F{a[1], b[1], c[1], d[1]};
+  x[2] = F{a[2], b[2], c[2], d[2]};
+  x[3] = F{a[3], b[3], c[3], d[3]};
+}
+INLINE void store_sum_of_quads(float* to, F x) { store(to, x); }
+
 }  // namespace
 
 #define KERNELS kernels_portable
