@@ -3,6 +3,7 @@
 // What a task computes, and in which order it adds up, depends on its shape alone: never on the number of threads.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -24,6 +25,9 @@ constexpr int64_t kFewTasks = 16, kManyTokens = 8192;
 constexpr int64_t kMostChunks = 16, kChunkTokens = 256;
 // Widest range of s_ii, in log2 units, for which one reference serves all rows of a task: E_ii stays within 2^±100.
 constexpr float kWidestRange = 200.0f;
+// Heads of one token lie side by side in memory: a thread gathers several of them before it computes the first.
+constexpr int64_t kMostHeads = 8;
+constexpr size_t kGatheredBytes = size_t{128} << 10;
 // Shorter sequences gain little by unordered pairs, and in a mean of so few rows rounding does not average out: they
 // go row by row, in the exact form.
 constexpr int64_t kFewTokens = 64;
@@ -71,7 +75,7 @@ class Memory {
 // One (sequence, relation, head) with everything that it needs.
 struct Work {
   Task task;
-  std::vector<float*> scratch;  // one a chunk
+  float* scratch[kMostChunks];
 };
 
 class Run {
@@ -128,32 +132,27 @@ class Run {
 
   int64_t chunks(int64_t tokens, int64_t tasks) const {
     if (tasks >= kFewTasks && tokens < kManyTokens) return 1;
-    size_t one = size_of(tokens, 1), more = size_of(tokens, 2) - one;
+    size_t one = size_of(tokens, 1, 1), more = size_of(tokens, 2, 1) - one;
     int64_t fit = one < kBudgetBytes ? static_cast<int64_t>((kBudgetBytes - one) / more) + 1 : 1;
     return std::max<int64_t>(1, std::min({kMostChunks, tokens / kChunkTokens, fit}));
   }
 
-  size_t size_of(int64_t tokens, int64_t chunks) const {
+  size_t size_of(int64_t tokens, int64_t chunks, int64_t heads) const {
     size_t most = 0;
     for (int64_t r = 0; r < call_.num_relations; ++r) {
       Layout layout(nullptr);
-      Work work;
-      lay_out(layout, r, tokens, chunks, 0, work);
+      std::array<Work, kMostHeads> work;
+      lay_out(layout, r, tokens, chunks, 0, work.data(), heads);
       most = std::max(most, layout.size());
     }
     return most;
   }
 
-  void lay_out(Layout& layout, int64_t r, int64_t tokens, int64_t chunks, size_t keep, Work& work) const {
+  // Memory of `heads` tasks of one relation and sequence: their gathered tokens, and all else once, for one at a time.
+  void lay_out(Layout& layout, int64_t r, int64_t tokens, int64_t chunks, size_t keep, Work* work, int64_t heads) const {
     const Relation& relation = call_.relations[r];
     bool symmetric = may_be_symmetric(r);
     int64_t length = padded(tokens);
-    Task& task = work.task;
-    task.relation = &relation;
-    task.length = tokens;
-    task.blocks = length / k_.lanes;
-    task.chunks = chunks;
-    task.kl = layout.take<double>(chunks + 1);
     auto side = [&](Side& side, const Half& half) {
       side.half = &half;
       side.width = half.key.width;
@@ -162,9 +161,18 @@ class Run {
       side.queries = shared ? side.keys : layout.take<float>(length * side.width);
       side.norms = symmetric ? layout.take<float>(length) : nullptr;
     };
-    side(task.teacher, relation.teacher);
-    side(task.student, relation.student);
+    for (int64_t h = 0; h < heads; ++h) {
+      Task& task = work[h].task;
+      task.relation = &relation;
+      task.length = tokens;
+      task.blocks = length / k_.lanes;
+      task.chunks = chunks;
+      side(task.teacher, relation.teacher);
+      side(task.student, relation.student);
+    }
+    Task& task = work[0].task;
     Side& student = task.student;
+    task.kl = layout.take<double>(chunks + 1);
     if (gradient_) {
       student.key_grads = layout.take<float>(chunks * length * student.width);
       student.query_grads = student.queries == student.keys ? student.key_grads
@@ -177,10 +185,18 @@ class Run {
     }
     // Beside the rows' gradients: a panel of symmetric scores, or four strips of scores and exponentials.
     int64_t strip = std::max(4 * kStripRows * length, k_.panel_floats);
-    work.scratch.resize(chunks);
-    for (float*& scratch : work.scratch) scratch = layout.take<float>(strip + kStripRows * student.width * k_.lanes);
+    for (int64_t c = 0; c < chunks; ++c)
+      work[0].scratch[c] = layout.take<float>(strip + kStripRows * student.width * k_.lanes);
     task.kept_size = symmetric ? std::min(exponentials(tokens), static_cast<int64_t>(keep / sizeof(float))) : 0;
     task.kept = layout.take<float>(task.kept_size);
+    for (int64_t h = 1; h < heads; ++h) {
+      Work other = work[0];
+      other.task.teacher = work[h].task.teacher;
+      other.task.student.keys = work[h].task.student.keys;
+      other.task.student.queries = work[h].task.student.queries;
+      other.task.student.norms = work[h].task.student.norms;
+      work[h] = other;
+    }
   }
 
   void fill_in(Task& task, int64_t n, int64_t r, int64_t a) const {
@@ -221,11 +237,10 @@ class Run {
            find_reference(task.student, task.length);
   }
 
-  // A task's steps, each a range of independent items, run by `each(count, body(item))`.
+  // A task's steps behind the gathering, each a range of independent items, run by `each(count, body(item))`.
   template <class Each>
   void compute(Work& work, double& kl, const Each& each) const {
     Task& task = work.task;
-    each(task.blocks, [&](int64_t block) { k_.gather(task, block); });
     task.symmetric = choose_symmetric(task);
     if (task.symmetric) {
       each(task.chunks, [&](int64_t c) { k_.symmetric_sums(task, c, work.scratch[c]); });
@@ -240,16 +255,16 @@ class Run {
     if (kl < 0.0) kl = 0.0;
   }
 
-  // body(worker, item) for every item, by as many workers as there are threads; each takes the next item.
+  // body(worker, item) for every item; each worker takes the next item.
   template <class Body>
-  void parallel(int64_t items, const Body& body) const {
+  void parallel(int64_t items, int64_t workers, const Body& body) const {
     struct Context {
       const Body& body;
       int64_t items;
       std::atomic<int64_t> next;
     } context{body, items, {0}};
     threads_.run(
-        std::min(items, threads_.count),
+        std::min(items, workers),
         [](void* raw, int64_t worker) {
           auto& context = *static_cast<Context*>(raw);
           for (int64_t item; (item = context.next.fetch_add(1, std::memory_order_relaxed)) < context.items;)
@@ -261,36 +276,47 @@ class Run {
   void run_alone(int64_t n, int64_t r, int64_t a, int64_t chunks) {
     Layout sizes(nullptr);
     Work work;
-    lay_out(sizes, r, length(n), chunks, 0, work);
+    lay_out(sizes, r, length(n), chunks, 0, &work, 1);
     Memory memory(sizes.size());
     Layout layout(memory.data());
-    lay_out(layout, r, length(n), chunks, 0, work);
+    lay_out(layout, r, length(n), chunks, 0, &work, 1);
     fill_in(work.task, n, r, a);
-    compute(work, kl_at(n, r, a), [&](int64_t count, const auto& body) {
-      parallel(count, [&](int64_t, int64_t item) { body(item); });
-    });
+    auto each = [&](int64_t count, const auto& body) {
+      parallel(count, threads_.count, [&](int64_t, int64_t item) { body(item); });
+    };
+    each(work.task.blocks, [&](int64_t block) { k_.gather(work.task, block); });
+    compute(work, kl_at(n, r, a), each);
   }
 
   void run_together(const std::vector<int64_t>& sequences) {
     if (sequences.empty()) return;
-    int64_t heads = call_.num_heads, relations = call_.num_relations;
+    int64_t relations = call_.num_relations, heads = call_.num_heads;
     int64_t tasks = static_cast<int64_t>(sequences.size()) * relations * heads;
-    int64_t workers = std::min(tasks, threads_.count);
     int64_t longest = length(sequences[0]);
-    size_t size = size_of(longest, 1), free = kBudgetBytes / workers > size ? kBudgetBytes / workers - size : 0;
+    size_t one = size_of(longest, 1, 1), more = size_of(longest, 1, 2) - one;
+    int64_t workers = std::min({tasks, threads_.count, std::max<int64_t>(1, kBudgetBytes / one)});
+    int64_t together = std::max<int64_t>(1, std::min<int64_t>(kMostHeads, kGatheredBytes / more));
+    while (together > 1 && tasks / together < 4 * workers) --together;
+    size_t size = one + (together - 1) * more;
+    size_t free = kBudgetBytes / workers > size ? kBudgetBytes / workers - size : 0;
     size_t keep = std::min({kKeptBytes, free, exponentials(longest) * sizeof(float)});
     size += keep + 64;
     Memory memory(workers * size);
-    std::vector<Work> work(workers);
-    parallel(tasks, [&](int64_t worker, int64_t item) {
-      int64_t n = sequences[item / (relations * heads)], r = item / heads % relations, a = item % heads;
-      Work& w = work[worker];
+    std::vector<Work> work(workers * together);
+    int64_t groups = (heads + together - 1) / together;
+    auto each = [](int64_t count, const auto& body) {
+      for (int64_t i = 0; i < count; ++i) body(i);
+    };
+    parallel(static_cast<int64_t>(sequences.size()) * relations * groups, workers, [&](int64_t worker, int64_t item) {
+      int64_t n = sequences[item / (relations * groups)], r = item / groups % relations;
+      int64_t first = item % groups * together, count = std::min(together, heads - first);
+      Work* group = work.data() + worker * together;
       Layout layout(memory.data() + worker * size);
-      lay_out(layout, r, length(n), 1, keep, w);
-      fill_in(w.task, n, r, a);
-      compute(w, kl_at(n, r, a), [](int64_t count, const auto& body) {
-        for (int64_t i = 0; i < count; ++i) body(i);
-      });
+      lay_out(layout, r, length(n), 1, keep, group, count);
+      for (int64_t h = 0; h < count; ++h) fill_in(group[h].task, n, r, first + h);
+      for (int64_t block = 0; block < group[0].task.blocks; ++block)
+        for (int64_t h = 0; h < count; ++h) k_.gather(group[h].task, block);
+      for (int64_t h = 0; h < count; ++h) compute(group[h], kl_at(n, r, first + h), each);
     });
   }
 
