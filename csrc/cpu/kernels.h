@@ -44,11 +44,16 @@ struct Task {
   float *query_out, *key_out;  // gradients at position 0 of this sequence and head
 };
 
+struct Range {
+  float low, high;
+};
+
 struct Kernels {
   const char* name;
   int64_t lanes;
   int64_t panel_floats;  // scratch of a symmetric panel
   void (*gather)(const Task&, int64_t block);
+  Range (*range)(const float* x, int64_t count);  // NaN unless all are finite
   void (*symmetric_sums)(const Task&, int64_t chunk, float* scratch);
   void (*symmetric_rows)(const Task&);
   void (*symmetric_gradient)(const Task&, int64_t chunk, float* scratch);

@@ -282,6 +282,18 @@ void scatter(const Task& task, int64_t block) {
 // serves (i, j) and, where row j sees key i (i below the prefix), (j, i). A strip is `plain` in a block when all its
 // pairs are of both kinds; at the diagonal and at the end of the prefix they are told apart.
 
+Range range(const float* x, int64_t count) {
+  F high = all(x[0]), low = sub(all(0.0f), high), finite = all(0.0f);
+  for (int64_t i = 0; i < count; i += V) {
+    F y = choose(first_lanes(count - i), load(x + i), all(x[0]));
+    high = larger(y, high);
+    low = larger(sub(all(0.0f), y), low);
+    finite = fma(y, all(0.0f), finite);
+  }
+  float nothing = sum_lanes(finite);
+  return {nothing - max_lanes(low), nothing + max_lanes(high)};
+}
+
 struct Pairs {
   Keep seen[R], mirrored[R];
 };
@@ -397,6 +409,26 @@ void symmetric_sums(const Task& task, int64_t chunk, float* scratch) {
   }
 }
 
+// Σ log2 x of positive normal floats: exponents are added, significands, each below 2, multiplied.
+struct Log2Sum {
+  double significand = 1.0;
+  int64_t exponent = 0, count = 0;
+
+  void add(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    exponent += static_cast<int64_t>(bits >> 23) - 127;
+    significand *= from_bits((bits & 0x7fffffu) | 0x3f800000u);
+    if (++count % 512 == 0) fold();
+  }
+  void fold() {
+    int power;
+    significand = std::frexp(significand, &power);
+    exponent += power;
+  }
+  double value() const { return static_cast<double>(exponent) + std::log2(significand); }
+};
+
 // 1 / Σ E, and the part of the KL that needs no further pair: −ln 2 Σ_i [ Σ_j p_ij (u_s − u_t)_ij − log2 (l_s / l_t) ].
 void symmetric_rows(const Task& task) {
   int64_t padded = task.blocks * V;
@@ -410,15 +442,14 @@ void symmetric_rows(const Task& task) {
     }
   for (int64_t i = task.length; i < padded; ++i) task.inverse[i] = task.inverse[padded + i] = 0.0f;
   const float *l_t = task.row_sums, *l_s = l_t + padded, *y = l_s + padded, *inverse_t = task.inverse;
-  double sum = 0.0, ratio = 1.0;
+  double sum = 0.0;
+  Log2Sum logs_t, logs_s;
   for (int64_t i = 0; i < task.length; ++i) {
     sum += static_cast<double>(y[i]) * inverse_t[i];
-    ratio *= static_cast<double>(l_s[i]) / l_t[i];  // within 2^±220
-    if (i % 4 == 3 || i + 1 == task.length) {
-      sum -= std::log2(ratio);
-      ratio = 1.0;
-    }
+    logs_t.add(l_t[i]);
+    logs_s.add(l_s[i]);
   }
+  sum -= logs_s.value() - logs_t.value();
   task.kl[task.chunks] = -0.693147180559945309 * sum;
 }
 
@@ -606,7 +637,7 @@ void strips(const Task& task, int64_t chunk, float* scratch) {
 namespace minilm::cpu {
 
 const Kernels KERNELS = {
-    KERNELS_NAME, V, 2 * kPanelBlocks * R * V, gather, symmetric_sums, symmetric_rows, symmetric_gradient, strips,
+    KERNELS_NAME, V, 2 * kPanelBlocks * R * V, gather, range, symmetric_sums, symmetric_rows, symmetric_gradient, strips,
     scatter,
 };
 

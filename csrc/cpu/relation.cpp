@@ -148,7 +148,7 @@ class Run {
     return most;
   }
 
-  // Memory of `heads` tasks of one relation and sequence: their gathered tokens, and all else once, for one at a time.
+  // Memory of `heads` tasks of one relation and sequence: tokens and gradients of each, all else once, for one at a time.
   void lay_out(Layout& layout, int64_t r, int64_t tokens, int64_t chunks, size_t keep, Work* work, int64_t heads) const {
     const Relation& relation = call_.relations[r];
     bool symmetric = may_be_symmetric(r);
@@ -169,15 +169,14 @@ class Run {
       task.chunks = chunks;
       side(task.teacher, relation.teacher);
       side(task.student, relation.student);
-    }
-    Task& task = work[0].task;
-    Side& student = task.student;
-    task.kl = layout.take<double>(chunks + 1);
-    if (gradient_) {
+      Side& student = task.student;
+      if (!gradient_) continue;
       student.key_grads = layout.take<float>(chunks * length * student.width);
       student.query_grads = student.queries == student.keys ? student.key_grads
                                                             : layout.take<float>(chunks * length * student.width);
     }
+    Task& task = work[0].task;
+    task.kl = layout.take<double>(chunks + 1);
     if (symmetric) {
       task.row_sums = layout.take<float>(3 * length);
       task.column_sums = layout.take<float>(chunks * 6 * length);
@@ -186,15 +185,13 @@ class Run {
     // Beside the rows' gradients: a panel of symmetric scores, or four strips of scores and exponentials.
     int64_t strip = std::max(4 * kStripRows * length, k_.panel_floats);
     for (int64_t c = 0; c < chunks; ++c)
-      work[0].scratch[c] = layout.take<float>(strip + kStripRows * student.width * k_.lanes);
+      work[0].scratch[c] = layout.take<float>(strip + kStripRows * task.student.width * k_.lanes);
     task.kept_size = symmetric ? std::min(exponentials(tokens), static_cast<int64_t>(keep / sizeof(float))) : 0;
     task.kept = layout.take<float>(task.kept_size);
     for (int64_t h = 1; h < heads; ++h) {
       Work other = work[0];
       other.task.teacher = work[h].task.teacher;
-      other.task.student.keys = work[h].task.student.keys;
-      other.task.student.queries = work[h].task.student.queries;
-      other.task.student.norms = work[h].task.student.norms;
+      other.task.student = work[h].task.student;
       work[h] = other;
     }
   }
@@ -221,15 +218,10 @@ class Run {
     }
   }
 
-  static bool find_reference(Side& side, int64_t length) {
-    float low = side.norms[0], high = side.norms[0];
-    for (int64_t i = 1; i < length; ++i) {
-      low = std::min(low, side.norms[i]);
-      high = std::max(high, side.norms[i]);
-      if (!(side.norms[i] <= high)) return false;  // NaN
-    }
-    side.reference = low + (high - low) / 2;
-    return high - low <= kWidestRange;
+  bool find_reference(Side& side, int64_t length) const {
+    Range norms = k_.range(side.norms, length);
+    side.reference = norms.low + (norms.high - norms.low) / 2;
+    return norms.high - norms.low <= kWidestRange;  // not so of NaN and infinity
   }
 
   bool choose_symmetric(Task& task) const {
@@ -237,7 +229,7 @@ class Run {
            find_reference(task.student, task.length);
   }
 
-  // A task's steps behind the gathering, each a range of independent items, run by `each(count, body(item))`.
+  // A task's steps between gathering and scattering, each a range of independent items, run by `each(count, body(item))`.
   template <class Each>
   void compute(Work& work, double& kl, const Each& each) const {
     Task& task = work.task;
@@ -250,7 +242,6 @@ class Run {
       each(task.chunks, [&](int64_t c) { k_.strips(task, c, work.scratch[c]); });
       task.kl[task.chunks] = 0.0;
     }
-    if (gradient_) each(task.blocks, [&](int64_t block) { k_.scatter(task, block); });
     kl = std::accumulate(task.kl, task.kl + task.chunks + 1, 0.0);
     if (kl < 0.0) kl = 0.0;
   }
@@ -286,6 +277,7 @@ class Run {
     };
     each(work.task.blocks, [&](int64_t block) { k_.gather(work.task, block); });
     compute(work, kl_at(n, r, a), each);
+    if (gradient_) each(work.task.blocks, [&](int64_t block) { k_.scatter(work.task, block); });
   }
 
   void run_together(const std::vector<int64_t>& sequences) {
@@ -317,6 +309,8 @@ class Run {
       for (int64_t block = 0; block < group[0].task.blocks; ++block)
         for (int64_t h = 0; h < count; ++h) k_.gather(group[h].task, block);
       for (int64_t h = 0; h < count; ++h) compute(group[h], kl_at(n, r, first + h), each);
+      for (int64_t block = 0; gradient_ && block < group[0].task.blocks; ++block)
+        for (int64_t h = 0; h < count; ++h) k_.scatter(group[h].task, block);
     });
   }
 
