@@ -18,7 +18,7 @@ constexpr int kSumRows = 4;             // rows whose sums are kept in registers
 constexpr float kHidden = -1e30f;       // score of a key that a row does not see: its exponential is 0
 constexpr float kLn2 = 0.693147180559945309f;
 
-static_assert(R % kTileRows == 0 && R % kDotRows == 0 && R % kSumRows == 0 && kGroup % kTileRows == 0, "");
+static_assert(R % kTileRows == 0 && R % kSumRows == 0 && kGroup % kTileRows == 0, "");
 
 // 2^x: minimax polynomials of 2^r for |r| <= 1/2 with p(0) = 1; relative errors 2e-8 and 1.1e-7 before rounding.
 INLINE F exp2_of(F x) {
@@ -98,54 +98,59 @@ void key_gradient(const float* m, const float* queries, int64_t first, int64_t w
   }
 }
 
-template <int N>
-INLINE void dot_tile(const float* m, const float* keys, int64_t width, int64_t blocks, float* sums) {
-  F acc[kDotRows][N];
-  for (int r = 0; r < kDotRows; ++r)
-    for (int n = 0; n < N; ++n) acc[r][n] = load(sums + (r * width + n) * V);
-  for (int64_t b = 0; b < blocks; ++b) {
-    F key[N];
-    for (int n = 0; n < N; ++n) key[n] = load(keys + (b * width + n) * V);
-    for (int r = 0; r < kDotRows; ++r) {
-      F factor = load(m + (b * R + r) * V);
-      for (int n = 0; n < N; ++n) acc[r][n] = fma(factor, key[n], acc[r][n]);
-    }
-  }
-  for (int r = 0; r < kDotRows; ++r)
-    for (int n = 0; n < N; ++n) store(sums + (r * width + n) * V, acc[r][n]);
-}
-
-// sums[row][d][lane] += Σ_block m[block][row][lane] · key[block][d][lane]; the lanes are added up in `add_rows`.
-void query_gradient(const float* m, const float* keys, int64_t width, int64_t blocks, float* sums) {
-  for (int r = 0; r < R; r += kDotRows) {
-    int64_t d = 0;
-    for (; d + kDotFeatures <= width; d += kDotFeatures)
-      dot_tile<kDotFeatures>(m + r * V, keys + d * V, width, blocks, sums + (r * width + d) * V);
-    for (; d < width; ++d) dot_tile<1>(m + r * V, keys + d * V, width, blocks, sums + (r * width + d) * V);
-  }
-}
-
-INLINE void set_zero(float* x, int64_t vectors) {
-  for (int64_t i = 0; i < vectors; ++i) store(x + i * V, all(0.0f));
-}
-
 // sums[k] = the sum of the lanes of x[k].
 INLINE void sum_lanes_of_four(F x[4], float* sums) {
   transpose_quads(x);
   store_sum_of_quads(sums, add(add(x[0], x[1]), add(x[2], x[3])));
 }
 
-void add_rows(const float* sums, int64_t first, int64_t width, float* grads) {
-  for (int r = 0; r < R; r += 4) {
-    float* grad = grads + (first + r) / V * width * V + (first + r) % V;
-    for (int64_t d = 0; d < width; ++d) {
-      F x[4];
-      float part[4];
-      for (int k = 0; k < 4; ++k) x[k] = load(sums + ((r + k) * width + d) * V);
-      sum_lanes_of_four(x, part);
-      for (int k = 0; k < 4; ++k) grad[d * V + k] += part[k];
+// Where a strip's row gradients stand while its panels of keys go by: lanes are kept apart until the last panel.
+struct RowSums {
+  float* sums;  // [row][d][lane]
+  bool first, last;
+};
+
+template <int N>
+INLINE void dot_tile(const float* m, const float* keys, int64_t width, int64_t blocks, RowSums to, float* sums,
+                     float* grad) {
+  F acc[4][N];
+  for (int r = 0; r < 4; ++r)
+    for (int n = 0; n < N; ++n) acc[r][n] = to.first ? all(0.0f) : load(sums + (r * width + n) * V);
+  for (int64_t b = 0; b < blocks; ++b) {
+    F key[N];
+    for (int n = 0; n < N; ++n) key[n] = load(keys + (b * width + n) * V);
+    for (int r = 0; r < 4; ++r) {
+      F factor = load(m + (b * R + r) * V);
+      for (int n = 0; n < N; ++n) acc[r][n] = fma(factor, key[n], acc[r][n]);
     }
   }
+  for (int n = 0; n < N; ++n) {
+    if (to.last) {
+      F x[4] = {acc[0][n], acc[1][n], acc[2][n], acc[3][n]};
+      float part[4];
+      sum_lanes_of_four(x, part);
+      for (int k = 0; k < 4; ++k) grad[n * V + k] += part[k];
+    } else {
+      for (int r = 0; r < 4; ++r) store(sums + (r * width + n) * V, acc[r][n]);
+    }
+  }
+}
+
+// grads[row][d] += Σ_j m[row][j] · key[j][d]
+void query_gradient(const float* m, int64_t first, const float* keys, int64_t width, int64_t blocks, RowSums to,
+                    float* grads) {
+  for (int r = 0; r < R; r += 4) {
+    float* sums = to.sums + r * width * V;
+    float* grad = grads + (first + r) / V * width * V + (first + r) % V;
+    int64_t d = 0;
+    for (; d + kDotFeatures <= width; d += kDotFeatures)
+      dot_tile<kDotFeatures>(m + r * V, keys + d * V, width, blocks, to, sums + d * V, grad + d * V);
+    for (; d < width; ++d) dot_tile<1>(m + r * V, keys + d * V, width, blocks, to, sums + d * V, grad + d * V);
+  }
+}
+
+INLINE void set_zero(float* x, int64_t vectors) {
+  for (int64_t i = 0; i < vectors; ++i) store(x + i * V, all(0.0f));
 }
 
 // ---- Gathering and scattering -----------------------------------------------------------------------------------
@@ -483,7 +488,6 @@ void symmetric_gradient(const Task& task, int64_t chunk, float* scratch) {
   double excess = 0.0;
   int64_t used = 0;
   for (int64_t first = chunk * R; first < task.length; first += task.chunks * R) {
-    set_zero(sums, R * width);
     float rows_t[R], rows_s[R];
     for (int r = 0; r < R; ++r) {
       bool real = first + r < task.length;
@@ -519,9 +523,8 @@ void symmetric_gradient(const Task& task, int64_t chunk, float* scratch) {
       }
       if (exponentials) exponentials += blocks * 2 * R * V;
       key_gradient(m, keys, first, width, blocks, grads + block * width * V);
-      query_gradient(m, keys + block * width * V, width, blocks, sums);
+      query_gradient(m, first, keys + block * width * V, width, blocks, {sums, block == 0, block + blocks == end}, grads);
     }
-    add_rows(sums, first, width, grads);
     excess += sum_lanes(total);
   }
   task.kl[chunk] = excess;
@@ -581,7 +584,7 @@ INLINE float kl_of_row(const float* u_t, const float* u_s, const float* e_t, con
 void strips(const Task& task, int64_t chunk, float* scratch) {
   const Side &t = task.teacher, &s = task.student;
   int64_t size = task.blocks * V * s.width, strip = task.blocks * R * V;
-  float *u_t = scratch, *u_s = u_t + strip, *e_t = u_s + strip, *e_s = e_t + strip, *sums = e_s + strip;
+  float *u_t = scratch, *u_s = u_t + strip, *e_t = u_s + strip, *e_s = e_t + strip;
   float *key_grads = nullptr, *query_grads = nullptr;
   if (task.gradient) {
     key_grads = s.key_grads + chunk * size;
@@ -623,10 +626,8 @@ void strips(const Task& task, int64_t chunk, float* scratch) {
       total += kl;
     }
     if (task.gradient) {
-      set_zero(sums, R * s.width);
       key_gradient(e_t, s.queries, first, s.width, blocks, key_grads);
-      query_gradient(e_t, s.keys, s.width, blocks, sums);
-      add_rows(sums, first, s.width, query_grads);
+      query_gradient(e_t, first, s.keys, s.width, blocks, {nullptr, true, true}, query_grads);
     }
   }
   task.kl[chunk] = total;

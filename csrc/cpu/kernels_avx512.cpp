@@ -9,7 +9,7 @@ using F = __m512;
 using Keep = __mmask16;
 constexpr int V = 16;
 constexpr int kTileRows = 8, kTileBlocks = 2;    // scores: 16 accumulators
-constexpr int kDotRows = 4, kDotFeatures = 4;    // gradients of rows: 16 accumulators
+constexpr int kDotFeatures = 4;                  // gradients of four rows: 16 accumulators
 
 INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
