@@ -361,12 +361,25 @@ INLINE void panel_scores(const Task& task, int64_t first, int64_t block, int64_t
   scores(s.keys, first, s.keys + block * s.width * V, s.width, blocks, -s.reference, u_s);
 }
 
-// Exponentials of as many strips as `task.kept` holds are kept for the second phase; both phases ask this.
-INLINE float* kept_strip(const Task& task, int64_t end, int64_t& used) {
-  int64_t size = end * 2 * R * V;
-  if (used + size > task.kept_size) return nullptr;
-  used += size;
-  return task.kept + used - size;
+INLINE int64_t last_strip(const Task& task, int64_t chunk) {
+  int64_t step = task.chunks * R;
+  return chunk * R + (task.length - 1 - chunk * R) / step * step;
+}
+
+// The first phase keeps the exponentials of as many of its last strips as there is room for. The second goes through
+// the strips backwards: it finds in the cache what was kept last.
+struct Kept {
+  int64_t from;  // first row of the earliest strip that is kept
+  float *begin, *end;
+};
+
+INLINE int64_t kept_size(int64_t first) { return strip_blocks(first) * 2 * R * V; }
+
+INLINE Kept kept_strips(const Task& task, int64_t chunk) {
+  int64_t first = last_strip(task, chunk), size = 0;
+  for (; first >= 0 && size + kept_size(first) <= task.kept_size; first -= task.chunks * R) size += kept_size(first);
+  float* begin = task.kept + chunk * task.kept_size;
+  return {first + task.chunks * R, begin, begin + size};
 }
 
 void symmetric_sums(const Task& task, int64_t chunk, float* scratch) {
@@ -375,13 +388,15 @@ void symmetric_sums(const Task& task, int64_t chunk, float* scratch) {
   float* total = recent + 3 * padded;
   set_zero(recent, 6 * task.blocks);
   float *u_t = scratch, *u_s = scratch + kPanelBlocks * R * V;
-  int64_t visited = 0, used = 0;
+  int64_t visited = 0;
+  Kept kept = kept_strips(task, chunk);
   for (int64_t first = chunk * R; first < task.length; first += task.chunks * R) {
     F row[R][3];
     for (int r = 0; r < R; ++r)
       for (int k = 0; k < 3; ++k) row[r][k] = all(0.0f);
     int64_t end = strip_blocks(first);
-    float* exponentials = kept_strip(task, end, used);
+    float* exponentials = first >= kept.from ? kept.begin : nullptr;
+    if (exponentials) kept.begin += kept_size(first);
     for (int64_t block = 0; block < end; block += kPanelBlocks) {
       int64_t blocks = end - block < kPanelBlocks ? end - block : kPanelBlocks;
       panel_scores(task, first, block, blocks, u_t, u_s);
@@ -486,8 +501,8 @@ void symmetric_gradient(const Task& task, int64_t chunk, float* scratch) {
   set_zero(grads, task.blocks * width);
   float *m = scratch, *u_s = m + kPanelBlocks * R * V, *sums = u_s + kPanelBlocks * R * V;
   double excess = 0.0;
-  int64_t used = 0;
-  for (int64_t first = chunk * R; first < task.length; first += task.chunks * R) {
+  Kept kept = kept_strips(task, chunk);
+  for (int64_t first = last_strip(task, chunk); first >= 0; first -= task.chunks * R) {
     float rows_t[R], rows_s[R];
     for (int r = 0; r < R; ++r) {
       bool real = first + r < task.length;
@@ -496,7 +511,8 @@ void symmetric_gradient(const Task& task, int64_t chunk, float* scratch) {
     }
     F total = all(0.0f);
     int64_t end = strip_blocks(first);
-    const float* exponentials = kept_strip(task, end, used);
+    const float* exponentials = nullptr;
+    if (first >= kept.from) exponentials = kept.end -= kept_size(first);
     for (int64_t block = 0; block < end; block += kPanelBlocks) {
       int64_t blocks = end - block < kPanelBlocks ? end - block : kPanelBlocks;
       if (!exponentials) panel_scores(task, first, block, blocks, m, u_s);
