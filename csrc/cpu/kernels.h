@@ -37,8 +37,8 @@ struct Task {
   float* row_sums;    // symmetric: [3][blocks·V]: Σ E_t, Σ E_s, Σ E_t·(u_s − u_t) of the keys before the row
   float* column_sums; // symmetric: [chunks][2][3][blocks·V]: the same of the keys behind the row
   float* inverse;     // symmetric: [2][blocks·V]: 1 / Σ E_t, 1 / Σ E_s
-  float* kept;        // symmetric: [chunks][kept_size]: exponentials for the second phase
-  int64_t kept_size;
+  float* kept;        // symmetric, of a single chunk: exponentials for the second phase
+  int64_t kept_size;  // floats; 0 where there are more chunks
   double* kl;         // [chunks + 1] sums of KL
   int64_t head_stride;  // of gradients, from token to token
   float *query_out, *key_out;  // gradients at position 0 of this sequence and head

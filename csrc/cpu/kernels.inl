@@ -378,8 +378,7 @@ INLINE int64_t kept_size(int64_t first) { return strip_blocks(first) * 2 * R * V
 INLINE Kept kept_strips(const Task& task, int64_t chunk) {
   int64_t first = last_strip(task, chunk), size = 0;
   for (; first >= 0 && size + kept_size(first) <= task.kept_size; first -= task.chunks * R) size += kept_size(first);
-  float* begin = task.kept + chunk * task.kept_size;
-  return {first + task.chunks * R, begin, begin + size};
+  return {first + task.chunks * R, task.kept, task.kept + size};
 }
 
 void symmetric_sums(const Task& task, int64_t chunk, float* scratch) {

@@ -1,5 +1,8 @@
 // AVX-512 kernels: 16 lanes, 32 registers. Flags: -mavx512f -mfma.
+#pragma GCC diagnostic push  // GCC 12 warns about its own header
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -36,8 +39,23 @@ INLINE Split split(F x) {
 }
 INLINE F times_power(F x, Split s, F) { return _mm512_scalef_ps(x, s.whole); }
 
-INLINE float sum_lanes(F x) { return _mm512_reduce_add_ps(x); }
-INLINE float max_lanes(F x) { return _mm512_reduce_max_ps(x); }
+// The other half of the lanes, of quarters, of eighths, of sixteenths.
+INLINE F swap_halves(F x) { return _mm512_shuffle_f32x4(x, x, 0x4e); }
+INLINE F swap_quarters(F x) { return _mm512_shuffle_f32x4(x, x, 0xb1); }
+INLINE F swap_eighths(F x) { return _mm512_permute_ps(x, 0x4e); }
+INLINE F swap_sixteenths(F x) { return _mm512_permute_ps(x, 0xb1); }
+INLINE float sum_lanes(F x) {
+  x = add(x, swap_halves(x));
+  x = add(x, swap_quarters(x));
+  x = add(x, swap_eighths(x));
+  return _mm512_cvtss_f32(add(x, swap_sixteenths(x)));
+}
+INLINE float max_lanes(F x) {
+  x = larger(x, swap_halves(x));
+  x = larger(x, swap_quarters(x));
+  x = larger(x, swap_eighths(x));
+  return _mm512_cvtss_f32(larger(x, swap_sixteenths(x)));
+}
 
 // A quad: four floats. Lanes 4q … 4q + 3 hold the quad at rows[4q].
 INLINE F load_quads(const float* const* rows) {
@@ -61,9 +79,8 @@ INLINE void transpose_quads(F x[4]) {
   x[3] = _mm512_shuffle_ps(b, d, 0xee);
 }
 INLINE void store_sum_of_quads(float* to, F x) {
-  __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x),
-                           _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
-  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+  x = add(x, swap_halves(x));
+  _mm_storeu_ps(to, _mm512_castps512_ps128(add(x, swap_quarters(x))));
 }
 
 }  // namespace

@@ -148,7 +148,8 @@ class Run {
     return most;
   }
 
-  // Memory of `heads` tasks of one relation and sequence: tokens and gradients of each, all else once, for one at a time.
+  // Memory of `heads` tasks of one relation and sequence: tokens and gradients of each, all else once, for one at a
+  // time. `keep`: bytes for exponentials, where the task is one chunk.
   void lay_out(Layout& layout, int64_t r, int64_t tokens, int64_t chunks, size_t keep, Work* work, int64_t heads) const {
     const Relation& relation = call_.relations[r];
     bool symmetric = may_be_symmetric(r);
@@ -265,10 +266,8 @@ class Run {
   }
 
   void run_alone(int64_t n, int64_t r, int64_t a, int64_t chunks) {
-    Layout sizes(nullptr);
     Work work;
-    lay_out(sizes, r, length(n), chunks, 0, &work, 1);
-    Memory memory(sizes.size());
+    Memory memory(size_of(length(n), chunks, 1));
     Layout layout(memory.data());
     lay_out(layout, r, length(n), chunks, 0, &work, 1);
     fill_in(work.task, n, r, a);
