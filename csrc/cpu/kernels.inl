@@ -472,23 +472,51 @@ void symmetric_rows(const Task& task) {
   task.kl[task.chunks] = -0.693147180559945309 * sum;
 }
 
-// m = E_s (1/l_s,i + 1/l_s,j) − E_t (1/l_t,i + 1/l_t,j) = q_ij + q_ji − p_ij − p_ji; returns the lanes' sums.
-template <bool kPlain>
-INLINE F excess_of_block(const float* e_t, const float* e_s, const Pairs* pairs, const float* rows_t,
+// m = E_s (1/l_s,i + 1/l_s,j) − E_t (1/l_t,i + 1/l_t,j) = q_ij + q_ji − p_ij − p_ji; returns the lanes' sums. What comes
+// in are the exponentials that the first phase kept, or the scores again.
+template <bool kPlain, bool kKept>
+INLINE F excess_of_block(const float* in_t, const float* in_s, const Pairs* pairs, const float* rows_t,
                          const float* rows_s, F column_t, F column_s, float* m) {
   F total = all(0.0f);
   for (int r = 0; r < R; ++r) {
     F f_t = column_t, f_s = column_s;
+    F e_t = load(in_t + r * V), e_s = load(in_s + r * V);
+    if (!kKept) {
+      e_t = fast_exp2_of(e_t);
+      e_s = fast_exp2_of(e_s);
+    }
     if (!kPlain) {
+      if (!kKept) {
+        e_t = keep(pairs->seen[r], e_t);
+        e_s = keep(pairs->seen[r], e_s);
+      }
       f_t = keep(pairs->mirrored[r], f_t);
       f_s = keep(pairs->mirrored[r], f_s);
     }
     f_t = add(f_t, all(rows_t[r]));
     f_s = add(f_s, all(rows_s[r]));
-    F x_t = load(e_t + r * V), x_s = load(e_s + r * V);
-    F x = sub(mul(x_s, f_s), mul(x_t, f_t));
+    F x = sub(mul(e_s, f_s), mul(e_t, f_t));
     store(m + r * V, x);
     total = add(total, x);
+  }
+  return total;
+}
+
+template <bool kKept>
+INLINE F excess_of_panel(const Task& task, int64_t first, int64_t block, int64_t blocks, const float* in_t,
+                         const float* in_s, int64_t step, const float* rows_t, const float* rows_s, float* m) {
+  const float *inverse_t = task.inverse, *inverse_s = task.inverse + task.blocks * V;
+  F total = all(0.0f);
+  for (int64_t b = 0; b < blocks; ++b) {
+    F column_t = load(inverse_t + (block + b) * V), column_s = load(inverse_s + (block + b) * V);
+    const float *t = in_t + b * step, *s = in_s + b * step;
+    float* out = m + b * R * V;
+    if (is_plain(task, first, block + b)) {
+      total = add(total, excess_of_block<true, kKept>(t, s, nullptr, rows_t, rows_s, column_t, column_s, out));
+    } else {
+      Pairs pairs = pairs_of(task, first, block + b);
+      total = add(total, excess_of_block<false, kKept>(t, s, &pairs, rows_t, rows_s, column_t, column_s, out));
+    }
   }
   return total;
 }
@@ -514,29 +542,16 @@ void symmetric_gradient(const Task& task, int64_t chunk, float* scratch) {
     if (first >= kept.from) exponentials = kept.end -= kept_size(first);
     for (int64_t block = 0; block < end; block += kPanelBlocks) {
       int64_t blocks = end - block < kPanelBlocks ? end - block : kPanelBlocks;
-      if (!exponentials) panel_scores(task, first, block, blocks, m, u_s);
-      for (int64_t b = 0; b < blocks; ++b) {
-        const float *e_t = exponentials + b * 2 * R * V, *e_s = e_t + R * V;
-        F column_t = load(inverse_t + (block + b) * V), column_s = load(inverse_s + (block + b) * V);
-        bool plain = is_plain(task, first, block + b);
-        Pairs pairs;
-        if (!plain) pairs = pairs_of(task, first, block + b);
-        if (!exponentials) {
-          float *x_t = m + b * R * V, *x_s = u_s + b * R * V;
-          for (int r = 0; r < R; ++r) {
-            F y_t = fast_exp2_of(load(x_t + r * V)), y_s = fast_exp2_of(load(x_s + r * V));
-            store(x_t + r * V, plain ? y_t : keep(pairs.seen[r], y_t));
-            store(x_s + r * V, plain ? y_s : keep(pairs.seen[r], y_s));
-          }
-          e_t = x_t;
-          e_s = x_s;
-        }
-        float* out = m + b * R * V;
-        F part = plain ? excess_of_block<true>(e_t, e_s, nullptr, rows_t, rows_s, column_t, column_s, out)
-                       : excess_of_block<false>(e_t, e_s, &pairs, rows_t, rows_s, column_t, column_s, out);
-        total = add(total, part);
+      F part;
+      if (exponentials) {
+        part = excess_of_panel<true>(task, first, block, blocks, exponentials, exponentials + R * V, 2 * R * V, rows_t,
+                                     rows_s, m);
+        exponentials += blocks * 2 * R * V;
+      } else {
+        panel_scores(task, first, block, blocks, m, u_s);
+        part = excess_of_panel<false>(task, first, block, blocks, m, u_s, R * V, rows_t, rows_s, m);
       }
-      if (exponentials) exponentials += blocks * 2 * R * V;
+      total = add(total, part);
       key_gradient(m, keys, first, width, blocks, grads + block * width * V);
       query_gradient(m, first, keys + block * width * V, width, blocks, {sums, block == 0, block + blocks == end}, grads);
     }

@@ -179,10 +179,10 @@ def test_half_precision_is_read_exactly(instruction_set):
 
 def test_the_lock_of_python_is_released():
     """A thread inside the kernel lets others run: with an endless switch interval they run only if it gives way."""
-    x, y = torch.randn(1, 512, 8, 16), torch.randn(1, 512, 8, 8)
+    x, y = torch.randn(1, 4096, 8, 16), torch.randn(1, 4096, 8, 8)  # long enough for another thread to be scheduled
     entered, finished = threading.Event(), []
     values, grad = torch.empty(1), torch.zeros_like(y)
-    arguments = (torch.arange(512), torch.tensor([0, 512]), None, False, torch.ones(1), None, values, None, [grad])
+    arguments = (torch.arange(4096), torch.tensor([0, 4096]), None, False, torch.ones(1), None, values, None, [grad])
 
     def work():
         entered.set()
@@ -208,12 +208,12 @@ def test_the_lock_of_python_is_released():
 _PEAK = """
 import torch
 from minilm_kernels import relation_kl
-torch.set_num_threads(2)
+torch.set_num_threads({threads})
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
 def draw(*shape):
     return torch.randn(*shape)
-relation_kl(draw(1, 70, 2, 8), None, draw(1, 70, 2, 8).requires_grad_(), None, backend="cpu").backward()
+relation_kl(draw(1, 70, 64, 8), None, draw(1, 70, 64, 8).requires_grad_(), None, backend="cpu").backward()
 shape, cross = (1, {length}, {heads}), {cross}
 q_t, k_t, q_s, k_s = (draw(*shape, width) for width in (32, 32, 16, 16))
 student = [x.requires_grad_() for x in ((q_s, k_s) if cross else (q_s,))]
@@ -225,10 +225,13 @@ print(status("VmHWM") - before - sum(x.numel() * 4 for x in student) / 2**20)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(("length", "heads", "cross"), [(512, 24, False), (2048, 16, False), (16384, 1, True)])
-def test_peak_memory(length, heads, cross):
-    """Beyond the gradient at most 32 MiB, whatever S."""
-    script = _PEAK.format(length=length, heads=heads, cross=cross)
+@pytest.mark.parametrize(
+    ("length", "heads", "cross", "threads"),
+    [(512, 24, False, 2), (2048, 16, False, 2), (16384, 1, True, 2), (4096, 48, False, 64)],
+)
+def test_peak_memory(length, heads, cross, threads):
+    """Beyond the gradient at most 32 MiB, whatever S and however many threads there are."""
+    script = _PEAK.format(length=length, heads=heads, cross=cross, threads=threads)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert 0 < float(result.stdout) <= 32
 
