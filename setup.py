@@ -57,7 +57,7 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             f"minilm_kernels._{name}",
-            sources=sorted(str(p) for p in (native.CSRC / name).glob("*")),
+            sources=sorted(p.as_posix() for p in Path("csrc", name).glob("*")),
             py_limited_api=True,
         )
         for name in names

@@ -15,11 +15,12 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-CSRC = Path("csrc")
+CSRC = Path(__file__).parents[1] / "csrc"
 MODE_VARIABLE = "MINILM_KERNELS_BUILD"
 ARCHITECTURES_VARIABLE = "TORCH_CUDA_ARCH_LIST"
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
@@ -29,6 +30,8 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # that torch
 
 WARNINGS = ["-Wall", "-Wno-unknown-warning-option", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # GCC 12, own headers
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
+# No contraction: a sum shall come out the same wherever the compiler meets it.
+CPU_FLAGS = [*CXX_FLAGS, "-ffp-contract=off"]
 # Vector code is compiled per instruction set and chosen at run time; a wheel must run on every processor.
 INSTRUCTION_SETS = {
     "kernels_avx512.cpp": ["-mavx512f", "-mfma"],
@@ -63,7 +66,6 @@ class Plan(NamedTuple):
     link_flags: list[str]
     commands: dict[str, str]  # of the names above
     memory: int  # bytes that a compiler needs
-    absent: list[str] = []  # noqa: RUF012  shared libraries to link with that are not on this machine: stubs stand in
 
 
 # --- which libraries
@@ -194,10 +196,8 @@ def jobs(memory_each: int) -> int:
             raise BuildError(f"MAX_JOBS: expected a whole number from 1 on, got {asked!r}")
         return int(asked)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
+    with suppress(OSError, ValueError):  # not in a container, or without a limit
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    except (OSError, ValueError):
-        pass  # not in a container, or without a limit
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(processors, memory // memory_each))
 
@@ -210,14 +210,14 @@ def _cpu(torch: Torch) -> Plan:
     if sys.platform == "win32":
         raise BuildError("the CPU library is built on Linux and macOS only")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    # No contraction: a sum shall come out the same wherever the compiler meets it.
-    flags = [*CXX_FLAGS, "-ffp-contract=off"]
     units = [
-        Unit(CSRC / "cpu" / name, "cxx", [*flags, *more]) for name, more in INSTRUCTION_SETS.items() if x86 or not more
+        Unit(CSRC / "cpu" / name, "cxx", [*CPU_FLAGS, *more])
+        for name, more in INSTRUCTION_SETS.items()
+        if x86 or not more
     ]
     units += [
-        Unit(CSRC / "cpu/relation.cpp", "cxx", flags),
-        Unit(CSRC / "cpu/binding.cpp", "cxx", [*flags, *_torch_flags(torch)]),
+        Unit(CSRC / "cpu/relation.cpp", "cxx", CPU_FLAGS),
+        Unit(CSRC / "cpu/binding.cpp", "cxx", [*CPU_FLAGS, *_torch_flags(torch)]),
     ]
     return Plan(units, "cxx", _link_torch(torch), {"cxx": _cxx()}, memory=2**29)
 
@@ -225,8 +225,7 @@ def _cpu(torch: Torch) -> Plan:
 def _cuda(torch: Torch) -> Plan:
     """csrc/cuda: device code by nvcc (*.cu), host code and the binding by the C++ compiler (*.cpp).
 
-    The CUDA runtime is linked statically. libtorch_cuda.so is needed at run time, not here: beside a torch without CUDA
-    a stub stands in when linking, and the library that comes out serves a torch with CUDA.
+    Of torch it needs libtorch_cpu.so alone, and the CUDA runtime is linked statically: it is built beside any torch.
     """
     if sys.platform != "linux":
         raise BuildError("the CUDA library is built on Linux only")
@@ -245,18 +244,17 @@ def _cuda(torch: Torch) -> Plan:
     known = {
         (int(number[:-1]), int(number[-1])) for number in re.findall(r"sm_(\d+)", _output(nvcc, "--list-gpu-code"))
     }
-    flags = ["-std=c++17", "-O3", "-lineinfo", "-ccbin", cxx]
+    host = ["-ccbin", cxx] if os.environ.get("CXX") and len(shlex.split(cxx)) == 1 else []
+    flags = ["-std=c++17", "-O3", "-lineinfo", *host]
     flags += [f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden", *WARNINGS)]
     flags += architectures(os.environ.get(ARCHITECTURES_VARIABLE), known, f"{release[1]}.{release[2]}")
     units = [Unit(source, "nvcc", flags) for source in sources]
-    host = [*CXX_FLAGS, "-isystem", str(_cuda_include(nvcc))]
+    cxx_flags = [*CXX_FLAGS, "-isystem", str(_cuda_include(nvcc))]
     for source in sorted((CSRC / "cuda").glob("*.cpp")):
         binding = source.name == "binding.cpp"
-        units.append(Unit(source, "cxx", [*host, "-DUSE_CUDA", *_torch_flags(torch)] if binding else host))
-    absent = [] if (torch.folder / "lib/libtorch_cuda.so").exists() else ["torch_cuda"]
-    link = [*_link_torch(torch), "-Xlinker=--no-as-needed", "-ltorch_cuda", "-cudart=static", "-ccbin", cxx]
-    link += ["-Xlinker=--exclude-libs,ALL"]
-    return Plan(units, "nvcc", link, {"nvcc": nvcc, "cxx": cxx}, memory=2**31, absent=absent)
+        units.append(Unit(source, "cxx", [*cxx_flags, *_torch_flags(torch)] if binding else cxx_flags))
+    link = [*_link_torch(torch), "-cudart=static", "-Xlinker=--exclude-libs,ALL", *host]
+    return Plan(units, "nvcc", link, {"nvcc": nvcc, "cxx": cxx}, memory=2**31)
 
 
 PLANS: dict[str, Callable[[Torch], Plan]] = {"cpu": _cpu, "cuda": _cuda}
@@ -283,7 +281,9 @@ def _cuda_include(nvcc: str) -> Path:
             folder = Path(flag.removeprefix("-I"))
             if (folder / "cuda_runtime.h").exists():
                 return folder.resolve()
-    raise BuildError(f"{nvcc} does not say where cuda_runtime.h is; is the CUDA runtime's development package installed?")
+    raise BuildError(
+        f"{nvcc} does not say where cuda_runtime.h is; is the CUDA runtime's development package installed?"
+    )
 
 
 def architectures(text: str | None, known: set[tuple[int, int]], release: str) -> list[str]:
@@ -299,13 +299,11 @@ def architectures(text: str | None, known: set[tuple[int, int]], release: str) -
     for word in re.split(r"[;\s]+", (text or DEFAULT_ARCHITECTURES).strip("; ")):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
         if match is None:
-            raise BuildError(
-                f"{ARCHITECTURES_VARIABLE}: expected numbers like '8.0;9.0+PTX', got {word!r} in {text!r}"
-            )
+            raise BuildError(f"{ARCHITECTURES_VARIABLE}: expected numbers like '8.0;9.0+PTX', got {word!r} in {text!r}")
         version = (int(match[1]), int(match[2]))
         if version < OLDEST_ARCHITECTURE:
             raise BuildError(
-                f"{ARCHITECTURES_VARIABLE}: the kernels need compute capability {dotted(OLDEST_ARCHITECTURE)} or later, "
+                f"{ARCHITECTURES_VARIABLE}: the kernels need {dotted(OLDEST_ARCHITECTURE)} or later, "
                 f"got {word!r} in {text!r}"
             )
         if version not in known:
@@ -319,7 +317,9 @@ def architectures(text: str | None, known: set[tuple[int, int]], release: str) -
         name = f"{match[1]}{match[2]}{match[3]}"
         chosen[name] = chosen.get(name, False) or bool(match[4])
     if not chosen:
-        raise BuildError(f"CUDA {release} can compile for none of {DEFAULT_ARCHITECTURES}; install another CUDA toolkit")
+        raise BuildError(
+            f"CUDA {release} can compile for none of {DEFAULT_ARCHITECTURES}; install another CUDA toolkit"
+        )
     if not text:
         chosen[list(chosen)[-1]] = True
     flags = []
@@ -363,17 +363,11 @@ def _ninja_file(plan: Plan, output: Path, folder: Path) -> str:
             f"rule {name}\n  command = {command} $flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
         )
     lines.append(f"rule link\n  command = {plan.commands[plan.linker]} -shared $in -o $out $flags")
-    lines.append(f"rule stub\n  command = {plan.commands['cxx']} -shared -x c++ /dev/null -Wl,-soname,$name -o $out")
     objects = []
     for unit in plan.units:
         objects.append(path(folder / f"{unit.source.name}.o"))
         flags = words(unit.flags, "CXXFLAGS" if unit.command == "cxx" else "")
         lines.append(f"build {objects[-1]}: {unit.command} {path(unit.source)}\n  flags = {flags}")
-    stubs = [folder / "stubs" / f"lib{name}.so" for name in plan.absent]
-    lines += [f"build {path(stub)}: stub\n  name = {stub.name}" for stub in stubs]
-    link_flags = [*(f"-L{stub.absolute().parent}" for stub in stubs), *plan.link_flags]
-    lines.append(
-        f"build {path(output)}: link {' '.join(objects)} | {' '.join(map(path, stubs))}\n"
-        f"  flags = {words(link_flags, 'LDFLAGS' if plan.linker == 'cxx' else '')}"
-    )
+    flags = words(plan.link_flags, "LDFLAGS" if plan.linker == "cxx" else "")
+    lines.append(f"build {path(output)}: link {' '.join(objects)}\n  flags = {flags}")
     return "\n".join(lines) + "\n"
