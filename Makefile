@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint format bench sanitize clean
+.PHONY: help demo test lint format bench sanitize packaging cuda clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -41,10 +41,16 @@ sanitize: $(INSTALLED)  ## the native kernels' tests under AddressSanitizer and 
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		$(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider tests/relation/test_native_cpu.py -k "not peak_memory"
 
+packaging: $(INSTALLED)  ## installs into new environments; other compilers, processors and Pythons; CUDA where nvcc is
+	$(BIN)/python -m pytest -m packaging -rs tests/packaging $(ARGS)
+
+cuda: $(INSTALLED)  ## compile the CUDA library for all GPUs, warnings being errors, into build/cuda
+	$(BIN)/python -m pytest -m packaging -rs tests/packaging/test_cuda_library.py $(ARGS)
+
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info minilm_kernels/*.so minilm_kernels/*.missing demo-output .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*/*)
+$(INSTALLED): pyproject.toml setup.py $(wildcard build_support/*.py csrc/*/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "minilm_kernels needs Python 3.10 or later, this is %s; set PYTHON=" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+# Variables that change what is built, and how.
+STEERING = ["MINILM_KERNELS_BUILD", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CXX", "CXXFLAGS", "LDFLAGS", "NVCC"]
 
 _CHECK = """
 import json, sys
@@ -82,9 +84,8 @@ class Environment:
 
 def clean_environ() -> dict[str, str]:
     """The surrounding variables less those that steer Python or the build; pip does not byte-compile, to save time."""
-    steering = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "NVCC"}
-    steering |= {"MINILM_KERNELS_BUILD", "TORCH_CUDA_ARCH_LIST"}
-    return {key: value for key, value in os.environ.items() if key not in steering} | {"PIP_COMPILE": "0"}
+    dropped = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", *STEERING}
+    return {key: value for key, value in os.environ.items() if key not in dropped} | {"PIP_COMPILE": "0"}
 
 
 def checkout(folder: Path) -> Path:

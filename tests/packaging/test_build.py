@@ -13,8 +13,9 @@ import pytest
 from minilm_kernels import available_backends
 
 from .binaries import gpu_code, libraries_named_by, stable_abi, symbols_from_elsewhere
+from .environments import STEERING
 
-VARIABLES = "MINILM_KERNELS_BUILD TORCH_CUDA_ARCH_LIST MAX_JOBS CXX CXXFLAGS LDFLAGS NVCC CUDA_HOME CUDA_PATH".split()
+VARIABLES = [*STEERING, "CUDA_HOME", "CUDA_PATH"]
 NVCC_13 = {(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)}
 
 
@@ -149,7 +150,7 @@ class TestArchitectures:
 
     @pytest.mark.parametrize("word", ["Hopper", "90", "9.0+ptx", "sm_90", "9.0,10.0", "9.0x"])
     def test_nonsense_is_named(self, word):
-        with pytest.raises(native.BuildError, match="TORCH_CUDA_ARCH_LIST: expected numbers like.* got '") as caught:
+        with pytest.raises(native.BuildError, match=r"TORCH_CUDA_ARCH_LIST: expected numbers like.* got '") as caught:
             native.architectures(f"8.0;{word}", NVCC_13, "13.0")
         assert repr(word) in str(caught.value)
 
@@ -181,7 +182,7 @@ class TestToolkit:
     def test_no_nvcc(self, monkeypatch):
         which = shutil.which
         monkeypatch.setattr(native.shutil, "which", lambda name: None if "nvcc" in name else which(name))
-        with pytest.raises(native.BuildError, match="no nvcc was found .*set CUDA_HOME or NVCC"):
+        with pytest.raises(native.BuildError, match=r"no nvcc was found .*set CUDA_HOME or NVCC"):
             self._plan()
 
     def test_no_nvcc_where_it_should_be(self, monkeypatch, tmp_path):
@@ -211,13 +212,13 @@ class TestToolkit:
 def test_a_compiler_that_runs_out_of_memory(monkeypatch, tmp_path):
     killed = "echo 'fatal error: Killed signal terminated program cc1plus' >&2; exit 1"
     monkeypatch.setenv("CXX", _script(tmp_path / "c++", killed))
-    with pytest.raises(native.BuildError, match="cc1plus(.|\n)*ran out of memory, . at a time: set MAX_JOBS=1"):
+    with pytest.raises(native.BuildError, match=r"cc1plus(.|\n)*ran out of memory, . at a time: set MAX_JOBS=1"):
         native.build("cpu", tmp_path / "_cpu.so", tmp_path / "objects")
 
 
 def test_a_compiler_that_fails(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", _script(tmp_path / "c++", "echo what is AVX-512 >&2; exit 1"))
-    with pytest.raises(native.BuildError, match="the compiler failed:(.|\n)*what is AVX-512") as caught:
+    with pytest.raises(native.BuildError, match=r"the compiler failed:(.|\n)*what is AVX-512") as caught:
         native.build("cpu", tmp_path / "_cpu.so", tmp_path / "objects")
     assert "MAX_JOBS" not in str(caught.value)
 
