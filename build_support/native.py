@@ -248,13 +248,15 @@ def _cuda(torch: Torch) -> Plan:
     flags = ["-std=c++17", "-O3", "-lineinfo", *host]
     flags += [f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden", *WARNINGS)]
     flags += architectures(os.environ.get(ARCHITECTURES_VARIABLE), known, f"{release[1]}.{release[2]}")
+    memory = 2**31
+    flags.append(f"--threads={max(1, jobs(memory) // len(sources))}")  # architectures beside each other
     units = [Unit(source, "nvcc", flags) for source in sources]
     cxx_flags = [*CXX_FLAGS, "-isystem", str(_cuda_include(nvcc))]
     for source in sorted((CSRC / "cuda").glob("*.cpp")):
         binding = source.name == "binding.cpp"
         units.append(Unit(source, "cxx", [*cxx_flags, *_torch_flags(torch)] if binding else cxx_flags))
     link = [*_link_torch(torch), "-cudart=static", "-Xlinker=--exclude-libs,ALL", *host]
-    return Plan(units, "nvcc", link, {"nvcc": nvcc, "cxx": cxx}, memory=2**31)
+    return Plan(units, "nvcc", link, {"nvcc": nvcc, "cxx": cxx}, memory)
 
 
 PLANS: dict[str, Callable[[Torch], Plan]] = {"cpu": _cpu, "cuda": _cuda}

@@ -52,5 +52,10 @@ def test_needs_the_stable_abi_only(library):
 
 
 def test_loads_beside_any_torch(library):
-    code = f"import torch; torch.ops.load_library({str(library)!r})"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = (
+        f"import torch; torch.ops.load_library({str(library)!r}); "
+        "print(*(name for name in torch._C._dispatch_get_all_op_names() if name.startswith('minilm_kernels_cuda::')))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()
