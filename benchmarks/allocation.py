@@ -115,10 +115,11 @@ def isolated(function: Callable[..., Any], *arguments: Any, seconds: float | Non
 def _call(sender: Any, threads: int, function: Callable[..., Any], arguments: tuple) -> None:
     torch.set_num_threads(threads)
     try:
-        answer = (function(*arguments), None)
+        answer = function(*arguments), None
     except Exception as error:
-        answer = (None, error)
-    sender.send(answer)
+        sender.send((None, error))
+    else:
+        sender.send(answer)
 
 
 def largest(fits: Callable[[int], bool], guess: int, most: int) -> int:

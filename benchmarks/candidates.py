@@ -31,25 +31,24 @@ def guarded(row: rows.Row, work: Callable[[], Any]) -> Any:
     """`work()`; what goes wrong becomes the status and the reason of the row, and None is returned."""
     try:
         return work()
-    except Unsupported as error:
-        status, reason = "unsupported", error
-    except (OutOfMemory, torch.OutOfMemoryError) as error:
-        status, reason = "oom", error
-    except TimeoutError as error:
-        status, reason = "slow", error
-    except NotImplementedError as error:
-        status, reason = "unsupported", error
     except Exception as error:
-        refused = isinstance(error, RuntimeError) and str(error).startswith("backend: ")
-        status, reason = "unsupported" if refused else "failed", error
-    lines = str(reason).strip().splitlines() or [""]
-    prefix = f"{type(reason).__name__}: " if status == "failed" else ""
-    row |= {"status": status, "reason": prefix + lines[0][:300]}
-    del reason
-    gc.collect()
+        status = _status(error)
+        lines = str(error).strip().splitlines() or [""]
+        prefix = f"{type(error).__name__}: " if status == "failed" else ""
+        row |= {"status": status, "reason": prefix + lines[0][:300]}
+    gc.collect()  # what the traceback held
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
+
+
+def _status(error: Exception) -> str:
+    if isinstance(error, OutOfMemory | torch.OutOfMemoryError):
+        return "oom"
+    if isinstance(error, TimeoutError):
+        return "slow"
+    refused = str(error).startswith("backend: ")  # by the operator, with every reason
+    return "unsupported" if refused or isinstance(error, Unsupported | NotImplementedError) else "failed"
 
 
 def admit(row: rows.Row, workload: Workload, copies: list[Inputs], oracle: Oracle, mode: str, limits: Limits) -> Any:

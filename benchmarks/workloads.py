@@ -66,12 +66,12 @@ class Inputs(NamedTuple):
         for name in ("attention_mask", "prefix_lens"):
             if name in mask:
                 mask[name] = mask[name][:sequences]
-        sides = ({name: x[:end] for name, x in side.items()} for side in (self.teacher, self.student))
-        return Inputs(*sides, self.relations, mask)
+        teacher, student = ({name: x[:end] for name, x in side.items()} for side in (self.teacher, self.student))
+        return Inputs(teacher, student, self.relations, mask)
 
     def double(self) -> Inputs:
-        sides = ({name: x.double() for name, x in side.items()} for side in (self.teacher, self.student))
-        return Inputs(*sides, self.relations, self.mask)
+        teacher, student = ({name: x.double() for name, x in side.items()} for side in (self.teacher, self.student))
+        return Inputs(teacher, student, self.relations, self.mask)
 
     def bytes(self) -> int:
         return sum(x.numel() * x.element_size() for side in (self.teacher, self.student) for x in side.values())

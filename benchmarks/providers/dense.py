@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -13,7 +15,9 @@ from .support import DenseMask, Loss, Unsupported
 _CHUNK_HEADS = 4  # of `chunked`: a choice, memory falls with it and launches rise
 
 
-def _relation(query_t: Tensor, key_t: Tensor, query_s: Tensor, key_s: Tensor, mask: DenseMask, wide: bool) -> Tensor:
+def _relation(
+    query_t: Tensor, key_t: Tensor, query_s: Tensor, key_s: Tensor, mask: DenseMask, wide: bool = False
+) -> Tensor:
     """Weighted sum of the rows' KL; (B, A, S, D) each. `wide`: softmax and KL in float32."""
     log_t = _log_softmax(query_t, key_t, mask.hidden, wide)
     log_s = _log_softmax(query_s, key_s, mask.hidden, wide)
@@ -46,20 +50,20 @@ def _loss(inputs: Inputs, relation) -> Loss:
 
 def eager(inputs: Inputs) -> Loss:
     """As public MiniLMv2 code computes it, with its mistakes repaired."""
-    return _loss(inputs, lambda *tensors: _relation(*tensors, wide=False))
+    return _loss(inputs, _relation)
 
 
 def eager_fp32_softmax(inputs: Inputs) -> Loss:
     if next(iter(inputs.student.values())).dtype not in (torch.float16, torch.bfloat16):
         raise Unsupported("the inputs are not in half precision: the same as eager")
-    return _loss(inputs, lambda *tensors: _relation(*tensors, wide=True))
+    return _loss(inputs, partial(_relation, wide=True))
 
 
 def chunked(inputs: Inputs) -> Loss:
     def relation(*arguments) -> Tensor:
         *tensors, mask = arguments
         chunks = zip(*(x.split(_CHUNK_HEADS, 1) for x in tensors), strict=True)
-        parts = [checkpoint(_relation, *c, mask, False, use_reentrant=False, preserve_rng_state=False) for c in chunks]
+        parts = [checkpoint(_relation, *c, mask, use_reentrant=False, preserve_rng_state=False) for c in chunks]
         return torch.stack(parts).sum()
 
     return _loss(inputs, relation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from benchmarks.candidates import guarded
 from benchmarks.providers import PROVIDERS, backends
 from benchmarks.steps import WRONG, Step, relative
 from benchmarks.workloads import MASKS, Inputs, Workload, parse_all
+from minilm_kernels import available_backends
 from minilm_kernels.relation import relations_kl
 
-# Long enough for every path of the kernels (beyond 64 tokens, no multiple of a tile), small enough for a dense reference.
+# Long enough for all paths of the kernels (beyond 64 tokens, no multiple of a tile), short enough for a dense reference.
 SHAPES = {"cpu": ["3x4x150x16x8", "2x2x100x64x32"], "cuda": ["3x4x150x16x8", "3x4x150x16x6", "2x2x600x64x32"]}
 DTYPES = ["float32", "float16", "bfloat16"]
 RELATIONS = ["qq", "qk"]
@@ -31,7 +32,12 @@ def measure(options: argparse.Namespace) -> Iterator[rows.Row]:
     masks = MASKS if options.masks == ["none"] else options.masks
     dtypes = DTYPES if options.dtypes == ["float32"] else options.dtypes
     relations = RELATIONS if options.relations == [None] else options.relations
-    names = [name for name in options.providers if name in ("eager", "eager-fp32-softmax", *backends())]
+    usable = available_backends()
+    names = [name for name in options.providers if name == "eager" or usable.get(name, "") is None]
+    for name in options.providers:
+        if usable.get(name):  # said once, not for every combination
+            row = _row(Workload.parse(shapes[0], device=options.device), name, "full")
+            yield row | {"status": "unsupported", "reason": usable[name]}
     for workload in parse_all(shapes, masks, dtypes, relations, options.device):
         yield from _mask_rows(workload, names)
     for divergence in _DIVERGENCES:
@@ -46,7 +52,7 @@ def _mask_rows(workload: Workload, names: list[str]) -> Iterator[rows.Row]:
     for name in names:
         row = _row(workload, name, "full")
         row["detail"] = dict(zip(("allowed_value", "allowed_grad"), allowed, strict=True))
-        got = guarded(row, lambda name=name: Step(PROVIDERS[name].build(inputs), [inputs], "full")())
+        got = guarded(row, partial(_full, inputs, name))
         if got is not None:
             errors = _errors(got, expected)
             limits = allowed if name in backends() else [WRONG[workload.dtype]] * 2
@@ -92,7 +98,7 @@ def _small_rows(divergence: float, names: list[str], device: str) -> Iterator[ro
     for name in names:
         row = _row(workload, name, "full")
         row["detail"] = {"kl": kl, "reduction": "sequence"}
-        got = guarded(row, lambda name=name: Step(PROVIDERS[name].build(inputs), [inputs], "full")())
+        got = guarded(row, partial(_full, inputs, name))
         if got is not None:
             errors = _errors(got, expected)
             row |= {"error_value": errors[0], "error_grad": errors[1], "status": "ok"}
@@ -102,7 +108,7 @@ def _small_rows(divergence: float, names: list[str], device: str) -> Iterator[ro
             continue
         row = _row(workload, name, "forward")
         row["detail"] = {"kl": kl, "reduction": "none"}
-        found = guarded(row, lambda name=name: _rows(inputs, name))
+        found = guarded(row, partial(_rows, inputs, name))
         if found is not None:
             worst = ((found.double() - expected_rows).abs() / expected_rows).max().item()
             row |= {"error_value": relative(found, expected_rows), "status": "ok"}
@@ -138,6 +144,10 @@ def _rows(inputs: Inputs, backend: str) -> Tensor:
         return relations_kl(
             inputs.teacher, inputs.student, inputs.relations, reduction="none", backend=backend, **inputs.mask
         )
+
+
+def _full(inputs: Inputs, name: str) -> tuple[Tensor, list[Tensor]]:
+    return Step(PROVIDERS[name].build(inputs), [inputs], "full")()
 
 
 def _errors(got: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> tuple[float, float]:

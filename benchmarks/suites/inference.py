@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def _shape_rows(B: int, S: int, dtype: str, options: argparse.Namespace) -> Iter
         name = f"{layers}x{hidden}"
         shape = {"B": B, "A": 12, "S": S, "d_t": None, "d_s": hidden // 12, "relations": None, "mask": "none"}
         row = made[name] = rows.new("inference", name, options.device, dtype, "forward", shape)
-        model = guarded(row, lambda size=(layers, hidden): _Model(*size, B, S, getattr(torch, dtype), options.device))
+        model = guarded(row, partial(_Model, layers, hidden, B, S, getattr(torch, dtype), options.device))
         if model is None:
             continue
         row["detail"] = {
@@ -87,7 +88,7 @@ def _shape_rows(B: int, S: int, dtype: str, options: argparse.Namespace) -> Iter
             "tokens": B * S,
         }
         error = guarded(row, model.error)
-        ran = guarded(row, lambda model=model: first_run(model, options.device))
+        ran = guarded(row, partial(first_run, model, options.device))
         if error is not None and ran is not None:
             right = error < 0.2
             row |= {"error_value": error, "status": "ok" if right else "wrong"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 
 from benchmarks import roofline, rows
 from benchmarks.allocation import at_most, peak_bytes
@@ -40,7 +41,7 @@ def workload_rows(workload: Workload, mode: str, options: argparse.Namespace) ->
             admitted[name] = (row, step)
     del oracle
     for row, step in admitted.values():
-        guarded(row, lambda row=row, step=step: _memory(row, step, workload, limits))
+        guarded(row, partial(_memory, row, step, workload, limits))
     timed = {name: (row, step) for name, (row, step) in admitted.items() if row["status"] == "ok"}
     for method in options.methods if workload.device == "cuda" else ["wall"]:
         steps = {}
@@ -48,7 +49,7 @@ def workload_rows(workload: Workload, mode: str, options: argparse.Namespace) ->
             if method == "graph":
                 row = row | {"method": method}
                 made.append(row)
-                recorded = guarded(row, lambda step=step: GraphStep(step, count))
+                recorded = guarded(row, partial(GraphStep, step, count))
                 if recorded is None:
                     continue
                 step = recorded

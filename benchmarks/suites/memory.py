@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -44,8 +45,12 @@ def peak_rows(workload: Workload, options: argparse.Namespace) -> Iterator[rows.
         row = _row(workload, name)
         step = admit(row, workload, [inputs], oracle, "full", limits)
         if step is not None:
-            guarded(row, lambda row=row, step=step: row.update(_peak(step, workload.device, limits.bytes), status="ok"))
+            guarded(row, partial(_fill, row, step, workload.device, limits.bytes))
         yield row
+
+
+def _fill(row: rows.Row, step: Step, device: str, limit: int | None) -> None:
+    row |= _peak(step, device, limit) | {"status": "ok"}
 
 
 def batch_row(workload: Workload, name: str, options: argparse.Namespace) -> rows.Row:

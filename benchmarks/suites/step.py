@@ -120,12 +120,12 @@ class Distillation:
         return torch.autocast(self._setting.device, torch.bfloat16, enabled=self._setting.dtype == "bfloat16")
 
     def _inputs(self, teacher: list[Tensor], student: list[Tensor]) -> Inputs:
-        sides = (
+        teacher_heads, student_heads = (
             {name: x.unflatten(-1, (self._heads, -1)) for name, x in zip("qkv", side, strict=True)}
             for side in (teacher, student)
         )
         mask = {name: x for name, x in self._batch.loss_arguments().items() if x is not None and x is not False}
-        return Inputs(*sides, [("q", "q"), ("k", "k"), ("v", "v")], mask)
+        return Inputs(teacher_heads, student_heads, [("q", "q"), ("k", "k"), ("v", "v")], mask)
 
     def loss(self, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
         """The loss and its gradients for the student's heads."""
