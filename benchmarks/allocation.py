@@ -9,13 +9,14 @@ import re
 import resource
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt
 
 
 class OutOfMemory(Exception):
@@ -52,13 +53,21 @@ def _allocated_peak(step: Callable[[], Any]) -> int:
 
 def _resident_rise(step: Callable[[], Any]) -> int:
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # free memory goes back to the system, or it would not rise again
+        c = ctypes.CDLL(None)
+        # Blocks above 128 KiB are mapped, and what is free goes back to the system: only then does the resident memory
+        # follow what is held.
+        c.mallopt(_MMAP_THRESHOLD, 2**17)
+        c.malloc_trim(0)
         _CLEAR.write_text("5", encoding="ascii")  # the peak begins here
-    except (OSError, AttributeError):
+        before = _process_bytes("VmRSS")
+        step()
+        return _process_bytes("VmHWM") - before
+    except (OSError, AttributeError):  # not Linux, or not the C library of GNU
         return 0
-    before = _process_bytes("VmRSS")
-    step()
-    return _process_bytes("VmHWM") - before
+    finally:
+        with suppress(AttributeError):
+            c.mallopt(_MMAP_THRESHOLD, 2**25)  # where it comes to lie by itself, so that timings are as before
+            c.mallopt(_TRIM_THRESHOLD, 2**26)
 
 
 def _process_bytes(name: str) -> int:

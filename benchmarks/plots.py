@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ from .roofline import NAME as EXPONENTIALS
 from .rows import Row
 from .tables import comparisons, is_batch
 
-_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "benchmarks", "font.size": 9, "axes.spines.top": False}
+_SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "benchmarks",
+    "font.size": 9,
+    "axes.spines.top": False,
+}
 _SETTINGS |= {"axes.spines.right": False, "font.family": "DejaVu Sans"}
 _OURS = ("cuda", "triton", "cpu", "torch")
 
@@ -113,13 +119,17 @@ def _most_common(rows: Sequence[Row], group: Callable[[Row], Any], value: Callab
     return [row for row in rows if group(row) == best]
 
 
+def _size(name: str, row: Row) -> int:
+    return row["shape"][name]
+
+
 def _panels(panels: Sequence[tuple], title: str) -> Figure | None:
     if not panels:
         return None
     figure, all_axes = _axes(len(panels))
     drawn = False
     for axes, (size, label, found, value) in zip(all_axes, panels, strict=True):
-        drawn |= _lines(axes, found, lambda row, size=size: row["shape"][size], value)
+        drawn |= _lines(axes, found, partial(_size, size), value)
         shape = found[0]["shape"]
         other = f"S = {shape['S']}" if size == "B" else ""
         axes.set(xscale="log", yscale="log", xlabel=size + (f" ({other})" if other else ""), ylabel=label)
@@ -206,9 +216,8 @@ def batch(rows: Sequence[Row]) -> Figure | None:
     )
     axes.bar_label(bars, [str(B) for B in largest], padding=2, fontsize=8)
     shape, budget = first[0]["shape"], first[0]["detail"]["budget_bytes"] / 2**30
-    axes.set(
-        xlabel=f"largest B in {budget:g} GiB (A {shape['A']}, S {shape['S']}, {shape['relations']}, {first[0]['dtype']})"
-    )
+    what = f"A {shape['A']}, S {shape['S']}, {shape['relations']}, {first[0]['dtype']}"
+    axes.set(xlabel=f"largest B in {budget:g} GiB ({what})")
     axes.set_xlim(0, 1.15 * max(*largest, 1))
     axes.invert_yaxis()
     axes.set_title(first[0]["device"], fontsize=9)

@@ -113,7 +113,8 @@ def write_plots(rows: Sequence[Row], folder: Path) -> None:
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; color: #1a1a1a; background: #fff; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
+body { max-width: 70rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
 nav a { margin-right: 1rem; display: inline-block; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }

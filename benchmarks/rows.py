@@ -72,6 +72,14 @@ def append(file: Path, row: Row) -> None:
         os.fsync(out.fileno())
 
 
+def name(row: Row) -> str:
+    """What was measured, in one line for the eye."""
+    shape = row["shape"]
+    sizes = f"B={shape['B']} A={shape['A']} S={shape['S']} {shape['d_t']}/{shape['d_s']}"
+    words = (row["suite"], row["detail"].get("model"), row["provider"], row["dtype"], sizes, shape["relations"])
+    return " ".join(word for word in (*words, shape["mask"], row["mode"], row["method"]) if word)
+
+
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()

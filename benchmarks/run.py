@@ -99,9 +99,7 @@ def main(options: argparse.Namespace) -> None:
 
 def line(row: rows.Row) -> str:
     """One measurement in one line for the eye."""
-    shape = row["shape"]
-    sizes = f"B={shape['B']} S={shape['S']} A={shape['A']} {shape['d_t']}/{shape['d_s']}"
-    what = f"{row['provider']:18} {row['dtype']:8} {sizes} {shape['relations'] or ''} {shape['mask']} {row['mode']}"
+    what = rows.name(row)
     if row["status"] != "ok":
         return f"{what}: {row['status']} {row['reason'] or ''}"
     parts = []

@@ -133,7 +133,7 @@ def loss(rows: Iterable[Row]) -> list[Table]:
 
 
 def cases(rows: Iterable[Row]) -> list[Table]:
-    """One provider at many workloads; ratios of ns a pair (of all pairs, hidden ones too) to the workload that is named."""
+    """One provider at many workloads; ratios of ns a pair, of all pairs, hidden ones too."""
     header = ("workload", "ms", "p20–p80", "ns a pair", "ratio", "peak memory, MiB", "error of the gradient")
     made = []
     for members in single(rows):
@@ -257,7 +257,7 @@ def accuracy(rows: Iterable[Row]) -> list[Table]:
     """Worst error over masks, shapes and relations, and the same as a share of what is allowed."""
     made = []
     found = [row for row in rows if row["suite"] == "accuracy"]
-    for device, members in _groups(found, lambda row: row["device"]):
+    for _, members in _groups(found, lambda row: row["device"]):
         masks = [row for row in members if "allowed_grad" in row["detail"]]
         lines = []
         for (name, dtype), own in _groups(masks, lambda row: (row["provider"], row["dtype"])):
@@ -318,8 +318,8 @@ def step(rows: Iterable[Row]) -> list[Table]:
     """A distillation step by stages."""
     made = []
     found = [row for row in rows if row["suite"] == "step"]
-    header = ("loss by", "B", "step, ms", "teacher", "student", "loss", "backward", "optimizer", "share of the loss")
-    header += ("tokens/s", "MFU", "peak memory, MiB", "recipe, h")
+    header = ["loss by", "B", "step, ms", "teacher", "student", "loss", "backward", "optimizer", "share of the loss"]
+    header += ["tokens/s", "MFU", "peak memory, MiB", "recipe, h"]
 
     def key(row: Row) -> Any:
         return row["device"], row["dtype"], row["detail"]["model"], row["shape"]["S"], row["shape"]["mask"]
@@ -344,8 +344,8 @@ def step(rows: Iterable[Row]) -> list[Table]:
         sources = {row["detail"]["mfu_of"] for row in members if "mfu_of" in row["detail"]}
         caption = (
             f"{model}, S = {S}, mask {mask}, {dtype}, on {_where(members[0])}. Loss: with its gradient for Q, K and V. "
-            f"MFU: of a {'; '.join(sorted(sources)) or 'rate that was not measured'}. Recipe: 400 000 steps of 256 × 512 "
-            "tokens at this rate:"
+            f"MFU: of a {'; '.join(sorted(sources)) or 'rate that was not measured'}. Recipe: 400 000 steps of "
+            "256 × 512 tokens at this rate:"
         )
         if lines:
             made.append(Table(caption, header, lines))

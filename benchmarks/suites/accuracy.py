@@ -18,7 +18,7 @@ from benchmarks.workloads import MASKS, Inputs, Workload, parse_all
 from minilm_kernels import available_backends
 from minilm_kernels.relation import relations_kl
 
-# Long enough for all paths of the kernels (beyond 64 tokens, no multiple of a tile), short enough for a dense reference.
+# Long enough for all paths of the kernels (beyond 64 tokens, no multiple of a tile), short for a dense reference.
 SHAPES = {"cpu": ["3x4x150x16x8", "2x2x100x64x32"], "cuda": ["3x4x150x16x8", "3x4x150x16x6", "2x2x600x64x32"]}
 DTYPES = ["float32", "float16", "bfloat16"]
 RELATIONS = ["qq", "qk"]

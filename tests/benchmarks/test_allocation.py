@@ -1,0 +1,99 @@
+"""Memory is measured, limited, and filled to the brim."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from benchmarks.allocation import OutOfMemory, at_most, isolated, largest, peak_bytes
+from benchmarks.providers import PROVIDERS
+from benchmarks.steps import Step
+from benchmarks.workloads import Workload
+
+MIB = 2**20
+
+
+def _filled(mib):
+    return torch.ones(mib * MIB // 4)
+
+
+def test_peak_is_what_is_held_at_once():
+    def step():
+        x = _filled(24)
+        del x
+        _filled(40)
+
+    step()
+    assert 40 * MIB <= peak_bytes(step, "cpu") < 46 * MIB
+
+
+def test_peak_sees_memory_beside_the_allocator():
+    def step():
+        bytearray(os.urandom(1)) * (48 * MIB)
+
+    assert 47 * MIB <= peak_bytes(step, "cpu") < 54 * MIB
+
+
+def test_allocations_beyond_the_limit_fail_and_the_limit_ends():
+    with pytest.raises(OutOfMemory), at_most(64 * MIB, "cpu"):
+        _filled(256)
+    _filled(256)
+    with at_most(512 * MIB, "cpu"):
+        _filled(256)
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="size"), at_most(64 * MIB, "cpu"):
+        torch.ones(2) + torch.ones(3)
+
+
+def test_saved_bytes_of_a_step():
+    """Dense: at least the relations of both models. Blocked: the student's gradient, with a little beside it."""
+    inputs = Workload(1, 2, 64, 8, 4).inputs()
+    relation, gradient = 2 * 64 * 64 * 4, 64 * 2 * 4 * 4
+    eager, blocked = (
+        Step(PROVIDERS[name].build(inputs), [inputs], "full").saved_bytes() for name in ("eager", "torch")
+    )
+    assert 2 * relation <= eager <= 4 * relation
+    assert gradient <= blocked <= gradient + 64
+
+
+def _limited():
+    with at_most(64 * MIB, "cpu"):
+        return _filled(256).sum().item()
+
+
+def _killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _slow():
+    signal.pause()
+
+
+def test_isolated_work_answers_fails_dies_and_is_stopped():
+    assert isolated(sum, [1, 2, 3]) == 6
+    with pytest.raises(OutOfMemory, match="allocate"):
+        isolated(_limited)
+    with pytest.raises(OutOfMemory, match="SIGKILL"):
+        isolated(_killed)
+    with pytest.raises(ZeroDivisionError):
+        isolated(divmod, 1, 0)
+    with pytest.raises(TimeoutError):
+        isolated(_slow, seconds=0.2)
+
+
+@pytest.mark.parametrize("answer", [0, 1, 2, 3, 7, 64, 99, 100])
+@pytest.mark.parametrize("guess", [0, 1, 5, 64, 100, 1000])
+def test_largest(answer, guess):
+    tried = []
+
+    def fits(n):
+        assert 1 <= n <= 100
+        assert n not in tried
+        tried.append(n)
+        return n <= answer
+
+    assert largest(fits, guess, 100) == answer
+    assert len(tried) <= 2 + 2 * 7

@@ -1,0 +1,122 @@
+"""Every provider computes the same loss and gradient under every mask; one that does not is refused a speed."""
+
+import pytest
+import torch
+
+from benchmarks import steps
+from benchmarks.providers import PROVIDERS, Unsupported
+from benchmarks.steps import Oracle, Step
+from benchmarks.workloads import MASKS, Workload
+from minilm_kernels.relation import relations_kl
+from minilm_kernels.relation.masks import Mask
+
+# Those that compute on any CPU; torch.compile, which takes seconds a shape, has a test of its own.
+RUNNABLE = ["eager", "chunked", "sdpa", "cpu", "torch"]
+# Float32 against float64; the means of so few rows err by some 1e-6.
+TOLERANCE = 2e-5
+
+
+def reference(inputs):
+    """By the dense float64 specification."""
+    exact = inputs.double()
+    leaves = {name: x.requires_grad_() for name, x in exact.student.items()}
+    value = relations_kl(exact.teacher, leaves, exact.relations, backend="reference", **exact.mask).sum()
+    return value.detach(), torch.autograd.grad(value, list(leaves.values()))
+
+
+def errors(name, inputs, mode="full"):
+    value, grads = Step(PROVIDERS[name].build(inputs), [inputs], mode)()
+    expected, expected_grads = reference(inputs)
+    worst = [((g.double() - e).norm() / e.norm()).item() for g, e in zip(grads, expected_grads, strict=bool(grads))]
+    return [abs(value.double() - expected).item() / expected.item(), *worst]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_loss_and_gradient(name, mask):
+    inputs = Workload(3, 3, 70, 12, 6, "qq,vk", mask).inputs()
+    try:
+        assert max(errors(name, inputs)) < TOLERANCE
+    except Unsupported:
+        assert name == "cpu"  # installed without its library
+
+
+def test_torch_compile():
+    assert max(errors("torch.compile", Workload(2, 2, 33, 8, 4, "qk", "lengths+causal").inputs())) < TOLERANCE
+
+
+def test_half_precision_scores_in_float32():
+    inputs = Workload(2, 3, 70, 16, 8, "qq", "lengths", "bfloat16").inputs()
+    wide, narrow = (max(errors(name, inputs)) for name in ("eager-fp32-softmax", "eager"))
+    assert wide < narrow < 0.2
+    with pytest.raises(Unsupported, match="half precision"):
+        PROVIDERS["eager-fp32-softmax"].build(Workload(1, 1, 8, 4, 4).inputs())
+
+
+@pytest.mark.parametrize("name", [n for n in PROVIDERS if n not in (*RUNNABLE, "torch.compile", "eager-fp32-softmax")])
+def test_others_say_why_not_or_are_right(name):
+    inputs = Workload(1, 2, 16, 8, 4).inputs()
+    try:
+        worst = max(errors(name, inputs))
+    except Unsupported as error:
+        reason = str(error)
+        worst = 0.0 if len(reason) > 10 else 1.0
+    assert worst < TOLERANCE
+
+
+def test_liger_and_flex_are_refused_on_a_cpu():
+    for name, message in (("liger-kernel", "GPUs"), ("flex", "CPUs")):
+        with pytest.raises(Unsupported, match=message):
+            PROVIDERS[name].build(Workload(1, 1, 8, 4, 4).inputs())
+
+
+def test_modes():
+    inputs = Workload(2, 2, 40, 8, 4, "qq,kk").inputs()
+    loss = PROVIDERS["torch"].build(inputs)
+    value, grads = Step(loss, [inputs], "full")()
+    forward, none = Step(loss, [inputs], "forward")()
+    backward_value, backward = Step(loss, [inputs], "backward")()
+    assert none == []
+    torch.testing.assert_close(forward, value)
+    torch.testing.assert_close(backward_value, value)
+    torch.testing.assert_close(backward, grads)
+
+
+def test_the_oracle_checks_a_part_of_a_whole(monkeypatch):
+    """Gradients of the whole, value of the part."""
+    for mask in ("none", "lengths", "packed", "prefix"):
+        workload = Workload(6, 2, 40, 8, 4, "qq,kk", mask)
+        monkeypatch.setitem(steps._ORACLE_PAIRS, "cpu", workload.pairs // 2)
+        inputs = workload.inputs()
+        oracle = Oracle(inputs, workload.pairs, "cpu")
+        assert oracle.sequences == 3
+        loss = PROVIDERS["torch"].build(inputs)
+        _, grads = Step(loss, [inputs], "full")()
+        value, _ = Step(PROVIDERS["torch"].build(oracle.part), [oracle.part], "full")()
+        assert max(oracle.errors(value, grads)) < TOLERANCE
+        assert max(oracle.errors(value, [1.01 * g for g in grads])) == pytest.approx(0.01, rel=0.1)
+
+
+def test_pairs_count_what_the_mask_shows():
+    for mask in MASKS:
+        workload = Workload(4, 2, 30, 4, 4, "qq,kk", mask)
+        inputs = workload.inputs()
+        leading = tuple(inputs.student["q"].shape[:-2])
+        seen = Mask(leading, torch.device("cpu"), **inputs.mask).visible().sum()
+        assert workload.visible_pairs == 2 * 2 * int(seen)
+        assert workload.pairs >= workload.visible_pairs
+
+
+@pytest.mark.parametrize("text", ["2x48x512x16", "v3:2x2", "0x1x1x1x1", "v1:0x5", "axbxcxdxe"])
+def test_bad_shapes_are_named(text):
+    with pytest.raises(ValueError, match="--shapes"):
+        Workload.parse(text)
+
+
+def test_families_say_their_relations():
+    assert Workload.parse("v2-base:32x512") == Workload(32, 48, 512, 16, 8, "qq,kk,vv")
+    assert Workload.parse("v1:4x128", "qk") == Workload(4, 12, 128, 64, 32, "qk")
+    with pytest.raises(ValueError, match="--relations"):
+        Workload.parse("v1:4x128", "qz")
+    with pytest.raises(ValueError, match="--masks"):
+        Workload.parse("v1:4x128", mask="diagonal")

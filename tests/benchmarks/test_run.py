@@ -1,0 +1,224 @@
+"""The command line measures, every row has every key, and what is wrong, too large or too slow is a row."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import providers, roofline, rows
+from benchmarks.__main__ import main
+from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.suites import accuracy, inference
+from benchmarks.workloads import Workload
+
+SMALL = "2x3x40x8x4"
+
+
+def run(tmp_path, *arguments):
+    out = tmp_path / "rows.jsonl"
+    assert main(["run", "--device", "cpu", "--seconds", "0.01", "--threads", "1", "--out", str(out), *arguments]) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert found == rows.read([out])
+    for row in found:
+        assert tuple(row) == rows.KEYS
+        assert row["status"] in rows.STATUSES
+        assert set(row["shape"]) == {"B", "S", "A", "d_t", "d_s", "relations", "mask"}
+        if row["median_ms"] is not None:  # never a speed without its error
+            assert row["status"] == "ok"
+            assert row["error_value"] is not None
+            assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+            if row["mode"] == "full" and row["provider"] != roofline.NAME:
+                assert row["error_grad"] is not None
+        if row["status"] not in ("ok", "wrong"):
+            assert row["reason"]
+    return found
+
+
+def by_provider(found):
+    return {row["provider"]: row for row in found}
+
+
+def test_loss(tmp_path):
+    found = run(tmp_path, "--shapes", SMALL, "--providers", "eager", "torch", "cuda", "--modes", "full", "forward")
+    assert [row["provider"] for row in found] == [roofline.NAME, *["eager", "torch", "cuda"] * 2]
+    full = by_provider(found[:4])
+    assert full["eager"]["status"] == full["torch"]["status"] == "ok"
+    assert full["eager"]["pairs"] == 2 * 3 * 40 * 40
+    assert full["torch"]["exponentials"] == 2 * full["torch"]["pairs"]
+    assert full["torch"]["saved_bytes"] < full["eager"]["saved_bytes"]
+    assert full["cuda"]["status"] == "unsupported"
+    assert found[-2]["saved_bytes"] == 0
+
+
+def _reversed(inputs):
+    exchanged = inputs._replace(teacher=inputs.student, student=inputs.teacher)
+    dense = PROVIDERS["eager"].build(exchanged)
+    return lambda teacher, student: dense(student, teacher)
+
+
+def _no_scale(inputs):
+    dense = PROVIDERS["eager"].build(inputs)
+    return lambda teacher, student: dense(teacher, {name: 1.1 * x for name, x in student.items()})
+
+
+def _broken(inputs):
+    return lambda teacher, student: torch.tensor(float("nan"), requires_grad=True) * student["q"].sum()
+
+
+@pytest.mark.parametrize("build", [_reversed, _no_scale, _broken])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_loss_gets_no_speed(tmp_path, monkeypatch, build, dtype):
+    monkeypatch.setitem(PROVIDERS, "bad", Provider(build, "wrong on purpose"))
+    shape = "2x3x40x8x8"
+    found = by_provider(run(tmp_path, "--shapes", shape, "--dtypes", dtype, "--providers", "torch", "bad"))
+    if build is _no_scale and dtype == "bfloat16":  # an error of a tenth may pass for rounding
+        assert found["bad"]["error_grad"] > 0.05
+        return
+    assert found["bad"]["status"] == "wrong"
+    assert found["bad"]["median_ms"] is found["bad"]["peak_bytes"] is None
+    assert "relative error" in found["bad"]["reason"]
+    assert found["torch"]["status"] == "ok"
+
+
+def test_too_large_and_too_slow_and_broken_are_rows(tmp_path, monkeypatch):
+    def fail(inputs):
+        raise KeyError("nothing")
+
+    monkeypatch.setitem(PROVIDERS, "failing", Provider(fail, "fails on purpose"))
+    shape = ("--shapes", "2x16x512x8x4")
+    found = run(tmp_path, *shape, "--providers", "eager", "failing", "torch", "--memory", "100MiB")
+    assert [row["status"] for row in found[1:]] == ["oom", "failed", "ok"]
+    (tmp_path / "rows.jsonl").unlink()
+    found = run(tmp_path, *shape, "--providers", "torch", "--cap", "0.001")
+    assert found[1]["status"] == "slow"
+    assert found[1]["median_ms"] is None
+
+
+def test_memory(tmp_path):
+    arguments = ("--suite", "memory", "--shapes", "1x4x128x8x4", "2x4x128x8x4", "--batches", "1x4x128x8x4")
+    found = run(tmp_path, *arguments, "--providers", "eager", "torch", "--budget", "4MiB", "--most", "8")
+    largest = by_provider(found[:2])
+    assert 1 <= largest["eager"]["shape"]["B"] < largest["torch"]["shape"]["B"] <= 8
+    for row in found[:2]:
+        assert row["peak_bytes"] + row["detail"]["inputs_bytes"] <= 4 * 2**20
+    eager = [row for row in found[2:] if row["provider"] == "eager"]
+    assert eager[1]["saved_bytes"] == pytest.approx(2 * eager[0]["saved_bytes"], rel=0.1) > 0
+    assert eager[1]["peak_bytes"] > 1.5 * eager[0]["peak_bytes"]
+
+
+def test_step(tmp_path):
+    arguments = ("--suite", "step", "--shapes", "tiny:3x32", "--masks", "none", "packed")
+    found = run(tmp_path, *arguments, "--providers", "eager", "torch")
+    assert [row["status"] for row in found] == ["ok"] * 4
+    for row in found:
+        detail = row["detail"]
+        assert list(detail["stages_ms"]) == ["teacher", "student", "loss", "backward", "optimizer"]
+        assert 0 < detail["loss_share"] < 1
+        assert detail["recipe_hours"] == pytest.approx(400_000 * 256 * 512 / detail["tokens_per_s"] / 3600)
+    assert found[0]["detail"]["tokens"] == 96
+    assert found[2]["detail"]["tokens"] < 96
+
+
+def test_step_trains():
+    """The measured step lowers the loss that it measures."""
+    from benchmarks.suites.step import Distillation, Setting
+
+    step = Distillation(Setting("tiny", 4, 32, "lengths", "float32", "cpu"), "torch")
+    for group in step._optimizer.param_groups:
+        group["lr"] = 1e-2
+
+    def loss():
+        student = [x.detach() for x in step._student()]
+        return step.loss(step._inputs(step._teacher(), student))[0].item()
+
+    before = loss()
+    for _ in range(20):
+        step()
+    assert loss() < 0.7 * before
+
+
+def test_inference(tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "students", lambda: {(2, 24): (1.0, None), (1, 24): (2.0, 1)})
+    found = run(tmp_path, "--suite", "inference", "--shapes", "2x16")
+    assert [row["provider"] for row in found] == ["2x24", "1x24"]
+    assert all(row["status"] == "ok" and 0 < row["error_value"] < 1e-5 for row in found)
+    assert found[0]["detail"]["parameters"] > found[1]["detail"]["parameters"]
+
+
+def test_published_students():
+    published = inference.students()
+    assert published[12, 768] == (1.0, None)
+    assert published[6, 384] == (5.3, 22)
+    assert {size: speed for size, (speed, _) in published.items()} == {
+        (12, 768): 1.0,
+        (6, 768): 2.0,
+        (12, 384): 2.7,
+        (6, 384): 5.3,
+        (4, 384): 7.8,
+        (3, 384): 10.1,
+    }
+
+
+@pytest.fixture
+def two_divergences(monkeypatch):
+    monkeypatch.setattr(accuracy, "_SMALL", Workload(1, 4, 300, 16, 16))
+    monkeypatch.setattr(accuracy, "_DIVERGENCES", (1e-2, 1e-5))
+
+
+def test_accuracy(tmp_path, two_divergences):
+    arguments = ("--suite", "accuracy", "--shapes", "2x2x70x8x4", "--masks", "holes", "packed+prefix")
+    found = run(tmp_path, *arguments, "--dtypes", "bfloat16", "--providers", *providers.backends(), "eager")
+    ours = [row for row in found if row["provider"] in ("cpu", "torch")]
+    assert {row["status"] for row in ours} == {"ok"}
+    judged = [row["shape"] for row in found if "allowed_grad" in row["detail"]]
+    assert {(shape["mask"], shape["relations"]) for shape in judged} == {
+        (mask, pair) for mask in ("holes", "packed+prefix") for pair in ("qq", "qk")
+    }
+    small = [row for row in ours if row["detail"].get("reduction") == "sequence" and row["provider"] == "torch"]
+    found_kl = [row["detail"]["kl"] for row in small]
+    assert found_kl == pytest.approx([1e-2, 1e-5], rel=0.4)
+    assert all(0 < row["error_value"] < 1e-2 for row in small)
+
+
+def test_a_backend_beyond_its_tolerance_is_wrong(tmp_path, monkeypatch, two_divergences):
+    right = PROVIDERS["torch"]
+
+    def off(inputs):
+        loss = right.build(inputs)
+        return lambda teacher, student: 1.0001 * loss(teacher, student)
+
+    monkeypatch.setitem(PROVIDERS, "torch", Provider(off, "a little wrong"))
+    arguments = ("--suite", "accuracy", "--shapes", "2x2x70x8x4", "--masks", "half", "--dtypes", "float16")
+    found = run(tmp_path, *arguments, "--providers", "torch")
+    assert "ok" in {row["status"] for row in found}  # half precision allows that much
+    (tmp_path / "rows.jsonl").unlink()
+    found = run(tmp_path, *arguments[:-2], "--relations", "qq", "--providers", "torch")
+    judged = [row for row in found if "allowed_grad" in row["detail"] and row["dtype"] == "float32"]
+    assert {row["status"] for row in judged} == {"wrong"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "2x2"], "--shapes"),
+        (["--seconds", "0"], "--seconds"),
+        (["--suite", "inference", "--shapes", SMALL], "--shapes"),
+        (["--suite", "step", "--shapes", "tiny:3x0"], "--shapes"),
+        (["--suite", "step", "--shapes", "tiny:3x32", "--masks", "causal"], "--masks"),
+        (["--suite", "step", "--shapes", "minilm-l6-h384-bert-base:3x32"], "MiniLMv2"),
+        (["--budget", "2GB"], "2GiB"),
+        (["--relations", "q"], "--relations"),
+    ],
+)
+def test_bad_options_are_named(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        main(["run", "--device", "cpu", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_bad_rows_are_named(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    for text, message in (("nonsense", "line 1: expected a JSON object"), ('{"suite": "loss"}', "lacks provider")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            rows.read([file])
