@@ -10,8 +10,9 @@ import torch
 
 from . import rows
 from .allocation import OutOfMemory, at_most, isolated
+from .oracle import Oracle
 from .providers import PROVIDERS, Provider, Unsupported
-from .steps import WRONG, Oracle, Step
+from .steps import Step
 from .timing import first_run
 from .workloads import Inputs, Workload
 
@@ -84,13 +85,12 @@ def _admit(
             step = Step(step.loss, copies, mode)
     if mode == "backward":  # its value is the forward's
         value = oracle.value
-    error_value, error_grad = oracle.errors(value, grads)
-    row |= {"error_value": error_value, "error_grad": error_grad}
+    errors, fault = oracle.fault(workload.dtype, value, grads)
+    row |= errors
     if parts > 1:
         row["detail"]["checked_sequences"] = oracle.sequences
-    worst = max(error_value, error_grad or 0.0)
-    if not worst < WRONG[workload.dtype]:
-        row |= {"status": "wrong", "reason": f"relative error {worst:.1e}, allowed {WRONG[workload.dtype]:.0e}"}
+    if fault is not None:
+        row |= {"status": "wrong", "reason": fault}
         return None
     return step
 

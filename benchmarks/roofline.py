@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from . import rows
-from .steps import relative
+from .oracle import relative
 from .workloads import Workload
 
 NAME = "exponentials"

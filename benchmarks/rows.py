@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable, Iterator
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import minilm_kernels
 
 Row = dict[str, Any]
+_RUN = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}-{os.getpid()}"  # rows with one of these were measured together
 
 STATUSES = {
     "ok": "measured",
@@ -29,14 +31,15 @@ STATUSES = {
 KEYS = (
     *("suite", "provider", "device", "dtype", "mode", "shape", "median_ms", "p20_ms", "p80_ms", "runs", "method"),
     *("peak_bytes", "saved_bytes", "error_value", "error_grad", "pairs", "exponentials", "status", "reason"),
-    *("detail", "clocks", "versions", "revision"),
+    *("detail", "clocks", "versions", "revision", "run"),
 )
 
 
 def new(suite: str, provider: str, device: str, dtype: str, mode: str, shape: dict, **measured: Any) -> Row:
     """A row with all keys; those without a measurement are None. `detail` holds what a suite has beyond them."""
     given = {"suite": suite, "provider": provider, "dtype": dtype, "mode": mode, "shape": shape}
-    given |= {"device": device_name(device), "versions": versions(device), "revision": revision(), "detail": {}}
+    given |= {"device": device_name(device), "versions": versions(device), "revision": revision(), "run": _RUN}
+    given["detail"] = {}
     unknown = set(measured) - set(KEYS)
     if unknown:
         raise ValueError(f"measured: expected keys of a row, got {', '.join(sorted(unknown))}")

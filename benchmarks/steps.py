@@ -1,4 +1,4 @@
-"""One step of a provider in one mode, and its error against float64."""
+"""One step of a provider in one mode: what is timed, and what it keeps for the backward."""
 
 from __future__ import annotations
 
@@ -8,20 +8,11 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from minilm_kernels.relation import relations_kl
-
 from .providers import Loss
 from .workloads import Inputs
 
 MODES = ("forward", "backward", "full")
 """forward: the loss without gradient, as in evaluation; full: loss and gradient; backward: full without its forward."""
-
-# A step further from float64 than this computes another loss: it gets no speed. Half precision rounds harder.
-WRONG = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
-
-# Pairs that the float64 oracle takes at most: about 10 s on two cores (6 ns a pair and core), and on a GPU seconds
-# (estimate). Beyond, the first sequences alone are checked.
-_ORACLE_PAIRS = {"cpu": 4 * 10**8, "cuda": 2 * 10**10}
 
 
 class Step:
@@ -75,31 +66,3 @@ class Step:
         held = sum(kept.values())
         del value  # only now: a storage that was freed could have lent its address to another
         return held
-
-
-class Oracle:
-    """The loss and its gradients in float64, of as many sequences as can be afforded."""
-
-    def __init__(self, inputs: Inputs, pairs: int, device: str) -> None:
-        share = min(1.0, _ORACLE_PAIRS[device] / max(1, pairs))
-        self.sequences = max(1, int(inputs.sequences * share))
-        self.part = inputs if self.sequences == inputs.sequences else inputs.first(self.sequences)
-        self._share = self.sequences / inputs.sequences  # of N sequences, each weighs 1/N in a gradient of the whole
-        exact = self.part.double()
-        leaves = {name: x.requires_grad_() for name, x in exact.student.items()}
-        # The blocked backend, whose float64 the tests hold to the dense reference: no score matrix is needed.
-        value = relations_kl(exact.teacher, leaves, exact.relations, backend="torch", **exact.mask).sum()
-        self.value = value.detach()
-        self.grads = torch.autograd.grad(value, list(leaves.values()))
-
-    def errors(self, value: Tensor, grads: Sequence[Tensor]) -> tuple[float, float | None]:
-        """Relative errors of a value of the part, and of gradients of the part or of the whole, if there are any."""
-        share = 1.0 if len(grads) and grads[0].shape == self.grads[0].shape else self._share
-        worst = [relative(g[: len(e)], e * share) for g, e in zip(grads, self.grads, strict=bool(len(grads)))]
-        return relative(value, self.value), max(worst) if worst else None
-
-
-def relative(got: Tensor, expected: Tensor) -> float:
-    """Relative error in the Euclidean norm; absolute where the expected value is 0."""
-    difference, norm = (got.double() - expected).norm().item(), expected.norm().item()
-    return difference / norm if norm else difference

@@ -66,13 +66,19 @@ def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[tuple[Any, l
     ]
 
 
-def comparisons(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows of the loss that were measured side by side: one workload, mode and method, two providers or more."""
+def _measurements(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows of the loss in groups of one run, workload, mode and method."""
     loss = [row for row in rows if row["suite"] == "loss"]
-    groups = _groups(
-        loss, lambda row: (row["device"], row["dtype"], row["mode"], row["shape"], row["method"] == "graph")
-    )
-    return [members for _, members in groups if len(_contenders(members)) > 1]
+
+    def key(row: Row) -> Any:
+        return row["run"], row["device"], row["dtype"], row["mode"], row["shape"], row["method"] == "graph"
+
+    return [members for _, members in _groups(loss, key)]
+
+
+def comparisons(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows that were measured side by side, of two providers or more."""
+    return [members for members in _measurements(rows) if len(_contenders(members)) > 1]
 
 
 def _contenders(rows: Iterable[Row]) -> list[Row]:
@@ -80,12 +86,8 @@ def _contenders(rows: Iterable[Row]) -> list[Row]:
 
 
 def single(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows of the loss of one provider at many workloads, each workload by itself."""
-    loss = [row for row in rows if row["suite"] == "loss"]
-    groups = _groups(
-        loss, lambda row: (row["device"], row["dtype"], row["mode"], row["shape"], row["method"] == "graph")
-    )
-    alone = [_contenders(members)[0] for _, members in groups if len(_contenders(members)) == 1]
+    """Rows of one provider at many workloads, where it was measured alone."""
+    alone = [_contenders(members)[0] for members in _measurements(rows) if len(_contenders(members)) == 1]
     return [members for _, members in _groups(alone, lambda row: (row["device"], row["provider"]))]
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from benchmarks import rows
 from benchmarks.candidates import guarded
+from benchmarks.oracle import WRONG, relative
 from benchmarks.providers import PROVIDERS, backends
-from benchmarks.steps import WRONG, Step, relative
+from benchmarks.steps import Step
 from benchmarks.workloads import MASKS, Inputs, Workload, parse_all
 from minilm_kernels import available_backends
 from minilm_kernels.relation import relations_kl

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from benchmarks import rows
 from benchmarks.candidates import guarded
-from benchmarks.steps import relative
+from benchmarks.oracle import WRONG, relative
 from benchmarks.timing import first_run, interleaved, summary
 from minilm_kernels.students import PRESETS, parameter_count, random_student, student_config
 
@@ -90,7 +90,7 @@ def _shape_rows(B: int, S: int, dtype: str, options: argparse.Namespace) -> Iter
         error = guarded(row, model.error)
         ran = guarded(row, partial(first_run, model, options.device))
         if error is not None and ran is not None:
-            right = error < 0.2
+            right = error < WRONG[dtype]
             row |= {"error_value": error, "status": "ok" if right else "wrong"}
             if right:
                 models[name] = model

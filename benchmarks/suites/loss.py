@@ -9,8 +9,9 @@ from functools import partial
 from benchmarks import roofline, rows
 from benchmarks.allocation import at_most, peak_bytes
 from benchmarks.candidates import Limits, admit, guarded
+from benchmarks.oracle import Oracle
 from benchmarks.providers import PROVIDERS
-from benchmarks.steps import Oracle, Step
+from benchmarks.steps import Step
 from benchmarks.timing import GraphStep, copies_beyond_cache, interleaved, summary
 from benchmarks.workloads import Workload, parse_all
 

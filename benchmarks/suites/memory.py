@@ -11,8 +11,9 @@ import torch
 from benchmarks import rows
 from benchmarks.allocation import OutOfMemory, at_most, isolated, largest, peak_bytes
 from benchmarks.candidates import Limits, admit, guarded
+from benchmarks.oracle import Oracle
 from benchmarks.providers import PROVIDERS
-from benchmarks.steps import Oracle, Step
+from benchmarks.steps import Step
 from benchmarks.workloads import Workload, parse_all
 
 SHAPES = {

@@ -19,8 +19,8 @@ from torch import Tensor
 from benchmarks import rows
 from benchmarks.allocation import OutOfMemory, at_most, isolated, largest, peak_bytes
 from benchmarks.candidates import guarded
+from benchmarks.oracle import Oracle
 from benchmarks.providers import PROVIDERS
-from benchmarks.steps import WRONG, Oracle
 from benchmarks.timing import summary
 from benchmarks.workloads import Inputs, Workload
 from minilm_kernels.distill.batch import Batch
@@ -299,11 +299,10 @@ def _check(row: rows.Row, step: Distillation, setting: Setting) -> None:
         value = part(oracle.part.teacher, leaves)
         grads = list(torch.autograd.grad(value, list(leaves.values())))
         row["detail"]["checked_sequences"] = oracle.sequences
-    error_value, error_grad = oracle.errors(value.detach(), grads)
-    row |= {"error_value": error_value, "error_grad": error_grad}
-    worst = max(error_value, error_grad or 0.0)
-    if not worst < WRONG[setting.dtype]:
-        row |= {"status": "wrong", "reason": f"relative error {worst:.1e}, allowed {WRONG[setting.dtype]:.0e}"}
+    errors, fault = oracle.fault(setting.dtype, value.detach(), grads)
+    row |= errors
+    if fault is not None:
+        row |= {"status": "wrong", "reason": fault}
 
 
 def _shape(setting: Setting) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def test_other_errors_stay_what_they_are():
 
 
 def test_saved_bytes_of_a_step():
-    """Dense: at least the relations of both models. Blocked: the student's gradient, with a little beside it."""
+    """Dense: at least the relations of both models. Blocked: the gradient, with a little beside it."""
     inputs = Workload(1, 2, 64, 8, 4).inputs()
     relation, gradient = 2 * 64 * 64 * 4, 64 * 2 * 4 * 4
     eager, blocked = (

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from benchmarks import steps
+from benchmarks import oracle
+from benchmarks.oracle import Oracle, loss_and_gradients
 from benchmarks.providers import PROVIDERS, Unsupported
-from benchmarks.steps import Oracle, Step
+from benchmarks.steps import Step
 from benchmarks.workloads import MASKS, Workload
 from minilm_kernels.relation import relations_kl
 from minilm_kernels.relation.masks import Mask
@@ -82,19 +83,30 @@ def test_modes():
     torch.testing.assert_close(backward, grads)
 
 
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_oracle_is_the_reference_whatever_its_blocks(mask):
+    inputs = Workload(3, 2, 40, 6, 4, "qq,vk", mask).inputs()
+    expected, expected_grads = reference(inputs)
+    for scores in (1, 2 * 40 * 7, 10**9):
+        value, grads = loss_and_gradients(inputs, scores)
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-14)
+
+
 def test_the_oracle_checks_a_part_of_a_whole(monkeypatch):
     """Gradients of the whole, value of the part."""
     for mask in ("none", "lengths", "packed", "prefix"):
         workload = Workload(6, 2, 40, 8, 4, "qq,kk", mask)
-        monkeypatch.setitem(steps._ORACLE_PAIRS, "cpu", workload.pairs // 2)
+        monkeypatch.setitem(oracle._MOST_PAIRS, "cpu", workload.pairs // 2)
         inputs = workload.inputs()
-        oracle = Oracle(inputs, workload.pairs, "cpu")
-        assert oracle.sequences == 3
+        part = Oracle(inputs, workload.pairs, "cpu")
+        assert part.sequences == 3
         loss = PROVIDERS["torch"].build(inputs)
         _, grads = Step(loss, [inputs], "full")()
-        value, _ = Step(PROVIDERS["torch"].build(oracle.part), [oracle.part], "full")()
-        assert max(oracle.errors(value, grads)) < TOLERANCE
-        assert max(oracle.errors(value, [1.01 * g for g in grads])) == pytest.approx(0.01, rel=0.1)
+        value, _ = Step(PROVIDERS["torch"].build(part.part), [part.part], "full")()
+        assert max(part.errors(value, grads)) < TOLERANCE
+        assert max(part.errors(value, [1.01 * g for g in grads])) == pytest.approx(0.01, rel=0.1)
 
 
 def test_pairs_count_what_the_mask_shows():

@@ -102,7 +102,8 @@ def test_memory(tmp_path):
     for row in found[:2]:
         assert row["peak_bytes"] + row["detail"]["inputs_bytes"] <= 4 * 2**20
     eager = [row for row in found[2:] if row["provider"] == "eager"]
-    assert eager[1]["saved_bytes"] == pytest.approx(2 * eager[0]["saved_bytes"], rel=0.1) > 0
+    assert eager[0]["saved_bytes"] > 0
+    assert eager[1]["saved_bytes"] == pytest.approx(2 * eager[0]["saved_bytes"], rel=0.1)
     assert eager[1]["peak_bytes"] > 1.5 * eager[0]["peak_bytes"]
 
 

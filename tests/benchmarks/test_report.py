@@ -1,0 +1,192 @@
+"""What the report shows comes from rows: no rows, no table and no figure."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from benchmarks import plots, report, rows
+from benchmarks.__main__ import main
+from benchmarks.roofline import NAME
+from benchmarks.workloads import Workload
+
+
+def made(suite, provider, workload=None, mode="full", detail=None, **measured):
+    """A row as the suites make it."""
+    workload = workload or Workload(2, 3, 64, 8, 4)
+    measured = {"status": "ok", "pairs": workload.pairs, "detail": detail or {}, **measured}
+    return rows.new(suite, provider, "cpu", workload.dtype, mode, workload.shape(), **measured)
+
+
+def timed(provider, median, **options):
+    return made(
+        "loss",
+        provider,
+        median_ms=median,
+        p20_ms=median,
+        p80_ms=median,
+        peak_bytes=2**20,
+        error_value=1e-7,
+        error_grad=2e-7,
+        **options,
+    )
+
+
+def lengths(provider, factor):
+    found = [timed(provider, factor * S, workload=Workload(2, 3, S, 8, 4)) for S in (32, 64, 128)]
+    return [{**row, "run": "another"} for row in found]
+
+
+LOSS = [timed(NAME, 1.0), timed("eager", 8.125), timed("cpu", 2.0), made("loss", "flex", status="oom")]
+MEMORY = [
+    made("memory", name, Workload(B, 3, S, 8, 4), peak_bytes=B * S * factor * 2**17, saved_bytes=3 * 2**20)
+    for name, factor in (("eager", 64), ("cpu", 1))
+    for B, S in ((1, 32), (1, 64), (2, 64), (4, 64))
+]
+BATCH = [
+    made("memory", name, Workload(B, 3, 64, 8, 4), detail={"budget_bytes": 2**30}, peak_bytes=2**29)
+    for name, B in (("eager", 3), ("cpu", 251))
+]
+ACCURACY = [
+    made("accuracy", name, error_value=error, error_grad=1e-6, detail=detail)
+    for name in ("eager", "cpu")
+    for error, detail in (
+        (2e-7, {"allowed_value": 1e-6, "allowed_grad": 1e-5}),
+        (3e-6, {"kl": 1e-2, "reduction": "sequence"}),
+        (4e-4, {"kl": 1e-5, "reduction": "sequence", "negative": True}),
+    )
+]
+STEP = [
+    made("step", "cpu", median_ms=100.0, peak_bytes=2**30, detail={
+        "model": "tiny", "largest_batch": False, "tokens_per_s": 4321.0, "loss_share": 0.07, "mfu": 0.31,
+        "mfu_of": "measured matrix product", "recipe_hours": 17.5,
+        "stages_ms": {"teacher": 40.0, "student": 20.0, "loss": 7.0, "backward": 30.0, "optimizer": 3.0},
+    })
+]  # fmt: skip
+INFERENCE = [
+    made("inference", name, median_ms=median, error_value=1e-6, detail={
+        "published_speedup": published, "published_million_parameters": None, "parameters": 22_000_000, "tokens": 128,
+    })
+    for name, median, published in (("12x768", 106.0, 1.0), ("6x384", 20.0, 5.3))
+]  # fmt: skip
+ALL = [*LOSS, *lengths("torch", 2.0), *MEMORY, *BATCH, *ACCURACY, *STEP, *INFERENCE]
+EVERY = {"loss", "cases", "memory", "batch", "accuracy", "step", "inference"}
+
+
+def cells(table):
+    return {line[0]: list(line[1:]) for line in table.lines}
+
+
+def test_sections_say_what_the_rows_say():
+    assert set(report.SECTIONS) == set(report.sections(ALL)) == EVERY
+    (loss,) = report.SECTIONS["loss"].tables(ALL)
+    assert cells(loss)["`cpu`"][:4] == ["2", f"{2e6 / (2 * 3 * 64**2):.3g}", "4.1 ×", "1.0"]
+    assert cells(loss)["`flex`"][0] == "oom"
+    assert NAME not in str(loss)
+    (cases,) = report.SECTIONS["cases"].tables(ALL)
+    assert [line[4] for line in cases.lines] == ["4.00", "2.00", "1.00"]
+    (memory,) = report.SECTIONS["memory"].tables(ALL)
+    assert cells(memory)["`eager`"][0] == "256 (3.0)"
+    (batch,) = report.SECTIONS["batch"].tables(ALL)
+    assert cells(batch)["`cpu`"] == ["251", "512"]
+    worst, small = report.SECTIONS["accuracy"].tables(ALL)
+    assert cells(worst)["`cpu`"] == ["float32", "1 of 1", "2e-07", "1e-06", "0.20"]
+    assert cells(small)["1e-05"] == ["4e-04 (negative)"] * 2
+    (step,) = report.SECTIONS["step"].tables(ALL)
+    assert cells(step)["`cpu`"][-5:] == ["7 %", "4.32e+03", "31 %", "1024", "17.5"]
+    (inference,) = report.SECTIONS["inference"].tables(ALL)
+    assert cells(inference)["6 × 384"][1:3] == ["5.3 ×", "5.3 ×"]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_no_rows_no_table(name):
+    assert report.SECTIONS[name].tables([]) == []
+
+
+@pytest.mark.parametrize("name", plots.FIGURES)
+def test_no_rows_no_figure(name):
+    assert plots.draw(name, []) is None
+    assert plots.draw(name, STEP + INFERENCE) is None
+    broken = [{**row, "status": "oom"} for row in ALL]
+    assert plots.draw(name, broken) is None
+    assert plots.svg(plots.draw(name, ALL)) == plots.svg(plots.draw(name, ALL))  # equal rows, equal bytes
+
+
+def test_figures_draw_every_provider_that_has_rows():
+    for name, providers in (("roofline", {"eager", "cpu"}), ("memory", {"eager", "cpu"}), ("time", {"torch"})):
+        text = plots.svg(plots.draw(name, ALL))
+        assert {p for p in ("eager", "cpu", "torch", "sdpa") if f">{p}</text>" in text} == providers
+    assert ">251</text>" in plots.svg(plots.draw("batch", ALL))
+
+
+class _Page(HTMLParser):
+    VOID = ("meta", "br", "img", "link", "path", "use", "rect")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.outside, self.ids = [], [], set()
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href") and not value.startswith("#"):
+                self.outside.append(value)
+            if name == "id":
+                self.ids.add(value)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_else_and_holds_its_rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ALL))
+    main(["report", str(file), "--html", str(tmp_path / "page.html")])
+    text = (tmp_path / "page.html").read_text()
+    page = _Page()
+    page.feed(text)
+    assert page.open == page.outside == []
+    assert page.ids >= EVERY
+    assert text.count("<svg") == len(plots.FIGURES)
+    shown = re.search(r"<pre>(.*)</pre>", text, re.DOTALL)[1].replace("&quot;", '"')
+    assert [json.loads(line) for line in shown.splitlines()] == json.loads(json.dumps(ALL))
+
+
+def test_update_replaces_sections_and_links_plots(tmp_path):
+    (tmp_path / "rows").mkdir()
+    for row in LOSS:
+        rows.append(tmp_path / "rows" / "a.jsonl", row)
+    guide = tmp_path / "guide.md"
+    guide.write_text(
+        "Before.\n<!-- loss:begin -->\nold\n<!-- loss:end -->\n<!-- step:begin -->\nkept\n<!-- step:end -->\n"
+    )
+    arguments = ["report", str(tmp_path / "rows"), "--plots", str(tmp_path / "docs" / "plots"), "--update", str(guide)]
+    main(arguments)
+    text = guide.read_text()
+    assert "old" not in text
+    assert "kept" in text
+    (link,) = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert (tmp_path / link).read_bytes().startswith(b"\x89PNG")
+    main(arguments)
+    assert guide.read_text() == text
+    guide.write_text("no markers")
+    with pytest.raises(SystemExit):
+        main(arguments)
+
+
+def test_committed_results_are_what_the_guides_show(capsys):
+    """README and docs/benchmarks.md show exactly the tables of the committed rows."""
+    main(["report"])
+    printed = capsys.readouterr().out
+    for name, text in report.sections(rows.read([report.RESULTS])).items():
+        assert text in printed
+        for guide in ("README.md", "docs/benchmarks.md"):
+            shown = (report.RESULTS.parents[1] / guide).read_text(encoding="utf-8")
+            if f"<!-- {name}:begin -->" in shown:
+                assert text in shown
