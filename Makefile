@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint format bench sanitize packaging cuda clean
+.PHONY: help demo test lint format bench ratios sanitize packaging cuda clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -27,8 +27,11 @@ format: $(INSTALLED)  ## format the code in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## loss and gradient: time, memory and error of every provider
-	$(BIN)/python -m benchmarks run --suite loss $(ARGS)
+bench: $(INSTALLED)  ## measure everything a CPU can, eight minutes, and renew tables and plots in README and docs
+	$(BIN)/python -m benchmarks cpu --update README.md docs/benchmarks.md --plots docs/plots $(ARGS)
+
+ratios: $(INSTALLED)  ## guard ratios of time and memory between providers, within one run
+	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined

@@ -99,7 +99,7 @@ def isolated(function: Callable[..., Any], *arguments: Any, seconds: float | Non
     Raises what the function raises, OutOfMemory if the process was killed or crashed, TimeoutError after `seconds`.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.suites", "torch.profiler"])  # seconds, once
+    context.set_forkserver_preload(["benchmarks.candidates", "torch.profiler"])  # seconds, once
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(sender, torch.get_num_threads(), function, arguments), daemon=True)
     process.start()

@@ -41,37 +41,32 @@ _LENGTHS = "32x48x128x16x8 8x48x256x16x8 2x48x512x16x8 1x24x1024x16x8 1x6x2048x1
 _CASE = "2x48x512x16x8"
 _CPU_DENSE = "--providers eager chunked torch.compile sdpa bertdistiller cpu torch"
 CPU_PLAN = [
-    Stage(
-        "loss",
-        "every provider at the two shapes that the README shows",
-        4,
-        [f"run --suite loss {_CPU_DENSE} --seconds 20"],
-    ),
+    Stage("loss", "every provider at two shapes", 4, [f"run {_CPU_DENSE} --seconds 15"]),
     Stage(
         "cases",
         "the C++ kernels: lengths at constant pairs, half precision, masks, cross relations, evaluation",
-        3,
+        5,
         [
-            f"run --providers cpu --shapes {_LENGTHS} --seconds 3",
-            f"run --providers cpu --shapes {_CASE} --dtypes bfloat16 float16 --seconds 3",
-            f"run --providers cpu --shapes {_CASE} --masks half lengths packed causal prefix --seconds 3",
-            f"run --providers cpu --shapes {_CASE} --relations qk qq,kk,vv --seconds 3",
-            f"run --providers cpu --shapes {_CASE} --modes forward --seconds 3",
-            "run --providers cpu --shapes v1:4x512 --relations qq qk --seconds 3",
+            f"run --providers cpu --shapes {_LENGTHS} --seconds 2",
+            f"run --providers cpu --shapes {_CASE} --dtypes bfloat16 float16 --seconds 2",
+            f"run --providers cpu --shapes {_CASE} --masks half lengths packed causal prefix --seconds 2",
+            f"run --providers cpu --shapes {_CASE} --relations qk qq,kk,vv --seconds 2",
+            f"run --providers cpu --shapes {_CASE} --modes forward --seconds 2",
+            "run --providers cpu --shapes v1:4x512 --relations qq qk --seconds 2",
         ],
     ),
+    Stage("accuracy", "backend × mask × dtype, small divergences", 2, ["run --suite accuracy --shapes 3x4x150x16x8"]),
+    Stage("inference", "the published students against 12 × 768", 2, ["run --suite inference --seconds 15"]),
+    Stage("step", "a distillation step by stages", 3, ["run --suite step --providers cpu eager --seconds 4"]),
     Stage(
         "memory",
-        "peak and saved bytes, and the largest batch in 1 GiB",
-        4,
+        "the largest batch that fits, peak and saved bytes",
+        5,
         [
+            "run --suite memory --providers eager chunked sdpa cpu torch --budget 512MiB --shapes none",
             "run --suite memory --providers eager chunked sdpa cpu torch --batches none",
-            "run --suite memory --providers eager chunked sdpa cpu torch --shapes none",
         ],
     ),
-    Stage("accuracy", "backend × mask × dtype, small divergences", 3, ["run --suite accuracy"]),
-    Stage("inference", "the published students against 12 × 768", 2, ["run --suite inference --seconds 25"]),
-    Stage("step", "a distillation step by stages", 2, ["run --suite step --providers eager cpu torch --seconds 8"]),
 ]
 _HALF = "--dtypes bfloat16"
 GPU_PLAN = [

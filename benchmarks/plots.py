@@ -25,7 +25,6 @@ _SETTINGS: dict[Any, Any] = {
     "axes.spines.top": False,
 }
 _SETTINGS |= {"axes.spines.right": False, "font.family": "DejaVu Sans"}
-_OURS = ("cuda", "triton", "cpu", "torch")
 
 
 def _ok(rows: Iterable[Row], suite: str) -> list[Row]:
@@ -33,32 +32,24 @@ def _ok(rows: Iterable[Row], suite: str) -> list[Row]:
 
 
 def _axes(count: int = 1) -> tuple[Figure, Any]:
-    figure, axes = pyplot.subplots(
-        1, count, figsize=(3.9 * count if count > 1 else 5.4, 3.4), layout="constrained", squeeze=False
-    )
-    return figure, axes[0]
+    """Panels one below the other: legible on narrow screens too."""
+    figure, axes = pyplot.subplots(count, 1, figsize=(5.6, 0.4 + 2.8 * count), layout="constrained", squeeze=False)
+    return figure, axes[:, 0]
+
+
+_OURS = ("cuda", "triton", "cpu", "torch")
+_OTHERS = ("eager", "eager-fp32-softmax", "chunked", "torch.compile", "sdpa", "flex", "bertdistiller", "liger-kernel")
+_COLOURS = ["C2", "C4", "C0", "C1", "C7", "0.75", "C8", "C5", "C3", "C6", "C9", "gold"]
+
+
+def _colour(name: str) -> str:
+    return dict(zip((*_OURS, *_OTHERS), _COLOURS, strict=True)).get(name, "black")
 
 
 def _style(name: str) -> dict[str, Any]:
-    """Every provider its colour, in all figures; ours in full lines."""
-    names = [
-        "eager",
-        "eager-fp32-softmax",
-        "chunked",
-        "torch.compile",
-        "sdpa",
-        "flex",
-        "bertdistiller",
-        "liger-kernel",
-        *_OURS,
-    ]
-    colour = f"C{names.index(name) % 10}" if name in names else "0.5"
-    return {
-        "color": colour,
-        "linestyle": "-" if name in _OURS else "--",
-        "marker": "o" if name in _OURS else "s",
-        "markersize": 4,
-    }
+    """Every provider has its colour in all figures; ours are full lines."""
+    look = ("-", "o") if name in _OURS else ("--", "s")
+    return {"color": _colour(name), "linestyle": look[0], "marker": look[1], "markersize": 4}
 
 
 def _lines(axes: Any, rows: Sequence[Row], x: Callable[[Row], float], y: Callable[[Row], float]) -> bool:
@@ -100,12 +91,13 @@ def _usual(rows: Sequence[Row]) -> list[Row]:
 
 
 def time(rows: Sequence[Row]) -> Figure | None:
-    """Nanoseconds a pair against S, and milliseconds against B at the S that has most batches."""
-    found = [row for row in _usual(_ok(rows, "loss")) if row["method"] != "graph" and row["provider"] != EXPONENTIALS]
-    batches = _most_common(found, lambda row: (row["shape"]["S"], row["shape"]["A"]), lambda row: row["shape"]["B"])
+    """Nanoseconds a pair against S, and milliseconds against B at the S that has most batches, each of one run."""
+    ok = [row for row in _ok(rows, "loss") if row["method"] != "graph" and row["provider"] != EXPONENTIALS]
+    lengths = _usual(_most_common(ok, lambda row: row["run"], lambda row: row["shape"]["S"]))
+    batches = _usual(_most_common(ok, lambda row: (row["run"], row["shape"]["S"]), lambda row: row["shape"]["B"]))
     panels = []
-    if len({row["shape"]["S"] for row in found}) > 1:
-        panels.append(("S", "ns a pair", found, lambda row: 1e6 * row["median_ms"] / row["pairs"]))
+    if len({row["shape"]["S"] for row in lengths}) > 1:
+        panels.append(("S", "ns a pair", lengths, lambda row: 1e6 * row["median_ms"] / row["pairs"]))
     if len({row["shape"]["B"] for row in batches}) > 1:
         panels.append(("B", "ms", batches, lambda row: row["median_ms"]))
     return _panels(panels, "Loss and gradient")
@@ -137,7 +129,7 @@ def _panels(panels: Sequence[tuple], title: str) -> Figure | None:
         axes.set_xticks(sizes, [str(s) for s in sizes])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    all_axes[0].legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8)
     figure.suptitle(f"{title}, {panels[0][2][0]['dtype']}, {panels[0][2][0]['device']}", fontsize=9)
     if not drawn:
         pyplot.close(figure)
@@ -171,9 +163,7 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
     figure, all_axes = _axes(len(groups))
     for axes, (bound, found) in zip(all_axes, groups, strict=True):
         ratios = [row["median_ms"] / bound["median_ms"] for row in found]
-        bars = axes.barh(
-            [row["provider"] for row in found], ratios, color=[_style(row["provider"])["color"] for row in found]
-        )
+        bars = axes.barh([row["provider"] for row in found], ratios, color=[_colour(row["provider"]) for row in found])
         axes.bar_label(bars, [f"{ratio:.2g}" for ratio in ratios], padding=2, fontsize=8)
         axes.set(
             xscale="log", xlim=(min(0.5, *ratios), 4 * max(ratios)), xlabel="time / time of the exponentials alone"
@@ -211,9 +201,7 @@ def batch(rows: Sequence[Row]) -> Figure | None:
         return None
     figure, (axes,) = _axes()
     largest = [row["shape"]["B"] for row in first]
-    bars = axes.barh(
-        [row["provider"] for row in first], largest, color=[_style(row["provider"])["color"] for row in first]
-    )
+    bars = axes.barh([row["provider"] for row in first], largest, color=[_colour(row["provider"]) for row in first])
     axes.bar_label(bars, [str(B) for B in largest], padding=2, fontsize=8)
     shape, budget = first[0]["shape"], first[0]["detail"]["budget_bytes"] / 2**30
     what = f"A {shape['A']}, S {shape['S']}, {shape['relations']}, {first[0]['dtype']}"

@@ -14,7 +14,7 @@ import torch
 from . import rows
 from .providers import PROVIDERS
 from .steps import MODES
-from .suites import SUITES
+from .suites import SUITES, measure
 from .workloads import FAMILIES, MASKS
 
 _UNITS = {"": 1, "MiB": 2**20, "GiB": 2**30}
@@ -31,13 +31,13 @@ def size(text: str) -> int:
 
 def register(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("run", help="measure a suite", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--suite", choices=list(SUITES), default="loss", help="what to measure")
+    parser.add_argument("--suite", choices=list(SUITES), default="loss", help="; ".join(map(": ".join, SUITES.items())))
     _add_options(parser)
     for name in ("memory", "step", "inference"):
         alias = commands.add_parser(
             name,
             help=f"the same as run --suite {name}",
-            description=SUITES[name].__doc__,
+            description=SUITES[name],
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         _add_options(alias)
@@ -90,7 +90,7 @@ def main(options: argparse.Namespace) -> None:
     # Children of this process and libraries that look at the environment shall have as many.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     torch.set_num_threads(options.threads)
-    for row in SUITES[options.suite].measure(options):
+    for row in measure(options):
         if options.out is not None:
             rows.append(options.out, row)
         print(json.dumps(row), flush=True)

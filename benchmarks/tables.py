@@ -337,12 +337,9 @@ def step(rows: Iterable[Row]) -> list[Table]:
                 continue
             detail = row["detail"]
             cells += [_number(row["median_ms"]), *(_number(value) for value in detail["stages_ms"].values())]
-            cells += [
-                f"{100 * detail['loss_share']:.0f} %",
-                f"{detail['tokens_per_s']:.3g}",
-                f"{100 * detail['mfu']:.0f} %",
-            ]
-            lines.append([*cells, _mib(row["peak_bytes"]), f"{detail['recipe_hours']:.3g}"])
+            cells += [f"{100 * detail['loss_share']:.0f} %", f"{detail['tokens_per_s']:.3g}"]
+            hours = format(detail["recipe_hours"], ",.0f" if detail["recipe_hours"] >= 100 else ".1f")
+            lines.append([*cells, f"{100 * detail['mfu']:.0f} %", _mib(row["peak_bytes"]), hours])
         sources = {row["detail"]["mfu_of"] for row in members if "mfu_of" in row["detail"]}
         caption = (
             f"{model}, S = {S}, mask {mask}, {dtype}, on {_where(members[0])}. Loss: with its gradient for Q, K and V. "

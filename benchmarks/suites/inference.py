@@ -28,7 +28,7 @@ def students() -> dict[tuple[int, int], tuple[float, int | None]]:
     for preset in PRESETS.values():
         if preset.family == "bert":
             found[preset.num_hidden_layers, preset.hidden_size] = (preset.speedup, preset.million_parameters)
-    return found
+    return dict(sorted(found.items(), key=lambda student: student[1][0]))
 
 
 class _Model:

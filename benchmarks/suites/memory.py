@@ -21,7 +21,7 @@ SHAPES = {
     "cuda": [f"v2-base:{B}x{S}" for B, S in [(32, 128), (32, 256), (32, 512), (32, 1024), (32, 2048), (32, 4096)]]
     + [f"v2-base:{B}x512" for B in (8, 64, 128, 256, 512, 1024)],
 }
-BATCHES = {"cpu": ["v2-base:1x512"], "cuda": ["v2-base:1x512", "v2-large:1x512", "v1:1x512"]}
+BATCHES = {"cpu": ["v2-base:1x256"], "cuda": ["v2-base:1x512", "v2-large:1x512", "v1:1x512"]}
 _MOST = {"cpu": 1024, "cuda": 8192}  # a batch beyond is not sought
 # What a trial's process may hold beside the budget before allocations fail: the measured peak decides, not the limit.
 _SLACK = 2**28

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -276,7 +277,7 @@ def _measure(row: rows.Row, setting: Setting, name: str, options: argparse.Names
     row["clocks"] = rows.clocks(setting.device)
     stages = {stage: statistics.median(run[stage] for run in runs) for stage in STAGES}
     rate = 1e3 * step.tokens / row["median_ms"]
-    peak, source = _peak(setting)
+    peak, source = _peak(setting.device, setting.dtype)
     flops = step.flops_per_token * setting.B * setting.S
     row["detail"] |= {
         "stages_ms": stages,
@@ -313,21 +314,21 @@ def _shape(setting: Setting) -> dict[str, Any]:
     return shape | {"relations": "qq,kk,vv", "mask": setting.mask}
 
 
-def _peak(setting: Setting) -> tuple[float, str]:
+@cache
+def _peak(device: str, dtype: str) -> tuple[float, str]:
     """FLOP/s that the device can do in this dtype, and where that is from."""
-    if setting.device == "cuda":
-        for (chip, dtype), flops in _PEAKS.items():
-            if chip in torch.cuda.get_device_name() and dtype == setting.dtype:
+    if device == "cuda":
+        for (chip, of), flops in _PEAKS.items():
+            if chip in torch.cuda.get_device_name() and of == dtype:
                 return flops, f"data sheet, {flops / 1e12:.0f} TFLOP/s"
-    size = 8192 if setting.device == "cuda" else 1024
-    a = torch.randn(size, size, device=setting.device, dtype=getattr(torch, setting.dtype))
+    size = 8192 if device == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
     times = []
     for _ in range(10):
-        clock: Callable = _CudaClock if setting.device == "cuda" else _WallClock
-        marks = clock()
-        marks.mark()
+        clock = _CudaClock() if device == "cuda" else _WallClock()
+        clock.mark()
         a @ a
-        marks.mark()
-        times += marks.intervals()
+        clock.mark()
+        times += clock.intervals()
     rate = 2e3 * size**3 / statistics.median(times)
     return rate, f"measured matrix product, {rate / 1e12:.3g} TFLOP/s"

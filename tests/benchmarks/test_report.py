@@ -116,7 +116,7 @@ def test_no_rows_no_figure(name):
 def test_figures_draw_every_provider_that_has_rows():
     for name, providers in (("roofline", {"eager", "cpu"}), ("memory", {"eager", "cpu"}), ("time", {"torch"})):
         text = plots.svg(plots.draw(name, ALL))
-        assert {p for p in ("eager", "cpu", "torch", "sdpa") if f">{p}</text>" in text} == providers
+        assert {p for p in ("eager", "cpu", "torch", "sdpa") if f">{p}</text>" in text} == providers, name
     assert ">251</text>" in plots.svg(plots.draw("batch", ALL))
 
 

@@ -95,15 +95,15 @@ def test_too_large_and_too_slow_and_broken_are_rows(tmp_path, monkeypatch):
 
 
 def test_memory(tmp_path):
-    arguments = ("--suite", "memory", "--shapes", "1x4x128x8x4", "2x4x128x8x4", "--batches", "1x4x128x8x4")
-    found = run(tmp_path, *arguments, "--providers", "eager", "torch", "--budget", "4MiB", "--most", "8")
+    arguments = ("--suite", "memory", "--shapes", "1x4x256x8x4", "3x4x256x8x4", "--batches", "1x4x256x8x4")
+    found = run(tmp_path, *arguments, "--providers", "eager", "torch", "--budget", "16MiB", "--most", "8")
     largest = by_provider(found[:2])
     assert 1 <= largest["eager"]["shape"]["B"] < largest["torch"]["shape"]["B"] <= 8
     for row in found[:2]:
-        assert row["peak_bytes"] + row["detail"]["inputs_bytes"] <= 4 * 2**20
+        assert row["peak_bytes"] + row["detail"]["inputs_bytes"] <= 16 * 2**20
     eager = [row for row in found[2:] if row["provider"] == "eager"]
     assert eager[0]["saved_bytes"] > 0
-    assert eager[1]["saved_bytes"] == pytest.approx(2 * eager[0]["saved_bytes"], rel=0.1)
+    assert eager[1]["saved_bytes"] == pytest.approx(3 * eager[0]["saved_bytes"], rel=0.1)
     assert eager[1]["peak_bytes"] > 1.5 * eager[0]["peak_bytes"]
 
 
