@@ -27,8 +27,8 @@ format: $(INSTALLED)  ## format the code in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## measure everything a CPU can, eight minutes, and renew tables and plots in README and docs
-	$(BIN)/python -m benchmarks cpu --update README.md docs/benchmarks.md --plots docs/plots $(ARGS)
+bench: $(INSTALLED)  ## measure all that a CPU can, in eight minutes; renew tables and plots in README and docs
+	$(BIN)/python -m benchmarks cpu --update README.md docs/benchmarks.md docs/cpu.md --plots docs/plots $(ARGS)
 
 ratios: $(INSTALLED)  ## guard ratios of time and memory between providers, within one run
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -7,7 +7,8 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -47,15 +48,27 @@ def new(suite: str, provider: str, device: str, dtype: str, mode: str, shape: di
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """Rows of JSON lines files, and of all such files in folders. Raises ValueError that names a line which is none."""
+    """Rows of JSON lines files, and of all such files in folders. Raises ValueError that names a line which is none.
+
+    In a folder, files that hold something else are left out.
+    """
     rows = []
     for path in paths:
-        for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-            rows += list(_read(file))
+        if not path.is_dir():
+            rows += _read(path)
+            continue
+        for file in sorted(path.glob("*.jsonl")):
+            with suppress(_OtherLines):
+                rows += _read(file)
     return rows
 
 
-def _read(file: Path) -> Iterator[Row]:
+class _OtherLines(ValueError):
+    """JSON, but no row."""
+
+
+def _read(file: Path) -> list[Row]:
+    found = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
@@ -63,8 +76,9 @@ def _read(file: Path) -> Iterator[Row]:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file}, line {number}: expected a JSON object, got {line[:60]!r}") from error
         if missing:
-            raise ValueError(f"{file}, line {number}: expected a row, it lacks {', '.join(sorted(missing))}")
-        yield dict.fromkeys(KEYS) | row | {"detail": row.get("detail") or {}}
+            raise _OtherLines(f"{file}, line {number}: expected a row, it lacks {', '.join(sorted(missing))}")
+        found.append(dict.fromkeys(KEYS) | row | {"detail": row.get("detail") or {}})
+    return found
 
 
 def append(file: Path, row: Row) -> None:

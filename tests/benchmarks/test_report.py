@@ -186,7 +186,7 @@ def test_committed_results_are_what_the_guides_show(capsys):
     printed = capsys.readouterr().out
     for name, text in report.sections(rows.read([report.RESULTS])).items():
         assert text in printed
-        for guide in ("README.md", "docs/benchmarks.md"):
+        for guide in ("README.md", "docs/benchmarks.md", "docs/cpu.md"):
             shown = (report.RESULTS.parents[1] / guide).read_text(encoding="utf-8")
             if f"<!-- {name}:begin -->" in shown:
                 assert text in shown

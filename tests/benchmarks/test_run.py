@@ -223,3 +223,4 @@ def test_bad_rows_are_named(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             rows.read([file])
+    assert rows.read([tmp_path]) == []  # another tool's lines beside ours
