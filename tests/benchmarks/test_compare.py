@@ -68,6 +68,7 @@ def test_base(tmp_path, monkeypatch, capsys):
     repository = tmp_path / "repository"
     ignored = shutil.ignore_patterns("*.so", "*.missing", "__pycache__")
     shutil.copytree(root / "minilm_kernels", repository / "minilm_kernels", ignore=ignored)
+    shutil.copytree(root / "build_support", repository / "build_support", ignore=ignored)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(root / name, repository / name)
     file = repository / "minilm_kernels/relation/blocked.py"
