@@ -36,7 +36,10 @@ class Table(NamedTuple):
 
 
 def _number(value: float | None, form: str = ".3g", factor: float = 1.0) -> str:
-    return "–" if value is None else format(factor * value, form)
+    if value is None:
+        return "–"
+    value *= factor
+    return format(value, ".0f" if form == ".3g" and abs(value) >= 1000 else form)
 
 
 def _mib(value: float | None) -> str:
@@ -139,7 +142,7 @@ def cases(rows: Iterable[Row]) -> list[Table]:
     header = ("workload", "ms", "p20–p80", "ns a pair", "ratio", "peak memory, MiB", "error of the gradient")
     made = []
     for members in single(rows):
-        usual = _usual(members)
+        plain = {widths: _usual(own) for widths, own in _groups(members, _head_widths)}
         lines = []
         for row in members:
             shape = row["shape"]
@@ -157,6 +160,7 @@ def cases(rows: Iterable[Row]) -> list[Table]:
             if row["status"] != "ok":
                 lines.append([name, _failure(row), *["–"] * 5])
                 continue
+            usual = plain[_head_widths(row)]
             each = row["median_ms"] / row["pairs"]
             ratio = "–" if usual is None else f"{each / (usual['median_ms'] / usual['pairs']):.2f}"
             span = f"{row['p20_ms']:.3g}–{row['p80_ms']:.3g}"
@@ -171,12 +175,16 @@ def cases(rows: Iterable[Row]) -> list[Table]:
                     _number(row["error_grad"], ".0e"),
                 ]
             )
-        beside = (
-            "" if usual is None else f" Ratio: of ns a pair to S = {usual['shape']['S']} unmasked in {usual['dtype']}."
+        caption = (
+            f"`{members[0]['provider']}`, on {_where(members[0])}; loss and gradient, unless forward is said. Ratio: of ns "
+            "a pair to that of unmasked self relations of the same widths at S = 512, or next to it:"
         )
-        caption = f"`{members[0]['provider']}`, loss and gradient, one run on {_where(members[0])}.{beside}"
         made.append(Table(caption, header, lines))
     return made
+
+
+def _head_widths(row: Row) -> tuple[int, int]:
+    return row["shape"]["d_t"], row["shape"]["d_s"]
 
 
 def _usual(rows: Sequence[Row]) -> Row | None:

@@ -96,9 +96,9 @@ def test_too_large_and_too_slow_and_broken_are_rows(tmp_path, monkeypatch):
 
 def test_memory(tmp_path):
     arguments = ("--suite", "memory", "--shapes", "1x4x256x8x4", "3x4x256x8x4", "--batches", "1x4x256x8x4")
-    found = run(tmp_path, *arguments, "--providers", "eager", "torch", "--budget", "16MiB", "--most", "8")
+    found = run(tmp_path, *arguments, "--providers", "eager", "torch", "--budget", "16MiB", "--most", "4")
     largest = by_provider(found[:2])
-    assert 1 <= largest["eager"]["shape"]["B"] < largest["torch"]["shape"]["B"] <= 8
+    assert 1 <= largest["eager"]["shape"]["B"] < largest["torch"]["shape"]["B"] <= 4
     for row in found[:2]:
         assert row["peak_bytes"] + row["detail"]["inputs_bytes"] <= 16 * 2**20
     eager = [row for row in found[2:] if row["provider"] == "eager"]
