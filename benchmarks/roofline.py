@@ -38,32 +38,21 @@ def _cpu_rate() -> tuple[float, float]:
 
 
 def _cuda_rate() -> tuple[float, float]:
-    """A Triton kernel that turns registers over and over with ex2, three blocks of work for each place on the chip."""
-    import triton
-    import triton.language as tl
+    """Of a Triton kernel, with 24 blocks for each multiprocessor."""
+    from .roofline_triton import BLOCK, TURNS, launch
 
-    @triton.jit
-    def kernel(out, TURNS: tl.constexpr, BLOCK: tl.constexpr):
-        place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        x = -(place % 1024).to(tl.float32) / 1024
-        for _ in range(TURNS):
-            x = -tl.math.exp2(x)
-        tl.store(out + place, x)
-
-    turns, block = 1024, 1024
-    blocks = 24 * torch.cuda.get_device_properties(0).multi_processor_count
-    out = torch.empty(blocks * block, device="cuda")
+    out = torch.empty(24 * torch.cuda.get_device_properties(0).multi_processor_count * BLOCK, device="cuda")
     times = []
     for _ in range(20):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        kernel[(blocks,)](out, turns, block, num_warps=8)
+        launch(out, TURNS)
         end.record()
         torch.cuda.synchronize()
         times.append(1e6 * begin.elapsed_time(end))
-    kernel[(blocks,)](out, 1, block, num_warps=8)
-    place = torch.arange(blocks * block, device="cuda") % 1024
-    return statistics.median(times[3:]) / (out.numel() * turns), relative(out, -torch.exp2(-place.double() / 1024))
+    launch(out, 1)
+    place = torch.arange(out.numel(), device="cuda") % 1024
+    return statistics.median(times[3:]) / (out.numel() * TURNS), relative(out, -torch.exp2(-place.double() / 1024))
 
 
 def row(workload: Workload, mode: str) -> rows.Row:

@@ -176,8 +176,8 @@ def cases(rows: Iterable[Row]) -> list[Table]:
                 ]
             )
         caption = (
-            f"`{members[0]['provider']}`, on {_where(members[0])}; loss and gradient, unless forward is said. Ratio: of ns "
-            "a pair to that of unmasked self relations of the same widths at S = 512, or next to it:"
+            f"`{members[0]['provider']}`, on {_where(members[0])}; loss and gradient, unless forward is said. Ratio: "
+            "of ns a pair to that of unmasked self relations of the same widths at S = 512, or next to it:"
         )
         made.append(Table(caption, header, lines))
     return made

@@ -77,6 +77,11 @@ def _efficient_kernels(bias: Tensor | None, causal: bool) -> _Kernels:
     return _Kernels(forward, value_grad)
 
 
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Of the last axis, in float32: KL is a small difference of such products."""
+    return (x.float() * y.float()).sum(-1)
+
+
 class _Relation(torch.autograd.Function):
     """KL of one relation; (B, A, S, D) operands, all padded to one width. Its gradient is computed in the forward."""
 
@@ -88,7 +93,7 @@ class _Relation(torch.autograd.Function):
         o_ss, lse_s, rest_s = kernels.forward(q_s, k_s, k_s, scale_s)
         length = q_t.shape[2]
         lse = lse_s[..., :length] - lse_t[..., :length]  # some kernels round its length up
-        kl = scale_t * (q_t * o_tt).sum(-1, dtype=torch.float32) - scale_s * (q_s * o_ts).sum(-1, dtype=torch.float32)
+        kl = scale_t * _dot(q_t, o_tt) - scale_s * _dot(q_s, o_ts)
         if any(ctx.needs_input_grad):
             g = weights[..., None]
             upstream = (g * q_s).to(q_s.dtype)
@@ -179,9 +184,8 @@ def flex(inputs: Inputs) -> Loss:
             o_tt, lse_t = attention(q_t, k_t, k_t, scale=width_t**-0.5)
             o_ts, _ = attention(q_t, k_t, k_s, scale=width_t**-0.5)
             _, lse_s = attention(q_s, k_s, k_s, scale=width_s**-0.5)
-            cross = width_t**-0.5 * (q_t * o_tt).sum(-1, dtype=torch.float32)
-            cross = cross - width_s**-0.5 * (q_s * o_ts).sum(-1, dtype=torch.float32)
-            parts.append(((cross - lse_t + lse_s) * mask.weights).sum())
+            kl = width_t**-0.5 * _dot(q_t, o_tt) - width_s**-0.5 * _dot(q_s, o_ts) - lse_t + lse_s
+            parts.append((kl * mask.weights).sum())
         return torch.stack(parts).sum()
 
     return loss

@@ -260,7 +260,10 @@ def _measured(setting: Setting, name: str, options: argparse.Namespace, largest_
 def _measure(row: rows.Row, setting: Setting, name: str, options: argparse.Namespace) -> None:
     with at_most(options.memory, setting.device):
         step = Distillation(setting, name)
-        _check(row, step, setting)
+    oracle = step.oracle()
+    with at_most(options.memory, setting.device):
+        _check(row, step, oracle)
+        del oracle
         if row["status"] == "wrong":
             return
         for _ in range(_WARM_UP):
@@ -291,8 +294,7 @@ def _measure(row: rows.Row, setting: Setting, name: str, options: argparse.Names
     }
 
 
-def _check(row: rows.Row, step: Distillation, setting: Setting) -> None:
-    oracle = step.oracle()
+def _check(row: rows.Row, step: Distillation, oracle: Oracle) -> None:
     value, grads = step.loss(oracle.part) if oracle.part is step.inputs else (None, [])
     if value is None:
         part = PROVIDERS[row["provider"]].build(oracle.part)
@@ -300,7 +302,7 @@ def _check(row: rows.Row, step: Distillation, setting: Setting) -> None:
         value = part(oracle.part.teacher, leaves)
         grads = list(torch.autograd.grad(value, list(leaves.values())))
         row["detail"]["checked_sequences"] = oracle.sequences
-    errors, fault = oracle.fault(setting.dtype, value.detach(), grads)
+    errors, fault = oracle.fault(row["dtype"], value.detach(), grads)
     row |= errors
     if fault is not None:
         row |= {"status": "wrong", "reason": fault}

@@ -120,6 +120,18 @@ def test_step(tmp_path):
     assert found[2]["detail"]["tokens"] < 96
 
 
+def test_a_step_that_does_not_fit_is_measured_at_the_largest_batch_that_does(tmp_path, monkeypatch):
+    from benchmarks.suites import step
+
+    monkeypatch.setattr(step, "isolated", lambda function, *arguments, seconds: function(*arguments))
+    arguments = ("--suite", "step", "--shapes", "tiny:16x128", "--providers", "eager", "--memory", "100MiB")
+    refused, smaller = run(tmp_path, *arguments)
+    assert (refused["status"], refused["shape"]["B"], refused["median_ms"]) == ("oom", 16, None)
+    assert smaller["status"] == "ok"
+    assert 1 <= smaller["shape"]["B"] < 16
+    assert smaller["detail"]["largest_batch"]
+
+
 def test_step_trains():
     """The measured step lowers the loss that it measures."""
     from benchmarks.suites.step import Distillation, Setting
