@@ -139,6 +139,7 @@ def main(options: argparse.Namespace) -> int:
         print(_describe(plan, options, "no CUDA device here: this is what would be done" if missing else "a dry run"))
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
+    os.environ["MINILM_KERNELS_REVISION"] = rows.revision()  # of the sources, before rows among them change
     begin = time.monotonic()
     deadline = begin + 60 * options.minutes
     outcomes: list[str] = []

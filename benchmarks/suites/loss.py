@@ -64,7 +64,8 @@ def workload_rows(workload: Workload, mode: str, options: argparse.Namespace) ->
 
 
 def _row(workload: Workload, name: str, mode: str) -> rows.Row:
-    each = PROVIDERS[name].exponentials if mode == "full" else None
+    counted = mode == "full" and all(pair[0] == pair[1] for pair in workload.relations.split(","))
+    each = PROVIDERS[name].exponentials if counted else None
     exponentials = None if each is None else each * workload.visible_pairs
     row = rows.new("loss", name, workload.device, workload.dtype, mode, workload.shape())
     return row | {"pairs": workload.pairs, "exponentials": exponentials}
