@@ -41,7 +41,7 @@ _LENGTHS = "32x48x128x16x8 8x48x256x16x8 2x48x512x16x8 1x24x1024x16x8 1x6x2048x1
 _CASE = "2x48x512x16x8"
 _CPU_DENSE = "--providers eager chunked torch.compile sdpa bertdistiller cpu torch"
 CPU_PLAN = [
-    Stage("loss", "every provider at two shapes", 4, [f"run {_CPU_DENSE} --seconds 15"]),
+    Stage("loss", "every provider at two shapes", 6, [f"run {_CPU_DENSE} --seconds 12"]),
     Stage(
         "cases",
         "the C++ kernels: lengths at constant pairs, half precision, masks, cross relations, evaluation",
@@ -56,7 +56,7 @@ CPU_PLAN = [
         ],
     ),
     Stage("accuracy", "backend × mask × dtype, small divergences", 2, ["run --suite accuracy --shapes 3x4x150x16x8"]),
-    Stage("inference", "the published students against 12 × 768", 2, ["run --suite inference --seconds 15"]),
+    Stage("inference", "the published students against 12 × 768", 3, ["run --suite inference --seconds 12"]),
     Stage("step", "a distillation step by stages", 3, ["run --suite step --providers cpu eager --seconds 4"]),
     Stage(
         "memory",

@@ -42,10 +42,10 @@ def measure(options: argparse.Namespace) -> Iterator[rows.Row]:
             yield row  # said once, not for every combination
         else:
             names.append(name)
-    for workload in parse_all(shapes, masks, dtypes, relations, options.device):
-        yield from _mask_rows(workload, names)
     for divergence in _DIVERGENCES:
         yield from _small_rows(divergence, names, options.device)
+    for workload in parse_all(shapes, masks, dtypes, relations, options.device):
+        yield from _mask_rows(workload, names)
 
 
 def _mask_rows(workload: Workload, names: list[str]) -> Iterator[rows.Row]:

@@ -18,7 +18,7 @@ from benchmarks.oracle import WRONG, relative
 from benchmarks.timing import first_run, interleaved, summary
 from minilm_kernels.students import PRESETS, parameter_count, random_student, student_config
 
-SHAPES = {"cpu": ["8x128"], "cuda": ["32x128", "32x512"]}
+SHAPES = {"cpu": ["4x128"], "cuda": ["32x128", "32x512"]}
 BASE = (12, 768)
 
 
