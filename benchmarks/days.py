@@ -63,7 +63,7 @@ CPU_PLAN = [
         "the largest batch that fits, peak and saved bytes",
         5,
         [
-            "run --suite memory --providers eager chunked sdpa cpu torch --budget 512MiB --shapes none",
+            "run --suite memory --providers eager chunked sdpa cpu torch --budget 256MiB --shapes none",
             "run --suite memory --providers eager chunked sdpa cpu torch --batches none",
         ],
     ),
