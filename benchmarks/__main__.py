@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from minilm_kernels.demo.markers import update
 
-from . import report
+from . import report, static
 from .measure import loss_rows
 from .providers import PROVIDERS
 from .workloads import Workload
@@ -39,8 +39,11 @@ def main(arguments: list[str] | None = None) -> None:
     table = commands.add_parser("report", help="make tables of rows")
     table.add_argument("rows", type=Path, help="file that `run --out` wrote")
     table.add_argument("--update", type=Path, metavar="FILE", help="Markdown file that gets the tables, at its markers")
+    static.register(commands)
     options = parser.parse_args(arguments)
     try:
+        if options.command == "static":
+            raise SystemExit(options.main(options))
         (_run if options.command == "run" else _report)(options)
     except (OSError, ValueError) as error:
         parser.error(str(error))

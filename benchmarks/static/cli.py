@@ -1,0 +1,118 @@
+"""Command line: `python -m benchmarks static [--arch sm_90] [--json]`."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import sys
+from pathlib import Path
+
+from . import cost
+from .machine import MACHINES
+from .variants import CUDA_LISTING, TRITON_MODULE, Variant, cuda_variants, triton_variants
+
+_COLUMNS = {  # heading -> key, digits
+    "MUFU": ("mufu_per_pair", 2),
+    "slots": ("issue_slots_per_pair", 2),
+    "always": ("issue_slots_always_per_pair", 2),
+    "tensor": ("tensor_per_pair", 3),
+    "shared": ("shared_per_pair", 3),
+    "global": ("global_per_pair", 3),
+    "outer": ("outer_slots_per_pair", 2),
+    "regs": ("registers", 0),
+    "spill": ("spill_bytes", 0),
+    "smem": ("shared_bytes", 0),
+    "warps/SM": ("warps_per_sm", 0),
+    "clocks": ("clocks_per_pair", 4),
+}
+
+
+def register(commands) -> None:
+    """Adds the subcommand `static`."""
+    parser = commands.add_parser(
+        "static",
+        help="what the GPU kernels execute per ordered pair, from their machine code; needs no GPU",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--arch", nargs="+", choices=list(MACHINES), default=["sm_90"], metavar="sm_XX")
+    parser.add_argument("--backends", nargs="+", choices=["triton", "cuda"], default=["triton", "cuda"], metavar="NAME")
+    parser.add_argument("--triton-module", default=TRITON_MODULE, metavar="MODULE", help="where variants() is")
+    parser.add_argument("--cuda-listing", type=Path, default=CUDA_LISTING, metavar="FILE", help="JSON list of kernels")
+    parser.add_argument("--kernel", default="*", help="only kernels whose name matches this pattern")
+    parser.add_argument("--group", default="*", help="only groups that match this pattern")
+    parser.add_argument("--dtype", default="*", help="only this type of the inputs")
+    parser.add_argument("--widths", default="*", metavar="D_txD_s", help="only these widths, such as 16x8")
+    parser.add_argument("--json", action="store_true", help="a list of objects, one a phase of a kernel, and totals")
+    parser.add_argument("--breakdown", action="store_true", help="issue slots a pair by class of instruction")
+    parser.set_defaults(main=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prints the table; 1 when a kernel could not be accounted for."""
+    phases: list[dict] = []
+    failures: list[str] = []
+    for arch in options.arch:
+        declared: list[Variant] = []
+        if "triton" in options.backends:
+            declared += triton_variants(arch, options.triton_module)
+        if "cuda" in options.backends:
+            declared += cuda_variants(arch, options.cuda_listing)
+        for variant in declared:
+            name = f"{variant.backend} {variant.kernel} {variant.dtype} {variant.d_t}x{variant.d_s} {arch}"
+            if not _chosen(variant, options):
+                continue
+            try:
+                phases += cost.rows(variant, arch)
+            except cost.Mismatch as problem:
+                failures.append(f"{name}: {problem}")
+    if not phases and not failures:
+        raise ValueError(f"no kernel of {', '.join(options.backends)} matches")
+    found = phases + cost.totals(phases)
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        _table(found)
+        if options.breakdown:
+            _breakdown(phases)
+        for arch in options.arch:
+            machine = MACHINES[arch]
+            print(
+                f"{arch}: bounds are estimates for {machine.name}, {machine.sms} SMs at {machine.clock} GHz; "
+                "A = 48, S = 512, three relations"
+            )
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _chosen(variant: Variant, options: argparse.Namespace) -> bool:
+    values = (variant.kernel, variant.group, variant.dtype, f"{variant.d_t}x{variant.d_s}")
+    patterns = (options.kernel, options.group, options.dtype, options.widths)
+    return all(map(fnmatch.fnmatch, values, patterns))
+
+
+def _name(row: dict) -> str:
+    return f"{row['arch']} {row['kernel']} [{row['group']}] {row['phase']} {row['dtype']} {row['d_t']}x{row['d_s']}"
+
+
+def _table(found: list[dict]) -> None:
+    width = max(len(_name(row)) for row in found)
+    print(" " * width + "".join(f"{heading:>9}" for heading in (*_COLUMNS, *(f"ms {shape}" for shape in cost.SHAPES))))
+    for row in found:
+        cells = [f"{row[key]:9.{digits}f}" if key in row else f"{'-':>9}" for key, digits in _COLUMNS.values()]
+        times = [f"{row['bound_ms'][shape]:9.2f}" for shape in cost.SHAPES]
+        bound = f"  {row['bound_by']}" if "bound_by" in row else ""
+        print(f"{_name(row):{width}}" + "".join(cells + times) + bound)
+        for note in row.get("notes", ()):
+            print(f"    {note}")
+        for other in row.get("other_loops", ()):
+            print(f"    other loop: {other}")
+
+
+def _breakdown(phases: list[dict]) -> None:
+    for row in phases:
+        print(f"\n{_name(row)}: issue slots a pair by class, clocks a pair by unit")
+        for name, slots in row["breakdown"].items():
+            print(f"  {name:14}{slots:8.3f}")
+        print("  " + ", ".join(f"{unit} {clocks:.4f}" for unit, clocks in row["clocks_per_unit"].items()))

@@ -1,0 +1,240 @@
+"""Cost per ordered pair: the machine loop of every declared source loop, and what it executes divided by its pairs."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+from .counts import Counts, count
+from .loops import Flow, Loop, analyse
+from .machine import MACHINES, Machine
+from .sass import Line
+from .variants import Built, SourceLoop, Variant
+
+# Standard shapes: B sequences, A = 48 relation heads, S = 512, three relations in one loss.
+SHAPES = {"B=32": 3 * 32 * 48 * 512**2, "B=256": 3 * 256 * 48 * 512**2}
+WARP = 32
+_MARKER = re.compile(r"(?:#|//)\s*static: (begin|end) (\S+)")
+
+
+class Mismatch(ValueError):
+    """Machine code and declaration disagree."""
+
+
+@cache
+def _regions(path: str) -> tuple[tuple[str, int, int], ...]:
+    """(tag, first line, last line) of a source file's markers."""
+    file = Path(path)
+    if not file.exists():
+        return ()
+    regions: list[tuple[str, int, int]] = []
+    begun: dict[str, int] = {}
+    for number, text in enumerate(file.read_text(errors="replace").splitlines(), 1):
+        if match := _MARKER.search(text):
+            kind, tag = match.groups()
+            if (kind == "begin") == (tag in begun):
+                raise Mismatch(f"{path}:{number}: 'static: {kind} {tag}' without its counterpart")
+            if kind == "begin":
+                begun[tag] = number
+            else:
+                regions.append((tag, begun.pop(tag), number))
+    if begun:
+        raise Mismatch(f"{path}: 'static: begin {', '.join(begun)}' is never ended")
+    return tuple(regions)
+
+
+@cache
+def _tags(lines: frozenset[Line]) -> frozenset[str]:
+    return frozenset(tag for path, line in lines for tag, first, last in _regions(path) if first <= line <= last)
+
+
+def tags(flow: Flow, loop: Loop) -> frozenset[str]:
+    """Names of the marked source regions that any instruction of the loop comes from."""
+    return frozenset(tag for instruction in flow.code(loop.blocks) for tag in _tags(instruction.lines))
+
+
+def inner_loops(flow: Flow) -> list[Loop]:
+    """Loops with exponentials or tensor instructions, none of which is in a loop inside them."""
+
+    def works(loop: Loop) -> bool:
+        counts = count(flow.code(loop.blocks))
+        return counts.exponentials > 0 or counts.classes["tensor"] > 0
+
+    return [loop for loop in flow.loops if works(loop) and not any(works(child) for child in loop.children)]
+
+
+def find(flow: Flow, source: SourceLoop) -> Loop:
+    """The one machine loop of a source loop."""
+    candidates = [loop for loop in inner_loops(flow) if not source.exponentials or _counts(flow, loop).exponentials]
+    if source.marker:
+        wanted = frozenset(source.marker.split("+"))
+        found = [loop for loop in candidates if tags(flow, loop) == wanted]
+    else:
+        found = candidates
+    if len(found) != 1:
+        listing = "".join(f"\n  {describe(flow, loop)}" for loop in candidates) or " none"
+        problem = f"marked {source.marker!r}" if source.marker else "without a marker"
+        raise Mismatch(
+            f"phase {source.phase}: expected one inner loop {problem}, found {len(found)}; inner loops:{listing}"
+        )
+    return found[0]
+
+
+def describe(flow: Flow, loop: Loop) -> str:
+    counts = _counts(flow, loop)
+    code = flow.code(loop.blocks)
+    lines = sorted(line for instruction in code for _, line in instruction.lines)
+    where = f"lines {lines[0]}-{lines[-1]}" if lines else "no line table"
+    return (
+        f"{counts.slots} instructions, {counts.exponentials} MUFU.EX2, {counts.classes['tensor']} tensor, "
+        f"tags {sorted(tags(flow, loop))}, {where}"
+    )
+
+
+def _counts(flow: Flow, loop: Loop) -> Counts:
+    return count(flow.code(loop.blocks))
+
+
+def unroll(counts: Counts, source: SourceLoop, warps: int) -> int:
+    """Source trips in one trip of the machine loop, from what a source trip must execute; no remainder is accepted."""
+    scale = warps if source.per == "block" else 1
+    factors = {}
+    if source.exponentials:
+        factors["exponentials"] = (counts.exponentials * WARP * scale, source.exponentials)
+    if source.tensor_macs and not counts.tensor_unknown:
+        factors["tensor multiply-adds"] = (counts.tensor_macs * scale, source.tensor_macs)
+    if not factors:
+        raise Mismatch(f"phase {source.phase}: neither exponentials nor tensor_macs tell the unroll factor")
+    for name, (found, declared) in factors.items():
+        if found == 0 or found % declared:
+            raise Mismatch(
+                f"phase {source.phase}: the machine loop executes {found} {name}, expected a multiple of {declared}"
+            )
+    ratios = {name: found // declared for name, (found, declared) in factors.items()}
+    if len(set(ratios.values())) > 1:
+        raise Mismatch(f"phase {source.phase}: unroll factors disagree: {ratios}")
+    return next(iter(ratios.values()))
+
+
+def rows(variant: Variant, arch: str) -> list[dict]:
+    """One object a phase of the kernel. Raises Mismatch where machine code and declaration disagree."""
+    built = variant.build()
+    flow = analyse(built.function)
+    machine = MACHINES[arch]
+    found = [(source, find(flow, source)) for source in variant.loops]
+    common = {
+        "backend": variant.backend,
+        "kernel": variant.kernel,
+        "group": variant.group,
+        "arch": arch,
+        "dtype": variant.dtype,
+        "d_t": variant.d_t,
+        "d_s": variant.d_s,
+        **_kernel_figures(built, machine),
+    }
+    others = [loop for loop in inner_loops(flow) if all(loop is not main for _, main in found)]
+    common["other_loops"] = [describe(flow, loop) for loop in others]
+    return [common | _loop_figures(flow, loop, source, built.warps, machine) for source, loop in found]
+
+
+def _kernel_figures(built: Built, machine: Machine) -> dict:
+    usage = built.resources
+    spilled = count(built.function.code).local_bytes
+    blocks = machine.resident_blocks(built.warps, usage.registers, built.shared_bytes)
+    return {
+        "registers": usage.registers,
+        "spill_bytes": spilled,  # of all LDL and STL in the code, a thread, each counted once
+        "local_bytes": usage.stack + usage.local,
+        "shared_bytes": built.shared_bytes,
+        "warps": built.warps,
+        "blocks_per_sm": blocks,
+        "warps_per_sm": blocks * built.warps,
+    }
+
+
+def _loop_figures(flow: Flow, loop: Loop, source: SourceLoop, warps: int, machine: Machine) -> dict:
+    counts = _counts(flow, loop)
+    factor = unroll(counts, source, warps)
+    scale = warps if source.per == "block" else 1
+    pairs = source.pairs * factor  # that one trip of the machine loop serves
+    lanes = WARP * scale / pairs  # lane slots a pair for each warp instruction of the loop
+    always = count(flow.code(loop.always))
+    wide = any(opcode.startswith(("HGMMA", "QGMMA", "UTC")) for opcode in _opcodes(flow, loop))
+    clocks = {unit: value * scale / pairs for unit, value in machine.clocks(counts, wide).items()}
+    bound_by = max(clocks, key=lambda unit: clocks[unit])
+    notes = _notes(flow, loop, counts)
+    figures = {
+        "phase": source.phase,
+        "unroll": factor,
+        "mufu_per_pair": counts.classes["mufu"] * lanes,
+        "issue_slots_per_pair": counts.slots * lanes,
+        "issue_slots_always_per_pair": always.slots * lanes,
+        "tensor_per_pair": counts.classes["tensor"] * lanes,
+        "tensor_macs_per_pair": counts.tensor_macs * scale / pairs,
+        "shared_per_pair": counts.classes["shared"] * lanes,
+        "shared_bytes_per_pair": counts.shared_bytes * lanes,
+        "global_per_pair": counts.classes["global"] * lanes,
+        "global_bytes_per_pair": counts.global_bytes * lanes,
+        "local_per_pair": counts.classes["local"] * lanes,
+        "breakdown": {name: number * lanes for name, number in counts.classes.most_common()},
+        "clocks_per_unit": clocks,
+        "clocks_per_pair": clocks[bound_by],
+        "bound_by": bound_by,
+        "bound_ms": {shape: machine.milliseconds(clocks[bound_by], number) for shape, number in SHAPES.items()},
+        "notes": notes,
+    }
+    if source.trips:
+        around = flow.reachable if loop.parent is None else loop.parent.blocks
+        inside = frozenset(block for inner in inner_loops(flow) for block in inner.blocks)
+        outer = count(flow.code(around - inside)).slots
+        figures["outer_slots_per_pair"] = outer * WARP * scale / (source.pairs * source.trips)
+    return figures
+
+
+def _opcodes(flow: Flow, loop: Loop) -> set[str]:
+    return {instruction.opcode for instruction in flow.code(loop.blocks)}
+
+
+def _notes(flow: Flow, loop: Loop, counts: Counts) -> list[str]:
+    notes = []
+    if flow.irreducible:
+        notes.append("the kernel has a cycle with several entries")
+    if loop.back_edges > 1:
+        notes.append(f"{loop.back_edges} back edges, counted as one loop")
+    if loop.children:
+        notes.append(f"{len(loop.children)} loops inside without exponentials, counted as one turn each")
+    if counts.calls:
+        notes.append(f"{counts.calls} calls, whose callees are not counted")
+    if counts.tensor_unknown:
+        notes.append("size of tensor instructions unknown, left out of the bound")
+    if counts.unknown:
+        notes.append(f"opcodes without a class: {', '.join(sorted(counts.unknown))}")
+    return notes
+
+
+def totals(phases: list[dict]) -> list[dict]:
+    """One object, phase "total", for every group that has several phases: loss and gradient together."""
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for row in phases:
+        groups[tuple(row[key] for key in ("backend", "group", "arch", "dtype", "d_t", "d_s"))].append(row)
+    found = []
+    for (backend, group, arch, dtype, d_t, d_s), members in groups.items():
+        names = [row["phase"] for row in members]
+        if len(set(names)) < len(names):
+            raise Mismatch(
+                f"{backend} {group} {dtype} ({d_t}, {d_s}): phases {names} repeat; use groups for alternatives"
+            )
+        clocks = sum(row["clocks_per_pair"] for row in members)
+        shared = {"backend": backend, "kernel": "+".join(dict.fromkeys(row["kernel"] for row in members))}
+        sums = ("mufu_per_pair", "issue_slots_per_pair", "issue_slots_always_per_pair", "tensor_per_pair")
+        found.append(
+            shared
+            | {"group": group, "phase": "total", "arch": arch, "dtype": dtype, "d_t": d_t, "d_s": d_s}
+            | {key: sum(row[key] for row in members) for key in (*sums, "shared_per_pair", "global_per_pair")}
+            | {key: max(row[key] for row in members) for key in ("registers", "spill_bytes", "shared_bytes")}
+            | {"phases": names, "clocks_per_pair": clocks}
+            | {"bound_ms": {name: MACHINES[arch].milliseconds(clocks, number) for name, number in SHAPES.items()}}
+        )
+    return found
