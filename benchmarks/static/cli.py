@@ -71,7 +71,7 @@ def main(options: argparse.Namespace) -> int:
     found = phases + cost.totals(phases)
     if options.json:
         print(json.dumps(found, indent=1))
-    else:
+    elif found:
         _table(found)
         if options.breakdown:
             _breakdown(phases)

@@ -89,7 +89,7 @@ def classify(instruction: Instruction) -> str:
     if instruction.predicate in ("!PT", "!UPT"):
         return "void"
     base = instruction.base
-    if base == "IMAD" and re.match(r"IMAD\.(MOV|U32)", instruction.opcode) and "RZ, RZ" in instruction.operands:
+    if base in ("IMAD", "HFMA2") and re.search(r"RZ\b.*, RZ", instruction.operands):  # zero times zero plus a value
         return "move"
     if base in _CLASS:
         return _CLASS[base]

@@ -44,7 +44,7 @@ class Function:
 class Resources:
     registers: int
     stack: int  # bytes a thread
-    shared: int  # bytes a block, static
+    shared: int  # bytes a block: what the kernel declares and, from sm_90 on, 1 KiB that the system reserves
     local: int  # bytes a thread
 
 

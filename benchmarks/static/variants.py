@@ -62,7 +62,10 @@ class Variant:
 def triton_variants(arch: str, module: str) -> list[Variant]:
     """Kernels that `variants(90)` of the module declares for "sm_90"."""
     number = int(arch.removeprefix("sm_"))
-    declared = importlib.import_module(module).variants(number)
+    try:
+        declared = importlib.import_module(module).variants(number)
+    except ModuleNotFoundError as missing:
+        raise ValueError(f"no Triton kernels: {missing}") from missing
     return [_variant("triton", item, partial(build_triton, item, number)) for item in declared]
 
 
@@ -121,8 +124,9 @@ def build_cuda(item: Any, arch: str, folder: Path) -> Built:
         found = "\n  ".join(readable[name] for name in names or functions)
         raise ValueError(f"symbol {pattern!r}: expected one kernel, {len(names)} match; of\n  {found}")
     usage = resources[names[0]]
+    reserved = 1024 if int(arch.removeprefix("sm_")) >= 90 and usage.shared else 0
     dynamic = _get(item, "dynamic_shared", {}).get("512", 0)
-    return Built(functions[names[0]], usage, _get(item, "warps"), usage.shared + dynamic)
+    return Built(functions[names[0]], usage, _get(item, "warps"), usage.shared - reserved + dynamic)
 
 
 @cache

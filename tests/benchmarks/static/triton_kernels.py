@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def _sums(q, K, n, first, last, stride, D: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr):
-    """(M,): sums over columns of 2 to the power of the scores. A pair: D multiply-adds, one exponential, one addition."""
+    """(M,) sums of 2 to the power of the scores: D multiply-adds, one exponential, one addition a pair."""
     total = tl.zeros((q.shape[0],), tl.float32)
     # static: begin main
     for j in range(first, last, N):
