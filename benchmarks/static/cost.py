@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from .counts import Counts, count
-from .loops import Flow, Loop, analyse
+from .loops import Flow, Loop, Trip, analyse
 from .machine import MACHINES, Machine
 from .sass import Line
 from .variants import Built, SourceLoop, Variant
@@ -50,31 +50,39 @@ def _tags(lines: frozenset[Line]) -> frozenset[str]:
     return frozenset(tag for path, line in lines for tag, first, last in _regions(path) if first <= line <= last)
 
 
-def tags(flow: Flow, loop: Loop) -> frozenset[str]:
-    """Names of the marked source regions that any instruction of the loop comes from."""
-    return frozenset(tag for instruction in flow.code(loop.blocks) for tag in _tags(instruction.lines))
+def tags(flow: Flow, blocks: frozenset[int]) -> frozenset[str]:
+    """Names of the marked source regions that any instruction of the blocks comes from."""
+    return frozenset(tag for instruction in flow.code(blocks) for tag in _tags(instruction.lines))
+
+
+def _works(counts: Counts) -> bool:
+    return counts.exponentials > 0 or counts.classes["tensor"] > 0
 
 
 def inner_loops(flow: Flow) -> list[Loop]:
     """Loops with exponentials or tensor instructions, none of which is in a loop inside them."""
-
-    def works(loop: Loop) -> bool:
-        counts = count(flow.code(loop.blocks))
-        return counts.exponentials > 0 or counts.classes["tensor"] > 0
-
-    return [loop for loop in flow.loops if works(loop) and not any(works(child) for child in loop.children)]
+    working = [loop for loop in flow.loops if _works(count(flow.code(loop.blocks)))]
+    return [loop for loop in working if not any(child in working for child in loop.children)]
 
 
-def find(flow: Flow, source: SourceLoop) -> Loop:
-    """The one machine loop of a source loop."""
-    candidates = [loop for loop in inner_loops(flow) if not source.exponentials or _counts(flow, loop).exponentials]
-    if source.marker:
+def find(flow: Flow, source: SourceLoop) -> tuple[Loop, Trip]:
+    """The one machine loop of a source loop, and the way through it that the marker names."""
+    found = []
+    for loop in inner_loops(flow):
+        if not source.marker:
+            trip = flow.trip(loop, frozenset())
+            if _counts(flow, trip).exponentials or not source.exponentials:
+                found.append((loop, trip))
+            continue
         wanted = frozenset(source.marker.split("+"))
-        found = [loop for loop in candidates if tags(flow, loop) == wanted]
-    else:
-        found = candidates
+        blocks = {block: frozenset([block]) for block in loop.blocks}
+        anchors = (b for b, one in blocks.items() if _works(count(flow.code(one))) and tags(flow, one))
+        marked = frozenset(b for b in anchors if tags(flow, blocks[b]) <= wanted)
+        trip = flow.trip(loop, marked)
+        if marked and tags(flow, trip.may) == wanted:
+            found.append((loop, trip))
     if len(found) != 1:
-        listing = "".join(f"\n  {describe(flow, loop)}" for loop in candidates) or " none"
+        listing = "".join(f"\n  {describe(flow, loop)}" for loop in inner_loops(flow)) or " none"
         problem = f"marked {source.marker!r}" if source.marker else "without a marker"
         raise Mismatch(
             f"phase {source.phase}: expected one inner loop {problem}, found {len(found)}; inner loops:{listing}"
@@ -83,18 +91,18 @@ def find(flow: Flow, source: SourceLoop) -> Loop:
 
 
 def describe(flow: Flow, loop: Loop) -> str:
-    counts = _counts(flow, loop)
     code = flow.code(loop.blocks)
+    counts = count(code)
     lines = sorted(line for instruction in code for _, line in instruction.lines)
     where = f"lines {lines[0]}-{lines[-1]}" if lines else "no line table"
     return (
         f"{counts.slots} instructions, {counts.exponentials} MUFU.EX2, {counts.classes['tensor']} tensor, "
-        f"tags {sorted(tags(flow, loop))}, {where}"
+        f"tags {sorted(tags(flow, loop.blocks))}, {where}"
     )
 
 
-def _counts(flow: Flow, loop: Loop) -> Counts:
-    return count(flow.code(loop.blocks))
+def _counts(flow: Flow, trip: Trip) -> Counts:
+    return count(flow.code(trip.may))
 
 
 def unroll(counts: Counts, source: SourceLoop, warps: int) -> int:
@@ -134,9 +142,9 @@ def rows(variant: Variant, arch: str) -> list[dict]:
         "d_s": variant.d_s,
         **_kernel_figures(built, machine),
     }
-    others = [loop for loop in inner_loops(flow) if all(loop is not main for _, main in found)]
+    others = [loop for loop in inner_loops(flow) if all(loop is not main for _, (main, _) in found)]
     common["other_loops"] = [describe(flow, loop) for loop in others]
-    return [common | _loop_figures(flow, loop, source, built.warps, machine) for source, loop in found]
+    return [common | _loop_figures(flow, *place, source, built.warps, machine) for source, place in found]
 
 
 def _kernel_figures(built: Built, machine: Machine) -> dict:
@@ -154,14 +162,13 @@ def _kernel_figures(built: Built, machine: Machine) -> dict:
     }
 
 
-def _loop_figures(flow: Flow, loop: Loop, source: SourceLoop, warps: int, machine: Machine) -> dict:
-    counts = _counts(flow, loop)
+def _loop_figures(flow: Flow, loop: Loop, trip: Trip, source: SourceLoop, warps: int, machine: Machine) -> dict:
+    counts = _counts(flow, trip)
     factor = unroll(counts, source, warps)
     scale = warps if source.per == "block" else 1
     pairs = source.pairs * factor  # that one trip of the machine loop serves
     lanes = WARP * scale / pairs  # lane slots a pair for each warp instruction of the loop
-    always = count(flow.code(loop.always))
-    wide = any(opcode.startswith(("HGMMA", "QGMMA", "UTC")) for opcode in _opcodes(flow, loop))
+    wide = any(instruction.base in ("HGMMA", "QGMMA", "UTCHMMA") for instruction in flow.code(trip.may))
     clocks = {unit: value * scale / pairs for unit, value in machine.clocks(counts, wide).items()}
     bound_by = max(clocks, key=lambda unit: clocks[unit])
     notes = _notes(flow, loop, counts)
@@ -170,7 +177,7 @@ def _loop_figures(flow: Flow, loop: Loop, source: SourceLoop, warps: int, machin
         "unroll": factor,
         "mufu_per_pair": counts.classes["mufu"] * lanes,
         "issue_slots_per_pair": counts.slots * lanes,
-        "issue_slots_always_per_pair": always.slots * lanes,
+        "issue_slots_always_per_pair": count(flow.code(trip.must)).slots * lanes,
         "tensor_per_pair": counts.classes["tensor"] * lanes,
         "tensor_macs_per_pair": counts.tensor_macs * scale / pairs,
         "shared_per_pair": counts.classes["shared"] * lanes,
@@ -191,10 +198,6 @@ def _loop_figures(flow: Flow, loop: Loop, source: SourceLoop, warps: int, machin
         outer = count(flow.code(around - inside)).slots
         figures["outer_slots_per_pair"] = outer * WARP * scale / (source.pairs * source.trips)
     return figures
-
-
-def _opcodes(flow: Flow, loop: Loop) -> set[str]:
-    return {instruction.opcode for instruction in flow.code(loop.blocks)}
 
 
 def _notes(flow: Flow, loop: Loop, counts: Counts) -> list[str]:

@@ -29,10 +29,17 @@ class Block:
 class Loop:
     header: int
     blocks: frozenset[int]
-    always: frozenset[int]  # blocks that every trip passes: they dominate all back edges
     back_edges: int
     parent: Loop | None = None
     children: list[Loop] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Trip:
+    """Blocks of a loop that one turn may execute, and those of them that it must."""
+
+    may: frozenset[int]
+    must: frozenset[int]
 
 
 @dataclass
@@ -42,6 +49,27 @@ class Flow:
     reachable: frozenset[int]
     loops: list[Loop]  # in program order of their headers
     irreducible: bool  # holds a cycle with more than one entry, which is not among the loops
+
+    def trip(self, loop: Loop, anchors: frozenset[int]) -> Trip:
+        """A turn of the loop that passes all blocks of `anchors`, and so not the other side of a branch around them."""
+        edges = {
+            b: [s for s in self.blocks[b].successors if s in loop.blocks and s != loop.header] for b in loop.blocks
+        }
+        latches = {b for b in loop.blocks if loop.header in self.blocks[b].successors}
+
+        def reached(start: int, without: int = -1) -> set[int]:
+            seen, pending = {start}, [start]
+            while pending:
+                following = [s for s in edges[pending.pop()] if s not in seen and s != without]
+                seen.update(following)
+                pending += following
+            return seen
+
+        reach = {b: reached(b) for b in loop.blocks}
+        may = frozenset(b for b in loop.blocks if all(a in reach[b] or b in reach[a] for a in anchors))
+        ways = [(loop.header, {a}) for a in anchors] + [(a, latches) for a in anchors] or [(loop.header, latches)]
+        must = frozenset(b for b in may if any(b == start or not reached(start, b) & goals for start, goals in ways))
+        return Trip(may, must)
 
     def code(self, blocks: frozenset[int]) -> list[Instruction]:
         return [x for b in sorted(blocks) for x in self.function.code[self.blocks[b].start : self.blocks[b].stop]]
@@ -74,8 +102,7 @@ def analyse(function: Function) -> Flow:
             if block not in body:
                 body.add(block)
                 pending += predecessors[block]
-        always = frozenset(block for block in body if all(dominators[tail] >> block & 1 for tail in tails))
-        loops.append(Loop(head, frozenset(body), always, len(tails)))
+        loops.append(Loop(head, frozenset(body), len(tails)))
     for loop in loops:
         outer = [other for other in loops if loop.blocks < other.blocks]
         if outer:

@@ -94,6 +94,14 @@ def test_slow_path_is_counted_but_not_as_always_executed(cuda, arch):
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sides_of_a_branch_are_told_apart(cuda, arch):
+    long, short = cuda[arch, "two_sides", "long"], cuda[arch, "two_sides", "short"]
+    assert long["mufu_per_pair"] == short["mufu_per_pair"] == 1
+    assert (long["breakdown"]["float"], short["breakdown"]["float"]) == (25, 13)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_spills_are_seen(cuda, arch):
     row = cuda[arch, "spilling", "lse"]
     assert row["registers"] == 32

@@ -5,7 +5,7 @@ import textwrap
 import pytest
 
 from benchmarks.static.counts import access_bytes, classify, count, tensor_macs
-from benchmarks.static.loops import analyse
+from benchmarks.static.loops import Trip, analyse
 from benchmarks.static.sass import Instruction, demangle, parse, parse_resources
 
 HEADER = '\t.section\t.text.kernel,"ax",@progbits\n.text.kernel:\n'
@@ -21,6 +21,10 @@ def flow_of(listing: str):
 
 def opcodes(flow, loop):
     return [instruction.opcode for instruction in flow.code(loop.blocks)]
+
+
+def opcodes_of(flow, block):
+    return [instruction.opcode for instruction in flow.code(frozenset([block]))]
 
 
 def test_parse_keeps_predicates_labels_and_inlined_lines():
@@ -80,7 +84,7 @@ def test_loop_after_a_straight_line():
     """)
     (loop,) = flow.loops  # the trap behind EXIT cannot be reached and is none
     assert opcodes(flow, loop) == ["MUFU.EX2", "ISETP.NE.AND", "BRA"]
-    assert loop.always == loop.blocks
+    assert flow.trip(loop, frozenset()) == Trip(loop.blocks, loop.blocks)
     assert not flow.irreducible
 
 
@@ -126,7 +130,39 @@ def test_rare_branch_is_in_the_loop_but_not_on_every_trip():
     """)
     (loop,) = flow.loops
     assert count(flow.code(loop.blocks)).slots == 9
-    assert count(flow.code(loop.always)).slots == 4
+    assert count(flow.code(flow.trip(loop, frozenset()).must)).slots == 4
+
+
+def test_one_side_of_a_branch():
+    """A loop with a masked and an unmasked side, and a `continue` before both: a turn through one passes no other."""
+    flow = flow_of("""
+        NOP
+        .L_x_0:
+        IADD3 R0, R0, 0x1, RZ
+        @P0 BRA `(.L_x_0)
+        @P1 BRA `(.L_x_1)
+        MUFU.EX2 R2, R1
+        @P2 BRA `(.L_x_2)
+        FMUL R2, R2, R2
+        BRA `(.L_x_2)
+        .L_x_1:
+        MUFU.EX2 R3, R1
+        FSEL R2, R3, RZ, P3
+        .L_x_2:
+        FADD R4, R4, R2
+        @P4 BRA `(.L_x_0)
+        EXIT
+    """)
+    (loop,) = flow.loops
+    blocks = {opcode: frozenset(b for b in loop.blocks if opcode in opcodes_of(flow, b)) for opcode in ("FSEL", "FMUL")}
+    masked = flow.trip(loop, blocks["FSEL"])
+    assert masked.may == masked.must
+    path = [x.opcode for x in flow.code(masked.may)]
+    assert path == ["IADD3", "BRA", "BRA", "MUFU.EX2", "FSEL", "FADD", "BRA"]
+    (exponential,) = (b for b in loop.blocks if "MUFU.EX2" in opcodes_of(flow, b) and b not in blocks["FSEL"])
+    unmasked = flow.trip(loop, frozenset([exponential]))
+    assert "FSEL" not in [x.opcode for x in flow.code(unmasked.may)]
+    assert unmasked.may - unmasked.must == blocks["FMUL"]
 
 
 def test_barrier_register_used_twice_makes_no_loop():
@@ -192,7 +228,7 @@ def test_continue_makes_one_loop_of_two_back_edges():
     """)
     (loop,) = flow.loops
     assert loop.back_edges == 2
-    assert (count(flow.code(loop.blocks)).slots, count(flow.code(loop.always)).slots) == (4, 2)
+    assert [x.opcode for x in flow.code(flow.trip(loop, frozenset()).must)] == ["FADD", "BRA"]
 
 
 def test_indirect_branch_follows_its_listed_targets():
