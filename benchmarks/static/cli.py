@@ -44,7 +44,9 @@ def register(commands) -> None:
     parser.add_argument("--dtype", default="*", help="only this type of the inputs")
     parser.add_argument("--widths", default="*", metavar="D_txD_s", help="only these widths, such as 16x8")
     parser.add_argument("--json", action="store_true", help="a list of objects, one a phase of a kernel, and totals")
-    parser.add_argument("--breakdown", action="store_true", help="issue slots a pair by class of instruction")
+    parser.add_argument(
+        "--breakdown", action="store_true", help="issue slots a pair by class of instruction and opcode"
+    )
     parser.set_defaults(main=main)
 
 
@@ -114,5 +116,6 @@ def _breakdown(phases: list[dict]) -> None:
     for row in phases:
         print(f"\n{_name(row)}: issue slots a pair by class, clocks a pair by unit")
         for name, slots in row["breakdown"].items():
-            print(f"  {name:14}{slots:8.3f}")
+            opcodes = ", ".join(f"{opcode} {number:.3f}" for opcode, number in row["opcodes"][name].items())
+            print(f"  {name:14}{slots:8.3f}   {opcodes}")
         print("  " + ", ".join(f"{unit} {clocks:.4f}" for unit, clocks in row["clocks_per_unit"].items()))

@@ -186,6 +186,10 @@ def _loop_figures(flow: Flow, loop: Loop, trip: Trip, source: SourceLoop, warps:
         "global_bytes_per_pair": counts.global_bytes * lanes,
         "local_per_pair": counts.classes["local"] * lanes,
         "breakdown": {name: number * lanes for name, number in counts.classes.most_common()},
+        "opcodes": {
+            kind: {name: number * lanes for (of, name), number in counts.opcodes.most_common() if of == kind}
+            for kind in counts.classes
+        },
         "clocks_per_unit": clocks,
         "clocks_per_pair": clocks[bound_by],
         "bound_by": bound_by,

@@ -31,7 +31,7 @@ CLASSES = {
     "tensor memory": "LDTM STTM",
     "global": "LDG STG LD ST ATOM ATOMG RED REDG LDGSTS UBLKCP UTMALDG UTMASTG",
     "local": "LDL STL",
-    "shuffle": "SHFL VOTE VOTEU REDUX CREDUX MATCH",
+    "shuffle": "SHFL VOTE VOTEU REDUX CREDUX MATCH MOVM",
     "control": "BRA BRX BRXU JMP JMX JMXU EXIT CALL RET BSSY BSYNC BREAK NOP YIELD KILL BPT WARPSYNC NANOSLEEP "
     "BAR DEPBAR LDGDEPBAR MEMBAR ERRBAR FENCE WARPGROUP WARPGROUPSET ARRIVES SYNCS CCTL UCGABAR_ARV "
     "UCGABAR_WAIT ELECT PREEXIT ACQBULK UTCBAR UTCATOMSWS USETMAXREG",
@@ -47,6 +47,7 @@ class Counts:
 
     slots: int = 0
     classes: Counter[str] = field(default_factory=Counter)
+    opcodes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by class and opcode up to the first dot
     exponentials: int = 0
     tensor_macs: int = 0  # of the whole warp
     tensor_work: int = 0  # the same, tf32 counted twice: the tensor cores take twice as long for it
@@ -65,6 +66,7 @@ def count(code: Iterable[Instruction]) -> Counts:
         counts.slots += 1
         kind = classify(instruction)
         counts.classes[kind] += 1
+        counts.opcodes[kind, instruction.base] += 1
         if kind == "other":
             counts.unknown[instruction.base] += 1
         counts.exponentials += instruction.opcode.startswith("MUFU.EX2")
@@ -79,7 +81,7 @@ def count(code: Iterable[Instruction]) -> Counts:
             counts.shared_bytes += size if kind == "shared" or instruction.base == "LDGSTS" else 0
             counts.global_bytes += size if kind == "global" else 0
             counts.local_bytes += size if kind == "local" else 0
-        if kind in ("shared", "global", "local", "shuffle") and not instruction.base.startswith(("V", "U")):
+        if kind in ("shared", "global", "local", "shuffle") and instruction.base not in ("VOTE", "VOTEU", "MOVM"):
             # A matrix load of four 8x8 tiles moves 512 bytes, four cycles of shared memory.
             counts.loads_stores += access_bytes(instruction) // 4 if instruction.base in ("LDSM", "STSM") else 1
     return counts
