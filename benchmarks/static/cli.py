@@ -66,8 +66,8 @@ def main(options: argparse.Namespace) -> int:
                 continue
             try:
                 phases += cost.rows(variant, arch)
-            except cost.Mismatch as problem:
-                failures.append(f"{name}: {problem}")
+            except Exception as problem:  # of compilers too: the other kernels still count
+                failures.append(f"{name}: {type(problem).__name__}: {problem}")
     if not phases and not failures:
         raise ValueError(f"no kernel of {', '.join(options.backends)} matches")
     found = phases + cost.totals(phases)

@@ -16,6 +16,20 @@ from .variants import Built, SourceLoop, Variant
 # Standard shapes: B sequences, A = 48 relation heads, S = 512, three relations in one loss.
 SHAPES = {"B=32": 3 * 32 * 48 * 512**2, "B=256": 3 * 256 * 48 * 512**2}
 WARP = 32
+_NO_PAIRS = {
+    "phase": "outside",
+    "mufu_per_pair": 0.0,
+    "issue_slots_per_pair": 0.0,
+    "issue_slots_always_per_pair": 0.0,
+    "tensor_per_pair": 0.0,
+    "shared_per_pair": 0.0,
+    "global_per_pair": 0.0,
+    "breakdown": {},
+    "opcodes": {},
+    "clocks_per_unit": {},
+    "clocks_per_pair": 0.0,
+    "bound_ms": dict.fromkeys(SHAPES, 0.0),
+}
 _MARKER = re.compile(r"(?:#|//)\s*static: (begin|end) (\S+)")
 
 
@@ -127,7 +141,10 @@ def unroll(counts: Counts, source: SourceLoop, warps: int) -> int:
 
 
 def rows(variant: Variant, arch: str) -> list[dict]:
-    """One object a phase of the kernel. Raises Mismatch where machine code and declaration disagree."""
+    """One object a phase of the kernel, or one with zeros for a kernel whose work does not grow with the pairs.
+
+    Raises Mismatch where machine code and declaration disagree.
+    """
     built = variant.build()
     flow = analyse(built.function)
     machine = MACHINES[arch]
@@ -144,6 +161,8 @@ def rows(variant: Variant, arch: str) -> list[dict]:
     }
     others = [loop for loop in inner_loops(flow) if all(loop is not main for _, (main, _) in found)]
     common["other_loops"] = [describe(flow, loop) for loop in others]
+    if not found:
+        return [common | _NO_PAIRS]
     return [common | _loop_figures(flow, *place, source, built.warps, machine) for source, place in found]
 
 
@@ -228,7 +247,7 @@ def totals(phases: list[dict]) -> list[dict]:
         groups[tuple(row[key] for key in ("backend", "group", "arch", "dtype", "d_t", "d_s"))].append(row)
     found = []
     for (backend, group, arch, dtype, d_t, d_s), members in groups.items():
-        names = [row["phase"] for row in members]
+        names = [row["phase"] for row in members if row["phase"] != _NO_PAIRS["phase"]]
         if len(set(names)) < len(names):
             raise Mismatch(
                 f"{backend} {group} {dtype} ({d_t}, {d_s}): phases {names} repeat; use groups for alternatives"

@@ -20,7 +20,7 @@ from typing import Any
 
 from . import sass
 
-TRITON_MODULE = "minilm_kernels.relation.triton_kernels"
+TRITON_MODULE = "minilm_kernels.relation.triton_table"
 CUDA_LISTING = Path(__file__).parents[2] / "csrc" / "cuda" / "variants.json"
 
 
@@ -103,9 +103,13 @@ def build_triton(item: Any, arch: int) -> Built:
     function = _get(item, "fn")
     if not isinstance(function, triton.JITFunction):
         raise ValueError(f"{function}: expected a function compiled by triton.jit; unset TRITON_INTERPRET")
-    divisible = set(_get(item, "divisible_by_16", ()))
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in divisible}
-    source = ASTSource(function, dict(_get(item, "signature")), dict(_get(item, "constants")), attributes)
+    signature = dict(_get(item, "signature"))
+    places: list[tuple[int, ...]] = []  # of an argument, or of each element of a tuple
+    for name in _get(item, "divisible_by_16", ()):
+        number, kind = function.arg_names.index(name), signature[name]
+        places += [(number, k) for k in range(len(kind))] if isinstance(kind, tuple) else [(number,)]
+    attributes = {place: [["tt.divisibility", 16]] for place in places}
+    source = ASTSource(function, signature, dict(_get(item, "constants")), attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(_get(item, "options", {})))
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

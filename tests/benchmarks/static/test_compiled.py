@@ -117,6 +117,12 @@ def test_spills_are_seen(cuda, arch):
 def test_triton_tile(triton, arch):
     """A pair: one exponential, one addition, 16 multiply-adds; the boundary also compares and selects."""
     whole, rest = triton[arch, "whole"], triton[arch, "rest"]
+    outside, total = triton[arch, "outside"], triton[arch, "total"]
+    assert outside["kernel"] == "scale"
+    assert outside["registers"] > 0
+    assert outside["mufu_per_pair"] == outside["issue_slots_per_pair"] == 0
+    assert total["phases"] == ["whole", "rest"]
+    assert total["issue_slots_per_pair"] == whole["issue_slots_per_pair"] + rest["issue_slots_per_pair"]
     for row in (whole, rest):
         assert row["unroll"] == 1
         assert row["mufu_per_pair"] == 1
