@@ -6,12 +6,14 @@ import argparse
 import fnmatch
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import cost
 from .machine import MACHINES
 from .variants import CUDA_LISTING, TRITON_MODULE, Variant, cuda_variants, triton_variants
 
+_NAME = 56  # width of the first column
 _COLUMNS = {  # heading -> key, digits
     "MUFU": ("mufu_per_pair", 2),
     "slots": ("issue_slots_per_pair", 2),
@@ -51,9 +53,43 @@ def register(commands) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints the table; 1 when a kernel could not be accounted for."""
+    """Prints rows as they come, totals behind them; 1 when a kernel could not be accounted for."""
     phases: list[dict] = []
     failures: list[str] = []
+    if not options.json:
+        headings = (*_COLUMNS, *(f"ms {shape}" for shape in cost.SHAPES))
+        print(" " * _NAME + "".join(f"{heading:>9}" for heading in headings), flush=True)
+    for arch, variant in _declared(options):
+        try:
+            rows = cost.rows(variant, arch)
+        except Exception as problem:  # of compilers too: the other kernels still count
+            failures.append(f"{variant.backend} {variant.name} {arch}: {type(problem).__name__}: {problem}")
+            continue
+        phases += rows
+        if not options.json:
+            for row in rows:
+                _print(row, options.breakdown)
+    if not phases and not failures:
+        raise ValueError(f"no kernel of {', '.join(options.backends)} matches")
+    totals, repeated = cost.totals(phases)
+    if options.json:
+        print(json.dumps(phases + totals, indent=1))
+    else:
+        for row in totals:
+            _print(row, False)
+        for arch in options.arch:
+            machine = MACHINES[arch]
+            print(
+                f"{arch}: bounds are estimates for {machine.name}, {machine.sms} SMs at {machine.clock} GHz; "
+                "A = 48, S = 512, three relations"
+            )
+    for failure in failures + repeated:
+        print(failure, file=sys.stderr)
+    return 1 if failures or repeated else 0
+
+
+def _declared(options: argparse.Namespace) -> Iterator[tuple[str, Variant]]:
+    """The chosen kernels of the chosen backends, for each architecture."""
     for arch in options.arch:
         declared: list[Variant] = []
         if "triton" in options.backends:
@@ -61,61 +97,28 @@ def main(options: argparse.Namespace) -> int:
         if "cuda" in options.backends:
             declared += cuda_variants(arch, options.cuda_listing)
         for variant in declared:
-            name = f"{variant.backend} {variant.kernel} {variant.dtype} {variant.d_t}x{variant.d_s} {arch}"
-            if not _chosen(variant, options):
-                continue
-            try:
-                phases += cost.rows(variant, arch)
-            except Exception as problem:  # of compilers too: the other kernels still count
-                failures.append(f"{name}: {type(problem).__name__}: {problem}")
-    if not phases and not failures:
-        raise ValueError(f"no kernel of {', '.join(options.backends)} matches")
-    found = phases + cost.totals(phases)
-    if options.json:
-        print(json.dumps(found, indent=1))
-    elif found:
-        _table(found)
-        if options.breakdown:
-            _breakdown(phases)
-        for arch in options.arch:
-            machine = MACHINES[arch]
-            print(
-                f"{arch}: bounds are estimates for {machine.name}, {machine.sms} SMs at {machine.clock} GHz; "
-                "A = 48, S = 512, three relations"
-            )
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    return 1 if failures else 0
-
-
-def _chosen(variant: Variant, options: argparse.Namespace) -> bool:
-    values = (variant.kernel, variant.group, variant.dtype, f"{variant.d_t}x{variant.d_s}")
-    patterns = (options.kernel, options.group, options.dtype, options.widths)
-    return all(map(fnmatch.fnmatch, values, patterns))
+            values = (variant.kernel, variant.group, variant.dtype, f"{variant.d_t}x{variant.d_s}")
+            patterns = (options.kernel, options.group, options.dtype, options.widths)
+            if all(map(fnmatch.fnmatch, values, patterns)):
+                yield arch, variant
 
 
 def _name(row: dict) -> str:
     return f"{row['arch']} {row['kernel']} [{row['group']}] {row['phase']} {row['dtype']} {row['d_t']}x{row['d_s']}"
 
 
-def _table(found: list[dict]) -> None:
-    width = max(len(_name(row)) for row in found)
-    print(" " * width + "".join(f"{heading:>9}" for heading in (*_COLUMNS, *(f"ms {shape}" for shape in cost.SHAPES))))
-    for row in found:
-        cells = [f"{row[key]:9.{digits}f}" if key in row else f"{'-':>9}" for key, digits in _COLUMNS.values()]
-        times = [f"{row['bound_ms'][shape]:9.2f}" for shape in cost.SHAPES]
-        bound = f"  {row['bound_by']}" if "bound_by" in row else ""
-        print(f"{_name(row):{width}}" + "".join(cells + times) + bound)
-        for note in row.get("notes", ()):
-            print(f"    {note}")
-        for other in row.get("other_loops", ()):
-            print(f"    other loop: {other}")
-
-
-def _breakdown(phases: list[dict]) -> None:
-    for row in phases:
-        print(f"\n{_name(row)}: issue slots a pair by class, clocks a pair by unit")
-        for name, slots in row["breakdown"].items():
-            opcodes = ", ".join(f"{opcode} {number:.3f}" for opcode, number in row["opcodes"][name].items())
-            print(f"  {name:14}{slots:8.3f}   {opcodes}")
-        print("  " + ", ".join(f"{unit} {clocks:.4f}" for unit, clocks in row["clocks_per_unit"].items()))
+def _print(row: dict, breakdown: bool) -> None:
+    cells = [f"{row[key]:9.{digits}f}" if key in row else f"{'-':>9}" for key, digits in _COLUMNS.values()]
+    times = [f"{row['bound_ms'][shape]:9.2f}" for shape in cost.SHAPES]
+    print(f"{_name(row):{_NAME}}" + "".join(cells + times) + f"  {row.get('bound_by', '')}".rstrip(), flush=True)
+    for note in row.get("notes", ()):
+        print(f"    {note}")
+    if not breakdown or not row["breakdown"]:
+        return
+    for other in row["other_loops"]:
+        print(f"    other loop: {other}")
+    print("    issue slots a pair by class and opcode; clocks a pair by unit:")
+    for name, slots in row["breakdown"].items():
+        opcodes = ", ".join(f"{opcode} {number:.3f}" for opcode, number in row["opcodes"][name].items())
+        print(f"    {name:14}{slots:8.3f}   {opcodes}")
+    print("    " + ", ".join(f"{unit} {clocks:.4f}" for unit, clocks in row["clocks_per_unit"].items()))

@@ -240,18 +240,18 @@ def _notes(flow: Flow, loop: Loop, counts: Counts) -> list[str]:
     return notes
 
 
-def totals(phases: list[dict]) -> list[dict]:
-    """One object, phase "total", for every group that has several phases: loss and gradient together."""
+def totals(phases: list[dict]) -> tuple[list[dict], list[str]]:
+    """One object, phase "total", a group: loss and gradient together; and what is wrong with groups."""
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in phases:
         groups[tuple(row[key] for key in ("backend", "group", "arch", "dtype", "d_t", "d_s"))].append(row)
-    found = []
+    found, wrong = [], []
     for (backend, group, arch, dtype, d_t, d_s), members in groups.items():
-        names = [row["phase"] for row in members if row["phase"] != _NO_PAIRS["phase"]]
+        names = [(row["kernel"], row["phase"]) for row in members]
         if len(set(names)) < len(names):
-            raise Mismatch(
-                f"{backend} {group} {dtype} ({d_t}, {d_s}): phases {names} repeat; use groups for alternatives"
-            )
+            place = f"{backend} [{group}] {dtype} {d_t}x{d_s} {arch}"
+            wrong.append(f"{place}: {names} repeat; alternatives need groups of their own")
+            continue
         clocks = sum(row["clocks_per_pair"] for row in members)
         shared = {"backend": backend, "kernel": "+".join(dict.fromkeys(row["kernel"] for row in members))}
         sums = ("mufu_per_pair", "issue_slots_per_pair", "issue_slots_always_per_pair", "tensor_per_pair")
@@ -260,7 +260,7 @@ def totals(phases: list[dict]) -> list[dict]:
             | {"group": group, "phase": "total", "arch": arch, "dtype": dtype, "d_t": d_t, "d_s": d_s}
             | {key: sum(row[key] for row in members) for key in (*sums, "shared_per_pair", "global_per_pair")}
             | {key: max(row[key] for row in members) for key in ("registers", "spill_bytes", "shared_bytes")}
-            | {"phases": names, "clocks_per_pair": clocks}
+            | {"phases": [row["phase"] for row in members], "clocks_per_pair": clocks}
             | {"bound_ms": {name: MACHINES[arch].milliseconds(clocks, number) for name, number in SHAPES.items()}}
         )
-    return found
+    return found, wrong

@@ -58,6 +58,10 @@ class Variant:
     loops: tuple[SourceLoop, ...]
     build: Callable[[], Built]
 
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} [{self.group}] {self.dtype} {self.d_t}x{self.d_s}"
+
 
 def triton_variants(arch: str, module: str) -> list[Variant]:
     """Kernels that `variants(90)` of the module declares for "sm_90"."""

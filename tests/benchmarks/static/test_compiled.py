@@ -121,7 +121,7 @@ def test_triton_tile(triton, arch):
     assert outside["kernel"] == "scale"
     assert outside["registers"] > 0
     assert outside["mufu_per_pair"] == outside["issue_slots_per_pair"] == 0
-    assert total["phases"] == ["whole", "rest"]
+    assert total["phases"] == ["whole", "rest", "outside"]
     assert total["issue_slots_per_pair"] == whole["issue_slots_per_pair"] + rest["issue_slots_per_pair"]
     for row in (whole, rest):
         assert row["unroll"] == 1
