@@ -69,34 +69,34 @@ def tags(flow: Flow, blocks: frozenset[int]) -> frozenset[str]:
     return frozenset(tag for instruction in flow.code(blocks) for tag in _tags(instruction.lines))
 
 
-def _works(counts: Counts) -> bool:
-    return counts.exponentials > 0 or counts.classes["tensor"] > 0
-
-
-def inner_loops(flow: Flow) -> list[Loop]:
-    """Loops with exponentials or tensor instructions, none of which is in a loop inside them."""
-    working = [loop for loop in flow.loops if _works(count(flow.code(loop.blocks)))]
+def inner_loops(flow: Flow, exponentials: bool = True) -> list[Loop]:
+    """Loops with exponentials, or with tensor instructions, none of which is in a loop inside them."""
+    working = [loop for loop in flow.loops if _works(flow, loop.blocks, exponentials)]
     return [loop for loop in working if not any(child in working for child in loop.children)]
+
+
+def _works(flow: Flow, blocks: frozenset[int], exponentials: bool) -> bool:
+    counts = count(flow.code(blocks))
+    return counts.exponentials > 0 if exponentials else counts.classes["tensor"] > 0
 
 
 def find(flow: Flow, source: SourceLoop) -> tuple[Loop, Trip]:
     """The one machine loop of a source loop, and the way through it that the marker names."""
     found = []
-    for loop in inner_loops(flow):
+    exponentials = source.exponentials > 0
+    for loop in inner_loops(flow, exponentials):
         if not source.marker:
-            trip = flow.trip(loop, frozenset())
-            if _counts(flow, trip).exponentials or not source.exponentials:
-                found.append((loop, trip))
+            found.append((loop, flow.trip(loop, frozenset())))
             continue
         wanted = frozenset(source.marker.split("+"))
-        blocks = {block: frozenset([block]) for block in loop.blocks}
-        anchors = (b for b, one in blocks.items() if _works(count(flow.code(one))) and tags(flow, one))
-        marked = frozenset(b for b in anchors if tags(flow, blocks[b]) <= wanted)
-        trip = flow.trip(loop, marked)
-        if marked and tags(flow, trip.may) == wanted:
+        one = {block: frozenset([block]) for block in loop.blocks}
+        marked = {block: tags(flow, one[block]) for block in loop.blocks}
+        anchors = frozenset(b for b, t in marked.items() if t and t <= wanted and _works(flow, one[b], exponentials))
+        trip = flow.trip(loop, anchors)
+        if anchors and tags(flow, trip.may) == wanted:
             found.append((loop, trip))
     if len(found) != 1:
-        listing = "".join(f"\n  {describe(flow, loop)}" for loop in inner_loops(flow)) or " none"
+        listing = "".join(f"\n  {describe(flow, loop)}" for loop in inner_loops(flow, exponentials)) or " none"
         problem = f"marked {source.marker!r}" if source.marker else "without a marker"
         raise Mismatch(
             f"phase {source.phase}: expected one inner loop {problem}, found {len(found)}; inner loops:{listing}"
@@ -230,7 +230,7 @@ def _notes(flow: Flow, loop: Loop, counts: Counts) -> list[str]:
     if loop.back_edges > 1:
         notes.append(f"{loop.back_edges} back edges, counted as one loop")
     if loop.children:
-        notes.append(f"{len(loop.children)} loops inside without exponentials, counted as one turn each")
+        notes.append(f"{len(loop.children)} loops inside, counted as one turn each")
     if counts.calls:
         notes.append(f"{counts.calls} calls, whose callees are not counted")
     if counts.tensor_unknown:

@@ -89,7 +89,7 @@ def test_boundary_is_told_from_the_main_loop(cuda, arch):
 def test_slow_path_is_counted_but_not_as_always_executed(cuda, arch):
     row = cuda[arch, "slow_path", "lse"]
     assert row["issue_slots_always_per_pair"] < row["issue_slots_per_pair"] - 5
-    assert any("inside without exponentials" in note for note in row["notes"])
+    assert any("1 loops inside, counted as one turn each" in note for note in row["notes"])
 
 
 @needs_nvcc
