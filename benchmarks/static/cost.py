@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from .counts import Counts, count
+from .counts import Counts, classify, count
 from .loops import Flow, Loop, Trip, analyse
 from .machine import MACHINES, Machine
-from .sass import Line
+from .sass import Instruction, Line
 from .variants import Built, SourceLoop, Variant
 
 # Standard shapes: B sequences, A = 48 relation heads, S = 512, three relations in one loss.
@@ -64,20 +65,21 @@ def _tags(lines: frozenset[Line]) -> frozenset[str]:
     return frozenset(tag for path, line in lines for tag, first, last in _regions(path) if first <= line <= last)
 
 
-def tags(flow: Flow, blocks: frozenset[int]) -> frozenset[str]:
-    """Names of the marked source regions that any instruction of the blocks comes from."""
-    return frozenset(tag for instruction in flow.code(blocks) for tag in _tags(instruction.lines))
+def tags(code: Iterable[Instruction]) -> frozenset[str]:
+    """Names of the marked source regions that any of the instructions comes from."""
+    return frozenset(tag for instruction in code for tag in _tags(instruction.lines))
+
+
+def _work(flow: Flow, blocks: Iterable[int], exponentials: bool) -> list[Instruction]:
+    """The exponentials, or the tensor instructions, of the blocks."""
+    code = flow.code(frozenset(blocks))
+    return [x for x in code if (x.opcode.startswith("MUFU.EX2") if exponentials else classify(x) == "tensor")]
 
 
 def inner_loops(flow: Flow, exponentials: bool = True) -> list[Loop]:
     """Loops with exponentials, or with tensor instructions, none of which is in a loop inside them."""
-    working = [loop for loop in flow.loops if _works(flow, loop.blocks, exponentials)]
+    working = [loop for loop in flow.loops if _work(flow, loop.blocks, exponentials)]
     return [loop for loop in working if not any(child in working for child in loop.children)]
-
-
-def _works(flow: Flow, blocks: frozenset[int], exponentials: bool) -> bool:
-    counts = count(flow.code(blocks))
-    return counts.exponentials > 0 if exponentials else counts.classes["tensor"] > 0
 
 
 def find(flow: Flow, source: SourceLoop) -> tuple[Loop, Trip]:
@@ -89,11 +91,10 @@ def find(flow: Flow, source: SourceLoop) -> tuple[Loop, Trip]:
             found.append((loop, flow.trip(loop, frozenset())))
             continue
         wanted = frozenset(source.marker.split("+"))
-        one = {block: frozenset([block]) for block in loop.blocks}
-        marked = {block: tags(flow, one[block]) for block in loop.blocks}
-        anchors = frozenset(b for b, t in marked.items() if t and t <= wanted and _works(flow, one[b], exponentials))
+        marked = {block: tags(_work(flow, [block], exponentials)) for block in loop.blocks}
+        anchors = frozenset(block for block, names in marked.items() if names and names <= wanted)
         trip = flow.trip(loop, anchors)
-        if anchors and tags(flow, trip.may) == wanted:
+        if anchors and tags(flow.code(trip.may)) == wanted:
             found.append((loop, trip))
     if len(found) != 1:
         listing = "".join(f"\n  {describe(flow, loop)}" for loop in inner_loops(flow, exponentials)) or " none"
@@ -111,7 +112,7 @@ def describe(flow: Flow, loop: Loop) -> str:
     where = f"lines {lines[0]}-{lines[-1]}" if lines else "no line table"
     return (
         f"{counts.slots} instructions, {counts.exponentials} MUFU.EX2, {counts.classes['tensor']} tensor, "
-        f"tags {sorted(tags(flow, loop.blocks))}, {where}"
+        f"tags {sorted(tags(code))}, {where}"
     )
 
 

@@ -2,7 +2,8 @@
 
 A natural loop is what a back edge t -> h closes, h dominating t: h and every block that reaches t without passing h.
 Back edges to one header make one loop. Convergence barriers are followed: BSYNC continues at the label that the BSSY
-of the same barrier register named on the way. `BRA.DIV`, which only a diverged warp takes, is never followed.
+of the same barrier register named on the way. Ways that only a diverged warp takes are not followed: `BRA.DIV` is never
+taken, `BRA.CONV` always.
 """
 
 from __future__ import annotations
@@ -172,11 +173,9 @@ def _falls_through(last: Instruction, targets: frozenset[str]) -> bool:
     if last.base in _JUMPS:
         # A second condition stands before the target: `BRA P3, `(.L_x_1)`; an unconditional one is `BRA `(.L_x_1)`.
         extra = re.match(r"!?(U?P\w+|~?UR\w+|R\d+)\s*,", last.operands)
-        return (
-            last.conditional
-            or last.opcode.startswith(("BRA.DIV", "BRA.CONV"))
-            or (last.base == "BRA" and extra is not None and extra[1] not in ("PT", "UPT"))
-        )
+        if last.opcode.startswith(("BRA.DIV", "BRA.CONV")):
+            return last.opcode.startswith("BRA.DIV")
+        return last.conditional or (last.base == "BRA" and extra is not None and extra[1] not in ("PT", "UPT"))
     return True
 
 

@@ -69,7 +69,7 @@ def test_several_loops_need_markers(tmp_path):
     with pytest.raises(cost.Mismatch, match="one inner loop without a marker, found 2"):
         rows(built(*bodies), loop)
     kernel = built(*bodies)
-    kernel.function.code[4] = replace(kernel.function.code[4], lines=frozenset({(str(source), 3)}))
+    kernel.function.code[3] = replace(kernel.function.code[3], lines=frozenset({(str(source), 3)}))
     (row,) = rows(kernel, replace(loop, marker="main"))
     assert row["issue_slots_per_pair"] == 3  # the second loop
     assert len(row["other_loops"]) == 1

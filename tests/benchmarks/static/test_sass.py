@@ -182,13 +182,16 @@ def test_barrier_register_used_twice_makes_no_loop():
     assert flow.loops == []
 
 
-def test_divergent_shuffle_path_is_never_followed():
+def test_ways_of_a_diverged_warp_are_not_followed():
     flow = flow_of("""
         NOP
         .L_x_0:
         BRA.DIV UR4, `(.L_x_3)
         SHFL.BFLY PT, R1, R2, 0x2, 0x1f
         .L_x_1:
+        BRA.CONV ~URZ, `(.L_x_2)
+        CALL.REL.NOINC `(warpsync)
+        .L_x_2:
         @P0 BRA `(.L_x_0)
         EXIT
         .L_x_3:
@@ -198,7 +201,7 @@ def test_divergent_shuffle_path_is_never_followed():
         BRA `(.L_x_1)
     """)
     (loop,) = flow.loops
-    assert opcodes(flow, loop) == ["BRA.DIV", "SHFL.BFLY", "BRA"]
+    assert opcodes(flow, loop) == ["BRA.DIV", "SHFL.BFLY", "BRA.CONV", "BRA"]
 
 
 def test_second_condition_of_a_branch_lets_it_fall_through():
