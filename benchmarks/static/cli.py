@@ -94,7 +94,7 @@ def _declared(options: argparse.Namespace) -> Iterator[tuple[str, Variant]]:
         declared: list[Variant] = []
         if "triton" in options.backends:
             declared += triton_variants(arch, options.triton_module)
-        if "cuda" in options.backends:
+        if "cuda" in options.backends and (options.cuda_listing.exists() or options.backends == ["cuda"]):
             declared += cuda_variants(arch, options.cuda_listing)
         for variant in declared:
             values = (variant.kernel, variant.group, variant.dtype, f"{variant.d_t}x{variant.d_s}")

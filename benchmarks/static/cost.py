@@ -82,8 +82,8 @@ def inner_loops(flow: Flow, exponentials: bool = True) -> list[Loop]:
     return [loop for loop in working if not any(child in working for child in loop.children)]
 
 
-def find(flow: Flow, source: SourceLoop) -> tuple[Loop, Trip]:
-    """The one machine loop of a source loop, and the way through it that the marker names."""
+def find(flow: Flow, source: SourceLoop) -> list[tuple[Loop, Trip]]:
+    """The machine loop of a source loop, or its `copies`, and the way through that the marker names."""
     found = []
     exponentials = source.exponentials > 0
     for loop in inner_loops(flow, exponentials):
@@ -96,13 +96,14 @@ def find(flow: Flow, source: SourceLoop) -> tuple[Loop, Trip]:
         trip = flow.trip(loop, anchors)
         if anchors and tags(flow.code(trip.may)) == wanted:
             found.append((loop, trip))
-    if len(found) != 1:
+    if len(found) != source.copies:
         listing = "".join(f"\n  {describe(flow, loop)}" for loop in inner_loops(flow, exponentials)) or " none"
-        problem = f"marked {source.marker!r}" if source.marker else "without a marker"
+        wanted_loops = "one inner loop" if source.copies == 1 else f"{source.copies} inner loops"
+        marker = f"marked {source.marker!r}" if source.marker else "without a marker"
         raise Mismatch(
-            f"phase {source.phase}: expected one inner loop {problem}, found {len(found)}; inner loops:{listing}"
+            f"phase {source.phase}: expected {wanted_loops} {marker}, found {len(found)}; inner loops:{listing}"
         )
-    return found[0]
+    return found
 
 
 def describe(flow: Flow, loop: Loop) -> str:
@@ -114,10 +115,6 @@ def describe(flow: Flow, loop: Loop) -> str:
         f"{counts.slots} instructions, {counts.exponentials} MUFU.EX2, {counts.classes['tensor']} tensor, "
         f"tags {sorted(tags(code))}, {where}"
     )
-
-
-def _counts(flow: Flow, trip: Trip) -> Counts:
-    return count(flow.code(trip.may))
 
 
 def unroll(counts: Counts, source: SourceLoop, warps: int) -> int:
@@ -160,11 +157,12 @@ def rows(variant: Variant, arch: str) -> list[dict]:
         "d_s": variant.d_s,
         **_kernel_figures(built, machine),
     }
-    others = [loop for loop in inner_loops(flow) if all(loop is not main for _, (main, _) in found)]
+    declared = [loop for _, places in found for loop, _ in places]
+    others = [loop for loop in inner_loops(flow) if loop not in declared]
     common["other_loops"] = [describe(flow, loop) for loop in others]
     if not found:
         return [common | _NO_PAIRS]
-    return [common | _loop_figures(flow, *place, source, built.warps, machine) for source, place in found]
+    return [common | _loop_figures(flow, places, source, built.warps, machine) for source, places in found]
 
 
 def _kernel_figures(built: Built, machine: Machine) -> dict:
@@ -182,22 +180,27 @@ def _kernel_figures(built: Built, machine: Machine) -> dict:
     }
 
 
-def _loop_figures(flow: Flow, loop: Loop, trip: Trip, source: SourceLoop, warps: int, machine: Machine) -> dict:
-    counts = _counts(flow, trip)
-    factor = unroll(counts, source, warps)
+def _loop_figures(
+    flow: Flow, places: list[tuple[Loop, Trip]], source: SourceLoop, warps: int, machine: Machine
+) -> dict:
+    unrolled = [unroll(count(flow.code(trip.may)), source, warps) for _, trip in places]
+    if len(set(unrolled)) > 1:
+        raise Mismatch(f"phase {source.phase}: copies of the loop are unrolled differently, {unrolled}")
+    code = [instruction for _, trip in places for instruction in flow.code(trip.may)]
+    counts = count(code)
+    always = count(instruction for _, trip in places for instruction in flow.code(trip.must))
     scale = warps if source.per == "block" else 1
-    pairs = source.pairs * factor  # that one trip of the machine loop serves
-    lanes = WARP * scale / pairs  # lane slots a pair for each warp instruction of the loop
-    wide = any(instruction.base in ("HGMMA", "QGMMA", "UTCHMMA") for instruction in flow.code(trip.may))
+    pairs = source.pairs * sum(unrolled)  # that one trip of each machine loop serves
+    lanes = WARP * scale / pairs  # lane slots a pair for each warp instruction of the loops
+    wide = any(instruction.base in ("HGMMA", "QGMMA", "UTCHMMA") for instruction in code)
     clocks = {unit: value * scale / pairs for unit, value in machine.clocks(counts, wide).items()}
     bound_by = max(clocks, key=lambda unit: clocks[unit])
-    notes = _notes(flow, loop, counts)
     figures = {
         "phase": source.phase,
-        "unroll": factor,
+        "unroll": unrolled[0],
         "mufu_per_pair": counts.classes["mufu"] * lanes,
         "issue_slots_per_pair": counts.slots * lanes,
-        "issue_slots_always_per_pair": count(flow.code(trip.must)).slots * lanes,
+        "issue_slots_always_per_pair": always.slots * lanes,
         "tensor_per_pair": counts.classes["tensor"] * lanes,
         "tensor_macs_per_pair": counts.tensor_macs * scale / pairs,
         "shared_per_pair": counts.classes["shared"] * lanes,
@@ -214,24 +217,28 @@ def _loop_figures(flow: Flow, loop: Loop, trip: Trip, source: SourceLoop, warps:
         "clocks_per_pair": clocks[bound_by],
         "bound_by": bound_by,
         "bound_ms": {shape: machine.milliseconds(clocks[bound_by], number) for shape, number in SHAPES.items()},
-        "notes": notes,
+        "notes": _notes(flow, [loop for loop, _ in places], counts),
     }
     if source.trips:
-        around = flow.reachable if loop.parent is None else loop.parent.blocks
+        parent = places[0][0].parent
+        around = flow.reachable if parent is None else parent.blocks
         inside = frozenset(block for inner in inner_loops(flow) for block in inner.blocks)
         outer = count(flow.code(around - inside)).slots
         figures["outer_slots_per_pair"] = outer * WARP * scale / (source.pairs * source.trips)
     return figures
 
 
-def _notes(flow: Flow, loop: Loop, counts: Counts) -> list[str]:
+def _notes(flow: Flow, loops: list[Loop], counts: Counts) -> list[str]:
     notes = []
     if flow.irreducible:
         notes.append("the kernel has a cycle with several entries")
-    if loop.back_edges > 1:
-        notes.append(f"{loop.back_edges} back edges, counted as one loop")
-    if loop.children:
-        notes.append(f"{len(loop.children)} loops inside, counted as one turn each")
+    if len(loops) > 1:
+        notes.append(f"mean of {len(loops)} machine loops")
+    for loop in loops:
+        if loop.back_edges > 1:
+            notes.append(f"{loop.back_edges} back edges, counted as one loop")
+        if loop.children:
+            notes.append(f"{len(loop.children)} loops inside, counted as one turn each")
     if counts.calls:
         notes.append(f"{counts.calls} calls, whose callees are not counted")
     if counts.tensor_unknown:

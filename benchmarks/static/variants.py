@@ -35,6 +35,7 @@ class SourceLoop:
     marker: str = ""  # tags of the machine loop, joined by "+"; "": the only loop with exponentials
     trips: float = 0  # turns per entry at S = 512; 0: unknown
     per: str = "block"  # or "warp"
+    copies: int = 1  # machine loops made of the source loop, which share its pairs evenly: below and above a diagonal
 
 
 @dataclass(frozen=True)
