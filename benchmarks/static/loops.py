@@ -26,7 +26,7 @@ class Block:
     successors: list[int] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class Loop:
     header: int
     blocks: frozenset[int]
