@@ -180,15 +180,37 @@ def _kernel_figures(built: Built, machine: Machine) -> dict:
     }
 
 
+def _source_trip(
+    flow: Flow, loop: Loop, trip: Trip, source: SourceLoop, warps: int
+) -> tuple[list[Instruction], list[Instruction], int]:
+    """What a source trip may and must execute, and how many turns of the machine loop it has.
+
+    More than one where the loop is a part of the source trip that the compiler did not unroll. The turns follow from
+    the exponentials; the way through the enclosing loop is counted with them, and `unroll` checks the sum's products.
+    """
+    may, must = flow.code(trip.may), flow.code(trip.must)
+    lanes = WARP * (warps if source.per == "block" else 1)
+    executed = count(may).exponentials * lanes
+    if loop.parent and source.tensor_macs and executed < source.exponentials:
+        around = flow.trip(loop.parent, frozenset([loop.header]))
+        outside = flow.code(around.may - loop.blocks)
+        turns, remainder = divmod(source.exponentials - count(outside).exponentials * lanes, executed)
+        if turns > 0 and not remainder:
+            return turns * may + outside, turns * must + flow.code(around.must - loop.blocks), turns
+    return may, must, 1
+
+
 def _loop_figures(
     flow: Flow, places: list[tuple[Loop, Trip]], source: SourceLoop, warps: int, machine: Machine
 ) -> dict:
-    unrolled = [unroll(count(flow.code(trip.may)), source, warps) for _, trip in places]
+    trips = [_source_trip(flow, loop, trip, source, warps) for loop, trip in places]
+    unrolled = [unroll(count(may), source, warps) for may, _, _ in trips]
     if len(set(unrolled)) > 1:
         raise Mismatch(f"phase {source.phase}: copies of the loop are unrolled differently, {unrolled}")
-    code = [instruction for _, trip in places for instruction in flow.code(trip.may)]
+    code = [instruction for may, _, _ in trips for instruction in may]
+    turns = max(turns for _, _, turns in trips)
     counts = count(code)
-    always = count(instruction for _, trip in places for instruction in flow.code(trip.must))
+    always = count(instruction for _, must, _ in trips for instruction in must)
     scale = warps if source.per == "block" else 1
     pairs = source.pairs * sum(unrolled)  # that one trip of each machine loop serves
     lanes = WARP * scale / pairs  # lane slots a pair for each warp instruction of the loops
@@ -198,6 +220,7 @@ def _loop_figures(
     figures = {
         "phase": source.phase,
         "unroll": unrolled[0],
+        "turns": turns,
         "mufu_per_pair": counts.classes["mufu"] * lanes,
         "issue_slots_per_pair": counts.slots * lanes,
         "issue_slots_always_per_pair": always.slots * lanes,
@@ -217,23 +240,25 @@ def _loop_figures(
         "clocks_per_pair": clocks[bound_by],
         "bound_by": bound_by,
         "bound_ms": {shape: machine.milliseconds(clocks[bound_by], number) for shape, number in SHAPES.items()},
-        "notes": _notes(flow, [loop for loop, _ in places], counts),
+        "notes": _notes(flow, [loop for loop, _ in places], turns, counts),
     }
     if source.trips:
-        parent = places[0][0].parent
-        around = flow.reachable if parent is None else parent.blocks
+        loop = places[0][0]
+        around = flow.trip(loop.parent, frozenset([loop.header])).may if loop.parent else flow.reachable
         inside = frozenset(block for inner in inner_loops(flow) for block in inner.blocks)
         outer = count(flow.code(around - inside)).slots
         figures["outer_slots_per_pair"] = outer * WARP * scale / (source.pairs * source.trips)
     return figures
 
 
-def _notes(flow: Flow, loops: list[Loop], counts: Counts) -> list[str]:
+def _notes(flow: Flow, loops: list[Loop], turns: int, counts: Counts) -> list[str]:
     notes = []
     if flow.irreducible:
         notes.append("the kernel has a cycle with several entries")
     if len(loops) > 1:
         notes.append(f"mean of {len(loops)} machine loops")
+    if turns > 1:
+        notes.append(f"{turns} turns of the inner loop, and one way through the loop around it")
     for loop in loops:
         if loop.back_edges > 1:
             notes.append(f"{loop.back_edges} back edges, counted as one loop")

@@ -33,7 +33,7 @@ class SourceLoop:
     exponentials: int = 0  # elements that go through ex2
     tensor_macs: int = 0  # multiply-adds on tensor cores, widths padded as compiled; 0: not declared
     marker: str = ""  # tags of the machine loop, joined by "+"; "": the only loop with exponentials
-    trips: float = 0  # turns per entry at S = 512; 0: unknown
+    trips: float = 0  # turns an entry (at S = 512, where that matters); 0: unknown
     per: str = "block"  # or "warp"
     copies: int = 1  # machine loops made of the source loop, which share its pairs evenly: below and above a diagonal
 
