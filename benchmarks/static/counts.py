@@ -70,7 +70,7 @@ def count(code: Iterable[Instruction]) -> Counts:
         if kind == "other":
             counts.unknown[instruction.base] += 1
         counts.exponentials += instruction.opcode.startswith("MUFU.EX2")
-        counts.calls += instruction.base == "CALL"
+        counts.calls += instruction.base == "CALL" and "`(.L_" not in instruction.operands
         if kind == "tensor":
             macs = tensor_macs(instruction)
             counts.tensor_macs += macs

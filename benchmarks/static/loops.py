@@ -116,7 +116,7 @@ def _blocks(function: Function) -> list[Block]:
     code = function.code
     leaders = {0} | {index for index in function.labels.values() if index < len(code)}
     for index, instruction in enumerate(code[:-1]):
-        if instruction.base in _ENDS | _JUMPS | {"BSYNC"}:
+        if instruction.base in _ENDS | {"BSYNC"} or _jumps(instruction):
             leaders.add(index + 1)
     starts = sorted(leaders)
     blocks = [Block(start, stop) for start, stop in zip(starts, [*starts[1:], len(code)], strict=True)]
@@ -148,6 +148,11 @@ def _blocks(function: Function) -> list[Block]:
     return blocks
 
 
+def _jumps(instruction: Instruction) -> bool:
+    """Also CALL.REL.NOINC to a label: the compiler leaves some loops that way. Subroutines have names."""
+    return instruction.base in _JUMPS or (instruction.base == "CALL" and "`(.L_" in instruction.operands)
+
+
 def _barrier(instruction: Instruction) -> str:
     """The barrier register of BSSY and BSYNC; `BSYNC.RECONVERGENT B0` and `BSYNC B0` alike."""
     return re.split(r"[,\s]", instruction.operands)[0]
@@ -158,7 +163,7 @@ def _targets(last: Instruction, state: dict[str, frozenset[str]]) -> frozenset[s
         return frozenset()
     if last.base == "BSYNC":
         return state.get(_barrier(last), frozenset())
-    if last.base in _JUMPS:
+    if _jumps(last):
         indirect = _INDIRECT_TARGETS.search(last.operands)
         listed = re.split(r"[,\s]+", indirect[1].strip()) if indirect else []
         return frozenset(_TARGET.findall(last.operands) or listed)
@@ -170,7 +175,7 @@ def _falls_through(last: Instruction, targets: frozenset[str]) -> bool:
         return last.conditional
     if last.base == "BSYNC":
         return last.conditional or not targets
-    if last.base in _JUMPS:
+    if _jumps(last):
         # A second condition stands before the target: `BRA P3, `(.L_x_1)`; an unconditional one is `BRA `(.L_x_1)`.
         extra = re.match(r"!?(U?P\w+|~?UR\w+|R\d+)\s*,", last.operands)
         if last.opcode.startswith(("BRA.DIV", "BRA.CONV")):

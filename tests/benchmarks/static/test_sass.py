@@ -204,6 +204,26 @@ def test_ways_of_a_diverged_warp_are_not_followed():
     assert opcodes(flow, loop) == ["BRA.DIV", "SHFL.BFLY", "BRA.CONV", "BRA"]
 
 
+def test_call_of_a_label_leaves_a_loop():
+    flow = flow_of("""
+        NOP
+        .L_x_0:
+        NOP
+        .L_x_1:
+        FADD R1, R1, R1
+        CALL.REL.NOINC `($__internal_0_$__cuda_sm3x_div_rn_noftz_f32_slowpath)
+        @P0 CALL.REL.NOINC `(.L_x_2)
+        BRA `(.L_x_1)
+        .L_x_2:
+        @P1 BRA `(.L_x_0)
+        EXIT
+    """)
+    outer, inner = flow.loops
+    assert inner.parent is outer
+    assert opcodes(flow, inner) == ["FADD", "CALL.REL.NOINC", "CALL.REL.NOINC", "BRA"]
+    assert count(flow.code(inner.blocks)).calls == 1
+
+
 def test_second_condition_of_a_branch_lets_it_fall_through():
     flow = flow_of("""
         NOP
