@@ -13,7 +13,7 @@ from . import cost
 from .machine import MACHINES
 from .variants import CUDA_LISTING, TRITON_MODULE, Variant, cuda_variants, triton_variants
 
-_NAME = 56  # width of the first column
+_NAME = 60  # width of the first column
 _COLUMNS = {  # heading -> key, digits
     "MUFU": ("mufu_per_pair", 2),
     "slots": ("issue_slots_per_pair", 2),
@@ -104,7 +104,8 @@ def _declared(options: argparse.Namespace) -> Iterator[tuple[str, Variant]]:
 
 
 def _name(row: dict) -> str:
-    return f"{row['arch']} {row['kernel']} [{row['group']}] {row['phase']} {row['dtype']} {row['d_t']}x{row['d_s']}"
+    phase = "" if row["phase"] == row["kernel"] else f" {row['phase']}"
+    return f"{row['arch']} {row['kernel']} [{row['group']}]{phase} {row['dtype']} {row['d_t']}x{row['d_s']}"
 
 
 def _print(row: dict, breakdown: bool) -> None:
