@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which reads memory here, reports every start and stop
 
-from . import compare, days, report, run
+from . import compare, days, report, run, static
 
 # Each has `register(commands)`, which adds its parser with `set_defaults(main=...)`.
-_COMMANDS = (run, report, compare, days)
+_COMMANDS = (run, report, compare, days, static)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
