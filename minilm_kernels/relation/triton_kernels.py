@@ -1,0 +1,640 @@
+"""The Triton kernels: log-sum-exps, what links the phases, exact rows, and the student's gradient.
+
+Every sequence is a run of L real tokens, however it was masked or packed; row i of it sees the keys j <= i and
+j < prefix, or all. One program owns BLOCK_M tokens of one head, sequence and relation and loops over tiles of BLOCK_N
+others: whole tiles without any mask, and apart from them the few that cross a bound. Scores are in bits (log2 e is
+folded into the scale), statistics are float32 and lie at (relation, head, row): `_statistics`. Derivations and costs:
+docs/triton.md. `triton_backend.py` launches these kernels; what their arguments mean is said there.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Values of the constexpr arguments MASK and ROLE.
+BIDIRECTIONAL, CAUSAL, PREFIX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# The gradient of a self relation's tensor, of a cross relation's query, of its key.
+SELF, QUERY, KEY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+# Arguments of which no value gets a compilation of its own.
+_SIZES = (
+    "teacher_strides", "student_strides", "queries", "keys", "heads", "sequences", "positions", "total", "tiles",
+    "rows16", "span16",
+)  # fmt: skip
+
+# Sums of 2**(score - the row's score with itself) beyond which a tile is done again with an online maximum.
+_OVERFLOW = tl.constexpr(2.0**100)
+# Range of one head's log-sum-exps, in bits, up to which one reference serves all of its rows.
+_RANGE = tl.constexpr(200.0)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+# Where a whole tile of others lies, below or above the program's own tokens; or that it crosses a bound.
+_BELOW, _ABOVE, _BOUND = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _pick(items, index):
+    """items[index] of a tuple of pointers; `index` is known only when the kernel runs."""
+    chosen = items[0]
+    for k in tl.static_range(1, len(items)):
+        if index == k:
+            chosen = items[k]
+    return chosen
+
+
+@triton.jit
+def _sequence_of(sequence, positions, total, starts, prefixes, PACKED: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+    """A sequence's first token (packed) and first entry of the token list, its length and prefix.
+
+    cu_seqlens may hold anything: nothing beyond the `total` tokens is ever pointed at.
+    """
+    first = tl.cast(0, tl.int64)
+    listed = first
+    length = tl.cast(positions, tl.int32)
+    if PACKED:
+        first = tl.minimum(tl.maximum(tl.load(starts + sequence), 0), total).to(tl.int64)
+        length = tl.maximum(tl.minimum(tl.load(starts + sequence + 1), total), first.to(tl.int32)) - first.to(tl.int32)
+    if LIST:
+        listed = tl.load(starts + sequence)
+        length = (tl.load(starts + sequence + 1) - listed).to(tl.int32)
+    prefix = tl.cast(0, tl.int32)
+    if MASK == PREFIX:
+        prefix = tl.minimum(tl.maximum(tl.load(prefixes + sequence), 0), length.to(tl.int64)).to(tl.int32)
+    return first, listed, length, prefix
+
+
+@triton.jit
+def _program(
+    heads, sequences, positions, total, tiles, starts, prefixes, tile_map,
+    BLOCK: tl.constexpr, PACKED: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Of this program: relation, sequence, head; its sequence as in `_sequence_of`; the first of its own tokens."""
+    pid = tl.program_id(0)
+    head = pid % heads
+    tile = pid // heads % tiles
+    rest = pid // heads // tiles
+    if PACKED:
+        relation = rest
+        sequence = tl.load(tile_map + tile)
+        tile -= tl.load(starts + sequence) // BLOCK + sequence  # the first tile of the sequence, see tile_map_of
+    else:
+        relation = rest // sequences
+        sequence = rest % sequences
+    first, listed, length, prefix = _sequence_of(sequence, positions, total, starts, prefixes, PACKED, LIST, MASK)
+    start = tile * BLOCK
+    start = tl.where(start < 0, length, start)  # a tile before its sequence: cu_seqlens is malformed
+    return relation, sequence, head, first, listed, length, prefix, start
+
+
+@triton.jit
+def _statistics(relation, head, heads, sequence, first, rows16, span16, PACKED: tl.constexpr):
+    """Offset of a sequence's first row among the statistics (R, A, 16 rows16); unpacked sequences take 16 span16 rows."""
+    at = (relation * heads + head).to(tl.int64) * rows16 * 16
+    return at + (first if PACKED else sequence.to(tl.int64) * span16 * 16)
+
+
+@triton.jit
+def _result(head, heads, sequence, first, positions, total, PACKED: tl.constexpr):
+    """Offset of a sequence's position 0 in a tensor (B, A, S) or (A, T)."""
+    if PACKED:
+        return head.to(tl.int64) * total + first
+    return (sequence.to(tl.int64) * heads + head) * positions
+
+
+@triton.jit
+def _head(tensors, strides, index, sequence, head, first, ALIGN: tl.constexpr, PACKED: tl.constexpr):
+    """Pointer to a sequence's position 0 in one head of a tensor, and the stride of its tokens.
+
+    Strides are in units of ALIGN elements, of batch, token and head of every tensor one after another.
+    """
+    x = tensors[0]
+    batch = tl.cast(strides[0], tl.int64)
+    token = tl.cast(strides[1], tl.int64)
+    across = tl.cast(strides[2], tl.int64)
+    for k in tl.static_range(1, len(tensors)):
+        if index == k:
+            x = tensors[k]
+            batch = tl.cast(strides[3 * k], tl.int64)
+            token = tl.cast(strides[3 * k + 1], tl.int64)
+            across = tl.cast(strides[3 * k + 2], tl.int64)
+    offset = first * token if PACKED else sequence.to(tl.int64) * batch
+    return x + (offset + head.to(tl.int64) * across) * ALIGN, token
+
+
+@triton.jit
+def _positions(tokens, start, length, BLOCK: tl.constexpr, LIST: tl.constexpr, WHOLE: tl.constexpr):
+    """(BLOCK,) positions of the real tokens from the `start`-th on."""
+    index = start + tl.arange(0, BLOCK)
+    if LIST:
+        index = tl.load(tokens + index) if WHOLE else tl.load(tokens + index, mask=index < length, other=0)
+    return index
+
+
+@triton.jit
+def _tile(
+    x, position, stride, start, length,
+    BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK, DP) features of tokens from the `start`-th on; zeros beyond `length` (none are when WHOLE) and D."""
+    feature = tl.arange(0, DP)[None, :]
+    at = x + (position * stride)[:, None] * ALIGN + feature
+    if WHOLE:
+        if D == DP:
+            return tl.load(at)
+        return tl.load(at, mask=feature < D, other=0.0)
+    here = (start + tl.arange(0, BLOCK) < length)[:, None]
+    return tl.load(at, mask=here & (feature < D), other=0.0)
+
+
+@triton.jit
+def _scores(x, y, scale, PRECISION: tl.constexpr):
+    return tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
+
+
+@triton.jit
+def _sees(i, j, prefix):
+    """Row i sees key j under a causal or prefix mask."""
+    return (j <= i) | (j < prefix)
+
+
+@triton.jit
+def _key_tiles(start, length, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr):
+    """Of the tiles of keys that the rows from `start` see: how many come first that need no mask, how many in all."""
+    if MASK == BIDIRECTIONAL:
+        return length // BLOCK_N, tl.cdiv(length, BLOCK_N)
+    whole = tl.minimum(tl.maximum(start + 1, prefix), length)
+    end = tl.minimum(tl.maximum(start + BLOCK_M, prefix), length)
+    return whole // BLOCK_N, tl.cdiv(end, BLOCK_N)
+
+
+@triton.jit
+def _nth(k, first, count, second):
+    """The k-th tile of two runs, the first of `count` tiles."""
+    return tl.where(k < count, first + k, second + k - count)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def lse_kernel(
+    teacher, teacher_strides, student, student_strides, queries, keys, scale_t, scale_s,
+    heads, sequences, positions, total, tiles, rows16, span16, tokens, starts, prefixes, tile_map,
+    lse_t, lse_s, kl_rows,
+    D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
+    ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr, VALUE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exps of every row, in bits; with VALUE also its KL, in the cheap form.
+
+    A row's reference is its score with itself, which every mask lets it see: its sum is at least 1, nothing underflows
+    and no maximum is kept. Where a sum overflows, the tile is done again with an online maximum.
+    """
+    relation, sequence, head, first, listed, length, prefix, start = _program(
+        heads, sequences, positions, total, tiles, starts, prefixes, tile_map, BLOCK_M, PACKED, LIST, MASK
+    )
+    if start >= length:
+        return
+    query = (queries >> (4 * relation)) & 15
+    key = (keys >> (4 * relation)) & 15
+    x_t, x_t_stride = _head(teacher, teacher_strides, query, sequence, head, first, ALIGN_T, PACKED)
+    y_t, y_t_stride = _head(teacher, teacher_strides, key, sequence, head, first, ALIGN_T, PACKED)
+    x_s, x_s_stride = _head(student, student_strides, query, sequence, head, first, ALIGN_S, PACKED)
+    y_s, y_s_stride = _head(student, student_strides, key, sequence, head, first, ALIGN_S, PACKED)
+    if LIST:
+        tokens += listed
+
+    i = start + tl.arange(0, BLOCK_M)
+    own = _positions(tokens, start, length, BLOCK_M, LIST, False)
+    q_t = _tile(x_t, own, x_t_stride, start, length, BLOCK_M, D_T, DP_T, ALIGN_T, False)
+    q_s = _tile(x_s, own, x_s_stride, start, length, BLOCK_M, D_S, DP_S, ALIGN_S, False)
+    k_t = _tile(y_t, own, y_t_stride, start, length, BLOCK_M, D_T, DP_T, ALIGN_T, False)
+    k_s = _tile(y_s, own, y_s_stride, start, length, BLOCK_M, D_S, DP_S, ALIGN_S, False)
+    ref_t = scale_t * tl.sum(q_t.to(tl.float32) * k_t.to(tl.float32), 1)
+    ref_s = scale_s * tl.sum(q_s.to(tl.float32) * k_s.to(tl.float32), 1)
+    l_t = tl.zeros([BLOCK_M], tl.float32)
+    l_s = tl.zeros([BLOCK_M], tl.float32)
+    v = tl.zeros([BLOCK_M], tl.float32)  # sum of e_t (u_s - u_t)
+
+    whole, end = _key_tiles(start, length, prefix, BLOCK_M, BLOCK_N, MASK)
+    for k in range(0, whole):
+        # static: begin lse
+        other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, True)
+        k_t = _tile(y_t, other, y_t_stride, k * BLOCK_N, length, BLOCK_N, D_T, DP_T, ALIGN_T, True)
+        k_s = _tile(y_s, other, y_s_stride, k * BLOCK_N, length, BLOCK_N, D_S, DP_S, ALIGN_S, True)
+        u_t = _scores(q_t, k_t, scale_t, PRECISION) - ref_t[:, None]
+        u_s = _scores(q_s, k_s, scale_s, PRECISION) - ref_s[:, None]
+        e_t = tl.exp2(u_t)
+        e_s = tl.exp2(u_s)
+        l_t += tl.sum(e_t, 1)
+        l_s += tl.sum(e_s, 1)
+        if VALUE:
+            v += tl.sum(e_t * (u_s - u_t), 1)
+        # static: end lse
+    for k in range(whole, end):
+        other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, False)
+        k_t = _tile(y_t, other, y_t_stride, k * BLOCK_N, length, BLOCK_N, D_T, DP_T, ALIGN_T, False)
+        k_s = _tile(y_s, other, y_s_stride, k * BLOCK_N, length, BLOCK_N, D_S, DP_S, ALIGN_S, False)
+        u_t = _scores(q_t, k_t, scale_t, PRECISION) - ref_t[:, None]
+        u_s = _scores(q_s, k_s, scale_s, PRECISION) - ref_s[:, None]
+        j = (k * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+        sees = j < length
+        if MASK != BIDIRECTIONAL:
+            sees = sees & _sees(i[:, None], j, prefix)
+        e_t = tl.where(sees, tl.exp2(u_t), 0.0)
+        e_s = tl.where(sees, tl.exp2(u_s), 0.0)
+        l_t += tl.sum(e_t, 1)
+        l_s += tl.sum(e_s, 1)
+        if VALUE:
+            v += tl.sum(tl.where(sees, e_t * (u_s - u_t), 0.0), 1)
+
+    largest = tl.max(tl.where(i < length, tl.maximum(l_t, l_s), 0.0), 0)
+    if largest > _OVERFLOW:
+        l_t = tl.zeros([BLOCK_M], tl.float32)
+        l_s = tl.zeros([BLOCK_M], tl.float32)
+        v = tl.zeros([BLOCK_M], tl.float32)  # sum of e_t (score_s - score_t)
+        for k in range(0, end):
+            other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, False)
+            k_t = _tile(y_t, other, y_t_stride, k * BLOCK_N, length, BLOCK_N, D_T, DP_T, ALIGN_T, False)
+            k_s = _tile(y_s, other, y_s_stride, k * BLOCK_N, length, BLOCK_N, D_S, DP_S, ALIGN_S, False)
+            s_t = _scores(q_t, k_t, scale_t, PRECISION)
+            s_s = _scores(q_s, k_s, scale_s, PRECISION)
+            j = (k * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+            sees = j < length
+            if MASK != BIDIRECTIONAL:
+                sees = sees & _sees(i[:, None], j, prefix)
+            max_t = tl.maximum(ref_t, tl.max(tl.where(sees, s_t, float("-inf")), 1))
+            max_s = tl.maximum(ref_s, tl.max(tl.where(sees, s_s, float("-inf")), 1))
+            e_t = tl.where(sees, tl.exp2(s_t - max_t[:, None]), 0.0)
+            e_s = tl.where(sees, tl.exp2(s_s - max_s[:, None]), 0.0)
+            fade = tl.exp2(ref_t - max_t)
+            l_t = l_t * fade + tl.sum(e_t, 1)
+            l_s = l_s * tl.exp2(ref_s - max_s) + tl.sum(e_s, 1)
+            if VALUE:
+                v = v * fade + tl.sum(tl.where(sees, e_t * (s_s - s_t), 0.0), 1)
+            ref_t = max_t
+            ref_s = max_s
+        v += (ref_t - ref_s) * l_t
+
+    row = _statistics(relation, head, heads, sequence, first, rows16, span16, PACKED) + i
+    tl.store(lse_t + row, ref_t + tl.log2(l_t), mask=i < length)
+    tl.store(lse_s + row, ref_s + tl.log2(l_s), mask=i < length)
+    if VALUE:
+        # log(l_s / l_t) as 2 artanh r: near r = 0, where small divergences lie, the logarithm's own error is too large.
+        r = (l_s - l_t) / (l_s + l_t)
+        r2 = r * r
+        near = 2.0 * r * (1.0 + r2 * (1 / 3 + r2 * (1 / 5 + r2 * (1 / 7))))
+        ratio = tl.where(r2 < 0.01, near, _LN2 * (tl.log2(l_s) - tl.log2(l_t)))
+        tl.store(kl_rows + row, ratio - _LN2 * (v / l_t), mask=i < length)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def rows_kernel(
+    teacher, teacher_strides, student, student_strides, queries, keys, scale_t, scale_s,
+    heads, sequences, positions, total, tiles, rows16, span16, tokens, starts, prefixes, tile_map,
+    lse_t, lse_s, kl_rows, out,
+    D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
+    ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr, RESULT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Exact KL of every row, the sum of p (e**delta - 1 - delta): as a result (R, B, A, S), or among the statistics."""
+    relation, sequence, head, first, listed, length, prefix, start = _program(
+        heads, sequences, positions, total, tiles, starts, prefixes, tile_map, BLOCK_M, PACKED, LIST, MASK
+    )
+    if start >= length:
+        return
+    query = (queries >> (4 * relation)) & 15
+    key = (keys >> (4 * relation)) & 15
+    x_t, x_t_stride = _head(teacher, teacher_strides, query, sequence, head, first, ALIGN_T, PACKED)
+    y_t, y_t_stride = _head(teacher, teacher_strides, key, sequence, head, first, ALIGN_T, PACKED)
+    x_s, x_s_stride = _head(student, student_strides, query, sequence, head, first, ALIGN_S, PACKED)
+    y_s, y_s_stride = _head(student, student_strides, key, sequence, head, first, ALIGN_S, PACKED)
+    if LIST:
+        tokens += listed
+
+    i = start + tl.arange(0, BLOCK_M)
+    own = _positions(tokens, start, length, BLOCK_M, LIST, False)
+    q_t = _tile(x_t, own, x_t_stride, start, length, BLOCK_M, D_T, DP_T, ALIGN_T, False)
+    q_s = _tile(x_s, own, x_s_stride, start, length, BLOCK_M, D_S, DP_S, ALIGN_S, False)
+    row = _statistics(relation, head, heads, sequence, first, rows16, span16, PACKED) + i
+    own_t = tl.load(lse_t + row, mask=i < length, other=0.0)
+    own_s = tl.load(lse_s + row, mask=i < length, other=0.0)
+    kl = tl.zeros([BLOCK_M], tl.float32)
+
+    whole, end = _key_tiles(start, length, prefix, BLOCK_M, BLOCK_N, MASK)
+    for k in range(0, whole):
+        # static: begin rows
+        other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, True)
+        k_t = _tile(y_t, other, y_t_stride, k * BLOCK_N, length, BLOCK_N, D_T, DP_T, ALIGN_T, True)
+        k_s = _tile(y_s, other, y_s_stride, k * BLOCK_N, length, BLOCK_N, D_S, DP_S, ALIGN_S, True)
+        u_t = _scores(q_t, k_t, scale_t, PRECISION) - own_t[:, None]
+        u_s = _scores(q_s, k_s, scale_s, PRECISION) - own_s[:, None]
+        kl += tl.sum(_divergence(u_t, u_s), 1)
+        # static: end rows
+    for k in range(whole, end):
+        other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, False)
+        k_t = _tile(y_t, other, y_t_stride, k * BLOCK_N, length, BLOCK_N, D_T, DP_T, ALIGN_T, False)
+        k_s = _tile(y_s, other, y_s_stride, k * BLOCK_N, length, BLOCK_N, D_S, DP_S, ALIGN_S, False)
+        u_t = _scores(q_t, k_t, scale_t, PRECISION) - own_t[:, None]
+        u_s = _scores(q_s, k_s, scale_s, PRECISION) - own_s[:, None]
+        j = (k * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+        sees = j < length
+        if MASK != BIDIRECTIONAL:
+            sees = sees & _sees(i[:, None], j, prefix)
+        kl += tl.sum(tl.where(sees, _divergence(u_t, u_s), 0.0), 1)
+
+    if RESULT:
+        result = _pick(out, relation) + _result(head, heads, sequence, first, positions, total, PACKED)
+        tl.store(result + own, tl.maximum(kl, 0.0), mask=i < length)
+    else:
+        tl.store(kl_rows + row, tl.maximum(kl, 0.0), mask=i < length)
+
+
+@triton.jit
+def _divergence(log_p, log_q):
+    """p (e**delta - 1 - delta) from logarithms in bits; a series where |delta| < 1/4, q - p - p delta elsewhere."""
+    p = tl.exp2(log_p)
+    q = tl.exp2(log_q)
+    delta = _LN2 * (log_q - log_p)
+    series = delta * (1 / 720 + delta * (1 / 5040 + delta * (1 / 40320)))
+    series = delta * delta * (1 / 2 + delta * (1 / 6 + delta * (1 / 24 + delta * (1 / 120 + series))))
+    return tl.where(tl.abs(delta) < 0.25, p * series, q - p - p * delta)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def link_kernel(
+    queries, keys, heads, sequences, positions, total, rows16, span16, tokens, starts, prefixes,
+    lse_t, lse_s, kl_rows, values, links, row_grads, weights,
+    PACKED: tl.constexpr, LIST: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr,
+    SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Between the phases, one program a head, sequence and relation: what all of its rows together decide.
+
+    VALUE: the sum of its rows' KL. ROWS: the rows' weights over the largest, which goes to `links`. GRADIENT of a self
+    relation: where the log-sum-exps range over few enough bits one reference for all rows, and 2**(reference - lse +
+    SHIFT) in the place of each lse, times the row's weight; `links` tells the gradient kernel that it is so.
+    """
+    pid = tl.program_id(0)
+    head = pid % heads
+    sequence = pid // heads % sequences
+    relation = pid // heads // sequences
+    first, listed, length, _ = _sequence_of(sequence, positions, total, starts, prefixes, PACKED, LIST, BIDIRECTIONAL)
+    row = _statistics(relation, head, heads, sequence, first, rows16, span16, PACKED)
+    lane = tl.arange(0, BLOCK)
+    links += pid * 4
+
+    if VALUE:
+        value = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, length, BLOCK):
+            value += tl.load(kl_rows + row + start + lane, mask=start + lane < length, other=0.0)
+        tl.store(values + pid, tl.sum(value, 0))
+
+    shrink = 1.0
+    if LIST:
+        tokens += listed
+    if ROWS:
+        row_grads = _pick(row_grads, relation) + _result(head, heads, sequence, first, positions, total, PACKED)
+        largest = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, length, BLOCK):
+            position = _positions(tokens, start, length, BLOCK, LIST, False)
+            weight = tl.load(row_grads + position, mask=start + lane < length, other=0.0)
+            tl.store(weights + row + start + lane, weight, mask=start + lane < length)
+            largest = tl.maximum(largest, tl.abs(weight))
+        greatest = tl.max(largest, 0)
+        tl.store(links + 3, greatest)
+        shrink = 1.0 / tl.maximum(greatest, 1e-37)
+        for start in range(0, length, BLOCK):
+            weight = tl.load(weights + row + start + lane, mask=start + lane < length, other=0.0)
+            tl.store(weights + row + start + lane, weight * shrink, mask=start + lane < length)
+
+    if GRADIENT:
+        if ((queries ^ keys) >> (4 * relation)) & 15 == 0:
+            low_t = tl.full([BLOCK], float("inf"), tl.float32)
+            low_s = tl.full([BLOCK], float("inf"), tl.float32)
+            high_t = tl.full([BLOCK], float("-inf"), tl.float32)
+            high_s = tl.full([BLOCK], float("-inf"), tl.float32)
+            for start in range(0, length, BLOCK):
+                here = start + lane < length
+                t = tl.load(lse_t + row + start + lane, mask=here, other=0.0)
+                s = tl.load(lse_s + row + start + lane, mask=here, other=0.0)
+                low_t = tl.minimum(low_t, tl.where(here, t, float("inf")))
+                low_s = tl.minimum(low_s, tl.where(here, s, float("inf")))
+                high_t = tl.maximum(high_t, tl.where(here, t, float("-inf")))
+                high_s = tl.maximum(high_s, tl.where(here, s, float("-inf")))
+            least_t = tl.min(low_t, 0)
+            least_s = tl.min(low_s, 0)
+            most_t = tl.max(high_t, 0)
+            most_s = tl.max(high_s, 0)
+            ref_t = 0.5 * (least_t + most_t)
+            ref_s = 0.5 * (least_s + most_s)
+            narrow = (most_t - least_t <= _RANGE) & (most_s - least_s <= _RANGE)
+            tl.store(links, ref_t)
+            tl.store(links + 1, ref_s)
+            tl.store(links + 2, narrow.to(tl.float32))
+            if narrow:
+                for start in range(0, length, BLOCK):
+                    here = start + lane < length
+                    at = row + start + lane
+                    t = tl.exp2(ref_t + SHIFT - tl.load(lse_t + at, mask=here, other=0.0))
+                    s = tl.exp2(ref_s + SHIFT - tl.load(lse_s + at, mask=here, other=0.0))
+                    if ROWS:
+                        weight = tl.load(weights + at, mask=here, other=0.0)
+                        t *= weight
+                        s *= weight
+                    tl.store(lse_t + at, t, mask=here)
+                    tl.store(lse_s + at, s, mask=here)
+
+
+@triton.jit
+def _coefficients(own, other, i, j, prefix, MASK: tl.constexpr, WHERE: tl.constexpr):
+    """(M, N): what the pair's two directions weigh, own_i where row i sees j plus other_j where row j sees i."""
+    if MASK == BIDIRECTIONAL:
+        return own[:, None] + other[None, :]
+    if WHERE == _BOUND:
+        forth = tl.where(_sees(i[:, None], j[None, :], prefix), own[:, None], 0.0)
+        return forth + tl.where(_sees(j[None, :], i[:, None], prefix), other[None, :], 0.0)
+    if WHERE == _BELOW:
+        if MASK == CAUSAL:
+            return own[:, None] + tl.zeros_like(other)[None, :]
+        return (i < prefix).to(tl.float32)[:, None] * other[None, :] + own[:, None]
+    if MASK == CAUSAL:
+        return tl.zeros_like(own)[:, None] + other[None, :]
+    return (j < prefix).to(tl.float32)[None, :] * own[:, None] + other[None, :]
+
+
+@triton.jit
+def _add_tile(
+    acc, k, x_t, x_s, own_t, own_s, own_w, ref_t, ref_s, i, y_t, y_t_stride, y_s, y_s_stride, tokens, lse_t, lse_s, weights,
+    length, prefix, scale_t, scale_s,
+    D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
+    ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr,
+    ROLE: tl.constexpr, NARROW: tl.constexpr, ROWS: tl.constexpr, SHIFT: tl.constexpr, WHERE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """acc plus what the k-th tile of other tokens gives to the gradient of the program's own."""
+    # static: begin gradient
+    start = k * BLOCK_N
+    j = start + tl.arange(0, BLOCK_N)
+    position = _positions(tokens, start, length, BLOCK_N, LIST, WHERE != _BOUND)
+    k_t = _tile(y_t, position, y_t_stride, start, length, BLOCK_N, D_T, DP_T, ALIGN_T, WHERE != _BOUND)
+    k_s = _tile(y_s, position, y_s_stride, start, length, BLOCK_N, D_S, DP_S, ALIGN_S, WHERE != _BOUND)
+    s_t = _scores(x_t, k_t, scale_t, PRECISION)
+    s_s = _scores(x_s, k_s, scale_s, PRECISION)
+    if ROLE != QUERY:
+        if WHERE == _BOUND:
+            other_t = tl.load(lse_t + j, mask=j < length, other=0.0)
+            other_s = tl.load(lse_s + j, mask=j < length, other=0.0)
+        else:
+            other_t = tl.load(lse_t + j)
+            other_s = tl.load(lse_s + j)
+    if ROWS:
+        other_w = tl.load(weights + j, mask=j < length, other=0.0)
+
+    if ROLE == SELF and NARROW:
+        m = tl.exp2(s_s - ref_s) * _coefficients(own_s, other_s, i, j, prefix, MASK, WHERE)
+        m -= tl.exp2(s_t - ref_t) * _coefficients(own_t, other_t, i, j, prefix, MASK, WHERE)
+    elif ROLE == SELF:
+        forth = tl.exp2(s_s - (own_s - SHIFT)[:, None]) - tl.exp2(s_t - (own_t - SHIFT)[:, None])
+        back = tl.exp2(s_s - (other_s - SHIFT)[None, :]) - tl.exp2(s_t - (other_t - SHIFT)[None, :])
+        if ROWS:
+            forth *= own_w[:, None]
+            back *= other_w[None, :]
+        if MASK != BIDIRECTIONAL:
+            forth = tl.where(_sees(i[:, None], j[None, :], prefix), forth, 0.0)
+            back = tl.where(_sees(j[None, :], i[:, None], prefix), back, 0.0)
+        m = forth + back
+    elif ROLE == QUERY:
+        m = tl.exp2(s_s - own_s[:, None]) - tl.exp2(s_t - own_t[:, None])
+        if WHERE == _BOUND and MASK != BIDIRECTIONAL:
+            m = tl.where(_sees(i[:, None], j[None, :], prefix), m, 0.0)
+    else:
+        m = tl.exp2(s_s - (other_s - SHIFT)[None, :]) - tl.exp2(s_t - (other_t - SHIFT)[None, :])
+        if ROWS:
+            m *= other_w[None, :]
+        if WHERE == _BOUND and MASK != BIDIRECTIONAL:
+            m = tl.where(_sees(j[None, :], i[:, None], prefix), m, 0.0)
+    # static: end gradient
+    # static: begin bound
+    if WHERE == _BOUND:
+        m = tl.where((j < length)[None, :], m, 0.0)
+    # static: end bound
+    return tl.dot(m.to(k_s.dtype), k_s, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def gradient_kernel(
+    teacher, teacher_strides, student, student_strides, queries, keys, scale_t, scale_s, gradient_scale,
+    heads, sequences, positions, total, tiles, rows16, span16, tokens, starts, prefixes, tile_map,
+    lse_t, lse_s, links, weights, out,
+    D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
+    ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr, ROLE: tl.constexpr, ROWS: tl.constexpr,
+    SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one of the student's tensors, (B, S, A, D_S) or (T, A, D_S) in each of `out`, weights included.
+
+    SHIFT is a power of 2 that keeps the tensor core's float16 operands, of size 1 / L and less, from underflowing.
+    """
+    relation, sequence, head, first, listed, length, prefix, start = _program(
+        heads, sequences, positions, total, tiles, starts, prefixes, tile_map, BLOCK_M, PACKED, LIST, MASK
+    )
+    if start >= length:
+        return
+    query = (queries >> (4 * relation)) & 15
+    key = (keys >> (4 * relation)) & 15
+    mine = key if ROLE == KEY else query
+    others = query if ROLE == KEY else key
+    x_t, x_t_stride = _head(teacher, teacher_strides, mine, sequence, head, first, ALIGN_T, PACKED)
+    y_t, y_t_stride = _head(teacher, teacher_strides, others, sequence, head, first, ALIGN_T, PACKED)
+    x_s, x_s_stride = _head(student, student_strides, mine, sequence, head, first, ALIGN_S, PACKED)
+    y_s, y_s_stride = _head(student, student_strides, others, sequence, head, first, ALIGN_S, PACKED)
+    if LIST:
+        tokens += listed
+    row = _statistics(relation, head, heads, sequence, first, rows16, span16, PACKED)
+    lse_t += row
+    lse_s += row
+    i = start + tl.arange(0, BLOCK_M)
+    link = links + ((relation * sequences + sequence) * heads + head) * 4
+
+    own = _positions(tokens, start, length, BLOCK_M, LIST, False)
+    own_tile_t = _tile(x_t, own, x_t_stride, start, length, BLOCK_M, D_T, DP_T, ALIGN_T, False)
+    own_tile_s = _tile(x_s, own, x_s_stride, start, length, BLOCK_M, D_S, DP_S, ALIGN_S, False)
+    own_t = tl.load(lse_t + i, mask=i < length, other=0.0)
+    own_s = tl.load(lse_s + i, mask=i < length, other=0.0)
+    if ROLE == QUERY:
+        own_t -= SHIFT
+        own_s -= SHIFT
+    if ROWS:
+        weights += row
+        own_w = tl.load(weights + i, mask=i < length, other=0.0)
+    else:
+        own_w = own_t
+    ref_t = 0.0
+    ref_s = 0.0
+    if ROLE == SELF:
+        ref_t = tl.load(link)
+        ref_s = tl.load(link + 1)
+
+    # Tiles of others: [0, below) whole, [bound, above) at the bound, [above, whole) whole, [whole, end) at the bound.
+    whole = length // BLOCK_N
+    end = tl.cdiv(length, BLOCK_N)
+    below = whole
+    bound = whole
+    above = whole
+    if ROLE == QUERY:
+        below, end = _key_tiles(start, length, prefix, BLOCK_M, BLOCK_N, MASK)
+        bound = below
+        above = end
+        whole = end
+    elif MASK != BIDIRECTIONAL:
+        if ROLE == SELF:
+            below = start // BLOCK_N
+            bound = below
+            above = tl.cdiv(start + BLOCK_M, BLOCK_N)
+        else:
+            below = whole * 0
+            bound = tl.where(start < prefix, 0, start // BLOCK_N)
+            above = tl.where(start + BLOCK_M <= prefix, 0, tl.cdiv(start + BLOCK_M - 1, BLOCK_N))
+        above = tl.minimum(tl.maximum(above, bound), end)
+        whole = tl.maximum(whole, above)
+
+    acc = tl.zeros([BLOCK_M, DP_S], tl.float32)
+    if ROLE != SELF or tl.load(link + 2) > 0.5:
+        for k in range(0, below):
+            acc = _add_tile(
+                acc, k, own_tile_t, own_tile_s, own_t, own_s, own_w, ref_t, ref_s, i,
+                y_t, y_t_stride, y_s, y_s_stride, tokens, lse_t, lse_s, weights, length, prefix, scale_t, scale_s,
+                D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True, ROWS, SHIFT, _BELOW, BLOCK_N,
+            )  # fmt: skip
+        if ROLE != QUERY and MASK != BIDIRECTIONAL:
+            for k in range(above, whole):
+                acc = _add_tile(
+                    acc, k, own_tile_t, own_tile_s, own_t, own_s, own_w, ref_t, ref_s, i,
+                    y_t, y_t_stride, y_s, y_s_stride, tokens, lse_t, lse_s, weights, length, prefix, scale_t, scale_s,
+                    D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True, ROWS, SHIFT, _ABOVE, BLOCK_N,
+                )  # fmt: skip
+        for k in range(0, above - bound + end - whole):
+            acc = _add_tile(
+                acc, _nth(k, bound, above - bound, whole), own_tile_t, own_tile_s, own_t, own_s, own_w, ref_t, ref_s, i,
+                y_t, y_t_stride, y_s, y_s_stride, tokens, lse_t, lse_s, weights, length, prefix, scale_t, scale_s,
+                D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True, ROWS, SHIFT, _BOUND, BLOCK_N,
+            )  # fmt: skip
+    else:
+        for k in range(0, end):
+            acc = _add_tile(
+                acc, k, own_tile_t, own_tile_s, own_t, own_s, own_w, ref_t, ref_s, i,
+                y_t, y_t_stride, y_s, y_s_stride, tokens, lse_t, lse_s, weights, length, prefix, scale_t, scale_s,
+                D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, False, ROWS, SHIFT, _BOUND, BLOCK_N,
+            )  # fmt: skip
+
+    if ROWS:
+        factor = tl.load(link + 3)
+        if ROLE == QUERY:
+            acc *= own_w[:, None]
+    else:
+        factor = tl.load(weights + sequence)
+    acc *= factor * gradient_scale
+    position = own.to(tl.int64) + (first if PACKED else sequence.to(tl.int64) * positions)
+    feature = tl.arange(0, DP_S)[None, :]
+    at = _pick(out, relation) + ((position * heads + head) * D_S)[:, None] + feature
+    tl.store(at, acc, mask=(i < length)[:, None] & (feature < D_S))
