@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from .problem import Problem, gradient_slots
-from .triton_table import INTERPRETED, INTERPRETED_LONG, blocks, padded
+from .triton_table import FUSION, INTERPRETED, INTERPRETED_LONG, LINK_BLOCK, blocks, in_parts, padded
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 128
-_LINK_BLOCK = 512  # rows that the link kernel takes at a time; estimate
 _MOST_RELATIONS = 15  # of a launch: 4 bits of an int64 each
 _LOG2_E = math.log2(math.e)
 
@@ -67,13 +66,13 @@ def scalar(problem: Problem, weights: Tensor, gradient: bool) -> tuple[Tensor, l
     values: list[Tensor] = [torch.empty(0)] * len(problem.relations)
     grads = call.new_gradients() if gradient else {}
     for group in call.groups() if call.tiles else []:
-        lse_t, lse_s, kl_rows = (group.new_statistics() for _ in range(3))
-        group.lse(lse_t, lse_s, kl_rows if gradient else None)
+        kl_rows = group.new_statistics()
+        group.lse(kl_rows if gradient else None)
         if not gradient:
-            group.rows(lse_t, lse_s, kl_rows, None)
-        sums, links = group.link(lse_t, lse_s, kl_rows, gradient=gradient)
+            group.rows(kl_rows, None)
+        sums = group.link(kl_rows, gradient)
         if gradient:
-            group.gradients(lse_t, lse_s, links, weights.contiguous(), False, grads)
+            group.gradients(weights.contiguous(), False, grads)
         for value, r in zip(sums, group.relations, strict=True):
             values[r] = value
     if not call.tiles:
@@ -86,9 +85,8 @@ def rows(problem: Problem) -> Tensor:
     *batch, positions = problem.mask.leading
     out = call.new((len(problem.relations), *batch, problem.heads, positions), covered=True)
     for group in call.groups() if call.tiles else []:
-        lse_t, lse_s = (group.new_statistics() for _ in range(2))
-        group.lse(lse_t, lse_s, None)
-        group.rows(lse_t, lse_s, None, tuple(out[r] for r in group.relations))
+        group.lse(None)
+        group.rows(None, tuple(out[r] for r in group.relations))
     return out
 
 
@@ -97,12 +95,10 @@ def rows_gradient(problem: Problem, row_grads: Tensor) -> list[Tensor]:
     row_grads = row_grads.float().contiguous()
     grads = call.new_gradients()
     for group in call.groups() if call.tiles else []:
-        lse_t, lse_s, weights = (group.new_statistics() for _ in range(3))
-        group.lse(lse_t, lse_s, None)
-        _, links = group.link(
-            lse_t, lse_s, None, True, tuple(row_grads[r] for r in group.relations), weights
-        )
-        group.gradients(lse_t, lse_s, links, weights, True, grads)
+        weights = group.new_statistics()
+        group.lse(None)
+        group.link(None, True, tuple(row_grads[r] for r in group.relations), weights)
+        group.gradients(weights, True, grads)
     return list(grads.values())
 
 
@@ -211,38 +207,39 @@ class _Group:
             "span16": self.span16,
         }
 
+        self.sums = {name: self.new_statistics() for name in ("sum_t", "sum_s")}
+        self.bases = {name: self.new_statistics() for name in ("base_t", "base_s")}
+        self.links = call.new((len(relations), call.sequences, problem.heads, 4))
+
     def new_statistics(self) -> Tensor:
         return self.call.new((len(self.relations), self.call.problem.heads, self.rows16 * 16))
 
-    def lse(self, lse_t: Tensor, lse_s: Tensor, kl_rows: Tensor | None) -> None:
-        self._launch("lse", lse_t=lse_t, lse_s=lse_s, kl_rows=kl_rows, VALUE=kl_rows is not None)
+    def lse(self, kl_rows: Tensor | None) -> None:
+        self._launch("lse", **self.sums, **self.bases, kl_rows=kl_rows, VALUE=kl_rows is not None)
 
-    def rows(self, lse_t: Tensor, lse_s: Tensor, kl_rows: Tensor | None, out: tuple[Tensor, ...] | None) -> None:
-        self._launch("rows", lse_t=lse_t, lse_s=lse_s, kl_rows=kl_rows, out=out, RESULT=out is not None)
+    def rows(self, kl_rows: Tensor | None, out: tuple[Tensor, ...] | None) -> None:
+        self._launch("rows", **self.sums, **self.bases, kl_rows=kl_rows, out=out, RESULT=out is not None)
 
     def link(
         self,
-        lse_t: Tensor,
-        lse_s: Tensor,
         kl_rows: Tensor | None,
         gradient: bool,
         row_grads: tuple[Tensor, ...] | None = None,
         weights: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(R, B, A) sums of the rows' KL, and (R, B, A, 4) what the gradient kernel has to know of each head."""
+    ) -> Tensor:
+        """(R, N, A) sums of the rows' KL; leaves the sums and `links` as the gradient kernel takes them."""
         from .triton_kernels import link_kernel
 
-        shape = (len(self.relations), self.call.sequences, self.call.problem.heads)
-        sums, links = self.call.new(shape), self.call.new((*shape, 4))
-        with _device(sums):
-            link_kernel[(math.prod(shape),)](
+        values = torch.empty_like(self.links[..., 0])
+        with _device(values):
+            link_kernel[(values.numel(),)](
                 **self.sizes,
                 **self.call.masks,
-                lse_t=lse_t,
-                lse_s=lse_s,
+                **self.sums,
+                **self.bases,
                 kl_rows=kl_rows,
-                values=sums,
-                links=links,
+                values=values,
+                links=self.links,
                 row_grads=row_grads,
                 weights=weights,
                 PACKED=self.call.modes["PACKED"],
@@ -251,28 +248,20 @@ class _Group:
                 GRADIENT=gradient,
                 ROWS=row_grads is not None,
                 SHIFT=self._shift,
-                BLOCK=_LINK_BLOCK,
+                BLOCK=LINK_BLOCK,
+                **FUSION,
             )
-        return sums, links
+        return values
 
-    def gradients(
-        self,
-        lse_t: Tensor,
-        lse_s: Tensor,
-        links: Tensor,
-        weights: Tensor,
-        row_weights: bool,
-        grads: dict[tuple[int, int], Tensor],
-    ) -> None:
+    def gradients(self, weights: Tensor, row_weights: bool, grads: dict[tuple[int, int], Tensor]) -> None:
         from .triton_kernels import KEY, QUERY, SELF
 
         for role in (SELF,) if self.self_relation else (QUERY, KEY):
             ends = (self.call.problem.relations[r][role.value == KEY.value] for r in self.relations)
             self._launch(
                 "gradient",
-                lse_t=lse_t,
-                lse_s=lse_s,
-                links=links,
+                **self.sums,
+                links=self.links,
                 weights=weights,
                 out=tuple(grads[r, m] for r, m in zip(self.relations, ends, strict=True)),
                 ROLE=role.value,
@@ -297,8 +286,11 @@ class _Group:
         if interpreted():
             chosen = INTERPRETED if self.call.positions <= 600 else INTERPRETED_LONG
         else:
-            itemsize = max(self.teacher[0].itemsize, self.student[0].itemsize)
-            chosen = blocks(name, self.inputs["DP_T"], self.inputs["DP_S"], itemsize)
+            width = max(self.inputs["DP_T"], self.inputs["DP_S"])
+            chosen = blocks(name, width, max(self.teacher[0].itemsize, self.student[0].itemsize))
+        if name != "gradient":
+            arguments["PARTS_T"] = in_parts(self.inputs["DP_T"], self.teacher[0].itemsize)
+            arguments["PARTS_S"] = in_parts(self.inputs["DP_S"], self.student[0].itemsize)
         tiles, tile_map = self.call.tile_map(chosen.block_m)
         sequences = 1 if tile_map is not None else self.call.sequences
         grid = self.call.problem.heads * tiles * sequences * len(self.relations)
@@ -315,6 +307,7 @@ class _Group:
                 BLOCK_N=chosen.block_n,
                 num_warps=chosen.num_warps,
                 num_stages=chosen.num_stages,
+                **FUSION,
             )
 
 

@@ -134,13 +134,16 @@ def _positions(tokens, start, length, BLOCK: tl.constexpr, LIST: tl.constexpr, W
 @triton.jit
 def _tile(
     x, position, stride, start, length,
-    BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, WHOLE: tl.constexpr, begin=0,
 ):  # fmt: skip
-    """(BLOCK, DP) features of tokens from the `start`-th on; zeros beyond `length` (none are when WHOLE) and D."""
-    feature = tl.arange(0, DP)[None, :]
+    """(BLOCK, DP) features from `begin` on of the tokens from the `start`-th on.
+
+    Zeros beyond `length` (nothing is when WHOLE) and beyond D features.
+    """
+    feature = begin + tl.arange(0, DP)[None, :]
     at = x + (position * stride)[:, None] * ALIGN + feature
     if WHOLE:
-        if D == DP:
+        if D % DP == 0:
             return tl.load(at)
         return tl.load(at, mask=feature < D, other=0.0)
     here = (start + tl.arange(0, BLOCK) < length)[:, None]
@@ -148,8 +151,31 @@ def _tile(
 
 
 @triton.jit
-def _scores(x, y, scale, PRECISION: tl.constexpr):
-    return tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
+def _scores(x, y, scale, minus, PRECISION: tl.constexpr):
+    """Scores of all pairs, less `minus`."""
+    return tl.fma(tl.dot(x, tl.trans(y), input_precision=PRECISION), scale, -minus)
+
+
+@triton.jit
+def _products(
+    q, x, x_stride, own, i, y, y_stride, other, j, length,
+    D: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Products of the own tile `q`, tokens of x from i on, and a tile of others, tokens of y from j on.
+
+    PARTS: both are fetched part by part, 16 features at a time. Wide rows in float32 are multiplied by ordinary
+    multiply-adds, for which a thread would keep whole rows of both sides in its registers.
+    """
+    if not PARTS:
+        k = _tile(y, other, y_stride, j, length, BLOCK_N, D, DP, ALIGN, WHOLE)
+        return tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for begin in range(0, DP, 16):
+        part_x = _tile(x, own, x_stride, i, length, BLOCK_M, D, 16, ALIGN, False, begin)
+        part_y = _tile(y, other, y_stride, j, length, BLOCK_N, D, 16, ALIGN, WHOLE, begin)
+        dot = tl.dot(part_x, tl.trans(part_y), dot, input_precision=PRECISION)
+    return dot
 
 
 @triton.jit
@@ -178,16 +204,18 @@ def _nth(k, first, count, second):
 def lse_kernel(
     teacher, teacher_strides, student, student_strides, queries, keys, scale_t, scale_s,
     heads, sequences, positions, total, tiles, rows16, span16, tokens, starts, prefixes, tile_map,
-    lse_t, lse_s, kl_rows,
+    sum_t, sum_s, base_t, base_s, kl_rows,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS_T: tl.constexpr, PARTS_S: tl.constexpr,
     PACKED: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr, VALUE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exps of every row, in bits; with VALUE also its KL, in the cheap form.
+    """Of every row the sum of 2**(score - base), and the base; with VALUE also its KL, in the cheap form.
 
-    A row's reference is its score with itself, which every mask lets it see: its sum is at least 1, nothing underflows
-    and no maximum is kept. Where a sum overflows, the tile is done again with an online maximum.
+    A row's base is its score with itself, which every mask lets it see: its sum is at least 1, nothing underflows and
+    no maximum is kept. Where a sum overflows, the tile is done again with an online maximum. Bases are whole numbers,
+    so that moving from one to another is exact.
     """
     relation, sequence, head, first, listed, length, prefix, start = _program(
         heads, sequences, positions, total, tiles, starts, prefixes, tile_map, BLOCK_M, PACKED, LIST, MASK
@@ -207,10 +235,10 @@ def lse_kernel(
     own = _positions(tokens, start, length, BLOCK_M, LIST, False)
     q_t = _tile(x_t, own, x_t_stride, start, length, BLOCK_M, D_T, DP_T, ALIGN_T, False)
     q_s = _tile(x_s, own, x_s_stride, start, length, BLOCK_M, D_S, DP_S, ALIGN_S, False)
-    k_t = _tile(y_t, own, y_t_stride, start, length, BLOCK_M, D_T, DP_T, ALIGN_T, False)
-    k_s = _tile(y_s, own, y_s_stride, start, length, BLOCK_M, D_S, DP_S, ALIGN_S, False)
-    ref_t = scale_t * tl.sum(q_t.to(tl.float32) * k_t.to(tl.float32), 1)
-    ref_s = scale_s * tl.sum(q_s.to(tl.float32) * k_s.to(tl.float32), 1)
+    own_t = _tile(y_t, own, y_t_stride, start, length, BLOCK_M, D_T, DP_T, ALIGN_T, False)
+    own_s = _tile(y_s, own, y_s_stride, start, length, BLOCK_M, D_S, DP_S, ALIGN_S, False)
+    ref_t = tl.floor(scale_t * tl.sum(q_t.to(tl.float32) * own_t.to(tl.float32), 1))
+    ref_s = tl.floor(scale_s * tl.sum(q_s.to(tl.float32) * own_s.to(tl.float32), 1))
     l_t = tl.zeros([BLOCK_M], tl.float32)
     l_s = tl.zeros([BLOCK_M], tl.float32)
     v = tl.zeros([BLOCK_M], tl.float32)  # sum of e_t (u_s - u_t)
@@ -219,10 +247,16 @@ def lse_kernel(
     for k in range(0, whole):
         # static: begin lse
         other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, True)
-        k_t = _tile(y_t, other, y_t_stride, k * BLOCK_N, length, BLOCK_N, D_T, DP_T, ALIGN_T, True)
-        k_s = _tile(y_s, other, y_s_stride, k * BLOCK_N, length, BLOCK_N, D_S, DP_S, ALIGN_S, True)
-        u_t = _scores(q_t, k_t, scale_t, PRECISION) - ref_t[:, None]
-        u_s = _scores(q_s, k_s, scale_s, PRECISION) - ref_s[:, None]
+        p_t = _products(
+            q_t, x_t, x_t_stride, own, start, y_t, y_t_stride, other, k * BLOCK_N, length,
+            D_T, DP_T, ALIGN_T, PRECISION, PARTS_T, True, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        p_s = _products(
+            q_s, x_s, x_s_stride, own, start, y_s, y_s_stride, other, k * BLOCK_N, length,
+            D_S, DP_S, ALIGN_S, PRECISION, PARTS_S, True, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        u_t = tl.fma(p_t, scale_t, -ref_t[:, None])
+        u_s = tl.fma(p_s, scale_s, -ref_s[:, None])
         e_t = tl.exp2(u_t)
         e_s = tl.exp2(u_s)
         l_t += tl.sum(e_t, 1)
@@ -232,10 +266,16 @@ def lse_kernel(
         # static: end lse
     for k in range(whole, end):
         other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, False)
-        k_t = _tile(y_t, other, y_t_stride, k * BLOCK_N, length, BLOCK_N, D_T, DP_T, ALIGN_T, False)
-        k_s = _tile(y_s, other, y_s_stride, k * BLOCK_N, length, BLOCK_N, D_S, DP_S, ALIGN_S, False)
-        u_t = _scores(q_t, k_t, scale_t, PRECISION) - ref_t[:, None]
-        u_s = _scores(q_s, k_s, scale_s, PRECISION) - ref_s[:, None]
+        p_t = _products(
+            q_t, x_t, x_t_stride, own, start, y_t, y_t_stride, other, k * BLOCK_N, length,
+            D_T, DP_T, ALIGN_T, PRECISION, PARTS_T, False, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        p_s = _products(
+            q_s, x_s, x_s_stride, own, start, y_s, y_s_stride, other, k * BLOCK_N, length,
+            D_S, DP_S, ALIGN_S, PRECISION, PARTS_S, False, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        u_t = tl.fma(p_t, scale_t, -ref_t[:, None])
+        u_s = tl.fma(p_s, scale_s, -ref_s[:, None])
         j = (k * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
         sees = j < length
         if MASK != BIDIRECTIONAL:
@@ -254,16 +294,22 @@ def lse_kernel(
         v = tl.zeros([BLOCK_M], tl.float32)  # sum of e_t (score_s - score_t)
         for k in range(0, end):
             other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, False)
-            k_t = _tile(y_t, other, y_t_stride, k * BLOCK_N, length, BLOCK_N, D_T, DP_T, ALIGN_T, False)
-            k_s = _tile(y_s, other, y_s_stride, k * BLOCK_N, length, BLOCK_N, D_S, DP_S, ALIGN_S, False)
-            s_t = _scores(q_t, k_t, scale_t, PRECISION)
-            s_s = _scores(q_s, k_s, scale_s, PRECISION)
+            p_t = _products(
+            q_t, x_t, x_t_stride, own, start, y_t, y_t_stride, other, k * BLOCK_N, length,
+            D_T, DP_T, ALIGN_T, PRECISION, PARTS_T, False, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+            p_s = _products(
+            q_s, x_s, x_s_stride, own, start, y_s, y_s_stride, other, k * BLOCK_N, length,
+            D_S, DP_S, ALIGN_S, PRECISION, PARTS_S, False, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+            s_t = p_t * scale_t
+            s_s = p_s * scale_s
             j = (k * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
             sees = j < length
             if MASK != BIDIRECTIONAL:
                 sees = sees & _sees(i[:, None], j, prefix)
-            max_t = tl.maximum(ref_t, tl.max(tl.where(sees, s_t, float("-inf")), 1))
-            max_s = tl.maximum(ref_s, tl.max(tl.where(sees, s_s, float("-inf")), 1))
+            max_t = tl.maximum(ref_t, tl.ceil(tl.max(tl.where(sees, s_t, float("-inf")), 1)))
+            max_s = tl.maximum(ref_s, tl.ceil(tl.max(tl.where(sees, s_s, float("-inf")), 1)))
             e_t = tl.where(sees, tl.exp2(s_t - max_t[:, None]), 0.0)
             e_s = tl.where(sees, tl.exp2(s_s - max_s[:, None]), 0.0)
             fade = tl.exp2(ref_t - max_t)
@@ -276,8 +322,10 @@ def lse_kernel(
         v += (ref_t - ref_s) * l_t
 
     row = _statistics(relation, head, heads, sequence, first, rows16, span16, PACKED) + i
-    tl.store(lse_t + row, ref_t + tl.log2(l_t), mask=i < length)
-    tl.store(lse_s + row, ref_s + tl.log2(l_s), mask=i < length)
+    tl.store(sum_t + row, l_t, mask=i < length)
+    tl.store(sum_s + row, l_s, mask=i < length)
+    tl.store(base_t + row, ref_t, mask=i < length)
+    tl.store(base_s + row, ref_s, mask=i < length)
     if VALUE:
         # log(l_s / l_t) as 2 artanh r: near r = 0, where small divergences lie, the logarithm's own error is too large.
         r = (l_s - l_t) / (l_s + l_t)
@@ -291,9 +339,10 @@ def lse_kernel(
 def rows_kernel(
     teacher, teacher_strides, student, student_strides, queries, keys, scale_t, scale_s,
     heads, sequences, positions, total, tiles, rows16, span16, tokens, starts, prefixes, tile_map,
-    lse_t, lse_s, kl_rows, out,
+    sum_t, sum_s, base_t, base_s, kl_rows, out,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS_T: tl.constexpr, PARTS_S: tl.constexpr,
     PACKED: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr, RESULT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -317,26 +366,39 @@ def rows_kernel(
     q_t = _tile(x_t, own, x_t_stride, start, length, BLOCK_M, D_T, DP_T, ALIGN_T, False)
     q_s = _tile(x_s, own, x_s_stride, start, length, BLOCK_M, D_S, DP_S, ALIGN_S, False)
     row = _statistics(relation, head, heads, sequence, first, rows16, span16, PACKED) + i
-    own_t = tl.load(lse_t + row, mask=i < length, other=0.0)
-    own_s = tl.load(lse_s + row, mask=i < length, other=0.0)
+    here = i < length
+    own_t = tl.load(base_t + row, mask=here, other=0.0) + tl.log2(tl.load(sum_t + row, mask=here, other=1.0))
+    own_s = tl.load(base_s + row, mask=here, other=0.0) + tl.log2(tl.load(sum_s + row, mask=here, other=1.0))
     kl = tl.zeros([BLOCK_M], tl.float32)
 
     whole, end = _key_tiles(start, length, prefix, BLOCK_M, BLOCK_N, MASK)
     for k in range(0, whole):
         # static: begin rows
         other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, True)
-        k_t = _tile(y_t, other, y_t_stride, k * BLOCK_N, length, BLOCK_N, D_T, DP_T, ALIGN_T, True)
-        k_s = _tile(y_s, other, y_s_stride, k * BLOCK_N, length, BLOCK_N, D_S, DP_S, ALIGN_S, True)
-        u_t = _scores(q_t, k_t, scale_t, PRECISION) - own_t[:, None]
-        u_s = _scores(q_s, k_s, scale_s, PRECISION) - own_s[:, None]
+        p_t = _products(
+            q_t, x_t, x_t_stride, own, start, y_t, y_t_stride, other, k * BLOCK_N, length,
+            D_T, DP_T, ALIGN_T, PRECISION, PARTS_T, True, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        p_s = _products(
+            q_s, x_s, x_s_stride, own, start, y_s, y_s_stride, other, k * BLOCK_N, length,
+            D_S, DP_S, ALIGN_S, PRECISION, PARTS_S, True, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        u_t = tl.fma(p_t, scale_t, -own_t[:, None])
+        u_s = tl.fma(p_s, scale_s, -own_s[:, None])
         kl += tl.sum(_divergence(u_t, u_s), 1)
         # static: end rows
     for k in range(whole, end):
         other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, False)
-        k_t = _tile(y_t, other, y_t_stride, k * BLOCK_N, length, BLOCK_N, D_T, DP_T, ALIGN_T, False)
-        k_s = _tile(y_s, other, y_s_stride, k * BLOCK_N, length, BLOCK_N, D_S, DP_S, ALIGN_S, False)
-        u_t = _scores(q_t, k_t, scale_t, PRECISION) - own_t[:, None]
-        u_s = _scores(q_s, k_s, scale_s, PRECISION) - own_s[:, None]
+        p_t = _products(
+            q_t, x_t, x_t_stride, own, start, y_t, y_t_stride, other, k * BLOCK_N, length,
+            D_T, DP_T, ALIGN_T, PRECISION, PARTS_T, False, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        p_s = _products(
+            q_s, x_s, x_s_stride, own, start, y_s, y_s_stride, other, k * BLOCK_N, length,
+            D_S, DP_S, ALIGN_S, PRECISION, PARTS_S, False, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        u_t = tl.fma(p_t, scale_t, -own_t[:, None])
+        u_s = tl.fma(p_s, scale_s, -own_s[:, None])
         j = (k * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
         sees = j < length
         if MASK != BIDIRECTIONAL:
@@ -364,15 +426,15 @@ def _divergence(log_p, log_q):
 @triton.jit(do_not_specialize=_SIZES)
 def link_kernel(
     queries, keys, heads, sequences, positions, total, rows16, span16, tokens, starts, prefixes,
-    lse_t, lse_s, kl_rows, values, links, row_grads, weights,
+    sum_t, sum_s, base_t, base_s, kl_rows, values, links, row_grads, weights,
     PACKED: tl.constexpr, LIST: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr,
     SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Between the phases, one program a head, sequence and relation: what all of its rows together decide.
 
-    VALUE: the sum of its rows' KL. ROWS: the rows' weights over the largest, which goes to `links`. GRADIENT of a self
-    relation: where the log-sum-exps range over few enough bits one reference for all rows, and 2**(reference - lse +
-    SHIFT) in the place of each lse, times the row's weight; `links` tells the gradient kernel that it is so.
+    VALUE: the sum of its rows' KL. ROWS: the rows' weights over the largest, which goes to `links`. GRADIENT: in the
+    place of each sum the log-sum-exp in bits; but for a self relation whose log-sum-exps range over few enough bits,
+    one reference for all rows and 2**(reference - lse + SHIFT) times the row's weight, and `links` says so.
     """
     pid = tl.program_id(0)
     head = pid % heads
@@ -408,41 +470,46 @@ def link_kernel(
             tl.store(weights + row + start + lane, weight * shrink, mask=start + lane < length)
 
     if GRADIENT:
-        if ((queries ^ keys) >> (4 * relation)) & 15 == 0:
-            low_t = tl.full([BLOCK], float("inf"), tl.float32)
-            low_s = tl.full([BLOCK], float("inf"), tl.float32)
-            high_t = tl.full([BLOCK], float("-inf"), tl.float32)
-            high_s = tl.full([BLOCK], float("-inf"), tl.float32)
-            for start in range(0, length, BLOCK):
-                here = start + lane < length
-                t = tl.load(lse_t + row + start + lane, mask=here, other=0.0)
-                s = tl.load(lse_s + row + start + lane, mask=here, other=0.0)
-                low_t = tl.minimum(low_t, tl.where(here, t, float("inf")))
-                low_s = tl.minimum(low_s, tl.where(here, s, float("inf")))
-                high_t = tl.maximum(high_t, tl.where(here, t, float("-inf")))
-                high_s = tl.maximum(high_s, tl.where(here, s, float("-inf")))
-            least_t = tl.min(low_t, 0)
-            least_s = tl.min(low_s, 0)
-            most_t = tl.max(high_t, 0)
-            most_s = tl.max(high_s, 0)
-            ref_t = 0.5 * (least_t + most_t)
-            ref_s = 0.5 * (least_s + most_s)
-            narrow = (most_t - least_t <= _RANGE) & (most_s - least_s <= _RANGE)
-            tl.store(links, ref_t)
-            tl.store(links + 1, ref_s)
-            tl.store(links + 2, narrow.to(tl.float32))
+        low_t = tl.full([BLOCK], float("inf"), tl.float32)
+        low_s = tl.full([BLOCK], float("inf"), tl.float32)
+        high_t = tl.full([BLOCK], float("-inf"), tl.float32)
+        high_s = tl.full([BLOCK], float("-inf"), tl.float32)
+        for start in range(0, length, BLOCK):
+            here = start + lane < length
+            at = row + start + lane
+            t = tl.load(base_t + at, mask=here, other=0.0) + tl.log2(tl.load(sum_t + at, mask=here, other=1.0))
+            s = tl.load(base_s + at, mask=here, other=0.0) + tl.log2(tl.load(sum_s + at, mask=here, other=1.0))
+            low_t = tl.minimum(low_t, tl.where(here, t, float("inf")))
+            low_s = tl.minimum(low_s, tl.where(here, s, float("inf")))
+            high_t = tl.maximum(high_t, tl.where(here, t, float("-inf")))
+            high_s = tl.maximum(high_s, tl.where(here, s, float("-inf")))
+        least_t = tl.min(low_t, 0)
+        least_s = tl.min(low_s, 0)
+        most_t = tl.max(high_t, 0)
+        most_s = tl.max(high_s, 0)
+        ref_t = tl.floor(0.5 * (least_t + most_t))
+        ref_s = tl.floor(0.5 * (least_s + most_s))
+        narrow = (most_t - least_t <= _RANGE) & (most_s - least_s <= _RANGE)
+        narrow = narrow & (((queries ^ keys) >> (4 * relation)) & 15 == 0)
+        tl.store(links, ref_t)
+        tl.store(links + 1, ref_s)
+        tl.store(links + 2, narrow.to(tl.float32))
+        for start in range(0, length, BLOCK):
+            here = start + lane < length
+            at = row + start + lane
+            l_t = tl.load(sum_t + at, mask=here, other=1.0)
+            l_s = tl.load(sum_s + at, mask=here, other=1.0)
+            from_t = tl.load(base_t + at, mask=here, other=0.0)
+            from_s = tl.load(base_s + at, mask=here, other=0.0)
             if narrow:
-                for start in range(0, length, BLOCK):
-                    here = start + lane < length
-                    at = row + start + lane
-                    t = tl.exp2(ref_t + SHIFT - tl.load(lse_t + at, mask=here, other=0.0))
-                    s = tl.exp2(ref_s + SHIFT - tl.load(lse_s + at, mask=here, other=0.0))
-                    if ROWS:
-                        weight = tl.load(weights + at, mask=here, other=0.0)
-                        t *= weight
-                        s *= weight
-                    tl.store(lse_t + at, t, mask=here)
-                    tl.store(lse_s + at, s, mask=here)
+                weight = tl.load(weights + at, mask=here, other=0.0) if ROWS else 1.0
+                t = weight * tl.exp2(ref_t - from_t + SHIFT) / l_t
+                s = weight * tl.exp2(ref_s - from_s + SHIFT) / l_s
+            else:
+                t = from_t + tl.log2(l_t)
+                s = from_s + tl.log2(l_s)
+            tl.store(sum_t + at, t, mask=here)
+            tl.store(sum_s + at, s, mask=here)
 
 
 @triton.jit
@@ -464,7 +531,7 @@ def _coefficients(own, other, i, j, prefix, MASK: tl.constexpr, WHERE: tl.conste
 
 @triton.jit
 def _add_tile(
-    acc, k, x_t, x_s, own_t, own_s, own_w, ref_t, ref_s, i, y_t, y_t_stride, y_s, y_s_stride, tokens, lse_t, lse_s, weights,
+    acc, k, x_t, x_s, own_t, own_s, own_w, ref_t, ref_s, i, y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, weights,
     length, prefix, scale_t, scale_s,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr,
@@ -478,22 +545,24 @@ def _add_tile(
     position = _positions(tokens, start, length, BLOCK_N, LIST, WHERE != _BOUND)
     k_t = _tile(y_t, position, y_t_stride, start, length, BLOCK_N, D_T, DP_T, ALIGN_T, WHERE != _BOUND)
     k_s = _tile(y_s, position, y_s_stride, start, length, BLOCK_N, D_S, DP_S, ALIGN_S, WHERE != _BOUND)
-    s_t = _scores(x_t, k_t, scale_t, PRECISION)
-    s_s = _scores(x_s, k_s, scale_s, PRECISION)
     if ROLE != QUERY:
         if WHERE == _BOUND:
-            other_t = tl.load(lse_t + j, mask=j < length, other=0.0)
-            other_s = tl.load(lse_s + j, mask=j < length, other=0.0)
+            other_t = tl.load(sum_t + j, mask=j < length, other=0.0)
+            other_s = tl.load(sum_s + j, mask=j < length, other=0.0)
         else:
-            other_t = tl.load(lse_t + j)
-            other_s = tl.load(lse_s + j)
+            other_t = tl.load(sum_t + j)
+            other_s = tl.load(sum_s + j)
     if ROWS:
         other_w = tl.load(weights + j, mask=j < length, other=0.0)
 
     if ROLE == SELF and NARROW:
-        m = tl.exp2(s_s - ref_s) * _coefficients(own_s, other_s, i, j, prefix, MASK, WHERE)
-        m -= tl.exp2(s_t - ref_t) * _coefficients(own_t, other_t, i, j, prefix, MASK, WHERE)
+        e_t = tl.exp2(_scores(x_t, k_t, scale_t, ref_t, PRECISION))
+        e_s = tl.exp2(_scores(x_s, k_s, scale_s, ref_s, PRECISION))
+        m = e_s * _coefficients(own_s, other_s, i, j, prefix, MASK, WHERE)
+        m -= e_t * _coefficients(own_t, other_t, i, j, prefix, MASK, WHERE)
     elif ROLE == SELF:
+        s_t = tl.dot(x_t, tl.trans(k_t), input_precision=PRECISION) * scale_t
+        s_s = tl.dot(x_s, tl.trans(k_s), input_precision=PRECISION) * scale_s
         forth = tl.exp2(s_s - (own_s - SHIFT)[:, None]) - tl.exp2(s_t - (own_t - SHIFT)[:, None])
         back = tl.exp2(s_s - (other_s - SHIFT)[None, :]) - tl.exp2(s_t - (other_t - SHIFT)[None, :])
         if ROWS:
@@ -504,11 +573,13 @@ def _add_tile(
             back = tl.where(_sees(j[None, :], i[:, None], prefix), back, 0.0)
         m = forth + back
     elif ROLE == QUERY:
-        m = tl.exp2(s_s - own_s[:, None]) - tl.exp2(s_t - own_t[:, None])
+        e_t = tl.exp2(_scores(x_t, k_t, scale_t, own_t[:, None], PRECISION))
+        m = tl.exp2(_scores(x_s, k_s, scale_s, own_s[:, None], PRECISION)) - e_t
         if WHERE == _BOUND and MASK != BIDIRECTIONAL:
             m = tl.where(_sees(i[:, None], j[None, :], prefix), m, 0.0)
     else:
-        m = tl.exp2(s_s - (other_s - SHIFT)[None, :]) - tl.exp2(s_t - (other_t - SHIFT)[None, :])
+        e_t = tl.exp2(_scores(x_t, k_t, scale_t, (other_t - SHIFT)[None, :], PRECISION))
+        m = tl.exp2(_scores(x_s, k_s, scale_s, (other_s - SHIFT)[None, :], PRECISION)) - e_t
         if ROWS:
             m *= other_w[None, :]
         if WHERE == _BOUND and MASK != BIDIRECTIONAL:
@@ -525,7 +596,7 @@ def _add_tile(
 def gradient_kernel(
     teacher, teacher_strides, student, student_strides, queries, keys, scale_t, scale_s, gradient_scale,
     heads, sequences, positions, total, tiles, rows16, span16, tokens, starts, prefixes, tile_map,
-    lse_t, lse_s, links, weights, out,
+    sum_t, sum_s, links, weights, out,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr, ROLE: tl.constexpr, ROWS: tl.constexpr,
@@ -551,16 +622,16 @@ def gradient_kernel(
     if LIST:
         tokens += listed
     row = _statistics(relation, head, heads, sequence, first, rows16, span16, PACKED)
-    lse_t += row
-    lse_s += row
+    sum_t += row
+    sum_s += row
     i = start + tl.arange(0, BLOCK_M)
     link = links + ((relation * sequences + sequence) * heads + head) * 4
 
     own = _positions(tokens, start, length, BLOCK_M, LIST, False)
     own_tile_t = _tile(x_t, own, x_t_stride, start, length, BLOCK_M, D_T, DP_T, ALIGN_T, False)
     own_tile_s = _tile(x_s, own, x_s_stride, start, length, BLOCK_M, D_S, DP_S, ALIGN_S, False)
-    own_t = tl.load(lse_t + i, mask=i < length, other=0.0)
-    own_s = tl.load(lse_s + i, mask=i < length, other=0.0)
+    own_t = tl.load(sum_t + i, mask=i < length, other=0.0)
+    own_s = tl.load(sum_s + i, mask=i < length, other=0.0)
     if ROLE == QUERY:
         own_t -= SHIFT
         own_s -= SHIFT
@@ -603,27 +674,27 @@ def gradient_kernel(
         for k in range(0, below):
             acc = _add_tile(
                 acc, k, own_tile_t, own_tile_s, own_t, own_s, own_w, ref_t, ref_s, i,
-                y_t, y_t_stride, y_s, y_s_stride, tokens, lse_t, lse_s, weights, length, prefix, scale_t, scale_s,
+                y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, weights, length, prefix, scale_t, scale_s,
                 D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True, ROWS, SHIFT, _BELOW, BLOCK_N,
             )  # fmt: skip
         if ROLE != QUERY and MASK != BIDIRECTIONAL:
             for k in range(above, whole):
                 acc = _add_tile(
                     acc, k, own_tile_t, own_tile_s, own_t, own_s, own_w, ref_t, ref_s, i,
-                    y_t, y_t_stride, y_s, y_s_stride, tokens, lse_t, lse_s, weights, length, prefix, scale_t, scale_s,
+                    y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, weights, length, prefix, scale_t, scale_s,
                     D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True, ROWS, SHIFT, _ABOVE, BLOCK_N,
                 )  # fmt: skip
         for k in range(0, above - bound + end - whole):
             acc = _add_tile(
                 acc, _nth(k, bound, above - bound, whole), own_tile_t, own_tile_s, own_t, own_s, own_w, ref_t, ref_s, i,
-                y_t, y_t_stride, y_s, y_s_stride, tokens, lse_t, lse_s, weights, length, prefix, scale_t, scale_s,
+                y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, weights, length, prefix, scale_t, scale_s,
                 D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True, ROWS, SHIFT, _BOUND, BLOCK_N,
             )  # fmt: skip
     else:
         for k in range(0, end):
             acc = _add_tile(
                 acc, k, own_tile_t, own_tile_s, own_t, own_s, own_w, ref_t, ref_s, i,
-                y_t, y_t_stride, y_s, y_s_stride, tokens, lse_t, lse_s, weights, length, prefix, scale_t, scale_s,
+                y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, weights, length, prefix, scale_t, scale_s,
                 D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, False, ROWS, SHIFT, _BOUND, BLOCK_N,
             )  # fmt: skip
 
