@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .problem import Problem, gradient_slots
-from .triton_table import FUSION, INTERPRETED, INTERPRETED_LONG, LINK_BLOCK, blocks, in_parts, padded
+from .triton_table import BASE_BLOCK, FUSION, INTERPRETED, INTERPRETED_LONG, LINK_BLOCK, blocks, in_parts, padded
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 128
@@ -153,18 +153,12 @@ class _Call:
                 yield _Group(self, relations[first : first + _MOST_RELATIONS], self_relation)
 
     def tile_map(self, block: int) -> tuple[int, Tensor | None]:
-        """How many tiles of `block` own tokens the grid has a head, and of each packed one its sequence.
-
-        A sequence that starts at token c has its tiles from c // block + its number on: no two share one, there are
-        enough for any lengths, and nothing has to be summed up.
-        """
+        """How many tiles of `block` own tokens the grid has a head and, packed, the sequence of each."""
         cu_seqlens = self.problem.mask.cu_seqlens
         if cu_seqlens is None:
             return -(-self.positions // block), None
-        tiles = self.total // block + self.sequences
-        first = cu_seqlens[1:] // block + torch.arange(1, self.sequences + 1, device=cu_seqlens.device)
-        tile = torch.arange(tiles, device=cu_seqlens.device)
-        return tiles, torch.searchsorted(first, tile, right=True).clamp_(max=self.sequences - 1)
+        sequences = tile_map(cu_seqlens, self.total, block)
+        return sequences.numel(), sequences
 
 
 class _Group:
@@ -178,7 +172,7 @@ class _Group:
         self.scale_t, self.scale_s = problem.scales(pairs[0])
         self.teacher, strides_t, align_t = _side([problem.teacher[m] for m in used])
         self.student, strides_s, align_s = _side([problem.student[m] for m in used])
-        self.inputs = {
+        self.inputs: dict[str, Any] = {
             "teacher": self.teacher,
             "teacher_strides": strides_t,
             "student": self.student,
@@ -215,7 +209,19 @@ class _Group:
         return self.call.new((len(self.relations), self.call.problem.heads, self.rows16 * 16))
 
     def lse(self, kl_rows: Tensor | None) -> None:
-        self._launch("lse", **self.sums, **self.bases, kl_rows=kl_rows, VALUE=kl_rows is not None)
+        from .triton_kernels import base_kernel
+
+        if self.self_relation:
+            self._launch_heads(base_kernel, BASE_BLOCK, **self.inputs)
+        self._launch(
+            "lse",
+            links=self.links,
+            **self.sums,
+            **self.bases,
+            kl_rows=kl_rows,
+            SELF_RELATION=self.self_relation,
+            VALUE=kl_rows is not None,
+        )
 
     def rows(self, kl_rows: Tensor | None, out: tuple[Tensor, ...] | None) -> None:
         self._launch("rows", **self.sums, **self.bases, kl_rows=kl_rows, out=out, RESULT=out is not None)
@@ -231,26 +237,21 @@ class _Group:
         from .triton_kernels import link_kernel
 
         values = torch.empty_like(self.links[..., 0])
-        with _device(values):
-            link_kernel[(values.numel(),)](
-                **self.sizes,
-                **self.call.masks,
-                **self.sums,
-                **self.bases,
-                kl_rows=kl_rows,
-                values=values,
-                links=self.links,
-                row_grads=row_grads,
-                weights=weights,
-                PACKED=self.call.modes["PACKED"],
-                LIST=self.call.modes["LIST"],
-                VALUE=kl_rows is not None,
-                GRADIENT=gradient,
-                ROWS=row_grads is not None,
-                SHIFT=self._shift,
-                BLOCK=LINK_BLOCK,
-                **FUSION,
-            )
+        self._launch_heads(
+            link_kernel,
+            LINK_BLOCK,
+            **self.sums,
+            **self.bases,
+            kl_rows=kl_rows,
+            values=values,
+            row_grads=row_grads,
+            weights=weights,
+            SELF_RELATION=self.self_relation,
+            VALUE=kl_rows is not None,
+            GRADIENT=gradient,
+            ROWS=row_grads is not None,
+            SHIFT=self._shift,
+        )
         return values
 
     def gradients(self, weights: Tensor, row_weights: bool, grads: dict[tuple[int, int], Tensor]) -> None:
@@ -275,7 +276,12 @@ class _Group:
         """Bits that keep the gradient's float16 operands, of size 1 / L but at most 2, within float16's range."""
         return 14.0 if self.student[0].dtype == torch.float16 else 0.0
 
+    def _launch_heads(self, kernel: Any, block: int, **arguments: Any) -> None:
+        """A kernel of which one program serves a head of a sequence in a relation, `block` rows at a time."""
+        self._start(kernel, self.links[..., 0].numel(), arguments | {"links": self.links, "BLOCK": block} | FUSION)
+
     def _launch(self, name: str, **arguments: Any) -> None:
+        """A kernel of which one program owns a tile of rows."""
         from . import triton_kernels
 
         kernel = {
@@ -283,36 +289,49 @@ class _Group:
             "rows": triton_kernels.rows_kernel,
             "gradient": triton_kernels.gradient_kernel,
         }[name]
+        itemsize_t, itemsize_s = self.teacher[0].itemsize, self.student[0].itemsize
         if interpreted():
             chosen = INTERPRETED if self.call.positions <= 600 else INTERPRETED_LONG
         else:
-            width = max(self.inputs["DP_T"], self.inputs["DP_S"])
-            chosen = blocks(name, width, max(self.teacher[0].itemsize, self.student[0].itemsize))
-        if name != "gradient":
-            arguments["PARTS_T"] = in_parts(self.inputs["DP_T"], self.teacher[0].itemsize)
-            arguments["PARTS_S"] = in_parts(self.inputs["DP_S"], self.student[0].itemsize)
+            chosen = blocks(name, max(self.inputs["DP_T"], self.inputs["DP_S"]), max(itemsize_t, itemsize_s))
         tiles, tile_map = self.call.tile_map(chosen.block_m)
         sequences = 1 if tile_map is not None else self.call.sequences
-        grid = self.call.problem.heads * tiles * sequences * len(self.relations)
-        with _device(self.student[0]):
-            kernel[(grid,)](
-                **self.inputs,
-                **self.sizes,
-                **self.call.masks,
-                **self.call.modes,
-                **arguments,
-                tiles=tiles,
-                tile_map=tile_map,
-                BLOCK_M=chosen.block_m,
-                BLOCK_N=chosen.block_n,
-                num_warps=chosen.num_warps,
-                num_stages=chosen.num_stages,
-                **FUSION,
-            )
+        arguments |= {
+            **self.inputs,
+            "PARTS_T": in_parts(self.inputs["DP_T"], itemsize_t),
+            "PARTS_S": in_parts(self.inputs["DP_S"], itemsize_s),
+            "tiles": tiles,
+            "tile_map": tile_map,
+            "BLOCK_M": chosen.block_m,
+            "BLOCK_N": chosen.block_n,
+            "num_warps": chosen.num_warps,
+            "num_stages": chosen.num_stages,
+            **FUSION,
+        }
+        self._start(kernel, self.call.problem.heads * tiles * sequences * len(self.relations), arguments)
+
+    def _start(self, kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+        """Passes on what of the arguments, and of those that all kernels share, the kernel has."""
+        given = {**self.sizes, **self.call.masks, **self.call.modes, **arguments}
+        names = {*kernel.arg_names, "num_warps", "num_stages", *FUSION}
+        with _device(self.links):
+            kernel[(programs,)](**{name: value for name, value in given.items() if name in names})
+
+
+def tile_map(cu_seqlens: Tensor, total: int, block: int) -> Tensor:
+    """The sequence of each tile of `block` tokens, as many tiles as `total` tokens can fill: the host waits for none.
+
+    A sequence that starts at token c has its tiles from c // block + its number on: no two share one, there are enough
+    for any lengths, and nothing has to be summed up.
+    """
+    sequences = cu_seqlens.numel() - 1
+    ends = cu_seqlens[1:] // block + torch.arange(1, sequences + 1, device=cu_seqlens.device)
+    tiles = torch.arange(total // block + sequences, device=cu_seqlens.device)
+    return torch.searchsorted(ends, tiles, right=True).clamp_(max=sequences - 1)
 
 
 def _side(tensors: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...], int]:
-    """Tensors of one dtype with features side by side; their strides of batch, token and head, and the unit of these."""
+    """Tensors of one dtype, features side by side; strides of batches, tokens and heads, and the strides' unit."""
     dtype = tensors[0].dtype
     for x in tensors:
         dtype = torch.promote_types(dtype, x.dtype)

@@ -25,8 +25,8 @@ _SIZES = (
 
 # Sums of 2**(score - the row's score with itself) beyond which a tile is done again with an online maximum.
 _OVERFLOW = tl.constexpr(2.0**100)
-# Range of one head's log-sum-exps, in bits, up to which one reference serves all of its rows.
-_RANGE = tl.constexpr(200.0)
+# Range of the rows' scores with themselves in one head, in bits, up to which one base serves all of its pairs.
+_RANGE = tl.constexpr(160.0)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 # Where a whole tile of others lies, below or above the program's own tokens; or that it crosses a bound.
@@ -44,7 +44,9 @@ def _pick(items, index):
 
 
 @triton.jit
-def _sequence_of(sequence, positions, total, starts, prefixes, PACKED: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+def _sequence_of(
+    sequence, positions, total, starts, prefixes, PACKED: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr
+):
     """A sequence's first token (packed) and first entry of the token list, its length and prefix.
 
     cu_seqlens may hold anything: nothing beyond the `total` tokens is ever pointed at.
@@ -89,7 +91,7 @@ def _program(
 
 @triton.jit
 def _statistics(relation, head, heads, sequence, first, rows16, span16, PACKED: tl.constexpr):
-    """Offset of a sequence's first row among the statistics (R, A, 16 rows16); unpacked sequences take 16 span16 rows."""
+    """Offset of a sequence's first row among the statistics (R, A, 16 rows16); dense sequences take 16 span16 rows."""
     at = (relation * heads + head).to(tl.int64) * rows16 * 16
     return at + (first if PACKED else sequence.to(tl.int64) * span16 * 16)
 
@@ -201,21 +203,70 @@ def _nth(k, first, count, second):
 
 
 @triton.jit(do_not_specialize=_SIZES)
+def base_kernel(
+    teacher, teacher_strides, student, student_strides, queries, scale_t, scale_s,
+    heads, sequences, positions, total, tokens, starts, prefixes, links,
+    D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
+    ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr,
+    PACKED: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of self relations, one program a head, sequence and relation: a base for all its scores, where one can serve.
+
+    No score is larger than the largest score of a token with itself, so the middle of these scores' range serves, as
+    long as the range is small: no row's sum overflows, and none underflows. Bases are whole numbers, so that moving
+    from one to another is exact. To `links`: base_t, base_s, and 1 where they serve.
+    """
+    pid = tl.program_id(0)
+    head = pid % heads
+    sequence = pid // heads % sequences
+    relation = pid // heads // sequences
+    first, listed, length, _ = _sequence_of(sequence, positions, total, starts, prefixes, PACKED, LIST, MASK)
+    query = (queries >> (4 * relation)) & 15
+    x_t, x_t_stride = _head(teacher, teacher_strides, query, sequence, head, first, ALIGN_T, PACKED)
+    x_s, x_s_stride = _head(student, student_strides, query, sequence, head, first, ALIGN_S, PACKED)
+    if LIST:
+        tokens += listed
+    low_t = tl.full([BLOCK], float("inf"), tl.float32)
+    low_s = tl.full([BLOCK], float("inf"), tl.float32)
+    high_t = tl.full([BLOCK], float("-inf"), tl.float32)
+    high_s = tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in range(0, length, BLOCK):
+        here = start + tl.arange(0, BLOCK) < length
+        own = _positions(tokens, start, length, BLOCK, LIST, False)
+        t = _tile(x_t, own, x_t_stride, start, length, BLOCK, D_T, DP_T, ALIGN_T, False).to(tl.float32)
+        s = _tile(x_s, own, x_s_stride, start, length, BLOCK, D_S, DP_S, ALIGN_S, False).to(tl.float32)
+        own_t = scale_t * tl.sum(t * t, 1)
+        own_s = scale_s * tl.sum(s * s, 1)
+        low_t = tl.minimum(low_t, tl.where(here, own_t, float("inf")))
+        low_s = tl.minimum(low_s, tl.where(here, own_s, float("inf")))
+        high_t = tl.maximum(high_t, tl.where(here, own_t, float("-inf")))
+        high_s = tl.maximum(high_s, tl.where(here, own_s, float("-inf")))
+    least_t = tl.min(low_t, 0)
+    least_s = tl.min(low_s, 0)
+    most_t = tl.max(high_t, 0)
+    most_s = tl.max(high_s, 0)
+    serves = (least_t >= 0.0) & (least_s >= 0.0) & (most_t - least_t <= _RANGE) & (most_s - least_s <= _RANGE)
+    links += pid * 4
+    tl.store(links, tl.where(serves, tl.floor(0.5 * (least_t + most_t)), 0.0))
+    tl.store(links + 1, tl.where(serves, tl.floor(0.5 * (least_s + most_s)), 0.0))
+    tl.store(links + 2, serves.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def lse_kernel(
     teacher, teacher_strides, student, student_strides, queries, keys, scale_t, scale_s,
     heads, sequences, positions, total, tiles, rows16, span16, tokens, starts, prefixes, tile_map,
-    sum_t, sum_s, base_t, base_s, kl_rows,
+    links, sum_t, sum_s, base_t, base_s, kl_rows,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr,
     PARTS_T: tl.constexpr, PARTS_S: tl.constexpr,
-    PACKED: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr, VALUE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr, SELF_RELATION: tl.constexpr,
+    VALUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Of every row the sum of 2**(score - base), and the base; with VALUE also its KL, in the cheap form.
 
-    A row's base is its score with itself, which every mask lets it see: its sum is at least 1, nothing underflows and
-    no maximum is kept. Where a sum overflows, the tile is done again with an online maximum. Bases are whole numbers,
-    so that moving from one to another is exact.
+    A row's base is its head's, see `base_kernel`, or else its score with itself, which every mask lets it see: no sum
+    underflows, and no maximum is kept. Where one overflows, the tile is done again with an online maximum.
     """
     relation, sequence, head, first, listed, length, prefix, start = _program(
         heads, sequences, positions, total, tiles, starts, prefixes, tile_map, BLOCK_M, PACKED, LIST, MASK
@@ -239,6 +290,11 @@ def lse_kernel(
     own_s = _tile(y_s, own, y_s_stride, start, length, BLOCK_M, D_S, DP_S, ALIGN_S, False)
     ref_t = tl.floor(scale_t * tl.sum(q_t.to(tl.float32) * own_t.to(tl.float32), 1))
     ref_s = tl.floor(scale_s * tl.sum(q_s.to(tl.float32) * own_s.to(tl.float32), 1))
+    if SELF_RELATION:
+        link = links + ((relation * sequences + sequence) * heads + head) * 4
+        serves = tl.load(link + 2) > 0.5
+        ref_t = tl.where(serves, tl.load(link), ref_t)
+        ref_s = tl.where(serves, tl.load(link + 1), ref_s)
     l_t = tl.zeros([BLOCK_M], tl.float32)
     l_s = tl.zeros([BLOCK_M], tl.float32)
     v = tl.zeros([BLOCK_M], tl.float32)  # sum of e_t (u_s - u_t)
@@ -425,22 +481,23 @@ def _divergence(log_p, log_q):
 
 @triton.jit(do_not_specialize=_SIZES)
 def link_kernel(
-    queries, keys, heads, sequences, positions, total, rows16, span16, tokens, starts, prefixes,
+    heads, sequences, positions, total, rows16, span16, tokens, starts, prefixes,
     sum_t, sum_s, base_t, base_s, kl_rows, values, links, row_grads, weights,
-    PACKED: tl.constexpr, LIST: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr,
+    PACKED: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr,
+    SELF_RELATION: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr,
     SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Between the phases, one program a head, sequence and relation: what all of its rows together decide.
 
     VALUE: the sum of its rows' KL. ROWS: the rows' weights over the largest, which goes to `links`. GRADIENT: in the
-    place of each sum the log-sum-exp in bits; but for a self relation whose log-sum-exps range over few enough bits,
-    one reference for all rows and 2**(reference - lse + SHIFT) times the row's weight, and `links` says so.
+    place of each sum the log-sum-exp in bits; but where one base serves the head, 2**(base - lse + SHIFT) times the
+    row's weight.
     """
     pid = tl.program_id(0)
     head = pid % heads
     sequence = pid // heads % sequences
     relation = pid // heads // sequences
-    first, listed, length, _ = _sequence_of(sequence, positions, total, starts, prefixes, PACKED, LIST, BIDIRECTIONAL)
+    first, listed, length, prefix = _sequence_of(sequence, positions, total, starts, prefixes, PACKED, LIST, MASK)
     row = _statistics(relation, head, heads, sequence, first, rows16, span16, PACKED)
     lane = tl.arange(0, BLOCK)
     links += pid * 4
@@ -470,30 +527,10 @@ def link_kernel(
             tl.store(weights + row + start + lane, weight * shrink, mask=start + lane < length)
 
     if GRADIENT:
-        low_t = tl.full([BLOCK], float("inf"), tl.float32)
-        low_s = tl.full([BLOCK], float("inf"), tl.float32)
-        high_t = tl.full([BLOCK], float("-inf"), tl.float32)
-        high_s = tl.full([BLOCK], float("-inf"), tl.float32)
-        for start in range(0, length, BLOCK):
-            here = start + lane < length
-            at = row + start + lane
-            t = tl.load(base_t + at, mask=here, other=0.0) + tl.log2(tl.load(sum_t + at, mask=here, other=1.0))
-            s = tl.load(base_s + at, mask=here, other=0.0) + tl.log2(tl.load(sum_s + at, mask=here, other=1.0))
-            low_t = tl.minimum(low_t, tl.where(here, t, float("inf")))
-            low_s = tl.minimum(low_s, tl.where(here, s, float("inf")))
-            high_t = tl.maximum(high_t, tl.where(here, t, float("-inf")))
-            high_s = tl.maximum(high_s, tl.where(here, s, float("-inf")))
-        least_t = tl.min(low_t, 0)
-        least_s = tl.min(low_s, 0)
-        most_t = tl.max(high_t, 0)
-        most_s = tl.max(high_s, 0)
-        ref_t = tl.floor(0.5 * (least_t + most_t))
-        ref_s = tl.floor(0.5 * (least_s + most_s))
-        narrow = (most_t - least_t <= _RANGE) & (most_s - least_s <= _RANGE)
-        narrow = narrow & (((queries ^ keys) >> (4 * relation)) & 15 == 0)
-        tl.store(links, ref_t)
-        tl.store(links + 1, ref_s)
-        tl.store(links + 2, narrow.to(tl.float32))
+        if SELF_RELATION:
+            narrow = tl.load(links + 2) > 0.5
+            ref_t = tl.load(links)
+            ref_s = tl.load(links + 1)
         for start in range(0, length, BLOCK):
             here = start + lane < length
             at = row + start + lane
@@ -501,13 +538,16 @@ def link_kernel(
             l_s = tl.load(sum_s + at, mask=here, other=1.0)
             from_t = tl.load(base_t + at, mask=here, other=0.0)
             from_s = tl.load(base_s + at, mask=here, other=0.0)
-            if narrow:
+            t = from_t + tl.log2(l_t)
+            s = from_s + tl.log2(l_s)
+            # A row that sees itself only has no gradient, not even that of a rounding.
+            alone = (length == 1) | ((start + lane == 0) & (prefix <= 1) & (MASK != BIDIRECTIONAL))
+            t = tl.where(alone, float("inf"), t)
+            s = tl.where(alone, float("inf"), s)
+            if SELF_RELATION:
                 weight = tl.load(weights + at, mask=here, other=0.0) if ROWS else 1.0
-                t = weight * tl.exp2(ref_t - from_t + SHIFT) / l_t
-                s = weight * tl.exp2(ref_s - from_s + SHIFT) / l_s
-            else:
-                t = from_t + tl.log2(l_t)
-                s = from_s + tl.log2(l_s)
+                t = tl.where(narrow, tl.where(alone, 0.0, weight * tl.exp2(ref_t - from_t + SHIFT) / l_t), t)
+                s = tl.where(narrow, tl.where(alone, 0.0, weight * tl.exp2(ref_s - from_s + SHIFT) / l_s), s)
             tl.store(sum_t + at, t, mask=here)
             tl.store(sum_s + at, s, mask=here)
 
@@ -531,8 +571,8 @@ def _coefficients(own, other, i, j, prefix, MASK: tl.constexpr, WHERE: tl.conste
 
 @triton.jit
 def _add_tile(
-    acc, k, x_t, x_s, own_t, own_s, own_w, ref_t, ref_s, i, y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, weights,
-    length, prefix, scale_t, scale_s,
+    acc, k, x_t, x_s, own_t, own_s, own_w, ref_t, ref_s, i,
+    y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, weights, length, prefix, scale_t, scale_s,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr,
     ROLE: tl.constexpr, NARROW: tl.constexpr, ROWS: tl.constexpr, SHIFT: tl.constexpr, WHERE: tl.constexpr,
@@ -675,27 +715,31 @@ def gradient_kernel(
             acc = _add_tile(
                 acc, k, own_tile_t, own_tile_s, own_t, own_s, own_w, ref_t, ref_s, i,
                 y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, weights, length, prefix, scale_t, scale_s,
-                D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True, ROWS, SHIFT, _BELOW, BLOCK_N,
+                D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True, ROWS, SHIFT,
+                _BELOW, BLOCK_N,
             )  # fmt: skip
         if ROLE != QUERY and MASK != BIDIRECTIONAL:
             for k in range(above, whole):
                 acc = _add_tile(
                     acc, k, own_tile_t, own_tile_s, own_t, own_s, own_w, ref_t, ref_s, i,
                     y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, weights, length, prefix, scale_t, scale_s,
-                    D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True, ROWS, SHIFT, _ABOVE, BLOCK_N,
+                    D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True, ROWS, SHIFT,
+                    _ABOVE, BLOCK_N,
                 )  # fmt: skip
         for k in range(0, above - bound + end - whole):
             acc = _add_tile(
                 acc, _nth(k, bound, above - bound, whole), own_tile_t, own_tile_s, own_t, own_s, own_w, ref_t, ref_s, i,
                 y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, weights, length, prefix, scale_t, scale_s,
-                D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True, ROWS, SHIFT, _BOUND, BLOCK_N,
+                D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True, ROWS, SHIFT,
+                _BOUND, BLOCK_N,
             )  # fmt: skip
     else:
         for k in range(0, end):
             acc = _add_tile(
                 acc, k, own_tile_t, own_tile_s, own_t, own_s, own_w, ref_t, ref_s, i,
                 y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, weights, length, prefix, scale_t, scale_s,
-                D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, False, ROWS, SHIFT, _BOUND, BLOCK_N,
+                D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, False, ROWS, SHIFT,
+                _BOUND, BLOCK_N,
             )  # fmt: skip
 
     if ROWS:

@@ -51,6 +51,7 @@ def in_parts(padded_width: int, itemsize: int) -> bool:
 
 
 FUSION = {"enable_fp_fusion": True}  # products and sums become one instruction; Triton 3.10 turns its default around
+BASE_BLOCK = 128  # rows that the base kernel takes at a time; estimate
 LINK_BLOCK = 512  # rows that the link kernel takes at a time; estimate
 INTERPRETED = Blocks(32, 16, 4, 1)
 INTERPRETED_LONG = Blocks(512, 512, 4, 1)  # the interpreter's time is a program's and a turn's, whatever their size
@@ -86,19 +87,23 @@ class Variant:
 
 
 def variants(arch: int = 90) -> Iterator[Variant]:
-    """Every kernel variant: masks, roles, dtypes and widths as they occur, each with its blocks of the table."""
-    for dtype in _TYPES:
-        for widths in _WIDTHS:
-            yield from _variants(dtype, *widths, "self", arch)
-        for group in ("self rows", "self causal", "self prefix", "self packed", "self list", "cross", "cross prefix list"):
-            yield from _variants(dtype, 16, 8, group, arch)
+    """Every kernel variant: each dtype, narrow and wide heads, and each mask and role, with its blocks of the table."""
+    for dtype in ("bfloat16", "float16", "float32"):
+        yield from variants_of(dtype, 16, 8, "self", arch, once=True)
+        for widths in ((12, 6), (64, 32), (128, 128)):
+            yield from variants_of(dtype, *widths, "self", arch)
+        for group in ("self rows", "self packed causal", "self list prefix", "cross", "cross list prefix rows"):
+            yield from variants_of(dtype, 16, 8, group, arch)
 
 
 _TYPES = {"bfloat16": ("*bf16", 2), "float16": ("*fp16", 2), "float32": ("*fp32", 4)}
-_WIDTHS = ((16, 8), (12, 6), (16, 6), (32, 32), (64, 32), (64, 64), (128, 128), (16, 128))
 
 
-def _variants(dtype: str, d_t: int, d_s: int, group: str, arch: int) -> Iterator[Variant]:
+def variants_of(dtype: str, d_t: int, d_s: int, group: str, arch: int = 90, once: bool = False) -> Iterator[Variant]:
+    """Of one loss with its gradient; `group` is words that tell relation ("self", "cross"), masks and rows.
+
+    `once`: also the kernels outside the phases, whose time does not grow with the pairs.
+    """
     from . import triton_kernels as kernels
 
     pointer, itemsize = _TYPES[dtype]
@@ -121,6 +126,7 @@ def _variants(dtype: str, d_t: int, d_s: int, group: str, arch: int) -> Iterator
         "MASK": mask.value,
         "SHIFT": 14.0 if dtype == "float16" else 0.0,
         "ROWS": row_weights,
+        "SELF_RELATION": "self" in group,
     }
     signature = {
         "teacher": (pointer,) * 3,
@@ -181,14 +187,19 @@ def _variants(dtype: str, d_t: int, d_s: int, group: str, arch: int) -> Iterator
         )  # fmt: skip
 
     cheap = not row_weights
+    if once:
+        yield variant("base", kernels.base_kernel, None, "base", [], BLOCK=BASE_BLOCK)
     yield variant("lse", kernels.lse_kernel, "lse", "lse", [] if cheap else ["kl_rows"], VALUE=cheap)
     if row_weights:
         yield variant("rows", kernels.rows_kernel, "rows", "rows", ["kl_rows"], RESULT=True)
-    absent_link = ["kl_rows"] if row_weights else ["row_grads", "weights"]
-    link = {"VALUE": cheap, "GRADIENT": True, "BLOCK": LINK_BLOCK}
-    yield variant("link", kernels.link_kernel, None, "link", absent_link, **link)
+    if once or row_weights:
+        absent_link = ["kl_rows"] if row_weights else ["row_grads", "weights"]
+        link = {"VALUE": cheap, "GRADIENT": True, "BLOCK": LINK_BLOCK}
+        yield variant("link", kernels.link_kernel, None, "link", absent_link, **link)
     for role in (kernels.QUERY, kernels.KEY) if "cross" in group else (kernels.SELF,):
-        name = {kernels.SELF.value: "gradient", kernels.QUERY.value: "gradient of query"}.get(role.value, "gradient of key")
+        name = {kernels.SELF.value: "gradient", kernels.QUERY.value: "gradient of query"}.get(
+            role.value, "gradient of key"
+        )
         yield variant(name, kernels.gradient_kernel, "grad", "gradient", [], ROLE=role.value)
 
 
@@ -198,7 +209,7 @@ def compile_variant(variant: Variant, arch: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    attributes = {}
+    attributes: dict[tuple[int, ...], list] = {}
     for index, name in enumerate(variant.signature):
         if name in variant.divisible_by_16:
             kind = variant.signature[name]
