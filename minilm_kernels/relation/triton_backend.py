@@ -291,7 +291,7 @@ class _Group:
         }[name]
         itemsize_t, itemsize_s = self.teacher[0].itemsize, self.student[0].itemsize
         if interpreted():
-            chosen = INTERPRETED if self.call.positions <= 600 else INTERPRETED_LONG
+            chosen = INTERPRETED if self.call.positions <= 300 or self.call.modes["PACKED"] else INTERPRETED_LONG
         else:
             chosen = blocks(name, max(self.inputs["DP_T"], self.inputs["DP_S"]), max(itemsize_t, itemsize_s))
         tiles, tile_map = self.call.tile_map(chosen.block_m)

@@ -78,7 +78,7 @@ def _program(
     rest = pid // heads // tiles
     if PACKED:
         relation = rest
-        sequence = tl.load(tile_map + tile)
+        sequence = tl.load(tile_map + tile).to(tl.int32)
         tile -= tl.load(starts + sequence) // BLOCK + sequence  # the first tile of the sequence, see tile_map_of
     else:
         relation = rest // sequences
@@ -197,6 +197,12 @@ def _key_tiles(start, length, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 
 @triton.jit
+def _partial_sums(x):
+    """(M, N) to (M, 8): within a thread, as tensor cores lay tiles out; the 8 are added behind the loop."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1)
+
+
+@triton.jit
 def _nth(k, first, count, second):
     """The k-th tile of two runs, the first of `count` tiles."""
     return tl.where(k < count, first + k, second + k - count)
@@ -295,9 +301,9 @@ def lse_kernel(
         serves = tl.load(link + 2) > 0.5
         ref_t = tl.where(serves, tl.load(link), ref_t)
         ref_s = tl.where(serves, tl.load(link + 1), ref_s)
-    l_t = tl.zeros([BLOCK_M], tl.float32)
-    l_s = tl.zeros([BLOCK_M], tl.float32)
-    v = tl.zeros([BLOCK_M], tl.float32)  # sum of e_t (u_s - u_t)
+    part_t = tl.zeros([BLOCK_M, 8], tl.float32)
+    part_s = tl.zeros([BLOCK_M, 8], tl.float32)
+    part_v = tl.zeros([BLOCK_M, 8], tl.float32)  # of e_t (u_s - u_t)
 
     whole, end = _key_tiles(start, length, prefix, BLOCK_M, BLOCK_N, MASK)
     for k in range(0, whole):
@@ -315,10 +321,10 @@ def lse_kernel(
         u_s = tl.fma(p_s, scale_s, -ref_s[:, None])
         e_t = tl.exp2(u_t)
         e_s = tl.exp2(u_s)
-        l_t += tl.sum(e_t, 1)
-        l_s += tl.sum(e_s, 1)
+        part_t += _partial_sums(e_t)
+        part_s += _partial_sums(e_s)
         if VALUE:
-            v += tl.sum(e_t * (u_s - u_t), 1)
+            part_v += _partial_sums(e_t * (u_s - u_t))
         # static: end lse
     for k in range(whole, end):
         other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, False)
@@ -338,10 +344,13 @@ def lse_kernel(
             sees = sees & _sees(i[:, None], j, prefix)
         e_t = tl.where(sees, tl.exp2(u_t), 0.0)
         e_s = tl.where(sees, tl.exp2(u_s), 0.0)
-        l_t += tl.sum(e_t, 1)
-        l_s += tl.sum(e_s, 1)
+        part_t += _partial_sums(e_t)
+        part_s += _partial_sums(e_s)
         if VALUE:
-            v += tl.sum(tl.where(sees, e_t * (u_s - u_t), 0.0), 1)
+            part_v += _partial_sums(tl.where(sees, e_t * (u_s - u_t), 0.0))
+    l_t = tl.sum(part_t, 1)
+    l_s = tl.sum(part_s, 1)
+    v = tl.sum(part_v, 1)
 
     largest = tl.max(tl.where(i < length, tl.maximum(l_t, l_s), 0.0), 0)
     if largest > _OVERFLOW:
@@ -425,7 +434,7 @@ def rows_kernel(
     here = i < length
     own_t = tl.load(base_t + row, mask=here, other=0.0) + tl.log2(tl.load(sum_t + row, mask=here, other=1.0))
     own_s = tl.load(base_s + row, mask=here, other=0.0) + tl.log2(tl.load(sum_s + row, mask=here, other=1.0))
-    kl = tl.zeros([BLOCK_M], tl.float32)
+    part = tl.zeros([BLOCK_M, 8], tl.float32)
 
     whole, end = _key_tiles(start, length, prefix, BLOCK_M, BLOCK_N, MASK)
     for k in range(0, whole):
@@ -441,7 +450,7 @@ def rows_kernel(
         )  # fmt: skip
         u_t = tl.fma(p_t, scale_t, -own_t[:, None])
         u_s = tl.fma(p_s, scale_s, -own_s[:, None])
-        kl += tl.sum(_divergence(u_t, u_s), 1)
+        part += _partial_sums(_divergence(u_t, u_s))
         # static: end rows
     for k in range(whole, end):
         other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, False)
@@ -459,8 +468,9 @@ def rows_kernel(
         sees = j < length
         if MASK != BIDIRECTIONAL:
             sees = sees & _sees(i[:, None], j, prefix)
-        kl += tl.sum(tl.where(sees, _divergence(u_t, u_s), 0.0), 1)
+        part += _partial_sums(tl.where(sees, _divergence(u_t, u_s), 0.0))
 
+    kl = tl.sum(part, 1)
     if RESULT:
         result = _pick(out, relation) + _result(head, heads, sequence, first, positions, total, PACKED)
         tl.store(result + own, tl.maximum(kl, 0.0), mask=i < length)

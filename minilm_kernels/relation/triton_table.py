@@ -31,13 +31,14 @@ def padded(width: int) -> int:
 def blocks(kernel: str, width: int, itemsize: int) -> Blocks:
     """Of a kernel ("lse", "rows", "gradient"), by the wider padded width and dtype of teacher and student.
 
-    Tensor cores: 64 x 32 leaves 100 registers a thread, so five programs of four warps share a multiprocessor, and its
-    12 to 14 issue slots a pair hide behind two exponentials, which take 16; 64 x 64 has 10 to 11 slots and 170
-    registers, three programs. float32 has no tensor core that would multiply exactly; there a thread keeps parts of
-    rows in registers, and the largest blocks without spills were taken.
+    Two exponentials take the time of 16 issue slots, so what counts below that is how many warps hide each other's
+    waiting. sm_90, (16, 8), slots a pair and registers: lse 64 x 32 in two stages 11.8 and 96 (20 warps a
+    multiprocessor), in one 10.9 and 127, 64 x 64 less than 10 and 160 (12 warps); gradient 64 x 32 in one stage 12.1
+    and 99, in two 14.0 and 96, 64 x 64 10.8 and 161. float32 has no tensor core that multiplies exactly: a thread
+    keeps parts of rows in registers, and the largest blocks tried that do not spill were taken.
     """
     if itemsize < 4:
-        return Blocks(64, 32, 4, 2)
+        return Blocks(64, 32, 4, 2 if kernel == "lse" else 1)
     if width <= 16:
         return Blocks(64, 32, 4, 1)
     if width <= 64:
@@ -200,7 +201,7 @@ def variants_of(dtype: str, d_t: int, d_s: int, group: str, arch: int = 90, once
         name = {kernels.SELF.value: "gradient", kernels.QUERY.value: "gradient of query"}.get(
             role.value, "gradient of key"
         )
-        yield variant(name, kernels.gradient_kernel, "grad", "gradient", [], ROLE=role.value)
+        yield variant(name, kernels.gradient_kernel, name, "gradient", [], ROLE=role.value)
 
 
 def compile_variant(variant: Variant, arch: int) -> Any:
