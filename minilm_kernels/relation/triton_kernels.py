@@ -197,9 +197,14 @@ def _key_tiles(start, length, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 
 @triton.jit
-def _partial_sums(x):
-    """(M, N) to (M, 8): within a thread, as tensor cores lay tiles out; the 8 are added behind the loop."""
-    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1)
+def _partial_sums(x, WIDTH: tl.constexpr):
+    """(M, N) to (M, WIDTH); the rest is added behind the loop.
+
+    Tensor cores lay a tile out so that 8 sums a row are each within one thread.
+    """
+    if WIDTH == 1:
+        return tl.sum(x, 1, keep_dims=True)
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // WIDTH, WIDTH]), 1)
 
 
 @triton.jit
@@ -301,9 +306,10 @@ def lse_kernel(
         serves = tl.load(link + 2) > 0.5
         ref_t = tl.where(serves, tl.load(link), ref_t)
         ref_s = tl.where(serves, tl.load(link + 1), ref_s)
-    part_t = tl.zeros([BLOCK_M, 8], tl.float32)
-    part_s = tl.zeros([BLOCK_M, 8], tl.float32)
-    part_v = tl.zeros([BLOCK_M, 8], tl.float32)  # of e_t (u_s - u_t)
+    WIDTH: tl.constexpr = 1 if q_t.dtype == tl.float32 or q_s.dtype == tl.float32 else 8
+    part_t = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    part_s = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    part_v = tl.zeros([BLOCK_M, WIDTH], tl.float32)  # of e_t (u_s - u_t)
 
     whole, end = _key_tiles(start, length, prefix, BLOCK_M, BLOCK_N, MASK)
     for k in range(0, whole):
@@ -321,10 +327,10 @@ def lse_kernel(
         u_s = tl.fma(p_s, scale_s, -ref_s[:, None])
         e_t = tl.exp2(u_t)
         e_s = tl.exp2(u_s)
-        part_t += _partial_sums(e_t)
-        part_s += _partial_sums(e_s)
+        part_t += _partial_sums(e_t, WIDTH)
+        part_s += _partial_sums(e_s, WIDTH)
         if VALUE:
-            part_v += _partial_sums(e_t * (u_s - u_t))
+            part_v += _partial_sums(e_t * (u_s - u_t), WIDTH)
         # static: end lse
     for k in range(whole, end):
         other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, False)
@@ -344,10 +350,10 @@ def lse_kernel(
             sees = sees & _sees(i[:, None], j, prefix)
         e_t = tl.where(sees, tl.exp2(u_t), 0.0)
         e_s = tl.where(sees, tl.exp2(u_s), 0.0)
-        part_t += _partial_sums(e_t)
-        part_s += _partial_sums(e_s)
+        part_t += _partial_sums(e_t, WIDTH)
+        part_s += _partial_sums(e_s, WIDTH)
         if VALUE:
-            part_v += _partial_sums(tl.where(sees, e_t * (u_s - u_t), 0.0))
+            part_v += _partial_sums(tl.where(sees, e_t * (u_s - u_t), 0.0), WIDTH)
     l_t = tl.sum(part_t, 1)
     l_s = tl.sum(part_s, 1)
     v = tl.sum(part_v, 1)
@@ -434,7 +440,8 @@ def rows_kernel(
     here = i < length
     own_t = tl.load(base_t + row, mask=here, other=0.0) + tl.log2(tl.load(sum_t + row, mask=here, other=1.0))
     own_s = tl.load(base_s + row, mask=here, other=0.0) + tl.log2(tl.load(sum_s + row, mask=here, other=1.0))
-    part = tl.zeros([BLOCK_M, 8], tl.float32)
+    WIDTH: tl.constexpr = 1 if q_t.dtype == tl.float32 or q_s.dtype == tl.float32 else 8
+    part = tl.zeros([BLOCK_M, WIDTH], tl.float32)
 
     whole, end = _key_tiles(start, length, prefix, BLOCK_M, BLOCK_N, MASK)
     for k in range(0, whole):
@@ -450,7 +457,7 @@ def rows_kernel(
         )  # fmt: skip
         u_t = tl.fma(p_t, scale_t, -own_t[:, None])
         u_s = tl.fma(p_s, scale_s, -own_s[:, None])
-        part += _partial_sums(_divergence(u_t, u_s))
+        part += _partial_sums(_divergence(u_t, u_s), WIDTH)
         # static: end rows
     for k in range(whole, end):
         other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, False)
@@ -468,7 +475,7 @@ def rows_kernel(
         sees = j < length
         if MASK != BIDIRECTIONAL:
             sees = sees & _sees(i[:, None], j, prefix)
-        part += _partial_sums(tl.where(sees, _divergence(u_t, u_s), 0.0))
+        part += _partial_sums(tl.where(sees, _divergence(u_t, u_s), 0.0), WIDTH)
 
     kl = tl.sum(part, 1)
     if RESULT:
