@@ -262,12 +262,12 @@ class _Group:
             self._launch(
                 "gradient",
                 **self.sums,
+                **self.bases,
                 links=self.links,
                 weights=weights,
                 out=tuple(grads[r, m] for r, m in zip(self.relations, ends, strict=True)),
                 ROLE=role.value,
                 ROWS=row_weights,
-                SHIFT=self._shift,
                 gradient_scale=self.scale_s * 2.0**-self._shift,
             )
 

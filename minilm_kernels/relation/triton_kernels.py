@@ -381,8 +381,8 @@ def lse_kernel(
                 sees = sees & _sees(i[:, None], j, prefix)
             max_t = tl.maximum(ref_t, tl.ceil(tl.max(tl.where(sees, s_t, float("-inf")), 1)))
             max_s = tl.maximum(ref_s, tl.ceil(tl.max(tl.where(sees, s_s, float("-inf")), 1)))
-            e_t = tl.where(sees, tl.exp2(s_t - max_t[:, None]), 0.0)
-            e_s = tl.where(sees, tl.exp2(s_s - max_s[:, None]), 0.0)
+            e_t = tl.where(sees, tl.exp2(tl.fma(p_t, scale_t, -max_t[:, None])), 0.0)
+            e_s = tl.where(sees, tl.exp2(tl.fma(p_s, scale_s, -max_s[:, None])), 0.0)
             fade = tl.exp2(ref_t - max_t)
             l_t = l_t * fade + tl.sum(e_t, 1)
             l_s = l_s * tl.exp2(ref_s - max_s) + tl.sum(e_s, 1)
@@ -438,8 +438,10 @@ def rows_kernel(
     q_s = _tile(x_s, own, x_s_stride, start, length, BLOCK_M, D_S, DP_S, ALIGN_S, False)
     row = _statistics(relation, head, heads, sequence, first, rows16, span16, PACKED) + i
     here = i < length
-    own_t = tl.load(base_t + row, mask=here, other=0.0) + tl.log2(tl.load(sum_t + row, mask=here, other=1.0))
-    own_s = tl.load(base_s + row, mask=here, other=0.0) + tl.log2(tl.load(sum_s + row, mask=here, other=1.0))
+    own_t = tl.load(base_t + row, mask=here, other=0.0)
+    own_s = tl.load(base_s + row, mask=here, other=0.0)
+    log_t = tl.log2(tl.load(sum_t + row, mask=here, other=1.0))[:, None]
+    log_s = tl.log2(tl.load(sum_s + row, mask=here, other=1.0))[:, None]
     WIDTH: tl.constexpr = 1 if q_t.dtype == tl.float32 or q_s.dtype == tl.float32 else 8
     part = tl.zeros([BLOCK_M, WIDTH], tl.float32)
 
@@ -457,7 +459,7 @@ def rows_kernel(
         )  # fmt: skip
         u_t = tl.fma(p_t, scale_t, -own_t[:, None])
         u_s = tl.fma(p_s, scale_s, -own_s[:, None])
-        part += _partial_sums(_divergence(u_t, u_s), WIDTH)
+        part += _partial_sums(_divergence(u_t - log_t, u_s - log_s), WIDTH)
         # static: end rows
     for k in range(whole, end):
         other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, False)
@@ -475,7 +477,7 @@ def rows_kernel(
         sees = j < length
         if MASK != BIDIRECTIONAL:
             sees = sees & _sees(i[:, None], j, prefix)
-        part += _partial_sums(tl.where(sees, _divergence(u_t, u_s), 0.0), WIDTH)
+        part += _partial_sums(tl.where(sees, _divergence(u_t - log_t, u_s - log_s), 0.0), WIDTH)
 
     kl = tl.sum(part, 1)
     if RESULT:
@@ -507,8 +509,7 @@ def link_kernel(
     """Between the phases, one program a head, sequence and relation: what all of its rows together decide.
 
     VALUE: the sum of its rows' KL. ROWS: the rows' weights over the largest, which goes to `links`. GRADIENT: in the
-    place of each sum the log-sum-exp in bits; but where one base serves the head, 2**(base - lse + SHIFT) times the
-    row's weight.
+    place of each sum its inverse times 2**SHIFT and the row's weight, relative to the head's base where one serves.
     """
     pid = tl.program_id(0)
     head = pid % heads
@@ -539,9 +540,6 @@ def link_kernel(
         greatest = tl.max(largest, 0)
         tl.store(links + 3, greatest)
         shrink = 1.0 / tl.maximum(greatest, 1e-37)
-        for start in range(0, length, BLOCK):
-            weight = tl.load(weights + row + start + lane, mask=start + lane < length, other=0.0)
-            tl.store(weights + row + start + lane, weight * shrink, mask=start + lane < length)
 
     if GRADIENT:
         if SELF_RELATION:
@@ -553,18 +551,19 @@ def link_kernel(
             at = row + start + lane
             l_t = tl.load(sum_t + at, mask=here, other=1.0)
             l_s = tl.load(sum_s + at, mask=here, other=1.0)
-            from_t = tl.load(base_t + at, mask=here, other=0.0)
-            from_s = tl.load(base_s + at, mask=here, other=0.0)
-            t = from_t + tl.log2(l_t)
-            s = from_s + tl.log2(l_s)
+            shift_t = tl.zeros([BLOCK], tl.float32) + SHIFT
+            shift_s = shift_t
+            if SELF_RELATION:
+                shift_t += tl.where(narrow, ref_t - tl.load(base_t + at, mask=here, other=0.0), 0.0)
+                shift_s += tl.where(narrow, ref_s - tl.load(base_s + at, mask=here, other=0.0), 0.0)
             # A row that sees itself only has no gradient, not even that of a rounding.
             alone = (length == 1) | ((start + lane == 0) & (prefix <= 1) & (MASK != BIDIRECTIONAL))
-            t = tl.where(alone, float("inf"), t)
-            s = tl.where(alone, float("inf"), s)
-            if SELF_RELATION:
-                weight = tl.load(weights + at, mask=here, other=0.0) if ROWS else 1.0
-                t = tl.where(narrow, tl.where(alone, 0.0, weight * tl.exp2(ref_t - from_t + SHIFT) / l_t), t)
-                s = tl.where(narrow, tl.where(alone, 0.0, weight * tl.exp2(ref_s - from_s + SHIFT) / l_s), s)
+            t = tl.where(alone, 0.0, tl.exp2(shift_t) / l_t)
+            s = tl.where(alone, 0.0, tl.exp2(shift_s) / l_s)
+            if ROWS:
+                weight = shrink * tl.load(weights + at, mask=here, other=0.0)
+                t *= weight
+                s *= weight
             tl.store(sum_t + at, t, mask=here)
             tl.store(sum_s + at, s, mask=here)
 
@@ -588,12 +587,11 @@ def _coefficients(own, other, i, j, prefix, MASK: tl.constexpr, WHERE: tl.conste
 
 @triton.jit
 def _add_tile(
-    acc, k, x_t, x_s, own_t, own_s, own_w, ref_t, ref_s, i,
-    y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, weights, length, prefix, scale_t, scale_s,
+    acc, k, x_t, x_s, own_t, own_s, ref_t, ref_s, i, length, prefix, scale_t, scale_s,
+    y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, base_t, base_s,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr,
-    ROLE: tl.constexpr, NARROW: tl.constexpr, ROWS: tl.constexpr, SHIFT: tl.constexpr, WHERE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ROLE: tl.constexpr, NARROW: tl.constexpr, WHERE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """acc plus what the k-th tile of other tokens gives to the gradient of the program's own."""
     # static: begin gradient
@@ -603,14 +601,12 @@ def _add_tile(
     k_t = _tile(y_t, position, y_t_stride, start, length, BLOCK_N, D_T, DP_T, ALIGN_T, WHERE != _BOUND)
     k_s = _tile(y_s, position, y_s_stride, start, length, BLOCK_N, D_S, DP_S, ALIGN_S, WHERE != _BOUND)
     if ROLE != QUERY:
-        if WHERE == _BOUND:
-            other_t = tl.load(sum_t + j, mask=j < length, other=0.0)
-            other_s = tl.load(sum_s + j, mask=j < length, other=0.0)
-        else:
-            other_t = tl.load(sum_t + j)
-            other_s = tl.load(sum_s + j)
-    if ROWS:
-        other_w = tl.load(weights + j, mask=j < length, other=0.0)
+        here = j < length
+        other_t = tl.load(sum_t + j, mask=here, other=0.0) if WHERE == _BOUND else tl.load(sum_t + j)
+        other_s = tl.load(sum_s + j, mask=here, other=0.0) if WHERE == _BOUND else tl.load(sum_s + j)
+    if ROLE == KEY or not NARROW:
+        from_t = tl.load(base_t + j, mask=j < length, other=0.0)[None, :]
+        from_s = tl.load(base_s + j, mask=j < length, other=0.0)[None, :]
 
     if ROLE == SELF and NARROW:
         e_t = tl.exp2(_scores(x_t, k_t, scale_t, ref_t, PRECISION))
@@ -618,27 +614,26 @@ def _add_tile(
         m = e_s * _coefficients(own_s, other_s, i, j, prefix, MASK, WHERE)
         m -= e_t * _coefficients(own_t, other_t, i, j, prefix, MASK, WHERE)
     elif ROLE == SELF:
-        s_t = tl.dot(x_t, tl.trans(k_t), input_precision=PRECISION) * scale_t
-        s_s = tl.dot(x_s, tl.trans(k_s), input_precision=PRECISION) * scale_s
-        forth = tl.exp2(s_s - (own_s - SHIFT)[:, None]) - tl.exp2(s_t - (own_t - SHIFT)[:, None])
-        back = tl.exp2(s_s - (other_s - SHIFT)[None, :]) - tl.exp2(s_t - (other_t - SHIFT)[None, :])
-        if ROWS:
-            forth *= own_w[:, None]
-            back *= other_w[None, :]
+        p_t = tl.dot(x_t, tl.trans(k_t), input_precision=PRECISION)
+        p_s = tl.dot(x_s, tl.trans(k_s), input_precision=PRECISION)
+        forth = tl.exp2(tl.fma(p_s, scale_s, -ref_s[:, None])) * own_s[:, None]
+        forth -= tl.exp2(tl.fma(p_t, scale_t, -ref_t[:, None])) * own_t[:, None]
+        back = tl.exp2(tl.fma(p_s, scale_s, -from_s)) * other_s[None, :]
+        back -= tl.exp2(tl.fma(p_t, scale_t, -from_t)) * other_t[None, :]
         if MASK != BIDIRECTIONAL:
             forth = tl.where(_sees(i[:, None], j[None, :], prefix), forth, 0.0)
             back = tl.where(_sees(j[None, :], i[:, None], prefix), back, 0.0)
         m = forth + back
     elif ROLE == QUERY:
-        e_t = tl.exp2(_scores(x_t, k_t, scale_t, own_t[:, None], PRECISION))
-        m = tl.exp2(_scores(x_s, k_s, scale_s, own_s[:, None], PRECISION)) - e_t
+        e_t = tl.exp2(_scores(x_t, k_t, scale_t, ref_t[:, None], PRECISION))
+        e_s = tl.exp2(_scores(x_s, k_s, scale_s, ref_s[:, None], PRECISION))
+        m = e_s * own_s[:, None] - e_t * own_t[:, None]
         if WHERE == _BOUND and MASK != BIDIRECTIONAL:
             m = tl.where(_sees(i[:, None], j[None, :], prefix), m, 0.0)
     else:
-        e_t = tl.exp2(_scores(x_t, k_t, scale_t, (other_t - SHIFT)[None, :], PRECISION))
-        m = tl.exp2(_scores(x_s, k_s, scale_s, (other_s - SHIFT)[None, :], PRECISION)) - e_t
-        if ROWS:
-            m *= other_w[None, :]
+        e_t = tl.exp2(_scores(x_t, k_t, scale_t, from_t, PRECISION))
+        e_s = tl.exp2(_scores(x_s, k_s, scale_s, from_s, PRECISION))
+        m = e_s * other_s[None, :] - e_t * other_t[None, :]
         if WHERE == _BOUND and MASK != BIDIRECTIONAL:
             m = tl.where(_sees(j[None, :], i[:, None], prefix), m, 0.0)
     # static: end gradient
@@ -653,15 +648,15 @@ def _add_tile(
 def gradient_kernel(
     teacher, teacher_strides, student, student_strides, queries, keys, scale_t, scale_s, gradient_scale,
     heads, sequences, positions, total, tiles, rows16, span16, tokens, starts, prefixes, tile_map,
-    sum_t, sum_s, links, weights, out,
+    sum_t, sum_s, base_t, base_s, links, weights, out,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr, ROLE: tl.constexpr, ROWS: tl.constexpr,
-    SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one of the student's tensors, (B, S, A, D_S) or (T, A, D_S) in each of `out`, weights included.
 
-    SHIFT is a power of 2 that keeps the tensor core's float16 operands, of size 1 / L and less, from underflowing.
+    Sums are as the link kernel leaves them. `weights`: one a sequence; with ROWS they are in the sums already.
     """
     relation, sequence, head, first, listed, length, prefix, start = _program(
         heads, sequences, positions, total, tiles, starts, prefixes, tile_map, BLOCK_M, PACKED, LIST, MASK
@@ -689,19 +684,14 @@ def gradient_kernel(
     own_tile_s = _tile(x_s, own, x_s_stride, start, length, BLOCK_M, D_S, DP_S, ALIGN_S, False)
     own_t = tl.load(sum_t + i, mask=i < length, other=0.0)
     own_s = tl.load(sum_s + i, mask=i < length, other=0.0)
-    if ROLE == QUERY:
-        own_t -= SHIFT
-        own_s -= SHIFT
-    if ROWS:
-        weights += row
-        own_w = tl.load(weights + i, mask=i < length, other=0.0)
-    else:
-        own_w = own_t
-    ref_t = 0.0
-    ref_s = 0.0
+    base_t += row
+    base_s += row
     if ROLE == SELF:
         ref_t = tl.load(link)
         ref_s = tl.load(link + 1)
+    else:
+        ref_t = tl.load(base_t + i, mask=i < length, other=0.0)
+        ref_s = tl.load(base_s + i, mask=i < length, other=0.0)
 
     # Tiles of others: [0, below) whole, [bound, above) at the bound, [above, whole) whole, [whole, end) at the bound.
     whole = length // BLOCK_N
@@ -730,41 +720,39 @@ def gradient_kernel(
     if ROLE != SELF or tl.load(link + 2) > 0.5:
         for k in range(0, below):
             acc = _add_tile(
-                acc, k, own_tile_t, own_tile_s, own_t, own_s, own_w, ref_t, ref_s, i,
-                y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, weights, length, prefix, scale_t, scale_s,
-                D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True, ROWS, SHIFT,
+                acc, k, own_tile_t, own_tile_s, own_t, own_s, ref_t, ref_s, i, length, prefix, scale_t, scale_s,
+                y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, base_t, base_s,
+                D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True,
                 _BELOW, BLOCK_N,
             )  # fmt: skip
         if ROLE != QUERY and MASK != BIDIRECTIONAL:
             for k in range(above, whole):
                 acc = _add_tile(
-                    acc, k, own_tile_t, own_tile_s, own_t, own_s, own_w, ref_t, ref_s, i,
-                    y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, weights, length, prefix, scale_t, scale_s,
-                    D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True, ROWS, SHIFT,
+                    acc, k, own_tile_t, own_tile_s, own_t, own_s, ref_t, ref_s, i, length, prefix, scale_t, scale_s,
+                    y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, base_t, base_s,
+                    D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True,
                     _ABOVE, BLOCK_N,
                 )  # fmt: skip
         for k in range(0, above - bound + end - whole):
+            nth = _nth(k, bound, above - bound, whole)
             acc = _add_tile(
-                acc, _nth(k, bound, above - bound, whole), own_tile_t, own_tile_s, own_t, own_s, own_w, ref_t, ref_s, i,
-                y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, weights, length, prefix, scale_t, scale_s,
-                D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True, ROWS, SHIFT,
+                acc, nth, own_tile_t, own_tile_s, own_t, own_s, ref_t, ref_s, i, length, prefix, scale_t, scale_s,
+                y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, base_t, base_s,
+                D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True,
                 _BOUND, BLOCK_N,
             )  # fmt: skip
     else:
+        row_t = tl.load(base_t + i, mask=i < length, other=0.0)
+        row_s = tl.load(base_s + i, mask=i < length, other=0.0)
         for k in range(0, end):
             acc = _add_tile(
-                acc, k, own_tile_t, own_tile_s, own_t, own_s, own_w, ref_t, ref_s, i,
-                y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, weights, length, prefix, scale_t, scale_s,
-                D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, False, ROWS, SHIFT,
+                acc, k, own_tile_t, own_tile_s, own_t, own_s, row_t, row_s, i, length, prefix, scale_t, scale_s,
+                y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, base_t, base_s,
+                D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, False,
                 _BOUND, BLOCK_N,
             )  # fmt: skip
 
-    if ROWS:
-        factor = tl.load(link + 3)
-        if ROLE == QUERY:
-            acc *= own_w[:, None]
-    else:
-        factor = tl.load(weights + sequence)
+    factor = tl.load(link + 3) if ROWS else tl.load(weights + sequence)
     acc *= factor * gradient_scale
     position = own.to(tl.int64) + (first if PACKED else sequence.to(tl.int64) * positions)
     feature = tl.arange(0, DP_S)[None, :]
