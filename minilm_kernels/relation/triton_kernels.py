@@ -153,24 +153,18 @@ def _tile(
 
 
 @triton.jit
-def _scores(x, y, scale, minus, PRECISION: tl.constexpr):
-    """Scores of all pairs, less `minus`."""
-    return tl.fma(tl.dot(x, tl.trans(y), input_precision=PRECISION), scale, -minus)
-
-
-@triton.jit
 def _products(
-    q, x, x_stride, own, i, y, y_stride, other, j, length,
+    q, k, x, x_stride, own, i, y, y_stride, other, j, length,
     D: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Products of the own tile `q`, tokens of x from i on, and a tile of others, tokens of y from j on.
+    """Products of the own tile `q`, tokens of x from i on, and a tile of others `k`, tokens of y from j on.
 
     PARTS: both are fetched part by part, 16 features at a time. Wide rows in float32 are multiplied by ordinary
-    multiply-adds, for which a thread would keep whole rows of both sides in its registers.
+    multiply-adds, for which a thread would keep whole rows of both sides in its registers. All kernels do it alike, so
+    that a score is the same number in every phase.
     """
     if not PARTS:
-        k = _tile(y, other, y_stride, j, length, BLOCK_N, D, DP, ALIGN, WHOLE)
         return tl.dot(q, tl.trans(k), input_precision=PRECISION)
     dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for begin in range(0, DP, 16):
@@ -315,12 +309,14 @@ def lse_kernel(
     for k in range(0, whole):
         # static: begin lse
         other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, True)
+        k_t = _tile(y_t, other, y_t_stride, k * BLOCK_N, length, BLOCK_N, D_T, DP_T, ALIGN_T, True)
         p_t = _products(
-            q_t, x_t, x_t_stride, own, start, y_t, y_t_stride, other, k * BLOCK_N, length,
+            q_t, k_t, x_t, x_t_stride, own, start, y_t, y_t_stride, other, k * BLOCK_N, length,
             D_T, DP_T, ALIGN_T, PRECISION, PARTS_T, True, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+        k_s = _tile(y_s, other, y_s_stride, k * BLOCK_N, length, BLOCK_N, D_S, DP_S, ALIGN_S, True)
         p_s = _products(
-            q_s, x_s, x_s_stride, own, start, y_s, y_s_stride, other, k * BLOCK_N, length,
+            q_s, k_s, x_s, x_s_stride, own, start, y_s, y_s_stride, other, k * BLOCK_N, length,
             D_S, DP_S, ALIGN_S, PRECISION, PARTS_S, True, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         u_t = tl.fma(p_t, scale_t, -ref_t[:, None])
@@ -334,12 +330,14 @@ def lse_kernel(
         # static: end lse
     for k in range(whole, end):
         other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, False)
+        k_t = _tile(y_t, other, y_t_stride, k * BLOCK_N, length, BLOCK_N, D_T, DP_T, ALIGN_T, False)
         p_t = _products(
-            q_t, x_t, x_t_stride, own, start, y_t, y_t_stride, other, k * BLOCK_N, length,
+            q_t, k_t, x_t, x_t_stride, own, start, y_t, y_t_stride, other, k * BLOCK_N, length,
             D_T, DP_T, ALIGN_T, PRECISION, PARTS_T, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+        k_s = _tile(y_s, other, y_s_stride, k * BLOCK_N, length, BLOCK_N, D_S, DP_S, ALIGN_S, False)
         p_s = _products(
-            q_s, x_s, x_s_stride, own, start, y_s, y_s_stride, other, k * BLOCK_N, length,
+            q_s, k_s, x_s, x_s_stride, own, start, y_s, y_s_stride, other, k * BLOCK_N, length,
             D_S, DP_S, ALIGN_S, PRECISION, PARTS_S, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         u_t = tl.fma(p_t, scale_t, -ref_t[:, None])
@@ -365,14 +363,16 @@ def lse_kernel(
         v = tl.zeros([BLOCK_M], tl.float32)  # sum of e_t (score_s - score_t)
         for k in range(0, end):
             other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, False)
+            k_t = _tile(y_t, other, y_t_stride, k * BLOCK_N, length, BLOCK_N, D_T, DP_T, ALIGN_T, False)
             p_t = _products(
-            q_t, x_t, x_t_stride, own, start, y_t, y_t_stride, other, k * BLOCK_N, length,
-            D_T, DP_T, ALIGN_T, PRECISION, PARTS_T, False, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+                q_t, k_t, x_t, x_t_stride, own, start, y_t, y_t_stride, other, k * BLOCK_N, length,
+                D_T, DP_T, ALIGN_T, PRECISION, PARTS_T, False, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            k_s = _tile(y_s, other, y_s_stride, k * BLOCK_N, length, BLOCK_N, D_S, DP_S, ALIGN_S, False)
             p_s = _products(
-            q_s, x_s, x_s_stride, own, start, y_s, y_s_stride, other, k * BLOCK_N, length,
-            D_S, DP_S, ALIGN_S, PRECISION, PARTS_S, False, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+                q_s, k_s, x_s, x_s_stride, own, start, y_s, y_s_stride, other, k * BLOCK_N, length,
+                D_S, DP_S, ALIGN_S, PRECISION, PARTS_S, False, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
             s_t = p_t * scale_t
             s_s = p_s * scale_s
             j = (k * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
@@ -449,12 +449,14 @@ def rows_kernel(
     for k in range(0, whole):
         # static: begin rows
         other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, True)
+        k_t = _tile(y_t, other, y_t_stride, k * BLOCK_N, length, BLOCK_N, D_T, DP_T, ALIGN_T, True)
         p_t = _products(
-            q_t, x_t, x_t_stride, own, start, y_t, y_t_stride, other, k * BLOCK_N, length,
+            q_t, k_t, x_t, x_t_stride, own, start, y_t, y_t_stride, other, k * BLOCK_N, length,
             D_T, DP_T, ALIGN_T, PRECISION, PARTS_T, True, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+        k_s = _tile(y_s, other, y_s_stride, k * BLOCK_N, length, BLOCK_N, D_S, DP_S, ALIGN_S, True)
         p_s = _products(
-            q_s, x_s, x_s_stride, own, start, y_s, y_s_stride, other, k * BLOCK_N, length,
+            q_s, k_s, x_s, x_s_stride, own, start, y_s, y_s_stride, other, k * BLOCK_N, length,
             D_S, DP_S, ALIGN_S, PRECISION, PARTS_S, True, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         u_t = tl.fma(p_t, scale_t, -own_t[:, None])
@@ -463,12 +465,14 @@ def rows_kernel(
         # static: end rows
     for k in range(whole, end):
         other = _positions(tokens, k * BLOCK_N, length, BLOCK_N, LIST, False)
+        k_t = _tile(y_t, other, y_t_stride, k * BLOCK_N, length, BLOCK_N, D_T, DP_T, ALIGN_T, False)
         p_t = _products(
-            q_t, x_t, x_t_stride, own, start, y_t, y_t_stride, other, k * BLOCK_N, length,
+            q_t, k_t, x_t, x_t_stride, own, start, y_t, y_t_stride, other, k * BLOCK_N, length,
             D_T, DP_T, ALIGN_T, PRECISION, PARTS_T, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+        k_s = _tile(y_s, other, y_s_stride, k * BLOCK_N, length, BLOCK_N, D_S, DP_S, ALIGN_S, False)
         p_s = _products(
-            q_s, x_s, x_s_stride, own, start, y_s, y_s_stride, other, k * BLOCK_N, length,
+            q_s, k_s, x_s, x_s_stride, own, start, y_s, y_s_stride, other, k * BLOCK_N, length,
             D_S, DP_S, ALIGN_S, PRECISION, PARTS_S, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         u_t = tl.fma(p_t, scale_t, -own_t[:, None])
@@ -587,11 +591,13 @@ def _coefficients(own, other, i, j, prefix, MASK: tl.constexpr, WHERE: tl.conste
 
 @triton.jit
 def _add_tile(
-    acc, k, x_t, x_s, own_t, own_s, ref_t, ref_s, i, length, prefix, scale_t, scale_s,
+    acc, k, q_t, x_t, x_t_stride, q_s, x_s, x_s_stride, own, own_start,
+    own_t, own_s, ref_t, ref_s, i, length, prefix, scale_t, scale_s,
     y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, base_t, base_s,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr,
-    ROLE: tl.constexpr, NARROW: tl.constexpr, WHERE: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROLE: tl.constexpr, NARROW: tl.constexpr, WHERE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PARTS_T: tl.constexpr, PARTS_S: tl.constexpr,
 ):  # fmt: skip
     """acc plus what the k-th tile of other tokens gives to the gradient of the program's own."""
     # static: begin gradient
@@ -600,6 +606,14 @@ def _add_tile(
     position = _positions(tokens, start, length, BLOCK_N, LIST, WHERE != _BOUND)
     k_t = _tile(y_t, position, y_t_stride, start, length, BLOCK_N, D_T, DP_T, ALIGN_T, WHERE != _BOUND)
     k_s = _tile(y_s, position, y_s_stride, start, length, BLOCK_N, D_S, DP_S, ALIGN_S, WHERE != _BOUND)
+    p_t = _products(
+        q_t, k_t, x_t, x_t_stride, own, own_start, y_t, y_t_stride, position, start, length,
+        D_T, DP_T, ALIGN_T, PRECISION, PARTS_T, WHERE != _BOUND, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    p_s = _products(
+        q_s, k_s, x_s, x_s_stride, own, own_start, y_s, y_s_stride, position, start, length,
+        D_S, DP_S, ALIGN_S, PRECISION, PARTS_S, WHERE != _BOUND, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     if ROLE != QUERY:
         here = j < length
         other_t = tl.load(sum_t + j, mask=here, other=0.0) if WHERE == _BOUND else tl.load(sum_t + j)
@@ -609,13 +623,11 @@ def _add_tile(
         from_s = tl.load(base_s + j, mask=j < length, other=0.0)[None, :]
 
     if ROLE == SELF and NARROW:
-        e_t = tl.exp2(_scores(x_t, k_t, scale_t, ref_t, PRECISION))
-        e_s = tl.exp2(_scores(x_s, k_s, scale_s, ref_s, PRECISION))
+        e_t = tl.exp2(tl.fma(p_t, scale_t, -ref_t))
+        e_s = tl.exp2(tl.fma(p_s, scale_s, -ref_s))
         m = e_s * _coefficients(own_s, other_s, i, j, prefix, MASK, WHERE)
         m -= e_t * _coefficients(own_t, other_t, i, j, prefix, MASK, WHERE)
     elif ROLE == SELF:
-        p_t = tl.dot(x_t, tl.trans(k_t), input_precision=PRECISION)
-        p_s = tl.dot(x_s, tl.trans(k_s), input_precision=PRECISION)
         forth = tl.exp2(tl.fma(p_s, scale_s, -ref_s[:, None])) * own_s[:, None]
         forth -= tl.exp2(tl.fma(p_t, scale_t, -ref_t[:, None])) * own_t[:, None]
         back = tl.exp2(tl.fma(p_s, scale_s, -from_s)) * other_s[None, :]
@@ -625,14 +637,14 @@ def _add_tile(
             back = tl.where(_sees(j[None, :], i[:, None], prefix), back, 0.0)
         m = forth + back
     elif ROLE == QUERY:
-        e_t = tl.exp2(_scores(x_t, k_t, scale_t, ref_t[:, None], PRECISION))
-        e_s = tl.exp2(_scores(x_s, k_s, scale_s, ref_s[:, None], PRECISION))
+        e_t = tl.exp2(tl.fma(p_t, scale_t, -ref_t[:, None]))
+        e_s = tl.exp2(tl.fma(p_s, scale_s, -ref_s[:, None]))
         m = e_s * own_s[:, None] - e_t * own_t[:, None]
         if WHERE == _BOUND and MASK != BIDIRECTIONAL:
             m = tl.where(_sees(i[:, None], j[None, :], prefix), m, 0.0)
     else:
-        e_t = tl.exp2(_scores(x_t, k_t, scale_t, from_t, PRECISION))
-        e_s = tl.exp2(_scores(x_s, k_s, scale_s, from_s, PRECISION))
+        e_t = tl.exp2(tl.fma(p_t, scale_t, -from_t))
+        e_s = tl.exp2(tl.fma(p_s, scale_s, -from_s))
         m = e_s * other_s[None, :] - e_t * other_t[None, :]
         if WHERE == _BOUND and MASK != BIDIRECTIONAL:
             m = tl.where(_sees(j[None, :], i[:, None], prefix), m, 0.0)
@@ -651,6 +663,7 @@ def gradient_kernel(
     sum_t, sum_s, base_t, base_s, links, weights, out,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS_T: tl.constexpr, PARTS_S: tl.constexpr,
     PACKED: tl.constexpr, LIST: tl.constexpr, MASK: tl.constexpr, ROLE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -680,8 +693,8 @@ def gradient_kernel(
     link = links + ((relation * sequences + sequence) * heads + head) * 4
 
     own = _positions(tokens, start, length, BLOCK_M, LIST, False)
-    own_tile_t = _tile(x_t, own, x_t_stride, start, length, BLOCK_M, D_T, DP_T, ALIGN_T, False)
-    own_tile_s = _tile(x_s, own, x_s_stride, start, length, BLOCK_M, D_S, DP_S, ALIGN_S, False)
+    q_t = _tile(x_t, own, x_t_stride, start, length, BLOCK_M, D_T, DP_T, ALIGN_T, False)
+    q_s = _tile(x_s, own, x_s_stride, start, length, BLOCK_M, D_S, DP_S, ALIGN_S, False)
     own_t = tl.load(sum_t + i, mask=i < length, other=0.0)
     own_s = tl.load(sum_s + i, mask=i < length, other=0.0)
     base_t += row
@@ -720,36 +733,40 @@ def gradient_kernel(
     if ROLE != SELF or tl.load(link + 2) > 0.5:
         for k in range(0, below):
             acc = _add_tile(
-                acc, k, own_tile_t, own_tile_s, own_t, own_s, ref_t, ref_s, i, length, prefix, scale_t, scale_s,
+                acc, k, q_t, x_t, x_t_stride, q_s, x_s, x_s_stride, own, start,
+                own_t, own_s, ref_t, ref_s, i, length, prefix, scale_t, scale_s,
                 y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, base_t, base_s,
                 D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True,
-                _BELOW, BLOCK_N,
+                _BELOW, BLOCK_M, BLOCK_N, PARTS_T, PARTS_S,
             )  # fmt: skip
         if ROLE != QUERY and MASK != BIDIRECTIONAL:
             for k in range(above, whole):
                 acc = _add_tile(
-                    acc, k, own_tile_t, own_tile_s, own_t, own_s, ref_t, ref_s, i, length, prefix, scale_t, scale_s,
+                    acc, k, q_t, x_t, x_t_stride, q_s, x_s, x_s_stride, own, start,
+                    own_t, own_s, ref_t, ref_s, i, length, prefix, scale_t, scale_s,
                     y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, base_t, base_s,
                     D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True,
-                    _ABOVE, BLOCK_N,
+                    _ABOVE, BLOCK_M, BLOCK_N, PARTS_T, PARTS_S,
                 )  # fmt: skip
         for k in range(0, above - bound + end - whole):
             nth = _nth(k, bound, above - bound, whole)
             acc = _add_tile(
-                acc, nth, own_tile_t, own_tile_s, own_t, own_s, ref_t, ref_s, i, length, prefix, scale_t, scale_s,
+                acc, nth, q_t, x_t, x_t_stride, q_s, x_s, x_s_stride, own, start,
+                own_t, own_s, ref_t, ref_s, i, length, prefix, scale_t, scale_s,
                 y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, base_t, base_s,
                 D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, True,
-                _BOUND, BLOCK_N,
+                _BOUND, BLOCK_M, BLOCK_N, PARTS_T, PARTS_S,
             )  # fmt: skip
     else:
         row_t = tl.load(base_t + i, mask=i < length, other=0.0)
         row_s = tl.load(base_s + i, mask=i < length, other=0.0)
         for k in range(0, end):
             acc = _add_tile(
-                acc, k, own_tile_t, own_tile_s, own_t, own_s, row_t, row_s, i, length, prefix, scale_t, scale_s,
+                acc, k, q_t, x_t, x_t_stride, q_s, x_s, x_s_stride, own, start,
+                own_t, own_s, row_t, row_s, i, length, prefix, scale_t, scale_s,
                 y_t, y_t_stride, y_s, y_s_stride, tokens, sum_t, sum_s, base_t, base_s,
                 D_T, D_S, DP_T, DP_S, ALIGN_T, ALIGN_S, PRECISION, LIST, MASK, ROLE, False,
-                _BOUND, BLOCK_N,
+                _BOUND, BLOCK_M, BLOCK_N, PARTS_T, PARTS_S,
             )  # fmt: skip
 
     factor = tl.load(link + 3) if ROWS else tl.load(weights + sequence)
