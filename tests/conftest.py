@@ -10,7 +10,17 @@ import torch
 
 from minilm_kernels import available_backends
 
-USABLE = [name for name, reason in available_backends().items() if reason is None and name != "reference"]
+# Names of the backends to test, for a run of the suite in Triton's interpreter; otherwise all that are usable.
+_ONLY = os.environ.get("MINILM_KERNELS_TEST_BACKENDS")
+USABLE = [
+    name
+    for name, reason in available_backends().items()
+    if reason is None and name in (_ONLY or "cuda,triton,cpu,torch").split(",")
+]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from .interpreter import patch_once
+
+    patch_once()
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 
 
