@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import blocked, native_cpu, reference
+from . import blocked, native_cpu, native_cuda, reference
 from .masks import Mask
 from .problem import Backend, Problem, gradient_slots, result_dtype
 
 BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
-_MODULES: dict[str, Backend] = {"cpu": native_cpu, "torch": blocked, "reference": reference}
+_MODULES: dict[str, Backend] = {
+    "cuda": native_cuda,
+    "cpu": native_cpu,
+    "torch": blocked,
+    "reference": reference,
+}
 _AUTO = ("cuda", "triton", "cpu", "torch")  # the first that can
 
 
