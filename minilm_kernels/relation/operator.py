@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import blocked, native_cpu, reference, triton_backend
+from . import blocked, native_cpu, native_cuda, reference, triton_backend
 from .masks import Mask
 from .problem import Backend, Problem, gradient_slots, result_dtype
 
 BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
-_MODULES: dict[str, Backend] = {"triton": triton_backend, "cpu": native_cpu, "torch": blocked, "reference": reference}
+_MODULES: dict[str, Backend] = {
+    "cuda": native_cuda,
+    "triton": triton_backend,
+    "cpu": native_cpu,
+    "torch": blocked,
+    "reference": reference,
+}
 _AUTO = ("cuda", "triton", "cpu", "torch")  # the first that can
 
 

@@ -1,0 +1,155 @@
+// What PyTorch sees of the CUDA backend: private operators, through the stable ABI (any torch from 2.10 on). No symbol of
+// torch's CUDA library is needed: the stream comes in as a number.
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "driver.h"
+#include "launch.h"
+
+#if defined(MINILM_EMULATED)
+#define MINILM_LIBRARY minilm_kernels_cuda_emulated
+#define MINILM_DISPATCH CPU
+#else
+#define MINILM_LIBRARY minilm_kernels_cuda
+#define MINILM_DISPATCH CUDA
+#endif
+
+namespace {
+
+using minilm::cuda::Call;
+using minilm::cuda::Limits;
+using minilm::cuda::Matrix;
+using minilm::cuda::Relation;
+using minilm::cuda::Type;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Matrix matrix_of(const Tensor& x) {
+  bool packed = x.dim() == 3;
+  Matrix m;
+  m.data = x.const_data_ptr();
+  m.batch = packed ? 0 : x.stride(0);
+  m.position = x.stride(packed ? 0 : 1);
+  m.head = x.stride(packed ? 1 : 2);
+  m.feature = x.stride(packed ? 2 : 3);
+  m.width = static_cast<int32_t>(x.size(packed ? 2 : 3));
+  switch (x.scalar_type()) {
+    case ScalarType::Float: m.type = Type::float32; break;
+    case ScalarType::Half: m.type = Type::float16; break;
+    case ScalarType::BFloat16: m.type = Type::bfloat16; break;
+    default: STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
+  }
+  return m;
+}
+
+template <class T>
+const T* data_of(const std::optional<Tensor>& x, ScalarType type) {
+  if (!x) return nullptr;
+  STD_TORCH_CHECK(x->scalar_type() == type && x->is_contiguous(), "expected another dtype, or contiguous memory");
+  return static_cast<const T*>(x->const_data_ptr());
+}
+
+float* output_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), "expected contiguous float32 memory");
+  return static_cast<float*>(x.mutable_data_ptr());
+}
+
+std::vector<Relation> relations_of(const std::vector<Tensor>& teacher, const std::vector<Tensor>& student,
+                                   const std::vector<int64_t>& pairs) {
+  std::vector<Relation> relations(pairs.size() / 2);
+  for (size_t r = 0; r < relations.size(); ++r) {
+    int64_t query = pairs[2 * r], key = pairs[2 * r + 1];
+    relations[r] = {};
+    relations[r].teacher = {matrix_of(teacher.at(query)), matrix_of(teacher.at(key)), 1.0f};
+    relations[r].student = {matrix_of(student.at(query)), matrix_of(student.at(key)), 1.0f};
+    relations[r].self = query == key;
+    relations[r].index = static_cast<int32_t>(r);
+  }
+  return relations;
+}
+
+Limits limits_of(const Tensor& x, int& capability) {
+  Limits limits{};
+  const char* error = minilm::cuda::find_device(x.get_device_index(), limits, capability);
+  STD_TORCH_CHECK(error == nullptr, "backend cuda: ", error);
+  return limits;
+}
+
+// See minilm_kernels/relation/native_cuda.py for the arguments.
+void relation_kl(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> pairs,
+                 std::vector<double> scales, Tensor tokens, Tensor starts, std::optional<Tensor> prefixes, bool causal,
+                 bool padded, int64_t longest, std::optional<Tensor> weights, std::optional<Tensor> row_grads,
+                 std::optional<Tensor> values, std::optional<Tensor> rows, std::vector<Tensor> grads, int64_t stream) {
+  const Tensor& shape = student.at(0);
+  bool packed = shape.dim() == 3;
+  std::vector<Relation> relations = relations_of(teacher, student, pairs);
+  size_t slot = 0;
+  for (size_t r = 0; r < relations.size(); ++r) {
+    Relation& relation = relations[r];
+    relation.teacher.scale = static_cast<float>(scales.at(2 * r));
+    relation.student.scale = static_cast<float>(scales.at(2 * r + 1));
+    relation.query_grad = grads.empty() ? nullptr : output_of(grads.at(slot++));
+    relation.key_grad = grads.empty() || relation.self ? relation.query_grad : output_of(grads.at(slot++));
+  }
+  Call call{};
+  call.relations = relations.data();
+  call.stream = reinterpret_cast<void*>(stream);
+  call.common.num_relations = static_cast<int64_t>(relations.size());
+  call.common.num_sequences = starts.numel() - 1;
+  call.common.num_heads = shape.size(packed ? 1 : 2);
+  call.common.positions = shape.size(packed ? 0 : 1);
+  call.common.longest = longest < call.common.positions ? longest : call.common.positions;
+  call.common.packed = packed;
+  call.common.tokens = data_of<int64_t>(tokens, ScalarType::Long);
+  call.common.starts = data_of<int64_t>(starts, ScalarType::Long);
+  call.common.prefixes = data_of<int64_t>(prefixes, ScalarType::Long);
+  call.common.causal = causal;
+  call.common.padded = padded;
+  call.common.gradient = !grads.empty();
+  call.common.weights = data_of<float>(weights, ScalarType::Float);
+  call.common.row_grads = data_of<float>(row_grads, ScalarType::Float);
+  call.common.values = values ? output_of(*values) : nullptr;
+  call.common.rows = rows ? output_of(*rows) : nullptr;
+
+#if !defined(MINILM_EMULATED)
+  torch::stable::accelerator::DeviceGuard guard(shape.get_device_index());
+#endif
+  int capability = 0;
+  Limits limits = limits_of(shape, capability);
+  int64_t bytes = minilm::cuda::scratch_bytes(call, limits);
+  Tensor scratch = torch::stable::new_empty(shape, {bytes}, ScalarType::Byte);
+  const char* error = minilm::cuda::run(call, limits, scratch.mutable_data_ptr());
+  STD_TORCH_CHECK(error == nullptr, "backend cuda: ", error);
+}
+
+// Why the GPU of these tensors cannot serve them; empty: it can.
+std::string refusal(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> pairs) {
+  int capability = 0;
+  Limits limits = limits_of(student.at(0), capability);
+  std::vector<Relation> relations = relations_of(teacher, student, pairs);
+  return minilm::cuda::refusal(relations.data(), static_cast<int64_t>(relations.size()), true, limits, capability);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(MINILM_LIBRARY, m) {
+  m.def(
+      "relation_kl(Tensor[] teacher, Tensor[] student, int[] pairs, float[] scales, Tensor tokens, Tensor starts, "
+      "Tensor? prefixes, bool causal, bool padded, int longest, Tensor? weights, Tensor? row_grads, "
+      "Tensor(a!)? values, Tensor(b!)? rows, Tensor(c!)[] grads, int stream) -> ()");
+  m.def("refusal(Tensor[] teacher, Tensor[] student, int[] pairs) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(MINILM_LIBRARY, MINILM_DISPATCH, m) {
+  m.impl("relation_kl", TORCH_BOX(&relation_kl));
+  m.impl("refusal", TORCH_BOX(&refusal));
+}

@@ -1,0 +1,19 @@
+// The CUDA backend's entry: which kernels a call needs, and their launches. Nothing here knows torch.
+#pragma once
+
+#include <string>
+
+#include "relation.h"
+
+namespace minilm::cuda {
+
+// Why a device cannot serve these relations; empty: it can.
+std::string refusal(const Relation* relations, int64_t num_relations, bool gradient, const Limits& limits,
+                    int capability);
+
+int64_t scratch_bytes(const Call& call, const Limits& limits);
+
+// Queues everything on the call's stream; returns null, or what went wrong. `scratch`: device memory, 16-byte aligned.
+const char* run(const Call& call, const Limits& limits, void* scratch);
+
+}  // namespace minilm::cuda

@@ -1,0 +1,33 @@
+// How a call is laid over a device: tokens, warps and shared memory of a block. Plain C++, tested without a GPU.
+#pragma once
+
+#include "batch.h"
+
+namespace minilm::cuda {
+
+// A plane is 8 features of one piece of a token.
+struct Planes {
+  int teacher, student, student_chunks, student_pieces;
+  bool everyday;  // bfloat16 of two chunks and one, widths to (16, 8): these have a kernel of their own
+};
+Planes planes_of(const Relation& relation);
+
+struct FusedPlan {
+  int tokens;  // that a block holds; longer sequences go row by row. 0: not one tile fits.
+  int warps;
+  int blocks;  // on one processor at a time
+  int64_t bytes;
+};
+FusedPlan plan_fused(const Limits& limits, const Planes& planes, int64_t longest);
+
+struct RowsPlan {
+  int warps;   // each owns a tile; 0: does not fit
+  int others;  // tokens of the other side in shared memory
+  int64_t bytes;
+};
+RowsPlan plan_rows(const Limits& limits, const Planes& planes, bool gradient);
+
+int64_t fused_bytes(const Planes& planes, int tokens);
+int64_t rows_bytes(const Planes& planes, int own, int others, bool gradient);
+
+}  // namespace minilm::cuda

@@ -1,0 +1,123 @@
+"""Backend `cuda`: the CUDA C++ kernels of csrc/cuda.
+
+The library is built with the package where torch has CUDA and nvcc is found (setup.py). It registers private operators
+through PyTorch's stable ABI; here a problem becomes their arguments. Nothing here waits for the device, and a call can
+be captured in a CUDA graph. See docs/cuda.md.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .problem import Problem, gradient_slots
+
+_LIBRARY = Path(__file__).parents[1] / "_cuda.abi3.so"
+_MISSING = _LIBRARY.with_name("_cuda.missing")  # left by setup.py: why it could not build the library
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DEVICE = "cuda"
+_operators = torch.ops.minilm_kernels_cuda  # tests put those of the emulated library in its place
+
+
+@cache
+def unavailable() -> str | None:
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    if not _LIBRARY.exists():
+        reason = "the package was installed without its CUDA library"
+        return f"{reason}: {_MISSING.read_text(encoding='utf-8')}" if _MISSING.exists() else reason
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as error:
+        return f"its library does not load: {error}"
+    return None
+
+
+def refusals(problem: Problem) -> list[str]:
+    reasons = []
+    others = {x.dtype for x in (*problem.teacher, *problem.student)} - set(_DTYPES)
+    if others:
+        reasons.append(
+            f"it computes in float32 for float32, float16 and bfloat16, not for {', '.join(map(str, others))}"
+        )
+    if problem.mask.device.type != _DEVICE:
+        reasons.append(f"it computes on {_DEVICE} devices, the tensors are on {problem.mask.device}")
+    elif not others:
+        reason = _operators.refusal(problem.teacher, problem.student, _pairs(problem))
+        reasons += [reason] if reason else []
+    return reasons
+
+
+def scalar(problem: Problem, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+    values = weights.new_empty(len(problem.relations))
+    grads = _new_gradients(problem) if gradient else []
+    _run(problem, weights=weights.contiguous(), values=values, grads=grads)
+    return values, grads
+
+
+def rows(problem: Problem) -> Tensor:
+    *batch, positions = problem.mask.leading
+    shape = (len(problem.relations), *batch, problem.heads, positions)
+    out = torch.zeros(shape, dtype=torch.float32, device=problem.mask.device)
+    _run(problem, rows=out)
+    return out
+
+
+def rows_gradient(problem: Problem, row_grads: Tensor) -> list[Tensor]:
+    grads = _new_gradients(problem)
+    _run(problem, row_grads=row_grads.float().contiguous(), grads=grads)
+    return grads
+
+
+def _new_gradients(problem: Problem) -> list[Tensor]:
+    """One of every slot. Tokens that are not real are not written: theirs are zeros."""
+    new = torch.zeros if _padded(problem) else torch.empty
+    return [
+        new(problem.student[m].shape, dtype=torch.float32, device=problem.mask.device)
+        for _, m in gradient_slots(problem.relations)
+    ]
+
+
+def _padded(problem: Problem) -> bool:
+    """Whether a token may not be real. That `cu_seqlens` cover all packed tokens is not checked on a device."""
+    return problem.mask.attention_mask is not None or problem.mask.packed
+
+
+def _pairs(problem: Problem) -> list[int]:
+    return [m for relation in problem.relations for m in relation]
+
+
+def _run(
+    problem: Problem,
+    weights: Tensor | None = None,
+    row_grads: Tensor | None = None,
+    values: Tensor | None = None,
+    rows: Tensor | None = None,
+    grads: list[Tensor] | None = None,
+) -> None:
+    mask = problem.mask
+    tokens, starts, prefixes = mask.gathered()
+    longest = mask.leading[-1] if mask.max_seqlen is None else mask.max_seqlen
+    _operators.relation_kl(
+        problem.teacher,
+        problem.student,
+        _pairs(problem),
+        [scale for relation in problem.relations for scale in problem.scales(relation)],
+        tokens,
+        starts,
+        prefixes,
+        not mask.bidirectional,
+        _padded(problem),
+        longest,
+        weights,
+        row_grads,
+        values,
+        rows,
+        grads or [],
+        torch.cuda.current_stream(mask.device).cuda_stream if mask.device.type == "cuda" else 0,
+    )

@@ -1,0 +1,414 @@
+// A thread block on the host: the functions of csrc/cuda/device.cuh for kernels compiled by a plain C++ compiler.
+//
+// Every CUDA thread is a fiber. Instructions of a whole warp (matrix loads, products, shuffles) wait for its 32 lanes and
+// fail where they disagree on the instruction. Warps take turns in an order drawn from `seed`, so that a missing barrier
+// shows as different bits. Shared memory is filled with NaN, ends at an inaccessible page and is no larger than planned.
+// Numerics are at the pessimistic end of what is documented: ex2.approx errs by up to 2^-22, and products add up eight
+// at a time, cut off (not rounded) at 24 bits below the largest term.
+#pragma once
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#define MINILM_DEVICE inline
+#define MINILM_KERNEL(threads, blocks) void
+#define MINILM_PARAMETER
+#define MINILM_UNROLL
+#define MINILM_NO_UNROLL
+
+namespace minilm::cuda {
+namespace emulation {
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulated thread block: %s\n", what);
+  std::abort();
+}
+
+struct Fiber {
+  jmp_buf registers;
+  ucontext_t start;
+  char* stack = nullptr;
+  const int* waits_for = nullptr;  // until this is no longer `seen`
+  int seen = 0;
+  bool started = false, done = true;
+};
+
+struct Warp {
+  int arrived = 0, generation = 0;
+  const char* instruction = nullptr;
+  alignas(16) char in[32][64], out[32][64];
+};
+
+constexpr size_t kStack = 256 << 10;
+constexpr int kMostThreads = 1024;
+
+struct Machine {
+  std::vector<Fiber> fibers = std::vector<Fiber>(kMostThreads);
+  std::vector<Warp> warps = std::vector<Warp>(kMostThreads / 32);
+  jmp_buf scheduler;
+  ucontext_t back;
+  int threads = 0, current = 0, arrived = 0, generation = 0;
+  int64_t block = 0;
+  char* shared = nullptr;
+  void (*body)(void*) = nullptr;
+  void* context = nullptr;
+  uint64_t seed = 0;
+};
+
+extern Machine machine;
+
+inline void yield(const int* waits_for) {
+  Fiber& fiber = machine.fibers[machine.current];
+  fiber.waits_for = waits_for;
+  fiber.seen = *waits_for;
+  if (_setjmp(fiber.registers) == 0) _longjmp(machine.scheduler, 1);
+}
+
+inline void enter() {
+  machine.body(machine.context);
+  machine.fibers[machine.current].done = true;
+  _longjmp(machine.scheduler, 1);
+}
+
+inline void resume(int thread) {
+  Fiber& fiber = machine.fibers[thread];
+  machine.current = thread;
+  if (_setjmp(machine.scheduler) == 0) {
+    if (fiber.started) _longjmp(fiber.registers, 1);
+    fiber.started = true;
+    setcontext(&fiber.start);
+  }
+}
+
+inline uint64_t draw() {
+  machine.seed ^= machine.seed << 13;
+  machine.seed ^= machine.seed >> 7;
+  return machine.seed ^= machine.seed << 17;
+}
+
+inline void run_block(int64_t block, int threads) {
+  machine.block = block;
+  machine.threads = threads;
+  machine.arrived = 0;
+  for (int t = 0; t < threads; ++t) {
+    Fiber& fiber = machine.fibers[t];
+    if (!fiber.stack) {
+      fiber.stack = static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+      if (fiber.stack == MAP_FAILED) fail("no memory for stacks");
+    }
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack;
+    fiber.start.uc_stack.ss_size = kStack;
+    fiber.start.uc_link = &machine.back;
+    makecontext(&fiber.start, enter, 0);
+    fiber.started = fiber.done = false;
+    fiber.waits_for = nullptr;
+  }
+  for (Warp& warp : machine.warps) warp.arrived = 0;
+  const int warps = threads / 32;
+  std::vector<int> order(warps);
+  for (int w = 0; w < warps; ++w) order[w] = w;
+  for (bool alive = true; alive;) {
+    alive = false;
+    bool moved = false;
+    const bool shuffled = machine.seed != 0;
+    if (shuffled)
+      for (int w = warps - 1; w > 0; --w) std::swap(order[w], order[draw() % (w + 1)]);
+    for (int w : order) {
+      const bool skipped = shuffled && warps > 1 && draw() % 3 == 0;
+      for (int lane = 0; lane < 32; ++lane) {
+        Fiber& fiber = machine.fibers[32 * w + lane];
+        if (fiber.done) continue;
+        alive = true;
+        if (fiber.waits_for && *fiber.waits_for == fiber.seen) continue;
+        moved = true;
+        if (!skipped) resume(32 * w + lane);
+      }
+    }
+    if (alive && !moved) fail("some threads wait for others that have ended");
+  }
+}
+
+// What a warp executes as one instruction: `compute` gets all lanes' operands and fills all results.
+template <class Out, class In, class Compute>
+Out together(const char* instruction, const In& in, const Compute& compute) {
+  static_assert(sizeof(In) <= 64 && sizeof(Out) <= 64, "");
+  Warp& warp = machine.warps[machine.current / 32];
+  const int lane = machine.current % 32;
+  if (warp.arrived == 0) warp.instruction = instruction;
+  if (warp.instruction != instruction) fail("lanes of a warp execute different instructions");
+  std::memcpy(warp.in[lane], &in, sizeof in);
+  if (++warp.arrived == 32) {
+    In all[32];
+    Out results[32];
+    for (int l = 0; l < 32; ++l) std::memcpy(&all[l], warp.in[l], sizeof(In));
+    compute(all, results);
+    for (int l = 0; l < 32; ++l) std::memcpy(warp.out[l], &results[l], sizeof(Out));
+    warp.arrived = 0;
+    ++warp.generation;
+  } else {
+    yield(&warp.generation);
+  }
+  Out out;
+  std::memcpy(&out, warp.out[lane], sizeof out);
+  return out;
+}
+
+inline float to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float low(uint32_t pair) { return to_float(pair << 16); }
+inline float high(uint32_t pair) { return to_float(pair & 0xffff0000u); }
+
+inline int exponent(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  return static_cast<int>(bits >> 52 & 0x7ff) - 1023;
+}
+inline double power_of_two(int exponent) {
+  if (exponent < -1022) return 0.0;
+  uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
+  double x;
+  std::memcpy(&x, &bits, 8);
+  return x;
+}
+
+// c + Σ_k a[k] b[k], 8 products.
+inline float accumulate(float c, const float* a, const float* b) {
+  double term[9], most = 0.0;
+  term[8] = c;
+  for (int k = 0; k < 8; ++k) term[k] = static_cast<double>(a[k]) * b[k];
+  for (double x : term) most = std::max(most, std::fabs(x));
+  double plain = 0.0;
+  for (double x : term) plain += x;
+  if (!(most < 1e38) || !std::isfinite(plain) || most < 1e-37) return static_cast<float>(plain);
+  const int top = exponent(most);
+  const double unit = power_of_two(top - 23), inverse = power_of_two(23 - top);
+  int64_t sum = 0;
+  for (double x : term) sum += static_cast<int64_t>(x * inverse);  // towards zero
+  // The sum may have more than 24 bits: cut off again.
+  double result = static_cast<double>(sum) * unit;
+  float rounded = static_cast<float>(result);
+  if (std::fabs(static_cast<double>(rounded)) > std::fabs(result)) rounded = std::nextafterf(rounded, 0.0f);
+  return rounded;
+}
+
+struct Product {
+  float c[4];
+  uint32_t a[4], b[2];
+};
+struct Accumulator {
+  float c[4];
+};
+
+template <int kK>
+void multiply_all(const Product* in, Accumulator* out) {
+  float a[16][kK], b[8][kK];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int k = 0; k < kK / 8; ++k) {
+      for (int half = 0; half < 2; ++half) {
+        a[g + 8 * half][8 * k + 2 * t] = low(in[lane].a[2 * k + half]);
+        a[g + 8 * half][8 * k + 2 * t + 1] = high(in[lane].a[2 * k + half]);
+      }
+      b[g][8 * k + 2 * t] = low(in[lane].b[k]);
+      b[g][8 * k + 2 * t + 1] = high(in[lane].b[k]);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane)
+    for (int e = 0; e < 4; ++e) {
+      const int row = lane / 4 + 8 * (e / 2), column = lane % 4 * 2 + e % 2;
+      float c = in[lane].c[e];
+      for (int k = 0; k < kK; k += 8) c = accumulate(c, &a[row][k], &b[column][k]);
+      out[lane].c[e] = c;
+    }
+}
+
+}  // namespace emulation
+
+inline int thread_index() { return emulation::machine.current; }
+inline int thread_count() { return emulation::machine.threads; }
+inline int64_t block_index() { return emulation::machine.block; }
+inline char* shared_memory() { return emulation::machine.shared; }
+
+inline void sync_block() {
+  auto& machine = emulation::machine;
+  if (++machine.arrived == machine.threads) {
+    machine.arrived = 0;
+    ++machine.generation;
+  } else {
+    emulation::yield(&machine.generation);
+  }
+}
+inline void sync_warp() {
+  emulation::together<int>("sync_warp", 0, [](const int*, int* out) { std::fill(out, out + 32, 0); });
+}
+template <class T>
+T shuffle_xor(T x, int mask) {
+  struct In {
+    T x;
+    int mask;
+  };
+  return emulation::together<T>("shuffle_xor", In{x, mask}, [](const In* in, T* out) {
+    for (int lane = 0; lane < 32; ++lane) out[lane] = in[lane ^ in[lane].mask].x;
+  });
+}
+
+inline float exp2_fast(float x) {
+  if (std::isnan(x)) return x;
+  uint32_t hash = emulation::to_bits(x) * 2654435761u;
+  hash ^= hash >> 15;
+  const double error = (static_cast<double>(hash % 2001u) - 1000.0) / 1000.0 * 0x1p-22;
+  float y = static_cast<float>(std::exp2(static_cast<double>(x)) * (1.0 + error));
+  return y < 0x1p-126f ? 0.0f : y;
+}
+inline float add(float x, float y) { return x + y; }
+inline float sub(float x, float y) { return x - y; }
+inline float mul(float x, float y) { return x * y; }
+inline float as_float(uint32_t bits) { return emulation::to_float(bits); }
+inline uint32_t as_bits(float x) { return emulation::to_bits(x); }
+
+inline uint32_t pack_bfloat16(float low, float high) {
+  auto round = [](float x) -> uint32_t {
+    uint32_t bits = emulation::to_bits(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
+    return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  };
+  return round(low) | round(high) << 16;
+}
+
+namespace emulation {
+struct Matrices {
+  uint32_t r[4];
+};
+inline Matrices load_matrices(const void* row, bool transposed) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) fail("a row of a matrix is not aligned");
+  const char* instruction = transposed ? "load_matrices_transposed" : "load_matrices";
+  auto direct = [](const void* const* in, Matrices* out) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int m = 0; m < 4; ++m)
+        std::memcpy(&out[lane].r[m], static_cast<const char*>(in[8 * m + lane / 4]) + lane % 4 * 4, 4);
+  };
+  auto mirrored = [](const void* const* in, Matrices* out) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int m = 0; m < 4; ++m) {
+        uint16_t x[2];
+        for (int e = 0; e < 2; ++e)
+          std::memcpy(&x[e], static_cast<const char*>(in[8 * m + lane % 4 * 2 + e]) + lane / 4 * 2, 2);
+        out[lane].r[m] = x[0] | static_cast<uint32_t>(x[1]) << 16;
+      }
+  };
+  return transposed ? together<Matrices>(instruction, row, mirrored) : together<Matrices>(instruction, row, direct);
+}
+}  // namespace emulation
+
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  auto out = emulation::load_matrices(row, false);
+  std::copy(out.r, out.r + 4, r);
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  auto out = emulation::load_matrices(row, true);
+  std::copy(out.r, out.r + 4, r);
+}
+inline uint32_t transpose_matrix(uint32_t x) {
+  return emulation::together<uint32_t>("transpose_matrix", x, [](const uint32_t* in, uint32_t* out) {
+    for (int lane = 0; lane < 32; ++lane) {
+      uint32_t pair = 0;
+      for (int e = 0; e < 2; ++e) {  // element (lane / 4, 2 (lane % 4) + e) of the transpose
+        const int row = lane % 4 * 2 + e, column = lane / 4;
+        pair |= (in[4 * row + column / 2] >> 16 * (column % 2) & 0xffffu) << 16 * e;
+      }
+      out[lane] = pair;
+    }
+  });
+}
+inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+  auto out = emulation::together<emulation::Accumulator>(
+      "multiply k8", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, 0, 0}, {b0, 0}},
+      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::multiply_all<8>(in, result); });
+  std::copy(out.c, out.c + 4, c);
+}
+inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  auto out = emulation::together<emulation::Accumulator>(
+      "multiply k16", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, a2, a3}, {b0, b1}},
+      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::multiply_all<16>(in, result); });
+  std::copy(out.c, out.c + 4, c);
+}
+
+struct Words {
+  uint32_t word[4];
+};
+inline Words load_words(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) emulation::fail("16 bytes are not aligned");
+  Words x;
+  std::memcpy(&x, from, 16);
+  return x;
+}
+inline void store_words(void* to, const Words& x) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("16 bytes are not aligned");
+  std::memcpy(to, &x, 16);
+}
+struct Pair {
+  float x, y;
+};
+inline Pair load_pair(const float* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 8) emulation::fail("8 bytes are not aligned");
+  return {from[0], from[1]};
+}
+inline void store_pair(float* to, float x, float y) {
+  if (reinterpret_cast<uintptr_t>(to) % 8) emulation::fail("8 bytes are not aligned");
+  to[0] = x;
+  to[1] = y;
+}
+
+template <class Parameters>
+const char* launch(void (*kernel)(const Parameters), const Parameters& parameters, int64_t blocks, int threads,
+                   int64_t shared, void*) {
+  using namespace emulation;
+  if (threads % 32 || threads > kMostThreads) fail("no whole number of warps");
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const size_t pages = (static_cast<size_t>(shared) + page - 1) / page * page;
+  char* memory = static_cast<char*>(
+      mmap(nullptr, pages + 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  if (memory == MAP_FAILED) return "no memory";
+  mprotect(memory, page, PROT_NONE);
+  mprotect(memory + page + pages, page, PROT_NONE);
+  if (shared % 128) fail("shared memory is not a multiple of 128 bytes");
+  machine.shared = memory + page + pages - shared;
+  struct Context {
+    void (*kernel)(const Parameters);
+    const Parameters* parameters;
+  } context{kernel, &parameters};
+  machine.context = &context;
+  machine.body = [](void* raw) {
+    auto* c = static_cast<Context*>(raw);
+    c->kernel(*c->parameters);
+  };
+  for (int64_t block = 0; block < blocks; ++block) {
+    std::memset(machine.shared, 0xff, static_cast<size_t>(shared));
+    run_block(block, threads);
+  }
+  munmap(memory, pages + 2 * page);
+  return nullptr;
+}
+
+const char* find_limits(int device, int64_t& shared_per_block, int64_t& shared_per_processor, int& capability);
+
+}  // namespace minilm::cuda
