@@ -7,6 +7,8 @@ To add a backend, write its module (`problem.Backend`) and name it in `_MODULES`
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -15,7 +17,7 @@ from . import blocked, native_cpu, native_cuda, reference, triton_backend
 from .masks import Mask
 from .problem import Backend, Problem, gradient_slots, result_dtype
 
-BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
+_log = logging.getLogger(__name__)
 _MODULES: dict[str, Backend] = {
     "cuda": native_cuda,
     "triton": triton_backend,
@@ -23,31 +25,32 @@ _MODULES: dict[str, Backend] = {
     "torch": blocked,
     "reference": reference,
 }
+BACKENDS = tuple(_MODULES)
 _AUTO = ("cuda", "triton", "cpu", "torch")  # the first that can
 
 
 def available_backends() -> dict[str, str | None]:
     """Every backend's name; the value is None where it is usable here, otherwise the reason why not."""
-    return {name: _unavailable(name) for name in BACKENDS}
-
-
-def _unavailable(name: str) -> str | None:
-    return _MODULES[name].unavailable() if name in _MODULES else "not part of this version of minilm_kernels"
+    return {name: module.unavailable() for name, module in _MODULES.items()}
 
 
 def _select(name: str, problem: Problem) -> Backend:
     if name == "auto":
-        return next(
-            module
-            for module in (_MODULES[candidate] for candidate in _AUTO if _unavailable(candidate) is None)
-            if not module.refusals(problem)
-        )
-    missing = _unavailable(name)
-    reasons = [missing] if missing else _MODULES[name].refusals(problem)
+        return next(_MODULES[candidate] for candidate in _AUTO if not _refusals(candidate, problem))
+    reasons = _refusals(name, problem)
     if reasons:
         usable = ", ".join(n for n, reason in available_backends().items() if reason is None)
         raise RuntimeError(f"backend: {name!r} cannot serve this call: {'; '.join(reasons)}. Usable here: {usable}")
     return _MODULES[name]
+
+
+def _refusals(name: str, problem: Problem) -> list[str]:
+    """Every reason why a backend does not serve; why `auto` passes one over can be read in the log."""
+    missing = _MODULES[name].unavailable()
+    reasons = [missing] if missing else _MODULES[name].refusals(problem)
+    if reasons:
+        _log.debug("backend %s does not serve: %s", name, "; ".join(reasons))
+    return reasons
 
 
 class RelationKL(torch.autograd.Function):
