@@ -217,3 +217,13 @@ def test_auto_takes_the_first_backend_that_can():
     assert torch.equal(case.run("sequence", "auto")[0], case.run("sequence", first)[0])
     value, _ = Case(tuple(x if x is None else x.double() for x in case.tensors), case.kwargs).run("sequence", "auto")
     assert value.dtype == torch.float64
+
+
+def test_why_a_backend_is_passed_over_is_in_the_log(caplog):
+    with caplog.at_level("DEBUG", logger="minilm_kernels"):
+        make().to(torch.float64).run("sequence", "auto")
+    for name, missing in available_backends().items():
+        if name == "torch":
+            break
+        assert f"backend {name} does not serve: {missing or ''}" in caplog.text
+    assert "float64" in caplog.text or available_backends()["cpu"]
