@@ -118,23 +118,31 @@ inline void run_block(int64_t block, int threads) {
   const int warps = threads / 32;
   std::vector<int> order(warps);
   for (int w = 0; w < warps; ++w) order[w] = w;
+  // With a seed, warps run one after the other as far as they get, in another order between any two barriers.
+  auto step = [](int warp, bool& alive) {
+    bool moved = false;
+    for (int lane = 0; lane < 32; ++lane) {
+      Fiber& fiber = machine.fibers[32 * warp + lane];
+      if (fiber.done) continue;
+      alive = true;
+      if (fiber.waits_for && *fiber.waits_for == fiber.seen) continue;
+      moved = true;
+      resume(32 * warp + lane);
+    }
+    return moved;
+  };
+  const bool shuffled = machine.seed != 0;
   for (bool alive = true; alive;) {
     alive = false;
-    bool moved = false;
-    const bool shuffled = machine.seed != 0;
     if (shuffled)
       for (int w = warps - 1; w > 0; --w) std::swap(order[w], order[draw() % (w + 1)]);
-    for (int w : order) {
-      const bool skipped = shuffled && warps > 1 && draw() % 3 == 0;
-      for (int lane = 0; lane < 32; ++lane) {
-        Fiber& fiber = machine.fibers[32 * w + lane];
-        if (fiber.done) continue;
-        alive = true;
-        if (fiber.waits_for && *fiber.waits_for == fiber.seen) continue;
+    bool moved = false;
+    const int generation = machine.generation;
+    for (int w : order)
+      while (step(w, alive)) {
         moved = true;
-        if (!skipped) resume(32 * w + lane);
+        if (!shuffled || machine.generation != generation) break;
       }
-    }
     if (alive && !moved) fail("some threads wait for others that have ended");
   }
 }
