@@ -24,13 +24,22 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 
 
+def _serves(backend: str, device: str) -> bool:
+    gpu = {"cuda": True, "triton": os.environ.get("TRITON_INTERPRET") != "1", "cpu": False}
+    return backend not in gpu or gpu[backend] == (device == "cuda")
+
+
 @pytest.fixture(params=USABLE)
 def backend(request) -> str:
+    if "device" not in request.fixturenames and not _serves(request.param, "cpu"):
+        pytest.skip("the test is on the CPU")
     return request.param
 
 
 @pytest.fixture(params=DEVICES)
 def device(request) -> str:
+    if "backend" in request.fixturenames and not _serves(request.getfixturevalue("backend"), request.param):
+        pytest.skip("the backend is not for this device")
     return request.param
 
 
