@@ -40,7 +40,7 @@ def blocks(kernel: str, width: int, itemsize: int) -> Blocks:
     if itemsize < 4:
         return Blocks(64, 32, 4, 2 if kernel == "lse" else 1)
     if width <= 16:
-        return Blocks(64, 32, 4, 1)
+        return Blocks(64, 16 if kernel == "gradient" else 32, 8, 1)
     if width <= 64:
         return Blocks(32, 32, 8, 1)
     return Blocks(32, 16, 4, 1)
