@@ -39,11 +39,9 @@ def blocks(kernel: str, width: int, itemsize: int) -> Blocks:
     """
     if itemsize < 4:
         return Blocks(64, 32, 4, 2 if kernel == "lse" else 1)
-    if width <= 16:
-        return Blocks(64, 16 if kernel == "gradient" else 32, 8, 1)
     if width <= 64:
-        return Blocks(32, 32, 8, 1)
-    return Blocks(32, 16, 4, 1)
+        return Blocks(64 if width <= 16 and kernel != "gradient" else 32, 32, 8, 1)
+    return Blocks(16 if kernel == "gradient" else 32, 16, 4, 1)
 
 
 def in_parts(padded_width: int, itemsize: int) -> bool:
