@@ -32,16 +32,16 @@ def blocks(kernel: str, width: int, itemsize: int) -> Blocks:
     """Of a kernel ("lse", "rows", "gradient"), by the wider padded width and dtype of teacher and student.
 
     Two exponentials take the time of 16 issue slots, so what counts below that is how many warps hide each other's
-    waiting. sm_90, (16, 8), slots a pair and registers: lse 64 x 32 in two stages 11.8 and 96 (20 warps a
-    multiprocessor), in one 10.9 and 127, 64 x 64 less than 10 and 160 (12 warps); gradient 64 x 32 in one stage 12.1
-    and 99, in two 14.0 and 96, 64 x 64 10.8 and 161. float32 has no tensor core that multiplies exactly: a thread
-    keeps parts of rows in registers, and the largest blocks tried that do not spill were taken.
+    waiting. sm_90, (16, 8), slots a pair and registers: lse 64 x 32 in two stages 12.7 and 96 (20 warps a
+    multiprocessor), in one 10.9 and 127, 64 x 64 10 and 160 (12 warps); gradient 64 x 32 in one stage 12.2 and 128
+    (16 warps), in two 14 and about as many, 64 x 64 10.8 and 161. float32 has no tensor core that multiplies exactly:
+    a thread keeps parts of rows in registers, and the largest blocks tried that do not spill were taken.
     """
     if itemsize < 4:
         return Blocks(64, 32, 4, 2 if kernel == "lse" else 1)
     if width <= 64:
         return Blocks(64 if width <= 16 and kernel != "gradient" else 32, 32, 8, 1)
-    return Blocks(16 if kernel == "gradient" else 32, 16, 4, 1)
+    return Blocks(32, 16, 2 if kernel == "gradient" else 4, 1)
 
 
 def in_parts(padded_width: int, itemsize: int) -> bool:
