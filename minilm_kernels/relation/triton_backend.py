@@ -293,7 +293,10 @@ class _Group:
         if interpreted():
             chosen = INTERPRETED if self.call.positions <= 300 or self.call.modes["PACKED"] else INTERPRETED_LONG
         else:
-            chosen = blocks(name, max(self.inputs["DP_T"], self.inputs["DP_S"]), max(itemsize_t, itemsize_s))
+            modes = self.call.modes
+            crowded = modes["LIST"] and modes["MASK"] == triton_kernels.PREFIX.value
+            width = max(self.inputs["DP_T"], self.inputs["DP_S"])
+            chosen = blocks(name, width, max(itemsize_t, itemsize_s), crowded)
         tiles, tile_map = self.call.tile_map(chosen.block_m)
         sequences = 1 if tile_map is not None else self.call.sequences
         arguments |= {

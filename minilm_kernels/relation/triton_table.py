@@ -28,7 +28,7 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def blocks(kernel: str, width: int, itemsize: int) -> Blocks:
+def blocks(kernel: str, width: int, itemsize: int, listed_prefix: bool = False) -> Blocks:
     """Of a kernel ("lse", "rows", "gradient"), by the wider padded width and dtype of teacher and student.
 
     Two exponentials take the time of 16 issue slots, so what counts below that is how many warps hide each other's
@@ -38,6 +38,8 @@ def blocks(kernel: str, width: int, itemsize: int) -> Blocks:
     a thread keeps parts of rows in registers, and the largest blocks tried that do not spill were taken.
     """
     if itemsize < 4:
+        if kernel == "gradient" and listed_prefix:
+            return Blocks(128, 32, 8, 1)  # both masks at once: 64 x 32 spills 8 bytes on sm_80
         return Blocks(64, 32, 4, 2 if kernel == "lse" else 1)
     if width <= 64:
         return Blocks(64 if width <= 16 and kernel != "gradient" else 32, 32, 8, 1)
@@ -171,7 +173,7 @@ def variants_of(dtype: str, d_t: int, d_s: int, group: str, arch: int = 90, once
         loops: tuple[Loop, ...] = ()
         options: dict[str, int] = dict(FUSION)
         if phase is not None:
-            chosen = blocks(kernel, padded(max(d_t, d_s)), itemsize)
+            chosen = blocks(kernel, padded(max(d_t, d_s)), itemsize, listed and mask == kernels.PREFIX)
             values |= {"BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n}
             options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, **FUSION}
             pairs = chosen.block_m * chosen.block_n
