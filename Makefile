@@ -7,10 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint format bench ratios sanitize packaging cuda clean
+.PHONY: help demo test lint format bench ratios sanitize compute-sanitizer packaging cuda clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
 demo: $(INSTALLED)  ## distil a real teacher on real text, a few minutes on two cores
 	$(BIN)/python -m minilm_kernels.demo $(ARGS)
@@ -43,6 +43,12 @@ sanitize: $(INSTALLED)  ## the native kernels' tests under AddressSanitizer and 
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		$(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider tests/relation/test_native_cpu.py -k "not peak_memory"
+
+compute-sanitizer: $(INSTALLED)  ## the CUDA kernels' tests under NVIDIA's compute-sanitizer, on a GPU
+	for tool in memcheck racecheck synccheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(BIN)/python -m pytest -p no:cacheprovider tests/relation/test_cuda_device.py || exit 1; \
+	done
 
 packaging: $(INSTALLED)  ## installs into new environments; other compilers, processors and Pythons; CUDA where nvcc is
 	$(BIN)/python -m pytest -m packaging -rs tests/packaging $(ARGS)

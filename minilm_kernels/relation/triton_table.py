@@ -39,7 +39,7 @@ def blocks(kernel: str, width: int, itemsize: int, listed_prefix: bool = False) 
     """
     if itemsize < 4:
         if kernel == "gradient" and listed_prefix:
-            return Blocks(128, 32, 8, 1)  # both masks at once: 64 x 32 spills 8 bytes on sm_80
+            return Blocks(64, 16, 4, 1)  # both masks at once: 64 x 32 spills on sm_80, 128 x 32 on sm_100
         return Blocks(64, 32, 4, 2 if kernel == "lse" else 1)
     if width <= 64:
         return Blocks(64 if width <= 16 and kernel != "gradient" else 32, 32, 8, 1)
@@ -68,6 +68,7 @@ class Loop:
     tensor_macs: int  # 0 where the products are not the tensor cores'
     marker: str  # the source lines between "# static: begin" and "# static: end" of this name
     trips: float  # turns a program at S = 512
+    copies: int = 1  # machine loops of it, which share the pairs evenly
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,9 @@ def variants_of(dtype: str, d_t: int, d_s: int, group: str, arch: int = 90, once
             pairs = chosen.block_m * chosen.block_n
             features = padded(d_t) + padded(d_s) * (2 if kernel == "gradient" else 1)
             macs = 0 if dtype == "float32" else pairs * features
-            loops = (Loop(phase, pairs, 2 * pairs, macs, kernel, 512 / chosen.block_n),)
+            # A self relation's gradient has a loop below the diagonal and one above it.
+            copies = 2 if phase == "gradient" and mask != kernels.BIDIRECTIONAL and "self" in group else 1
+            loops = (Loop(phase, pairs, 2 * pairs, macs, kernel, 512 / chosen.block_n, copies),)
         arguments = {n: signature.get(n, "constexpr") if n not in values else "constexpr" for n in fn.arg_names}
         pointers = tuple(n for n in arguments if "*" in str(arguments[n]))
         return Variant(
