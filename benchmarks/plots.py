@@ -128,6 +128,10 @@ def _panels(panels: Sequence[tuple], title: str) -> Figure | None:
         sizes = sorted({row["shape"][size] for row in found})
         axes.set_xticks(sizes, [str(s) for s in sizes])
         axes.minorticks_off()
+        low, high = axes.get_ylim()
+        if high < 10 * low:  # a logarithmic axis would have no number
+            axes.set_yscale("linear")
+            axes.set_ylim(0, high)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
     figure.suptitle(f"{title}, {panels[0][2][0]['dtype']}, {panels[0][2][0]['device']}", fontsize=9)
@@ -166,7 +170,9 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
         bars = axes.barh([row["provider"] for row in found], ratios, color=[_colour(row["provider"]) for row in found])
         axes.bar_label(bars, [f"{ratio:.2g}" for ratio in ratios], padding=2, fontsize=8)
         axes.set(
-            xscale="log", xlim=(min(0.5, *ratios), 4 * max(ratios)), xlabel="time / time of the exponentials alone"
+            xscale="log",
+            xlim=(0.5 * min(1.0, *ratios), 4 * max(ratios)),
+            xlabel="time / time of the exponentials alone",
         )
         axes.axvline(1, color="0.3", linewidth=0.8)
         shape = bound["shape"]
