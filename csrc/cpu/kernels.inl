@@ -82,20 +82,30 @@ void scores(const float* queries, int64_t first, const float* keys, int64_t widt
   }
 }
 
+template <int N>
+INLINE void key_tile(const float* m, const float* const* rows, int64_t width, float* grads) {
+  F factor[N][R];
+  for (int n = 0; n < N; ++n)
+    for (int r = 0; r < R; ++r) factor[n][r] = load(m + (n * R + r) * V);
+  for (int64_t d = 0; d < width; ++d) {
+    F acc[N];
+    for (int n = 0; n < N; ++n) acc[n] = load(grads + (n * width + d) * V);
+    for (int r = 0; r < R; ++r) {
+      F x = all(rows[r / kGroup][d * V + r % kGroup]);
+      for (int n = 0; n < N; ++n) acc[n] = fma(factor[n][r], x, acc[n]);
+    }
+    for (int n = 0; n < N; ++n) store(grads + (n * width + d) * V, acc[n]);
+  }
+}
+
 // grads[block][d] += Σ_row m[block][row] · x_row,d
 void key_gradient(const float* m, const float* queries, int64_t first, int64_t width, int64_t blocks, float* grads) {
   const float* rows[R / kGroup];
   for (int g = 0; g < R / kGroup; ++g) rows[g] = row_of(queries, width, first + g * kGroup);
-  for (int64_t b = 0; b < blocks; ++b) {
-    F factor[R];
-    for (int r = 0; r < R; ++r) factor[r] = load(m + (b * R + r) * V);
-    float* grad = grads + b * width * V;
-    for (int64_t d = 0; d < width; ++d) {
-      F acc = load(grad + d * V);
-      for (int r = 0; r < R; ++r) acc = fma(factor[r], all(rows[r / kGroup][d * V + r % kGroup]), acc);
-      store(grad + d * V, acc);
-    }
-  }
+  int64_t b = 0;
+  for (; b + kKeyBlocks <= blocks; b += kKeyBlocks)
+    key_tile<kKeyBlocks>(m + b * R * V, rows, width, grads + b * width * V);
+  for (; b < blocks; ++b) key_tile<1>(m + b * R * V, rows, width, grads + b * width * V);
 }
 
 // sums[k] = the sum of the lanes of x[k].

@@ -9,6 +9,7 @@ using F = __m256;
 using Keep = __m256;
 constexpr int V = 8;
 constexpr int kTileRows = 4, kTileBlocks = 2;  // scores: 8 accumulators
+constexpr int kKeyBlocks = 1;  // gradients of keys
 constexpr int kDotFeatures = 2;                // gradients of four rows: 8 accumulators
 
 INLINE F load(const float* p) { return _mm256_loadu_ps(p); }

@@ -12,6 +12,7 @@ using F = __m512;
 using Keep = __mmask16;
 constexpr int V = 16;
 constexpr int kTileRows = 8, kTileBlocks = 2;    // scores: 16 accumulators
+constexpr int kKeyBlocks = 2;  // gradients of keys: 2 accumulators, 16 factors
 constexpr int kDotFeatures = 4;                  // gradients of four rows: 16 accumulators
 
 INLINE F load(const float* p) { return _mm512_loadu_ps(p); }

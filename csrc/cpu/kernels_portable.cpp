@@ -13,6 +13,7 @@ typedef float F __attribute__((vector_size(16)));
 typedef int32_t Keep __attribute__((vector_size(16)));
 constexpr int V = 4;
 constexpr int kTileRows = 4, kTileBlocks = 2;  // scores: 8 accumulators
+constexpr int kKeyBlocks = 1;  // gradients of keys
 constexpr int kDotFeatures = 2;                // gradients of four rows: 8 accumulators
 
 INLINE F load(const float* p) {
