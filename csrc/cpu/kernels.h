@@ -1,24 +1,27 @@
 // Between the driver (relation.cpp) and the kernels (kernels.inl, compiled once per instruction set).
 //
 // A task is one head of one sequence in one relation. Its real tokens are gathered side by side in float32; a matrix
-// of L tokens is stored as blocks of V tokens, V the vector's lanes: x[block][feature][lane]. With f = sqrt(|scale|
-// log2 e) folded into keys and queries, scores are in units of log 2.
+// of L tokens is stored as blocks of V tokens, V the vector's lanes: x[block][feature][lane]. These take up
+// f = sqrt(|scale| log2 e), so that scores are in units of log 2. Gradients want the student's tokens as they came.
 #pragma once
 
 #include "relation.h"
 
 namespace minilm::cpu {
 
+constexpr float kMostBits = 100.0f;  // the diagonal's exponentials stay within 2^±kMostBits
 constexpr int kStripRows = 8;  // rows that are worked on together
-constexpr int64_t kFlushStrips = 16;  // strips whose column sums are added up before they join the total
+constexpr int64_t kFlushStrips = 16;  // strips whose sums are added up before they join the total
 
 struct Side {
   const Half* half;
   int64_t width;
-  float *keys, *queries;          // the same where the relation is a self relation of positive scale
-  float *key_grads, *query_grads; // student: `chunks` accumulators each, likewise the same
-  float* norms;                   // self relations: s_ii
-  float reference;                // symmetric scores are taken relative to this one
+  float *keys, *queries;           // the same where the relation is a self relation of positive scale
+  float *key_rows, *query_rows;    // student, where a gradient is wanted: the same token by token (kernels.inl, Chunk)
+  float *key_grads, *query_grads;  // student: `chunks` accumulators each, likewise the same, likewise token by token
+  float* recent_grads;             // student: of the keys, `chunks` again, before they join the others
+  float* norms;                    // self relations: u_ii, then what the diagonal adds to the gradient
+  float *mean, *offsets;           // self relations: of all tokens; what a token adds to its scores (kernels.inl)
 };
 
 struct Task {
@@ -27,6 +30,7 @@ struct Task {
   const int64_t* tokens;  // (length,)
   int64_t prefix;         // rows and keys below it see each other both ways; length: a bidirectional mask
   Side teacher, student;
+  bool paired;       // products by pairs of features where that may be
   bool symmetric;    // unordered pairs, which needs a shared scale of all rows; otherwise row by row
   bool gradient;     // wanted
   bool exact;        // rows of small KL are wanted to full relative precision
@@ -49,11 +53,14 @@ struct Range {
 };
 
 struct Kernels {
-  const char* name;
   int64_t lanes;
   int64_t panel_floats;  // scratch of a symmetric panel
-  void (*gather)(const Task&, int64_t block);
+  int64_t (*row_floats)(int64_t width);  // of a student's token, token by token
+  void (*gather)(const Task* const* tasks, int64_t heads, int64_t block);  // of neighbouring heads
   Range (*range)(const float* x, int64_t count);  // NaN unless all are finite
+  void (*center)(const Task&, const Side&);  // tokens become relative to their mean and take up the scale
+  void (*shift)(const Task&, const Side&, float reference);
+  void (*fold)(const Task&, const Side&);    // tokens take up the scale
   void (*symmetric_sums)(const Task&, int64_t chunk, float* scratch);
   void (*symmetric_rows)(const Task&);
   void (*symmetric_gradient)(const Task&, int64_t chunk, float* scratch);

@@ -3,6 +3,7 @@
 // set may be picked by the linker for another.
 
 #include <cmath>
+#include <initializer_list>
 #include <type_traits>
 
 #include "kernels.h"
@@ -12,13 +13,13 @@ namespace {
 using namespace minilm::cpu;
 
 constexpr int R = kStripRows;
-constexpr int kGroup = V < R ? V : R;   // rows of a strip that lie in one block
-constexpr int64_t kPanelBlocks = 16;    // blocks of keys between two visits of a row's accumulators
+constexpr int64_t kPanelBlocks = 16;    // blocks of keys of which scores are there at a time
+constexpr int64_t kSweepBlocks = 64 / V;  // blocks of keys that stay in the cache for all rows of a strip
 constexpr int kSumRows = 4;             // rows whose sums are kept in registers
 constexpr float kHidden = -1e30f;       // score of a key that a row does not see: its exponential is 0
 constexpr float kLn2 = 0.693147180559945309f;
 
-static_assert(R % kTileRows == 0 && R % kSumRows == 0 && kGroup % kTileRows == 0, "");
+static_assert(R % kTileRows == 0 && R % kSumRows == 0 && R % kGradientRows == 0 && V % kTileRows == 0, "");
 
 // 2^x: minimax polynomials of 2^r for |r| <= 1/2 with p(0) = 1; relative errors 2e-8 and 1.1e-7 before rounding.
 INLINE F exp2_of(F x) {
@@ -44,68 +45,180 @@ INLINE F fast_exp2_of(F x) {
 
 INLINE const float* row_of(const float* x, int64_t width, int64_t row) { return x + row / V * width * V + row % V; }
 
-// ---- Products -------------------------------------------------------------------------------------------------
+// ---- Scores -----------------------------------------------------------------------------------------------------
+//
+// Adders that run beside the multipliers are idle while a plain product goes on. Of each three pairs of features two
+// are taken as (x_0 + y_1)(x_1 + y_0) = x_0 y_0 + x_1 y_1 + x_0 x_1 + y_0 y_1: one multiply-add and two additions
+// instead of two multiply-adds. What is too much depends on one token alone and is part of its offset.
 
-// out[block][row][lane] = init + Σ_d x_row,d · y_d: a register tile of kTileRows × N blocks.
-template <int N>
-INLINE void score_tile(const float* row, const float* keys, int64_t width, F init, float* out) {
+template <class Pair, class Single>
+INLINE void visit_features(int64_t width, const Pair& pair, const Single& single) {
+  int64_t d = 0;
+  for (; d + 6 <= width; d += 6) {
+    pair(d);
+    pair(d + 2);
+    single(d + 4);
+    single(d + 5);
+  }
+  if (d + 4 <= width) {
+    pair(d);
+    d += 2;
+  }
+  for (; d < width; ++d) single(d);
+}
+
+struct ScoreInput {
+  const float* queries;
+  int64_t first;      // row of the strip
+  const float* keys;  // from the first block on
+  int64_t width;
+  const float* row_offsets = nullptr;  // of the strip; with those of the keys they are added to the scores
+  const float* key_offsets = nullptr;
+};
+
+enum class Product { plain, offset, paired };  // without offsets, with them, and with features in pairs
+
+// out[block][row][lane], a register tile of kTileRows × N blocks.
+template <Product kProduct, int N>
+INLINE void score_tile(const ScoreInput& in, int64_t row, int64_t block, float* out) {
+  int64_t width = in.width;
+  const float *rows = row_of(in.queries, width, in.first + row), *keys = in.keys + block * width * V;
   F acc[kTileRows][N];
   for (int r = 0; r < kTileRows; ++r)
-    for (int n = 0; n < N; ++n) acc[r][n] = init;
-  for (int64_t d = 0; d < width; ++d) {
+    for (int n = 0; n < N; ++n)
+      acc[r][n] = kProduct == Product::plain ? all(0.0f)
+                                             : add(all(in.row_offsets[row + r]), load(in.key_offsets + (block + n) * V));
+  auto single = [&](int64_t d) __attribute__((always_inline)) {
     F key[N];
     for (int n = 0; n < N; ++n) key[n] = load(keys + (n * width + d) * V);
     for (int r = 0; r < kTileRows; ++r) {
-      F x = all(row[d * V + r]);
+      F x = all(rows[d * V + r]);
       for (int n = 0; n < N; ++n) acc[r][n] = fma(x, key[n], acc[r][n]);
     }
-  }
+  };
+  auto pair = [&](int64_t d) __attribute__((always_inline)) {
+    F key[N][2];
+    for (int n = 0; n < 2 * N; ++n) key[n / 2][n % 2] = load(keys + (n / 2 * width + d + n % 2) * V);
+    for (int r = 0; r < kTileRows; ++r) {
+      F x = all(rows[d * V + r]), y = all(rows[(d + 1) * V + r]);
+      for (int n = 0; n < N; ++n) acc[r][n] = fma(add(x, key[n][1]), add(y, key[n][0]), acc[r][n]);
+    }
+  };
+  if (kProduct == Product::paired)
+    visit_features(width, pair, single);
+  else
+    for (int64_t d = 0; d < width; ++d) single(d);
   for (int r = 0; r < kTileRows; ++r)
-    for (int n = 0; n < N; ++n) store(out + (n * R + r) * V, acc[r][n]);
+    for (int n = 0; n < N; ++n) store(out + ((block + n) * R + row + r) * V, acc[r][n]);
 }
 
-// Scores of the strip that starts at row `first` against `blocks` blocks of keys.
-void scores(const float* queries, int64_t first, const float* keys, int64_t width, int64_t blocks, float init,
-            float* out) {
-  for (int64_t b = 0; b < blocks;) {
-    const float* key = keys + b * width * V;
-    float* o = out + b * R * V;
-    bool wide = b + kTileBlocks <= blocks;
-    for (int r = 0; r < R; r += kTileRows) {
-      const float* row = row_of(queries, width, first + r);
-      if (wide)
-        score_tile<kTileBlocks>(row, key, width, all(init), o + r * V);
-      else
-        score_tile<1>(row, key, width, all(init), o + r * V);
+template <Product kProduct>
+void scores(const ScoreInput& in, int64_t blocks, float* out) {
+  int64_t block = 0;
+  for (; block + kTileBlocks <= blocks; block += kTileBlocks)
+    for (int row = 0; row < R; row += kTileRows) score_tile<kProduct, kTileBlocks>(in, row, block, out);
+  for (; block < blocks; ++block)
+    for (int row = 0; row < R; row += kTileRows) score_tile<kProduct, 1>(in, row, block, out);
+}
+
+// ---- Gradients --------------------------------------------------------------------------------------------------
+//
+// Tokens and gradients lie token by token here, in chunks of features: [chunk][token][feature], of two vectors, one
+// vector, or half of one, in which two tokens share a vector, feature by feature. The last chunk is filled up with
+// zeros. A factor of a pair is then one broadcast for both gradients, and no sum of lanes is left.
+
+template <int kVectors_, bool kHalf_>
+struct Chunk {
+  static constexpr int kVectors = kVectors_;
+  static constexpr bool kHalf = kHalf_;
+  static constexpr int kTokens = kHalf ? 2 : 1;  // in a step
+  static constexpr int kFloats = kVectors * V;   // of a step
+  static constexpr int kFeatures = kFloats / kTokens;
+  static constexpr int kRows = kHalf ? kGradientRows : kGradientRows / kVectors;  // with their sums in registers
+};
+
+// Floats of a token in all chunks.
+int64_t row_floats(int64_t width) { return (width + V / 2 - 1) / (V / 2) * (V / 2); }
+
+// body(chunk, its first feature) for every chunk.
+template <class Body>
+INLINE void visit_chunks(int64_t width, const Body& body) {
+  int64_t d = 0;
+  for (; width - d > V + V / 2; d += 2 * V) body(Chunk<2, false>(), d);
+  if (width - d > V / 2) {
+    body(Chunk<1, false>(), d);
+    d += V;
+  }
+  if (width - d > 0) body(Chunk<1, true>(), d);
+}
+
+// For kRows rows, and keys of `blocks` blocks: query_grads[row] += Σ_j m[row][j] · keys[j] and
+// key_grads[j] += Σ_row m[row][j] · queries[row].
+template <class C>
+INLINE void gradient_tile(const float* m, const float* queries, const float* keys, int64_t blocks, float* query_grads,
+                          float* key_grads) {
+  constexpr int N = C::kVectors, kRows = C::kRows;
+  F query[kRows][N], sum[kRows][N];
+  for (int r = 0; r < kRows; ++r)
+    for (int n = 0; n < N; ++n) {
+      if (C::kHalf) {
+        F both = load(queries + r / 2 * V);
+        query[r][n] = r % 2 ? twice_odd(both) : twice_even(both);
+      } else {
+        query[r][n] = load(queries + (r * N + n) * V);
+      }
+      sum[r][n] = all(0.0f);
     }
-    b += wide ? kTileBlocks : 1;
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int lane = 0; lane < V; lane += C::kTokens) {
+      constexpr int kChains = kRows > 4 ? 2 : 1;  // of sums for the key: one would be too long for its latency to hide
+      F key[N], grad[kChains][N];
+      for (int n = 0; n < N; ++n) key[n] = load(keys + n * V);
+      for (int r = 0; r < kRows; ++r) {
+        const float* at = m + (b * R + r) * V + lane;
+        F factor = C::kHalf ? all_pair(at) : all(*at);
+        for (int n = 0; n < N; ++n) {
+          sum[r][n] = fma(factor, key[n], sum[r][n]);
+          F& to = grad[r % kChains][n];
+          to = r < kChains ? mul(factor, query[r][n]) : fma(factor, query[r][n], to);
+        }
+      }
+      for (int n = 0; n < N; ++n) {
+        F both = kChains == 2 ? add(grad[0][n], grad[kChains - 1][n]) : grad[0][n];
+        store(key_grads + n * V, add(load(key_grads + n * V), both));
+      }
+      keys += C::kFloats;
+      key_grads += C::kFloats;
+    }
+  // Not before: a row may be one of the keys.
+  auto add_to = [](float* to, F x) { store(to, add(load(to), x)); };
+  if (C::kHalf) {
+    for (int r = 0; r < kRows; r += 2) {
+      F even = sum[r][0], odd = sum[r + 1][0];
+      add_to(query_grads + r / 2 * V, add(mix(even, odd), mix(twice_odd(even), twice_even(odd))));
+    }
+  } else {
+    for (int r = 0; r < kRows; ++r)
+      for (int n = 0; n < N; ++n) add_to(query_grads + (r * N + n) * V, sum[r][n]);
   }
 }
 
-template <int N>
-INLINE void key_tile(const float* m, const float* const* rows, int64_t width, float* grads) {
-  F factor[N][R];
-  for (int n = 0; n < N; ++n)
-    for (int r = 0; r < R; ++r) factor[n][r] = load(m + (n * R + r) * V);
-  for (int64_t d = 0; d < width; ++d) {
-    F acc[N];
-    for (int n = 0; n < N; ++n) acc[n] = load(grads + (n * width + d) * V);
-    for (int r = 0; r < R; ++r) {
-      F x = all(rows[r / kGroup][d * V + r % kGroup]);
-      for (int n = 0; n < N; ++n) acc[n] = fma(factor[n][r], x, acc[n]);
+// Both gradients of the strip that starts at row `first` and of keys from `block` on; m: [block][row][lane].
+void gradients(const float* m, const Task& task, int64_t first, int64_t block, int64_t blocks, float* query_grads,
+               float* key_grads) {
+  const Side& side = task.student;
+  int64_t tokens = task.blocks * V;
+  visit_chunks(side.width, [&](auto chunk, int64_t d) __attribute__((always_inline)) {
+    using C = decltype(chunk);
+    int64_t begin = d * tokens, row = begin + first * C::kFeatures, key = begin + block * V * C::kFeatures;
+    for (int64_t b = 0; b < blocks; b += kSweepBlocks) {
+      int64_t count = blocks - b < kSweepBlocks ? blocks - b : kSweepBlocks;
+      int64_t from = key + b * V * C::kFeatures;
+      for (int r = 0; r < R; r += C::kRows)
+        gradient_tile<C>(m + (b * R + r) * V, side.query_rows + row + r * C::kFeatures, side.key_rows + from, count,
+                         query_grads + row + r * C::kFeatures, key_grads + from);
     }
-    for (int n = 0; n < N; ++n) store(grads + (n * width + d) * V, acc[n]);
-  }
-}
-
-// grads[block][d] += Σ_row m[block][row] · x_row,d
-void key_gradient(const float* m, const float* queries, int64_t first, int64_t width, int64_t blocks, float* grads) {
-  const float* rows[R / kGroup];
-  for (int g = 0; g < R / kGroup; ++g) rows[g] = row_of(queries, width, first + g * kGroup);
-  int64_t b = 0;
-  for (; b + kKeyBlocks <= blocks; b += kKeyBlocks)
-    key_tile<kKeyBlocks>(m + b * R * V, rows, width, grads + b * width * V);
-  for (; b < blocks; ++b) key_tile<1>(m + b * R * V, rows, width, grads + b * width * V);
+  });
 }
 
 // sums[k] = the sum of the lanes of x[k].
@@ -114,54 +227,31 @@ INLINE void sum_lanes_of_four(F x[4], float* sums) {
   store_sum_of_quads(sums, add(add(x[0], x[1]), add(x[2], x[3])));
 }
 
-// Where a strip's row gradients stand while its panels of keys go by: lanes are kept apart until the last panel.
-struct RowSums {
-  float* sums;  // [row][d][lane]
-  bool first, last;
-};
-
-template <int N>
-INLINE void dot_tile(const float* m, const float* keys, int64_t width, int64_t blocks, RowSums to, float* sums,
-                     float* grad) {
-  F acc[4][N];
-  for (int r = 0; r < 4; ++r)
-    for (int n = 0; n < N; ++n) acc[r][n] = to.first ? all(0.0f) : load(sums + (r * width + n) * V);
-  for (int64_t b = 0; b < blocks; ++b) {
-    F key[N];
-    for (int n = 0; n < N; ++n) key[n] = load(keys + (b * width + n) * V);
-    for (int r = 0; r < 4; ++r) {
-      F factor = load(m + (b * R + r) * V);
-      for (int n = 0; n < N; ++n) acc[r][n] = fma(factor, key[n], acc[r][n]);
-    }
-  }
-  for (int n = 0; n < N; ++n) {
-    if (to.last) {
-      F x[4] = {acc[0][n], acc[1][n], acc[2][n], acc[3][n]};
-      float part[4];
-      sum_lanes_of_four(x, part);
-      for (int k = 0; k < 4; ++k) grad[n * V + k] += part[k];
-    } else {
-      for (int r = 0; r < 4; ++r) store(sums + (r * width + n) * V, acc[r][n]);
-    }
-  }
-}
-
-// grads[row][d] += Σ_j m[row][j] · key[j][d]
-void query_gradient(const float* m, int64_t first, const float* keys, int64_t width, int64_t blocks, RowSums to,
-                    float* grads) {
-  for (int r = 0; r < R; r += 4) {
-    float* sums = to.sums + r * width * V;
-    float* grad = grads + (first + r) / V * width * V + (first + r) % V;
-    int64_t d = 0;
-    for (; d + kDotFeatures <= width; d += kDotFeatures)
-      dot_tile<kDotFeatures>(m + r * V, keys + d * V, width, blocks, to, sums + d * V, grad + d * V);
-    for (; d < width; ++d) dot_tile<1>(m + r * V, keys + d * V, width, blocks, to, sums + d * V, grad + d * V);
-  }
-}
-
 INLINE void set_zero(float* x, int64_t vectors) {
   for (int64_t i = 0; i < vectors; ++i) store(x + i * V, all(0.0f));
 }
+
+// Sums in two steps, so that their rounding does not grow with the square root of all strips: what the last strips
+// gave joins the total after kFlushStrips of them.
+class Sums {
+ public:
+  Sums(float* recent, float* total, int64_t vectors) : recent_(recent), total_(total), vectors_(vectors) {
+    set_zero(recent, vectors);
+    set_zero(total, vectors);
+  }
+  float* recent() const { return recent_; }
+  void end_strip(bool last) {
+    if (++strips_ % kFlushStrips != 0 && !last) return;
+    for (int64_t i = 0; i < vectors_ * V; i += V) {
+      store(total_ + i, add(load(total_ + i), load(recent_ + i)));
+      store(recent_ + i, all(0.0f));
+    }
+  }
+
+ private:
+  float *recent_, *total_;
+  int64_t vectors_, strips_ = 0;
+};
 
 // ---- Gathering and scattering -----------------------------------------------------------------------------------
 
@@ -181,121 +271,173 @@ INLINE float to_float(Half16 x) {
   return x.bits & 0x8000u ? -value : value;
 }
 
-// Tokens are turned into lanes four features at a time. What does not lie in memory as a quad of floats is converted.
-template <class T>
-void gather_typed(const Task& task, const Matrix& matrix, float factor, int64_t block, float* __restrict out) {
-  const T* base = static_cast<const T*>(matrix.data) + task.sequence * matrix.batch + task.head * matrix.head;
-  int64_t width = matrix.width;
+// A matrix of a task: what is read, and where its blocks go.
+struct Gathered {
+  const Matrix* matrix;
+  float* to;
+};
+
+// Tokens are turned into lanes four features at a time: straight from memory where these lie there as floats side by
+// side, otherwise from a converted copy of some features, filled up with zeros. `of(task)` is the matrix; of neighbouring
+// heads it lies side by side, so that they share all addresses.
+template <class T, class Of>
+void gather_typed(const Task* const* tasks, int64_t heads, int64_t block, const Of& of) {
+  constexpr int64_t kFeatures = 64;
+  const Task& task = *tasks[0];
+  const Matrix& matrix = *of(task).matrix;
+  const int64_t* tokens = task.tokens + block * V;
+  int64_t width = matrix.width, left = task.length - block * V, real = left < V ? left : V;
+  const T* base = static_cast<const T*>(matrix.data) + task.sequence * matrix.batch;
   const T* rows[V];
-  for (int lane = 0; lane < V; ++lane) {
-    int64_t i = block * V + lane;
-    if (i + V < task.length)  // tokens lie a page apart, out of the hardware prefetcher's sight
-      for (int64_t d = 0; d < width * static_cast<int64_t>(sizeof(T)); d += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(base + task.tokens[i + V] * matrix.position) + d);
-    rows[lane] = i < task.length ? base + task.tokens[i] * matrix.position : nullptr;
+  for (int lane = 0; lane < V; ++lane) rows[lane] = base + (lane < real ? tokens[lane] * matrix.position : 0);
+  for (int64_t lane = V; lane < 2 * V && lane < left; ++lane) {
+    // The next block: tokens lie a page apart, out of the hardware prefetcher's sight.
+    const T* row = base + tokens[lane] * matrix.position + task.head * matrix.head;
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t d = 0; d < width; d += 64 / sizeof(T)) __builtin_prefetch(row + h * matrix.head + d);
   }
-  for (int64_t d = 0; d < width; d += 4) {
-    int64_t features = width - d < 4 ? width - d : 4;
-    bool direct = std::is_same<T, float>::value && matrix.feature == 1 && features == 4;
-    float converted[V][4];
-    const float* quads[V];
-    for (int lane = 0; lane < V; ++lane) {
-      quads[lane] = converted[lane];
-      if (rows[lane] == nullptr)
-        for (int k = 0; k < 4; ++k) converted[lane][k] = 0.0f;
-      else if (direct)
-        quads[lane] = reinterpret_cast<const float*>(rows[lane]) + d;
-      else if (matrix.feature == 1 && features == 4)
-        for (int k = 0; k < 4; ++k) converted[lane][k] = to_float(rows[lane][d + k]);
-      else
-        for (int k = 0; k < 4; ++k)
-          converted[lane][k] = k < features ? to_float(rows[lane][(d + k) * matrix.feature]) : 0.0f;
+  bool direct = std::is_same<T, float>::value && matrix.feature == 1 && width % 4 == 0 && real == V;
+  for (int64_t h = 0; h < heads; ++h) {
+    float* to = of(*tasks[h]).to + block * width * V;
+    int64_t head = tasks[h]->head * matrix.head;
+    auto transpose = [&](const float* const* from, int64_t at, float* __restrict out, int64_t features) {
+      for (int64_t d = 0; d < features; d += 4) {
+        F x[4];
+        for (int k = 0; k < 4; ++k) x[k] = load_quads(from + k, at + d);
+        transpose_quads(x);
+        for (int k = 0; k < 4 && d + k < features; ++k) store(out + (d + k) * V, x[k]);
+      }
+    };
+    if (direct) {
+      transpose(reinterpret_cast<const float* const*>(rows), head, to, width);
+      continue;
     }
-    F x[4];
-    for (int k = 0; k < 4; ++k) x[k] = load_quads(quads + k);
-    transpose_quads(x);
-    for (int k = 0; k < features; ++k) store(out + (d + k) * V, mul(x[k], all(factor)));
-  }
-}
-
-void gather_matrix(const Task& task, const Matrix& matrix, float factor, int64_t block, float* out) {
-  out += block * matrix.width * V;
-  if (matrix.type == Type::float32) gather_typed<float>(task, matrix, factor, block, out);
-  if (matrix.type == Type::float16) gather_typed<Half16>(task, matrix, factor, block, out);
-  if (matrix.type == Type::bfloat16) gather_typed<Brain16>(task, matrix, factor, block, out);
-}
-
-void gather_side(const Task& task, const Side& side, int64_t block) {
-  const Half& half = *side.half;
-  float factor = std::sqrt(std::fabs(half.scale) / kLn2);
-  gather_matrix(task, half.key, factor, block, side.keys);
-  if (side.queries != side.keys)
-    gather_matrix(task, half.query, half.scale < 0 ? -factor : factor, block, side.queries);
-  if (side.norms) {
-    F sum = all(0.0f);
-    for (int64_t d = 0; d < side.width; ++d) {
-      F x = load(side.keys + (block * side.width + d) * V);
-      sum = fma(x, x, sum);
+    float converted[V][kFeatures];
+    const float* from[V];
+    for (int lane = 0; lane < V; ++lane) from[lane] = converted[lane];
+    for (int64_t d = 0; d < width; d += kFeatures) {
+      int64_t features = width - d < kFeatures ? width - d : kFeatures;
+      for (int lane = 0; lane < V; ++lane) {
+        const T* row = rows[lane] + head + d * matrix.feature;
+        int64_t known = lane < real ? features : 0;
+        if (matrix.feature == 1)
+          for (int64_t k = 0; k < known; ++k) converted[lane][k] = to_float(row[k]);
+        else
+          for (int64_t k = 0; k < known; ++k) converted[lane][k] = to_float(row[k * matrix.feature]);
+        for (int64_t k = known; k < (features + 3) / 4 * 4; ++k) converted[lane][k] = 0.0f;
+      }
+      transpose(from, 0, to + d * V, features);
     }
-    store(side.norms + block * V, sum);
   }
 }
 
-void gather(const Task& task, int64_t block) {
-  gather_side(task, task.teacher, block);
-  gather_side(task, task.student, block);
+template <class Of>
+void gather_matrix(const Task* const* tasks, int64_t heads, int64_t block, const Of& of) {
+  Type type = of(*tasks[0]).matrix->type;
+  if (type == Type::float32) gather_typed<float>(tasks, heads, block, of);
+  if (type == Type::float16) gather_typed<Half16>(tasks, heads, block, of);
+  if (type == Type::bfloat16) gather_typed<Brain16>(tasks, heads, block, of);
 }
 
-INLINE void write_tokens(const Task& task, int64_t block, const float* grads, int64_t width, float* out) {
-  float nowhere[4], last[V][4];
-  float* rows[V];
-  for (int lane = 0; lane < V; ++lane) {
-    int64_t i = block * V + lane;
-    rows[lane] = i < task.length ? out + task.tokens[i] * task.head_stride : nullptr;
+// One block's tokens, feature by feature, are written token by token.
+void write_rows(const float* x, int64_t width, int64_t block, int64_t tokens, float* rows) {
+  visit_chunks(width, [&](auto chunk, int64_t d) __attribute__((always_inline)) {
+    using C = decltype(chunk);
+    float* out = rows + d * tokens + block * V * C::kFeatures;
+    if (C::kHalf) {
+      float nothing[V] = {};
+      for (int k = 0; k < C::kFeatures; ++k) {
+        const float* lanes = d + k < width ? x + (d + k) * V : nothing;
+        for (int pair = 0; pair < V / 2; ++pair) __builtin_memcpy(out + pair * V + 2 * k, lanes + 2 * pair, 8);
+      }
+      return;
+    }
+    auto feature = [&](int64_t k) { return d + k < width ? load(x + (d + k) * V) : all(0.0f); };
+    for (int k = 0; k < C::kFeatures; k += 4) {
+      F quads[4];
+      float* to[V];
+      for (int q = 0; q < 4; ++q) quads[q] = feature(k + q);
+      transpose_quads(quads);
+      for (int lane = 0; lane < V; ++lane) to[lane] = out + lane * C::kFeatures + k;
+      for (int q = 0; q < 4; ++q) store_quads(to + q, quads[q]);
+    }
+  });
+}
+
+void gather(const Task* const* tasks, int64_t heads, int64_t block) {
+  for (Side Task::*side : {&Task::teacher, &Task::student}) {
+    const Side& one = tasks[0]->*side;
+    gather_matrix(tasks, heads, block, [side](const Task& task) {
+      return Gathered{&(task.*side).half->key, (task.*side).keys};
+    });
+    if (one.queries != one.keys)
+      gather_matrix(tasks, heads, block, [side](const Task& task) {
+        return Gathered{&(task.*side).half->query, (task.*side).queries};
+      });
+    for (int64_t h = 0; h < heads; ++h) {
+      const Side& x = tasks[h]->*side;
+      int64_t tokens = tasks[h]->blocks * V, at = block * x.width * V;
+      if (x.key_rows) write_rows(x.keys + at, x.width, block, tokens, x.key_rows);
+      if (x.query_rows != x.key_rows) write_rows(x.queries + at, x.width, block, tokens, x.query_rows);
+    }
   }
-  for (int64_t d = 0; d < width; d += 4) {
-    F x[4];
-    float* quads[V];
-    int64_t features = width - d < 4 ? width - d : 4;
-    for (int k = 0; k < 4; ++k) x[k] = k < features ? load(grads + (d + k) * V) : all(0.0f);
-    transpose_quads(x);
-    for (int lane = 0; lane < V; ++lane) quads[lane] = features < 4 ? last[lane] : rows[lane] ? rows[lane] + d : nowhere;
-    for (int k = 0; k < 4; ++k) store_quads(quads + k, x[k]);
-    if (features < 4)
-      for (int lane = 0; lane < V; ++lane)
-        for (int64_t k = 0; rows[lane] && k < features; ++k) rows[lane][d + k] = last[lane][k];
-  }
+}
+
+// A block of a gradient goes to its tokens.
+void scatter_matrix(const Task& task, int64_t block, const float* grads, float* out) {
+  int64_t width = task.student.width, tokens = task.blocks * V, size = tokens * row_floats(width);
+  F factor = all(task.student.half->scale * task.weight);
+  visit_chunks(width, [&](auto chunk, int64_t d) __attribute__((always_inline)) {
+    using C = decltype(chunk);
+    const float* from = grads + d * tokens + block * V * C::kFeatures;
+    int64_t features = width - d < C::kFeatures ? width - d : C::kFeatures;
+    for (int lane = 0; lane < V; lane += C::kTokens) {
+      float part[C::kTokens][C::kFeatures], *to[C::kTokens];
+      for (int k = 0; k < C::kTokens; ++k) {
+        int64_t i = block * V + lane + k;
+        bool whole = i < task.length && features == C::kFeatures;
+        to[k] = whole ? out + task.tokens[i] * task.head_stride + d : part[k];
+      }
+      for (int n = 0; n < C::kVectors; ++n) {
+        const float* at = from + lane * C::kFeatures + n * V;
+        F x = load(at);
+        for (int64_t c = 1; c < task.chunks; ++c) x = add(x, load(at + c * size));
+        x = mul(x, factor);
+        if (C::kHalf)
+          store_halves(to[0], to[C::kTokens - 1], x);
+        else
+          store(to[0] + n * V, x);
+      }
+      for (int k = 0; k < C::kTokens; ++k)
+        if (int64_t i = block * V + lane + k; features < C::kFeatures && i < task.length)
+          for (int f = 0; f < features; ++f) out[task.tokens[i] * task.head_stride + d + f] = part[k][f];
+    }
+  });
 }
 
 void scatter(const Task& task, int64_t block) {
-  const Side& side = task.student;
-  float factor = std::sqrt(std::fabs(side.half->scale) * kLn2) * task.weight;
-  float query_factor = side.half->scale < 0 ? -factor : factor;
-  int64_t width = side.width, size = task.blocks * V * width;
-  bool apart = side.query_grads != side.key_grads;
-  bool self = task.key_out == task.query_out;
-  float* queries = side.query_grads + block * V * width;
-  float* keys = side.key_grads + block * V * width;
-  for (int64_t d = 0; d < width; ++d) {
-    F key = load(keys + d * V), query = load(queries + d * V);
-    for (int64_t c = 1; c < task.chunks; ++c) {
-      key = add(key, load(keys + c * size + d * V));
-      query = add(query, load(queries + c * size + d * V));
-    }
-    key = mul(key, all(factor));
-    query = mul(query, all(query_factor));
-    store(keys + d * V, self && apart ? add(key, query) : key);
-    if (!self) store(queries + d * V, query);
-  }
-  write_tokens(task, block, keys, width, task.key_out);
-  if (!self) write_tokens(task, block, queries, width, task.query_out);
+  scatter_matrix(task, block, task.student.key_grads, task.key_out);
+  if (task.query_out != task.key_out) scatter_matrix(task, block, task.student.query_grads, task.query_out);
+}
+
+// Scores come out in units of log 2.
+INLINE float fold_factor(const Side& side) { return std::sqrt(std::fabs(side.half->scale) / kLn2); }
+
+void fold(const Task& task, const Side& side) {
+  auto multiply = [&](float* x, float factor) {
+    for (int64_t i = 0; i < task.blocks * side.width; ++i) store(x + i * V, mul(load(x + i * V), all(factor)));
+  };
+  float factor = fold_factor(side);
+  multiply(side.keys, factor);
+  if (side.queries != side.keys) multiply(side.queries, side.half->scale < 0 ? -factor : factor);
 }
 
 // ---- Self relations: unordered pairs ----------------------------------------------------------------------------
 //
-// u_ij = s_ij − reference, E_ij = 2^u_ij = E_ji, p_ij = E_ij / Σ_k E_ik. A strip of rows i visits the keys j <= i and
+// u_ij = s_ij − reference, E_ij = 2^u_ij = E_ji, p_ij = E_ij / Σ_k E_ik. A strip of rows i visits the keys j < i and
 // serves (i, j) and, where row j sees key i (i below the prefix), (j, i). A strip is `plain` in a block when all its
-// pairs are of both kinds; at the diagonal and at the end of the prefix they are told apart.
+// pairs are of both kinds; at the diagonal and at the end of the prefix they are told apart. The diagonal itself is
+// apart: where it is nearly all of its row, q_ii − p_ii is the difference of what p and q leave to the others.
 
 Range range(const float* x, int64_t count) {
   F high = all(x[0]), low = sub(all(0.0f), high), finite = all(0.0f);
@@ -307,6 +449,51 @@ Range range(const float* x, int64_t count) {
   }
   float nothing = sum_lanes(finite);
   return {nothing - max_lanes(low), nothing + max_lanes(high)};
+}
+
+// With μ the mean of all tokens, x̃ = x − μ, b_i = μ·x̃_i and the reference |μ|²: u_ij = x̃_i·x̃_j + b_i + b_j. So scores
+// round as their spread asks, however large what they have in common; for that the scale comes after the mean. The
+// offsets become b, the norms u_ii.
+void center(const Task& task, const Side& side) {
+  int64_t width = side.width;
+  float factor = fold_factor(side);
+  constexpr int kTogether = 8;  // features that lie side by side
+  for (int64_t first = 0; first < width; first += kTogether) {
+    int count = static_cast<int>(width - first < kTogether ? width - first : kTogether);
+    F sums[kTogether];
+    for (int k = 0; k < kTogether; ++k) sums[k] = all(0.0f);
+    for (int64_t b = 0; b < task.blocks; ++b) {
+      const float* keys = side.keys + (b * width + first) * V;
+      if (count == kTogether)
+        for (int k = 0; k < kTogether; ++k) sums[k] = add(sums[k], load(keys + k * V));
+      else
+        for (int k = 0; k < count; ++k) sums[k] = add(sums[k], load(keys + k * V));
+    }
+    for (int k = 0; k < count; ++k) side.mean[first + k] = sum_lanes(sums[k]) / static_cast<float>(task.length);
+  }
+  for (int64_t b = 0; b < task.blocks; ++b) {
+    float* keys = side.keys + b * width * V;
+    F offsets[2] = {all(0.0f), all(0.0f)}, squares[2] = {all(0.0f), all(0.0f)};
+    for (int64_t d = 0; d < width; ++d) {
+      F x = mul(sub(load(keys + d * V), all(side.mean[d])), all(factor));
+      store(keys + d * V, x);
+      offsets[d % 2] = fma(x, all(side.mean[d] * factor), offsets[d % 2]);
+      squares[d % 2] = fma(x, x, squares[d % 2]);
+    }
+    F offset = add(offsets[0], offsets[1]);
+    store(side.norms + b * V, add(add(squares[0], squares[1]), add(offset, offset)));
+    auto pair = [&](int64_t d) { offset = sub(offset, mul(load(keys + d * V), load(keys + (d + 1) * V))); };
+    if (task.paired) visit_features(width, pair, [](int64_t) {});
+    store(side.offsets + b * V, offset);
+  }
+}
+
+// Another reference.
+void shift(const Task& task, const Side& side, float reference) {
+  for (int64_t i = 0; i < task.blocks * V; i += V) {
+    store(side.offsets + i, sub(load(side.offsets + i), all(reference / 2)));
+    store(side.norms + i, sub(load(side.norms + i), all(reference)));
+  }
 }
 
 struct Pairs {
@@ -321,54 +508,78 @@ INLINE Pairs pairs_of(const Task& task, int64_t first, int64_t block) {
   Pairs pairs;
   for (int r = 0; r < R; ++r) {
     int64_t before = first + r - block * V;
-    pairs.seen[r] = first_lanes(before + 1);
+    pairs.seen[r] = first_lanes(before);
     pairs.mirrored[r] = first_lanes(first + r < task.prefix ? before : 0);
   }
   return pairs;
 }
 
-INLINE int64_t strip_blocks(int64_t first) { return (first + R - 1) / V + 1; }
+INLINE int64_t strip_blocks(int64_t first) { return (first + R - 2) / V + 1; }
 
-// One block: exponentials, and sums of rows (in `row`, kSumRows × 3) and of columns.
-template <bool kPlain>
-INLINE void sums_of_block(float* u_t, float* u_s, float* exponentials, const Pairs* pairs, int r0, F row[][3],
-                          float* columns, int64_t column_stride) {
-  F e_t[kSumRows], e_s[kSumRows], y[kSumRows];
+// One block: exponentials, kept where wanted, and sums of kSumRows rows and of the block's columns.
+template <bool kPlain, bool kKeep>
+INLINE void sums_of_block(const float* u_t, const float* u_s, float* exponentials, const Pairs* pairs, int r0,
+                          F row[][3], float* columns, int64_t column_stride) {
+  F e_t[kSumRows], e_s[kSumRows], column_y = load(columns + 2 * column_stride);
   for (int r = 0; r < kSumRows; ++r) {
     F a_t = load(u_t + (r0 + r) * V), a_s = load(u_s + (r0 + r) * V);
+    F difference = sub(a_s, a_t);
     e_t[r] = fast_exp2_of(a_t);
     e_s[r] = fast_exp2_of(a_s);
     if (!kPlain) {
       e_t[r] = keep(pairs->seen[r0 + r], e_t[r]);
       e_s[r] = keep(pairs->seen[r0 + r], e_s[r]);
     }
-    y[r] = mul(e_t[r], sub(a_s, a_t));
-    if (exponentials) {
+    if (kKeep) {
       store(exponentials + (r0 + r) * V, e_t[r]);
       store(exponentials + (R + r0 + r) * V, e_s[r]);
     }
     row[r][0] = add(row[r][0], e_t[r]);
     row[r][1] = add(row[r][1], e_s[r]);
-    row[r][2] = add(row[r][2], y[r]);
+    row[r][2] = fma(e_t[r], difference, row[r][2]);
     if (!kPlain) {
       e_t[r] = keep(pairs->mirrored[r0 + r], e_t[r]);
       e_s[r] = keep(pairs->mirrored[r0 + r], e_s[r]);
-      y[r] = keep(pairs->mirrored[r0 + r], y[r]);
     }
+    column_y = fma(e_t[r], difference, column_y);
   }
   static_assert(kSumRows == 4, "the sums below");
   F c_t = add(add(e_t[0], e_t[1]), add(e_t[2], e_t[3]));
   F c_s = add(add(e_s[0], e_s[1]), add(e_s[2], e_s[3]));
-  F c_y = add(add(y[0], y[1]), add(y[2], y[3]));
   store(columns, add(load(columns), c_t));
   store(columns + column_stride, add(load(columns + column_stride), c_s));
-  store(columns + 2 * column_stride, add(load(columns + 2 * column_stride), c_y));
+  store(columns + 2 * column_stride, column_y);
+}
+
+// The same for a strip and a panel of keys.
+template <bool kKeep>
+INLINE void sums_of_panel(const Task& task, int64_t first, int64_t block, int64_t blocks, const float* u_t,
+                          const float* u_s, float* exponentials, F row[][3], float* columns) {
+  int64_t padded = task.blocks * V;
+  for (int r = 0; r < R; r += kSumRows) {
+    F part[kSumRows][3];
+    for (int k = 0; k < kSumRows * 3; ++k) part[k / 3][k % 3] = row[r + k / 3][k % 3];
+    for (int64_t b = 0; b < blocks; ++b) {
+      const float *t = u_t + b * R * V, *s = u_s + b * R * V;
+      float *column = columns + (block + b) * V, *e = exponentials + b * 2 * R * V;
+      if (is_plain(task, first, block + b)) {
+        sums_of_block<true, kKeep>(t, s, e, nullptr, r, part, column, padded);
+      } else {
+        Pairs pairs = pairs_of(task, first, block + b);
+        sums_of_block<false, kKeep>(t, s, e, &pairs, r, part, column, padded);
+      }
+    }
+    for (int k = 0; k < kSumRows * 3; ++k) row[r + k / 3][k % 3] = part[k / 3][k % 3];
+  }
 }
 
 INLINE void panel_scores(const Task& task, int64_t first, int64_t block, int64_t blocks, float* u_t, float* u_s) {
-  const Side &t = task.teacher, &s = task.student;
-  scores(t.keys, first, t.keys + block * t.width * V, t.width, blocks, -t.reference, u_t);
-  scores(s.keys, first, s.keys + block * s.width * V, s.width, blocks, -s.reference, u_s);
+  auto of_side = [&](const Side& x, float* u) {
+    ScoreInput in{x.keys, first, x.keys + block * x.width * V, x.width, x.offsets + first, x.offsets + block * V};
+    task.paired ? scores<Product::paired>(in, blocks, u) : scores<Product::offset>(in, blocks, u);
+  };
+  of_side(task.teacher, u_t);
+  of_side(task.student, u_s);
 }
 
 INLINE int64_t last_strip(const Task& task, int64_t chunk) {
@@ -393,11 +604,9 @@ INLINE Kept kept_strips(const Task& task, int64_t chunk) {
 
 void symmetric_sums(const Task& task, int64_t chunk, float* scratch) {
   int64_t padded = task.blocks * V;
-  float* recent = task.column_sums + chunk * 6 * padded;
-  float* total = recent + 3 * padded;
-  set_zero(recent, 6 * task.blocks);
+  float* column_sums = task.column_sums + chunk * 6 * padded;
+  Sums columns(column_sums, column_sums + 3 * padded, 3 * task.blocks);
   float *u_t = scratch, *u_s = scratch + kPanelBlocks * R * V;
-  int64_t visited = 0;
   Kept kept = kept_strips(task, chunk);
   for (int64_t first = chunk * R; first < task.length; first += task.chunks * R) {
     F row[R][3];
@@ -409,32 +618,19 @@ void symmetric_sums(const Task& task, int64_t chunk, float* scratch) {
     for (int64_t block = 0; block < end; block += kPanelBlocks) {
       int64_t blocks = end - block < kPanelBlocks ? end - block : kPanelBlocks;
       panel_scores(task, first, block, blocks, u_t, u_s);
-      for (int r = 0; r < R; r += kSumRows) {
-        F part[kSumRows][3];
-        for (int k = 0; k < kSumRows * 3; ++k) part[k / 3][k % 3] = row[r + k / 3][k % 3];
-        for (int64_t b = 0; b < blocks; ++b) {
-          float* column = recent + (block + b) * V;
-          float* e = exponentials ? exponentials + b * 2 * R * V : nullptr;
-          if (is_plain(task, first, block + b)) {
-            sums_of_block<true>(u_t + b * R * V, u_s + b * R * V, e, nullptr, r, part, column, padded);
-          } else {
-            Pairs pairs = pairs_of(task, first, block + b);
-            sums_of_block<false>(u_t + b * R * V, u_s + b * R * V, e, &pairs, r, part, column, padded);
-          }
-        }
-        for (int k = 0; k < kSumRows * 3; ++k) row[r + k / 3][k % 3] = part[k / 3][k % 3];
+      if (exponentials) {
+        sums_of_panel<true>(task, first, block, blocks, u_t, u_s, exponentials, row, columns.recent());
+        exponentials += blocks * 2 * R * V;
+      } else {
+        sums_of_panel<false>(task, first, block, blocks, u_t, u_s, u_t, row, columns.recent());
       }
-      if (exponentials) exponentials += blocks * 2 * R * V;
     }
     for (int r = 0; r < R; r += 4)
       for (int k = 0; k < 3; ++k) {
         F x[4] = {row[r][k], row[r + 1][k], row[r + 2][k], row[r + 3][k]};
         sum_lanes_of_four(x, task.row_sums + k * padded + first + r);
       }
-    if (++visited % kFlushStrips == 0 || first + task.chunks * R >= task.length) {
-      for (int64_t i = 0; i < 3 * task.blocks; ++i) store(total + i * V, add(load(total + i * V), load(recent + i * V)));
-      set_zero(recent, 3 * task.blocks);
-    }
+    columns.end_strip(first + task.chunks * R >= task.length);
   }
 }
 
@@ -458,19 +654,36 @@ struct Log2Sum {
   double value() const { return static_cast<double>(exponent) + std::log2(significand); }
 };
 
-// 1 / Σ E, and the part of the KL that needs no further pair: −ln 2 Σ_i [ Σ_j p_ij (u_s − u_t)_ij − log2 (l_s / l_t) ].
+// 1 / Σ E, what the diagonal adds to the gradient, and the part of the KL that needs no further pair:
+// Σ_i (q_ii − p_ii) − ln 2 Σ_i [ Σ_j p_ij (u_s − u_t)_ij − log2 (l_s / l_t) ].
 void symmetric_rows(const Task& task) {
   int64_t padded = task.blocks * V;
-  for (int k = 0; k < 3; ++k)
-    for (int64_t b = 0; b < task.blocks; ++b) {
-      float* sum = task.row_sums + k * padded + b * V;
-      F x = load(sum);
-      for (int64_t c = 0; c < task.chunks; ++c) x = add(x, load(task.column_sums + (c * 6 + 3 + k) * padded + b * V));
-      store(sum, x);
-      if (k < 2) store(task.inverse + k * padded + b * V, div(all(1.0f), x));
+  float *l_t = task.row_sums, *l_s = l_t + padded, *y = l_s + padded;
+  float *inverse_t = task.inverse, *inverse_s = inverse_t + padded, *diagonal = task.student.norms;
+  double excess = 0.0;
+  for (int64_t i = 0; i < padded; i += V) {
+    F sums[3];
+    for (int k = 0; k < 3; ++k) {
+      sums[k] = load(task.row_sums + k * padded + i);
+      for (int64_t c = 0; c < task.chunks; ++c)
+        sums[k] = add(sums[k], load(task.column_sums + (c * 6 + 3 + k) * padded + i));
     }
-  for (int64_t i = task.length; i < padded; ++i) task.inverse[i] = task.inverse[padded + i] = 0.0f;
-  const float *l_t = task.row_sums, *l_s = l_t + padded, *y = l_s + padded, *inverse_t = task.inverse;
+    Keep real = first_lanes(task.length - i);
+    F u_t = load(task.teacher.norms + i), u_s = load(task.student.norms + i);
+    F e_t = keep(real, exp2_of(u_t)), e_s = keep(real, exp2_of(u_s));
+    F all_t = add(sums[0], e_t), all_s = add(sums[1], e_s);
+    F i_t = keep(real, div(all(1.0f), all_t)), i_s = keep(real, div(all(1.0f), all_s));
+    store(l_t + i, all_t);
+    store(l_s + i, all_s);
+    store(y + i, fma(e_t, sub(u_s, u_t), sums[2]));
+    store(inverse_t + i, i_t);
+    store(inverse_s + i, i_s);
+    F p = mul(e_t, i_t), q = mul(e_s, i_s), difference = sub(q, p);
+    excess += sum_lanes(difference);
+    F others = sub(mul(keep(real, sums[0]), i_t), mul(keep(real, sums[1]), i_s));
+    difference = choose(magnitude_below(q, 0.5f), difference, others);
+    store(diagonal + i, add(difference, difference));
+  }
   double sum = 0.0;
   Log2Sum logs_t, logs_s;
   for (int64_t i = 0; i < task.length; ++i) {
@@ -479,11 +692,27 @@ void symmetric_rows(const Task& task) {
     logs_s.add(l_s[i]);
   }
   sum -= logs_s.value() - logs_t.value();
-  task.kl[task.chunks] = -0.693147180559945309 * sum;
+  task.kl[task.chunks] = excess - 0.693147180559945309 * sum;
+}
+
+// grads[i] += 2 (q_ii − p_ii) x_i
+void diagonal_gradient(const Task& task, float* grads) {
+  int64_t tokens = task.blocks * V;
+  visit_chunks(task.student.width, [&](auto chunk, int64_t d) __attribute__((always_inline)) {
+    using C = decltype(chunk);
+    for (int64_t i = 0; i < tokens; i += C::kTokens) {
+      const float* at = task.student.norms + i;
+      F factor = C::kHalf ? all_pair(at) : all(*at);
+      for (int n = 0; n < C::kVectors; ++n) {
+        int64_t to = d * tokens + i * C::kFeatures + n * V;
+        store(grads + to, fma(factor, load(task.student.key_rows + to), load(grads + to)));
+      }
+    }
+  });
 }
 
 // m = E_s (1/l_s,i + 1/l_s,j) − E_t (1/l_t,i + 1/l_t,j) = q_ij + q_ji − p_ij − p_ji; returns the lanes' sums. What comes
-// in are the exponentials that the first phase kept, or the scores again.
+// in are the exponentials that the first phase kept, or the scores again. The teacher's factors come negative.
 template <bool kPlain, bool kKept>
 INLINE F excess_of_block(const float* in_t, const float* in_s, const Pairs* pairs, const float* rows_t,
                          const float* rows_s, F column_t, F column_s, float* m) {
@@ -505,7 +734,7 @@ INLINE F excess_of_block(const float* in_t, const float* in_s, const Pairs* pair
     }
     f_t = add(f_t, all(rows_t[r]));
     f_s = add(f_s, all(rows_s[r]));
-    F x = sub(mul(e_s, f_s), mul(e_t, f_t));
+    F x = fma(e_t, f_t, mul(e_s, f_s));
     store(m + r * V, x);
     total = add(total, x);
   }
@@ -518,7 +747,7 @@ INLINE F excess_of_panel(const Task& task, int64_t first, int64_t block, int64_t
   const float *inverse_t = task.inverse, *inverse_s = task.inverse + task.blocks * V;
   F total = all(0.0f);
   for (int64_t b = 0; b < blocks; ++b) {
-    F column_t = load(inverse_t + (block + b) * V), column_s = load(inverse_s + (block + b) * V);
+    F column_t = sub(all(0.0f), load(inverse_t + (block + b) * V)), column_s = load(inverse_s + (block + b) * V);
     const float *t = in_t + b * step, *s = in_s + b * step;
     float* out = m + b * R * V;
     if (is_plain(task, first, block + b)) {
@@ -532,21 +761,22 @@ INLINE F excess_of_panel(const Task& task, int64_t first, int64_t block, int64_t
 }
 
 void symmetric_gradient(const Task& task, int64_t chunk, float* scratch) {
-  int64_t padded = task.blocks * V, width = task.student.width;
-  const float *inverse_t = task.inverse, *inverse_s = task.inverse + padded, *keys = task.student.keys;
-  float* grads = task.student.key_grads + chunk * padded * width;
-  set_zero(grads, task.blocks * width);
-  float *m = scratch, *u_s = m + kPanelBlocks * R * V, *sums = u_s + kPanelBlocks * R * V;
+  int64_t padded = task.blocks * V, size = padded * row_floats(task.student.width);
+  const float *inverse_t = task.inverse, *inverse_s = task.inverse + padded;
+  float* total = task.student.key_grads + chunk * size;
+  Sums grads(task.student.recent_grads + chunk * size, total, size / V);
+  if (chunk == 0) diagonal_gradient(task, total);
+  float *m = scratch, *u_s = m + kPanelBlocks * R * V;
   double excess = 0.0;
   Kept kept = kept_strips(task, chunk);
   for (int64_t first = last_strip(task, chunk); first >= 0; first -= task.chunks * R) {
     float rows_t[R], rows_s[R];
     for (int r = 0; r < R; ++r) {
       bool real = first + r < task.length;
-      rows_t[r] = real ? inverse_t[first + r] : 0.0f;
+      rows_t[r] = real ? -inverse_t[first + r] : 0.0f;
       rows_s[r] = real ? inverse_s[first + r] : 0.0f;
     }
-    F total = all(0.0f);
+    F sum = all(0.0f);
     int64_t end = strip_blocks(first);
     const float* exponentials = nullptr;
     if (first >= kept.from) exponentials = kept.end -= kept_size(first);
@@ -561,11 +791,11 @@ void symmetric_gradient(const Task& task, int64_t chunk, float* scratch) {
         panel_scores(task, first, block, blocks, m, u_s);
         part = excess_of_panel<false>(task, first, block, blocks, m, u_s, R * V, rows_t, rows_s, m);
       }
-      total = add(total, part);
-      key_gradient(m, keys, first, width, blocks, grads + block * width * V);
-      query_gradient(m, first, keys + block * width * V, width, blocks, {sums, block == 0, block + blocks == end}, grads);
+      sum = add(sum, part);
+      gradients(m, task, first, block, blocks, grads.recent(), grads.recent());
     }
-    excess += sum_lanes(total);
+    excess += sum_lanes(sum);
+    grads.end_strip(first == chunk * R);
   }
   task.kl[chunk] = excess;
 }
@@ -623,23 +853,21 @@ INLINE float kl_of_row(const float* u_t, const float* u_s, const float* e_t, con
 
 void strips(const Task& task, int64_t chunk, float* scratch) {
   const Side &t = task.teacher, &s = task.student;
-  int64_t size = task.blocks * V * s.width, strip = task.blocks * R * V;
+  int64_t size = task.blocks * V * row_floats(s.width), strip = task.blocks * R * V;
   float *u_t = scratch, *u_s = u_t + strip, *e_t = u_s + strip, *e_s = e_t + strip;
-  float *key_grads = nullptr, *query_grads = nullptr;
-  if (task.gradient) {
-    key_grads = s.key_grads + chunk * size;
-    query_grads = s.query_grads + chunk * size;
-    set_zero(key_grads, task.blocks * s.width);
-    set_zero(query_grads, task.blocks * s.width);
-  }
+  bool apart = s.query_grads != s.key_grads;
+  int64_t vectors = task.gradient ? size / V : 0;
+  Sums grads(s.recent_grads + chunk * size, s.key_grads + chunk * size, vectors);
+  float* query_grads = apart ? s.query_grads + chunk * size : grads.recent();
+  if (apart) set_zero(query_grads, vectors);
   double total = 0.0;
   for (int64_t first = chunk * R; first < task.length; first += task.chunks * R) {
     int64_t rows = task.length - first < R ? task.length - first : R;
     int64_t most = first + rows > task.prefix ? first + rows : task.prefix;    // keys that the last row sees
     int64_t least = first + 1 > task.prefix ? first + 1 : task.prefix;         // and the first one
     int64_t blocks = (most - 1) / V + 1;
-    scores(t.queries, first, t.keys, t.width, blocks, 0.0f, u_t);
-    scores(s.queries, first, s.keys, s.width, blocks, 0.0f, u_s);
+    scores<Product::plain>({t.queries, first, t.keys, t.width}, blocks, u_t);
+    scores<Product::plain>({s.queries, first, s.keys, s.width}, blocks, u_s);
     for (int64_t b = least / V; b < blocks; ++b)
       for (int r = 0; r < R; ++r) {
         int64_t sees = first + r + 1 > task.prefix ? first + r + 1 : task.prefix;
@@ -665,10 +893,8 @@ void strips(const Task& task, int64_t chunk, float* scratch) {
       if (task.rows) task.rows[token] = kl;
       total += kl;
     }
-    if (task.gradient) {
-      key_gradient(e_t, s.queries, first, s.width, blocks, key_grads);
-      query_gradient(e_t, first, s.keys, s.width, blocks, {nullptr, true, true}, query_grads);
-    }
+    if (task.gradient) gradients(e_t, task, first, 0, blocks, query_grads, grads.recent());
+    grads.end_strip(first + task.chunks * R >= task.length);
   }
   task.kl[chunk] = total;
 }
@@ -678,7 +904,7 @@ void strips(const Task& task, int64_t chunk, float* scratch) {
 namespace minilm::cpu {
 
 const Kernels KERNELS = {
-    KERNELS_NAME, V, 2 * kPanelBlocks * R * V, gather, range, symmetric_sums, symmetric_rows, symmetric_gradient, strips,
+    V, 2 * kPanelBlocks * R * V, row_floats, gather, range, center, shift, fold, symmetric_sums, symmetric_rows, symmetric_gradient, strips,
     scatter,
 };
 

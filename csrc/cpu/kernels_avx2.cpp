@@ -9,8 +9,7 @@ using F = __m256;
 using Keep = __m256;
 constexpr int V = 8;
 constexpr int kTileRows = 4, kTileBlocks = 2;  // scores: 8 accumulators
-constexpr int kKeyBlocks = 1;  // gradients of keys
-constexpr int kDotFeatures = 2;                // gradients of four rows: 8 accumulators
+constexpr int kGradientRows = 4;  // of a chunk of one vector: 8 registers of factors and sums
 
 INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
 INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
@@ -53,9 +52,9 @@ INLINE float max_lanes(F x) {
   return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
 }
 
-// A quad: four floats. Lanes 4q … 4q + 3 hold the quad at rows[4q].
-INLINE F load_quads(const float* const* rows) {
-  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[0])), _mm_loadu_ps(rows[4]), 1);
+// A quad: four floats. Lanes 4q … 4q + 3 hold the quad at rows[4q] + at.
+INLINE F load_quads(const float* const* rows, int64_t at) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[0] + at)), _mm_loadu_ps(rows[4] + at), 1);
 }
 INLINE void store_quads(float* const* rows, F x) {
   _mm_storeu_ps(rows[0], _mm256_castps256_ps128(x));
@@ -73,8 +72,23 @@ INLINE void store_sum_of_quads(float* to, F x) {
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
 }
 
+// Lanes go in pairs: both lanes of each from p; from its even lane; from its odd lane; even lanes of a and odd ones of b.
+INLINE F all_pair(const float* p) {
+  double both;
+  __builtin_memcpy(&both, p, sizeof both);
+  return _mm256_castpd_ps(_mm256_set1_pd(both));
+}
+INLINE F twice_even(F x) { return _mm256_moveldup_ps(x); }
+INLINE F twice_odd(F x) { return _mm256_movehdup_ps(x); }
+INLINE F mix(F a, F b) { return _mm256_blend_ps(a, b, 0xaa); }
+// Even lanes go to a, odd ones to b.
+INLINE void store_halves(float* a, float* b, F x) {
+  x = _mm256_permutevar8x32_ps(x, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+  _mm_storeu_ps(a, _mm256_castps256_ps128(x));
+  _mm_storeu_ps(b, _mm256_extractf128_ps(x, 1));
+}
+
 }  // namespace
 
 #define KERNELS kernels_avx2
-#define KERNELS_NAME "avx2"
 #include "kernels.inl"

@@ -12,8 +12,7 @@ using F = __m512;
 using Keep = __mmask16;
 constexpr int V = 16;
 constexpr int kTileRows = 8, kTileBlocks = 2;    // scores: 16 accumulators
-constexpr int kKeyBlocks = 2;  // gradients of keys: 2 accumulators, 16 factors
-constexpr int kDotFeatures = 4;                  // gradients of four rows: 16 accumulators
+constexpr int kGradientRows = 8;  // of a chunk of one vector: 16 registers of factors and sums
 
 INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
@@ -25,8 +24,7 @@ INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
 INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE F larger(F a, F b) { return _mm512_max_ps(a, b); }
 INLINE Keep first_lanes(int64_t n) {
-  return _mm512_cmp_ps_mask(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                            all(static_cast<float>(n)), _CMP_LT_OQ);
+  return static_cast<Keep>(n <= 0 ? 0u : n >= V ? 0xffffu : (1u << n) - 1u);
 }
 INLINE Keep magnitude_below(F x, float bound) { return _mm512_cmp_ps_mask(_mm512_abs_ps(x), all(bound), _CMP_LT_OQ); }
 INLINE F choose(Keep k, F yes, F no) { return _mm512_mask_blend_ps(k, no, yes); }
@@ -58,12 +56,12 @@ INLINE float max_lanes(F x) {
   return _mm512_cvtss_f32(larger(x, swap_sixteenths(x)));
 }
 
-// A quad: four floats. Lanes 4q … 4q + 3 hold the quad at rows[4q].
-INLINE F load_quads(const float* const* rows) {
-  F x = _mm512_castps128_ps512(_mm_loadu_ps(rows[0]));
-  x = _mm512_insertf32x4(x, _mm_loadu_ps(rows[4]), 1);
-  x = _mm512_insertf32x4(x, _mm_loadu_ps(rows[8]), 2);
-  return _mm512_insertf32x4(x, _mm_loadu_ps(rows[12]), 3);
+// A quad: four floats. Lanes 4q … 4q + 3 hold the quad at rows[4q] + at.
+INLINE F load_quads(const float* const* rows, int64_t at) {
+  F x = _mm512_castps128_ps512(_mm_loadu_ps(rows[0] + at));
+  x = _mm512_insertf32x4(x, _mm_loadu_ps(rows[4] + at), 1);
+  x = _mm512_insertf32x4(x, _mm_loadu_ps(rows[8] + at), 2);
+  return _mm512_insertf32x4(x, _mm_loadu_ps(rows[12] + at), 3);
 }
 INLINE void store_quads(float* const* rows, F x) {
   _mm_storeu_ps(rows[0], _mm512_castps512_ps128(x));
@@ -84,8 +82,23 @@ INLINE void store_sum_of_quads(float* to, F x) {
   _mm_storeu_ps(to, _mm512_castps512_ps128(add(x, swap_quarters(x))));
 }
 
+// Lanes go in pairs: both lanes of each from p; from its even lane; from its odd lane; even lanes of a and odd ones of b.
+INLINE F all_pair(const float* p) {
+  double both;
+  __builtin_memcpy(&both, p, sizeof both);
+  return _mm512_castpd_ps(_mm512_set1_pd(both));
+}
+INLINE F twice_even(F x) { return _mm512_moveldup_ps(x); }
+INLINE F twice_odd(F x) { return _mm512_movehdup_ps(x); }
+INLINE F mix(F a, F b) { return _mm512_mask_blend_ps(0xaaaa, a, b); }
+// Even lanes go to a, odd ones to b.
+INLINE void store_halves(float* a, float* b, F x) {
+  x = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15), x);
+  _mm256_storeu_ps(a, _mm512_castps512_ps256(x));
+  _mm256_storeu_ps(b, _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+}
+
 }  // namespace
 
 #define KERNELS kernels_avx512
-#define KERNELS_NAME "avx512"
 #include "kernels.inl"

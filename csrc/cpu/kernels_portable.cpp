@@ -13,8 +13,7 @@ typedef float F __attribute__((vector_size(16)));
 typedef int32_t Keep __attribute__((vector_size(16)));
 constexpr int V = 4;
 constexpr int kTileRows = 4, kTileBlocks = 2;  // scores: 8 accumulators
-constexpr int kKeyBlocks = 1;  // gradients of keys
-constexpr int kDotFeatures = 2;                // gradients of four rows: 8 accumulators
+constexpr int kGradientRows = 4;  // of a chunk of one vector: 8 registers of factors and sums
 
 INLINE F load(const float* p) {
   F x;
@@ -59,7 +58,7 @@ INLINE float max_lanes(F x) {
 }
 
 // A quad: four floats. Here it is the whole vector.
-INLINE F load_quads(const float* const* rows) { return load(rows[0]); }
+INLINE F load_quads(const float* const* rows, int64_t at) { return load(rows[0] + at); }
 INLINE void store_quads(float* const* rows, F x) { store(rows[0], x); }
 INLINE void transpose_quads(F x[4]) {
   F a = x[0], b = x[1], c = x[2], d = x[3];
@@ -70,8 +69,20 @@ INLINE void transpose_quads(F x[4]) {
 }
 INLINE void store_sum_of_quads(float* to, F x) { store(to, x); }
 
+// Lanes go in pairs: both lanes of each from p; from its even lane; from its odd lane; even lanes of a and odd ones of b.
+INLINE F all_pair(const float* p) { return F{p[0], p[1], p[0], p[1]}; }
+INLINE F twice_even(F x) { return F{x[0], x[0], x[2], x[2]}; }
+INLINE F twice_odd(F x) { return F{x[1], x[1], x[3], x[3]}; }
+INLINE F mix(F a, F b) { return F{a[0], b[1], a[2], b[3]}; }
+// Even lanes go to a, odd ones to b.
+INLINE void store_halves(float* a, float* b, F x) {
+  a[0] = x[0];
+  a[1] = x[2];
+  b[0] = x[1];
+  b[1] = x[3];
+}
+
 }  // namespace
 
 #define KERNELS kernels_portable
-#define KERNELS_NAME "portable"
 #include "kernels.inl"

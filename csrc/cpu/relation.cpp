@@ -23,8 +23,9 @@ constexpr size_t kKeptBytes = size_t{5} << 20;
 // A call of so few tasks, or a task of so many tokens, is cut into chunks that run beside each other.
 constexpr int64_t kFewTasks = 16, kManyTokens = 8192;
 constexpr int64_t kMostChunks = 16, kChunkTokens = 256;
-// Widest range of s_ii, in log2 units, for which one reference serves all rows of a task: E_ii stays within 2^±100.
-constexpr float kWidestRange = 200.0f;
+// Widest range of u_ii, in units of log 2, for which one reference serves all rows of a task. Numbers would allow
+// 2 kMostBits, but scores far from the reference are rounded more coarsely than in a softmax of their own row.
+constexpr float kWidestRange = 120.0f;
 // Heads of one token lie side by side in memory: a thread gathers several of them before it computes the first.
 constexpr int64_t kMostHeads = 8;
 constexpr size_t kGatheredBytes = size_t{128} << 10;
@@ -32,15 +33,34 @@ constexpr size_t kGatheredBytes = size_t{128} << 10;
 // go row by row, in the exact form.
 constexpr int64_t kFewTokens = 64;
 
-const Kernels* find_kernels(const char* name) {
-  const Kernels* const all[] = {
+// Kernels, and whether they take features in pairs: that pays where additions do not take the multipliers' place.
+struct Variant {
+  const char* name;
+  const Kernels* kernels;
+  bool paired;
+};
+
+// What this processor can run, best first.
+std::vector<Variant> find_variants() {
+  std::vector<Variant> found;
 #if defined(__x86_64__)
-      &kernels_avx512, &kernels_avx2,
+  __builtin_cpu_init();
+  bool adders = __builtin_cpu_is("amd");
+  auto both = [&](const char* plain, const char* paired, const Kernels& kernels) {
+    found.push_back({adders ? paired : plain, &kernels, adders});
+    found.push_back({adders ? plain : paired, &kernels, !adders});
+  };
+  bool fma = __builtin_cpu_supports("fma");
+  if (__builtin_cpu_supports("avx512f") && fma) both("avx512", "avx512-paired", kernels_avx512);
+  if (__builtin_cpu_supports("avx2") && fma) both("avx2", "avx2-paired", kernels_avx2);
 #endif
-      &kernels_portable};
-  for (const Kernels* k : all)
-    if (std::strcmp(k->name, name) == 0) return k;
-  return nullptr;
+  found.push_back({"portable", &kernels_portable, false});
+  return found;
+}
+
+const std::vector<Variant>& variants() {
+  static const std::vector<Variant> found = find_variants();
+  return found;
 }
 
 // Memory is laid out twice by the same code: once to learn its size, once for real.
@@ -80,8 +100,8 @@ struct Work {
 
 class Run {
  public:
-  Run(const Call& call, const Threads& threads, const Kernels& kernels)
-      : call_(call), threads_(threads), k_(kernels), gradient_(call.relations[0].query_grad != nullptr) {}
+  Run(const Call& call, const Threads& threads, const Variant& variant)
+      : call_(call), threads_(threads), k_(*variant.kernels), paired_(variant.paired), gradient_(call.relations[0].query_grad != nullptr) {}
 
   void operator()() {
     std::vector<int64_t> order(call_.num_sequences);
@@ -94,8 +114,7 @@ class Run {
     int64_t tasks = static_cast<int64_t>(order.size()) * relations * heads;
     size_t apart = 0;
     while (apart < order.size() && chunks(length(order[apart]), tasks) > 1) {
-      for (int64_t r = 0; r < relations; ++r)
-        for (int64_t a = 0; a < heads; ++a) run_alone(order[apart], r, a, chunks(length(order[apart]), tasks));
+      run_in_chunks(order[apart], chunks(length(order[apart]), tasks));
       ++apart;
     }
     run_together(std::vector<int64_t>(order.begin() + apart, order.end()));
@@ -126,7 +145,7 @@ class Run {
 
   int64_t exponentials(int64_t tokens) const {
     int64_t blocks = 0;
-    for (int64_t first = 0; first < tokens; first += kStripRows) blocks += (first + kStripRows - 1) / k_.lanes + 1;
+    for (int64_t first = 0; first < tokens; first += kStripRows) blocks += (first + kStripRows - 2) / k_.lanes + 1;
     return blocks * 2 * kStripRows * k_.lanes;
   }
 
@@ -157,10 +176,14 @@ class Run {
     auto side = [&](Side& side, const Half& half) {
       side.half = &half;
       side.width = half.key.width;
+      side.key_rows = side.query_rows = nullptr;
+      side.key_grads = side.query_grads = side.recent_grads = nullptr;
       side.keys = layout.take<float>(length * side.width);
       bool shared = relation.self && half.scale >= 0;
       side.queries = shared ? side.keys : layout.take<float>(length * side.width);
       side.norms = symmetric ? layout.take<float>(length) : nullptr;
+      side.offsets = symmetric ? layout.take<float>(length) : nullptr;
+      side.mean = symmetric ? layout.take<float>(side.width) : nullptr;
     };
     for (int64_t h = 0; h < heads; ++h) {
       Task& task = work[h].task;
@@ -172,9 +195,12 @@ class Run {
       side(task.student, relation.student);
       Side& student = task.student;
       if (!gradient_) continue;
-      student.key_grads = layout.take<float>(chunks * length * student.width);
-      student.query_grads = student.queries == student.keys ? student.key_grads
-                                                            : layout.take<float>(chunks * length * student.width);
+      int64_t size = length * k_.row_floats(student.width);
+      student.key_rows = layout.take<float>(size);
+      student.query_rows = relation.self ? student.key_rows : layout.take<float>(size);
+      student.key_grads = layout.take<float>(chunks * size);
+      student.query_grads = relation.self ? student.key_grads : layout.take<float>(chunks * size);
+      student.recent_grads = layout.take<float>(chunks * size);
     }
     Task& task = work[0].task;
     task.kl = layout.take<double>(chunks + 1);
@@ -183,10 +209,9 @@ class Run {
       task.column_sums = layout.take<float>(chunks * 6 * length);
       task.inverse = layout.take<float>(2 * length);
     }
-    // Beside the rows' gradients: a panel of symmetric scores, or four strips of scores and exponentials.
+    // A panel of symmetric scores, or four strips of scores and exponentials.
     int64_t strip = std::max(4 * kStripRows * length, k_.panel_floats);
-    for (int64_t c = 0; c < chunks; ++c)
-      work[0].scratch[c] = layout.take<float>(strip + kStripRows * task.student.width * k_.lanes);
+    for (int64_t c = 0; c < chunks; ++c) work[0].scratch[c] = layout.take<float>(strip);
     task.kept_size = symmetric ? std::min(exponentials(tokens), static_cast<int64_t>(keep / sizeof(float))) : 0;
     task.kept = layout.take<float>(task.kept_size);
     for (int64_t h = 1; h < heads; ++h) {
@@ -204,6 +229,7 @@ class Run {
     bool all = !call_.causal && !call_.prefixes;
     task.prefix = all ? task.length : call_.prefixes ? std::min(call_.prefixes[n], task.length) : 0;
     task.gradient = gradient_;
+    task.paired = paired_;
     task.exact = !gradient_ || task.length < kFewTokens;
     task.weight = call_.weights ? call_.weights[n] : 1.0f;
     int64_t matrices = call_.packed ? 1 : call_.num_sequences;
@@ -219,32 +245,26 @@ class Run {
     }
   }
 
-  bool find_reference(Side& side, int64_t length) const {
-    Range norms = k_.range(side.norms, length);
-    side.reference = norms.low + (norms.high - norms.low) / 2;
-    return norms.high - norms.low <= kWidestRange;  // not so of NaN and infinity
+  // Whether one reference serves all rows of a side; then it has it. Not where anything is not finite.
+  bool find_reference(const Task& task, const Side& side) const {
+    k_.center(task, side);
+    Range range = k_.range(side.norms, task.length);
+    if (!(range.high - range.low <= kWidestRange)) return false;
+    float reference = std::max(0.0f, range.high - kMostBits) + std::min(0.0f, range.low + kMostBits);
+    if (reference != 0.0f) k_.shift(task, side, reference);
+    return true;
   }
 
-  bool choose_symmetric(Task& task) const {
-    return task.teacher.norms && task.length >= kFewTokens && find_reference(task.teacher, task.length) &&
-           find_reference(task.student, task.length);
-  }
-
-  // A task's steps between gathering and scattering, each a range of independent items, run by `each(count, body(item))`.
-  template <class Each>
-  void compute(Work& work, double& kl, const Each& each) const {
-    Task& task = work.task;
-    task.symmetric = choose_symmetric(task);
-    if (task.symmetric) {
-      each(task.chunks, [&](int64_t c) { k_.symmetric_sums(task, c, work.scratch[c]); });
-      k_.symmetric_rows(task);
-      each(task.chunks, [&](int64_t c) { k_.symmetric_gradient(task, c, work.scratch[c]); });
-    } else {
-      each(task.chunks, [&](int64_t c) { k_.strips(task, c, work.scratch[c]); });
-      task.kl[task.chunks] = 0.0;
+  void prepare(Task& task) const {
+    task.symmetric = task.teacher.norms && task.length >= kFewTokens;
+    if (task.symmetric && find_reference(task, task.teacher) && find_reference(task, task.student)) return;
+    if (task.symmetric) {  // the tokens as they came, again
+      const Task* only = &task;
+      for (int64_t block = 0; block < task.blocks; ++block) k_.gather(&only, 1, block);
     }
-    kl = std::accumulate(task.kl, task.kl + task.chunks + 1, 0.0);
-    if (kl < 0.0) kl = 0.0;
+    task.symmetric = false;
+    k_.fold(task, task.teacher);
+    k_.fold(task, task.student);
   }
 
   // body(worker, item) for every item; each worker takes the next item.
@@ -265,18 +285,56 @@ class Run {
         &context);
   }
 
-  void run_alone(int64_t n, int64_t r, int64_t a, int64_t chunks) {
-    Work work;
-    Memory memory(size_of(length(n), chunks, 1));
-    Layout layout(memory.data());
-    lay_out(layout, r, length(n), chunks, 0, &work, 1);
-    fill_in(work.task, n, r, a);
-    auto each = [&](int64_t count, const auto& body) {
-      parallel(count, threads_.count, [&](int64_t, int64_t item) { body(item); });
-    };
-    each(work.task.blocks, [&](int64_t block) { k_.gather(work.task, block); });
-    compute(work, kl_at(n, r, a), each);
-    if (gradient_) each(work.task.blocks, [&](int64_t block) { k_.scatter(work.task, block); });
+  void first_phase(Work& work, int64_t chunk) const {
+    (work.task.symmetric ? k_.symmetric_sums : k_.strips)(work.task, chunk, work.scratch[chunk]);
+  }
+
+  void between_phases(Task& task) const {
+    task.kl[task.chunks] = 0.0;
+    if (task.symmetric) k_.symmetric_rows(task);
+  }
+
+  void second_phase(Work& work, int64_t chunk) const {
+    if (work.task.symmetric) k_.symmetric_gradient(work.task, chunk, work.scratch[chunk]);
+  }
+
+  double kl_of(const Task& task) const {
+    double kl = std::accumulate(task.kl, task.kl + task.chunks + 1, 0.0);
+    return kl < 0.0 ? 0.0 : kl;  // NaN stays NaN
+  }
+
+  // The tasks of one sequence, each cut into chunks; so many at a time that all threads find enough to do.
+  void run_in_chunks(int64_t n, int64_t chunks) {
+    int64_t heads = call_.num_heads, tasks = call_.num_relations * heads;
+    size_t size = size_of(length(n), chunks, 1);
+    int64_t enough = (8 * threads_.count + chunks - 1) / chunks;
+    int64_t most = std::max<int64_t>(1, std::min<int64_t>({tasks, enough, static_cast<int64_t>(kBudgetBytes / size)}));
+    Memory memory(most * size);
+    std::vector<Work> work(most);
+    for (int64_t begin = 0; begin < tasks; begin += most) {
+      int64_t count = std::min(most, tasks - begin);
+      for (int64_t k = 0; k < count; ++k) {
+        int64_t r = (begin + k) / heads, a = (begin + k) % heads;
+        Layout layout(memory.data() + k * size);
+        lay_out(layout, r, length(n), chunks, 0, &work[k], 1);
+        fill_in(work[k].task, n, r, a);
+      }
+      auto each = [&](int64_t items, const auto& body) {
+        parallel(count * items, threads_.count,
+                 [&](int64_t, int64_t item) { body(work[item / items], item % items); });
+      };
+      int64_t blocks = work[0].task.blocks;
+      each(blocks, [&](Work& one, int64_t block) {
+        const Task* task = &one.task;
+        k_.gather(&task, 1, block);
+      });
+      each(1, [&](Work& one, int64_t) { prepare(one.task); });
+      each(chunks, [&](Work& one, int64_t chunk) { first_phase(one, chunk); });
+      each(1, [&](Work& one, int64_t) { between_phases(one.task); });
+      each(chunks, [&](Work& one, int64_t chunk) { second_phase(one, chunk); });
+      if (gradient_) each(blocks, [&](Work& one, int64_t block) { k_.scatter(one.task, block); });
+      for (int64_t k = 0; k < count; ++k) kl_at(n, (begin + k) / heads, (begin + k) % heads) = kl_of(work[k].task);
+    }
   }
 
   void run_together(const std::vector<int64_t>& sequences) {
@@ -295,9 +353,6 @@ class Run {
     Memory memory(workers * size);
     std::vector<Work> work(workers * together);
     int64_t groups = (heads + together - 1) / together;
-    auto each = [](int64_t count, const auto& body) {
-      for (int64_t i = 0; i < count; ++i) body(i);
-    };
     parallel(static_cast<int64_t>(sequences.size()) * relations * groups, workers, [&](int64_t worker, int64_t item) {
       int64_t n = sequences[item / (relations * groups)], r = item / groups % relations;
       int64_t first = item % groups * together, count = std::min(together, heads - first);
@@ -305,9 +360,17 @@ class Run {
       Layout layout(memory.data() + worker * size);
       lay_out(layout, r, length(n), 1, keep, group, count);
       for (int64_t h = 0; h < count; ++h) fill_in(group[h].task, n, r, first + h);
-      for (int64_t block = 0; block < group[0].task.blocks; ++block)
-        for (int64_t h = 0; h < count; ++h) k_.gather(group[h].task, block);
-      for (int64_t h = 0; h < count; ++h) compute(group[h], kl_at(n, r, first + h), each);
+      std::array<const Task*, kMostHeads> tasks;
+      for (int64_t h = 0; h < count; ++h) tasks[h] = &group[h].task;
+      for (int64_t block = 0; block < group[0].task.blocks; ++block) k_.gather(tasks.data(), count, block);
+      for (int64_t h = 0; h < count; ++h) {
+        Task& task = group[h].task;
+        prepare(task);
+        first_phase(group[h], 0);
+        between_phases(task);
+        second_phase(group[h], 0);
+        kl_at(n, r, first + h) = kl_of(task);
+      }
       for (int64_t block = 0; gradient_ && block < group[0].task.blocks; ++block)
         for (int64_t h = 0; h < count; ++h) k_.scatter(group[h].task, block);
     });
@@ -316,7 +379,7 @@ class Run {
   const Call& call_;
   const Threads& threads_;
   const Kernels& k_;
-  bool gradient_;
+  bool paired_, gradient_;
   std::vector<double> kl_;
 };
 
@@ -325,13 +388,7 @@ class Run {
 const char* const* instruction_sets() {
   static const auto names = [] {
     std::vector<const char*> found;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    bool fma = __builtin_cpu_supports("fma");
-    if (__builtin_cpu_supports("avx512f") && fma) found.push_back(kernels_avx512.name);
-    if (__builtin_cpu_supports("avx2") && fma) found.push_back(kernels_avx2.name);
-#endif
-    found.push_back(kernels_portable.name);
+    for (const Variant& variant : variants()) found.push_back(variant.name);
     found.push_back(nullptr);
     return found;
   }();
@@ -339,12 +396,12 @@ const char* const* instruction_sets() {
 }
 
 const char* run(const Call& call, const Threads& threads, const char* instruction_set) {
-  bool can = false;
-  for (const char* const* name = instruction_sets(); *name; ++name) can |= std::strcmp(*name, instruction_set) == 0;
-  if (!can) return "this processor cannot run the instruction set asked for";
+  auto chosen = std::find_if(variants().begin(), variants().end(),
+                             [&](const Variant& variant) { return std::strcmp(variant.name, instruction_set) == 0; });
+  if (chosen == variants().end()) return "this processor cannot run the instruction set asked for";
   if (call.num_relations == 0) return nullptr;
   try {
-    Run(call, threads, *find_kernels(instruction_set))();
+    Run(call, threads, *chosen)();
   } catch (const std::bad_alloc&) {
     return "out of memory";
   }
