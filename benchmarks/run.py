@@ -64,6 +64,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--modes", nargs="+", choices=MODES, default=["full"], help="loss: what is timed")
     add("--methods", nargs="+", choices=["events", "graph"], default=["events"], help="CUDA: how it is timed")
     add("--seconds", type=float, default=10.0, help="time for the timed runs of one shape")
+    add(
+        "--together",
+        action="store_true",
+        help="loss: all shapes, masks, dtypes and relations take turns, so that they compare on a restless machine",
+    )
     add("--cap", type=float, default=30.0, help="seconds that one run may take")
     add("--memory", type=size, default=None if cuda else "2GiB", help="that one run may take beyond its inputs (CPU)")
     add("--budget", type=size, default="16GiB" if cuda else "1GiB", help="memory: what the largest batch has to fit")

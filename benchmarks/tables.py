@@ -138,12 +138,13 @@ def loss(rows: Iterable[Row]) -> list[Table]:
 
 
 def cases(rows: Iterable[Row]) -> list[Table]:
-    """One provider at many workloads; ratios of ns a pair, of all pairs, hidden ones too."""
+    """One provider at many workloads; ratios of ns a pair, of all pairs, hidden ones too, within one run if it can be."""
     header = ("workload", "ms", "p20–p80", "ns a pair", "ratio", "peak memory, MiB", "error of the gradient")
     made = []
     for members in single(rows):
         plain = {widths: _usual(own) for widths, own in _groups(members, _head_widths)}
-        lines = []
+        same_run = {key: _usual(own) for key, own in _groups(members, lambda row: (row["run"], _head_widths(row)))}
+        lines: list[list[str]] = []
         for row in members:
             shape = row["shape"]
             name = f"B {shape['B']}, A {shape['A']}, S {shape['S']}, {shape['d_t']}/{shape['d_s']}"
@@ -157,10 +158,12 @@ def cases(rows: Iterable[Row]) -> list[Table]:
                 )
                 if text != plain
             )
+            if any(name == line[0] for line in lines):  # what others were compared with, in another run again
+                continue
             if row["status"] != "ok":
                 lines.append([name, _failure(row), *["–"] * 5])
                 continue
-            usual = plain[_head_widths(row)]
+            usual = same_run[row["run"], _head_widths(row)] or plain[_head_widths(row)]
             each = row["median_ms"] / row["pairs"]
             ratio = "–" if usual is None else f"{each / (usual['median_ms'] / usual['pairs']):.2f}"
             span = f"{row['p20_ms']:.3g}–{row['p80_ms']:.3g}"

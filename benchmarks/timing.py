@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
 from .steps import Step
 
-Times = dict[str, list[float]]
+Key = TypeVar("Key", bound=Hashable)
 _TURN_MS = 100.0  # a provider's turn: so much of its runs, at least one, at most _TURN_RUNS
 _TURN_RUNS = 10
 _LEAST_RUNS = 5
@@ -37,9 +37,9 @@ def copies_beyond_cache(size: int, device: str) -> int:
     return min(16, max(1, -(-3 * cache // size)))
 
 
-def interleaved(steps: Mapping[str, Step], device: str, seconds: float) -> Times:
+def interleaved(steps: Mapping[Key, Step], device: str, seconds: float) -> dict[Key, list[float]]:
     """Milliseconds of every run of each step; they take turns until `seconds` are over, at least five runs each."""
-    times: Times = {name: [] for name in steps}
+    times: dict[Key, list[float]] = {name: [] for name in steps}
     turn = _cuda_turn if device == "cuda" else _cpu_turn
     for step in steps.values():
         turn(step, 1)  # warm-up

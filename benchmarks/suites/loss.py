@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 from benchmarks import roofline, rows
@@ -18,15 +19,31 @@ from benchmarks.workloads import Workload, parse_all
 SHAPES = {"cpu": ["2x48x512x16x8", "4x12x512x64x32"], "cuda": ["v2-base:32x512", "v2-base:256x512", "v1:32x512"]}
 
 
+@dataclass
+class _Prepared:
+    """One workload in one mode: its rows, and the steps that may be timed."""
+
+    workload: Workload
+    mode: str
+    copies: int  # of the inputs
+    made: list[rows.Row]
+    timed: dict[str, tuple[rows.Row, Step]]
+
+
 def measure(options: argparse.Namespace) -> Iterator[rows.Row]:
     shapes = options.shapes or SHAPES[options.device]
-    for workload in parse_all(shapes, options.masks, options.dtypes, options.relations, options.device):
+    workloads = parse_all(shapes, options.masks, options.dtypes, options.relations, options.device)
+    for group in [list(workloads)] if options.together else [[workload] for workload in workloads]:
         for mode in options.modes:
-            yield from workload_rows(workload, mode, options)
+            prepared = [_prepare(workload, mode, options) for workload in group]
+            _time(prepared, options)
+            for one in prepared:
+                if mode == "full":
+                    yield roofline.row(one.workload, mode)
+                yield from one.made
 
 
-def workload_rows(workload: Workload, mode: str, options: argparse.Namespace) -> list[rows.Row]:
-    """One row a provider and method."""
+def _prepare(workload: Workload, mode: str, options: argparse.Namespace) -> _Prepared:
     limits = Limits(options.memory, options.cap)
     inputs = workload.inputs()
     count = copies_beyond_cache(inputs.bytes(), workload.device)
@@ -44,23 +61,29 @@ def workload_rows(workload: Workload, mode: str, options: argparse.Namespace) ->
     for row, step in admitted.values():
         guarded(row, partial(_memory, row, step, workload, limits))
     timed = {name: (row, step) for name, (row, step) in admitted.items() if row["status"] == "ok"}
-    for method in options.methods if workload.device == "cuda" else ["wall"]:
-        steps = {}
-        for name, (row, step) in timed.items():
-            if method == "graph":
-                row = row | {"method": method}
-                made.append(row)
-                recorded = guarded(row, partial(GraphStep, step, count))
-                if recorded is None:
-                    continue
-                step = recorded
-            steps[name] = (row, step)
-        with at_most(limits.bytes, workload.device):
-            times = interleaved({name: step for name, (_, step) in steps.items()}, workload.device, options.seconds)
-        now = rows.clocks(workload.device)
-        for name, (row, _) in steps.items():
-            row |= summary(times[name]) | {"method": method, "clocks": now}
-    return [roofline.row(workload, mode), *made] if mode == "full" else made
+    return _Prepared(workload, mode, count, made, timed)
+
+
+def _time(prepared: list[_Prepared], options: argparse.Namespace) -> None:
+    """Times all steps of all workloads in turns; a method more than the first is a row more."""
+    device = options.device
+    for method in options.methods if device == "cuda" else ["wall"]:
+        steps: dict[tuple[int, str], tuple[rows.Row, Step]] = {}
+        for i, one in enumerate(prepared):
+            for name, (row, step) in one.timed.items():
+                if method == "graph":
+                    row = row | {"method": method}
+                    one.made.append(row)
+                    recorded = guarded(row, partial(GraphStep, step, one.copies))
+                    if recorded is None:
+                        continue
+                    step = recorded
+                steps[i, name] = (row, step)
+        with at_most(Limits(options.memory, options.cap).bytes, device):
+            times = interleaved({key: step for key, (_, step) in steps.items()}, device, options.seconds * len(prepared))
+        now = rows.clocks(device)
+        for key, (row, _) in steps.items():
+            row |= summary(times[key]) | {"method": method, "clocks": now}
 
 
 def _row(workload: Workload, name: str, mode: str) -> rows.Row:

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <new>
 #include <numeric>
+#include <thread>
 #include <vector>
 
 #include "kernels.h"
@@ -23,6 +24,7 @@ constexpr size_t kKeptBytes = size_t{5} << 20;
 // A call of so few tasks, or a task of so many tokens, is cut into chunks that run beside each other.
 constexpr int64_t kFewTasks = 16, kManyTokens = 8192;
 constexpr int64_t kMostChunks = 16, kChunkTokens = 256;
+constexpr int64_t kEnoughChunks = 16;  // in a call of few tasks; each costs accumulators of its own
 // Widest range of u_ii, in units of log 2, for which one reference serves all rows of a task. Numbers would allow
 // 2 kMostBits, but scores far from the reference are rounded more coarsely than in a softmax of their own row.
 constexpr float kWidestRange = 120.0f;
@@ -153,7 +155,8 @@ class Run {
     if (tasks >= kFewTasks && tokens < kManyTokens) return 1;
     size_t one = size_of(tokens, 1, 1), more = size_of(tokens, 2, 1) - one;
     int64_t fit = one < kBudgetBytes ? static_cast<int64_t>((kBudgetBytes - one) / more) + 1 : 1;
-    return std::max<int64_t>(1, std::min({kMostChunks, tokens / kChunkTokens, fit}));
+    int64_t wanted = tokens < kManyTokens ? (kEnoughChunks + tasks - 1) / tasks : kMostChunks;
+    return std::max<int64_t>(1, std::min({kMostChunks, wanted, tokens / kChunkTokens, fit}));
   }
 
   size_t size_of(int64_t tokens, int64_t chunks, int64_t heads) const {
@@ -212,7 +215,7 @@ class Run {
     // A panel of symmetric scores, or four strips of scores and exponentials.
     int64_t strip = std::max(4 * kStripRows * length, k_.panel_floats);
     for (int64_t c = 0; c < chunks; ++c) work[0].scratch[c] = layout.take<float>(strip);
-    task.kept_size = symmetric ? std::min(exponentials(tokens), static_cast<int64_t>(keep / sizeof(float))) : 0;
+    task.kept_size = symmetric ? static_cast<int64_t>(keep / sizeof(float)) : 0;
     task.kept = layout.take<float>(task.kept_size);
     for (int64_t h = 1; h < heads; ++h) {
       Work other = work[0];
@@ -303,37 +306,60 @@ class Run {
     return kl < 0.0 ? 0.0 : kl;  // NaN stays NaN
   }
 
-  // The tasks of one sequence, each cut into chunks; so many at a time that all threads find enough to do.
+  void run_stage(Work& work, int64_t stage, int64_t chunk) const {
+    Task& task = work.task;
+    const Task* only = &task;
+    int64_t begin = chunk * task.blocks / task.chunks, end = (chunk + 1) * task.blocks / task.chunks;
+    switch (stage) {
+      case 0:
+        for (int64_t block = begin; block < end; ++block) k_.gather(&only, 1, block);
+        break;
+      case 1: prepare(task); break;
+      case 2: first_phase(work, chunk); break;
+      case 3: between_phases(task); break;
+      case 4: second_phase(work, chunk); break;
+      default:
+        for (int64_t block = begin; block < end; ++block) k_.scatter(task, block);
+    }
+  }
+
+  // The tasks of one sequence, each cut into chunks; so many at a time that all threads find enough to do. A task's
+  // stages follow each other, but no task waits for another: a thread that takes an item waits at most for items of
+  // the same task, all of which were taken before.
   void run_in_chunks(int64_t n, int64_t chunks) {
+    const std::array<int64_t, 6> items = {chunks, 1, chunks, 1, chunks, gradient_ ? chunks : 0};  // of a task's stages
+    struct Underway {
+      Work work;
+      std::atomic<int64_t> done{0};
+    };
     int64_t heads = call_.num_heads, tasks = call_.num_relations * heads;
     size_t size = size_of(length(n), chunks, 1);
     int64_t enough = (8 * threads_.count + chunks - 1) / chunks;
     int64_t most = std::max<int64_t>(1, std::min<int64_t>({tasks, enough, static_cast<int64_t>(kBudgetBytes / size)}));
     Memory memory(most * size);
-    std::vector<Work> work(most);
     for (int64_t begin = 0; begin < tasks; begin += most) {
       int64_t count = std::min(most, tasks - begin);
+      std::vector<Underway> underway(count);
       for (int64_t k = 0; k < count; ++k) {
         int64_t r = (begin + k) / heads, a = (begin + k) % heads;
         Layout layout(memory.data() + k * size);
-        lay_out(layout, r, length(n), chunks, 0, &work[k], 1);
-        fill_in(work[k].task, n, r, a);
+        lay_out(layout, r, length(n), chunks, 0, &underway[k].work, 1);
+        fill_in(underway[k].work.task, n, r, a);
       }
-      auto each = [&](int64_t items, const auto& body) {
-        parallel(count * items, threads_.count,
-                 [&](int64_t, int64_t item) { body(work[item / items], item % items); });
-      };
-      int64_t blocks = work[0].task.blocks;
-      each(blocks, [&](Work& one, int64_t block) {
-        const Task* task = &one.task;
-        k_.gather(&task, 1, block);
+      int64_t all = count * std::accumulate(items.begin(), items.end(), int64_t{0});
+      parallel(all, threads_.count, [&](int64_t, int64_t item) {
+        int64_t stage = 0, before = 0;
+        for (; item >= count * items[stage]; ++stage) {
+          item -= count * items[stage];
+          before += items[stage];
+        }
+        auto& [work, done] = underway[item / items[stage]];
+        while (done.load(std::memory_order_acquire) < before) std::this_thread::yield();
+        run_stage(work, stage, item % items[stage]);
+        done.fetch_add(1, std::memory_order_release);
       });
-      each(1, [&](Work& one, int64_t) { prepare(one.task); });
-      each(chunks, [&](Work& one, int64_t chunk) { first_phase(one, chunk); });
-      each(1, [&](Work& one, int64_t) { between_phases(one.task); });
-      each(chunks, [&](Work& one, int64_t chunk) { second_phase(one, chunk); });
-      if (gradient_) each(blocks, [&](Work& one, int64_t block) { k_.scatter(one.task, block); });
-      for (int64_t k = 0; k < count; ++k) kl_at(n, (begin + k) / heads, (begin + k) % heads) = kl_of(work[k].task);
+      for (int64_t k = 0; k < count; ++k)
+        kl_at(n, (begin + k) / heads, (begin + k) % heads) = kl_of(underway[k].work.task);
     }
   }
 
