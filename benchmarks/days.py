@@ -49,7 +49,8 @@ CPU_PLAN = [
         [
             f"run --providers cpu --together --shapes {_LENGTHS} --seconds 4",
             f"run --providers cpu --together --shapes {_CASE} --dtypes float32 bfloat16 float16 --seconds 2",
-            f"run --providers cpu --together --shapes {_CASE} --masks none half lengths packed causal prefix --seconds 2",
+            f"run --providers cpu --together --shapes {_CASE} --seconds 2 "
+            "--masks none half lengths packed causal prefix",
             f"run --providers cpu --together --shapes {_CASE} --relations qq qk qq,kk,vv --seconds 2",
             f"run --providers cpu --shapes {_CASE} --modes forward --seconds 2",
             "run --providers cpu --together --shapes v1:4x512 --relations qq qk --seconds 2",

@@ -138,7 +138,7 @@ def loss(rows: Iterable[Row]) -> list[Table]:
 
 
 def cases(rows: Iterable[Row]) -> list[Table]:
-    """One provider at many workloads; ratios of ns a pair, of all pairs, hidden ones too, within one run if it can be."""
+    """One provider at many workloads; ratios of ns a pair, hidden pairs counted, within one run if it can be."""
     header = ("workload", "ms", "p20–p80", "ns a pair", "ratio", "peak memory, MiB", "error of the gradient")
     made = []
     for members in single(rows):

@@ -79,8 +79,9 @@ def _time(prepared: list[_Prepared], options: argparse.Namespace) -> None:
                         continue
                     step = recorded
                 steps[i, name] = (row, step)
+        seconds = options.seconds * len(prepared)
         with at_most(Limits(options.memory, options.cap).bytes, device):
-            times = interleaved({key: step for key, (_, step) in steps.items()}, device, options.seconds * len(prepared))
+            times = interleaved({key: step for key, (_, step) in steps.items()}, device, seconds)
         now = rows.clocks(device)
         for key, (row, _) in steps.items():
             row |= summary(times[key]) | {"method": method, "clocks": now}

@@ -86,9 +86,11 @@ INLINE void score_tile(const ScoreInput& in, int64_t row, int64_t block, float* 
   const float *rows = row_of(in.queries, width, in.first + row), *keys = in.keys + block * width * V;
   F acc[kTileRows][N];
   for (int r = 0; r < kTileRows; ++r)
-    for (int n = 0; n < N; ++n)
-      acc[r][n] = kProduct == Product::plain ? all(0.0f)
-                                             : add(all(in.row_offsets[row + r]), load(in.key_offsets + (block + n) * V));
+    for (int n = 0; n < N; ++n) {
+      acc[r][n] = all(0.0f);
+      if (kProduct != Product::plain)
+        acc[r][n] = add(all(in.row_offsets[row + r]), load(in.key_offsets + (block + n) * V));
+    }
   auto single = [&](int64_t d) __attribute__((always_inline)) {
     F key[N];
     for (int n = 0; n < N; ++n) key[n] = load(keys + (n * width + d) * V);
@@ -279,8 +281,8 @@ struct Gathered {
 };
 
 // Tokens are turned into lanes four features at a time: straight from memory where these lie there as floats side by
-// side, otherwise from a converted copy of some features, filled up with zeros. `of(task)` is the matrix; of neighbouring
-// heads it lies side by side, so that they share all addresses.
+// side, otherwise from a converted copy of some features, filled up with zeros. `of(task)` is the matrix. Neighbouring
+// heads share all addresses but one.
 template <class T, class Of>
 void gather_typed(const Task* const* tasks, int64_t heads, int64_t block, const Of& of) {
   constexpr int64_t kFeatures = 64;
@@ -452,9 +454,9 @@ Range range(const float* x, int64_t count) {
   return {nothing - max_lanes(low), nothing + max_lanes(high)};
 }
 
-// With any μ, x̃ = x − μ, b_i = μ·x̃_i and the reference |μ|²: u_ij = x̃_i·x̃_j + b_i + b_j. With μ near the mean of all
-// tokens scores round as their spread asks, however large what they have in common; for that the scale comes after the
-// mean, which a sample of tokens gives well enough. The offsets become b, the norms u_ii.
+// With any μ, x̃ = x − μ, b_i = μ·x̃_i and the reference |μ|²: u_ij = x̃_i·x̃_j + b_i + b_j. With μ near the mean of
+// all tokens scores round as their spread asks, however large what they have in common; for that the scale comes after
+// the mean, which a sample of tokens gives well enough. The offsets become b, the norms u_ii.
 void center(const Task& task, const Side& side) {
   int64_t width = side.width, step = 1 + (task.blocks - 1) / kSampleBlocks;
   int64_t sampled = 0;
@@ -720,8 +722,8 @@ void diagonal_gradient(const Task& task, float* grads) {
   });
 }
 
-// m = E_s (1/l_s,i + 1/l_s,j) − E_t (1/l_t,i + 1/l_t,j) = q_ij + q_ji − p_ij − p_ji; returns the lanes' sums. What comes
-// in are the exponentials that the first phase kept, or the scores again. The teacher's factors come negative.
+// m = E_s (1/l_s,i + 1/l_s,j) − E_t (1/l_t,i + 1/l_t,j) = q_ij + q_ji − p_ij − p_ji; returns the lanes' sums. What
+// comes in are the exponentials that the first phase kept, or the scores again. The teacher's factors come negative.
 template <bool kPlain, bool kKept>
 INLINE F excess_of_block(const float* in_t, const float* in_s, const Pairs* pairs, const float* rows_t,
                          const float* rows_s, F column_t, F column_s, float* m) {
@@ -913,8 +915,8 @@ void strips(const Task& task, int64_t chunk, float* scratch) {
 namespace minilm::cpu {
 
 const Kernels KERNELS = {
-    V, 2 * kPanelBlocks * R * V, row_floats, gather, range, center, shift, fold, symmetric_sums, symmetric_rows, symmetric_gradient, strips,
-    scatter,
+    V, 2 * kPanelBlocks * R * V, row_floats, gather, range, center, shift, fold, symmetric_sums, symmetric_rows,
+    symmetric_gradient, strips, scatter,
 };
 
 }  // namespace minilm::cpu

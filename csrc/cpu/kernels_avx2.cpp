@@ -72,7 +72,7 @@ INLINE void store_sum_of_quads(float* to, F x) {
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
 }
 
-// Lanes go in pairs: both lanes of each from p; from its even lane; from its odd lane; even lanes of a and odd ones of b.
+// Lanes go in pairs: all from p; both from the even lane, or the odd one; even lanes of a beside odd lanes of b.
 INLINE F all_pair(const float* p) {
   double both;
   __builtin_memcpy(&both, p, sizeof both);

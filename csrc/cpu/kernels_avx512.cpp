@@ -82,7 +82,7 @@ INLINE void store_sum_of_quads(float* to, F x) {
   _mm_storeu_ps(to, _mm512_castps512_ps128(add(x, swap_quarters(x))));
 }
 
-// Lanes go in pairs: both lanes of each from p; from its even lane; from its odd lane; even lanes of a and odd ones of b.
+// Lanes go in pairs: all from p; both from the even lane, or the odd one; even lanes of a beside odd lanes of b.
 INLINE F all_pair(const float* p) {
   double both;
   __builtin_memcpy(&both, p, sizeof both);

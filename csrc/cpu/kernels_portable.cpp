@@ -69,7 +69,7 @@ INLINE void transpose_quads(F x[4]) {
 }
 INLINE void store_sum_of_quads(float* to, F x) { store(to, x); }
 
-// Lanes go in pairs: both lanes of each from p; from its even lane; from its odd lane; even lanes of a and odd ones of b.
+// Lanes go in pairs: all from p; both from the even lane, or the odd one; even lanes of a beside odd lanes of b.
 INLINE F all_pair(const float* p) { return F{p[0], p[1], p[0], p[1]}; }
 INLINE F twice_even(F x) { return F{x[0], x[0], x[2], x[2]}; }
 INLINE F twice_odd(F x) { return F{x[1], x[1], x[3], x[3]}; }

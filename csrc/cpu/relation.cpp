@@ -103,7 +103,8 @@ struct Work {
 class Run {
  public:
   Run(const Call& call, const Threads& threads, const Variant& variant)
-      : call_(call), threads_(threads), k_(*variant.kernels), paired_(variant.paired), gradient_(call.relations[0].query_grad != nullptr) {}
+      : call_(call), threads_(threads), k_(*variant.kernels), paired_(variant.paired),
+        gradient_(call.relations[0].query_grad != nullptr) {}
 
   void operator()() {
     std::vector<int64_t> order(call_.num_sequences);
@@ -172,7 +173,8 @@ class Run {
 
   // Memory of `heads` tasks of one relation and sequence: tokens and gradients of each, all else once, for one at a
   // time. `keep`: bytes for exponentials, where the task is one chunk.
-  void lay_out(Layout& layout, int64_t r, int64_t tokens, int64_t chunks, size_t keep, Work* work, int64_t heads) const {
+  void lay_out(Layout& layout, int64_t r, int64_t tokens, int64_t chunks, size_t keep, Work* work,
+               int64_t heads) const {
     const Relation& relation = call_.relations[r];
     bool symmetric = may_be_symmetric(r);
     int64_t length = padded(tokens);
