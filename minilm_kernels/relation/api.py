@@ -93,7 +93,7 @@ def relation_kl(
         student_scale=student_scale,
         reduction=reduction,
         backend=backend,
-    )[0]
+    ).squeeze(0)
 
 
 def relations_kl(

@@ -50,6 +50,8 @@ class Mask:
         """(N,) int64: real tokens of each sequence."""
         if self.cu_seqlens is not None:
             return self.cu_seqlens.diff().long()
+        if self.attention_mask is None:
+            return torch.full(self.leading[:1], self.leading[1], device=self.device)
         return self.real().sum(-1)
 
     def sequence_and_position(self) -> tuple[Tensor, Tensor]:

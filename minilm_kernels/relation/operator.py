@@ -81,17 +81,18 @@ class RelationKL(torch.autograd.Function):
         else:
             slots = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * len(ctx.dtypes)
+        as_they_are = ctx.rows or _is_one(grad)
         for (r, m), slot in zip(gradient_slots(_relations(ctx.pairs)), slots, strict=True):
-            part = slot if ctx.rows or _is_one(grad[r]) else slot * grad[r]
+            part = slot if as_they_are else slot * grad[r]
             so_far = grads[m]
             grads[m] = part if so_far is None else so_far + part
         student_grads = (g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return None, None, None, None, None, *[None] * len(ctx.dtypes), *student_grads
 
 
-def _is_one(factor: Tensor) -> bool:
-    """Whether a multiplication may be spared: a pass over all gradients, on the CPU several percent of a loss."""
-    return factor.device.type == "cpu" and not torch.compiler.is_compiling() and factor.item() == 1.0
+def _is_one(grad: Tensor) -> bool:
+    """Whether scaling may be spared: a pass over all gradients, on the CPU several percent of a loss."""
+    return grad.device.type == "cpu" and not torch.compiler.is_compiling() and set(grad.tolist()) == {1.0}
 
 
 def _sides(tensors) -> tuple[list[Tensor], list[Tensor]]:
