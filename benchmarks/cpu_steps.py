@@ -49,7 +49,6 @@ STEPS = [
     Step("neighbouring heads gathered together", "1.07 × at S = 128", "relation.cpp", "kMostHeads", "1"),
     Step("panels of 256 keys instead of 64", "", "kernels.inl", "kPanelBlocks", "4"),
     Step("features in pairs", "1.1 to 1.2 ×", instruction_set="avx512"),
-    Step("the mean of a sample instead of all tokens", "1.01 ×", "kernels.inl", "kSampleBlocks", "int64_t{1} << 40"),
     Step("AVX-512 instead of AVX2", "2 ×", instruction_set="avx2-paired"),
     Step("AVX2 instead of portable code", "2 to 4 ×", instruction_set="portable"),
 ]

@@ -15,7 +15,6 @@ using namespace minilm::cpu;
 constexpr int R = kStripRows;
 constexpr int64_t kPanelBlocks = 16;    // blocks of keys of which scores are there at a time
 constexpr int64_t kSweepBlocks = 64 / V;  // blocks of keys that stay in the cache for all rows of a strip
-constexpr int64_t kSampleBlocks = 8;    // blocks of tokens whose mean stands for all
 constexpr int kSumRows = 4;             // rows whose sums are kept in registers
 constexpr float kHidden = -1e30f;       // score of a key that a row does not see: its exponential is 0
 constexpr float kLn2 = 0.693147180559945309f;
@@ -454,26 +453,24 @@ Range range(const float* x, int64_t count) {
   return {nothing - max_lanes(low), nothing + max_lanes(high)};
 }
 
-// With any μ, x̃ = x − μ, b_i = μ·x̃_i and the reference |μ|²: u_ij = x̃_i·x̃_j + b_i + b_j. With μ near the mean of
-// all tokens scores round as their spread asks, however large what they have in common; for that the scale comes after
-// the mean, which a sample of tokens gives well enough. The offsets become b, the norms u_ii.
+// With μ the mean of all tokens, x̃ = x − μ, b_i = μ·x̃_i and the reference |μ|²: u_ij = x̃_i·x̃_j + b_i + b_j. So
+// scores round as their spread asks, however large what they have in common; for that the scale comes after the mean.
+// The offsets become b, the norms u_ii.
 void center(const Task& task, const Side& side) {
-  int64_t width = side.width, step = 1 + (task.blocks - 1) / kSampleBlocks;
-  int64_t sampled = 0;
-  for (int64_t b = 0; b < task.blocks; b += step) sampled += task.length - b * V < V ? task.length - b * V : V;
+  int64_t width = side.width;
   constexpr int kTogether = 8;  // features that lie side by side
   for (int64_t first = 0; first < width; first += kTogether) {
     int count = static_cast<int>(width - first < kTogether ? width - first : kTogether);
     F sums[kTogether];
     for (int k = 0; k < kTogether; ++k) sums[k] = all(0.0f);
-    for (int64_t b = 0; b < task.blocks; b += step) {
+    for (int64_t b = 0; b < task.blocks; ++b) {
       const float* keys = side.keys + (b * width + first) * V;
       if (count == kTogether)
         for (int k = 0; k < kTogether; ++k) sums[k] = add(sums[k], load(keys + k * V));
       else
         for (int k = 0; k < count; ++k) sums[k] = add(sums[k], load(keys + k * V));
     }
-    for (int k = 0; k < count; ++k) side.mean[first + k] = sum_lanes(sums[k]) / static_cast<float>(sampled);
+    for (int k = 0; k < count; ++k) side.mean[first + k] = sum_lanes(sums[k]) / static_cast<float>(task.length);
   }
   float factor = fold_factor(side);
   for (int64_t b = 0; b < task.blocks; ++b) {
