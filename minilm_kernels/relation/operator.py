@@ -92,7 +92,9 @@ class RelationKL(torch.autograd.Function):
 
 def _is_one(grad: Tensor) -> bool:
     """Whether scaling may be spared: a pass over all gradients, on the CPU several percent of a loss."""
-    return grad.device.type == "cpu" and not torch.compiler.is_compiling() and set(grad.tolist()) == {1.0}
+    if torch.compiler.is_compiling() or type(grad) is not Tensor or grad.device.type != "cpu":
+        return False  # not to be read: traced, fake, or on a device that would have to be waited for
+    return set(grad.tolist()) == {1.0}
 
 
 def _sides(tensors) -> tuple[list[Tensor], list[Tensor]]:
