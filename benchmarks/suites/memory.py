@@ -46,12 +46,17 @@ def peak_rows(workload: Workload, options: argparse.Namespace) -> Iterator[rows.
         row = _row(workload, name)
         step = admit(row, workload, [inputs], oracle, "full", limits)
         if step is not None:
-            guarded(row, partial(_fill, row, step, workload.device, limits.bytes))
+            guarded(row, partial(_fill, row, workload, step, limits))
         yield row
 
 
-def _fill(row: rows.Row, step: Step, device: str, limit: int | None) -> None:
-    row |= _peak(step, device, limit) | {"status": "ok"}
+def _fill(row: rows.Row, workload: Workload, step: Step, limits: Limits) -> None:
+    if workload.device == "cuda":
+        measured = _peak(step, workload.device, limits.bytes)
+    else:  # here the free blocks that other work left in the heap would be filled, and counted
+        measured = isolated(_trial, workload, row["provider"], limits.bytes, seconds=10 * limits.seconds)
+        row["detail"]["inputs_bytes"] = measured.pop("inputs_bytes")
+    row |= measured | {"status": "ok"}
 
 
 def batch_row(workload: Workload, name: str, options: argparse.Namespace) -> rows.Row:

@@ -66,7 +66,9 @@ def test_clang(tmp_path):
 
 
 @x86_64
-@pytest.mark.parametrize(("processor", "expected"), [("Nehalem", ["portable"]), ("Haswell", ["avx2", "portable"])])
+@pytest.mark.parametrize(
+    ("processor", "expected"), [("Nehalem", ["portable"]), ("Haswell", ["avx2", "avx2-paired", "portable"])]
+)
 def test_older_processors(program, processor, expected):
     """Without AVX-512, without AVX: the choice at run time, and no newer instruction in the code of an older set."""
     _need("qemu-x86_64")
