@@ -31,6 +31,8 @@ constexpr float kWidestRange = 120.0f;
 // Heads of one token lie side by side in memory: a thread gathers several of them before it computes the first.
 constexpr int64_t kMostHeads = 8;
 constexpr size_t kGatheredBytes = size_t{128} << 10;
+// So few are cleared before other threads have heard of it.
+constexpr int64_t kFewFloats = 1 << 15;
 // Shorter sequences gain little by unordered pairs, and in a mean of so few rows rounding does not average out: they
 // go row by row, in the exact form.
 constexpr int64_t kFewTokens = 64;
@@ -121,6 +123,7 @@ class Run {
       ++apart;
     }
     run_together(std::vector<int64_t>(order.begin() + apart, order.end()));
+    if (gradient_ && !call_.packed) clear_hidden();
 
     if (call_.values)
       for (int64_t r = 0; r < relations; ++r) {
@@ -134,6 +137,29 @@ class Run {
  private:
   int64_t length(int64_t n) const { return call_.starts[n + 1] - call_.starts[n]; }
   double& kl_at(int64_t n, int64_t r, int64_t a) { return kl_[(r * call_.num_sequences + n) * call_.num_heads + a]; }
+
+  // Gradients of tokens that are not real.
+  void clear_hidden() const {
+    int64_t hidden = call_.num_sequences * call_.positions - call_.starts[call_.num_sequences];
+    if (hidden == 0) return;
+    bool few = hidden * call_.num_heads * call_.relations[0].student.query.width < kFewFloats;
+    parallel(call_.num_sequences * call_.num_relations, few ? 1 : threads_.count, [&](int64_t, int64_t item) {
+      int64_t n = item / call_.num_relations;
+      const Relation& relation = call_.relations[item % call_.num_relations];
+      auto clear = [&](float* grad, int64_t width) {
+        int64_t token = call_.num_heads * width, from = 0;
+        float* sequence = grad + n * call_.positions * token;
+        auto up_to = [&](int64_t end) {
+          if (end > from) std::memset(sequence + from * token, 0, (end - from) * token * sizeof(float));
+          from = end + 1;
+        };
+        for (int64_t i = call_.starts[n]; i < call_.starts[n + 1]; ++i) up_to(call_.tokens[i]);
+        up_to(call_.positions);
+      };
+      clear(relation.query_grad, relation.student.query.width);
+      if (!relation.self) clear(relation.key_grad, relation.student.key.width);
+    });
+  }
 
   // Whether unordered pairs may be tried: a training scalar of a self relation whose scales are not negative.
   bool may_be_symmetric(int64_t r) const {

@@ -28,7 +28,7 @@ struct Relation {
   Half teacher, student;
   bool self;
   float* query_grad;  // contiguous, of the shape of the student's query; null: no gradient. The other one is written
-  float* key_grad;    // only where self is false. Tokens that are not real are left alone.
+  float* key_grad;    // only where self is false. Tokens that are not real get zeros.
 };
 
 struct Call {
@@ -36,7 +36,7 @@ struct Call {
   int64_t num_relations, num_sequences, num_heads;
   int64_t positions;  // S, or T
   bool packed;
-  const int64_t* tokens;    // positions of the real tokens, sequence after sequence
+  const int64_t* tokens;    // positions of the real tokens, sequence after sequence, each ascending
   const int64_t* starts;    // (N + 1,): where each sequence's tokens start in `tokens`
   const int64_t* prefixes;  // (N,): tokens of the prefix, counted among the real ones; null: none
   bool causal;              // row i sees j <= i and the prefix; otherwise all

@@ -7,6 +7,7 @@ S x S is built here except in `visible`, which serves the dense reference.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from math import prod
 
@@ -40,19 +41,21 @@ class Mask:
     def num_sequences(self) -> int:
         return self.leading[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
+    @cached_property
     def real(self) -> Tensor:
         """(B, S) or (T,) bool: the tokens that take part."""
         if self.attention_mask is None:
             return torch.ones(self.leading, dtype=torch.bool, device=self.device)
         return self.attention_mask != 0
 
+    @cached_property
     def lengths(self) -> Tensor:
         """(N,) int64: real tokens of each sequence."""
         if self.cu_seqlens is not None:
             return self.cu_seqlens.diff().long()
         if self.attention_mask is None:
             return torch.full(self.leading[:1], self.leading[1], device=self.device)
-        return self.real().sum(-1)
+        return self.real.sum(-1)
 
     def sequence_and_position(self) -> tuple[Tensor, Tensor]:
         """Of each token, the index of its sequence and its position there: two int64 tensors of shape `leading`."""
@@ -72,12 +75,12 @@ class Mask:
         lie in its prefix. Row i of a sequence then sees the gathered tokens j ≤ i and j < prefix, or, with a
         bidirectional mask, all.
         """
-        lengths = self.lengths()
+        lengths = self.lengths
         starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         if self.attention_mask is None:
             tokens = torch.arange(self.leading[-1], device=self.device).repeat(prod(self.leading[:-1]))
         else:
-            real = self.real()
+            real = self.real
             total = real.numel()
             place = torch.where(real, starts[:-1, None] + real.cumsum(-1) - 1, total)  # hidden ones behind the end
             position = torch.arange(self.leading[-1], device=self.device).expand_as(place)
@@ -87,11 +90,11 @@ class Mask:
         if self.packed:
             return tokens, starts, self.prefix_lens.long().clamp(min=0).minimum(lengths)
         inside = torch.arange(self.leading[-1], device=self.device) < self.prefix_lens.long()[:, None]
-        return tokens, starts, (self.real() & inside).sum(-1)
+        return tokens, starts, (self.real & inside).sum(-1)
 
     def visible(self) -> Tensor:
         """(B, S, S), or (1, T, T) for packed inputs, bool: row i sees key j. Dense: for the reference only."""
-        real = self.real()
+        real = self.real
         sequence, position = self.sequence_and_position()
         if self.packed:
             real, sequence, position = real[None], sequence[None], position[None]
@@ -105,7 +108,7 @@ class Mask:
 
     def weights(self, reduction: str, heads: int, dtype: torch.dtype) -> Tensor:
         """(N,): what one row of each sequence counts in the scalar; a sequence without tokens counts nothing."""
-        lengths = self.lengths()
+        lengths = self.lengths
         if reduction == "sum":
             return torch.ones(lengths.shape, dtype=dtype, device=self.device)
         if reduction == "token":

@@ -39,6 +39,7 @@ def unavailable() -> str | None:
     return None
 
 
+@cache
 def instruction_sets() -> list[str]:
     """What this processor can run, best first."""
     return torch.ops.minilm_kernels_cpu.instruction_sets().split(",")
@@ -80,9 +81,8 @@ def rows_gradient(problem: Problem, row_grads: Tensor) -> list[Tensor]:
 
 
 def _new_gradients(problem: Problem) -> list[Tensor]:
-    """One of every slot. Tokens that are not real are not written: theirs are zeros."""
-    new = torch.empty if problem.mask.attention_mask is None else torch.zeros
-    return [new(problem.student[m].shape) for _, m in gradient_slots(problem.relations)]
+    """One of every slot, all of it to be written."""
+    return [torch.empty(problem.student[m].shape) for _, m in gradient_slots(problem.relations)]
 
 
 def _run(

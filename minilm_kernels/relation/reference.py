@@ -70,7 +70,7 @@ def _rows(problem: Problem, relation: tuple[int, int], student: Sequence[Tensor]
 
 def _log_relation(problem: Problem, side, relation: tuple[int, int], scale: float, visible: Tensor) -> Tensor:
     """(B, A, S, S) float64 log-probabilities; packed tokens are one row of a batch of 1."""
-    real = problem.mask.real()[..., None, None]
+    real = problem.mask.real[..., None, None]
     query, key = (torch.where(real, side[m].double(), 0.0) for m in relation)
     if problem.mask.packed:
         query, key = query[None], key[None]

@@ -177,6 +177,36 @@ def test_half_precision_is_read_exactly(instruction_set):
         assert torch.equal(rows, same)
 
 
+@pytest.fixture
+def poisoned():
+    """Memory that nobody wrote is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("length", [21, 700], ids=["by one thread", "by all threads"])
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
+def test_all_of_a_gradient_is_written(poisoned, threads, length, reduction):
+    """Zeros where a token is not real: before, between and behind the others, and in sequences without any."""
+    threads(2)
+    real = torch.rand(4, length, generator=torch.Generator().manual_seed(3)) < 0.5
+    real[0, 0] = real[1, -1] = True
+    real[2] = False
+    x, y = (torch.randn(4, length, 3, width).requires_grad_(width == 12) for width in (16, 12))
+    values = relations_kl(
+        {"q": x, "k": x + 1},
+        {"q": y, "k": y.square()},
+        [("q", "q"), ("q", "k")],
+        attention_mask=real,
+        reduction=reduction,
+        backend="cpu",
+    )
+    (grad,) = torch.autograd.grad(values.sum(), y)
+    assert not grad[~real].any()
+    assert grad[real].all()
+
+
 def test_the_lock_of_python_is_released():
     """A thread inside the kernel lets others run: with an endless switch interval they run only if it gives way."""
     x, y = torch.randn(1, 4096, 8, 16), torch.randn(1, 4096, 8, 8)  # long enough for another thread to be scheduled
