@@ -9,7 +9,7 @@ import re
 import resource
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    return max(_allocated_peak(step), _resident_rise(step))
+    with nothing_left_behind():  # only then does the resident memory follow what is held
+        return max(_allocated_peak(step), _resident_rise(step))
 
 
 def _allocated_peak(step: Callable[[], Any]) -> int:
@@ -53,21 +54,33 @@ def _allocated_peak(step: Callable[[], Any]) -> int:
 
 def _resident_rise(step: Callable[[], Any]) -> int:
     try:
-        c = ctypes.CDLL(None)
-        # Blocks above 128 KiB are mapped, and what is free goes back to the system: only then does the resident memory
-        # follow what is held.
-        c.mallopt(_MMAP_THRESHOLD, 2**17)
-        c.malloc_trim(0)
         _CLEAR.write_text("5", encoding="ascii")  # the peak begins here
         before = _process_bytes("VmRSS")
         step()
         return _process_bytes("VmHWM") - before
-    except (OSError, AttributeError):  # not Linux, or not the C library of GNU
+    except OSError:  # not Linux
         return 0
+
+
+@contextmanager
+def nothing_left_behind() -> Iterator[None]:
+    """Within, blocks above 128 KiB are mapped, and go back to the system when they are freed (C library of GNU).
+
+    Otherwise what was freed stays in the heap, and lends later blocks pages that a process of their own would have to
+    ask the system for: a provider's time would depend on what ran before it. Not to be nested.
+    """
+    c = ctypes.CDLL(None)
+    known = hasattr(c, "mallopt") and hasattr(c, "malloc_trim")
+    if known:
+        c.mallopt(_MMAP_THRESHOLD, 2**17)
+        c.malloc_trim(0)
+    try:
+        yield
     finally:
-        with suppress(AttributeError):
-            c.mallopt(_MMAP_THRESHOLD, 2**25)  # where it comes to lie by itself, so that timings are as before
+        if known:
+            c.mallopt(_MMAP_THRESHOLD, 2**25)  # where it comes to lie by itself
             c.mallopt(_TRIM_THRESHOLD, 2**26)
+            c.malloc_trim(0)
 
 
 def _process_bytes(name: str) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from benchmarks import roofline, rows
-from benchmarks.allocation import at_most, peak_bytes
+from benchmarks.allocation import at_most, nothing_left_behind, peak_bytes
 from benchmarks.candidates import Limits, admit, guarded
 from benchmarks.oracle import Oracle
 from benchmarks.providers import PROVIDERS
@@ -48,16 +48,16 @@ def _prepare(workload: Workload, mode: str, options: argparse.Namespace) -> _Pre
     inputs = workload.inputs()
     count = copies_beyond_cache(inputs.bytes(), workload.device)
     copies = [inputs, *(workload.inputs(seed) for seed in range(1, count))]
-    oracle = Oracle(inputs, workload.pairs, workload.device)
-    admitted: dict[str, tuple[rows.Row, Step]] = {}
-    made: list[rows.Row] = []
-    for name in options.providers:
-        row = _row(workload, name, mode)
-        made.append(row)
-        step = admit(row, workload, copies, oracle, mode, limits)
-        if step is not None:
-            admitted[name] = (row, step)
-    del oracle
+    with nothing_left_behind():
+        oracle = Oracle(inputs, workload.pairs, workload.device)
+        admitted: dict[str, tuple[rows.Row, Step]] = {}
+        made: list[rows.Row] = []
+        for name in options.providers:
+            row = _row(workload, name, mode)
+            made.append(row)
+            step = admit(row, workload, copies, oracle, mode, limits)
+            if step is not None:
+                admitted[name] = (row, step)
     for row, step in admitted.values():
         guarded(row, partial(_memory, row, step, workload, limits))
     timed = {name: (row, step) for name, (row, step) in admitted.items() if row["status"] == "ok"}
@@ -97,4 +97,7 @@ def _row(workload: Workload, name: str, mode: str) -> rows.Row:
 
 def _memory(row: rows.Row, step: Step, workload: Workload, limits: Limits) -> None:
     with at_most(limits.bytes, workload.device):
-        row |= {"peak_bytes": peak_bytes(step, workload.device), "saved_bytes": step.saved_bytes(), "status": "ok"}
+        row["peak_bytes"] = peak_bytes(step, workload.device)
+        with nothing_left_behind():
+            row["saved_bytes"] = step.saved_bytes()
+    row["status"] = "ok"

@@ -6,7 +6,15 @@ import signal
 import pytest
 import torch
 
-from benchmarks.allocation import OutOfMemory, at_most, isolated, largest, peak_bytes
+from benchmarks.allocation import (
+    OutOfMemory,
+    _process_bytes,
+    at_most,
+    isolated,
+    largest,
+    nothing_left_behind,
+    peak_bytes,
+)
 from benchmarks.providers import PROVIDERS
 from benchmarks.steps import Step
 from benchmarks.workloads import Workload
@@ -97,3 +105,16 @@ def test_largest(answer, guess):
 
     assert largest(fits, guess, 100) == answer
     assert len(tried) <= 2 + 2 * 7
+
+
+def test_nothing_is_left_behind():
+    """Blocks that by themselves would lie in the heap, below one that stays, go back to the system."""
+    with nothing_left_behind():
+        before = _process_bytes("VmRSS")
+        pieces = [_filled(12) for _ in range(8)]
+        kept = _filled(1)
+        held = _process_bytes("VmRSS")
+        del pieces
+        assert held - before >= 96 * MIB
+        assert _process_bytes("VmRSS") - before < 8 * MIB
+    assert kept.sum() == MIB // 4
