@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 import re
 import resource
 import signal
@@ -67,17 +68,19 @@ def nothing_left_behind() -> Iterator[None]:
     """Within, blocks above 128 KiB are mapped, and go back to the system when they are freed (C library of GNU).
 
     Otherwise what was freed stays in the heap, and lends later blocks pages that a process of their own would have to
-    ask the system for: a provider's time would depend on what ran before it. Not to be nested.
+    ask the system for: a provider's time would depend on what ran before it. Not to be nested. An allocator that
+    variables MALLOC_… of the environment set up stays as it is.
     """
     c = ctypes.CDLL(None)
-    known = hasattr(c, "mallopt") and hasattr(c, "malloc_trim")
-    if known:
+    ours = hasattr(c, "mallopt") and hasattr(c, "malloc_trim")
+    ours = ours and not any(name.startswith("MALLOC_") for name in os.environ)
+    if ours:
         c.mallopt(_MMAP_THRESHOLD, 2**17)
         c.malloc_trim(0)
     try:
         yield
     finally:
-        if known:
+        if ours:
             c.mallopt(_MMAP_THRESHOLD, 2**25)  # where it comes to lie by itself
             c.mallopt(_TRIM_THRESHOLD, 2**26)
             c.malloc_trim(0)
