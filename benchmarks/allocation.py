@@ -56,9 +56,9 @@ def _allocated_peak(step: Callable[[], Any]) -> int:
 def _resident_rise(step: Callable[[], Any]) -> int:
     try:
         _CLEAR.write_text("5", encoding="ascii")  # the peak begins here
-        before = _process_bytes("VmRSS")
+        before = process_bytes("VmRSS")
         step()
-        return _process_bytes("VmHWM") - before
+        return process_bytes("VmHWM") - before
     except OSError:  # not Linux
         return 0
 
@@ -86,7 +86,7 @@ def nothing_left_behind() -> Iterator[None]:
             c.malloc_trim(0)
 
 
-def _process_bytes(name: str) -> int:
+def process_bytes(name: str) -> int:
     found = re.search(rf"^{name}:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
 
@@ -97,7 +97,7 @@ def at_most(extra: int | None, device: str) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limited = device == "cpu" and extra is not None and _STATUS.exists()
     if limited:
-        resource.setrlimit(resource.RLIMIT_DATA, (_process_bytes("VmData") + (extra or 0), hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (process_bytes("VmData") + (extra or 0), hard))
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -31,7 +31,7 @@ constexpr float kWidestRange = 120.0f;
 // Heads of one token lie side by side in memory: a thread gathers several of them before it computes the first.
 constexpr int64_t kMostHeads = 8;
 constexpr size_t kGatheredBytes = size_t{128} << 10;
-// So few are cleared before other threads have heard of it.
+// Fewer floats than this one thread has cleared before others would have begun.
 constexpr int64_t kFewFloats = 1 << 15;
 // Shorter sequences gain little by unordered pairs, and in a mean of so few rows rounding does not average out: they
 // go row by row, in the exact form.

@@ -8,12 +8,12 @@ import torch
 
 from benchmarks.allocation import (
     OutOfMemory,
-    _process_bytes,
     at_most,
     isolated,
     largest,
     nothing_left_behind,
     peak_bytes,
+    process_bytes,
 )
 from benchmarks.providers import PROVIDERS
 from benchmarks.steps import Step
@@ -110,11 +110,11 @@ def test_largest(answer, guess):
 def test_nothing_is_left_behind():
     """Blocks that by themselves would lie in the heap, below one that stays, go back to the system."""
     with nothing_left_behind():
-        before = _process_bytes("VmRSS")
+        before = process_bytes("VmRSS")
         pieces = [_filled(12) for _ in range(8)]
         kept = _filled(1)
-        held = _process_bytes("VmRSS")
+        held = process_bytes("VmRSS")
         del pieces
         assert held - before >= 96 * MIB
-        assert _process_bytes("VmRSS") - before < 8 * MIB
+        assert process_bytes("VmRSS") - before < 8 * MIB
     assert kept.sum() == MIB // 4
