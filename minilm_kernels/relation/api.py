@@ -74,7 +74,10 @@ def relation_kl(
     """
     teacher, student = {"query": teacher_query}, {"query": student_query}
     pair = ("query", "query")
-    keys = (teacher_query if teacher_key is None else teacher_key, student_query if student_key is None else student_key)
+    keys = (
+        teacher_query if teacher_key is None else teacher_key,
+        student_query if student_key is None else student_key,
+    )
     if keys[0] is not teacher_query or keys[1] is not student_query:
         teacher["key"], student["key"] = keys
         pair = ("query", "key")
@@ -129,7 +132,8 @@ def relations_kl(
             factor = torch.where(zero_or_one, 1.0, torch.nan)
         attention_mask = attention_mask != 0
     pairs = [
-        (query, query) if _one_tensor(teacher[query], teacher[key]) and _one_tensor(student[query], student[key])
+        (query, query)
+        if _one_tensor(teacher[query], teacher[key]) and _one_tensor(student[query], student[key])
         else (query, key)
         for query, key in relations
     ]
@@ -162,13 +166,14 @@ def _one_tensor(x: Tensor, y: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and x.data_ptr() == y.data_ptr()
         and x.is_neg() == y.is_neg()
-        and x.requires_grad == y.requires_grad
-        and (not x.requires_grad or _one_graph(x, y))
+        and (not torch.is_grad_enabled() or _one_graph(x, y))
     )
 
 
 def _one_graph(x: Tensor, y: Tensor) -> bool:
-    """Whether autograd leads the gradients of two views through the same operations to one place."""
+    """Whether autograd leads the gradients of two views, if any, through the same operations to one place."""
+    if not x.requires_grad and not y.requires_grad:
+        return True
     if any(z._backward_hooks or z.retains_grad for z in (x, y)):
         return False
     one, other = (x.grad_fn, x.output_nr), (y.grad_fn, y.output_nr)
@@ -265,7 +270,7 @@ def _check_mask_values(mask: Tensor) -> None:
     if mask.dtype == torch.bool or not mask.numel() or not readable(mask):
         return
     low, high = (x.item() for x in mask.aminmax())
-    if not mask.is_floating_point() and (0 <= low and high <= 1):
+    if not mask.is_floating_point() and low >= 0 and high <= 1:
         return
     marks = mask[mask != 0]
     if mask.is_floating_point() and bool((marks == 1).all()):
