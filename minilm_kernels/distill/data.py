@@ -203,6 +203,7 @@ class RowStream:
         self._sources, self._tokenizer, self._packer = sources, tokenizer, packer
         self._held_out, self._shuffle_rows, self._seed = held_out, shuffle_rows, seed
         self._buffer: list[Rows] = []
+        self._drawn: list[Rows] = []  # drawn by a `take` that did not come to its end
         self._epoch = 0
         self._draws = 0
         self._place: list[Any] = [0, None]  # source in the epoch's order, place in it
@@ -222,8 +223,18 @@ class RowStream:
         return self._epoch
 
     def take(self, count: int) -> Rows:
-        """The next `count` rows. Raises `ValueError` if a whole epoch holds no text, or for an unreadable document."""
-        return stack([self._draw() for _ in range(count)], self._packer.seq_len)
+        """The next `count` rows; after an error the next `take` begins with the same ones.
+
+        Raises `ValueError` if a whole epoch holds no text, or for an unreadable document.
+        """
+        while len(self._drawn) < count:
+            self._drawn.append(self._draw())
+        rows, self._drawn = self._drawn[:count], self._drawn[count:]
+        return stack(rows, self._packer.seq_len)
+
+    def put_back(self, rows: Rows) -> None:
+        """Makes the rows of the last `take` the next ones again."""
+        self._drawn = [Rows(*row) for row in zip(*rows, strict=True)] + self._drawn
 
     def _draw(self) -> Rows:
         while len(self._buffer) < self._shuffle_rows and not self._at_end:
@@ -285,7 +296,7 @@ class RowStream:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What decides the rows to come, as JSON and as tensors."""
-        buffer = stack(self._buffer, self._packer.seq_len)
+        buffer, drawn = (stack(rows, self._packer.seq_len) for rows in (self._buffer, self._drawn))
         pieces = self._packer.open
         numbers = {
             "epoch": self._epoch,
@@ -298,6 +309,8 @@ class RowStream:
         arrays = {
             "buffer.ids": buffer.ids,
             "buffer.positions": buffer.positions,
+            "drawn.ids": drawn.ids,
+            "drawn.positions": drawn.positions,
             "open.ids": np.concatenate([*pieces, np.empty(0, np.int32)]).astype(np.int32),
             "open.positions": np.concatenate([*map(_positions, pieces), np.empty(0, np.int32)]).astype(np.int32),
         }
@@ -310,7 +323,10 @@ class RowStream:
         self._epoch, self._epoch_rows = numbers["epoch"], numbers["epoch_rows"]
         self._at_end, self._draws, self._place = numbers["at_end"], numbers["draws"], numbers["place"]
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        self._buffer = [Rows(*row) for row in zip(arrays["buffer.ids"], arrays["buffer.positions"], strict=True)]
+        self._buffer, self._drawn = (
+            [Rows(*row) for row in zip(arrays[f"{name}.ids"], arrays[f"{name}.positions"], strict=True)]
+            for name in ("buffer", "drawn")
+        )
         self._packer.reopen(arrays["open.ids"], arrays["open.positions"])
         self._reader = None
         self._ahead.clear()
