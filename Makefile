@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint format bench ratios sanitize compute-sanitizer packaging cuda clean
+.PHONY: help demo test lint format bench ratios sanitize soak compute-sanitizer packaging cuda clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -43,6 +43,9 @@ sanitize: $(INSTALLED)  ## the native kernels' tests under AddressSanitizer and 
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		$(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider tests/relation/test_native_cpu.py -k "not peak_memory"
+
+soak: $(INSTALLED)  ## kill small runs at their operations on files and continue them, five minutes
+	$(BIN)/python -m tests.distill.soak $(ARGS)
 
 compute-sanitizer: $(INSTALLED)  ## the CUDA kernels' tests under NVIDIA's compute-sanitizer, on a GPU
 	for tool in memcheck racecheck synccheck; do \

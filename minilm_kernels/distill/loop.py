@@ -355,6 +355,7 @@ class _Run:
         checkpoint = Checkpoint(
             self.step,
             {
+                "settings": self.config.as_dict(),
                 "processes": self.processes.count,
                 "tokens": self.tokens,
                 "unmeasured": self.unmeasured,
@@ -378,6 +379,7 @@ class _Run:
         self.saved_step = self.step
 
     def _load(self, saved: Checkpoint) -> None:
+        _refuse(self.config, self.config.differences(saved.numbers["settings"]))  # the folder may be of another run
         before = saved.numbers["teacher"]
         if self.teacher is not None and before != self.teacher:
             changed = sorted(file for file in {*before, *self.teacher} if before.get(file) != self.teacher.get(file))
@@ -556,7 +558,12 @@ def _output_folder(config: DistillConfig, processes: Processes) -> Iterator[Path
             )
         if taken:
             _refuse(config, config.differences(_settings_of(output)))
-        for folder in (output, output / "checkpoints"):
+        checkpoints = output / "checkpoints"
+        if os.path.lexists(checkpoints) and not checkpoints.is_dir():
+            raise ValueError(
+                f"--output: {checkpoints} is no folder; move it away, the checkpoints are to be written there"
+            )
+        for folder in (output, checkpoints):
             remove_unfinished(folder)
 
     try:
