@@ -53,5 +53,4 @@ def __dir__() -> list[str]:
 
 
 if "torch" in sys.modules:
-    from .losses import QKV, MiniLMLoss, MiniLMv2Loss
-    from .relation import available_backends, relation_kl
+    import_module(".losses", __name__)

@@ -2,7 +2,7 @@
 
 Two operators are registered with PyTorch and are opaque to torch.compile: `relation_kl` returns the values and, for a
 scalar reduction, the student's gradient with them; `relation_kl_rows_backward` differentiates `reduction="none"`.
-To add a backend, write its module (`problem.Backend`), name it in `minilm_kernels.backends` and put it into `_MODULES`.
+To add a backend, write its module (`problem.Backend`), name it in `backends.py` and put it into `_MODULES`.
 """
 
 from __future__ import annotations

@@ -80,12 +80,13 @@ def test_pip_install_without_build_isolation(source, environment):
 def test_build_in_isolation_fetches_no_torch_and_says_what_is_left_out(source, tmp_path):
     environ = {key: value for key, value in os.environ.items() if key != "MINILM_KERNELS_BUILD"}
     command = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(source)]
-    result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=1200)
     assert result.returncode == 0, result.stdout + result.stderr
     said = result.stdout + result.stderr
     assert said.count("WITHOUT THE CPU LIBRARY") == 1
     assert "python -m build --no-isolation" in said
-    assert "torch>=" not in said.partition("Building wheel")[2]
+    assert "- ninja" in said  # the list of what was fetched for the build
+    assert "- torch" not in said
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
