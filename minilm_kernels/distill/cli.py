@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
@@ -97,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _torch_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # imports sockets and mail, for --version alone
+
     try:
         return version("torch")
     except PackageNotFoundError:
