@@ -6,16 +6,28 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TextIO
-
-from tqdm import tqdm
 
 
 def say(message: str) -> None:
     """A line of its own on standard error, above a progress bar."""
+    from tqdm import tqdm  # the command line says some things before it imports anything
+
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
             tqdm.write(f"minilm-distill: {message}", file=sys.stderr)
+
+
+def flush(*streams: TextIO | None) -> None:
+    """Writes what is buffered. A stream that cannot be written is turned to the null device: the interpreter would
+    complain of it at its end (a reader that has gone, as in `| head`)."""
+    for stream in filter(None, streams):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
 
 
 class _Forgiving:
@@ -44,21 +56,12 @@ class _Forgiving:
 
 @contextmanager
 def forgiving_streams() -> Iterator[None]:
-    """While entered, nothing that writes to `sys.stdout` or `sys.stderr` fails, progress bars of libraries included.
-
-    A stream that still cannot be written at the end is turned to the null device, so that the interpreter does not
-    fail when it flushes the stream.
-    """
+    """While entered, nothing that writes to `sys.stdout` or `sys.stderr` fails, progress bars of libraries included."""
     before = sys.stdout, sys.stderr
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+    with Path(os.devnull).open("w") as nowhere:
         sys.stdout, sys.stderr = (_Forgiving(stream or nowhere) for stream in before)  # type: ignore[assignment]
         try:
             yield
         finally:
             sys.stdout, sys.stderr = before
-            for stream in filter(None, before):
-                try:
-                    stream.flush()
-                except (OSError, ValueError):
-                    with suppress(OSError, ValueError):
-                        os.dup2(nowhere.fileno(), stream.fileno())
+            flush(*before)

@@ -540,23 +540,27 @@ def _output_folder(config: DistillConfig, processes: Processes) -> Iterator[Path
     output = Path(config.output)
     lock: BinaryIO | None = None
 
+    def taken() -> bool:
+        names = (SETTINGS, METRICS, "checkpoints", "student")
+        found = [name for name in names if os.path.lexists(output / name) and not _is_empty_folder(output / name)]
+        if found and not config.resume:
+            raise ValueError(
+                f"--output: {output} holds another run ({', '.join(found)}); "
+                "continue it with --resume, or choose another folder"
+            )
+        return bool(found)
+
     def prepare() -> None:
         nonlocal lock
         if output.exists() and not output.is_dir():
             raise ValueError(f"--output: {output} is a file, expected a folder")
+        taken()  # before anything is written into a folder that is not ours
         try:
             make_folder(output)
             lock = _hold(output)
         except OSError as error:
             raise explained(error, output) from error
-        names = (SETTINGS, METRICS, "checkpoints", "student")
-        taken = [name for name in names if os.path.lexists(output / name) and not _is_empty_folder(output / name)]
-        if taken and not config.resume:
-            raise ValueError(
-                f"--output: {output} holds another run ({', '.join(taken)}); "
-                "continue it with --resume, or choose another folder"
-            )
-        if taken:
+        if taken():  # by a run that has just ended, too
             _refuse(config, config.differences(_settings_of(output)))
         checkpoints = output / "checkpoints"
         if os.path.lexists(checkpoints) and not checkpoints.is_dir():

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "tests.distill.soak"]
 
