@@ -38,7 +38,7 @@ def has_own_forward(module: nn.Module) -> bool:
     return "forward" in vars(module) and compiled_original(module) is module
 
 
-def follow_modes(copies: Iterable[nn.Module]) -> None:
+def follow_modes(copies: Iterable[Any]) -> None:
     """Gives copies that `shell` made the training mode of their originals."""
     for twin in copies:
         if twin.training != twin._original.training:
@@ -170,7 +170,8 @@ def _rebound(value: Any, module: nn.Module, twin: nn.Module) -> Any:
 
 def _holds(function: Callable, module: nn.Module) -> bool:
     """Whether a function has the module, or what is bound to it, as an argument or in a closure."""
-    pending, seen = [function], set()
+    pending: list[Any] = [function]
+    seen: set[int] = set()
     while pending:
         value = pending.pop()
         if value is module:

@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -27,6 +25,26 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     while (inner := _inside(model)) is not model:
         model = inner
+    if torch.distributed.is_available():
+        _refuse_sharded(model)
+    hooked = any("_hf_hook" in vars(module) for module in model.modules())
+    if hooked and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "model: accelerate offloads its weights to CPU or disk. Load it without offloading, "
+            'for example with device_map={"": 0}'
+        )
+    return model
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "model: FullyShardedDataParallel holds flattened shards in place of its parameters. Make the extractor of "
+            "the unwrapped model and shard the extractor"
+        )
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ValueError(
             "model: fully_shard has been applied to it. Make the extractor first, then shard what it runs: "
@@ -37,13 +55,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             "model: its parameters are sharded (DTensor). Load it without a tensor-parallel plan and make the "
             "extractor before anything shards the model"
         )
-    hooked = any("_hf_hook" in vars(module) for module in model.modules())
-    if hooked and any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            "model: accelerate offloads its weights to CPU or disk. Load it without offloading, "
-            'for example with device_map={"": 0}'
-        )
-    return model
 
 
 def _inside(model: nn.Module) -> nn.Module:
@@ -59,13 +70,10 @@ def _inside(model: nn.Module) -> nn.Module:
             "model: DataParallel runs copies of the model in threads, which an extractor cannot serve. Make the "
             "extractor of model.module and wrap the extractor in DistributedDataParallel"
         )
-    if isinstance(model, FullyShardedDataParallel):
-        raise ValueError(
-            "model: FullyShardedDataParallel holds flattened shards in place of the parameters. Make the extractor "
-            "of the unwrapped model and shard the extractor"
-        )
     if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(f"model: the code of a {name} is compiled and cannot be cut. Give the model that it was made of")
+        raise ValueError(
+            f"model: the code of a {name} is compiled and cannot be cut. Give the model that it was made of"
+        )
     if isinstance(model, torch._dynamo.OptimizedModule):
         return model._orig_mod
     if isinstance(model, AveragedModel):
@@ -93,7 +101,7 @@ def _inside_peft(model: Any) -> nn.Module:
 
 
 def _inside_sentence_transformers(model: Any) -> nn.Module:
-    """The first module of a SentenceTransformer, and the transformers model in that (`auto_model` in older versions)."""
+    """The first module of a SentenceTransformer, and the model in that (`auto_model` in older versions)."""
     if isinstance(model, nn.Sequential) and len(model):
         return model[0]
     for name in ("model", "auto_model"):

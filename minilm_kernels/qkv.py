@@ -40,16 +40,25 @@ _PROJECTIONS: dict[str, tuple[str, ...]] = {
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "electra": _BERT,
+    "camembert": _BERT,
+    "data2vec-text": _BERT,
+    "ernie": _BERT,
+    "megatron-bert": _BERT,
+    "rembert": _BERT,
+    "roberta-prelayernorm": _BERT,
+    "splinter": _BERT,
+    "xlm-roberta-xl": _BERT,
+    "xmod": _BERT,
     "distilbert": tuple(f"transformer.layer.{{i}}.attention.{name}_lin" for name in "qkv"),
     "mpnet": tuple(f"encoder.layer.{{i}}.attention.attn.{name}" for name in "qkv"),
 }
 
-# What tokenizers, collators and sentence-transformers put into a batch for others. Dropped where the base model does not
-# take it.
+# Batch entries that tokenizers, collators and sentence-transformers make for others. Dropped where the base model does
+# not take them.
 _FOR_OTHERS = {"labels", "label", "label_ids", "next_sentence_label", "start_positions", "end_positions"}
 _FOR_OTHERS |= {"num_items_in_batch", "token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
 _FOR_OTHERS |= {"overflow_to_sample_mapping", "modality", "prompt_length", "task"}
-# What collators describe flattened batches with. Most attention functions ignore it and mix the sequences.
+# Batch entries that describe flattened batches. Most attention functions ignore them and mix the sequences.
 _FLATTENED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 _CAPTURE = "minilm_kernels_capture"
@@ -90,8 +99,9 @@ AttentionInterface.register(_CAPTURE, _capture)
 class QKVExtractor(nn.Module):
     """The query, key and value projections of one layer: `extractor(**batch) -> QKV`.
 
-    Works for BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA and MPNet of transformers, as base models or below a task head
-    (the head is not run), and with `projections` for any other model whose self-attention has three projection modules.
+    Works for BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet and families that share BERT's module names (the error
+    for other families lists them), as base models or below a task head (the head is not run). With `projections` it
+    works for any other model whose self-attention has three projection modules.
 
     Args:
         model: the model. It is left as it is: no hooks, no new attributes, nothing copied. The model is taken out of
@@ -132,7 +142,8 @@ class QKVExtractor(nn.Module):
     or casting (`to`, `half`, ...), and `extractor.to()` and `extractor.train()`/`eval()` act on the whole model.
     `model.train()` and `model.eval()` decide about dropout in the extractor too: the last call counts. A module that
     registers both the student and its extractor holds every parameter twice, which safetensors refuses to save:
-    register one of them. With transformers' Trainer, give the student to the Trainer and keep the extractor outside.
+    register one of them. transformers' Trainer trains an extractor with `remove_unused_columns=False`, and resumes from
+    its own checkpoints; `extractor.model.save_pretrained` saves the student itself.
     Replacing a module does *not* reach an extractor that exists: after `resize_token_embeddings`, a change of attention
     implementation, adapters or pruning, make a new one. A deep copy or a pickle of the extractor contains its model.
 
@@ -180,8 +191,8 @@ class QKVExtractor(nn.Module):
         self.layer = resolve_layer(layer, count)  # 1-based
         self.frozen = frozen
         paths = [template.replace("{i}", str(self.layer - 1)) for template in templates]
-        modules = {path: _submodule(root, path) for path in paths}
         check_full_attention(root, templates[0].rpartition(".")[0], self.layer, count)
+        modules = {path: _submodule(root, path) for path in paths}
 
         names = list(inspect.signature(type(root).forward).parameters.values())[1:]  # without self
         self._accepted = frozenset(p.name for p in names if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
@@ -197,7 +208,7 @@ class QKVExtractor(nn.Module):
         with torch.inference_mode(False):
             example = self._example(root, example)
             if any(has_own_forward(module) for module in root.modules()):
-                self._compare(root, view, modules[paths[0]], example)
+                self._compare(root, pinned(view, {}) if frozen else view, modules[paths[0]], example)
             outputs, aliases = self._dry_run(root, modules, example)
             if rotary == "after":
                 view = cut(root, layers, self.layer, _capturing_attention(root, paths))
@@ -262,8 +273,14 @@ class QKVExtractor(nn.Module):
         return super().train(mode)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Calls the model's method of this name, which transformers' Trainer looks for."""
-        getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)(*args, **kwargs)
+        """Calls the model's method of this name; transformers' Trainer looks for it."""
+        model: Any = self.model
+        model.activation_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Calls the model's method of this name; older versions of transformers' Trainer look for it."""
+        model: Any = self.model
+        model.gradient_checkpointing_enable(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QKVExtractor":
         self.model._apply(fn, recurse)
@@ -312,13 +329,14 @@ class QKVExtractor(nn.Module):
             arguments, output = found[0]
             if len(found) > 1:
                 raise ValueError(
-                    f"layer={self.layer}: {path} is applied {len(found)} times in one forward, so it belongs to several "
-                    "layers that share their modules; none of them can be extracted"
+                    f"layer={self.layer}: {path} is applied {len(found)} times in one forward: layers that share "
+                    "their modules cannot be extracted"
                 )
             if len(arguments) != 1 or not isinstance(output, torch.Tensor):
+                kind = type(modules[path]).__name__
                 raise ValueError(
-                    f"projections: {path} ({type(modules[path]).__name__}) takes {len(arguments)} arguments and returns "
-                    f"a {type(output).__name__}; expected a module of one tensor that returns a tensor"
+                    f"projections: {path} ({kind}) takes {len(arguments)} arguments and returns a "
+                    f"{type(output).__name__}; expected a module of one tensor that returns a tensor"
                 )
             shape = getattr(example.get("input_ids"), "shape", output.shape[:-1])
             if output.dim() != 3 or output.shape[:-1] != shape:
@@ -365,7 +383,8 @@ class QKVExtractor(nn.Module):
             handle.remove()
             for module, mode in modes.items():
                 module.training = mode
-        if len(found) != 2 or found[0].shape != found[1].shape or not torch.allclose(*found, rtol=1e-4, atol=1e-5):
+        close = len(found) == 2 and found[0].shape == found[1].shape
+        if not close or not torch.allclose(found[0], found[1], rtol=1e-5, atol=1e-6):
             names = [name or "the model" for name, module in root.named_modules() if has_own_forward(module)]
             raise RuntimeError(
                 f"model: the forward that was put on {', '.join(names[:3])} reaches the projections of layer "
@@ -411,6 +430,7 @@ def _templates(model: nn.Module, root: nn.Module, projections: Sequence[str] | N
     if root is not model:
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         projections = [name.removeprefix(prefix) for name in projections]
+    projections = [name.replace("_orig_mod.", "") for name in projections]  # of compiled modules
     lists = {name.partition(".{i}.")[0] for name in projections}
     if any(name.count(".{i}.") != 1 for name in projections) or len(lists) != 1:
         raise ValueError(
