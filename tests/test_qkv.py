@@ -442,8 +442,9 @@ class Distiller(nn.Module):
 @pytest.mark.parametrize("whole_teacher", [False, True])
 @pytest.mark.parametrize("model_type", ["bert", "mpnet", "electra"])
 def test_a_frozen_teacher_does_not_follow_train(model_type, whole_teacher):
-    teacher, batch = make(model_type, hidden_dropout_prob=0.5), batch_of()
+    teacher, batch = make(model_type, hidden_dropout_prob=0.5).train(), batch_of()
     distiller = Distiller(teacher, make(model_type), whole_teacher)
+    assert teacher.training
     distiller.train()
     distiller.teacher.train()
     if whole_teacher:
@@ -509,13 +510,15 @@ def test_inference_mode():
             assert_equal(QKVExtractor(made, frozen=frozen)(**batch), expected, 0)
             assert QKVExtractor(make("bert"), frozen=frozen)(**batch).value.shape == (3, 11, 48)
         tokens = {name: x.clone() for name, x in batch.items()}
+    model = make("bert")
+    with torch.inference_mode():
+        trained = QKVExtractor(model, example=tokens)
     assert_equal(QKVExtractor(made, frozen=True)(**batch), expected, 0)
     assert_equal(QKVExtractor(made, frozen=True, example=tokens)(**tokens), expected, 0)
     with torch.no_grad():
         assert_equal(QKVExtractor(made)(**batch), expected, 0)
-    trained = QKVExtractor(make("bert"), example=tokens)
     loss_of(trained(**batch)).backward()
-    assert all(p.grad is not None for p in trained.parameters())
+    assert trained.unreached_parameters() == [n for n, p in model.named_parameters() if p.grad is None]
 
 
 def trained_by_trainer(folder, size: int, accumulation: int) -> tuple[list[float], dict[str, torch.Tensor]]:

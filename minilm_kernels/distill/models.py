@@ -70,7 +70,7 @@ def load_pair(config: DistillConfig, device: torch.device) -> Pair:
     torch.manual_seed(config.seed)
     student = _make_student(config, teacher, tokenizer)
     pair = Pair(
-        Side(teacher.to(device), config.teacher_layer, config.teacher_projections, "teacher"),
+        Side(teacher.requires_grad_(False).to(device), config.teacher_layer, config.teacher_projections, "teacher"),
         Side(student.to(device), config.student_layer, config.student_projections, "student"),
         _make_loss(config, teacher.config, student.config),
         tokenizer,
