@@ -38,11 +38,18 @@ def has_own_forward(module: nn.Module) -> bool:
     return "forward" in vars(module) and compiled_original(module) is module
 
 
-def follow_modes(copies: Iterable[Any]) -> None:
-    """Gives copies that `shell` made the training mode of their originals."""
-    for twin in copies:
-        if twin.training != twin._original.training:
-            twin.training = twin._original.training
+def switches(module: nn.Module, names: Iterable[str]) -> list[tuple[Any, str]]:
+    """The copies that `shell` made in a module, each with those of the attributes that it has."""
+    copies = [inner for inner in module.modules() if "_original" in vars(inner)]
+    return [(twin, name) for twin in copies for name in names if name in vars(twin)]
+
+
+def follow(switches: Iterable[tuple[Any, str]]) -> None:
+    """Sets attributes of copies to the values that the originals have now."""
+    for twin, name in switches:
+        value = getattr(twin._original, name)
+        if getattr(twin, name) != value:
+            setattr(twin, name, value)
 
 
 def graft(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Module:

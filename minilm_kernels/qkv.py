@@ -18,13 +18,14 @@ from transformers import AttentionInterface, PreTrainedModel
 from minilm_kernels._full_attention import check_full_attention, nearest_config
 from minilm_kernels._module_view import (
     cut,
-    follow_modes,
+    follow,
     graft,
     has_own_forward,
     leaves,
     pinned,
     private,
     register_only,
+    switches,
     with_attention,
 )
 from minilm_kernels._wrappers import unwrap
@@ -60,6 +61,9 @@ _FOR_OTHERS |= {"num_items_in_batch", "token_type_ids", "special_tokens_mask", "
 _FOR_OTHERS |= {"overflow_to_sample_mapping", "modality", "prompt_length", "task"}
 # Batch entries that describe flattened batches. Most attention functions ignore them and mix the sequences.
 _FLATTENED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+# Attributes of PEFT's layers that switch adapters; the copies follow the originals in them.
+_ADAPTERS = ("_disable_adapters", "_active_adapter")
 
 _CAPTURE = "minilm_kernels_capture"
 
@@ -104,7 +108,7 @@ class QKVExtractor(nn.Module):
     works for any other model whose self-attention has three projection modules.
 
     Args:
-        model: the model. It is left as it is: no hooks, no new attributes, nothing copied. The model is taken out of
+        model: the model. It is left as it is: no hooks, no new attributes, no copied weights. The model is taken out of
             `torch.compile`, PEFT, sentence-transformers and AveragedModel; `extractor.model` is the one inside.
         layer: 1-based; negative counts from the last, so the default is the last layer.
         frozen: for teachers. The extractor always runs in evaluation mode and without gradient, and has no parameters,
@@ -223,12 +227,12 @@ class QKVExtractor(nn.Module):
             made: dict[int, nn.Module] = {}
             self.__dict__["base"] = pinned(base, made)
             self.__dict__["projections"] = nn.ModuleList(pinned(module, made) for module in applied)
-            self._copies = []
             self.training = False
         else:
             self.base, self.projections = base, nn.ModuleList(applied)
-            self._copies = [module for module in base.modules() if "_original" in vars(module)]
             self.training = model.training
+        followed = _ADAPTERS if frozen else ("training", *_ADAPTERS)
+        self._switches = switches(self.base, followed) + switches(self.projections, followed)
 
     def forward(self, *positional: Any, **batch: Any) -> QKV:
         if positional:
@@ -242,10 +246,10 @@ class QKVExtractor(nn.Module):
         if unknown:
             raise TypeError(f"batch: unknown {', '.join(unknown)}; the model takes {', '.join(sorted(self._accepted))}")
         taken = {name: value for name, value in batch.items() if name in self._accepted}
+        follow(self._switches)
         if self.frozen:
             with torch.no_grad():
                 return self._extract(taken)
-        follow_modes(self._copies)
         return self._extract(taken)
 
     def _extract(self, batch: dict[str, Any]) -> QKV:

@@ -617,6 +617,17 @@ def test_compiles_to_one_graph_with_dynamic_shapes(model_type):
             )
 
 
+def test_frozen_compiles_to_one_graph():
+    torch._dynamo.reset()
+    teacher, batch = make("bert", 1), batch_of()
+    frozen = QKVExtractor(teacher, frozen=True)
+    compiled = torch.compile(frozen, fullgraph=True, dynamic=True, backend="eager")
+    assert_equal(compiled(**batch), frozen(**batch), 0)
+    teacher.train()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_equal(compiled(**batch), frozen(**batch), 0)
+
+
 DISTRIBUTED = {"bert": 2, "mpnet": 1}  # model type: the layer
 
 

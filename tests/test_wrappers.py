@@ -203,12 +203,17 @@ def adapted(**options) -> nn.Module:
     return model
 
 
+def adapted_values(wrapped: nn.Module, batch: dict[str, torch.Tensor]) -> QKV:
+    with torch.no_grad():
+        return by_hand(wrapped.base_model.model, 2, batch)
+
+
 @FROZEN
 @pytest.mark.parametrize("mixed", [False, True])
 def test_adapters_are_applied_and_trained(mixed, frozen):
     wrapped, batch = adapted(mixed=mixed).eval(), batch_of()
     inner = wrapped.base_model.model
-    expected = by_hand(inner, 2, batch)
+    expected = adapted_values(wrapped, batch)
     assert (expected.query - expected_of(batch).query).abs().max() > 0.1
     extractor = QKVExtractor(wrapped, frozen=frozen)
     assert extractor.model is inner
@@ -222,6 +227,21 @@ def test_adapters_are_applied_and_trained(mixed, frozen):
     assert len(adapters) == 8
     assert all(p.grad is not None for p in adapters.values())
     assert adapters.keys() <= {id(p) for p in extractor.parameters()}
+
+
+@FROZEN
+def test_switching_adapters_is_followed(frozen):
+    wrapped, batch = adapted().eval(), batch_of()
+    extractor, adapters = QKVExtractor(wrapped, frozen=frozen), adapted_values(wrapped, batch)
+    with wrapped.disable_adapter():
+        assert_equal(extractor(**batch), expected_of(batch), 0)
+    assert_equal(extractor(**batch), adapters, 0)
+    wrapped.add_adapter("other", peft.LoraConfig(target_modules=["query", "value"]))
+    extractor = QKVExtractor(wrapped, frozen=frozen)
+    wrapped.set_adapter("other")  # new adapters change nothing
+    assert_equal(extractor(**batch), expected_of(batch), 0)
+    wrapped.set_adapter("default")
+    assert_equal(extractor(**batch), adapters, 0)
 
 
 @pytest.mark.parametrize(
