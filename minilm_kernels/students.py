@@ -28,6 +28,7 @@ _INTERMEDIATE = ("intermediate_size", "hidden_dim", "ffn_dim", "ffn_hidden_size"
 # Settings that follow the sizes where they agree with them in the teacher, by the ends of their names.
 _HEAD_WIDTH = re.compile(r"head_(dim|size)$|^d_(kv|head)$|^kv_channels$")
 _KEY_HEADS = re.compile(r"(key_value|kv)_heads?$|num_query_groups$")
+_HEADS = re.compile(rf"attention_heads$|{_KEY_HEADS.pattern}")
 _WIDTH = re.compile(r"(embed|embedding|proj|lru|model|attention|hidden)_?(size|dim|width)$")
 _PLACE = re.compile(r"(idx|index|_id|number)$|^training$")
 _NOT_PER_LAYER = frozenset(PreTrainedConfig().to_dict())
@@ -91,7 +92,7 @@ def student_config(
     try:
         config = _resized(teacher_config, own, overrides)
     except Exception as error:  # the classes check themselves with errors of their own
-        raise ValueError(f"no {type(teacher_config).__name__} has these sizes: {_one_line(error)}") from error
+        raise ValueError(f"no {type(teacher_config).__name__} has these sizes: {one_line(error)}") from error
     for name in sizes.keys() - {"intermediate_size"}:
         if getattr(config, name) != overrides.get(config.attribute_map.get(name, name), sizes[name]):
             raise ValueError(
@@ -105,8 +106,13 @@ def _divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(error: BaseException) -> str:
+    """What an exception of another library says, short, with its class where that is needed to understand it."""
+    text = " ".join(str(error).split())
+    named = (
+        text if text and isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: {text}"
+    )
+    return named if len(named) <= 400 else f"{named[:400]}..."
 
 
 def _check_single_stack(config: Any) -> None:
@@ -183,7 +189,7 @@ def _resize(name: str, value: Any, old: Sequence[int], new: Sequence[int]) -> An
     if isinstance(value, int) and not isinstance(value, bool):
         if _HEAD_WIDTH.search(name) and value == width // heads:
             return new_width // new_heads
-        if _KEY_HEADS.search(name) and value == heads:
+        if _HEADS.search(name) and value == heads:
             return new_heads
         if _WIDTH.search(name) and value == width:
             return new_width
@@ -229,7 +235,7 @@ def _per_layer(values: Sequence[Any], count: int) -> list[Any]:
 
 
 def _check_student(config: Any, teacher_config: Any) -> None:
-    """A `ValueError` for sizes with which the model could not be built, run or saved; nothing is allocated."""
+    """A `ValueError` for sizes with which the model could not be built, run or saved."""
     heads = config.num_attention_heads
     for name, value in config.to_dict().items():
         if _KEY_HEADS.search(name) and isinstance(value, int) and (value < 1 or heads % value):
@@ -241,13 +247,14 @@ def _check_student(config: Any, teacher_config: Any) -> None:
         config.validate()  # as saving does
         if type(config) not in MODEL_MAPPING:
             return
-        model = _without_memory(config)
+        failure = _failed_forward(_without_memory(config))
+        if failure is not None:  # it may have needed a value, and there are none without memory
+            failure = _failed_forward(random_student(config))
     except Exception as error:
-        raise ValueError(f"{_described(config)} cannot be built: {_one_line(error)}") from error
-    failure = _failed_forward(model)
-    # Models that need more than tokens, or the values that a meta tensor lacks, fail with the teacher's sizes too.
-    if failure is not None and type(failure) is not type(_failed_forward(_without_memory(teacher_config))):
-        raise ValueError(f"{_described(config)} cannot run: {_one_line(failure)}") from failure
+        raise ValueError(f"{_described(config)} cannot be built: {one_line(error)}") from error
+    # A model that takes more than tokens fails with the teacher's sizes too.
+    if failure is not None and str(failure) != str(_failed_forward(_without_memory(teacher_config))):
+        raise ValueError(f"{_described(config)} cannot run: {one_line(failure)}") from failure
 
 
 def _described(config: Any) -> str:
@@ -266,7 +273,7 @@ def _failed_forward(model: PreTrainedModel) -> Exception | None:
     """What keeps the model from running over a few tokens."""
     try:
         with torch.no_grad():
-            model.eval()(input_ids=torch.zeros(1, 8, dtype=torch.long, device="meta"))
+            model.eval()(input_ids=torch.zeros(1, 8, dtype=torch.long, device=model.device))
     except Exception as error:
         return error
     return None
@@ -345,7 +352,7 @@ def _picked_config(teacher_config: Any, sources: Sequence[int], count: int) -> A
         config = type(teacher_config).from_dict(settings, attn_implementation=teacher_config._attn_implementation)
         config.validate()
     except Exception as error:  # the classes check themselves with errors of their own
-        raise ValueError(f"no {kind} has these layers: {_one_line(error)}") from error
+        raise ValueError(f"no {kind} has these layers: {one_line(error)}") from error
     config.name_or_path = ""
     return config
 
