@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoTokenizer
 from minilm_kernels.students import one_line
 
 # A config may ask for any number of layers. What is built is bounded by what the weights' files hold.
-_MOST_LAYERS = 100_000
+_MOST_LAYERS = 10_000
 _MOST_MODULES = 200_000  # of a model whose files are not known before it is loaded
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.spm", "tekken*")
 _POINTER = b"version https://git-lfs"
@@ -59,7 +59,7 @@ def load_tokenizer(source: str, option: str) -> Any:
     """The tokenizer of a `source_of`. Raises `ValueError` that names the option."""
     with _door(source, option, "tokenizer"):
         if Path(source).is_dir():
-            _check_settings(Path(source))
+            _check_files(Path(source), _TOKENIZER_FILES)
             if not has_tokenizer(source):
                 raise ValueError("it holds no file of a tokenizer, such as tokenizer.json or vocab.txt")
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -82,7 +82,7 @@ def load_model(source: str, option: str) -> tuple[Any, dict[str, Any]]:
     with _door(source, option, "model as safetensors"):
         tensors, size = None, 0
         if Path(source).is_dir():
-            _check_settings(Path(source))
+            _check_files(Path(source), ("*.safetensors*",))
             files = _weights(Path(source))
             tensors, size = sum(map(_tensors, files)), sum(file.stat().st_size for file in files)
         with _bounded(tensors, size):
@@ -115,23 +115,26 @@ def _door(source: str, option: str, what: str) -> Iterator[None]:
         raise ValueError(f"{option}: no {what} could be loaded from the {where} {source}: {one_line(error)}") from error
 
 
-def _check_settings(folder: Path) -> None:
-    """Refuses files that were never fetched and settings that no machine can build."""
-    for file in folder.iterdir():
+def _check_files(folder: Path, patterns: Sequence[str]) -> None:
+    """Refuses files that were never fetched, settings that no machine can build, and those that name code."""
+    for file in (file for pattern in ("config.json", *patterns) for file in folder.glob(pattern)):
         if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(_POINTER):
             raise ValueError(f"{file.name} is a Git LFS pointer, not the file itself; fetch it with git lfs pull")
     if (folder / "config.json").exists():
-        for name, value in _integers(_json(folder / "config.json")):
-            if "layer" in name and value > _MOST_LAYERS:
+        for name, value in _entries(_json(folder / "config.json")):
+            if isinstance(value, int) and "layer" in name and value > _MOST_LAYERS:
                 raise ValueError(f"config.json says {name} = {value}")
+            if isinstance(value, str) and name.endswith("_implementation") and "/" in value:
+                raise ValueError(f"config.json says {name} = {value}, which is code of the hub; take the line out")
 
 
-def _integers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(value, int):
-        yield name, value
-    elif isinstance(value, dict):
+def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested objects, each with its key."""
+    if isinstance(value, dict):
         for key, entry in value.items():
-            yield from _integers(entry, str(key))
+            yield from _entries(entry, str(key))
+    else:
+        yield name, value
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -179,8 +182,8 @@ def _tensors(file: Path) -> int:
 @contextmanager
 def _bounded(tensors: int | None, size: int) -> Iterator[None]:
     """Ends the building of a model that is far larger than its weights: `tensors` in files of `size` bytes."""
-    most_modules = _MOST_MODULES if tensors is None else 10_000 + 20 * tensors
-    most_elements = None if tensors is None else 10_000_000 + 8 * size  # weights of 4 bits have 2 elements a byte
+    most_modules = _MOST_MODULES if tensors is None else 1_000 + 10 * tensors
+    most_elements = None if tensors is None else 1_000_000 + 8 * size  # weights of 4 bits have 2 elements a byte
     modules, elements = 0, 0
     counted: set[tuple[int, str]] = set()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModel, AutoTokenizer
 
-from minilm_kernels.qkv import QKVExtractor
+from minilm_kernels.qkv import QKV, QKVExtractor
 from minilm_kernels.students import one_line
 
 from .checkpoint import TEMPORARY, explained
@@ -24,8 +24,8 @@ from .data import READ_CHARACTERS, READ_DOCUMENTS, Tokenizer
 # Text in a language of the tokenizer has a few per cent of unknown tokens, text in another one nearly 100. From half
 # on, most relations are between tokens that say nothing.
 MOST_UNKNOWN = 0.5
-# Rows that no token uses are padding to a round number or reserves; more of them than tokens are another's embedding.
-MOST_ROWS_A_TOKEN = 2
+# Rows that no token uses are padding to a round number or reserves; with more of them it is another's embedding.
+MOST_ROWS_A_TOKEN, MOST_PADDING = 2, 128
 # A tokenizer without an unknown token drops what it does not know. No text has words of this length throughout.
 MOST_CHARACTERS_A_TOKEN = 64
 
@@ -55,6 +55,8 @@ def check_weights(extractor: QKVExtractor, info: Mapping[str, Any], option: str,
     broken = [name for name, tensor in tensors.items() if not all(map(math.isfinite, _range(tensor)))]
     if broken:
         raise ValueError(f"{option}: its weights are not finite: {_some(broken)} hold NaN or infinity")
+    if not all(all(map(math.isfinite, _range(output))) for output in _run(extractor)):
+        raise ValueError(f"{option}: its weights are finite, but Q, K and V of layer {extractor.layer} are not")
     projections = {id(p) for projection in extractor.projections for p in projection.parameters() if p.dim() > 1}
     zero = [name for name, t in tensors.items() if id(t) in projections and _range(t) == (0.0, 0.0)]
     if teacher and zero:
@@ -90,12 +92,17 @@ def _used_buffers(extractor: QKVExtractor) -> set[int]:
         lambda module, inputs: used.update(map(id, module.buffers(recurse=False)))
     )
     try:
-        ids = torch.zeros(1, 2, dtype=torch.long, device=next(extractor.model.parameters()).device)
-        with torch.no_grad():
-            extractor(input_ids=ids)
+        _run(extractor)
     finally:
         handle.remove()
     return used
+
+
+def _run(extractor: QKVExtractor) -> QKV:
+    """Q, K and V of two tokens."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(extractor.model.parameters()).device)
+    with torch.no_grad():
+        return extractor(input_ids=ids)
 
 
 def _range(tensor: Tensor) -> tuple[float, float]:
@@ -130,7 +137,7 @@ def check_ids(tokenizer: Any, teacher: Any, student: Any) -> None:
                 f"{rows - 1}"
             )
     rows = embedding_rows(teacher)
-    if rows is not None and len(ids) * MOST_ROWS_A_TOKEN < rows:
+    if rows is not None and rows > len(ids) * MOST_ROWS_A_TOKEN + MOST_PADDING:
         raise ValueError(
             f"--teacher: its tokenizer has {len(ids)} tokens, its embedding {rows} rows: they do not belong together "
             "(if they do, cut the embedding with resize_token_embeddings)"
@@ -214,5 +221,6 @@ def check_saving(student: Any, tokenizer: Any, output: Path) -> None:
 
 
 def _settings(config: Any) -> dict[str, str]:
-    left_out = ("_name_or_path", "architectures", "dtype", "transformers_version")
-    return {key: json.dumps(value, default=str) for key, value in config.to_dict().items() if key not in left_out}
+    """The settings that the config's class knows, as JSON; others do not change the model."""
+    known = getattr(type(config), "__dataclass_fields__", config.to_dict()).keys() - {"architectures", "dtype"}
+    return {key: json.dumps(value, default=str) for key, value in config.to_dict().items() if key in known}
