@@ -90,8 +90,9 @@ AttentionInterface.register(_CAPTURE, _capture)
 class QKVExtractor(nn.Module):
     """The query, key and value projections of one layer: `extractor(**batch) -> QKV`.
 
-    Works for BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA and MPNet of transformers, as base models or below a task head
-    (the head is not run), and with `projections` for any other model whose self-attention has three projection modules.
+    Works for BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet and those with BERT's modules (CamemBERT, ERNIE, ESM,
+    ...) of transformers, as base models or below a task head (the head is not run), and with `projections` for any
+    other model whose self-attention has three projection modules.
 
     Args:
         model: the model. It is left as it is: no hooks, no new attributes, nothing copied.

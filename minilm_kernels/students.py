@@ -45,8 +45,10 @@ def student_config(
 ) -> PreTrainedConfig:
     """The config of a student: the teacher's, with other layers and widths. The teacher's config stays as it is.
 
-    Type, vocabulary, maximal positions, dropout and everything else are the teacher's. ELECTRA's embedding size follows
-    the hidden size where it does so in the teacher, and is the teacher's otherwise.
+    Type, vocabulary, maximal positions, dropout and everything else are the teacher's, except for what depends on the
+    sizes. Settings with an entry for each layer (`layer_types`, ...) get the student's depth: a pattern that repeats
+    goes on, other entries are taken evenly. Head width, key heads and embedding size follow where they were hidden size
+    over heads, the heads and the hidden size in the teacher. The model is built without memory, to see that it can be.
 
     Args:
         teacher_config: a config that has hidden and intermediate sizes, layers and attention heads, under the names of
@@ -59,8 +61,9 @@ def student_config(
 
     Raises:
         TypeError: `teacher_config` is no config, or a size is no integer.
-        ValueError: a size below 1, heads that do not divide the hidden size (the message lists those that do), or an
-            override that this type of config does not know.
+        ValueError: a size below 1, heads that do not divide the hidden size or key heads that do not divide the heads
+            (the message lists those that do), an override that this type of config does not know, a config of several
+            models or of an encoder and a decoder, or sizes with which a model of this type cannot be built or run.
     """
     if not isinstance(teacher_config, PreTrainedConfig):
         hint = "; give model.config" if hasattr(teacher_config, "config") else ""

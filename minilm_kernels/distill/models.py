@@ -157,6 +157,10 @@ def _check_vocabulary(config: DistillConfig, source: str, tokenizer: Any) -> Non
 
 
 def _make_loss(config: DistillConfig, teacher: Any, student: Any) -> MiniLMLoss | MiniLMv2Loss:
+    for side, settings in (("teacher", teacher), ("student", student)):
+        for name in ("hidden_size", "num_attention_heads"):
+            if not isinstance(getattr(settings, name, None), int):
+                raise ValueError(f"the {side}'s {type(settings).__name__} has no {name}; give a text model")
     common = {"reduction": config.reduction, "backend": config.backend}
     if config.method == "minilm":
         heads_t, heads_s = teacher.num_attention_heads, student.num_attention_heads

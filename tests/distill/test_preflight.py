@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from minilm_kernels.distill import DistillConfig, distill, preflight
 from minilm_kernels.distill.data import Tokenizer as Tokens
-from minilm_kernels.distill.models import load_pair
+from minilm_kernels.distill.models import _with_dropout, load_pair
 from minilm_kernels.qkv import QKVExtractor
 
 from .tiny import SIZES, WORDS, make_model, make_texts, make_tokenizer, save_model
@@ -288,19 +288,16 @@ def test_copied_layers_take_the_teacher_s_projections(settings: Settings, tmp_pa
     assert len(AutoModel.from_pretrained(result.student).layers) == 2
 
 
-def test_dropout_reaches_every_name_of_it_and_is_refused_where_there_is_none(
-    settings: Settings, tmp_path: Path
-) -> None:
-    folder = tmp_path / "gpt2"
-    shape = {"n_embd": 48, "n_head": 4, "n_layer": 1, "vocab_size": 65, "n_positions": 40, "bos_token_id": 0}
-    model = AutoModel.from_config(AutoConfig.for_model("gpt2", **shape, eos_token_id=0))
-    model.save_pretrained(folder)
-    names = ("h.{i}.attn.c_attn", "h.{i}.attn.c_proj", "h.{i}.mlp.c_fc")  # one input or not is not asked for here
-    with pytest.raises(ValueError, match="--student-layer, --student-projections"):
-        load_pair(settings(student=folder, student_projections=names, dropout=0.3), CPU)
-    bert = load_pair(settings(dropout=0.3), CPU).student.model
-    assert {module.p for module in bert.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
-    assert bert.config.classifier_dropout is None
+def test_dropout_reaches_every_name_of_it() -> None:
+    shape = {"n_embd": 48, "n_head": 4, "n_layer": 1, "vocab_size": 65, "n_positions": 40}
+    for model in (make_model("bert"), AutoModel.from_config(AutoConfig.for_model("gpt2", **shape))):
+        changed = _with_dropout(model, 0.3)
+        assert {module.p for module in changed.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
+        torch.testing.assert_close(changed.state_dict(), model.state_dict(), rtol=0, atol=0)
+        assert (model.config.to_dict().get("classifier_dropout"), model.training) == (None, changed.training)
+    mamba = AutoModel.from_config(AutoConfig.for_model("mamba", hidden_size=8, num_hidden_layers=1, vocab_size=9))
+    with pytest.raises(ValueError, match="--dropout: MambaConfig has no dropout"):
+        _with_dropout(mamba, 0.3)
 
 
 def test_save_model_gives_a_whole_teacher(tmp_path: Path, settings: Settings) -> None:
