@@ -54,6 +54,7 @@ class Tokenizer:
             raise ValueError("the tokenizer changes the text's own tokens when it adds special ones")
         self.prefix, self.suffix = whole[: places[0]], whole[places[0] + len(body) :]
         self.pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.unknown: int | None = tokenizer.unk_token_id
 
     def __call__(self, text: str) -> Tokens:
         return self.batch([text])[0]

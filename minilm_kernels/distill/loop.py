@@ -21,6 +21,7 @@ from .config import DistillConfig
 from .data import HeldOut, Packer, RowStream, Tokenizer, collect_heldout
 from .evaluation import components, heldout_loss, make_batch
 from .models import Pair, load_pair
+from .preflight import check_saving, check_text
 from .processes import Processes
 from .report import Metrics, Progress, heldout_records
 from .result import write_result
@@ -95,7 +96,10 @@ class _Run:
             _refuse(config, [f"processes: {saved.numbers['processes']} before, {processes.count} now"])
 
         self.pair: Pair = load_pair(config, processes.device)
+        teacher, student = self.pair.teacher.model, self.pair.student.model
+        processes.on_main(lambda: check_saving(student, self.pair.tokenizer, output))
         tokenizer = Tokenizer(self.pair.tokenizer)
+        check_text(tokenizer, (text for source in sources for text, _ in source.read()), teacher, student)
         self.heldout: HeldOut | None = None
         if heldout_sources or config.heldout_fraction:
             self.heldout = collect_heldout(
