@@ -85,7 +85,7 @@ class BadDocuments:
         """How many were bad, for the end of a run; "" if none was."""
         if not self.bad:
             return ""
-        return f"{self.bad} bad documents were skipped (a document counts once an epoch)"
+        return f"skipped bad documents: {self.bad} (each counts once an epoch)"
 
     def state(self) -> dict[str, Any]:
         """The counts, as JSON."""

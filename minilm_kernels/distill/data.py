@@ -150,6 +150,10 @@ class Packer:
         self.rows.append(Rows(ids, positions))
         self.open, self._room = [], self.seq_len
 
+    def clear(self) -> None:
+        """Forgets all rows."""
+        self.rows, self.open, self._room = [], [], self.seq_len
+
     def reopen(self, ids: np.ndarray, positions: np.ndarray) -> None:
         """Restores the open row from its tokens, as `open` held them."""
         self.open = np.split(ids, np.flatnonzero(positions == 0)[1:]) if len(ids) else []
@@ -220,8 +224,8 @@ def collect_heldout(
     """The first `most` rows of the documents held out.
 
     Args:
-        sources: the held-out text, if `separate`, else the training text, of which `fraction` is held out: in a small
-            corpus at least one document, that with the smallest digest.
+        sources: the held-out text, if `separate`, else the training text, of which `fraction` is held out. If that is
+            none or all of a small corpus, the document with the smallest digest is.
 
     Raises:
         ValueError: no document can be held out; a bad one is an error, or nearly all are bad.
@@ -230,7 +234,7 @@ def collect_heldout(
     seen: set[bytes] = set()
     smallest, smallest_tokens = 1 << 64, list[Tokens]()
     numbers = set[int]()  # of the first two different documents
-    found = lines = 0
+    found = lines = trained = 0
     for document in (document for source in sources for document in source.read()):
         refused: list[Document] = []
         text = document.text
@@ -238,6 +242,7 @@ def collect_heldout(
             own = digest(text)
             number = int.from_bytes(own, "big")
             chosen = separate or number < limit
+            trained += not chosen
             found, lines = found + 1, lines + len(text.strip().splitlines())
             if len(numbers) < 2:
                 numbers.add(number)
@@ -247,8 +252,8 @@ def collect_heldout(
                     seen.add(own)
                 for piece in tokens if chosen else ():
                     packer.add(piece)
-                if any(map(len, tokens)):
-                    smallest, smallest_tokens = min(smallest, number), tokens
+                if number < smallest and any(map(len, tokens)):
+                    smallest, smallest_tokens = number, tokens
         elif document.problem:
             refused = [document]
         good = int(text is not None and not refused)
@@ -257,15 +262,17 @@ def collect_heldout(
             break
     else:
         bad_documents.end_epoch()
-    if not (packer.rows or packer.open) and not separate and len(numbers) > 1 and smallest_tokens:
-        limit = smallest + 1
-        for piece in smallest_tokens:
-            packer.add(piece)
+        if not separate and not (trained and (packer.rows or packer.open)):  # a small corpus
+            packer.clear()
+            if len(numbers) > 1:
+                limit = smallest + 1
+                for piece in smallest_tokens:
+                    packer.add(piece)
     packer.flush()
     if not packer.rows:
         if separate:
             raise ValueError(f"--heldout-text holds no text{bad_documents.listed()}")
-        if not found:
+        if not smallest_tokens:
             raise ValueError(f"{EMPTY}{bad_documents.listed()}")
         how_many = "1 document" if found == 1 else f"{found} documents, all the same"
         by_line = f"--documents line, if each of its {lines} lines is a document; " if lines > found else ""

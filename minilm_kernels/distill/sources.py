@@ -167,7 +167,8 @@ class TextFile(ByteFile):
                     blank = not parts[-1].strip()
                 except UnicodeDecodeError as error:
                     where, problem = where or f"{self.path}, line {line}", problem or _not_utf8(error)
-            if size and (blank or self.by_line or size >= LARGEST_DOCUMENT):
+            cut = not raw.endswith(b"\n")
+            if size and (blank or self.by_line or cut or size >= LARGEST_DOCUMENT):
                 yield self._document(parts, where or f"{self.path}, line {begin}", after, problem)
                 parts, size, begin, where, problem = [], 0, 0, "", ""
         if size:
@@ -642,7 +643,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 def _json_document(raw: bytes, name: str, where: str, place: Place) -> Document:
     try:
-        record = json.loads(decode(raw))
+        record = json.loads(decode(raw.strip()))
     except UnicodeDecodeError as error:
         return Document(None, where, place, _not_utf8(error))
     except (ValueError, RecursionError) as error:

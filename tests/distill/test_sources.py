@@ -340,11 +340,19 @@ def test_bad_cells_and_damaged_pages_of_parquet(tmp_path: Path) -> None:
     assert list(opened(file).read(documents[9].place)) == documents[10:]
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
-def test_damaged_compression_loses_the_rest_of_the_file(pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    suffix = {gzip.compress: ".gz", bz2.compress: ".bz2", lzma.compress: ".xz"}[pack]
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [
+        (".gz", gzip.compress),
+        (".bz2", partial(bz2.compress, compresslevel=1)),
+        (".xz", partial(lzma.compress, preset=0)),
+    ],
+)
+def test_damaged_compression_loses_the_rest_of_the_file(
+    suffix: str, pack: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
     chance = random.Random(0)
-    content = "\n".join(f'{{"text": "{chance.random()}"}}' for _ in range(60_000)).encode()
+    content = "\n".join(f'{{"text": "{chance.random()}"}}' for _ in range(8_000)).encode()
     file = tmp_path / f"a.jsonl{suffix}"
     file.write_bytes(pack(content)[:-1000])
     documents = list(opened(file).read())
