@@ -32,6 +32,7 @@ class BadDocuments:
         self._policy, self._say = policy, say
         self.bad = self.nulls = 0
         self._epoch_good = self._epoch_bad = 0
+        self._latest = ""
         self._named, self._unnamed, self._last = 0, 0, 0.0
 
     def note(self, good: int, bad: Sequence[Document], nulls: int, *, warn: bool = True) -> None:
@@ -46,8 +47,10 @@ class BadDocuments:
                 "and continue with --resume"
             )
         count = sum(document.documents for document in bad)
+        if bad:
+            self._latest = _described(bad[-1])
         if self._epoch_bad + count >= ENOUGH_BAD:
-            self._check(self._epoch_good + good, self._epoch_bad + count, bad)
+            self._check(self._epoch_good + good, self._epoch_bad + count)
         self.bad, self.nulls = self.bad + count, self.nulls + nulls
         self._epoch_good, self._epoch_bad = self._epoch_good + good, self._epoch_bad + count
         for document in bad if warn else ():
@@ -55,15 +58,14 @@ class BadDocuments:
 
     def end_epoch(self) -> None:
         """Begins to count anew for an epoch. Raises `ValueError` if nearly all documents of the last were bad."""
-        self._check(self._epoch_good, self._epoch_bad, ())
+        self._check(self._epoch_good, self._epoch_bad)
         self._epoch_good = self._epoch_bad = 0
 
-    def _check(self, good: int, bad: int, latest: Sequence[Document]) -> None:
+    def _check(self, good: int, bad: int) -> None:
         if bad and good < GOOD_SHARE * (good + bad):
             raise ValueError(
-                f"{bad} of the first {good + bad} documents cannot be read"
-                + (f", the latest: {_described(latest[-1])}" if latest else ", see above")
-                + "; is it the right text, and the right --text-field?"
+                f"{bad} of the first {good + bad} documents cannot be read; is it the right text, and the right "
+                f"--text-field? The latest: {self._latest}"
             )
 
     def _warn(self, document: Document) -> None:

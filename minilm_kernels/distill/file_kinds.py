@@ -33,10 +33,10 @@ REFUSED = {
     **dict.fromkeys((".sqlite", ".exe", ".so", ".o", ".png", ".jpg", ".jpeg", ".gif", ".mp3", ".mp4"), _EXPORT),
 }
 _SIGNATURES = {
-    b"\x1f\x8b": ("compressed with gzip", "unpack it, or let its name end in .gz"),
-    b"BZh": ("compressed with bzip2", "unpack it, or let its name end in .bz2"),
-    b"\xfd7zXZ\x00": ("compressed with xz", "unpack it, or let its name end in .xz"),
-    b"\x28\xb5\x2f\xfd": ("compressed with zstd", _UNPACK),
+    b"\x1f\x8b": ("something compressed with gzip", "unpack it, or let its name end in .gz"),
+    b"BZh": ("something compressed with bzip2", "unpack it, or let its name end in .bz2"),
+    b"\xfd7zXZ\x00": ("something compressed with xz", "unpack it, or let its name end in .xz"),
+    b"\x28\xb5\x2f\xfd": ("something compressed with zstd", _UNPACK),
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", _UNPACK),
     b"PK\x03\x04": ("a zip archive (so are .docx, .pt and .npz files)", _EXPORT),
     b"PK\x05\x06": ("an empty zip archive", _EXPORT),
@@ -146,7 +146,7 @@ def read_head(path: Path, option: str) -> bytes:
     found = _not_text(head, suffixes(path)[0])
     if found:
         kind, advice = found
-        raise ValueError(f"{option}: {path} is {kind}, not text in UTF-8; {advice}")
+        raise ValueError(f"{option}: {path} is not plain UTF-8 text but {kind}; {advice}")
     return head
 
 
@@ -167,7 +167,7 @@ def _not_text(head: bytes, suffix: str) -> tuple[str, str] | None:
     controls = len(_CONTROL.findall(head))
     if controls > 1 and controls * 10 >= len(head):
         name = "UTF-32" if head.count(0) * 2 > len(head) + 2 else "UTF-16"
-        return f"{name} without a mark, or binary,", f"convert it first: iconv -f {name}LE (or {name}BE) -t UTF-8"
+        return f"{name} without a mark, or binary", f"convert it first: iconv -f {name}LE (or {name}BE) -t UTF-8"
     return _other_encoding(head)
 
 
@@ -183,7 +183,7 @@ def _other_encoding(head: bytes) -> tuple[str, str] | None:
     some_right = any(character > "\x7f" and not _ESCAPED.match(character) for character in set(text))
     if (bad >= _FEW and bad * 2 > len(parts)) or (bad >= _MANY and bad * 10 > len(parts) and not some_right):
         return (
-            f"in another encoding ({bad} of the first {len(parts)} lines are not UTF-8)",
+            f"text in another encoding ({bad} of the first {len(parts)} lines are not UTF-8)",
             "convert it first, for example: iconv -f LATIN1 -t UTF-8",
         )
     return None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
 BLOCK = 1 << 20
+DEEPEST = 900  # brackets in brackets; Python's parser takes few more
 
 _OUTSIDE = re.compile(rb'["{}\[\],]')
 _INSIDE = re.compile(rb'["\\\n]')  # of a string, which a newline cannot be part of
@@ -158,6 +159,8 @@ def _element(reader: _Reader, largest: int) -> bytes | None:
             if token == ord("{") and previous == ord(",") and stack[-1:] == b"{":
                 raise _Broken("an object does not end before the next", at)
             stack.append(token)
+            if len(stack) > DEEPEST:
+                raise _Broken(f"its brackets nest more than {DEEPEST} deep", at)
         elif token != ord(","):
             if stack[-1:] != bytes([_OPENER[token]]):
                 raise _Broken("its brackets do not match", at)
@@ -167,7 +170,7 @@ def _element(reader: _Reader, largest: int) -> bytes | None:
 
 def _resume(reader: _Reader, position: int) -> bool:
     """Drops what is broken, up to the next object; False if there is none."""
-    if reader.window[position : position + 1] == b"{":
+    if reader.window[position : position + 1] == b"{" and position:
         reader.drop(position)
         return True
     while True:

@@ -279,18 +279,20 @@ class _CsvLines:
         self._waiting: deque[bytes] = deque()  # read before, to be read again
         self._unfinished = False  # the last line goes on in the file
         self._record: list[bytes] = []
+        self._size = 0  # of the record
         self.undecodable = ""
 
     def __iter__(self) -> _CsvLines:
         return self
 
     def __next__(self) -> str:
-        if sum(map(len, self._record)) > LARGEST_RECORD:
+        if self._size > LARGEST_RECORD:
             raise csv.Error(f"a quote does not end within {LARGEST_RECORD} bytes")
         raw = self._waiting.popleft() if self._waiting else self._file.readline(LARGEST_RECORD + 1)
         if not raw:
             raise StopIteration
         self._record.append(raw)
+        self._size += len(raw)
         if len(raw) > LARGEST_RECORD and not raw.endswith(b"\n"):
             self._unfinished = True
             raise csv.Error(f"the line is longer than {LARGEST_RECORD} bytes")
@@ -313,7 +315,7 @@ class _CsvLines:
     def seek(self, offset: int) -> None:
         """Continues elsewhere, with a new record."""
         self._file.seek(offset)
-        self._record, self.undecodable = [], ""
+        self._record, self._size, self.undecodable = [], 0, ""
 
     def finish(self, offset: int, line: int, prefix: Prefix) -> tuple[int, int]:
         """Ends the present record, which began at `offset` after `line` lines; returns both after it."""
@@ -322,7 +324,7 @@ class _CsvLines:
             offset, line = offset + len(raw), line + 1
         if self._unfinished:
             offset += _rest_of_line(self._file, prefix)
-        self._record, self._unfinished, self.undecodable = [], False, ""
+        self._record, self._size, self._unfinished, self.undecodable = [], 0, False, ""
         return offset, line
 
 
@@ -343,7 +345,8 @@ class ParquetFile:
                     f"{self.path}: no column {self.text_field!r} (--text-field), or several; it has {', '.join(names)}"
                 )
             kind = file.schema_arrow.field(self.text_field).type
-            if str(getattr(kind, "value_type", kind)) not in ("string", "large_string", "string_view", "null"):
+            values = kind.value_type if hasattr(kind, "index_type") else kind  # of a dictionary
+            if str(values) not in ("string", "large_string", "string_view", "null"):
                 raise ValueError(f"{self.path}: column {self.text_field!r} (--text-field) is {kind}, expected text")
 
     def _open(self) -> Any:
@@ -652,8 +655,10 @@ def _json_document(raw: bytes, name: str, where: str, place: Place) -> Document:
 
 
 def _record_document(record: Any, name: str, where: str, place: Place) -> Document:
+    if record is None:
+        return Document(None, where, place)
     if not isinstance(record, dict):
-        return Document(None, where, place, f"expected a JSON object, got {type(record).__name__}")
+        return Document(None, where, place, f"it is {_kind(record)}, expected an object")
     if name not in record:
         names = ", ".join(map(str, list(record)[:9])) or "none"
         return Document(None, where, place, f"no field {name!r} (--text-field); it has {names}")
@@ -665,8 +670,21 @@ def _document(value: Any, name: str, where: str, place: Place) -> Document:
     if value is None:
         return Document(None, where, place)
     if not isinstance(value, str):
-        return Document(None, where, place, f"field {name!r} is {type(value).__name__}, expected text")
+        return Document(None, where, place, f"field {name!r} is {_kind(value)}, expected text")
     return Document(without_surrogates(value), where, place)
+
+
+def _kind(value: Any) -> str:
+    """The type of a value, in the words of JSON."""
+    words = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
+    return words.get(type(value), type(value).__name__)
 
 
 def _import(module: str, purpose: str) -> Any:

@@ -63,7 +63,7 @@ def test_suffixes_that_are_no_text_are_refused(suffix: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda: gzip.compress(ENGLISH.encode()), "gzip, .*unpack it"),
+        (lambda: gzip.compress(ENGLISH.encode()), "gzip; unpack it"),
         (lambda: bz2.compress(ENGLISH.encode()), "bzip2"),
         (lambda: lzma.compress(ENGLISH.encode()), "xz"),
         (zipped, "zip archive"),
@@ -71,31 +71,26 @@ def test_suffixes_that_are_no_text_are_refused(suffix: str, tmp_path: Path) -> N
         (array, "NumPy"),
         (lambda: save({"weight": torch.zeros(2, 2)}), "safetensors"),
         (lambda: b"%PDF-1.7\n" + ENGLISH.encode(), "PDF"),
-        (lambda: np.random.default_rng(0).bytes(5000), "not text in UTF-8"),
-        (lambda: np.arange(5000, dtype=np.int32).tobytes(), "not text in UTF-8"),
+        (lambda: np.random.default_rng(0).bytes(5000), ""),
+        (lambda: np.arange(5000, dtype=np.int32).tobytes(), ""),
         *[
             (lambda t=text, e=encoding: t.encode(e), f"{encoding[:6]}.*iconv -f {encoding[:6]}")
             for text in (ENGLISH, GERMAN, RUSSIAN)
             for encoding in ("UTF-16", "UTF-16-LE", "UTF-16-BE", "UTF-32", "UTF-32-LE", "UTF-32-BE")
         ],
         (lambda: CHINESE.encode("utf-16"), "UTF-16"),
-        (lambda: CHINESE.encode("utf-16-le"), "not text in UTF-8"),
+        (lambda: CHINESE.encode("utf-16-le"), ""),
         (lambda: GERMAN.encode("latin-1"), "another encoding .*iconv"),
         (lambda: RUSSIAN.encode("cp1251"), "another encoding .*iconv"),
         (lambda: CHINESE.encode("gb18030"), "another encoding .*iconv"),
-        (lambda: "\n".join(["plain"] * 7 + ["caf\xe9"]).encode("latin-1") + b"\n" * 30, None),
         (lambda: ("\n".join(["plain"] * 7 + ["caf\xe9"]) + "\n").encode("latin-1") * 30, "another encoding"),
     ],
 )
 def test_content_that_is_no_text_is_refused(
-    name: str, content: Callable[[], bytes], message: str | None, tmp_path: Path
+    name: str, content: Callable[[], bytes], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content())
-    if message is None:
-        if name in ("text.txt", "text", "text.log", "text.jsonl"):
-            open_sources([str(tmp_path / name)])
-        return
-    with pytest.raises(ValueError, match=rf"--text: .*{name} is .*{message}"):
+    with pytest.raises(ValueError, match=rf"--text: .*{name} is not plain UTF-8 text but .*{message}"):
         open_sources([str(tmp_path / name)])
 
 
@@ -121,6 +116,8 @@ def test_text_is_text(text: str, tmp_path: Path) -> None:
 
 
 def test_some_bad_lines_do_not_make_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "small.txt").write_bytes("plain\n\ncaf\xe9\n\nplain\n\ncaf\xe9".encode("latin-1"))
+    assert texts(tmp_path / "small.txt") == ["plain\n", "", "plain\n", ""]
     lines = [b"good words in a line"] * 300
     lines[5:24] = [b"bad \xff\xfe words"] * 19
     (tmp_path / "few.txt").write_bytes(b"\n\n".join(lines))
@@ -138,7 +135,7 @@ def test_some_bad_lines_do_not_make_another_encoding(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["<!DOCTYPE html>\n<p>", "\n <html lang=en>", "<?xml version='1.0'?>"])
 def test_markup_without_a_suffix_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "page").write_text(content)
-    with pytest.raises(ValueError, match=r"page is markup, .*extract its text"):
+    with pytest.raises(ValueError, match=r"page is not plain UTF-8 text but markup; extract its text"):
         open_sources([str(tmp_path / "page")])
 
 

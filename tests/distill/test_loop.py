@@ -215,6 +215,20 @@ def test_a_run_that_a_bad_document_ended_continues_after_the_repair(settings: Se
     assert weights(continued) == weights(whole)
 
 
+def test_what_a_folder_holds_besides_is_named(
+    settings: Settings, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    shutil.copy(text_file, folder)
+    (folder / "table.csv").write_text("n,text\n" + "".join(f'{n},"{text}"\n' for n, text in enumerate(make_texts(20))))
+    (folder / "more.txt.zst").write_bytes(b"")
+    distill(settings(text=[folder], heldout_text=[folder / "table.csv"], steps=1))
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert line.startswith(f"minilm-distill: --text: left out of folder {folder}: 1 files")
+    assert "(more.txt.zst)" in line
+
+
 @pytest.mark.parametrize("options", [{}, {"batch_size": 64}, {"shuffle_rows": 1}, {"packing": False}, {"steps": 40}])
 @pytest.mark.parametrize("documents", [2, 5])
 def test_small_corpora_train(documents: int, options: dict[str, Any], settings: Settings, tmp_path: Path) -> None:
@@ -524,8 +538,8 @@ def mixed_folder(path: Path) -> list[str]:
         ({"text": ["./nowhere.txt"]}, "--text: there is no file or folder nowhere.txt"),
         ({"text": empty_file}, "training text is empty"),
         ({"text": one_document}, r"holds 1 document, .*--documents line, if each of its 3 lines"),
-        ({"text": utf_16}, r"--text: .*text is UTF-16 without a mark.*iconv"),
-        ({"heldout_text": utf_16}, r"--heldout-text: .*text is UTF-16 without a mark.*iconv"),
+        ({"text": utf_16}, r"--text: .*text is not plain UTF-8 text but UTF-16 without a mark.*iconv"),
+        ({"heldout_text": utf_16}, r"--heldout-text: .*text is not plain UTF-8 text but UTF-16 without a mark.*iconv"),
         ({"text": ["/dev/zero"]}, "--text: /dev/zero is a device"),
         ({"text": mixed_folder}, r"--text: folder .*text holds no text.*it holds a\.txt\.zst, b\.html"),
         ({"text": empty_file, "heldout_fraction": 0}, "training text is empty"),

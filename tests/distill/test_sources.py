@@ -240,14 +240,14 @@ GOOD = b'{"text": "good"}'
         ("a.txt", b"one\ntwo \xff\n\ngood", "line 2", r"not UTF-8 \(byte 0xff at 4\)"),
         ("a.jsonl", GOOD + b'\n{"text": \n', "line 2", "not JSON"),
         ("a.jsonl", GOOD + b'\n\n{"body": "b", "n": 1}\n', "line 3", "no field 'text'.*has body, n"),
-        ("a.jsonl", b'["text"]\n' + GOOD, "line 1", "expected a JSON object, got list"),
-        ("a.jsonl", b'{"text": 3}\n' + GOOD, "line 1", "field 'text' is int"),
-        ("a.jsonl", b'{"text": NaN}\n' + GOOD, "line 1", "field 'text' is float"),
-        ("a.jsonl", b'{"text": ["a"]}\n' + GOOD, "line 1", "field 'text' is list"),
+        ("a.jsonl", b'["text"]\n' + GOOD, "line 1", "it is an array, expected an object"),
+        ("a.jsonl", b'{"text": 3}\n' + GOOD, "line 1", "field 'text' is a number"),
+        ("a.jsonl", b'{"text": NaN}\n' + GOOD, "line 1", "field 'text' is a number"),
+        ("a.jsonl", b'{"text": ["a"]}\n' + GOOD, "line 1", "field 'text' is an array"),
         ("a.jsonl", b"[" * 100_000 + b"\n" + GOOD, "line 1", "not JSON"),
         ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n" + GOOD, "line 1", "not JSON"),
         ("a.jsonl", GOOD + b'\n{"text": "\xe9"}', "line 2", "not UTF-8"),
-        ("a.json", b"[" + GOOD + b',\n{"text": 3}]', "line 2, element 2", "field 'text' is int"),
+        ("a.json", b"[" + GOOD + b',\n{"text": 3}]', "line 2, element 2", "field 'text' is a number"),
         ("a.json", b"[" + GOOD + b',\n{"text": }]', "line 2, element 2", "not JSON"),
         ("a.json", b"[" + GOOD + b", \xe9]", "line 1, element 2", "not UTF-8"),
         ("a.json", b'[{"text": "x", ' + GOOD + b"]", "line 1, element 1", "an object does not end before the next"),
@@ -399,6 +399,9 @@ def test_missing_input_is_named(tmp_path: Path) -> None:
         opened(file, text_field="body")
     with pytest.raises(ValueError, match=r"column 'n'.*int64, expected text"):
         opened(file, text_field="n")
+    pq.write_table(pa.table({"text": [["a list"]]}), tmp_path / "list.parquet")
+    with pytest.raises(ValueError, match=r"column 'text'.*list.*, expected text"):
+        opened(tmp_path / "list.parquet")
     with pytest.raises(ValueError, match=r"--dataset .*nowhere"):
         list(HubDataset(str(tmp_path / "nowhere"), None, "train", "text").read())
     with pytest.raises(ValueError, match=r"no field 'body'.*it has text"):
