@@ -14,7 +14,6 @@ import json
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -137,9 +136,13 @@ class ByteFile(ABC):
 
     def prefix(self, size: int) -> Prefix:
         prefix = Prefix()
-        with suppress(*DAMAGED), open_bytes(self.path) as file:
-            while block := file.read(min(READ_BYTES, size - prefix.size)):
-                prefix.add(block)
+        try:
+            with open_bytes(self.path) as file:
+                while block := file.read(min(READ_BYTES, size - prefix.size)):
+                    prefix.add(block)
+        except (*DAMAGED, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
         return prefix
 
 

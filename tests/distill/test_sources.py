@@ -355,9 +355,11 @@ def test_damaged_compression_loses_the_rest_of_the_file(
     content = "\n".join(f'{{"text": "{chance.random()}"}}' for _ in range(8_000)).encode()
     file = tmp_path / f"a.jsonl{suffix}"
     file.write_bytes(pack(content)[:-1000])
-    documents = list(opened(file).read())
-    assert len(documents) > 1000
-    *good, bad = documents
+    prefix = Prefix()
+    *good, bad = opened(file).read(None, prefix)
+    assert len(good) > 1000
+    assert opened(file).prefix(prefix.size).digest() == prefix.digest()
+    assert opened(file).prefix(prefix.size + 10**6).digest() != prefix.digest()
     assert all(document.text for document in good)
     assert "rest of the file cannot be unpacked" in bad.problem
     assert list(opened(file).read(bad.place)) == []
