@@ -104,7 +104,8 @@ class _Run:
         teacher, student = self.pair.teacher.model, self.pair.student.model
         processes.on_main(lambda: check_saving(student, self.pair.tokenizer, output))
         tokenizer = Tokenizer(self.pair.tokenizer)
-        check_text(tokenizer, (text for source in sources for text, _ in source.read()), teacher, student)
+        documents = (document for source in sources for document in source.read())
+        check_text(tokenizer, (d.text for d in documents if d.text is not None), teacher, student)
         self.heldout: HeldOut | None = None
         if saved is None and (heldout_sources or config.heldout_fraction):
             separate = bool(heldout_sources)
