@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 NATIVE = Path(__file__).parent / "native"
+LIMIT = 240  # seconds of one compiler
 FOLDER = Path(__file__).parents[2] / "build" / "ptx"  # what is built, unless a command names another folder
 
 
@@ -39,6 +40,6 @@ def kept(folder: Path, name: str, inputs: Iterable[Path | str], make: Callable[[
 
 def compiled(command: list[str], what: str) -> None:
     """Runs a compiler."""
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     if result.returncode:
         raise RuntimeError(f"{what} does not build: {' '.join(command)}\n{result.stderr[-3000:]}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .build import FOLDER, NATIVE, compiled, kept
+from .build import FOLDER, LIMIT, NATIVE, compiled, kept
 from .parser import Module, parse
 
 COMPILER = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")  # None: the CUDA family cannot be compiled
@@ -28,7 +28,7 @@ def compile_library(folder: Path = FOLDER) -> tuple[Path, list[Module]]:
     if COMPILER is None:
         raise RuntimeError("nvcc was not found; install the CUDA toolkit, or put nvcc on the PATH")
     inputs = [*sorted(path for path in _SOURCES.iterdir() if path.is_file()), *sorted(NATIVE.iterdir()), Path(__file__)]
-    version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True, timeout=LIMIT).stdout
     place = kept(folder, "cuda", [*inputs, version, torch.__version__], _make)
     units = sorted(_SOURCES.glob("*.cu"))
     return place / "library.so", [parse((place / f"{unit.stem}.ptx").read_text(encoding="utf-8")) for unit in units]
@@ -64,7 +64,8 @@ def _make(folder: Path) -> None:
 
 def _toolkit_include() -> Path:
     command = [str(COMPILER), "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"]
-    for flag in re.findall(r"\"?-I([^\"\s]+)", subprocess.run(command, capture_output=True, text=True).stderr):
+    said = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT).stderr
+    for flag in re.findall(r"\"?-I([^\"\s]+)", said):
         if (Path(flag) / "cuda_runtime.h").exists():
             return Path(flag).resolve()
     raise RuntimeError("nvcc does not say where cuda_runtime.h is")
