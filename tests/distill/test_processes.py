@@ -40,16 +40,26 @@ def started(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        # torchrun's workers are sessions of their own, and hold the pipe that is read below.
+        for group in (process.pid, *children(process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+        process.communicate(timeout=PATIENCE)
+
+
+def children(parent: int) -> list[int]:
+    """The processes below one, by /proc."""
+    with contextlib.suppress(OSError):
+        below = [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+        return [*below, *(deeper for child in below for deeper in children(child))]
+    return []
 
 
 def wait_for_step(process: subprocess.Popen[str], metrics: Path, step: int) -> None:
     """Waits until the run in `process` has written the metrics of `step`."""
     deadline = time.monotonic() + PATIENCE
     while not any(record["step"] >= step for record in read_metrics(metrics)):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate(timeout=PATIENCE)[0]
         assert time.monotonic() < deadline, "the run does not advance"
         time.sleep(0.005)
 
@@ -81,7 +91,7 @@ def test_a_run_killed_at_a_random_step_continues_to_the_same_bits(settings: Sett
         wait_for_step(process, tmp_path / "run" / "metrics.jsonl", chance.randint(1, 250))
         time.sleep(chance.random() * 0.2)
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        assert process.wait(PATIENCE) == -signal.SIGKILL
     assert not (tmp_path / "run" / "student").exists()
 
     continued = distill(settings(**changes, resume=True))

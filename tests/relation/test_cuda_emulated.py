@@ -30,8 +30,8 @@ _CROWDED = (232448, 30000)  # the same block on a processor with little room: fe
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return cuda.build(tmp_path_factory.mktemp("emulated"))
+def library(made_once):
+    return cuda.load(made_once("emulated", cuda.build))
 
 
 @pytest.fixture
