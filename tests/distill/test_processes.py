@@ -108,6 +108,7 @@ def test_a_run_killed_at_a_random_step_continues_to_the_same_bits(settings: Sett
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".unfinished")]
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(settings: Settings, tmp_path: Path) -> None:
     """Also: a signal to torchrun stops both after the same step, and both continue."""
     changes: dict[str, Any] = {"steps": 40, "dropout": 0.0, "accumulation": 2, "checkpoint_every": 100, "lr": 3e-4}

@@ -190,7 +190,7 @@ def _share(copies: Sequence[Copy], mutants: Sequence[Mutant], work: Callable[[Co
             except Exception as error:
                 errors.append(f"{mutant.name}: {error}")
 
-    threads = [threading.Thread(target=serve, args=(copy,)) for copy in copies]
+    threads = [threading.Thread(target=serve, args=(copy,), daemon=True) for copy in copies]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -72,8 +72,8 @@ MUTANTS = [
     ),
     Mutant(
         _D + "config.py",
-        "if not option.metadata[\"neutral\"] and mine",
-        "if option.metadata[\"positive\"] and mine",
+        'if not option.metadata["neutral"] and mine',
+        'if option.metadata["positive"] and mine',
         f"{_T}test_config.py {_T}test_loop.py",
         "a run is continued with settings that change its numbers",
     ),
@@ -217,7 +217,7 @@ MUTANTS = [
     ),
     Mutant(
         _D + "checkpoint.py",
-        "        for path in [*temporary.rglob(\"*\"), temporary]:\n            sync(path)\n",
+        '        for path in [*temporary.rglob("*"), temporary]:\n            sync(path)\n',
         "",
         _T + "test_checkpoint.py",
         "a power cut leaves a checkpoint with empty files",

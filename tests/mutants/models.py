@@ -38,7 +38,7 @@ MUTANTS = [
     ),
     Mutant(
         _QKV,
-        '        training=False,\n        _forward_hooks={},',
+        "        training=False,\n        _forward_hooks={},",
         "        _forward_hooks={},",
         f"tests/test_qkv.py {_QUICK}",
         "the dry run draws random numbers for dropout: the run after it is another one",
@@ -52,7 +52,7 @@ MUTANTS = [
     ),
     Mutant(
         _STUDENTS,
-        '4 * hidden_size if intermediate_size is None',
+        "4 * hidden_size if intermediate_size is None",
         "3 * hidden_size if intermediate_size is None",
         "tests/test_students.py",
         "other students than the papers'",

@@ -68,8 +68,8 @@ MUTANTS = [
     ),
     Mutant(
         _DRIVER,
-        "return relation.self && gradient_ && call_.weights && relation.teacher.scale >= 0 && relation.student.scale >= 0;",
-        "return relation.self && gradient_ && call_.weights;",
+        "call_.weights && relation.teacher.scale >= 0 && relation.student.scale >= 0;",
+        "call_.weights;",
         _BOTH,
         "negative scales are taken for positive ones",
     ),

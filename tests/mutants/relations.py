@@ -135,7 +135,7 @@ MUTANTS = [
         _PROBLEM,
         "return torch.float64 if any(x.dtype == torch.float64 for x in (*teacher, *student))",
         "return torch.float64 if any(x.dtype == torch.float64 for x in student)",
-        "tests/relation",
+        f"{_CONTRACT} {_VALIDATION} tests/test_losses.py",
         "a float64 teacher is rounded to float32",
     ),
     # Backend `torch`.

@@ -60,7 +60,9 @@ def _usage(compiled) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        listing = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True, timeout=60).stdout
+        listing = subprocess.run(
+            [tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", listing)}
 
 
