@@ -1,6 +1,9 @@
 """The suite about itself: nothing in it waits for a process or a thread without a limit."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("test_*.py")])
 RUNS = {"run", "call", "check_call", "check_output"}
-WAITS = {"communicate", "wait", "join", "result", "waitpid", "acquire", "get"}
+WAITS = {"communicate", "wait", "join", "result", "acquire"}
 
 
 def without_limit(source: str) -> list[int]:
@@ -52,3 +55,35 @@ def test_nothing_waits_without_a_limit(file: Path) -> None:
 )
 def test_what_waits(source: str, found: list[int]) -> None:
     assert without_limit(source) == found
+
+
+_HANGS = """
+import ctypes, time
+
+def test_in_python():
+    time.sleep(600)
+
+def test_in_c():
+    library, mutex = ctypes.PyDLL(None), (ctypes.c_char * 256)()
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)  # for ever, holding Python's lock: no signal handler runs
+
+def test_after_them():
+    pass
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a mutex of zeros")
+def test_a_test_that_hangs_is_ended_and_named(tmp_path: Path) -> None:
+    (tmp_path / "test_hangs.py").write_text(_HANGS, encoding="utf-8")
+    short = ["-o", "timeout=3", "-o", "faulthandler_timeout=9"]
+    command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, *short, "-n", "1"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    result = subprocess.run(
+        [*command, tmp_path], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert "test_in_python - Failed: Timeout (>3.0s)" in result.stdout
+    assert "test_in_c - worker 'gw0' crashed" in result.stdout
+    assert "2 failed, 1 passed" in result.stdout
+    assert "in test_in_c" in result.stderr
