@@ -427,6 +427,7 @@ def train_distributed(rank: int, folder: str) -> None:
         wrong(**batch)
 
 
+@pytest.mark.slow
 def test_distributed_without_find_unused_parameters(tmp_path):
     workers = torch.multiprocessing.spawn(distributed_worker, (str(tmp_path),), nprocs=2, join=False)
     deadline = time.monotonic() + 240
