@@ -66,7 +66,7 @@ packaging: $(INSTALLED)  ## installs into new environments; other compilers, pro
 cuda: $(INSTALLED)  ## compile the CUDA library for all GPUs, warnings being errors, into build/cuda
 	$(BIN)/python -m pytest -m packaging -rs tests/packaging/test_cuda_library.py $(ARGS)
 
-mutants: $(INSTALLED)  ## put a bug into a copy of the sources, one of some 70 at a time; the tests must find it
+mutants: $(INSTALLED)  ## put a bug into a copy of the sources, one of a hundred at a time; the tests must find it
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 clean:  ## remove the environment and what was built

@@ -137,6 +137,7 @@ def run(mutants: Sequence[Mutant], folder: Path, jobs: int) -> int:
 
     def without(copy: Copy, mutant: Mutant) -> None:
         passed, said = copy.test(mutant, applied=False)
+        print(f"{'passes' if passed else 'FAILS'} without a mutant: {mutant.tests}", flush=True)
         if not passed:
             broken.append(f"{mutant.tests}: fails without a mutant: {said}")
 
