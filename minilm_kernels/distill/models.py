@@ -29,7 +29,7 @@ class Side:
     def __init__(self, model: Any, layer: int, projections: Sequence[str] | None, side: str) -> None:
         self.model = model
         try:
-            self.extractor = QKVExtractor(model, layer, projections=projections)
+            self.extractor = QKVExtractor(model, layer, frozen=side == "teacher", projections=projections)
         except ValueError as error:
             raise ValueError(f"--{side}-layer, --{side}-projections: {error}") from error
         self._additive = model.config._attn_implementation == "eager"
@@ -59,7 +59,7 @@ class Pair:
 
 
 def load_pair(config: DistillConfig, device: torch.device) -> Pair:
-    """Teacher (eval mode, no gradients) and student (float32, initial weights) on `device`.
+    """Teacher (frozen) and student (float32, initial weights) on `device`.
 
     Raises:
         FileNotFoundError, ValueError: a model cannot be loaded, has not the layer asked for, or the two do not fit:
@@ -70,9 +70,7 @@ def load_pair(config: DistillConfig, device: torch.device) -> Pair:
     torch.manual_seed(config.seed)
     student = _make_student(config, teacher, tokenizer)
     pair = Pair(
-        Side(
-            teacher.eval().requires_grad_(False).to(device), config.teacher_layer, config.teacher_projections, "teacher"
-        ),
+        Side(teacher.requires_grad_(False).to(device), config.teacher_layer, config.teacher_projections, "teacher"),
         Side(student.to(device), config.student_layer, config.student_projections, "student"),
         _make_loss(config, teacher.config, student.config),
         tokenizer,
