@@ -3,6 +3,7 @@
 from . import Mutant
 
 _QKV = "minilm_kernels/qkv.py"
+_VIEW = "minilm_kernels/_module_view.py"
 _STUDENTS = "minilm_kernels/students.py"
 _QUICK = "-k 'not compiles and not distributed'"
 
@@ -30,6 +31,27 @@ MUTANTS = [
     ),
     Mutant(
         _QKV,
+        "accepts_loss_kwargs = False",
+        "accepts_loss_kwargs = True",
+        "tests/test_qkv.py -k accumulation",
+        "transformers' Trainer multiplies the gradient by its accumulation steps",
+    ),
+    Mutant(
+        _QKV,
+        "        if self.frozen:\n            return self\n",
+        "",
+        f"tests/test_qkv.py {_QUICK}",
+        "train() on a module that holds a frozen teacher turns the teacher's dropout on",
+    ),
+    Mutant(
+        _QKV,
+        '            self.__dict__["base"] = pinned(base, made)',
+        "            self.base = pinned(base, made)",
+        f"tests/test_qkv.py {_QUICK}",
+        "a frozen teacher is among the parameters that are trained and saved",
+    ),
+    Mutant(
+        _VIEW,
         "    for name in list(kept)[layer:]:\n        del kept[name]\n",
         "",
         f"tests/test_qkv.py {_QUICK}",
@@ -37,11 +59,25 @@ MUTANTS = [
         harmless="the exception ends the forward before them, and only reached parameters are registered",
     ),
     Mutant(
-        _QKV,
-        "        training=False,\n        _forward_hooks={},",
-        "        _forward_hooks={},",
+        _VIEW,
+        '        twin.__dict__["training"] = False\n',
+        "",
         f"tests/test_qkv.py {_QUICK}",
+        "a frozen teacher made from a model in training mode has dropout",
+    ),
+    Mutant(
+        _VIEW,
+        "        tensors,\n        training=False,",
+        "        tensors,",
+        "tests/test_qkv.py tests/test_wrappers.py -k 'not compiles and not distributed and not real_minilm'",
         "the dry run draws random numbers for dropout: the run after it is another one",
+    ),
+    Mutant(
+        "minilm_kernels/_full_attention.py",
+        "if partial[layer - 1] is not None:",
+        "if partial[0] is not None:",
+        "tests/test_full_attention.py",
+        "a layer with local attention is extracted: its relations are not the attention that it uses",
     ),
     Mutant(
         _STUDENTS,
