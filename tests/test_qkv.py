@@ -1,8 +1,12 @@
 """QKVExtractor: values, what is run, what is registered, and that the model stays as it was."""
 
 import copy
+import gc
+import os
 import pickle
 import threading
+import time
+import traceback
 
 import pytest
 import torch
@@ -143,6 +147,43 @@ def test_values_on_a_real_minilm():
     with torch.no_grad():
         for layer in (1, 4, 6):
             assert_equal(QKVExtractor(model, layer)(**batch), by_hand(model, layer, batch), 1e-5)
+
+
+BERT_LIKE = {
+    "bert-generation": {},
+    "camembert": {},
+    "data2vec-text": {},
+    "ernie": {},
+    "esm": {"pad_token_id": 1, "mask_token_id": 4},
+    "layoutlm": {},
+    "markuplm": {},
+    "megatron-bert": {},
+    "rembert": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "roberta-prelayernorm": {},
+    "roc_bert": {},
+    "splinter": {},
+    "xlm-roberta-xl": {},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+}
+
+
+@pytest.mark.parametrize("model_type", BERT_LIKE)
+def test_values_are_those_of_the_whole_model(model_type):
+    """Architectures with BERT's names, against hooks in a run of the whole model."""
+    shape = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 64}
+    config = AutoConfig.for_model(
+        model_type, vocab_size=200, max_position_embeddings=40, **shape, **BERT_LIKE[model_type]
+    )
+    model, batch, seen = AutoModel.from_config(config).eval(), batch_of(), {}
+    for layer in range(3):
+        for name in BERT[2]:
+            module = model.get_submodule(f"encoder.layer.{layer}.attention.self.{name}")
+            module.register_forward_hook(lambda m, i, output, key=(layer + 1, name): seen.update({key: output}))
+    with torch.no_grad():
+        model(**batch)
+        expected = {layer: QKV(*(seen[layer, name] for name in BERT[2])) for layer in (1, 3)}
+        for layer, qkv in expected.items():
+            assert_equal(QKVExtractor(model, layer)(**batch), qkv)
 
 
 @pytest.mark.parametrize("model_type", KNOWN)
@@ -305,7 +346,8 @@ def test_extractors_over_one_model_and_threads_do_not_disturb_each_other():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
     assert not wrong
 
 
@@ -632,6 +674,18 @@ DISTRIBUTED = {"bert": 2, "mpnet": 1}  # model type: the layer
 
 
 def distributed_worker(rank: int, folder: str) -> None:
+    """Ends its process without Python's shutdown, in which what is left of a process group can wait for itself."""
+    try:
+        train_distributed(rank, folder)
+        gc.collect()
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def train_distributed(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     parallel = nn.parallel.DistributedDataParallel
@@ -666,11 +720,18 @@ def distributed_worker(rank: int, folder: str) -> None:
     loss_of(wrong(**batch)).backward()
     with pytest.raises(RuntimeError, match="not used in producing loss"):
         wrong(**batch)
-    torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_distributed_without_find_unused_parameters(tmp_path):
-    torch.multiprocessing.spawn(distributed_worker, (str(tmp_path),), nprocs=2)
+    workers = torch.multiprocessing.spawn(distributed_worker, (str(tmp_path),), nprocs=2, join=False)
+    deadline = time.monotonic() + 240
+    try:
+        while not workers.join(timeout=5):
+            assert time.monotonic() < deadline, "the workers do not end"
+    finally:
+        for process in workers.processes:
+            process.kill()
     for model_type, layer in DISTRIBUTED.items():
         torch.manual_seed(0)
         model, batch = make(model_type, auto=AutoModelForMaskedLM), batch_of(6)

@@ -9,7 +9,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .bad_documents import BadDocuments
 from .batch import Counts
 from .checkpoint import (
     Checkpoint,
@@ -36,6 +37,7 @@ from .console import forgiving_streams, say
 from .data import HeldOut, Packer, Rows, RowStream, Tokenizer, collect_heldout
 from .evaluation import components, heldout_loss, make_batch
 from .models import Pair, load_pair
+from .preflight import check_saving, check_text
 from .processes import Processes
 from .report import Metrics, Progress, heldout_records, read_metrics
 from .result import write_result
@@ -97,6 +99,8 @@ def distill(config: DistillConfig) -> DistillResult:
             if processes.main:
                 command = config.command(processes.count)
                 resume = f"stopped at step {run.step}; continue with\n  {command} --resume"
+                if skipped := run.stream.bad_documents.summary():
+                    print(f"minilm-distill: {skipped}")
                 print(f"minilm-distill: {f'the student is in {student}' if stopped_by is None else resume}")
             return processes.on_main(lambda: _result(output, run.step, stopped_by))
 
@@ -143,26 +147,36 @@ class _Run:
         config, processes = self.config, self.processes
         if saved is not None and saved.numbers.get("processes") != processes.count:
             _refuse(config, [f"processes: {saved.numbers.get('processes')} before, {processes.count} now"])
-        sources, heldout_sources = _sources(config)
+        tell = say if processes.main else _say_nothing
+        sources, heldout_sources = _sources(config, tell)
         self.pair: Pair = load_pair(config, processes.device)
+        teacher, student = self.pair.teacher.model, self.pair.student.model
+        if processes.main:
+            check_saving(student, self.pair.tokenizer, self.metrics_path.parent)
         tokenizer = Tokenizer(self.pair.tokenizer)
+        documents = (document for source in sources for document in source.read())
+        check_text(tokenizer, (d.text for d in documents if d.text is not None), teacher, student)
         self.heldout: HeldOut | None = None
-        if heldout_sources or config.heldout_fraction:
+        if saved is None and (heldout_sources or config.heldout_fraction):
+            separate = bool(heldout_sources)
+            # Training names the bad documents of its text when it reaches them.
             self.heldout = collect_heldout(
                 heldout_sources or sources,
-                separate=bool(heldout_sources),
+                separate=separate,
                 fraction=config.heldout_fraction,
                 packer=Packer(tokenizer, config.seq_len, config.packing),
                 tokenizer=tokenizer,
                 most=config.heldout_rows,
+                bad_documents=BadDocuments(config.bad_documents, tell if separate else _say_nothing),
             )
         self.stream = RowStream(
             sources,
             tokenizer,
             Packer(tokenizer, config.seq_len, config.packing),
-            held_out=self.heldout.contains if self.heldout else lambda text: False,
+            held_out=self.heldout,
             shuffle_rows=config.shuffle_rows,
             seed=config.seed,
+            bad_documents=BadDocuments(config.bad_documents, lambda message: self.progress.say(message)),
         )
 
         self.names = list(self.pair.loss.relations)
@@ -309,6 +323,8 @@ class _Run:
         return {
             "epoch": self.stream.epoch,
             "tokens": self.tokens,
+            "bad_documents": self.stream.bad_documents.bad,
+            "null_documents": self.stream.bad_documents.nulls,
             "loss": sum(weight * values[name] for name, weight in self.pair.loss.relations.items()),
             **values,
             "lr": self.config.learning_rate(self.step - 1),
@@ -405,6 +421,7 @@ class _Run:
             state.setdefault(numbers[id(self.parameters[name])], {})[moment] = tensor.clone()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.stream.load_state(saved.numbers["data"], saved.tensors["data"])
+        self.heldout = self.stream.held_out
         progress = saved.tensors["progress"]
         self.window = list(progress["window"].to(self.processes.device))
         torch.set_rng_state(progress[f"cpu.{self.processes.rank}"])
@@ -445,11 +462,16 @@ class _Run:
             )
 
 
-def _sources(config: DistillConfig) -> tuple[list[Source], list[Source]]:
-    """Training and separate held-out text."""
+def _say_nothing(message: str) -> None:
+    pass
+
+
+def _sources(config: DistillConfig, say: Callable[[str], None]) -> tuple[list[Source], list[Source]]:
+    """Training and separate held-out text; `say` is told what is left out of folders."""
 
     def files(paths: tuple[str, ...], option: str) -> list[Source]:
-        return open_sources(paths, text_field=config.text_field, by_line=config.documents == "line", option=option)
+        by_line = config.documents == "line"
+        return open_sources(paths, text_field=config.text_field, by_line=by_line, option=option, say=say)
 
     training: list[Source] = files(config.text, "--text")
     if config.dataset is not None:

@@ -303,11 +303,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             library = Path(folder) / "strike.so"
             source = Path(__file__).with_name("strike.c")
             compiler = shlex.split(os.environ.get("CC", "cc"))
-            subprocess.run([*compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+            subprocess.run([*compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True, timeout=PATIENCE)
             environment = {LIBRARY: str(library), "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
             quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
             command = [sys.executable, "-m", __spec__.name, *(sys.argv[1:] if argv is None else argv)]
-            return subprocess.run(command, env={**os.environ, **environment, **quiet}).returncode
+            environment = {**os.environ, **environment, **quiet}
+            return subprocess.run(command, env=environment, timeout=options.seconds + 6 * PATIENCE).returncode
 
     import minilm_kernels.distill.loop  # noqa: F401  once, for all runs
 
