@@ -76,7 +76,10 @@ def relation_kl(
     """
     teacher, student = {"query": teacher_query}, {"query": student_query}
     pair = ("query", "query")
-    keys = (teacher_query if teacher_key is None else teacher_key, student_query if student_key is None else student_key)
+    keys = (
+        teacher_query if teacher_key is None else teacher_key,
+        student_query if student_key is None else student_key,
+    )
     if keys[0] is not teacher_query or keys[1] is not student_query:
         teacher["key"], student["key"] = keys
         pair = ("query", "key")
@@ -131,7 +134,8 @@ def relations_kl(
             factor = torch.where(zero_or_one, 1.0, torch.nan)
         attention_mask = attention_mask != 0
     pairs = [
-        (query, query) if _one_tensor(teacher[query], teacher[key]) and _one_tensor(student[query], student[key])
+        (query, query)
+        if _one_tensor(teacher[query], teacher[key]) and _one_tensor(student[query], student[key])
         else (query, key)
         for query, key in relations
     ]
