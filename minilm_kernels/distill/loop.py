@@ -451,7 +451,9 @@ class _Run:
         expect(window.dim() == 2 and window.shape[1] == len(self.names) + 1, f"window is {tuple(window.shape)}")
         words = self.pair.student.model.get_input_embeddings().weight.shape[0]
         data = saved.tensors["data"]
-        for part, width in (("buffer", (config.seq_len,)), ("drawn", (config.seq_len,)), ("open", ())):
+        row = (config.seq_len,)
+        widths = {"buffer": row, "drawn": row, "open": ()} | ({"heldout": row} if "heldout.ids" in data else {})
+        for part, width in widths.items():
             ids, positions = data[f"{part}.ids"], data[f"{part}.positions"]
             expect(
                 ids.shape == positions.shape

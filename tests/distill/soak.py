@@ -303,7 +303,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             library = Path(folder) / "strike.so"
             source = Path(__file__).with_name("strike.c")
             compiler = shlex.split(os.environ.get("CC", "cc"))
-            subprocess.run([*compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True, timeout=PATIENCE)
+            subprocess.run(
+                [*compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True, timeout=PATIENCE
+            )
             environment = {LIBRARY: str(library), "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
             quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
             command = [sys.executable, "-m", __spec__.name, *(sys.argv[1:] if argv is None else argv)]

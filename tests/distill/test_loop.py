@@ -352,6 +352,7 @@ def test_something_else_in_the_place_of_checkpoints_is_refused(settings: Setting
         ({"data": {"buffer.ids": torch.full((1, 32), 65, dtype=torch.int32)}}, "buffer is no text of this tokenizer"),
         ({"data": {"open.ids": torch.zeros(2)}}, "open is no text of this tokenizer"),
         ({"data": {"drawn.ids": ...}}, "KeyError: 'drawn.ids'"),
+        ({"data": {"heldout.ids": torch.full((1, 32), -1, dtype=torch.int32)}}, "heldout is no text of this tokenizer"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
