@@ -2,7 +2,7 @@
 
 Two operators are registered with PyTorch and are opaque to torch.compile: `relation_kl` returns the values and, for a
 scalar reduction, the student's gradient with them; `relation_kl_rows_backward` differentiates `reduction="none"`.
-To add a backend, write its module (`problem.Backend`) and name it in `_MODULES`.
+To add a backend, write its module (`problem.Backend`), name it in `backends.py` and put it into `_MODULES`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from minilm_kernels.backends import AUTO, BACKENDS
+
 from . import blocked, native_cpu, native_cuda, reference, triton_backend
 from .masks import Mask, readable
 from .problem import Backend, Problem, gradient_slots, result_dtype
 
 _log = logging.getLogger(__name__)
-_MODULES: dict[str, Backend] = {
-    "cuda": native_cuda,
-    "triton": triton_backend,
-    "cpu": native_cpu,
-    "torch": blocked,
-    "reference": reference,
-}
-BACKENDS = tuple(_MODULES)
-_AUTO = ("cuda", "triton", "cpu", "torch")  # the first that can
+_MODULES: dict[str, Backend] = dict(
+    zip(BACKENDS, (native_cuda, triton_backend, native_cpu, blocked, reference), strict=True)
+)
 
 
 def available_backends() -> dict[str, str | None]:
@@ -37,7 +33,7 @@ def available_backends() -> dict[str, str | None]:
 
 def _select(name: str, problem: Problem) -> Backend:
     if name == "auto":
-        return next(_MODULES[candidate] for candidate in _AUTO if not _refusals(candidate, problem))
+        return next(_MODULES[candidate] for candidate in AUTO if not _refusals(candidate, problem))
     reasons = _refusals(name, problem)
     if reasons:
         usable = ", ".join(n for n, reason in available_backends().items() if reason is None)
