@@ -133,7 +133,10 @@ class _RelationKLUnderTransforms(torch.autograd.Function):
     def forward(*arguments):
         return _forward(*arguments)
 
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, inputs, output)
+
     backward = RelationKL.backward
 
     @staticmethod
