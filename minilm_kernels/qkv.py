@@ -41,12 +41,17 @@ _PROJECTIONS: dict[str, tuple[str, ...]] = {
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "electra": _BERT,
+    "bert-generation": _BERT,
     "camembert": _BERT,
     "data2vec-text": _BERT,
     "ernie": _BERT,
+    "esm": _BERT,
+    "layoutlm": _BERT,
+    "markuplm": _BERT,
     "megatron-bert": _BERT,
     "rembert": _BERT,
     "roberta-prelayernorm": _BERT,
+    "roc_bert": _BERT,
     "splinter": _BERT,
     "xlm-roberta-xl": _BERT,
     "xmod": _BERT,
@@ -406,9 +411,9 @@ def resolve_layer(layer: int, count: int) -> int:
     return layer if layer > 0 else count + 1 + layer
 
 
-def layer_path(model: nn.Module) -> str:
-    """The name of the list of layers below the base model, as "encoder.layer", for the known architectures."""
-    return _templates(model, _base_model(model), None)[0].partition(".{i}.")[0]
+def layer_path(model: nn.Module, projections: Sequence[str] | None = None) -> str:
+    """The name of the list of layers below the base model, as "encoder.layer"; `projections` as `QKVExtractor`'s."""
+    return _templates(model, _base_model(model), projections)[0].partition(".{i}.")[0]
 
 
 def _base_model(model: nn.Module) -> nn.Module:

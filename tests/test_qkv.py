@@ -149,6 +149,43 @@ def test_values_on_a_real_minilm():
             assert_equal(QKVExtractor(model, layer)(**batch), by_hand(model, layer, batch), 1e-5)
 
 
+BERT_LIKE = {
+    "bert-generation": {},
+    "camembert": {},
+    "data2vec-text": {},
+    "ernie": {},
+    "esm": {"pad_token_id": 1, "mask_token_id": 4},
+    "layoutlm": {},
+    "markuplm": {},
+    "megatron-bert": {},
+    "rembert": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "roberta-prelayernorm": {},
+    "roc_bert": {},
+    "splinter": {},
+    "xlm-roberta-xl": {},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+}
+
+
+@pytest.mark.parametrize("model_type", BERT_LIKE)
+def test_values_are_those_of_the_whole_model(model_type):
+    """Architectures with BERT's names, against hooks in a run of the whole model."""
+    shape = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 64}
+    config = AutoConfig.for_model(
+        model_type, vocab_size=200, max_position_embeddings=40, **shape, **BERT_LIKE[model_type]
+    )
+    model, batch, seen = AutoModel.from_config(config).eval(), batch_of(), {}
+    for layer in range(3):
+        for name in BERT[2]:
+            module = model.get_submodule(f"encoder.layer.{layer}.attention.self.{name}")
+            module.register_forward_hook(lambda m, i, output, key=(layer + 1, name): seen.update({key: output}))
+    with torch.no_grad():
+        model(**batch)
+        expected = {layer: QKV(*(seen[layer, name] for name in BERT[2])) for layer in (1, 3)}
+        for layer, qkv in expected.items():
+            assert_equal(QKVExtractor(model, layer)(**batch), qkv)
+
+
 @pytest.mark.parametrize("model_type", KNOWN)
 @pytest.mark.parametrize("auto", [AutoModelForMaskedLM, AutoModelForSequenceClassification])
 def test_below_a_task_head(model_type, auto):
