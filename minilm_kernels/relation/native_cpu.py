@@ -58,6 +58,11 @@ def instruction_sets() -> list[str]:
     return torch.ops.minilm_kernels_cpu.instruction_sets().split(",")
 
 
+def instruction_set() -> str:
+    """The one that runs."""
+    return os.environ.get(_VARIABLE) or instruction_sets()[0]
+
+
 def refusals(problem: Problem) -> list[str]:
     reasons = []
     if problem.mask.device.type != "cpu":
@@ -125,5 +130,5 @@ def _run(
         values,
         rows,
         grads or [],
-        os.environ.get(_VARIABLE) or instruction_sets()[0],
+        instruction_set(),
     )
