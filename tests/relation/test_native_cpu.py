@@ -125,6 +125,24 @@ def test_equal_norms_beyond_the_range_of_exp(instruction_set):
             torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_of_rows_that_see_almost_only_themselves(instruction_set):
+    """Of one-hot rows q_ii − p_ii is what p and q leave to the others: 1 − 1e-6 has no digits for it."""
+    length, size, generator = 96, 4.0 * 32**0.25, torch.Generator().manual_seed(0)
+
+    def of_one_size(x):
+        return size * torch.nn.functional.normalize(x, dim=-1)
+
+    teacher = of_one_size(torch.randn(2, length, 2, 32, generator=generator))
+    student = of_one_size(teacher + 0.02 * torch.randn(teacher.shape, generator=generator))
+    case = Case((teacher, None, student, None), {})
+    _, (expected,) = case.oracle("sequence")
+    _, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / (4 * length)))
+    _, (grad,) = case.run("sequence", "cpu")
+    assert error(dense_grad, expected) > 4e-3
+    # The others' exponentials of teacher and student differ by some 1e-3 and are known to 1e-7.
+    assert error(grad, expected) < 4e-4
+
+
 @pytest.mark.parametrize("scales", [(-0.3, 0.4), (0.3, -0.4), (-0.2, -0.2), (0.0, 0.3), (0.3, 0.0)])
 def test_scales_of_any_sign(instruction_set, scales):
     for cross in (False, True):

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from minilm_kernels import QKV, MiniLMLoss, MiniLMv2Loss, available_backends, relation_kl
 from minilm_kernels.relation import api, operator, relations_kl
 
-from .cases import MASKS, Case, make
+from .cases import MASKS, Case, error, make
 
 PER_MASK = ["none", "holes", "causal", "prefix-left", "packed", "packed-prefix"]
 
@@ -551,6 +551,19 @@ def test_available_backends():
             case = make()
             with pytest.raises(RuntimeError, match=f"'{name}' cannot serve.*Usable here: .*torch"):
                 case.run("sequence", name)
+
+
+@pytest.mark.parametrize("wide", ["teacher", "student"])
+def test_one_float64_input_makes_the_result_float64(wide):
+    q_t, _, q_s, _ = make("holes", dtype=torch.float64).tensors
+    q_t, q_s = (q_t, q_s.float()) if wide == "teacher" else (q_t.float(), q_s)
+    case = Case((q_t, None, q_s, None), MASKS["holes"])
+    value, (grad,) = case.run("sequence", "torch")
+    expected, (expected_grad,) = case.oracle("sequence")
+    assert value.dtype == torch.float64
+    assert grad.dtype == q_s.dtype
+    assert error(value, expected) < 1e-13
+    assert error(grad, expected_grad) < torch.finfo(grad.dtype).eps + 1e-13
 
 
 def test_auto_takes_the_first_backend_that_can():
