@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "relation.h"
+#include "../device/relation.h"
 
 namespace minilm::cuda {
 
@@ -14,6 +14,7 @@ std::string refusal(const Relation* relations, int64_t num_relations, bool gradi
 int64_t scratch_bytes(const Call& call, const Limits& limits);
 
 // Queues everything on the call's stream; returns null, or what went wrong. `scratch`: device memory, 16-byte aligned.
-const char* run(const Call& call, const Limits& limits, void* scratch);
+// Where kernels are not loaded yet, nothing is queued, and `missing` names them, one a line.
+const char* run(const Call& call, const Limits& limits, int device, void* scratch, std::string& missing);
 
 }  // namespace minilm::cuda
