@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+from minilm_kernels.relation import cuda_compiler
 
 from . import sass
 
@@ -125,7 +125,7 @@ def build_triton(item: Any, arch: int) -> Built:
 
 
 def build_cuda(item: Any, arch: str, folder: Path) -> Built:
-    functions, resources = _cubin(folder / _get(item, "source"), tuple(_get(item, "flags", ())), arch)
+    functions, resources = _cubin(_get(item, "symbol"), arch, folder, _get(item, "source", None))
     readable = sass.demangle(sorted(functions))
     pattern = _get(item, "symbol")
     names = [name for name in functions if re.search(pattern, readable[name])]
@@ -139,16 +139,16 @@ def build_cuda(item: Any, arch: str, folder: Path) -> Built:
 
 
 @cache
-def _cubin(source: Path, flags: tuple[str, ...], arch: str) -> tuple[dict, dict]:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        raise FileNotFoundError("nvcc is not on the PATH: it is needed to compile CUDA C++ kernels")
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        options = ["-cubin", f"-arch={arch}", "-std=c++17", "-O3", "-lineinfo", *flags]
-        result = subprocess.run(
-            [nvcc, *options, "-o", str(cubin), str(source)], capture_output=True, text=True, check=False
-        )
-        if result.returncode:
-            raise OSError(f"{source}: nvcc failed:\n{result.stdout}{result.stderr}")
+def _cubin(symbol: str, arch: str, folder: Path, source: str | None) -> tuple[dict, dict]:
+    """The package's kernel `symbol`, or all kernels of a file beside the listing, compiled by NVRTC."""
+    number = int(arch.removeprefix("sm_"))
+    if source is None:
+        code = cuda_compiler.compile_kernels([symbol], number, line_info=True)[symbol]
+    else:
+        file = folder / source
+        text = f'#line 1 "{file.resolve()}"\n{file.read_text(encoding="utf-8")}'
+        code = cuda_compiler.compile_text(text, source, number, "cubin", [*cuda_compiler.OPTIONS, "-lineinfo"])
+    with tempfile.TemporaryDirectory() as temporary:
+        cubin = Path(temporary) / "kernels.cubin"
+        cubin.write_bytes(code)
         return sass.disassemble(cubin)

@@ -71,7 +71,7 @@ class KernelCache:
         """What is known about each usable kernel in the folder, and its `bytes`. Raises `OSError`."""
         found = []
         with suppress(FileNotFoundError), self._opened(create=False) as folder:
-            for name in sorted(os.listdir(folder)):
+            for name in sorted(_names(folder)):
                 if name.endswith(_SUFFIX):
                     with suppress(OSError, ValueError):
                         about, code = _read(name, folder)
@@ -82,7 +82,7 @@ class KernelCache:
         """Removes all kernels, and what broken writes left; returns how many files. Raises `OSError`."""
         removed = 0
         with suppress(FileNotFoundError), self._opened(create=False) as folder:
-            for name in os.listdir(folder):
+            for name in _names(folder):
                 if name.endswith(_SUFFIX) or name.startswith(_TEMPORARY):
                     os.unlink(name, dir_fd=folder)
                     removed += 1
@@ -114,6 +114,11 @@ class KernelCache:
                 problem,
                 VARIABLE,
             )
+
+
+def _names(folder: int) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries]
 
 
 def _check_own(status: os.stat_result, what: str) -> None:
@@ -150,7 +155,7 @@ def _write(name: str, folder: int, code: bytes, about: dict[str, Any]) -> None:
 
 def _remove_stale(folder: int) -> None:
     """Removes what processes left that died while they wrote."""
-    for name in os.listdir(folder):
+    for name in _names(folder):
         if name.startswith(_TEMPORARY):
             with suppress(OSError):
                 if time.time() - os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime > _STALE_SECONDS:

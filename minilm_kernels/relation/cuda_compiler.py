@@ -1,4 +1,4 @@
-"""Compiles the kernels of csrc/cuda/device for the shape of a call, by the NVRTC that CUDA builds of PyTorch bring along.
+"""Compiles the kernels of csrc/cuda/device for the shape of a call, by NVRTC, which CUDA builds of PyTorch bring along.
 
 A kernel's name is its recipe: `fused_1_2_1_1_0` is the template of device/kernels.cuh with these arguments
 (csrc/cuda/host/plan.cpp makes the names). No GPU and no CUDA toolkit is needed to compile; see docs/cuda.md.
@@ -44,13 +44,12 @@ def unavailable() -> str | None:
     """Why nothing can be compiled here, with the way out; `None`: it can."""
     if not (_INSTALLED.is_dir() or _CHECKOUT.is_dir()):
         return f"the kernels' sources are not in {_INSTALLED}: install the package anew"
-    for module, package in (("cuda.core", "cuda-core"), ("cuda.bindings", "cuda-bindings")):
-        try:
-            found = importlib.util.find_spec(module)
-        except ModuleNotFoundError:
-            found = None
-        if found is None:
-            return f"{package} is not installed: pip install {package}"
+    try:
+        found = importlib.util.find_spec("cuda.bindings")
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        return "NVIDIA's Python bindings are not installed: pip install cuda-bindings, of PyTorch's CUDA version"
     return None
 
 
@@ -79,7 +78,8 @@ def compile_kernels(
     if reason := unavailable():
         raise CompilerError(reason)
     began = time.perf_counter()
-    options = {**_OPTIONS, "lineinfo": line_info}
+    options = [*OPTIONS, *(["-lineinfo"] if line_info else [])]
+    requested = architecture
     architecture, target = _target(architecture, target)
     kernels: dict[str, bytes] = {}
     todo = []
@@ -98,8 +98,8 @@ def compile_kernels(
         code = _compile(name, architecture, target, options)
         kernel = Kernel(name, code, time.perf_counter() - start)
         if cache:
-            about = {"name": name, "architecture": architecture, "target": target, "nvrtc": ".".join(map(str, _nvrtc()))}
-            cache.put(key, code, {**about, "seconds": round(kernel.seconds, 3)})
+            about = {"name": name, "requested": requested, "architecture": architecture, "target": target}
+            cache.put(key, code, {**about, "nvrtc": _version()})
         return kernel
 
     if todo:
@@ -124,20 +124,20 @@ def kernel_names(width_t: int, width_s: int, dtype_t: str = "bfloat16", dtype_s:
 
 
 @cache
-def source() -> str:
-    """All device code as one text; `#line` keeps the places of the files."""
+def source(places: bool = False) -> str:
+    """All device code as one text; with `places`, lines are said to be those of the files where they stand."""
     folder = _CHECKOUT if _CHECKOUT.is_dir() else _INSTALLED
-    return _inlined(folder, "kernels.cuh", set())
+    return _inlined(folder, "kernels.cuh", set(), f"{folder}/" if places else "")
 
 
-def _inlined(folder: Path, name: str, seen: set[str]) -> str:
-    lines = [f'#line 1 "{name}"']
+def _inlined(folder: Path, name: str, seen: set[str], prefix: str) -> str:
+    lines = [f'#line 1 "{prefix}{name}"']
     for number, line in enumerate((folder / name).read_text(encoding="utf-8").splitlines(), 1):
         include = re.fullmatch(r'#include "([\w.]+)"', line)
         if include and (folder / include[1]).exists():
             if include[1] not in seen:
                 seen.add(include[1])
-                lines += [_inlined(folder, include[1], seen), f'#line {number + 1} "{name}"']
+                lines += [_inlined(folder, include[1], seen, prefix), f'#line {number + 1} "{prefix}{name}"']
             else:
                 lines.append("")
         else:
@@ -152,60 +152,81 @@ def _entry(name: str) -> str:
     return f"MINILM_{match[1].upper()}({', '.join([name, *match[2].split('_')[1:]])})"
 
 
-_OPTIONS: dict[str, Any] = {"std": "c++17", "device_as_default_execution_space": True}
+OPTIONS = ("-std=c++17", "-default-device")  # the latter for lambdas
 
 
-def _digest(name: str, architecture: int, target: str, options: dict[str, Any]) -> str:
-    parts = (source(), _entry(name), sorted(options.items()), _nvrtc(), architecture, target)
+def _digest(name: str, architecture: int, target: str, options: Sequence[str]) -> str:
+    parts = (source(), _entry(name), *options, _version(), architecture, target)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _compile(name: str, architecture: int, target: str, options: dict[str, Any]) -> bytes:
-    from cuda.core import Program, ProgramOptions
+def _compile(name: str, architecture: int, target: str, options: Sequence[str]) -> bytes:
+    text = f'{source("-lineinfo" in options)}\n#line 1 "{name}"\n{_entry(name)}\n'
+    return compile_text(text, name, architecture, target, options)
 
-    prefix = "compute" if target == "ptx" else "sm"
-    text = f'{source()}\n#line 1 "{name}"\n{_entry(name)}\n'
+
+def compile_text(text: str, name: str, architecture: int, target: str, options: Sequence[str]) -> bytes:
+    """CUDA C++ as machine code ("cubin") or PTX ("ptx", ends with a zero). Raises `CompilerError` with NVRTC's log."""
+    nvrtc = _nvrtc()
+    kind = "compute" if target == "ptx" else "sm"
+    status, program = nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], [])
+    if status.value:
+        raise CompilerError(f"nvrtcCreateProgram failed: {status.name}")
     try:
-        program = Program(text, "c++", ProgramOptions(arch=f"{prefix}_{architecture}", **options))
-        try:
-            return bytes(program.compile(target).code) + (b"\0" if target == "ptx" else b"")
-        finally:
-            program.close()
-    except Exception as error:  # cuda-core raises its own classes, and plain RuntimeError
-        raise CompilerError(f"NVRTC could not compile {name} for {prefix}_{architecture}: {error}") from error
+        arguments = [f"--gpu-architecture={kind}_{architecture}".encode(), *(option.encode() for option in options)]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
+        if status.value:
+            log = _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace")
+            raise CompilerError(
+                f"NVRTC {_version()} could not compile {name} for {kind}_{architecture}: {status.name}\n"
+                + log.strip("\0\n ")
+            )
+        if target == "ptx":
+            return _text(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program)
+        return _text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _text(size_of: Any, read: Any, program: Any) -> bytes:
+    status, size = size_of(program)
+    content = b" " * size
+    (failed,) = read(program, content)
+    if status.value or failed.value:
+        raise CompilerError(f"NVRTC hands out no result: {status.name}, {failed.name}")
+    return content
 
 
 @cache
-def _nvrtc() -> tuple[int, int]:
-    """NVRTC's version."""
+def _nvrtc() -> Any:
+    """NVIDIA's bindings of NVRTC, which they find and load."""
     try:
         from cuda.bindings import nvrtc
 
-        status, major, minor = nvrtc.nvrtcVersion()
+        nvrtc.nvrtcVersion()
     except Exception as error:  # of the loader: no library, or one of another major version
         raise CompilerError(
             f"NVRTC, CUDA's compiler library, cannot be loaded ({error}); CUDA builds of PyTorch bring it along, "
-            "otherwise: pip install nvidia-cuda-nvrtc"
+            "otherwise: pip install cuda-bindings nvidia-cuda-nvrtc, of PyTorch's CUDA version"
         ) from error
-    if status.value:
-        raise CompilerError(f"NVRTC does not tell its version: {status}")
-    return major, minor
+    return nvrtc
+
+
+@cache
+def _version() -> str:
+    _, major, minor = _nvrtc().nvrtcVersion()
+    return f"{major}.{minor}"
 
 
 def _target(architecture: int, target: str | None) -> tuple[int, str]:
     """What to compile for a GPU: its machine code, or PTX of the newest architecture that this NVRTC knows."""
-    _nvrtc()
-    from cuda.bindings import nvrtc
-
-    known = nvrtc.nvrtcGetSupportedArchs()[-1]
+    known = _nvrtc().nvrtcGetSupportedArchs()[-1]
     if architecture in known:
         return architecture, target or "cubin"
     older = [number for number in known if OLDEST <= number < architecture]
     if architecture < OLDEST or not older or target == "cubin":
-        raise CompilerError(
-            f"NVRTC {'.'.join(map(str, _nvrtc()))} compiles for {', '.join(f'sm_{n}' for n in known if n >= OLDEST)}, "
-            f"not for sm_{architecture}"
-        )
+        listed = ", ".join(f"sm_{number}" for number in known if number >= OLDEST)
+        raise CompilerError(f"NVRTC {_version()} compiles for {listed}, not for sm_{architecture}")
     return max(older), "ptx"
 
 

@@ -2,8 +2,8 @@
 
 The package brings the host code as a library, which needs no CUDA to be built or loaded, and the kernels as sources;
 `cuda_compiler` compiles them for the shape of a call when that is first made. The library registers private operators
-through PyTorch's stable ABI; here a problem becomes their arguments. Nothing here waits for the device, and a call whose
-kernels are loaded can be captured in a CUDA graph. See docs/cuda.md.
+through PyTorch's stable ABI; here a problem becomes their arguments. Nothing here waits for the device, and a
+call whose kernels are loaded can be captured in a CUDA graph. See docs/cuda.md.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def available_backends() -> dict[str, str | None]:
 
 
 def _serve(name: str, problem: Problem, call: Callable[[Backend], _Result]) -> _Result:
-    """`call` of the backend `name`; `auto`: of the first that can, also where one finds out only then that it cannot."""
+    """`call` of the backend `name`; `auto` goes on to the next one where a backend finds only then that it cannot."""
     if name != "auto":
         reasons = _refusals(name, problem)
         if reasons:
