@@ -1,10 +1,10 @@
 """Packs the native libraries of csrc/ into the package; build_support/native.py builds them, the metadata is in
 pyproject.toml.
 
-MINILM_KERNELS_BUILD=auto (default): build what this machine can, otherwise install without it and remember why;
-none: pure Python; cpu, cuda, or cpu,cuda: build exactly that, or fail. MAX_JOBS bounds parallel compilers;
-CXX, CXXFLAGS, LDFLAGS, NVCC, CUDA_HOME and TORCH_CUDA_ARCH_LIST are obeyed. The libraries use PyTorch's stable ABI: one
-build serves every torch from 2.10 and every Python from 3.10.
+MINILM_KERNELS_BUILD=auto (default): build what this machine can with the torch that is there, otherwise install without
+it and remember why; none: pure Python; cpu, cuda, or cpu,cuda: build exactly that, or fail (and fetch torch where there
+is none). MAX_JOBS bounds parallel compilers; CXX, CXXFLAGS, LDFLAGS, NVCC, CUDA_HOME and TORCH_CUDA_ARCH_LIST are
+obeyed. The libraries use PyTorch's stable ABI: one build serves every torch from 2.10 and every Python from 3.10.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "build_support"))
@@ -36,7 +37,7 @@ class BuildNative(build_ext):
             output.unlink(missing_ok=True)
             output.parent.mkdir(parents=True, exist_ok=True)
             missing.write_text(str(error), encoding="utf-8")
-            self.warn(f"installing without the {name.upper()} library, a slower backend will serve: {error}")
+            self.warn(_banner(f"WITHOUT THE {name.upper()} LIBRARY: a slower backend will serve. {error}"))
 
     def copy_extensions_to_source(self) -> None:
         """Of an editable install: the libraries, or why there are none."""
@@ -47,6 +48,22 @@ class BuildNative(build_ext):
                 target.unlink(missing_ok=True)
                 if built.exists():
                     shutil.copy2(built, target)
+
+
+class TaggedWheel(bdist_wheel):
+    """A wheel into which no library could be built serves every platform and Python, and is named so."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        build = self.distribution.get_command_obj("build_ext")
+        if self.distribution.have_run.get("build_ext") and not any(Path(name).exists() for name in build.get_outputs()):
+            self.root_is_pure = True
+        return super().get_tag()
+
+
+def _banner(text: str) -> str:
+    """Not to be overlooked between the lines of a build."""
+    stars = "*" * 100
+    return f"\n{stars}\n{text}\n{stars}"
 
 
 def extensions() -> list[Extension]:
@@ -67,6 +84,6 @@ def extensions() -> list[Extension]:
 libraries = extensions()
 setup(
     ext_modules=libraries,
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": TaggedWheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if libraries else {},
 )

@@ -1,8 +1,7 @@
-"""The build backend: setuptools, and PyTorch's headers where they are not at hand.
+"""The build backend: setuptools, and PyTorch's headers where a native build was asked for and they are not at hand.
 
-The native libraries are compiled against the headers of torch. They are taken from the environment that is installed
-into; only where that has no torch yet is torch asked for as a build requirement, because pip installs the requirements
-of the package itself after building it.
+The native libraries are compiled against the headers of torch, taken from the environment that is installed into. Where
+that has no torch, torch becomes a build requirement only if MINILM_KERNELS_BUILD names a library: it is gigabytes.
 """
 
 from __future__ import annotations

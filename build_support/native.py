@@ -25,6 +25,23 @@ MODE_VARIABLE = "MINILM_KERNELS_BUILD"
 ARCHITECTURES_VARIABLE = "TORCH_CUDA_ARCH_LIST"
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 OLDEST_ARCHITECTURE = (8, 0)  # matrix products of bfloat16
+# torch's names in that variable (torch.utils.cpp_extension).
+NAMED_ARCHITECTURES = {
+    "Kepler+Tesla": "3.7",
+    "Kepler": "3.5+PTX",
+    "Maxwell+Tegra": "5.3",
+    "Maxwell": "5.0;5.2+PTX",
+    "Pascal": "6.0;6.1+PTX",
+    "Volta+Tegra": "7.2",
+    "Volta": "7.0+PTX",
+    "Turing": "7.5+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell+Tegra": "11.0",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
 OLDEST_TORCH = (2, 10)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # that torch
 
@@ -90,7 +107,12 @@ def must_succeed() -> bool:
 
 
 def requirements() -> list[str]:
-    """Build requirements beside those of pyproject.toml: torch, where libraries are to be built and it is not there."""
+    """Build requirements beside those of pyproject.toml: torch, where a library was asked for and torch is not there.
+
+    `auto` builds with the torch that is there, and never fetches the gigabytes of another.
+    """
+    if not must_succeed():
+        return []
     try:
         names = wanted()
         if names:
@@ -135,8 +157,9 @@ def find_torch() -> Torch:
                 raise BuildError(f"torch {found.version} in {folder} is too old, 2.11 or later is needed")
             return found
     raise BuildError(
-        f"PyTorch's headers were not found in {', '.join(map(str, folders))}; install torch first, then this package, "
-        "if need be with pip install --no-build-isolation"
+        f"PyTorch's headers were not found in {', '.join(map(str, folders))}; install torch first, and beside it "
+        '"setuptools>=77" and ninja, then this package with pip install --no-build-isolation (a wheel with python -m '
+        f"build --no-isolation); with {MODE_VARIABLE}=cpu the build fetches a torch of its own"
     )
 
 
@@ -289,39 +312,49 @@ def _cuda_include(nvcc: str) -> Path:
 
 
 def architectures(text: str | None, known: set[tuple[int, int]], release: str) -> list[str]:
-    """nvcc's flags for a list like "8.0;9.0+PTX" (semicolons or spaces), the text of TORCH_CUDA_ARCH_LIST.
+    """nvcc's flags for a list like "8.0;9.0+PTX" or "Ampere;Hopper" (semicolons or spaces), read as torch reads it.
 
-    Without one: the default list, less what this nvcc is too old (or too new) for, with PTX of the newest.
+    What the kernels are too new for is left out with a word, as is what this nvcc does not know of a name's several.
+    Without a list: the default one, less what this nvcc is too old (or too new) for, with PTX of the newest.
     """
 
     def dotted(version: tuple[int, int]) -> str:
         return f"{version[0]}.{version[1]}"
 
     chosen: dict[str, bool] = {}  # architecture -> whether its PTX is wanted
-    for word in re.split(r"[;\s]+", (text or DEFAULT_ARCHITECTURES).strip("; ")):
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
-        if match is None:
-            raise BuildError(f"{ARCHITECTURES_VARIABLE}: expected numbers like '8.0;9.0+PTX', got {word!r} in {text!r}")
-        version = (int(match[1]), int(match[2]))
-        if version < OLDEST_ARCHITECTURE:
-            raise BuildError(
-                f"{ARCHITECTURES_VARIABLE}: the kernels need {dotted(OLDEST_ARCHITECTURE)} or later, "
-                f"got {word!r} in {text!r}"
-            )
-        if version not in known:
-            if not text:
+    left_out: list[str] = []
+    for given in re.split(r"[;\s]+", (text or DEFAULT_ARCHITECTURES).strip("; ")):
+        for word in NAMED_ARCHITECTURES.get(given, given).split(";"):
+            match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
+            if match is None:
+                names = ", ".join(NAMED_ARCHITECTURES)
+                raise BuildError(
+                    f"{ARCHITECTURES_VARIABLE}: expected numbers like '8.0;9.0+PTX' or names ({names}), "
+                    f"got {word!r} in {text!r}"
+                )
+            version = (int(match[1]), int(match[2]))
+            if version < OLDEST_ARCHITECTURE:
+                left_out.append(f"{word} (the kernels need {dotted(OLDEST_ARCHITECTURE)} or later)")
                 continue
-            range_ = f"{dotted(min(known))} to {dotted(max(known))}" if known else "none"
-            raise BuildError(
-                f"{ARCHITECTURES_VARIABLE}: CUDA {release} cannot compile for {dotted(version)} (it can for {range_}); "
-                "install another CUDA toolkit, or leave that architecture out"
-            )
-        name = f"{match[1]}{match[2]}{match[3]}"
-        chosen[name] = chosen.get(name, False) or bool(match[4])
+            if version not in known:
+                if text and given == word:
+                    range_ = f"{dotted(min(known))} to {dotted(max(known))}" if known else "none"
+                    raise BuildError(
+                        f"{ARCHITECTURES_VARIABLE}: CUDA {release} cannot compile for {dotted(version)} "
+                        f"(it can for {range_}); install another CUDA toolkit, or leave that architecture out"
+                    )
+                left_out.append(f"{word} (CUDA {release} cannot compile for it)")
+                continue
+            name = f"{match[1]}{match[2]}{match[3]}"
+            chosen[name] = chosen.get(name, False) or bool(match[4])
+    if not chosen and text:
+        raise BuildError(f"{ARCHITECTURES_VARIABLE}: nothing is left of {text!r} without {', '.join(left_out)}")
     if not chosen:
         raise BuildError(
             f"CUDA {release} can compile for none of {DEFAULT_ARCHITECTURES}; install another CUDA toolkit"
         )
+    if text and left_out:
+        print(f"minilm_kernels: {ARCHITECTURES_VARIABLE}: without {', '.join(left_out)}", file=sys.stderr)
     if not text:
         chosen[list(chosen)[-1]] = True
     flags = []

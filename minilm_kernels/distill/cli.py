@@ -1,23 +1,46 @@
-"""`minilm-distill`: the command line of `distill`, generated from the fields of `DistillConfig`."""
+"""`minilm-distill`: the command line of `distill`, generated from the fields of `DistillConfig`.
+
+Nothing here imports torch before all options are read and checked.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import NoReturn
 
-from .config import DistillConfig, default_of, flag, read_settings, show
+from minilm_kernels import __version__
+
+from .config import DistillConfig, advice, default_of, flag, read_settings, show, shown
+
+_HELP = "minilm-distill --help lists the options"
+_LONGEST = 4000  # characters of an error; other libraries' may be pages
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Ends with the error first, then the way to help, without pages of usage."""
+        _say(f"error: {message}\n{_HELP}")
+        raise SystemExit(2)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """One argument an option; values stay text, which `DistillConfig` reads and checks."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="minilm-distill",
         description="Distil the self-attention relations of a teacher into a student (MiniLM, MiniLMv2).",
         epilog="Several processes: torchrun --nproc-per-node N -m minilm_kernels.distill OPTIONS.",
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
+    parser.add_argument("--version", action="store_true", help="print the versions of the package and of torch")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error too")
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with these options; the command line wins")
     for option in fields(DistillConfig):
         default = default_of(option)
@@ -33,24 +56,73 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, 1 for an error, 2 for wrong options, 128 + signal number if stopped by one."""
-    options = vars(build_parser().parse_args(argv))
-    file = options.pop("config", None)
-    try:
-        settings = {str(key).replace("-", "_"): value for key, value in (read_settings(file) if file else {}).items()}
-        config = DistillConfig.from_mapping({**settings, **options}, f"--config {file}" if file else "options")
-    except (ValueError, FileNotFoundError) as error:
-        return _fail(error, 2)
+    """Runs the command line; an error is a message on standard error, with --debug after its traceback.
 
-    from .loop import distill  # imports transformers: seconds that --help need not wait for
-
+    Returns 0; 1 for an error, 2 for wrong options, 128 + signal number if stopped by one. --help and what cannot be
+    parsed end in `SystemExit` of 0 and 2, as argparse has it.
+    """
+    debug, status = False, 2
     try:
+        parser = build_parser()
+        given, rest = parser.parse_known_args(argv)
+        options = vars(given)
+        debug = options.pop("debug", False)
+        if rest:
+            word = rest[0].partition("=")[0]
+            parser.error(f"unknown option {shown(word)}; {advice(word, flag)}")
+        if options.pop("version", False):
+            print(f"minilm-distill {__version__}, torch {_torch_version()}")
+            return 0
+        file = options.pop("config", None)
+        settings = {} if file is None else read_settings(file)
+        config = DistillConfig.from_mapping({**settings, **options}, "options" if file is None else f"--config {file}")
+
+        status = 1
+        from .loop import distill  # imports torch and transformers: seconds
+
         result = distill(config)
-    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
-        return _fail(error, 1)
-    return 0 if result.stopped_by is None else 128 + result.stopped_by
+        return 0 if result.stopped_by is None else 128 + result.stopped_by
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except Exception as error:
+        if debug:
+            with suppress(OSError, ValueError):
+                traceback.print_exc()
+        _say(f"error: {_message(error)}")
+        return status
+    finally:
+        _flush()
 
 
-def _fail(error: Exception, status: int) -> int:
-    print(f"minilm-distill: error: {error}", file=sys.stderr)
-    return status
+def _torch_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # imports sockets and mail, for --version alone
+
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return "is not installed"
+
+
+def _message(error: Exception) -> str:
+    """The message of an error that `distill` promises; any other, in a line, with its type."""
+    text = str(error)
+    if not isinstance(error, (ValueError, TypeError, RuntimeError, ImportError, OSError)) or not text:
+        text = f"{' '.join(f'{type(error).__name__}: {text}'.split())} (--debug shows where)"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … (--debug shows all)"
+
+
+def _say(message: str) -> None:
+    with suppress(OSError, ValueError):  # nobody reads it any more
+        print(f"minilm-distill: {message}", file=sys.stderr, flush=True)
+
+
+def _flush() -> None:
+    """Writes what is buffered. A reader that has gone (`| head`) shall not make the interpreter complain at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())

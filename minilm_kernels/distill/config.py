@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+import reprlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from os import PathLike, fspath
 from pathlib import Path
@@ -14,7 +16,15 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from minilm_kernels.backends import BACKENDS
+
 PAIRS = tuple(a + b for a in "qkv" for b in "qkv")
+_RELATIONS = {"qq": 1.0, "kk": 1.0, "vv": 1.0}
+LARGEST_SEED = 2**63 - 1  # the largest int64, which torch and numpy both take
+LARGEST_FILE = 2**18  # bytes of a settings file
+# Models and optimizer compute in float32: beyond the first a number is infinite there, below the second it loses bits.
+_LARGEST_FLOAT32, _SMALLEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127, 2.0**-126
+_LAYERS, _WIDTH = 10_000, 2**20  # more than any model has: an error of typing, not of memory after minutes
 
 
 def _option(
@@ -25,9 +35,23 @@ def _option(
     neutral: bool = False,
     positive: bool = False,
     nargs: str = "",
+    path: bool = False,
+    most: int = 2**31 - 1,
 ) -> Any:
-    """A field with its help. `neutral`: may change between the parts of a resumed run without changing its numbers."""
-    metadata = {"help": help, "choices": choices, "neutral": neutral, "positive": positive, "nargs": nargs}
+    """A field with its help.
+
+    `neutral`: may change between the parts of a resumed run without changing its numbers. `path`: may name a file or
+    folder, in which `~` is expanded. `most`: the largest magnitude of an integer.
+    """
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "neutral": neutral,
+        "positive": positive,
+        "nargs": nargs,
+        "path": path,
+        "most": most,
+    }
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -41,33 +65,36 @@ class DistillConfig:
     Raises `ValueError` that names the option for a value outside its range and for options that exclude each other.
     """
 
-    teacher: str = _option(MISSING, "teacher: hub name or local folder (safetensors weights)")
-    output: str = _option(MISSING, "folder of the run: checkpoints, metrics.jsonl, student/", neutral=True)
+    teacher: str = _option(MISSING, "teacher: hub name or local folder (safetensors weights)", path=True)
+    output: str = _option(MISSING, "folder of the run: checkpoints, metrics.jsonl, student/", neutral=True, path=True)
 
-    student: str | None = _option(None, "student to start from: hub name or local folder")
+    student: str | None = _option(None, "student to start from: hub name or local folder", path=True)
     copy_layers: tuple[int, ...] | None = _option(
-        None, "make the student of these teacher layers (1-based), for example 1,3,5"
+        None, "make the student of these teacher layers (1-based), for example 1,3,5", most=_LAYERS
     )
     student_layers: int | None = _option(
-        None, "make a random student with so many layers (with --student-hidden)", positive=True
+        None, "make a random student with so many layers (with --student-hidden)", positive=True, most=_LAYERS
     )
     student_hidden: int | None = _option(
-        None, "hidden size of the random student; its intermediate size is 4 times that", positive=True
+        None, "hidden size of the random student; its intermediate size is 4 times that", positive=True, most=_WIDTH
     )
-    student_heads: int = _option(12, "attention heads of the random student", positive=True)
+    student_heads: int = _option(12, "attention heads of the random student", positive=True, most=_WIDTH)
     dropout: float | None = _option(None, "dropout of the student in training; default: what its configuration says")
 
     method: str = _option("minilmv2", "the loss", choices=("minilm", "minilmv2"))
     relations: dict[str, float] = _option(  # noqa: RUF009
-        {"qq": 1.0, "kk": 1.0, "vv": 1.0}, "minilmv2: relations with optional weights, for example qq:1,kk:1,vv:0.5"
+        _RELATIONS, "minilmv2: relations with optional weights, for example qq:1,kk:1,vv:0.5"
     )
     relation_heads: int | None = _option(
-        None, "minilmv2: relation heads; default: 48, or 64 for teachers of hidden size 1024 and more", positive=True
+        None,
+        "minilmv2: relation heads; default: 48, or 64 for teachers of hidden size 1024 and more",
+        positive=True,
+        most=_WIDTH,
     )
     teacher_layer: int = _option(
-        -1, "teacher layer, 1-based, -1 is the last (published: 21 of 24 or 19 of 24 if large)"
+        -1, "teacher layer, 1-based, -1 is the last (published: 21 of 24 or 19 of 24 if large)", most=_LAYERS
     )
-    student_layer: int = _option(-1, "student layer, 1-based, -1 is the last")
+    student_layer: int = _option(-1, "student layer, 1-based, -1 is the last", most=_LAYERS)
     teacher_projections: tuple[str, ...] | None = _option(
         None,
         "teachers of other architectures: the three projections, {i} for the layer's index from 0, for example "
@@ -89,12 +116,16 @@ class DistillConfig:
         "mean over documents of their token means, mean over all tokens, or sum",
         choices=("sequence", "token", "sum"),
     )
-    backend: str = _option("auto", "backend of the relation operator (see minilm_kernels.available_backends)")
+    backend: str = _option(
+        "auto",
+        "backend of the relation operator (see minilm_kernels.available_backends)",
+        choices=("auto", *BACKENDS),
+    )
 
     text: tuple[str, ...] = _option(
-        (), "training text: files (.txt, .jsonl, .parquet) or folders, searched recursively", nargs="+"
+        (), "training text: files (.txt, .jsonl, .parquet) or folders, searched recursively", nargs="+", path=True
     )
-    dataset: str | None = _option(None, "training text: hub data set (streamed), instead of --text")
+    dataset: str | None = _option(None, "training text: hub data set (streamed), instead of --text", path=True)
     dataset_config: str | None = _option(None, "configuration name of the hub data set")
     dataset_split: str = _option("train", "split of the hub data set")
     text_field: str = _option(
@@ -106,7 +137,7 @@ class DistillConfig:
         choices=("paragraph", "line"),
     )
     heldout_text: tuple[str, ...] = _option(
-        (), "text for the held-out loss; default: --heldout-fraction of the training documents", nargs="+"
+        (), "text for the held-out loss; default: --heldout-fraction of the training documents", nargs="+", path=True
     )
     heldout_fraction: float = _option(
         0.01,
@@ -115,7 +146,7 @@ class DistillConfig:
     heldout_rows: int = _option(
         256, "rows of at most --seq-len tokens that the held-out loss is measured on", positive=True
     )
-    seq_len: int = _option(512, "tokens of a row, special tokens included")
+    seq_len: int = _option(512, "tokens of a row, special tokens included", most=2**20)
     packing: bool = _option(True, "fill each row with several documents that do not see each other; else one, padded")
     shuffle_rows: int = _option(2048, "rows in the shuffle buffer; 1 keeps the order of the text", positive=True)
 
@@ -129,7 +160,7 @@ class DistillConfig:
     weight_decay: float = _option(0.01, "AdamW's weight decay (not on biases and LayerNorms)")
     clip: float = _option(1.0, "largest norm of the gradient; 0: no clipping")
     precision: str = _option("float32", "bfloat16: autocast of both models", choices=("float32", "bfloat16"))
-    seed: int = _option(0, "seed of initial weights, order of the text, dropout and prefixes")
+    seed: int = _option(0, "seed of initial weights, order of the text, dropout and prefixes", most=LARGEST_SEED)
     device: str = _option("auto", "auto: a CUDA device where there is one", choices=("auto", "cpu", "cuda"))
 
     log_every: int = _option(10, "steps between two lines of metrics", neutral=True, positive=True)
@@ -156,11 +187,13 @@ class DistillConfig:
         self._check_combinations()
 
     def _check_ranges(self) -> None:
-        positive = [option.name for option in fields(self) if option.metadata["positive"]]
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{flag(name)} must be positive, got {value}")
+        for option in fields(self):
+            value, most = getattr(self, option.name), option.metadata["most"]
+            if option.metadata["positive"] and value is not None and not value > 0:
+                raise ValueError(f"{flag(option.name)} must be positive, got {value}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int) and abs(number) > most:
+                    raise ValueError(f"{flag(option.name)} must be at most {most}, got {shown(number)}")
         for name in ("warmup_steps", "weight_decay", "clip", "seed"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -176,16 +209,22 @@ class DistillConfig:
         low, high = self.prefix_range
         if not 0 <= low <= high <= 1:
             raise ValueError(f"--prefix-range must be LOW,HIGH with 0 <= LOW <= HIGH <= 1, got {low},{high}")
-        for name in ("teacher_layer", "student_layer"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{flag(name)} counts from 1 (or from -1 backwards), got 0")
+        for name in ("teacher_layer", "student_layer", "copy_layers"):
+            value = getattr(self, name)
+            if value == 0 or (isinstance(value, tuple) and 0 in value):
+                raise ValueError(f"{flag(name)} counts from 1 (or from -1 backwards), got {show(value)}")
+        if self.copy_layers == ():
+            raise ValueError("--copy-layers: expected at least one of the teacher's layers, got none")
+        for name in ("teacher_projections", "student_projections"):
+            value = getattr(self, name)
+            if value is not None and len(value) != 3:
+                raise ValueError(f"{flag(name)}: expected three names, of query, key and value, got {len(value)}")
 
     def _check_combinations(self) -> None:
-        unknown = [pair for pair in self.relations if pair not in PAIRS]
-        if unknown or not self.relations:
-            raise ValueError(f"--relations takes pairs of q, k and v ({', '.join(PAIRS)}), got {unknown or 'none'}")
         if self.method == "minilm" and self.relation_heads is not None:
             raise ValueError("--relation-heads belongs to --method minilmv2; minilm uses the attention heads")
+        if self.method == "minilm" and self.relations != _RELATIONS:
+            raise ValueError("--relations belongs to --method minilmv2; minilm has the relations qk and vv")
         if (self.student_layers is None) != (self.student_hidden is None):
             raise ValueError("--student-layers and --student-hidden make a random student together: give both")
         sources = {
@@ -222,7 +261,7 @@ class DistillConfig:
         """What keeps a run with the settings `other` (of `as_dict`) from continuing with these, one line an option."""
         mine = self.as_dict()
         return [
-            f"{flag(option.name)}: {show(other.get(option.name))} before, {show(mine[option.name])} now"
+            f"{flag(option.name)}: {show(other.get(option.name))[:100]} before, {show(mine[option.name])} now"
             for option in fields(self)
             if not option.metadata["neutral"] and mine[option.name] != other.get(option.name)
         ]
@@ -246,16 +285,16 @@ class DistillConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], origin: str = "settings") -> DistillConfig:
-        """Settings from option names (`seq_len` or `seq-len`) to values; an unknown name is a `ValueError`."""
+        """Settings from option names (`seq_len` or `seq-len`) to values.
+
+        Raises `ValueError` for a name that is unknown or given in both spellings, for a required option that is missing
+        and for all that the class refuses.
+        """
         legal = [option.name for option in fields(cls)]
-        chosen = {}
-        for key, value in values.items():
-            name = str(key).replace("-", "_")
+        chosen = _by_name(values, origin)
+        for name in chosen:
             if name not in legal:
-                close = difflib.get_close_matches(name, legal, n=3, cutoff=0.5)
-                hint = f"did you mean {' or '.join(close)}?" if close else "minilm-distill --help lists the options"
-                raise ValueError(f"{origin}: unknown option {key!r}; {hint}")
-            chosen[name] = value
+                raise ValueError(f"{origin}: unknown option {shown(name)}; {advice(name)}")
         for option in fields(cls):
             if default_of(option) is MISSING and option.name not in chosen:
                 raise ValueError(f"{flag(option.name)} is required: {option.metadata['help']}")
@@ -263,18 +302,83 @@ class DistillConfig:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Options from a YAML or JSON file (JSON is YAML). Raises `FileNotFoundError` or `ValueError` naming the file."""
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"--config: there is no file {file}")
+    """Options from a YAML or JSON file (JSON is YAML), by the names of `DistillConfig`'s fields.
+
+    Raises `FileNotFoundError`, or `ValueError` that names the file: it cannot be read, is neither YAML nor JSON, or
+    gives a key twice.
+    """
     try:
-        text = file.read_text(encoding="utf-8")
-        values = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"--config {file}: neither YAML nor JSON: {error}") from error
+        file = Path(_text(fspath(path), path=True))
+    except ValueError as error:
+        raise ValueError(f"--config: {error}") from None
+    try:
+        if not file.exists():
+            raise FileNotFoundError(f"--config: there is no file {file}")
+        if not file.is_file():
+            raise FileNotFoundError(f"--config: there is no file {file}: that is a folder or a device")
+        with file.open("rb") as stream:
+            content = stream.read(LARGEST_FILE + 1)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config {shown(str(file))}: cannot be read: {error}") from error
+    if len(content) > LARGEST_FILE:
+        raise ValueError(f"--config {file}: expected at most {LARGEST_FILE} bytes of options, the file is larger")
+    try:
+        text = content.decode("utf-8-sig")
+        is_json = file.suffix == ".json"
+        values = json.loads(text, object_pairs_hook=_once) if is_json else yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError(f"--config {file}: neither YAML nor JSON of options: nested too deeply") from None
+    except Exception as error:  # for tags with values that do not fit, PyYAML's errors share no base class
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"--config {file}: neither YAML nor JSON: {reason[:400]}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {file}: expected option names with values, got {type(values).__name__}")
+    return _by_name(values, f"--config {file}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a mapping has each key once, and no merge keys: aliases below these multiply without bound."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        found = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not read", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in found:
+                    problem = f"{shown(key.value)} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                found.add(key.value)
+
+
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{shown(name)} is given twice")
+        values[name] = value
     return values
+
+
+def _by_name(values: Mapping[Any, Any], origin: str) -> dict[str, Any]:
+    """`values` under the names of fields; unknown names stay."""
+    keys: dict[str, Any] = {}
+    for key in values:
+        name = (key if isinstance(key, str) else shown(key)).replace("-", "_")
+        if name in keys:
+            raise ValueError(f"{origin}: {shown(keys[name])} and {shown(key)} are the same option; give it once")
+        keys[name] = key
+    return {name: values[key] for name, key in keys.items()}
+
+
+def advice(name: str, spelling: Callable[[str], str] = str) -> str:
+    """What to do about a name that is no option; `spelling`: how an option's name is written where it was given."""
+    legal = [option.name for option in fields(DistillConfig)]
+    close = difflib.get_close_matches(name[:80].strip("-").replace("-", "_"), legal, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(spelling, close))}?" if close else "minilm-distill --help lists the options"
 
 
 def flag(name: str) -> str:
@@ -288,12 +392,33 @@ def default_of(option: Field[Any]) -> Any:
 
 
 def show(value: Any) -> str:
-    """A value as the command line takes it."""
-    if isinstance(value, dict):
-        return ",".join(f"{name}:{weight:g}" for name, weight in value.items())
-    if isinstance(value, (tuple, list)):
+    """A value as the command line takes it; one that is no option's value, as `shown` has it."""
+    if isinstance(value, dict) and all(isinstance(weight, (int, float)) for weight in value.values()):
+        return ",".join(f"{name}:{_number(weight)}" for name, weight in value.items())
+    if isinstance(value, (tuple, list)) and all(isinstance(item, (str, int, float)) for item in value):
         return ",".join(map(str, value))
-    return str(value)
+    return shown(value) if isinstance(value, (dict, tuple, list)) else str(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+
+
+class _Short(reprlib.Repr):
+    """Values from outside may be nested, aliased and large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 2, 80, 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
+
+
+def shown(value: Any) -> str:
+    """`repr(value)` for a message: at most about 80 characters, whatever the value."""
+    text = _Short().repr(value)
+    return text if len(text) <= 90 else f"{text[:80]}…"
 
 
 def _coerce(option: Field[Any], value: Any, hint: Any) -> Any:
@@ -304,47 +429,89 @@ def _coerce(option: Field[Any], value: Any, hint: Any) -> Any:
         hint = next(kind for kind in get_args(hint) if kind is not NoneType)
     choices = option.metadata["choices"]
     if choices and value not in choices:
-        raise ValueError(f"{flag(option.name)} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{flag(option.name)} must be one of {', '.join(choices)}, got {shown(value)}")
     try:
         if get_origin(hint) is dict:
             return _relations(value)
         if get_origin(hint) is tuple:
-            return _sequence(value, get_args(hint))
-        return _scalar(value, hint)
+            return _sequence(value, get_args(hint), option.metadata["path"])
+        return _scalar(value, hint, option.metadata["path"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{flag(option.name)}: {error}") from error
 
 
-def _scalar(value: Any, kind: type) -> Any:
+_EXPECTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_READ: dict[type, tuple[type, ...]] = {float: (int, str), int: (str,)}  # from other types
+
+
+def _scalar(value: Any, kind: type, path: bool = False) -> Any:
     if isinstance(value, PathLike):
         value = fspath(value)
+    refused = ValueError(f"expected {_EXPECTED[kind]}, got {shown(value)}")
     right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if right:
+    if not right and (isinstance(value, bool) or not isinstance(value, _READ.get(kind, ()))):
+        raise refused
+    try:
+        value = kind(value)
+    except (ValueError, OverflowError):
+        raise refused from None
+    if kind is float:
+        return _finite(value)
+    return _text(value, path) if kind is str else value
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {value}")
+    if abs(value) > _LARGEST_FLOAT32 or 0 < abs(value) < _SMALLEST_FLOAT32:
+        raise ValueError(f"expected a number in the range of float32, got {value}")
+    return value
+
+
+def _text(value: str, path: bool) -> str:
+    if not value.strip():
+        raise ValueError(f"expected a name, got {shown(value)}")
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"expected text that UTF-8 can hold, without NUL, got {shown(value)}")
+    if not path or not value.startswith("~"):
         return value
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        return float(value)
-    if kind is int and isinstance(value, str):
-        return int(value)
-    raise TypeError(f"expected {kind.__name__}, got {value!r}")
+    try:
+        return str(Path(value).expanduser())
+    except RuntimeError:
+        advice = f"for a folder of that name write ./{value[:80]}"
+        raise ValueError(f"there is no home folder for {shown(value)}; {advice}") from None
 
 
-def _sequence(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+def _sequence(value: Any, kinds: tuple[Any, ...], path: bool) -> tuple[Any, ...]:
     kind, open_ended = kinds[0], kinds[-1] is Ellipsis
     if isinstance(value, str):
         value = [value] if kind is str else value.split(",")
     if not isinstance(value, (list, tuple)):
         value = [value]
     if not open_ended and len(value) != len(kinds):
-        raise ValueError(f"expected {len(kinds)} values, got {show(value)}")
-    return tuple(_scalar(item, kind) for item in value)
+        raise ValueError(f"expected {len(kinds)} values, got {shown(value)}")
+    return tuple(_scalar(item, kind, path) for item in value)
 
 
 def _relations(value: Any) -> dict[str, float]:
     if isinstance(value, str):
         value = value.split(",")
-    if not isinstance(value, Mapping):
-        pairs = [str(item).strip().partition(":") for item in value]
-        value = {name: weight or 1.0 for name, _, weight in pairs}
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        pairs = [item.strip().partition(":") for item in value]
+        value = {name: weight if colon else 1.0 for name, colon, weight in pairs}
         if len(value) < len(pairs):
             raise ValueError("a relation is named twice")
-    return {str(name): _scalar(weight, float) for name, weight in value.items()}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected relations such as qq:1,kk:1,vv:0.5, got {shown(value)}")
+    relations = {}
+    for name, weight in value.items():
+        if name not in PAIRS:
+            raise ValueError(f"expected pairs of q, k and v ({', '.join(PAIRS)}), got {shown(name)}")
+        relations[name] = _scalar(weight, float)
+        if relations[name] < 0:
+            raise ValueError(f"expected a weight of 0 or more for {name}, got {relations[name]}")
+    if not any(relations.values()):
+        raise ValueError(
+            f"expected at least one relation with a weight above 0, got {shown(value) if value else 'none'}"
+        )
+    return relations

@@ -26,17 +26,30 @@ _VARIABLE = "MINILM_KERNELS_CPU"
 @cache
 def unavailable() -> str | None:
     if not _LIBRARY.exists():
-        reason = "the package was installed without its CPU library"
-        if not _MISSING.exists():
-            return reason
-        reason = f"{reason}: {_MISSING.read_text(encoding='utf-8')}"
-        warnings.warn(f"minilm_kernels: on the CPU the slower backend `torch` serves; {reason}", stacklevel=2)
-        return reason
-    try:
-        torch.ops.load_library(_LIBRARY)
-    except OSError as error:
-        return f"its library does not load: {error}"
-    return None
+        reason = _why_missing()
+        if reason is None:  # pure Python on purpose
+            return "the package was installed without its CPU library"
+    else:
+        try:
+            torch.ops.load_library(_LIBRARY)
+            return None
+        except OSError as error:
+            reason = f"its library does not load: {error}"
+    warnings.warn(f"minilm_kernels: on the CPU the slower backend `torch` serves; {reason}", stacklevel=2)
+    return reason
+
+
+def _why_missing() -> str | None:
+    """Why nobody meant the library to be missing; None for an installation that was asked to leave it out."""
+    if _MISSING.exists():
+        return f"the package was installed without its CPU library: {_MISSING.read_text(encoding='utf-8')}"
+    source = _LIBRARY.parents[1]
+    if not (source / "csrc" / "cpu").is_dir():
+        return None
+    return (
+        f"this is the source tree {source}, in which the CPU library is not built; build it there with "
+        "`pip install -e .`, or, if the package is installed elsewhere, start Python in another folder"
+    )
 
 
 @cache

@@ -2,7 +2,7 @@
 
 Two operators are registered with PyTorch and are opaque to torch.compile: `relation_kl` returns the values and, for a
 scalar reduction, the student's gradient with them; `relation_kl_rows_backward` differentiates `reduction="none"`.
-To add a backend, write its module (`problem.Backend`) and name it in `_MODULES`.
+To add a backend, write its module (`problem.Backend`), name it in `backends.py` and put it into `_MODULES`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minilm_kernels.backends import AUTO, BACKENDS
+
 from . import blocked, native_cpu, native_cuda, reference, triton_backend
 from .masks import Mask
 from .problem import Backend, Problem, Unavailable, gradient_slots, result_dtype
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
-_MODULES: dict[str, Backend] = {
-    "cuda": native_cuda,
-    "triton": triton_backend,
-    "cpu": native_cpu,
-    "torch": blocked,
-    "reference": reference,
-}
-BACKENDS = tuple(_MODULES)
-_AUTO = ("cuda", "triton", "cpu", "torch")  # the first that can
+_MODULES: dict[str, Backend] = dict(
+    zip(BACKENDS, (native_cuda, triton_backend, native_cpu, blocked, reference), strict=True)
+)
 
 
 def available_backends() -> dict[str, str | None]:
@@ -46,7 +42,7 @@ def _serve(name: str, problem: Problem, call: Callable[[Backend], _Result]) -> _
             usable = ", ".join(n for n, reason in available_backends().items() if reason is None)
             raise RuntimeError(f"backend: {name!r} cannot serve this call: {'; '.join(reasons)}. Usable here: {usable}")
         return call(_MODULES[name])
-    for candidate in _AUTO:
+    for candidate in AUTO:
         if not _refusals(candidate, problem):
             try:
                 return call(_MODULES[candidate])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import backend
 import native
 import pytest
+from torch.utils import cpp_extension
 
 from minilm_kernels import available_backends
 
@@ -16,6 +19,7 @@ from .binaries import gpu_code, libraries_named_by, stable_abi, symbols_from_els
 from .environments import STEERING
 
 VARIABLES = [*STEERING, "CUDA_HOME", "CUDA_PATH"]
+AMPERE = ["compute_80,code=sm_80", "compute_86,code=[sm_86,compute_86]"]
 NVCC_13 = {(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)}
 
 
@@ -64,18 +68,21 @@ class TestMode:
         with pytest.raises(native.BuildError, match=f"MINILM_KERNELS_BUILD: expected one of auto, .*got {mode!r}"):
             native.wanted()
 
-    def test_torch_is_a_build_requirement_where_it_is_missing(self, monkeypatch, tmp_path):
+    @pytest.mark.parametrize(
+        ("mode", "expected"),
+        [(None, []), ("auto", []), ("none", []), ("cpu", ["torch>=2.11"]), ("cpu,cuda", ["torch>=2.11"])],
+    )
+    def test_torch_is_fetched_only_for_a_library_that_was_asked_for(self, monkeypatch, tmp_path, mode, expected):
         def missing():
             raise native.BuildError("no headers")
 
-        assert backend.get_requires_for_build_wheel() == []
+        if mode is not None:
+            monkeypatch.setenv("MINILM_KERNELS_BUILD", mode)
+        assert backend.get_requires_for_build_wheel() == []  # there is one
         monkeypatch.setattr(native, "find_torch", missing)
-        assert backend.get_requires_for_build_wheel() == ["torch>=2.11"]
-        assert backend.get_requires_for_build_editable() == ["torch>=2.11"]
+        assert backend.get_requires_for_build_wheel() == expected
+        assert backend.get_requires_for_build_editable() == expected
         assert backend.get_requires_for_build_sdist() == []
-        monkeypatch.setenv("MINILM_KERNELS_BUILD", "none")
-        assert backend.get_requires_for_build_wheel() == []
-        monkeypatch.setenv("MINILM_KERNELS_BUILD", "auto")
         monkeypatch.setenv("CXX", str(tmp_path / "none"))  # without a compiler gigabytes of headers are of no use
         assert backend.get_requires_for_build_wheel() == []
 
@@ -134,6 +141,9 @@ class TestArchitectures:
             ("8.0 9.0+PTX", ["compute_80,code=sm_80", "compute_90,code=[sm_90,compute_90]"]),
             (" 9.0a;12.0; ", ["compute_90a,code=sm_90a", "compute_120,code=sm_120"]),
             ("9.0 9.0+PTX", ["compute_90,code=[sm_90,compute_90]"]),
+            ("Hopper", ["compute_90,code=[sm_90,compute_90]"]),
+            ("Ampere;Hopper", [*AMPERE, "compute_90,code=[sm_90,compute_90]"]),
+            ("8.0 Ampere", AMPERE),
         ],
     )
     def test_list(self, text, expected):
@@ -148,15 +158,39 @@ class TestArchitectures:
         # An older toolkit leaves out what it does not know; the PTX of its newest serves newer GPUs.
         assert numbers({x for x in NVCC_13 if x <= (9, 0)}) == ["sm_80", "sm_86", "sm_89", "[sm_90,compute_90]"]
 
-    @pytest.mark.parametrize("word", ["Hopper", "90", "9.0+ptx", "sm_90", "9.0,10.0", "9.0x"])
+    @pytest.mark.parametrize("word", ["Hoper", "hopper", "90", "9.0+ptx", "sm_90", "9.0,10.0", "9.0x"])
     def test_nonsense_is_named(self, word):
         with pytest.raises(native.BuildError, match=r"TORCH_CUDA_ARCH_LIST: expected numbers like.* got '") as caught:
             native.architectures(f"8.0;{word}", NVCC_13, "13.0")
         assert repr(word) in str(caught.value)
 
-    def test_too_old_a_gpu(self):
-        with pytest.raises(native.BuildError, match=r"the kernels need 8\.0 or later, got '7\.5'"):
-            native.architectures("7.5;8.0", NVCC_13, "13.0")
+    @pytest.mark.parametrize(
+        ("text", "left_out", "expected"),
+        [
+            ("7.5 8.0 9.0+PTX", ["7.5"], ["sm_80", "[sm_90,compute_90]"]),
+            ("5.2;6.0;7.0+PTX;8.0", ["5.2", "6.0", "7.0+PTX"], ["sm_80"]),
+            ("Pascal;Turing;Ada", ["6.0", "6.1+PTX", "7.5+PTX"], ["[sm_89,compute_89]"]),
+            ("Blackwell", ["10.3", "12.1+PTX"], ["sm_100", "sm_120"]),
+        ],
+    )
+    def test_what_cannot_be_served_is_left_out_with_a_word(self, capsys, text, left_out, expected):
+        flags = native.architectures(text, NVCC_13, "13.0")
+        assert [flag.rpartition("=")[2] for flag in flags] == expected
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("minilm_kernels: TORCH_CUDA_ARCH_LIST: without ")
+        assert re.findall(r"([\d.]+(?:\+PTX)?) \(", line) == left_out
+
+    @pytest.mark.parametrize("text", ["7.5", "7.0;7.5+PTX", "Volta Turing"])
+    def test_nothing_left(self, text):
+        with pytest.raises(native.BuildError, match=r"nothing is left of .* \(the kernels need 8\.0 or later\)"):
+            native.architectures(text, NVCC_13, "13.0")
+
+    def test_names_are_those_of_torch(self):
+        """torch keeps them inside a function: they are read from its source."""
+        source = inspect.getsource(cpp_extension._get_cuda_arch_flags)
+        found = dict(re.findall(r"\('([A-Z][A-Za-z+]*)', '([\d.;+PTX]+)'\)", source))
+        assert found
+        assert found.items() <= native.NAMED_ARCHITECTURES.items()
 
     def test_too_old_a_toolkit(self):
         with pytest.raises(native.BuildError, match=r"CUDA 12\.4 cannot compile for 10\.0 \(it can for 8\.0 to 9\.0\)"):

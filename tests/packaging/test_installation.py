@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +56,11 @@ def distributions(source, tmp_path_factory) -> Path:
 
 
 def test_pip_install_into_nothing(newcomer):
-    newcomer.check()
+    """torch comes by it, but only after the build: the library is left out, with the way out."""
+    reason = newcomer.check(cpu=False)["reason"]
+    assert "PyTorch's headers were not found" in reason
+    assert "install torch first" in reason
+    assert "pip install --no-build-isolation" in reason
     assert (
         "usage: minilm-distill"
         in subprocess.run(
@@ -72,8 +77,26 @@ def test_pip_install_without_build_isolation(source, environment):
     environment.check()
 
 
+def test_build_in_isolation_fetches_no_torch_and_says_what_is_left_out(source, tmp_path):
+    environ = {key: value for key, value in os.environ.items() if key != "MINILM_KERNELS_BUILD"}
+    command = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(source)]
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=1200)
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = result.stdout + result.stderr
+    assert said.count("WITHOUT THE CPU LIBRARY") == 1
+    assert "python -m build --no-isolation" in said
+    assert "- ninja" in said  # the list of what was fetched for the build
+    assert "- torch" not in said
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "headers were not found" in archive.read("minilm_kernels/_cpu.missing").decode()
+
+
 def test_sdist(distributions, environment):
     (sdist,) = distributions.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        assert not [name for name in archive.getnames() if "/tests" in name]  # all of them, or none
     environment.pip("install", "--no-deps", str(sdist))
     environment.check()
 

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import threading
+import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -274,13 +276,45 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
     case.run("sum", "auto")
 
 
-def test_an_installation_without_the_library_says_why_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(native_cpu, "_LIBRARY", tmp_path / "_cpu.abi3.so")
-    monkeypatch.setattr(native_cpu, "_MISSING", tmp_path / "_cpu.missing")
-    fresh = native_cpu.unavailable.__wrapped__
-    assert "without its CPU library" in fresh()
-    (tmp_path / "_cpu.missing").write_text("no C++ compiler was found", encoding="utf-8")
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    """A folder in whose package the library is looked for; returns the answer of a first look there."""
+    package = tmp_path / "minilm_kernels"
+    package.mkdir()
+    monkeypatch.setattr(native_cpu, "_LIBRARY", package / "_cpu.abi3.so")
+    monkeypatch.setattr(native_cpu, "_MISSING", package / "_cpu.missing")
+    return native_cpu.unavailable.__wrapped__
+
+
+def test_an_installation_without_the_library_says_why(elsewhere, tmp_path, recwarn):
+    assert elsewhere() == "the package was installed without its CPU library"
+    assert not recwarn  # it was asked to leave it out
+    (tmp_path / "minilm_kernels/_cpu.missing").write_text("no C++ compiler was found", encoding="utf-8")
     with pytest.warns(UserWarning, match="slower backend `torch` serves.*no C\\+\\+ compiler"):
-        assert "no C++ compiler was found" in fresh()
-    (tmp_path / "_cpu.abi3.so").write_bytes(b"not a library")
-    assert "does not load" in fresh()
+        assert "no C++ compiler was found" in elsewhere()
+    (tmp_path / "minilm_kernels/_cpu.abi3.so").write_bytes(b"not a library")
+    with pytest.warns(UserWarning, match="slower backend `torch` serves.*does not load"):
+        assert "does not load" in elsewhere()
+
+
+def test_a_source_tree_without_the_library_says_the_way_out(elsewhere, tmp_path):
+    (tmp_path / "csrc/cpu").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="slower backend `torch` serves; this is the source tree"):
+        reason = elsewhere()
+    assert f"source tree {tmp_path}," in reason
+    assert "`pip install -e .`" in reason
+    assert "start Python in another folder" in reason
+
+
+def test_a_slow_fallback_is_said_once(monkeypatch, tmp_path):
+    """However many calls there are, and whatever is asked about backends before."""
+    (tmp_path / "csrc/cpu").mkdir(parents=True)
+    monkeypatch.setattr(native_cpu, "_LIBRARY", tmp_path / "minilm_kernels/_cpu.abi3.so")
+    monkeypatch.setattr(native_cpu, "_MISSING", tmp_path / "minilm_kernels/_cpu.missing")
+    monkeypatch.setattr(native_cpu, "unavailable", cache(native_cpu.unavailable.__wrapped__))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            available_backends()
+            relation_kl(torch.randn(1, 5, 2, 4), None, torch.randn(1, 5, 2, 4, requires_grad=True), None).backward()
+    assert [str(w.message).count(str(tmp_path)) for w in caught if "minilm_kernels" in str(w.message)] == [1]
