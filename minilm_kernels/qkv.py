@@ -6,16 +6,29 @@ each projection; the first one reached raises a private exception with its input
 projections to it. The model itself gets no hook and no new attribute, and a call keeps no state.
 """
 
-import copy
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from minilm_kernels._full_attention import check_full_attention, nearest_config
+from minilm_kernels._module_view import (
+    cut,
+    follow,
+    graft,
+    has_own_forward,
+    leaves,
+    pinned,
+    private,
+    register_only,
+    switches,
+    with_attention,
+)
+from minilm_kernels._wrappers import unwrap
 from minilm_kernels.losses import QKV
 
 __all__ = ["QKV", "QKVExtractor", "layer_path", "resolve_layer"]
@@ -28,13 +41,34 @@ _PROJECTIONS: dict[str, tuple[str, ...]] = {
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "electra": _BERT,
+    "bert-generation": _BERT,
+    "camembert": _BERT,
+    "data2vec-text": _BERT,
+    "ernie": _BERT,
+    "esm": _BERT,
+    "layoutlm": _BERT,
+    "markuplm": _BERT,
+    "megatron-bert": _BERT,
+    "rembert": _BERT,
+    "roberta-prelayernorm": _BERT,
+    "roc_bert": _BERT,
+    "splinter": _BERT,
+    "xlm-roberta-xl": _BERT,
+    "xmod": _BERT,
     "distilbert": tuple(f"transformer.layer.{{i}}.attention.{name}_lin" for name in "qkv"),
     "mpnet": tuple(f"encoder.layer.{{i}}.attention.attn.{name}" for name in "qkv"),
 }
 
-# What tokenizers and collators put into a batch for others. Dropped where the base model does not take it.
-_FOR_OTHERS = {"labels", "next_sentence_label", "start_positions", "end_positions", "num_items_in_batch"}
-_FOR_OTHERS |= {"token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
+# Batch entries that tokenizers, collators and sentence-transformers make for others. Dropped where the base model does
+# not take them.
+_FOR_OTHERS = {"labels", "label", "label_ids", "next_sentence_label", "start_positions", "end_positions"}
+_FOR_OTHERS |= {"num_items_in_batch", "token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
+_FOR_OTHERS |= {"overflow_to_sample_mapping", "modality", "prompt_length", "task"}
+# Batch entries that describe flattened batches. Most attention functions ignore them and mix the sequences.
+_FLATTENED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+# Attributes of PEFT's layers that switch adapters; the copies follow the originals in them.
+_ADAPTERS = ("_disable_adapters", "_active_adapter")
 
 _CAPTURE = "minilm_kernels_capture"
 
@@ -51,17 +85,15 @@ class _Probe(nn.Module):
 
 
 class _Recorder(nn.Module):
-    """Stands in a projection's place during the dry run: applies it, and ends the forward after the last one."""
+    """Stands in a projection's place during the dry run: applies it and notes its arguments and output."""
 
-    def __init__(self, projection: nn.Module, path: str, calls: dict, expected: int):
+    def __init__(self, projection: nn.Module, calls: list):
         super().__init__()
-        self.projection, self.path, self.calls, self.expected = projection, path, calls, expected
+        self.projection, self.calls = projection, calls
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        output = self.projection(input)
-        self.calls[self.path] = (input, output)
-        if len(self.calls) == self.expected:
-            raise _Reached
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.projection(*args, **kwargs)
+        self.calls.append(((*args, *kwargs.values()), output))
         return output
 
 
@@ -76,12 +108,17 @@ AttentionInterface.register(_CAPTURE, _capture)
 class QKVExtractor(nn.Module):
     """The query, key and value projections of one layer: `extractor(**batch) -> QKV`.
 
-    Works for BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA and MPNet of transformers, as base models or below a task head
-    (the head is not run), and with `projections` for any other model whose self-attention has three projection modules.
+    Works for BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet and families that share BERT's module names (the error
+    for other families lists them), as base models or below a task head (the head is not run). With `projections` it
+    works for any other model whose self-attention has three projection modules.
 
     Args:
-        model: the model. It is left as it is: no hooks, no new attributes, nothing copied.
+        model: the model. It is left as it is: no hooks, no new attributes, no copied weights. The model is taken out of
+            `torch.compile`, PEFT, sentence-transformers and AveragedModel; `extractor.model` is the one inside.
         layer: 1-based; negative counts from the last, so the default is the last layer.
+        frozen: for teachers. The extractor always runs in evaluation mode and without gradient, and has no parameters,
+            buffers or submodules, so that a module which holds it neither trains nor saves the teacher. The model
+            itself keeps its mode and its `requires_grad`.
         projections: for other models, the names of the query, key and value modules, as in `model.named_modules()`,
             with `{i}` for the layer's index in its list (0 for layer 1):
 
@@ -106,27 +143,43 @@ class QKVExtractor(nn.Module):
     `unreached_parameters()` names the others. Gradient checkpointing, autocast and `torch.compile(fullgraph=True,
     dynamic=True)` work. Calls from several threads do not disturb each other.
 
+    Wrap the extractor, not the model: `DistributedDataParallel(QKVExtractor(model))`. For FSDP2 make the extractor
+    first, then `fully_shard` the layers in `extractor.base` and the extractor. Modules that are re-parametrised
+    (pruning, weight norm, spectral norm) train through the parameters behind their weights.
+
     Modules and parameters are shared with the model: what changes a parameter in either is seen in both, as is moving
     or casting (`to`, `half`, ...), and `extractor.to()` and `extractor.train()`/`eval()` act on the whole model.
-    `model.train()` and `model.eval()` decide about dropout in the extractor too: the last call counts.
+    `model.train()` and `model.eval()` decide about dropout in the extractor too: the last call counts. A module that
+    registers both the student and its extractor holds every parameter twice, which safetensors refuses to save:
+    register one of them. transformers' Trainer trains an extractor with `remove_unused_columns=False`, and resumes from
+    its own checkpoints; `extractor.model.save_pretrained` saves the student itself.
     Replacing a module does *not* reach an extractor that exists: after `resize_token_embeddings`, a change of attention
     implementation, adapters or pruning, make a new one. A deep copy or a pickle of the extractor contains its model.
 
     Raises:
         TypeError: `model` is no module, `layer` no integer; calls with names that the model does not take.
-        ValueError: a layer that does not exist (the message names the legal ones); an unknown architecture or wrong
-            names (it shows how to name them); a layer with sliding-window or other non-full attention, whose rows do
-            not see what the relations are taken over; projections that do not share one input; rotary="after" without
-            rotary embeddings.
-        RuntimeError: the dry run failed, or a forward that passed by the projections.
+        ValueError: a layer that does not exist (the message names the legal ones); a wrapper that cannot be taken off,
+            sharded or offloaded parameters (it says what to do); an unknown architecture or wrong names (it shows how
+            to name them); a layer with windowed, chunked, sparse, linear or other non-full attention, whose rows do
+            not see what the relations are taken over; projections that do not share one input, are applied several
+            times in one forward (layers that share their modules), or do not return (B, S, hidden); rotary="after"
+            without rotary embeddings.
+        RuntimeError: the dry run failed, or a forward that passed by the projections; a `forward` that was put on one
+            of the model's modules and computes something else than that of the class.
     """
 
+    # Without it transformers' Trainer takes **batch for loss arguments and does not divide by its accumulation steps.
+    accepts_loss_kwargs = False
+
     model: nn.Module
+    base: nn.Module
+    projections: nn.ModuleList
 
     def __init__(
         self,
         model: nn.Module,
         layer: int = -1,
+        frozen: bool = False,
         *,
         projections: Sequence[str] | None = None,
         rotary: Literal["before", "after"] = "before",
@@ -135,48 +188,78 @@ class QKVExtractor(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(frozen, bool):
+            raise TypeError(f"frozen: expected a bool, got {frozen!r}")
         if rotary not in ("before", "after"):
             raise ValueError(f'rotary={rotary!r}: expected "before" or "after"')
+        model = unwrap(model)
         root = _base_model(model)
         templates = _templates(model, root, projections)
         layers = templates[0].partition(".{i}.")[0]
-        self.layer = resolve_layer(layer, len(_submodule(root, layers)._modules))  # 1-based
-        config = getattr(root, "config", None)
-        _check_full_attention(config, self.layer)
+        count = len(_submodule(root, layers)._modules)
+        self.layer = resolve_layer(layer, count)  # 1-based
+        self.frozen = frozen
         paths = [template.replace("{i}", str(self.layer - 1)) for template in templates]
-        modules = [_submodule(root, path) for path in paths]
+        check_full_attention(root, templates[0].rpartition(".")[0], self.layer, count)
+        modules = {path: _submodule(root, path) for path in paths}
 
-        names = inspect.signature(root.forward).parameters
-        self._accepted = frozenset(name for name, p in names.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
-        takes_any = isinstance(root, PreTrainedModel) and any(p.kind is p.VAR_KEYWORD for p in names.values())
+        names = list(inspect.signature(type(root).forward).parameters.values())[1:]  # without self
+        self._accepted = frozenset(p.name for p in names if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+        takes_any = isinstance(root, PreTrainedModel) and any(p.kind is p.VAR_KEYWORD for p in names)
         # A cache would be filled, and recorded outputs would install hooks in the model.
         self._fixed = {
             name: False
             for name in ("use_cache", "output_attentions", "output_hidden_states")
-            if name in names or takes_any
+            if name in self._accepted or takes_any
         }
 
-        calls: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        if rotary == "before":
-            view = _view(root, layers, self.layer, {path: _Probe() for path in paths})
-            recorders = {p: _Recorder(m, p, calls, len(set(paths))) for p, m in zip(paths, modules, strict=True)}
-            trial = _view(root, layers, self.layer, recorders)
-        else:
-            trial = view = _view(root, layers, self.layer, _capturing_attention(root, config, paths))
-        reached = self._dry_run(root, trial, calls, example)
+        view = cut(root, layers, self.layer, {path: _Probe() for path in paths})
+        with torch.inference_mode(False):
+            example = self._example(root, example)
+            if any(has_own_forward(module) for module in root.modules()):
+                self._compare(root, pinned(view, {}) if frozen else view, modules[paths[0]], example)
+            outputs, aliases = self._dry_run(root, modules, example)
+            if rotary == "after":
+                view = cut(root, layers, self.layer, _capturing_attention(root, paths))
+                outputs, aliases = self._dry_run_after(view, example)
+        found = leaves(outputs)
+        reached = {original for original, alias in aliases.items() if id(alias) in found}
 
-        self.base = _register_only(view, reached)
-        self.projections = nn.ModuleList(modules if rotary == "before" else [])
         self.__dict__["model"] = model  # unregistered: its other parameters are not the extractor's
-        self.training = model.training
+        base = register_only(view, reached)
+        applied = [modules[path] for path in paths] if rotary == "before" else []
+        if frozen:
+            made: dict[int, nn.Module] = {}
+            self.__dict__["base"] = pinned(base, made)
+            self.__dict__["projections"] = nn.ModuleList(pinned(module, made) for module in applied)
+            self.training = False
+        else:
+            self.base, self.projections = base, nn.ModuleList(applied)
+            self.training = model.training
+        followed = _ADAPTERS if frozen else ("training", *_ADAPTERS)
+        self._switches = switches(self.base, followed) + switches(self.projections, followed)
 
-    def forward(self, **batch: Any) -> QKV:
+    def forward(self, *positional: Any, **batch: Any) -> QKV:
+        if positional:
+            raise TypeError("batch: give its entries by name, as in extractor(**batch)")
         unknown = [name for name in batch if name not in self._accepted and name not in _FOR_OTHERS]
+        if flattened := [name for name in batch if name in _FLATTENED]:
+            raise TypeError(
+                f"batch: {', '.join(flattened)} describe a flattened batch, in which most attention functions mix the "
+                "sequences; give (B, S) input_ids and attention_mask"
+            )
         if unknown:
             raise TypeError(f"batch: unknown {', '.join(unknown)}; the model takes {', '.join(sorted(self._accepted))}")
         taken = {name: value for name, value in batch.items() if name in self._accepted}
+        follow(self._switches)
+        if self.frozen:
+            with torch.no_grad():
+                return self._extract(taken)
+        return self._extract(taken)
+
+    def _extract(self, batch: dict[str, Any]) -> QKV:
         try:
-            self.base(**{**taken, **self._fixed})
+            self.base(**{**batch, **self._fixed})
         except _Reached as reached:
             found = reached.args
         else:
@@ -188,22 +271,35 @@ class QKVExtractor(nn.Module):
 
     def unreached_parameters(self) -> list[str]:
         """Names, in `model.named_parameters()`, of the parameters that query, key and value do not depend on."""
-        reached = {id(p) for p in self.parameters()}
+        reached = {id(p) for module in (self.base, self.projections) for p in module.parameters()}
         return [name for name, p in self.model.named_parameters() if id(p) not in reached]
 
     def train(self, mode: bool = True) -> "QKVExtractor":
+        """Sets the mode of the extractor and of the whole model; a frozen extractor stays in evaluation mode."""
+        if self.frozen:
+            return self
         self.model.train(mode)
         return super().train(mode)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Calls the model's method of this name; transformers' Trainer looks for it."""
+        model: Any = self.model
+        model.activation_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Calls the model's method of this name; older versions of transformers' Trainer look for it."""
+        model: Any = self.model
+        model.gradient_checkpointing_enable(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QKVExtractor":
         self.model._apply(fn, recurse)
         return self
 
     def extra_repr(self) -> str:
-        return f"layer={self.layer}"
+        return f"layer={self.layer}" + (", frozen=True" if self.frozen else "")
 
-    def _dry_run(self, root: nn.Module, trial: nn.Module, calls: dict, example: Mapping[str, Any] | None) -> set[int]:
-        """The ids of the parameters that query, key and value depend on, by the autograd graph of one small batch."""
+    def _example(self, root: nn.Module, example: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The batch of the dry run, of tensors that autograd takes."""
         if example is None:
             if "input_ids" not in self._accepted:
                 raise ValueError(
@@ -213,27 +309,97 @@ class QKVExtractor(nn.Module):
             ids = torch.zeros(1, 2, dtype=torch.long, device=next(root.parameters()).device)
             example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             example = {name: value for name, value in example.items() if name in self._accepted}
+        inference = {name for name, x in example.items() if isinstance(x, torch.Tensor) and x.is_inference()}
+        return {name: x.clone() if name in inference else x for name, x in example.items()} | self._fixed
+
+    def _dry_run(
+        self, root: nn.Module, modules: Mapping[str, nn.Module], example: Mapping[str, Any]
+    ) -> tuple[list[torch.Tensor], dict[int, nn.Parameter]]:
+        """The checked outputs of the projections for one small batch, and the parameters that they depend on.
+
+        Runs beyond the projections, to see whether they are applied again.
+        """
+        calls: dict[str, list] = {path: [] for path in modules}
         aliases: dict[int, nn.Parameter] = {}
-        with torch.inference_mode(False), torch.enable_grad():
-            try:
-                _private(trial, aliases)(**example, **self._fixed)
-            except _Reached as reached:
-                outputs = list(reached.args)
-            except Exception as error:
+        trial = private(graft(root, {path: _Recorder(m, calls[path]) for path, m in modules.items()}), aliases)
+        try:
+            with torch.enable_grad():
+                trial(**example)
+        except Exception as error:
+            if not all(calls.values()):  # later errors do not matter: an encoder may run without its decoder's inputs
                 raise RuntimeError(
                     f"the dry run over {type(root).__name__} failed ({error}); if the batch is the reason, give a "
                     "small one that the model takes as example=..."
                 ) from error
-            else:
-                raise RuntimeError(f"the forward of {type(root).__name__} passed by the named projections")
-        if calls:
-            inputs, recorded = zip(*calls.values(), strict=True)
-            first = inputs[0]
-            if any(x is not first and (x.shape != first.shape or not torch.equal(x, first)) for x in inputs):
-                raise ValueError(f"projections: {', '.join(calls)} do not get one input: this is no self-attention")
-            outputs = list(recorded)
-        leaves = _leaves(outputs)
-        return {original for original, alias in aliases.items() if id(alias) in leaves}
+        if not all(calls.values()):
+            raise RuntimeError(f"the forward of {type(root).__name__} passed by the named projections")
+        inputs = []
+        for path, found in calls.items():
+            arguments, output = found[0]
+            if len(found) > 1:
+                raise ValueError(
+                    f"layer={self.layer}: {path} is applied {len(found)} times in one forward: layers that share "
+                    "their modules cannot be extracted"
+                )
+            if len(arguments) != 1 or not isinstance(output, torch.Tensor):
+                kind = type(modules[path]).__name__
+                raise ValueError(
+                    f"projections: {path} ({kind}) takes {len(arguments)} arguments and returns a "
+                    f"{type(output).__name__}; expected a module of one tensor that returns a tensor"
+                )
+            shape = getattr(example.get("input_ids"), "shape", output.shape[:-1])
+            if output.dim() != 3 or output.shape[:-1] != shape:
+                raise ValueError(
+                    f"projections: {path} returns {tuple(output.shape)} for tokens of {tuple(shape)}; expected "
+                    "(B, S, hidden)"
+                )
+            inputs.append(arguments[0])
+        if any(x is not inputs[0] and (x.shape != inputs[0].shape or not torch.equal(x, inputs[0])) for x in inputs):
+            raise ValueError(f"projections: {', '.join(calls)} do not get one input: this is no self-attention")
+        return [found[0][1] for found in calls.values()], aliases
+
+    def _dry_run_after(self, view: nn.Module, example: Mapping[str, Any]) -> tuple[list[torch.Tensor], dict]:
+        """The same for rotary="after", where queries and keys may depend on further parameters, as of a norm."""
+        aliases: dict[int, nn.Parameter] = {}
+        try:
+            with torch.enable_grad():
+                private(view, aliases)(**example)
+        except _Reached as reached:
+            return list(reached.args), aliases
+        raise RuntimeError(f'rotary="after": {type(view).__name__} passed by the attention function of its config')
+
+    def _compare(self, root: nn.Module, view: nn.Module, projection: nn.Module, example: Mapping[str, Any]) -> None:
+        """Holds the view to the model where modules of the model have a `forward` of their own.
+
+        The model itself is run as far as the projection, in evaluation mode; its modes and hooks are put back.
+        """
+
+        def stop(_: nn.Module, arguments: tuple) -> None:
+            raise _Reached(*arguments)
+
+        modes = {module: module.training for module in (*root.modules(), *view.modules())}
+        handle = projection.register_forward_pre_hook(stop)
+        found = []
+        try:
+            for model in (root, view):
+                model.eval()
+                try:
+                    with torch.no_grad():
+                        model(**example)
+                except _Reached as reached:
+                    found.append(reached.args[0])
+        finally:
+            handle.remove()
+            for module, mode in modes.items():
+                module.training = mode
+        close = len(found) == 2 and found[0].shape == found[1].shape
+        if not close or not torch.allclose(found[0], found[1], rtol=1e-5, atol=1e-6):
+            names = [name or "the model" for name, module in root.named_modules() if has_own_forward(module)]
+            raise RuntimeError(
+                f"model: the forward that was put on {', '.join(names[:3])} reaches the projections of layer "
+                f"{self.layer} with other values than the forward of the class; make the extractor before it is put "
+                "there, or remove it"
+            )
 
 
 def resolve_layer(layer: int, count: int) -> int:
@@ -245,9 +411,9 @@ def resolve_layer(layer: int, count: int) -> int:
     return layer if layer > 0 else count + 1 + layer
 
 
-def layer_path(model: nn.Module) -> str:
-    """The name of the list of layers below the base model, as "encoder.layer", for the known architectures."""
-    return _templates(model, _base_model(model), None)[0].partition(".{i}.")[0]
+def layer_path(model: nn.Module, projections: Sequence[str] | None = None) -> str:
+    """The name of the list of layers below the base model, as "encoder.layer"; `projections` as `QKVExtractor`'s."""
+    return _templates(model, _base_model(model), projections)[0].partition(".{i}.")[0]
 
 
 def _base_model(model: nn.Module) -> nn.Module:
@@ -273,6 +439,7 @@ def _templates(model: nn.Module, root: nn.Module, projections: Sequence[str] | N
     if root is not model:
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         projections = [name.removeprefix(prefix) for name in projections]
+    projections = [name.replace("_orig_mod.", "") for name in projections]  # of compiled modules
     lists = {name.partition(".{i}.")[0] for name in projections}
     if any(name.count(".{i}.") != 1 for name in projections) or len(lists) != 1:
         raise ValueError(
@@ -293,115 +460,10 @@ def _submodule(root: nn.Module, path: str) -> nn.Module:
         raise ValueError(f"projections: {type(root).__name__} has no module {path} ({error})") from None
 
 
-def _check_full_attention(config: Any, layer: int) -> None:
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        kind = types[layer - 1]
-    else:
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        kind = "full_attention" if window is None else "sliding_attention"
-    if kind != "full_attention":
-        full = [i for i, t in enumerate(types or (), 1) if t == "full_attention"]
-        raise ValueError(
-            f"layer={layer} has {kind}: its rows do not see what the relations are taken over; "
-            f"layers with full attention: {', '.join(map(str, full)) or 'none'}"
-        )
-
-
-def _capturing_attention(root: nn.Module, config: Any, paths: Sequence[str]) -> dict[str, nn.Module]:
+def _capturing_attention(root: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
     """The attention module of the layer, with the capturing function as its attention implementation."""
     path = paths[0].rpartition(".")[0]
     attention = root.get_submodule(path)
-    if getattr(config, "rope_parameters", None) is None or getattr(attention, "config", None) is None:
+    if getattr(nearest_config(root, path), "rope_parameters", None) is None or not hasattr(attention, "config"):
         raise ValueError(f'rotary="after": {type(root).__name__} has no rotary embedding that can be applied')
-    capturing: Any = copy.deepcopy(attention.config)
-    capturing._attn_implementation = _CAPTURE
-    twin = _copy(attention)
-    twin.__dict__["config"] = capturing
-    return {path: twin}
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    """A shallow copy with its own table of children; parameters and buffers stay in the tables of the original."""
-    twin = copy.copy(module)
-    twin.__dict__["_modules"] = dict(module._modules)
-    return twin
-
-
-def _graft(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy in which other modules stand at the given paths; what is not on a path is shared."""
-    if "" in replaced:
-        return replaced[""]
-    twin = _copy(module)
-    below: dict[str, dict[str, nn.Module]] = {}
-    for path, new in replaced.items():
-        name, _, rest = path.partition(".")
-        below.setdefault(name, {})[rest] = new
-    for name, inner in below.items():
-        twin._modules[name] = _graft(module.get_submodule(name), inner)
-    return twin
-
-
-def _view(root: nn.Module, layers: str, layer: int, replaced: Mapping[str, nn.Module]) -> nn.Module:
-    """The grafted model without the later layers. Its last layer ends by an exception, so it is not checkpointed."""
-    view = _graft(root, replaced)
-    kept = view.get_submodule(layers)._modules
-    for name in list(kept)[layer:]:
-        del kept[name]
-    last = view.get_submodule(layers).get_submodule(str(layer - 1))
-    last.__dict__["gradient_checkpointing"] = False
-    return view
-
-
-def _register_only(module: nn.Module, reached: set[int]) -> nn.Module:
-    """The module if all its parameters are reached; otherwise a copy in which the others are plain attributes.
-
-    They stay attributes because an unreached module may be executed, as MPNet's position bias before its first layer.
-    """
-    if all(id(p) in reached for p in module.parameters()):
-        return module
-    twin = _copy(module)
-    hidden = {name: p for name, p in module._parameters.items() if p is not None and id(p) not in reached}
-    if hidden:
-        twin.__dict__["_parameters"] = {name: p for name, p in module._parameters.items() if name not in hidden}
-        twin.__dict__.update(hidden)
-    for name, child in module._modules.items():
-        if child is not None:
-            twin._modules[name] = _register_only(child, reached)
-    return twin
-
-
-def _private(module: nn.Module, aliases: dict[int, nn.Parameter]) -> nn.Module:
-    """A copy for the dry run: evaluation mode, no hooks, own buffers, and trainable parameters over shared storage."""
-    twin = _copy(module)
-    for parameter in module._parameters.values():
-        if parameter is not None and id(parameter) not in aliases:
-            aliases[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.is_floating_point())
-    twin.__dict__.update(
-        training=False,
-        _forward_hooks={},
-        _forward_pre_hooks={},
-        _buffers={name: None if b is None else b.clone() for name, b in module._buffers.items()},
-        _parameters={name: None if p is None else aliases[id(p)] for name, p in module._parameters.items()},
-    )
-    for name, child in module._modules.items():
-        if child is not None:
-            twin._modules[name] = _private(child, aliases)
-    return twin
-
-
-def _leaves(outputs: Iterable[torch.Tensor]) -> set[int]:
-    """The ids of the leaf tensors in the autograd graph of the outputs."""
-    nodes = [output.grad_fn for output in outputs]
-    seen, leaves = set(nodes), set()
-    while nodes:
-        node = nodes.pop()
-        if node is None:
-            continue
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
-        for following, _ in node.next_functions:
-            if following not in seen:
-                seen.add(following)
-                nodes.append(following)
-    return leaves
+    return {path: with_attention(attention, _CAPTURE)}

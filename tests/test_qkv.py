@@ -6,7 +6,11 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -15,12 +19,14 @@ from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
     PreTrainedModel,
+    Trainer,
+    TrainingArguments,
 )
 
 from minilm_kernels.demo.assets import minilm_l6
 from minilm_kernels.losses import MiniLMv2Loss
 from minilm_kernels.qkv import QKV, QKVExtractor
-from minilm_kernels.students import student_config
+from minilm_kernels.students import copied_student, student_config
 
 BERT = ("encoder.layer", "attention.self", ("query", "key", "value"))
 # Written down apart from the package's own table: list of layers, attention module, projections.
@@ -33,6 +39,18 @@ PARTS = {
     "mpnet": ("encoder.layer", "attention.attn", ("q", "k", "v")),
 }
 KNOWN = list(PARTS)
+# Families with BERT's module names, and what their small configs need.
+LIKE_BERT = {
+    "camembert": {},
+    "data2vec-text": {},
+    "ernie": {},
+    "megatron-bert": {},
+    "rembert": {"input_embedding_size": 24},
+    "roberta-prelayernorm": {},
+    "splinter": {},
+    "xlm-roberta-xl": {},
+    "xmod": {"default_language": "en_XX"},
+}
 LLAMA = [f"layers.{{i}}.self_attn.{p}_proj" for p in "qkv"]
 
 
@@ -100,6 +118,22 @@ def test_values_are_those_recomputed_from_the_hidden_states(model_type, hidden):
     assert (unmasked.query - found[3].query).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("model_type", LIKE_BERT)
+def test_families_with_the_names_of_bert(model_type):
+    model, batch = make(model_type, **LIKE_BERT[model_type]), batch_of()
+    attention, expected = model.encoder.layer[1].attention.self, {}
+    with torch.no_grad():
+        handles = [
+            attention.get_submodule(name).register_forward_hook(lambda _, __, y, n=name: expected.update({n: y}))
+            for name in QKV._fields
+        ]
+        model(**batch)
+        for handle in handles:
+            handle.remove()
+        assert_equal(QKVExtractor(model, 2)(**batch), QKV(**expected), 0)
+        assert QKVExtractor(copied_student(model, [1, 3]))(**batch).query.shape == (3, 11, 48)
+
+
 def test_values_on_a_real_minilm():
     folder = minilm_l6()
     model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -109,6 +143,43 @@ def test_values_on_a_real_minilm():
     with torch.no_grad():
         for layer in (1, 4, 6):
             assert_equal(QKVExtractor(model, layer)(**batch), by_hand(model, layer, batch), 1e-5)
+
+
+BERT_LIKE = {
+    "bert-generation": {},
+    "camembert": {},
+    "data2vec-text": {},
+    "ernie": {},
+    "esm": {"pad_token_id": 1, "mask_token_id": 4},
+    "layoutlm": {},
+    "markuplm": {},
+    "megatron-bert": {},
+    "rembert": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "roberta-prelayernorm": {},
+    "roc_bert": {},
+    "splinter": {},
+    "xlm-roberta-xl": {},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+}
+
+
+@pytest.mark.parametrize("model_type", BERT_LIKE)
+def test_values_are_those_of_the_whole_model(model_type):
+    """Architectures with BERT's names, against hooks in a run of the whole model."""
+    shape = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 64}
+    config = AutoConfig.for_model(
+        model_type, vocab_size=200, max_position_embeddings=40, **shape, **BERT_LIKE[model_type]
+    )
+    model, batch, seen = AutoModel.from_config(config).eval(), batch_of(), {}
+    for layer in range(3):
+        for name in BERT[2]:
+            module = model.get_submodule(f"encoder.layer.{layer}.attention.self.{name}")
+            module.register_forward_hook(lambda m, i, output, key=(layer + 1, name): seen.update({key: output}))
+    with torch.no_grad():
+        model(**batch)
+        expected = {layer: QKV(*(seen[layer, name] for name in BERT[2])) for layer in (1, 3)}
+        for layer, qkv in expected.items():
+            assert_equal(QKVExtractor(model, layer)(**batch), qkv)
 
 
 @pytest.mark.parametrize("model_type", KNOWN)
@@ -135,6 +206,14 @@ def test_token_type_ids_are_used_or_not_needed():
     assert not torch.equal(bert(**batch).key, bert(**batch, token_type_ids=types).key)
     assert torch.isfinite(roberta(**batch).key).all()
     assert_equal(mpnet(**batch, token_type_ids=types), mpnet(**batch), 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["labels", "offset_mapping", "overflow_to_sample_mapping", "modality", "prompt_length"]
+)
+def test_entries_for_others_are_ignored(name):
+    extractor, batch = QKVExtractor(make("bert", 1)), batch_of()
+    assert_equal(extractor(**batch, **{name: object()}), extractor(**batch), 0)
 
 
 # What is run
@@ -360,6 +439,195 @@ def test_copies_are_whole_and_independent(copied, rotary):
         assert not torch.equal(twin(**batch).query, expected.query)
 
 
+def test_modes_of_containers_follow_the_model():
+    """BART's encoder and layers apply dropout themselves, by the mode of containers that the view has copies of."""
+    sizes = {
+        "d_model": 48,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_layers": 1,
+    }
+    model = AutoModel.from_config(AutoConfig.for_model("bart", vocab_size=200, dropout=0.5, **sizes)).eval()
+    names = [f"encoder.layers.{{i}}.self_attn.{p}_proj" for p in "qkv"]
+    extractor, batch = QKVExtractor(model, projections=names), batch_of()
+    expected = extractor(**batch)
+    extractor.train()
+    model.eval()
+    assert_equal(extractor(**batch), expected, 0)
+    model.train()
+    assert not torch.equal(extractor(**batch).query, extractor(**batch).query)
+
+
+# Frozen teachers
+
+
+class Distiller(nn.Module):
+    """A module as users write it: teacher and student inside, whatever a trainer does to it reaches both."""
+
+    def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, whole_teacher: bool = False):
+        super().__init__()
+        self.teacher, self.student = QKVExtractor(teacher, frozen=True), QKVExtractor(student)
+        if whole_teacher:
+            self.model = teacher
+        self.loss = MiniLMv2Loss(12)
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        return self.loss(self.teacher(**batch), self.student(**batch), batch["attention_mask"])
+
+
+@pytest.mark.parametrize("whole_teacher", [False, True])
+@pytest.mark.parametrize("model_type", ["bert", "mpnet", "electra"])
+def test_a_frozen_teacher_does_not_follow_train(model_type, whole_teacher):
+    teacher, batch = make(model_type, hidden_dropout_prob=0.5).train(), batch_of()
+    distiller = Distiller(teacher, make(model_type), whole_teacher)
+    assert teacher.training
+    distiller.train()
+    distiller.teacher.train()
+    if whole_teacher:
+        assert teacher.training
+    assert not distiller.teacher.training
+    target = distiller.teacher(**batch)
+    with torch.no_grad():
+        assert_equal(target, by_hand(teacher.eval(), 3, batch))
+    teacher.train()
+    assert_equal(distiller.teacher(**batch), target, 0)
+    assert MiniLMv2Loss(12)(target, distiller.teacher(**batch), batch["attention_mask"]).item() == 0
+    assert not any(x.requires_grad for x in target)
+    distiller(**batch).backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("rotary", ["before", "after"])
+def test_a_frozen_teacher_of_a_rotary_model(rotary):
+    teacher, batch = make_rotary(attention_dropout=0.5), batch_of()
+    options = {"projections": LLAMA, "rotary": rotary}
+    expected = QKVExtractor(teacher, **options)(**batch)
+    frozen = QKVExtractor(teacher, frozen=True, **options)
+    teacher.train()
+    assert_equal(frozen(**batch), expected, 0)
+    assert frozen.unreached_parameters() == QKVExtractor(teacher, **options).unreached_parameters()
+
+
+def test_a_frozen_teacher_is_no_part_of_what_is_trained_and_saved(tmp_path):
+    teacher, student, batch = make("bert"), make("bert"), batch_of()
+    modes, flags = teacher.training, [p.requires_grad for p in teacher.parameters()]
+    distiller = Distiller(teacher, student)
+    inside = {id(p) for p in student.parameters()}
+    assert {id(p) for p in distiller.parameters()} <= inside
+    assert {id(b) for b in distiller.buffers()} <= {id(b) for b in student.buffers()}
+    assert not [name for name in distiller.state_dict() if not name.startswith("student.")]
+    assert [name for name, _ in distiller.named_modules() if name.startswith("teacher")] == ["teacher"]
+    save_file(distiller.state_dict(), tmp_path / "model.safetensors")
+    distiller.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    distiller.requires_grad_(True)
+    distiller.apply(lambda module: nn.init.zeros_(module.weight) if isinstance(module, nn.Linear) else None)
+    assert (teacher.training, [p.requires_grad for p in teacher.parameters()]) == (modes, flags)
+    assert not any((p == 0).all() for name, p in teacher.named_parameters() if name.endswith("dense.weight"))
+
+    target = distiller.teacher(**batch)
+    for twin in (copy.deepcopy(distiller), pickle.loads(pickle.dumps(distiller))):
+        assert_equal(twin.teacher(**batch), target, 0)
+        assert twin.teacher.model is not teacher
+        assert twin.teacher.unreached_parameters() == distiller.teacher.unreached_parameters()
+    distiller.double()
+    assert {p.dtype for p in teacher.parameters()} == {torch.float64}
+    assert distiller.teacher(**batch).query.dtype == torch.float64
+    with torch.no_grad():
+        teacher.embeddings.LayerNorm.bias.add_(1)  # weights are shared: a change is seen
+    assert not torch.equal(distiller.teacher(**batch).query.float(), target.query)
+
+
+def test_inference_mode():
+    batch = batch_of()
+    with torch.inference_mode():
+        made = make("bert")
+        expected = by_hand(made, 3, batch)
+        for frozen in (True, False):
+            assert_equal(QKVExtractor(made, frozen=frozen)(**batch), expected, 0)
+            assert QKVExtractor(make("bert"), frozen=frozen)(**batch).value.shape == (3, 11, 48)
+        tokens = {name: x.clone() for name, x in batch.items()}
+    model = make("bert")
+    with torch.inference_mode():
+        trained = QKVExtractor(model, example=tokens)
+    assert_equal(QKVExtractor(made, frozen=True)(**batch), expected, 0)
+    assert_equal(QKVExtractor(made, frozen=True, example=tokens)(**tokens), expected, 0)
+    with torch.no_grad():
+        assert_equal(QKVExtractor(made)(**batch), expected, 0)
+    loss_of(trained(**batch)).backward()
+    assert trained.unreached_parameters() == [n for n, p in model.named_parameters() if p.grad is None]
+
+
+def trained_by_trainer(folder, size: int, accumulation: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and changes of the weights in two steps of 32 sequences, with labels as masked-LM collators make them."""
+    torch.manual_seed(0)
+    teacher, student = make("bert", 2), make("bert", 1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    target, before = QKVExtractor(teacher, frozen=True), copy.deepcopy(student.state_dict())
+    ids = torch.randint(5, 200, (64, 7))
+    data = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids]
+
+    class RelationTrainer(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return MiniLMv2Loss(12)(target(**inputs), model(**inputs), inputs["attention_mask"])
+
+    sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 2}
+    quiet = {"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
+    arguments = TrainingArguments(
+        folder, optim="sgd", learning_rate=100.0, max_grad_norm=0, remove_unused_columns=False, **sizes, **quiet
+    )
+    trainer = RelationTrainer(QKVExtractor(student), arguments, train_dataset=data)
+    trainer.train()
+    moved = {name: weight - before[name] for name, weight in student.state_dict().items()}
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row], moved
+
+
+def test_accumulation_in_the_trainer_of_transformers(tmp_path):
+    losses, moved = trained_by_trainer(tmp_path, 32, 1)
+    accumulated, others = trained_by_trainer(tmp_path, 8, 4)
+    assert accumulated == pytest.approx(losses, rel=1e-3)  # the log rounds
+    assert moved["embeddings.word_embeddings.weight"].abs().max() > 1e-3
+    torch.testing.assert_close(others, moved, rtol=1e-3, atol=1e-6)  # a float32 weight near 1 has steps of 1e-7
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")  # its successor is not in 5.17
+def test_checkpointing_can_be_enabled_on_the_extractor():
+    model = make("bert")
+    QKVExtractor(model).gradient_checkpointing_enable({"use_reentrant": False})
+    assert model.encoder.layer[0].gradient_checkpointing
+
+
+# Re-parametrised modules
+
+REPARAMETRISATIONS = {
+    "pruned": lambda module: prune.l1_unstructured(module, "weight", 0.5),
+    "pruned twice": lambda module: [prune.random_unstructured(module, "weight", 0.3) for _ in range(2)],
+    "spectral norm by a hook": spectral_norm,
+    "weight norm by a hook": weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "weight norm": parametrizations.weight_norm,
+}
+
+
+@pytest.mark.parametrize(
+    "path", ["embeddings.word_embeddings", "encoder.layer.0.intermediate.dense", "encoder.layer.1.attention.self.query"]
+)
+@pytest.mark.parametrize("name", REPARAMETRISATIONS)
+@pytest.mark.filterwarnings("ignore:.weight_norm.:FutureWarning")
+def test_the_parameters_behind_a_weight_are_trained(name, path):
+    model, batch = make("bert", 2), batch_of()
+    REPARAMETRISATIONS[name](model.get_submodule(path))
+    model.eval()
+    expected = by_hand(model, 2, batch)
+    extractor = QKVExtractor(model)
+    assert_equal(extractor(**batch), expected, 0)
+    assert_equal(QKVExtractor(model, frozen=True)(**batch), expected, 0)
+    loss_of(extractor(**batch)).backward()
+    registered = {id(p) for p in extractor.parameters()}
+    assert registered == {id(p) for p in model.parameters() if p.grad is not None}
+    assert {id(p) for p in model.get_submodule(path).parameters()} <= registered
+    assert extractor.unreached_parameters() == [n for n, p in model.named_parameters() if p.grad is None]
+
+
 # torch.compile and DistributedDataParallel
 
 
@@ -386,6 +654,17 @@ def test_compiles_to_one_graph_with_dynamic_shapes(model_type):
             )
 
 
+def test_frozen_compiles_to_one_graph():
+    torch._dynamo.reset()
+    teacher, batch = make("bert", 1), batch_of()
+    frozen = QKVExtractor(teacher, frozen=True)
+    compiled = torch.compile(frozen, fullgraph=True, dynamic=True, backend="eager")
+    assert_equal(compiled(**batch), frozen(**batch), 0)
+    teacher.train()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_equal(compiled(**batch), frozen(**batch), 0)
+
+
 DISTRIBUTED = {"bert": 2, "mpnet": 1}  # model type: the layer
 
 
@@ -402,6 +681,22 @@ def distributed_worker(rank: int, folder: str) -> None:
             loss_of(extractor(**{name: x[3 * rank : 3 * rank + 3] for name, x in batch.items()})).backward()
         torch.save({n: p.grad for n, p in model.named_parameters()}, f"{folder}/{model_type}{rank}.pt")
 
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    model, batch = make("bert"), batch_of(6)
+    sharded = QKVExtractor(model)
+    for part in (*list(sharded.base.encoder.layer)[:-1], sharded):
+        fully_shard(part, mesh=mesh)
+    with pytest.raises(ValueError, match="Make the extractor first"):
+        QKVExtractor(model)
+    loss_of(sharded(**{name: x[3 * rank : 3 * rank + 3] for name, x in batch.items()})).backward()
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    torch.save(gradients, f"{folder}/sharded{rank}.pt")
+
+    torch.manual_seed(0)
+    model, batch = make("mpnet", auto=AutoModelForMaskedLM), batch_of(6)
+    with pytest.raises(ValueError, match="wrap the extractor"):
+        QKVExtractor(parallel(model))
     whole = QKVExtractor(model, layer)
     whole.register_module("everything", model)  # the wrong variant, which the steps above would have reported
     wrong = parallel(whole)
@@ -421,6 +716,11 @@ def test_distributed_without_find_unused_parameters(tmp_path):
         for rank in range(2):
             found = torch.load(tmp_path / f"{model_type}{rank}.pt")
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    torch.manual_seed(0)
+    model, batch = make("bert"), batch_of(6)
+    loss_of(QKVExtractor(model)(**batch)).backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(torch.load(tmp_path / "sharded0.pt"), expected, rtol=1e-4, atol=1e-7)
 
 
 # Other models
@@ -473,24 +773,6 @@ def test_rotary_after_gives_the_operands_of_the_model_s_own_scores(model_type):
     ].abs().max() > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("model_type", "overrides", "refused", "legal"),
-    [
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}, {3}, {1, 2}),
-        ("qwen2", {"use_sliding_window": False, "sliding_window": 4}, set(), {1, 2, 3}),
-        ("mistral", {"sliding_window": 4}, {1, 2, 3}, set()),
-        ("mistral", {"sliding_window": None}, set(), {1, 2, 3}),
-    ],
-)
-def test_sliding_window_layers_are_refused(model_type, overrides, refused, legal):
-    model = make_rotary(model_type, **overrides)
-    for layer in legal:
-        assert QKVExtractor(model, layer, projections=LLAMA).layer == layer
-    for layer in refused:
-        with pytest.raises(ValueError, match=f"layer={layer} has sliding_attention"):
-            QKVExtractor(model, layer, projections=LLAMA)
-
-
 class Plain(nn.Module):
     """A model that is not of transformers: embeddings, two layers, projections taking inputs of choice."""
 
@@ -540,6 +822,43 @@ def test_a_model_of_one_s_own():
 def test_projections_of_different_inputs_are_refused():
     with pytest.raises(ValueError, match="one input"):
         QKVExtractor(Plain(offset=1.0), projections=PLAIN, example={"tokens": TOKENS})
+
+
+SMALL = {
+    "vocab_size": 200,
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "attention", "message"),
+    [
+        (
+            "albert",
+            "encoder.albert_layer_groups.{i}.albert_layers.0.attention",
+            r"layer=1: \S+query is applied 3 times",
+        ),
+        ("ibert", "encoder.layer.{i}.attention.self", r"query \(QuantLinear\) takes 2 arguments and returns a tuple"),
+        ("squeezebert", "encoder.layers.{i}.attention", r"query returns \(1, 48, 2\) for tokens of \(1, 2\)"),
+    ],
+)
+def test_projections_that_cannot_be_cut_out_are_refused(model_type, attention, message):
+    extra = {"albert": {"embedding_size": 16}, "squeezebert": {"embedding_size": 48}}.get(model_type, {})
+    model = AutoModel.from_config(AutoConfig.for_model(model_type, **SMALL, **extra))
+    with pytest.raises(ValueError, match=message):
+        QKVExtractor(model, projections=[f"{attention}.{name}" for name in ("query", "key", "value")])
+
+
+def test_a_layer_that_a_loop_applies_again_is_refused():
+    class Looped(Plain):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return super().forward(tokens) + self.blocks(self.embed(tokens))
+
+    with pytest.raises(ValueError, match=r"blocks.1.q is applied 2 times"):
+        QKVExtractor(Looped(), projections=PLAIN, example={"tokens": TOKENS})
 
 
 def test_shared_modules():
@@ -604,7 +923,13 @@ def test_other_wrong_arguments_are_errors():
         QKVExtractor(model, rotary="after")
     with pytest.raises(ValueError, match="none of bert, roberta"):
         QKVExtractor(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="frozen"):
+        QKVExtractor(model, 1, "yes")
     extractor = QKVExtractor(model)
+    with pytest.raises(TypeError, match=r"extractor\(\*\*batch\)"):
+        extractor(batch)
+    with pytest.raises(TypeError, match="cu_seq_lens_q, max_length_q describe a flattened batch"):
+        extractor(**batch, cu_seq_lens_q=torch.tensor([0, 3]), max_length_q=3)
     with pytest.raises(TypeError, match=r"unknown attention_masks; the model takes attention_mask"):
         extractor(input_ids=batch["input_ids"], attention_masks=batch["attention_mask"])
     with pytest.raises(TypeError, match="output_attentions"):

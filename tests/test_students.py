@@ -1,10 +1,12 @@
 """Students: configs, the two initialisations, and the presets against the papers' figures."""
 
+import contextlib
 import copy
+import inspect
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from minilm_kernels.qkv import QKVExtractor
 from minilm_kernels.students import (
@@ -52,6 +54,202 @@ def test_student_config_changes_the_sizes_and_keeps_the_rest(model_type):
     shapes = {tuple(p.shape) for p in model.parameters()}
     assert {(211, 128 if model_type == "electra" else 36), (144, 36), (36, 144), (36, 36)} <= shapes
     assert not any(size in shape for shape in shapes for size in (48, 96))
+
+
+SIZES = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 90}
+DECODER = {**SIZES, "max_position_embeddings": 64, "num_key_value_heads": 2, "pad_token_id": 0}
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def made_and_reloaded(config, folder) -> PreTrainedModel:
+    """The model of a config after a forward, saved and loaded again with the same weights."""
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model(input_ids=torch.arange(5, 13)[None])
+    model.save_pretrained(folder)
+    again = AutoModel.from_pretrained(folder)
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    return again
+
+
+@pytest.mark.parametrize("layers", [1, 2, 6, 7])
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("qwen3", {"head_dim": 12}),
+        ("qwen3", {"head_dim": 12, "layer_types": [FULL, SLIDING] * 2, "use_sliding_window": True}),
+        ("gemma2", {"head_dim": 12}),
+        ("gemma3_text", {"head_dim": 12, "layer_types": [SLIDING, FULL, FULL, FULL]}),
+        ("cohere2", {}),
+        ("smollm3", {}),
+        ("modernbert", {}),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 12}),
+    ],
+)
+def test_settings_with_an_entry_for_each_layer_have_the_student_s_depth(model_type, options, layers, tmp_path):
+    teacher = AutoConfig.for_model(model_type, **DECODER, **options)
+    student = made_and_reloaded(student_config(teacher, layers, 24, num_attention_heads=4), tmp_path)
+    assert len(student.layers) == layers
+    for name in ("layer_types", "no_rope_layers"):
+        if getattr(teacher, name, None) is not None:
+            assert len(getattr(student.config, name)) == layers
+
+
+@pytest.mark.parametrize(
+    ("types", "layers", "expected"),
+    [
+        ([SLIDING, FULL, SLIDING, FULL], 6, [SLIDING, FULL] * 3),
+        ([SLIDING, FULL, SLIDING, FULL], 3, [SLIDING, FULL, SLIDING]),
+        ([SLIDING, SLIDING, SLIDING, FULL], 2, [SLIDING, FULL]),
+        ([SLIDING, SLIDING, SLIDING, FULL], 1, [FULL]),
+        ([FULL, SLIDING, SLIDING, SLIDING], 8, [FULL] * 2 + [SLIDING] * 6),
+    ],
+)
+def test_kinds_of_layers_repeat_their_pattern_or_are_taken_evenly(types, layers, expected):
+    teacher = AutoConfig.for_model("qwen3", **DECODER, head_dim=12, layer_types=types, use_sliding_window=True)
+    assert list(student_config(teacher, layers, 24, num_attention_heads=4).layer_types) == expected
+    assert list(teacher.layer_types) == types
+    given = [FULL] * layers
+    assert student_config(teacher, layers, 24, num_attention_heads=4, layer_types=given).layer_types == given
+
+
+def test_what_the_class_derives_is_derived_anew():
+    """ModernBERT: every third layer sees all, from the first on; a cut of a list of 4 would not say so for 7."""
+    teacher = AutoConfig.for_model("modernbert", **SIZES, pad_token_id=0)
+    types = student_config(teacher, 7, 24, num_attention_heads=4).layer_types
+    assert [i for i, kind in enumerate(types) if kind == FULL] == [0, 3, 6]
+
+
+def test_runs_of_layer_kinds(tmp_path):
+    shape = {"hidden_size": 48, "num_layers": 4, "num_heads": 4, "vocab_size": 90, "max_position_embeddings": 64}
+    teacher = AutoConfig.for_model("gpt_neo", **shape, attention_types=[[["global", "local"], 2]])
+    student = made_and_reloaded(student_config(teacher, 3, 24, num_attention_heads=4), tmp_path)
+    assert student.config.attention_layers == ["global", "local", "global"]
+
+
+def test_lists_that_only_look_like_layers_stay():
+    teacher = teacher_config("bert", num_labels=6, eos_token_id=[1, 2, 3, 4, 5, 6])
+    student = student_config(teacher, 3, 36)
+    assert (student.eos_token_id, student.id2label) == (teacher.eos_token_id, teacher.id2label)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 6), (12, 6), (16, 16)])
+def test_head_width_follows_where_it_was_hidden_over_heads(given, expected, tmp_path):
+    extra = {} if given is None else {"head_dim": given}
+    student = student_config(AutoConfig.for_model("llama", **DECODER, **extra), 2, 24, num_attention_heads=4)
+    assert made_and_reloaded(student, tmp_path).layers[0].self_attn.q_proj.out_features == 4 * expected
+    assert (
+        student_config(AutoConfig.for_model("llama", **DECODER), 2, 24, num_attention_heads=4, head_dim=10).head_dim
+        == 10
+    )
+
+
+def test_key_heads_follow_or_must_divide(tmp_path):
+    llama = AutoConfig.for_model("llama", **DECODER)
+    with pytest.raises(ValueError, match=r"num_key_value_heads=2 does not divide num_attention_heads=3.*one of 1, 3"):
+        student_config(llama, 2, 24, num_attention_heads=3)
+    made_and_reloaded(student_config(llama, 2, 24, num_attention_heads=3, num_key_value_heads=1), tmp_path)
+    whole = AutoConfig.for_model("llama", **{**DECODER, "num_key_value_heads": 4})
+    assert student_config(whole, 2, 24, num_attention_heads=3).num_key_value_heads == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: AutoConfig.for_model("clip"), "CLIPConfig is made of .*text_config"),
+        (lambda: AutoConfig.for_model("t5"), "is_encoder_decoder: T5Config"),
+        (lambda: AutoConfig.for_model("resnet"), "num_hidden_layers: ResNetConfig has no such attribute"),
+        (lambda: AutoConfig.for_model("mobilebert"), "MobileBertConfig of num_hidden_layers=2, .* cannot run"),
+        (lambda: AutoConfig.for_model("qwen3_next", **DECODER, num_experts=4), "num_hidden_layers=2.* cannot run"),
+        (
+            lambda: AutoConfig.for_model("llama", **DECODER, per_layer_config={0: {"intermediate_size": 64}}),
+            "per_layer_config",
+        ),
+    ],
+)
+def test_what_cannot_be_resized_is_refused_at_once(config, message):
+    with pytest.raises(ValueError, match=message):
+        student_config(config(), 2, 48, num_attention_heads=6)
+
+
+def small_config(model_type: str) -> PreTrainedConfig:
+    """The type's own default config, made small under the names that its class uses."""
+    config = AutoConfig.for_model(model_type)
+    wanted = {**DECODER, "head_dim": 12, "embedding_size": 48, "num_experts_per_tok": 2, "moe_k": 2}
+    wanted |= dict.fromkeys(("hidden_dim", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size"), 96)
+    wanted |= {"rotary_dim": 4, "coordinate_size": 8, "shape_size": 8, "entity_vocab_size": 20, "entity_emb_size": 16}
+    wanted |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12, "q_lora_rank": 8, "kv_lora_rank": 8}
+    changes = {
+        config.attribute_map.get(name, name): value
+        for name, value in wanted.items()
+        if type(getattr(config, name, None)) is int or (name == "vocab_size" and hasattr(config, name))
+    }
+    for name, value in config.to_dict().items():
+        if type(value) is not int:
+            continue
+        if "expert" in name and value > 4 and name.startswith(("num", "n_")):
+            changes[name] = 4
+        elif name.endswith("intermediate_size") and value > 96:
+            changes[name] = 96
+        elif name.endswith("_token_id") and value >= 90:
+            changes[name] = 0
+    if "kv_lora_rank" in changes:  # heads that are compressed together
+        changes.pop("head_dim", None)
+        changes["num_key_value_heads"] = 4
+    if model_type == "xmod":
+        changes |= {"languages": ["en_XX"], "default_language": "en_XX"}
+    return AutoConfig.for_model(model_type, **changes)
+
+
+def is_small(config: PreTrainedConfig) -> bool:
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModel.from_config(copy.deepcopy(config)).parameters()) < 2e7
+
+
+def runs(config: PreTrainedConfig, folder) -> None:
+    """Builds, runs, saves and reloads; the library's own exception where it cannot."""
+    torch.manual_seed(0)
+    model = AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+    ids = torch.arange(5, 13)[None]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        model(**{name: x for name, x in batch.items() if name in inspect.signature(model.forward).parameters})
+    model.save_pretrained(folder)
+    torch.testing.assert_close(
+        AutoModel.from_pretrained(folder).state_dict(), model.state_dict(), rtol=0, atol=0, equal_nan=True
+    )
+
+
+TYPES = sorted({config.model_type for config in MODEL_MAPPING})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(16))
+def test_every_family_of_transformers_makes_students_or_refuses(part, tmp_path):
+    """A student of every model type runs, is saved and is loaded, or `student_config` has refused it."""
+    failures, made = {}, 0
+    for model_type in TYPES[part::16]:
+        try:
+            teacher = small_config(model_type)
+        except Exception:  # a type whose class has rules about its sizes
+            continue
+        for layers, hidden, heads in ((2, 24, 4), (6, 24, 4), (3, 48, 6)):
+            try:
+                student = student_config(teacher, layers, hidden, num_attention_heads=heads)
+            except ValueError:
+                continue
+            if not is_small(student) or not is_small(teacher):
+                continue
+            try:
+                runs(student, tmp_path)
+                made += 1
+            except Exception as error:
+                with contextlib.suppress(Exception):  # nor does the teacher: it takes more than tokens
+                    runs(teacher, tmp_path)
+                    failures[model_type, layers, hidden, heads] = repr(error)
+    assert not failures
+    assert made
 
 
 def test_other_arguments_of_student_config():
@@ -151,6 +349,66 @@ def test_copied_student_holds_the_layers_asked_for(model_type, auto):
     torch.optim.SGD(student.parameters(), lr=1.0).step()
     torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
     assert not torch.equal(student.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
+
+
+QKV = [f"self_attn.{letter}_proj" for letter in "qkv"]
+NEO = {"hidden_size": 48, "num_layers": 4, "num_heads": 4, "vocab_size": 90, "max_position_embeddings": 64}
+MIXED = {"head_dim": 12, "layer_types": [FULL, SLIDING, SLIDING, FULL], "use_sliding_window": True, "sliding_window": 3}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "stack", "modules"),
+    [
+        ("llama", DECODER, "layers", QKV),
+        ("qwen3", {**DECODER, **MIXED}, "layers", QKV),
+        ("gemma2", {**DECODER, "head_dim": 12, "sliding_window": 3}, "layers", QKV),
+        ("gpt_neo", {**NEO, "attention_types": [[["global", "local"], 2]], "window_size": 3}, "h", None),
+        ("smollm3", DECODER, "layers", QKV),
+        ("camembert", {**SIZES, "max_position_embeddings": 64}, "encoder.layer", None),
+    ],
+)
+@pytest.mark.parametrize("layers", [[2, 3], [4, 1, 2]])
+def test_layers_are_copied_from_any_list_with_their_settings(model_type, options, stack, modules, layers):
+    """The teacher with its list cut to the same layers computes the same; windows and kinds came along."""
+    teacher = AutoModel.from_config(AutoConfig.for_model(model_type, **options)).eval()
+    modules = modules or [f"attn.attention.{x}_proj" for x in "qkv"]
+    projections = None if model_type == "camembert" else [f"{stack}.{{i}}.{module}" for module in modules]
+    student = copied_student(teacher, layers, projections=projections).eval()
+    batch = {"input_ids": torch.randint(5, 90, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    batch |= {} if model_type == "camembert" else {"use_cache": False}
+    original = teacher.get_submodule(stack)
+    kept = [original[layer - 1] for layer in layers]
+    for name in ("layer_types", "attention_layers", "no_rope_layers"):
+        if getattr(teacher.config, name, None) is not None:
+            entries = list(getattr(teacher.config, name))
+            assert list(getattr(student.config, name)) == [entries[layer - 1] for layer in layers]
+            setattr(teacher.config, name, getattr(student.config, name))
+    original._modules = {str(i): layer for i, layer in enumerate(kept)}
+    teacher.config.num_hidden_layers = len(layers)
+    with torch.no_grad():
+        torch.testing.assert_close(student(**batch).last_hidden_state, teacher(**batch).last_hidden_state)
+
+
+def test_a_layer_that_cannot_stand_elsewhere_is_refused():
+    """DeepSeek's first layers are dense and the others are not, DiffLlama's layers know their number."""
+    shape = {**DECODER, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8}
+    shape |= {"qk_rope_head_dim": 4, "v_head_dim": 12, "n_routed_experts": 8, "n_group": 1, "topk_group": 1}
+    shape |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+    teacher = AutoModel.from_config(AutoConfig.for_model("deepseek_v3", **shape))
+    names = [f"layers.{{i}}.self_attn.{name}" for name in ("q_b_proj", "kv_b_proj", "o_proj")]
+    with pytest.raises(ValueError, match=r"teacher's layers\.2 cannot become the student's layers\.0.*mlp"):
+        copied_student(teacher, [3, 4], projections=names)
+    assert len(copied_student(teacher, [1, 4], projections=names).layers) == 2
+    diff = AutoModel.from_config(AutoConfig.for_model("diffllama", **DECODER))
+    with pytest.raises(ValueError, match="self_attn"):
+        copied_student(diff, [1, 4], projections=[f"layers.{{i}}.{name}" for name in QKV])
+
+
+def test_a_teacher_with_changed_layers_is_refused():
+    teacher = AutoModel.from_config(teacher_config("bert"))
+    teacher.encoder.layer[3].attention.self.query = torch.nn.Sequential(teacher.encoder.layer[3].attention.self.query)
+    with pytest.raises(ValueError, match="merge adapters"):
+        copied_student(teacher, [1, 4])
 
 
 def test_copied_student_of_a_frozen_bf16_teacher_is_trainable_float32():

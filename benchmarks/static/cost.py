@@ -13,6 +13,7 @@ from .loops import Flow, Loop, Trip, analyse
 from .machine import MACHINES, Machine
 from .sass import Instruction, Line
 from .variants import Built, SourceLoop, Variant
+from .wgmma import early_writes
 
 # Standard shapes: B sequences, A = 48 relation heads, S = 512, three relations in one loss.
 SHAPES = {"B=32": 3 * 32 * 48 * 512**2, "B=256": 3 * 256 * 48 * 512**2}
@@ -36,6 +37,10 @@ _MARKER = re.compile(r"(?:#|//)\s*static: (begin|end) (\S+)")
 
 class Mismatch(ValueError):
     """Machine code and declaration disagree."""
+
+
+class Hazard(ValueError):
+    """The compiler's machine code breaks a rule of the hardware."""
 
 
 @cache
@@ -141,10 +146,13 @@ def unroll(counts: Counts, source: SourceLoop, warps: int) -> int:
 def rows(variant: Variant, arch: str) -> list[dict]:
     """One object a phase of the kernel, or one with zeros for a kernel whose work does not grow with the pairs.
 
-    Raises Mismatch where machine code and declaration disagree.
+    Raises Mismatch where machine code and declaration disagree, Hazard where the machine code is wrong.
     """
     built = variant.build()
     flow = analyse(built.function)
+    products, early = early_writes(flow)
+    if early:
+        raise Hazard("registers are written while wgmma reads them:" + "".join(f"\n  {text}" for text in early))
     machine = MACHINES[arch]
     found = [(source, find(flow, source)) for source in variant.loops]
     common = {
@@ -156,6 +164,7 @@ def rows(variant: Variant, arch: str) -> list[dict]:
         "d_t": variant.d_t,
         "d_s": variant.d_s,
         **_kernel_figures(built, machine),
+        "wgmma_products": products,
     }
     declared = [loop for _, places in found for loop, _ in places]
     others = [loop for loop in inner_loops(flow) if loop not in declared]

@@ -123,25 +123,37 @@ class DistillConfig:
     )
 
     text: tuple[str, ...] = _option(
-        (), "training text: files (.txt, .jsonl, .parquet) or folders, searched recursively", nargs="+", path=True
+        (),
+        "training text: files or folders, searched recursively: .txt, .md, .jsonl, .json, .csv, .tsv (also as .gz, "
+        ".bz2 or .xz) and .parquet, in UTF-8",
+        nargs="+",
+        path=True,
     )
     dataset: str | None = _option(None, "training text: hub data set (streamed), instead of --text", path=True)
     dataset_config: str | None = _option(None, "configuration name of the hub data set")
     dataset_split: str = _option("train", "split of the hub data set")
     text_field: str = _option(
-        "text", "field of JSONL lines, column of Parquet files and hub data sets that holds the text"
+        "text", "field of JSON objects, column of CSV and Parquet files and hub data sets that holds the text"
     )
     documents: str = _option(
         "paragraph",
         "plain text: documents are separated by blank lines (paragraph), or each line is one (line)",
         choices=("paragraph", "line"),
     )
+    bad_documents: str = _option(
+        "skip",
+        "a document that cannot be read (broken JSON, no text, no UTF-8, damaged): skip it, with a warning and a count "
+        "in the metrics, or end the run (error)",
+        choices=("skip", "error"),
+        neutral=True,
+    )
     heldout_text: tuple[str, ...] = _option(
         (), "text for the held-out loss; default: --heldout-fraction of the training documents", nargs="+", path=True
     )
     heldout_fraction: float = _option(
         0.01,
-        "share of the training documents, chosen by a hash of their content, that is held out; 0: no held-out loss",
+        "share of the training documents, chosen by a hash of their content, that is held out, but at least one; "
+        "0: no held-out loss",
     )
     heldout_rows: int = _option(
         256, "rows of at most --seq-len tokens that the held-out loss is measured on", positive=True

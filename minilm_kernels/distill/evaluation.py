@@ -50,7 +50,6 @@ def components(config: DistillConfig, pair: Pair, batch: Batch, *, gradient: boo
     """Every relation's loss of a batch, unweighted; differentiable in the student if `gradient`."""
     with torch.set_grad_enabled(gradient):
         with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            with torch.no_grad():
-                teacher = pair.teacher.project(batch)
+            teacher = pair.teacher.project(batch)
             student = pair.student.project(batch)
         return pair.loss.components(teacher, student, **batch.loss_arguments())

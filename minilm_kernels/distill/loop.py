@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bad_documents import BadDocuments
 from .batch import Counts
 from .checkpoint import Checkpoint, Checkpoints, remove_unfinished, write_file
 from .config import DistillConfig
 from .data import HeldOut, Packer, RowStream, Tokenizer, collect_heldout
 from .evaluation import components, heldout_loss, make_batch
 from .models import Pair, load_pair
+from .preflight import check_saving, check_text
 from .processes import Processes
 from .report import Metrics, Progress, heldout_records
 from .result import write_result
@@ -78,6 +81,9 @@ def distill(config: DistillConfig) -> DistillResult:
         if processes.main:
             command = config.command(processes.count)
             resume = f"stopped at step {step}; continue with\n  {command} --resume"
+            skipped = run.stream.bad_documents.summary()
+            if skipped:
+                print(f"minilm-distill: {skipped}")
             print(f"minilm-distill: {f'the student is in {student}' if stopped_by is None else resume}")
         return _result(config, output, step, stopped_by)
 
@@ -89,30 +95,39 @@ class _Run:
         self.config, self.processes = config, processes
         self.metrics_path = output / "metrics.jsonl"
         self.checkpoints = Checkpoints(output / "checkpoints", config.keep_checkpoints)
-        sources, heldout_sources = _sources(config)
+        sources, heldout_sources = _sources(config, _say if processes.main else _say_nothing)
         saved = self.checkpoints.newest() if config.resume else None
         if saved is not None and saved.numbers["processes"] != processes.count:
             _refuse(config, [f"processes: {saved.numbers['processes']} before, {processes.count} now"])
 
         self.pair: Pair = load_pair(config, processes.device)
+        teacher, student = self.pair.teacher.model, self.pair.student.model
+        processes.on_main(lambda: check_saving(student, self.pair.tokenizer, output))
         tokenizer = Tokenizer(self.pair.tokenizer)
+        documents = (document for source in sources for document in source.read())
+        check_text(tokenizer, (d.text for d in documents if d.text is not None), teacher, student)
         self.heldout: HeldOut | None = None
-        if heldout_sources or config.heldout_fraction:
+        if saved is None and (heldout_sources or config.heldout_fraction):
+            separate = bool(heldout_sources)
+            # Training names the bad documents of its text when it reaches them.
+            say = _say if separate and processes.main else _say_nothing
             self.heldout = collect_heldout(
                 heldout_sources or sources,
-                separate=bool(heldout_sources),
+                separate=separate,
                 fraction=config.heldout_fraction,
                 packer=Packer(tokenizer, config.seq_len, config.packing),
                 tokenizer=tokenizer,
                 most=config.heldout_rows,
+                bad_documents=BadDocuments(config.bad_documents, say),
             )
         self.stream = RowStream(
             sources,
             tokenizer,
             Packer(tokenizer, config.seq_len, config.packing),
-            held_out=self.heldout.contains if self.heldout else lambda text: False,
+            held_out=self.heldout,
             shuffle_rows=config.shuffle_rows,
             seed=config.seed,
+            bad_documents=BadDocuments(config.bad_documents, lambda message: self.progress.say(message)),
         )
 
         self.names = list(self.pair.loss.relations)
@@ -216,6 +231,8 @@ class _Run:
         return {
             "epoch": self.stream.epoch,
             "tokens": self.tokens,
+            "bad_documents": self.stream.bad_documents.bad,
+            "null_documents": self.stream.bad_documents.nulls,
             "loss": sum(weight * values[name] for name, weight in self.pair.loss.relations.items()),
             **values,
             "lr": self.config.learning_rate(self.step - 1),
@@ -284,6 +301,7 @@ class _Run:
             state.setdefault(numbers[id(self.parameters[name])], {})[moment] = tensor.clone()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.stream.load_state(saved.numbers["data"], saved.tensors["data"])
+        self.heldout = self.stream.held_out
         progress = saved.tensors["progress"]
         self.window = list(progress["window"].to(self.processes.device))
         torch.set_rng_state(progress[f"cpu.{self.processes.rank}"])
@@ -291,11 +309,20 @@ class _Run:
             torch.cuda.set_rng_state(progress[f"cuda.{self.processes.rank}"], self.processes.device)
 
 
-def _sources(config: DistillConfig) -> tuple[list[Source], list[Source]]:
-    """Training and separate held-out text."""
+def _say(message: str) -> None:
+    print(f"minilm-distill: {message}", file=sys.stderr)
+
+
+def _say_nothing(message: str) -> None:
+    pass
+
+
+def _sources(config: DistillConfig, say: Callable[[str], None]) -> tuple[list[Source], list[Source]]:
+    """Training and separate held-out text; `say` is told what is left out of folders."""
 
     def files(paths: tuple[str, ...], option: str) -> list[Source]:
-        return open_sources(paths, text_field=config.text_field, by_line=config.documents == "line", option=option)
+        by_line = config.documents == "line"
+        return open_sources(paths, text_field=config.text_field, by_line=by_line, option=option, say=say)
 
     training: list[Source] = files(config.text, "--text")
     if config.dataset is not None:

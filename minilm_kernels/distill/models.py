@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from minilm_kernels.losses import QKV, MiniLMLoss, MiniLMv2Loss
 from minilm_kernels.qkv import QKVExtractor
@@ -19,8 +19,11 @@ from minilm_kernels.students import copied_student, random_student, student_conf
 
 from .batch import Batch
 from .config import DistillConfig
+from .loading import has_tokenizer, load_model, load_tokenizer, source_of
+from .preflight import check_ids, check_weights
 
-_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
+_DROPOUT = re.compile(r"dropout|_pdrop$")
+_DROPOUT_OF_HEADS = re.compile(r"classif|summary|^qa_")
 
 
 class Side:
@@ -29,8 +32,8 @@ class Side:
     def __init__(self, model: Any, layer: int, projections: Sequence[str] | None, side: str) -> None:
         self.model = model
         try:
-            self.extractor = QKVExtractor(model, layer, projections=projections)
-        except ValueError as error:
+            self.extractor = QKVExtractor(model, layer, frozen=side == "teacher", projections=projections)
+        except (ValueError, RuntimeError) as error:
             raise ValueError(f"--{side}-layer, --{side}-projections: {error}") from error
         self._additive = model.config._attn_implementation == "eager"
         self._offset, self.longest = position_range(model)
@@ -59,31 +62,28 @@ class Pair:
 
 
 def load_pair(config: DistillConfig, device: torch.device) -> Pair:
-    """Teacher (eval mode, no gradients) and student (float32, initial weights) on `device`.
+    """Teacher (frozen) and student (float32, initial weights) on `device`.
 
     Raises:
         FileNotFoundError, ValueError: a model cannot be loaded, has not the layer asked for, or the two do not fit:
             vocabulary, relation heads, attention heads, positions.
     """
-    tokenizer = _load(AutoTokenizer, config.teacher, "--teacher", "tokenizer")
-    teacher = _load_model(config.teacher, "--teacher")
+    source = source_of(config.teacher, "--teacher")
+    tokenizer = load_tokenizer(source, "--teacher")
+    model, info = load_model(source, "--teacher")
+    teacher = Side(model.requires_grad_(False).to(device), config.teacher_layer, config.teacher_projections, "teacher")
+    check_weights(teacher.extractor, info, f"--teacher {config.teacher}", teacher=True)
     torch.manual_seed(config.seed)
-    student = _make_student(config, teacher, tokenizer)
-    pair = Pair(
-        Side(
-            teacher.eval().requires_grad_(False).to(device), config.teacher_layer, config.teacher_projections, "teacher"
-        ),
-        Side(student.to(device), config.student_layer, config.student_projections, "student"),
-        _make_loss(config, teacher.config, student.config),
-        tokenizer,
-    )
-    for name, side in (("teacher", pair.teacher), ("student", pair.student)):
+    model, info = _make_student(config, teacher, tokenizer)
+    projections = config.student_projections or (config.teacher_projections if config.copy_layers else None)
+    student = Side(model.to(device), config.student_layer, projections, "student")
+    if config.student is not None:
+        check_weights(student.extractor, info, f"--student {config.student}", teacher=False)
+    for name, side in (("teacher", teacher), ("student", student)):
         if config.seq_len > side.longest:
             raise ValueError(f"--seq-len {config.seq_len} exceeds the {side.longest} positions of the {name}")
-        words = side.model.get_input_embeddings().weight.shape[0]
-        if len(tokenizer) > words:
-            raise ValueError(f"the teacher's tokenizer has {len(tokenizer)} tokens, the {name} only {words}")
-    return pair
+    check_ids(tokenizer, teacher.model, student.model)
+    return Pair(teacher, student, _make_loss(config, teacher.model.config, student.model.config), tokenizer)
 
 
 def position_range(model: Any) -> tuple[int, int]:
@@ -98,72 +98,67 @@ def position_range(model: Any) -> tuple[int, int]:
     return 0, getattr(model.config, "max_position_embeddings", 1 << 30)
 
 
-def _load_model(name: str, option: str) -> Any:
-    return _load(AutoModel, name, option, "model", use_safetensors=True, dtype=torch.float32)
-
-
-def _load(kind: Any, name: str, option: str, what: str, **arguments: Any) -> Any:
-    path = Path(name).expanduser()
-    if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))) and "/" in name:
-        raise FileNotFoundError(f"{option}: there is no folder {name}")
-    if path.is_file():
-        raise ValueError(f"{option}: {name} is a file; give the folder that holds the model and its tokenizer")
-    try:
-        return kind.from_pretrained(str(path) if path.exists() else name, trust_remote_code=False, **arguments)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        where = "folder" if path.exists() else "hub name (there is no such folder here)"
-        wanted = " as safetensors" if what == "model" else ""
-        raise ValueError(f"{option}: no {what}{wanted} could be loaded from the {where} {name}: {error}") from error
-
-
-def _make_student(config: DistillConfig, teacher: PreTrainedModel, tokenizer: Any) -> Any:
+def _make_student(config: DistillConfig, teacher: Side, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+    """The student on the CPU, and the loading info of `load_model`, empty for one that was not loaded."""
+    info: dict[str, Any] = {}
+    student: Any
     if config.student is not None:
-        student = _load_model(config.student, "--student")
-        _check_vocabulary(config, student, tokenizer)
+        source = source_of(config.student, "--student")
+        student, info = load_model(source, "--student")
+        _check_vocabulary(config, source, tokenizer)
     elif config.copy_layers is not None:
         try:
-            student = copied_student(teacher, config.copy_layers)
+            student = copied_student(teacher.model, config.copy_layers, projections=config.teacher_projections)
         except ValueError as error:
             raise ValueError(f"--copy-layers: {error}") from error
     else:
         assert config.student_layers is not None
         assert config.student_hidden is not None
         sizes = (config.student_layers, config.student_hidden)
-        shape = student_config(teacher.config, *sizes, num_attention_heads=config.student_heads)
+        try:
+            shape = student_config(teacher.model.config, *sizes, num_attention_heads=config.student_heads)
+        except ValueError as error:
+            raise ValueError(f"--student-layers, --student-hidden, --student-heads: {error}") from error
         student = random_student(shape, seed=config.seed)
-    return student if config.dropout is None else _with_dropout(student, config.dropout)
+    return (student if config.dropout is None else _with_dropout(student, config.dropout)), info
 
 
-def _with_dropout(student: Any, dropout: float) -> Any:
+def _with_dropout(student: PreTrainedModel, dropout: float) -> PreTrainedModel:
     """The same weights under another dropout, which models read from their configuration when they are made."""
     settings = copy.deepcopy(student.config)
-    for name in _DROPOUTS:
-        if hasattr(settings, name):
-            setattr(settings, name, dropout)
+    names = [
+        name
+        for name, value in settings.to_dict().items()
+        if isinstance(value, float | int) and _DROPOUT.search(name) and not _DROPOUT_OF_HEADS.search(name)
+    ]
+    if not names:
+        raise ValueError(f"--dropout: {type(settings).__name__} has no dropout to set")
+    for name in names:
+        setattr(settings, name, dropout)
     changed = AutoModel.from_config(settings, dtype=torch.float32)
     changed.load_state_dict(student.state_dict())
     return changed
 
 
-def _check_vocabulary(config: DistillConfig, student: PreTrainedModel, tokenizer: Any) -> None:
+def _check_vocabulary(config: DistillConfig, source: str, tokenizer: Any) -> None:
     """A student's own tokenizer must give the teacher's tokens; one that comes without is held to the size."""
-    assert config.student is not None
-    try:
-        own = AutoTokenizer.from_pretrained(str(Path(config.student).expanduser()), trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
-        own = None
-    if own is not None:
-        vocabulary, expected = own.get_vocab(), tokenizer.get_vocab()
-        if vocabulary != expected:
-            other = [word for word in expected if vocabulary.get(word) != expected[word]]
-            raise ValueError(
-                f"the tokenizers of --teacher {config.teacher} ({len(expected)} tokens) and --student {config.student} "
-                f"({len(vocabulary)} tokens) differ, for example in {other[:3] or 'tokens of the student only'}; "
-                "the two models must share a vocabulary"
-            )
+    if not has_tokenizer(source):
+        return
+    vocabulary, expected = load_tokenizer(source, "--student").get_vocab(), tokenizer.get_vocab()
+    if vocabulary != expected:
+        other = [word for word in expected if vocabulary.get(word) != expected[word]]
+        raise ValueError(
+            f"the tokenizers of --teacher {config.teacher} ({len(expected)} tokens) and --student {config.student} "
+            f"({len(vocabulary)} tokens) differ, for example in {other[:3] or 'tokens of the student only'}; "
+            "the two models must share a vocabulary"
+        )
 
 
 def _make_loss(config: DistillConfig, teacher: Any, student: Any) -> MiniLMLoss | MiniLMv2Loss:
+    for side, settings in (("teacher", teacher), ("student", student)):
+        for name in ("hidden_size", "num_attention_heads"):
+            if not isinstance(getattr(settings, name, None), int):
+                raise ValueError(f"the {side}'s {type(settings).__name__} has no {name}; give a text model")
     common = {"reduction": config.reduction, "backend": config.backend}
     if config.method == "minilm":
         heads_t, heads_s = teacher.num_attention_heads, student.num_attention_heads

@@ -52,8 +52,10 @@ def relation_kl(
         attention_mask: (B, S) bool or integer, nonzero marks real tokens, any pattern. The others are neither keys nor
             rows, and their values never matter, NaN included. Dense inputs only.
         cu_seqlens: (N + 1,) int32, the bounds of the N sequences in a packed batch, from 0 to T. Required for packed
-            inputs. Its values are checked on a CPU only.
-        max_seqlen: length of the longest packed sequence or more; a bound that some backends work faster with.
+            inputs. Malformed bounds are a ValueError on a CPU; on a GPU the backends `cuda` and `triton` do not wait
+            for them, and values and gradients are NaN.
+        max_seqlen: length of the longest packed sequence or more; a bound that some backends work faster with. A
+            sequence that is longer is answered as malformed bounds are.
         causal: row i sees the keys j ≤ i.
         prefix_lens: (B,), packed (N,), integer: row i sees j < prefix_lens[b] or j ≤ i (UniLM sequence-to-sequence).
             Positions count from the start of the sequence, padding included. `causal` beside it changes nothing.

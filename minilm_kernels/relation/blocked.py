@@ -133,6 +133,7 @@ def _groups(problem: Problem) -> Iterator[_Group]:
     if mask.attention_mask is None and not mask.packed:  # no need to wait for an accelerator
         first = [n * mask.leading[1] for n in range(mask.num_sequences + 1)]
     else:
+        mask.check_bounds()  # the host waits here in any case
         first = starts.tolist()
     lengths = [end - start for start, end in pairwise(first)]
 

@@ -6,7 +6,7 @@ S x S is built here except in `visible`, which serves the dense reference.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from math import prod
@@ -63,6 +63,7 @@ class Mask:
             batch, length = self.leading
             sequence = torch.arange(batch, device=self.device)[:, None].expand(batch, length)
             return sequence, torch.arange(length, device=self.device).expand(batch, length)
+        self.check_bounds()
         token = torch.arange(self.leading[0], device=self.device)
         sequence = torch.searchsorted(self.cu_seqlens[1:].long(), token, right=True)
         return sequence, token - self.cu_seqlens.long()[sequence]
@@ -76,7 +77,10 @@ class Mask:
         bidirectional mask, all.
         """
         lengths = self.lengths
-        starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        if self.cu_seqlens is None:
+            starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        else:
+            starts = self.cu_seqlens.long()
         if self.attention_mask is None:
             tokens = torch.arange(self.leading[-1], device=self.device).repeat(prod(self.leading[:-1]))
         else:
@@ -116,9 +120,45 @@ class Mask:
         counted = (lengths > 0).sum().clamp(min=1).to(dtype)
         return 1 / (heads * counted * lengths.clamp(min=1).to(dtype))
 
+    def repaired(self) -> tuple[Mask, Tensor | None]:
+        """A mask that kernels can trust where nobody reads `cu_seqlens`, and what belongs on every result of the call.
+
+        The second is 0 where the packing is well-formed and NaN where it is not; `marked` adds it. The mask then has N
+        sequences of about T / N tokens: every token gets a result, and no access leaves the tensors. The host is not
+        waited for. Dense inputs need no repair: the mask itself, and None.
+        """
+        if self.cu_seqlens is None or self.num_sequences == 0:
+            return self, None
+        sequences, total = self.num_sequences, self.leading[0]
+        bounds = self.cu_seqlens.long()
+        lengths = bounds.diff()
+        shortest, longest = lengths.aminmax()
+        malformed = (bounds[0] != 0) | (bounds[-1] != total) | (shortest < 0)
+        if self.max_seqlen is not None:
+            malformed |= longest > self.max_seqlen
+        even = torch.arange(sequences + 1, device=self.device) * total // sequences
+        mask = replace(
+            self,
+            cu_seqlens=torch.where(malformed, even, bounds).to(self.cu_seqlens.dtype),
+            max_seqlen=None if self.max_seqlen is None else max(self.max_seqlen, -(-total // sequences)),
+        )
+        return mask, torch.zeros((), device=self.device).masked_fill(malformed, torch.nan)
+
     def check_packing(self) -> None:
-        """Checks the values of `cu_seqlens`; on an accelerator, where reading them would stall, nothing is read."""
-        if self.cu_seqlens is None or self.device.type != "cpu":
+        """Checks `cu_seqlens`; on an accelerator, where reading their values would stall, no more than the shape."""
+        if self.cu_seqlens is None:
+            return
+        if self.num_sequences == 0 and self.leading[0]:
+            raise ValueError(
+                f"cu_seqlens: expected the bounds of one sequence or more for {self.leading[0]} packed tokens, "
+                f"got shape {tuple(self.cu_seqlens.shape)}"
+            )
+        if self.device.type == "cpu":
+            self.check_bounds()
+
+    def check_bounds(self) -> None:
+        """Checks the values of `cu_seqlens`, for which the host waits where they lie on an accelerator."""
+        if self.cu_seqlens is None:
             return
         bounds, total = self.cu_seqlens.tolist(), self.leading[0]
         lengths = [end - start for start, end in pairwise(bounds)]
@@ -129,3 +169,8 @@ class Mask:
             raise ValueError(
                 f"max_seqlen: expected at least the longest sequence, {max(lengths)} tokens, got {self.max_seqlen}"
             )
+
+
+def marked(x: Tensor, fault: Tensor | None) -> Tensor:
+    """A result, or what results are multiplied by, with the NaN of a malformed packing (`Mask.repaired`)."""
+    return x if fault is None else x + fault

@@ -9,6 +9,7 @@ call whose kernels are loaded can be captured in a CUDA graph. See docs/cuda.md.
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from . import cuda_compiler
 from .cuda_cache import KernelCache
+from .masks import marked
 from .problem import Problem, Unavailable, gradient_slots
 
 _LIBRARY = Path(__file__).parents[1] / "_cuda.abi3.so"
@@ -67,24 +69,33 @@ def refusals(problem: Problem) -> list[str]:
 
 
 def scalar(problem: Problem, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+    problem, fault = _repaired(problem)
     values = weights.new_empty(len(problem.relations))
     grads = _new_gradients(problem) if gradient else []
-    _run(problem, weights=weights.contiguous(), values=values, grads=grads)
-    return values, grads
+    _run(problem, weights=marked(weights, fault).contiguous(), values=values, grads=grads)
+    return marked(values, fault), grads
 
 
 def rows(problem: Problem) -> Tensor:
+    problem, fault = _repaired(problem)
     *batch, positions = problem.mask.leading
     shape = (len(problem.relations), *batch, problem.heads, positions)
-    out = torch.zeros(shape, dtype=torch.float32, device=problem.mask.device)
+    new = torch.zeros if _padded(problem) else torch.empty
+    out = new(shape, dtype=torch.float32, device=problem.mask.device)
     _run(problem, rows=out)
-    return out
+    return marked(out, fault)
 
 
 def rows_gradient(problem: Problem, row_grads: Tensor) -> list[Tensor]:
+    problem, fault = _repaired(problem)
     grads = _new_gradients(problem)
-    _run(problem, row_grads=row_grads.float().contiguous(), grads=grads)
+    _run(problem, row_grads=marked(row_grads.float(), fault).contiguous(), grads=grads)
     return grads
+
+
+def _repaired(problem: Problem) -> tuple[Problem, Tensor | None]:
+    mask, fault = problem.mask.repaired()
+    return replace(problem, mask=mask), fault
 
 
 def _new_gradients(problem: Problem) -> list[Tensor]:
@@ -97,8 +108,8 @@ def _new_gradients(problem: Problem) -> list[Tensor]:
 
 
 def _padded(problem: Problem) -> bool:
-    """Whether a token may not be real. That `cu_seqlens` cover all packed tokens is not checked on a device."""
-    return problem.mask.attention_mask is not None or problem.mask.packed
+    """Whether a token may not be real; a repaired packing covers all of them."""
+    return problem.mask.attention_mask is not None
 
 
 def _pairs(problem: Problem) -> list[int]:

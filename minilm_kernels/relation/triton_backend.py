@@ -10,13 +10,14 @@ import contextlib
 import importlib.util
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .masks import marked
 from .problem import Problem, gradient_slots
 from .triton_table import BASE_BLOCK, FUSION, INTERPRETED, INTERPRETED_LONG, LINK_BLOCK, blocks, in_parts, padded
 
@@ -63,6 +64,7 @@ def refusals(problem: Problem) -> list[str]:
 
 def scalar(problem: Problem, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
     call = _Call(problem)
+    weights = marked(weights, call.fault)
     values: list[Tensor] = [torch.empty(0)] * len(problem.relations)
     grads = call.new_gradients() if gradient else {}
     for group in call.groups() if call.tiles else []:
@@ -76,7 +78,7 @@ def scalar(problem: Problem, weights: Tensor, gradient: bool) -> tuple[Tensor, l
         for value, r in zip(sums, group.relations, strict=True):
             values[r] = value
     if not call.tiles:
-        return call.new((len(values),)).zero_(), list(grads.values())
+        return marked(call.new((len(values),)).zero_(), call.fault), list(grads.values())
     return (torch.stack(values).sum(-1) * weights).sum(-1).clamp_(min=0.0), list(grads.values())
 
 
@@ -87,12 +89,12 @@ def rows(problem: Problem) -> Tensor:
     for group in call.groups() if call.tiles else []:
         group.lse(None)
         group.rows(None, tuple(out[r] for r in group.relations))
-    return out
+    return marked(out, call.fault)
 
 
 def rows_gradient(problem: Problem, row_grads: Tensor) -> list[Tensor]:
     call = _Call(problem)
-    row_grads = row_grads.float().contiguous()
+    row_grads = marked(row_grads.float(), call.fault).contiguous()
     grads = call.new_gradients()
     for group in call.groups() if call.tiles else []:
         weights = group.new_statistics()
@@ -106,7 +108,8 @@ def rows_gradient(problem: Problem, row_grads: Tensor) -> list[Tensor]:
 class _Call:
     """One problem as the kernels see it: how its sequences lie, and what its groups share."""
 
-    problem: Problem
+    problem: Problem  # with its mask repaired
+    fault: Tensor | None = field(init=False)  # see Mask.repaired
     sequences: int = field(init=False)
     positions: int = field(init=False)  # of a sequence; packed: T
     total: int = field(init=False)  # B·S or T
@@ -117,7 +120,8 @@ class _Call:
     def __post_init__(self) -> None:
         from . import triton_kernels as kernels
 
-        mask = self.problem.mask
+        mask, self.fault = self.problem.mask.repaired()
+        self.problem = replace(self.problem, mask=mask)
         self.sequences = mask.num_sequences
         self.positions = mask.leading[-1]
         self.total = math.prod(mask.leading)

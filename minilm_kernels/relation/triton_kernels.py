@@ -175,6 +175,18 @@ def _products(
 
 
 @triton.jit
+def _scores_with_itself(x, y):
+    """(BLOCK,) sums of x·y over the features of each token, the same bits in all threads that hold the token.
+
+    float32 products are rounded by themselves. Contracted with the first addition across threads, a thread would round
+    its own product apart from its partner's: sums would differ by a unit between threads, and floors of them by one.
+    """
+    if x.dtype == tl.float32:
+        return tl.sum(tl.fma(x, y, 0.0), 1)
+    return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
+
+
+@triton.jit
 def _sees(i, j, prefix):
     """Row i sees key j under a causal or prefix mask."""
     return (j <= i) | (j < prefix)
@@ -238,10 +250,10 @@ def base_kernel(
     for start in range(0, length, BLOCK):
         here = start + tl.arange(0, BLOCK) < length
         own = _positions(tokens, start, length, BLOCK, LIST, False)
-        t = _tile(x_t, own, x_t_stride, start, length, BLOCK, D_T, DP_T, ALIGN_T, False).to(tl.float32)
-        s = _tile(x_s, own, x_s_stride, start, length, BLOCK, D_S, DP_S, ALIGN_S, False).to(tl.float32)
-        own_t = scale_t * tl.sum(t * t, 1)
-        own_s = scale_s * tl.sum(s * s, 1)
+        t = _tile(x_t, own, x_t_stride, start, length, BLOCK, D_T, DP_T, ALIGN_T, False)
+        s = _tile(x_s, own, x_s_stride, start, length, BLOCK, D_S, DP_S, ALIGN_S, False)
+        own_t = scale_t * _scores_with_itself(t, t)
+        own_s = scale_s * _scores_with_itself(s, s)
         low_t = tl.minimum(low_t, tl.where(here, own_t, float("inf")))
         low_s = tl.minimum(low_s, tl.where(here, own_s, float("inf")))
         high_t = tl.maximum(high_t, tl.where(here, own_t, float("-inf")))
@@ -293,8 +305,8 @@ def lse_kernel(
     q_s = _tile(x_s, own, x_s_stride, start, length, BLOCK_M, D_S, DP_S, ALIGN_S, False)
     own_t = _tile(y_t, own, y_t_stride, start, length, BLOCK_M, D_T, DP_T, ALIGN_T, False)
     own_s = _tile(y_s, own, y_s_stride, start, length, BLOCK_M, D_S, DP_S, ALIGN_S, False)
-    ref_t = tl.floor(scale_t * tl.sum(q_t.to(tl.float32) * own_t.to(tl.float32), 1))
-    ref_s = tl.floor(scale_s * tl.sum(q_s.to(tl.float32) * own_s.to(tl.float32), 1))
+    ref_t = tl.floor(scale_t * _scores_with_itself(q_t, own_t))
+    ref_s = tl.floor(scale_s * _scores_with_itself(q_s, own_s))
     if SELF_RELATION:
         link = links + ((relation * sequences + sequence) * heads + head) * 4
         serves = tl.load(link + 2) > 0.5

@@ -8,8 +8,10 @@ latency better is an estimate.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 
@@ -28,19 +30,32 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+@cache
+def _pipelined() -> bool:
+    """Whether loops may run in several stages: from Triton 3.7.1 on wgmma sees what cp.async has written.
+
+    Before, the compiler leaves out the proxy fence between the two, and the read is unordered. In one stage a loop has
+    ordinary stores, which every version fences. tests/ptx/fences.py looks for it in the PTX.
+    """
+    import triton
+
+    return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3]) >= (3, 7, 1)
+
+
 def blocks(kernel: str, width: int, itemsize: int, listed_prefix: bool = False) -> Blocks:
     """Of a kernel ("lse", "rows", "gradient"), by the wider padded width and dtype of teacher and student.
 
     Two exponentials take the time of 16 issue slots, so what counts below that is how many warps hide each other's
     waiting. sm_90, (16, 8), slots a pair and registers: lse 64 x 32 in two stages 12.7 and 96 (20 warps a
-    multiprocessor), in one 10.9 and 127, 64 x 64 10 and 160 (12 warps); gradient 64 x 32 in one stage 12.2 and 128
-    (16 warps), in two 14 and about as many, 64 x 64 10.8 and 161. float32 has no tensor core that multiplies exactly:
-    a thread keeps parts of rows in registers, and the largest blocks tried that do not spill were taken.
+    multiprocessor), in one 10.9 and 127 (with Triton 3.6 10.5 and 87, 20 warps), 64 x 64 10 and 160 (12 warps);
+    gradient 64 x 32 in one stage 12.1 and 112 (16 warps), in two 14 and about as many, 64 x 64 10.8 and 161. float32
+    has no tensor core that multiplies exactly: a thread keeps parts of rows in registers, and the largest blocks tried
+    that do not spill were taken.
     """
     if itemsize < 4:
         if kernel == "gradient" and listed_prefix:
             return Blocks(64, 16, 4, 1)  # both masks at once: 64 x 32 spills on sm_80, 128 x 32 on sm_100
-        return Blocks(64, 32, 4, 2 if kernel == "lse" else 1)
+        return Blocks(64, 32, 4, 2 if kernel == "lse" and _pipelined() else 1)
     if width <= 64:
         return Blocks(64 if width <= 16 and kernel != "gradient" else 32, 32, 8, 1)
     return Blocks(32, 16, 2 if kernel == "gradient" else 4, 1)

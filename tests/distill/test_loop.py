@@ -155,14 +155,102 @@ def test_a_start_that_fails_leaves_the_folder_free(settings: Settings, tmp_path:
         distill(settings(steps=1, resume=True))
 
 
-def test_changed_text_is_refused(settings: Settings, text_file: Path, tmp_path: Path) -> None:
+def test_text_may_change_behind_the_place_only(settings: Settings, text_file: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text())
-    distill(settings(text=[text], steps=3))
+    whole = distill(settings(text=[text]))
     shutil.rmtree(tmp_path / "run" / "student")
-    text.write_text(text_file.read_text() + "\n\nmore")
-    with pytest.raises(ValueError, match="text has changed"):
-        distill(settings(text=[text], steps=3, resume=True))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000000006")
+    text.write_text(text_file.read_text() + "\n\nw1 w2")
+    assert distill(settings(text=[text], resume=True)).step == whole.step
+    shutil.rmtree(tmp_path / "run" / "student")
+    text.write_text("w0" + text_file.read_text()[2:])
+    assert text.stat().st_size == text_file.stat().st_size
+    with pytest.raises(ValueError, match=r"--resume: .*text has changed.*text\.txt differs"):
+        distill(settings(text=[text], resume=True))
+
+
+def late(folder: Path, line: str) -> Path:
+    """300 documents, the last one given."""
+    records = [json.dumps({"text": text}) for text in make_texts(299, seed=3, longest=15)]
+    file = folder / "late.jsonl"
+    file.write_text("\n".join([*records, line]) + "\n")
+    return file
+
+
+def test_a_bad_document_is_skipped_and_counted(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = {"text": [late(tmp_path, '{"text": "w1 w2')], "steps": 30, "shuffle_rows": 1, "checkpoint_every": 1000}
+    whole = distill(settings(output=tmp_path / "whole", **options))
+    said = capfd.readouterr()
+    assert said.err.count(f"minilm-distill: skipped a document: {tmp_path / 'late.jsonl'}, line 300: not JSON") == 1
+    last = records(whole)[-1]
+    assert last["bad_documents"] == last["epoch"] > 0
+    assert last["null_documents"] == 0
+    assert f"skipped bad documents: {last['bad_documents']} (" in said.out
+    with monkeypatch.context() as patch:
+        stop_at(27, patch)
+        distill(settings(**options))
+    continued = distill(settings(**options, resume=True))
+    assert records(continued) == records(whole)
+    assert weights(continued) == weights(whole)
+
+    late(tmp_path, '{"text": null}')
+    nulls = records(distill(settings(output=tmp_path / "nulls", **options)))[-1]
+    assert (nulls["bad_documents"], nulls["null_documents"]) == (0, last["bad_documents"])
+
+
+def test_a_run_that_a_bad_document_ended_continues_after_the_repair(settings: Settings, tmp_path: Path) -> None:
+    options = {"steps": 30, "shuffle_rows": 1, "checkpoint_every": 5, "heldout_fraction": 0}
+    repaired = '{"text": "w1 w2 and more than was cut off"}'
+    whole = distill(settings(text=[late(tmp_path, repaired)], output=tmp_path / "whole", **options))
+    bad = late(tmp_path, '{"text": "w1 w2')
+    with pytest.raises(ValueError, match=r"late\.jsonl, line 300: not JSON"):
+        distill(settings(text=[bad], bad_documents="error", **options))
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    late(tmp_path, repaired)
+    continued = distill(settings(text=[bad], bad_documents="skip", resume=True, **options))
+    assert records(continued) == records(whole)
+    assert weights(continued) == weights(whole)
+
+
+def test_what_a_folder_holds_besides_is_named(
+    settings: Settings, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    shutil.copy(text_file, folder)
+    (folder / "table.csv").write_text("n,text\n" + "".join(f'{n},"{text}"\n' for n, text in enumerate(make_texts(20))))
+    (folder / "more.txt.zst").write_bytes(b"")
+    distill(settings(text=[folder], heldout_text=[folder / "table.csv"], steps=1))
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert line.startswith(f"minilm-distill: --text: left out of folder {folder}: 1 files")
+    assert "(more.txt.zst)" in line
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 64}, {"shuffle_rows": 1}, {"packing": False}, {"steps": 40}])
+@pytest.mark.parametrize("documents", [2, 5])
+def test_small_corpora_train(documents: int, options: dict[str, Any], settings: Settings, tmp_path: Path) -> None:
+    text = tmp_path / "small.txt"
+    text.write_text("\n\n".join(f"w{i} w{i + 1}" for i in range(documents)))
+    result = distill(settings(text=[text], **{"heldout_fraction": 0.01, "steps": 4, **options}))
+    assert result.student is not None
+    assert result.heldout_after is not None
+
+
+def test_one_line_without_end_trains(settings: Settings, tmp_path: Path) -> None:
+    text = tmp_path / "line.txt"
+    text.write_text(" ".join(f"w{i % 50}" for i in range(400_000)))
+    assert text.stat().st_size > 1 << 20
+    assert distill(settings(text=[text], heldout_fraction=0.01, steps=2)).student is not None
+
+
+def test_one_word_without_end_is_unknown(settings: Settings, tmp_path: Path) -> None:
+    text = tmp_path / "line.txt"
+    text.write_text("w7" * 600_000)
+    with pytest.raises(ValueError, match="gives 1 tokens for the first 262144 characters"):
+        distill(settings(text=[text], heldout_fraction=0.01, steps=2))
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
@@ -419,6 +507,23 @@ def empty_file(folder: Path) -> list[str]:
     return [str(folder)]
 
 
+def one_document(path: Path) -> list[str]:
+    path.write_text("w1 w2\nw3\nw4 w5")
+    return [str(path)]
+
+
+def utf_16(path: Path) -> list[str]:
+    path.write_bytes("w1 w2 w3 w4\n\nw5 w6".encode("utf-16-le"))
+    return [str(path)]
+
+
+def mixed_folder(path: Path) -> list[str]:
+    path.mkdir()
+    for name in ("a.txt.zst", "b.html"):
+        (path / name).write_text("w1 w2")
+    return [str(path)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -437,7 +542,12 @@ def empty_file(folder: Path) -> list[str]:
         ({"seq_len": 41}, "--seq-len 41 exceeds the 40 positions"),
         ({"student": other_tokenizer}, "tokenizers of --teacher .* differ, for example in .*'w"),
         ({"text": ["./nowhere.txt"]}, "--text: there is no file or folder nowhere.txt"),
-        ({"text": empty_file}, "holds out none|training text is empty"),
+        ({"text": empty_file}, "training text is empty"),
+        ({"text": one_document}, r"holds 1 document, .*--documents line, if each of its 3 lines"),
+        ({"text": utf_16}, r"--text: .*text is not plain UTF-8 text but UTF-16 without a mark.*iconv"),
+        ({"heldout_text": utf_16}, r"--heldout-text: .*text is not plain UTF-8 text but UTF-16 without a mark.*iconv"),
+        ({"text": ["/dev/zero"]}, "--text: /dev/zero is a device"),
+        ({"text": mixed_folder}, r"--text: folder .*text holds no text.*it holds a\.txt\.zst, b\.html"),
         ({"text": empty_file, "heldout_fraction": 0}, "training text is empty"),
         ({"heldout_text": empty_file}, "--heldout-text holds no text"),
         ({"batch_size": 9, "accumulation": 3, "output": empty_file}, "is a file, expected a folder"),

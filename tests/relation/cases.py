@@ -41,6 +41,24 @@ MASKS: dict[str, dict] = {
 }
 
 
+# Packings of 40 tokens that no call may compute with: cu_seqlens, and max_seqlen.
+MALFORMED: dict[str, tuple[list[int], int | None]] = {
+    "starts late": ([3, 20, 40], None),
+    "starts below 0": ([-3, 20, 40], None),
+    "ends early": ([0, 20, 37], None),
+    "ends beyond T": ([0, 20, 43], None),
+    "overlapping": ([0, 30, 20, 40], None),
+    "decreasing": ([40, 20, 0], None),
+    "negative": ([0, -5, 40], None),
+    "beyond T in the middle": ([0, 99, 40], None),
+    "extreme": ([2**31 - 1, -(2**31), 0, 1], None),
+    "differences overflow": ([0, 2**31 - 1, -(2**31), 40], None),
+    "empty sequences only": ([0, 0, 0], None),
+    "beyond max_seqlen": ([0, 10, 40], 29),
+    "one sequence beyond max_seqlen": ([0, 40], 12),
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """Arguments of one `relation_kl` call; the student's tensors are leaves."""
@@ -96,6 +114,19 @@ def make(
     teacher = (draw(width_t), draw(width_t) if cross else None)
     student = (draw(width_s), draw(width_s) if cross else None)
     return Case((*teacher, *student), kwargs)
+
+
+def malformed(kind: str, cross: bool = False, **more) -> Case:
+    """A call with one of MALFORMED, which on a CPU is refused."""
+    bounds, max_seqlen = MALFORMED[kind]
+    case = make({"cu_seqlens": torch.tensor([0, 40])}, cross=cross, widths=(16, 8), **more)
+    return replace(case, kwargs={"cu_seqlens": torch.tensor(bounds, dtype=torch.int32), "max_seqlen": max_seqlen})
+
+
+def all_nan(case: Case, reduction: str, backend: str) -> bool:
+    """Whether every value of a call and every entry of its gradients is NaN."""
+    value, grads = case.run(reduction, backend)
+    return bool(value.isnan().all() and all(grad.isnan().all() for grad in grads))
 
 
 def dense(case: Case, upstream: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:

@@ -12,7 +12,7 @@ import torch
 from minilm_kernels import relation_kl
 from minilm_kernels.relation.masks import REDUCTIONS
 
-from .cases import MASKS, Case, dense, error, make
+from .cases import MALFORMED, MASKS, Case, all_nan, dense, error, make, malformed
 
 
 def _upstream(case: Case, reduction: str) -> torch.Tensor:
@@ -229,6 +229,18 @@ def test_nothing_to_compare(backend, device, reduction, cross):
             assert value.shape == (case.row_shape() if reduction == "none" else ())
             assert torch.equal(value, torch.zeros_like(value))
             assert all(torch.equal(g.cpu(), torch.zeros_like(x)) for g, x in zip(grads, case.tensors[2:], strict=False))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_packings(backend, device, kind, reduction):
+    """Refused where the host may read cu_seqlens; answered with NaN by backends that do not wait for a GPU."""
+    case = malformed(kind).on(device)
+    if device == "cpu" or backend in ("torch", "reference"):
+        with pytest.raises(ValueError, match="max_seqlen: " if "max_seqlen" in kind else "cu_seqlens: "):
+            case.run(reduction, backend)
+    else:
+        assert all_nan(case, reduction, backend)
 
 
 def test_equal_models_have_zero_divergence(backend, device):

@@ -16,7 +16,7 @@ from minilm_kernels.relation.masks import REDUCTIONS, Mask
 from minilm_kernels.relation.problem import Problem
 
 from . import cuda, test_contract
-from .cases import Case, dense, error, make
+from .cases import MALFORMED, Case, all_nan, dense, error, make, malformed
 
 pytestmark = pytest.mark.skipif(cuda.COMPILER is None, reason="no C++ compiler")
 
@@ -232,18 +232,30 @@ def test_nan_in_a_real_token_is_not_hidden(backend, cross):
                 assert grad[1].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "bounds", [[0, 50, 40, 100], [0, 50, 200], [0, -5, 100], [0, 2**31 - 1, 100], [0, 100, 100]], ids=str
-)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
-def test_malformed_bounds_give_nan(backend, bounds, cross):
-    """On a device nobody checks cu_seqlens. Sequences longer than max_seqlen, here 90, are malformed too."""
-    x, y = torch.randn(100, 1, 16), torch.randn(100, 1, 8)
-    mask = Mask((100,), x.device, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), max_seqlen=90)
-    problem = Problem([x, x], [y, y], [(0, 1) if cross else (0, 0)], mask)
-    values, _ = native_cuda.scalar(problem, mask.weights("sum", 1, torch.float32), gradient=True)
-    assert values.isnan().all()
-    native_cuda.rows_gradient(problem, native_cuda.rows(problem))
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_packings_give_nan(backend, monkeypatch, kind, cross, reduction):
+    """On a device nobody reads cu_seqlens."""
+    monkeypatch.setattr(Mask, "check_packing", lambda self: None)
+    assert all_nan(malformed(kind, cross), reduction, backend)
+    assert all_nan(malformed(kind, cross, dtype=torch.bfloat16), reduction, backend)
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_kernels_check_the_bounds_themselves(backend, monkeypatch, kind, cross):
+    """Without the repair before them: no access leaves the tensors, and where they notice, the value is NaN."""
+    monkeypatch.setattr(Mask, "repaired", lambda self: (self, None))
+    case = malformed(kind, cross)
+    bounds, max_seqlen = case.kwargs["cu_seqlens"], case.kwargs["max_seqlen"]
+    mask = Mask((40,), bounds.device, cu_seqlens=bounds, max_seqlen=max_seqlen)
+    teacher, student = ([x for x in side if x is not None] for side in (case.tensors[:2], case.tensors[2:]))
+    problem = Problem(teacher, student, [(0, int(cross))], mask)
+    values, _ = native_cuda.scalar(problem, mask.weights("sum", 3, torch.float32), gradient=True)
+    if kind not in ("starts late", "ends early", "empty sequences only"):  # each sequence by itself is in order
+        assert values.isnan().all()
+    native_cuda.rows_gradient(problem, native_cuda.rows(problem).nan_to_num())
 
 
 def test_half_precision_is_read_exactly(backend):

@@ -14,11 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minilm_kernels.relation.masks import Mask
 from minilm_kernels.relation.problem import Problem
+from tests.ptx.fences import unfenced
+from tests.ptx.parser import parse
 
 triton = pytest.importorskip("triton", reason="Triton is not built for this platform")
 
 from minilm_kernels.relation import triton_backend  # noqa: E402
-from minilm_kernels.relation.triton_table import compile_variant, variants  # noqa: E402
+from minilm_kernels.relation.triton_table import compile_variant, variants, variants_of  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,7 +86,19 @@ def test_every_variant_compiles_without_spills(arch, dtype):
         usage = _usage(compiled)
         label = (variant.kernel, variant.group, variant.d_t, variant.d_s, usage)
         assert usage["STACK"] == usage["LOCAL"] == 0, label
+        if arch == 90:
+            assert unfenced(parse(compiled.asm["ptx"])[compiled.metadata.name]) == [], label
         assert compiled.metadata.shared <= 99 * 1024, label  # what the smallest of these architectures gives a block
+
+
+def test_wgmma_sees_what_was_copied():
+    """The everyday lse: its tiles come by cp.async where the compiler fences that, elsewhere by ordinary stores."""
+    variant = next(v for v in variants_of("bfloat16", 16, 8, "self") if v.kernel == "lse")
+    compiled = compile_variant(variant, 90)
+    ptx = compiled.asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert ("cp.async" in ptx) == (variant.options["num_stages"] > 1)
+    assert unfenced(parse(ptx)[compiled.metadata.name]) == []
 
 
 @pytest.mark.parametrize("block", [16, 64, 128])

@@ -9,7 +9,7 @@ from minilm_kernels.relation import triton_backend
 from minilm_kernels.relation.masks import Mask
 from minilm_kernels.relation.problem import Problem
 
-from .cases import MASKS, Case, error, make
+from .cases import MALFORMED, MASKS, Case, all_nan, error, make, malformed
 
 pytestmark = pytest.mark.skipif(
     available_backends()["triton"] is not None, reason="test_triton.py runs these in the interpreter"
@@ -84,21 +84,36 @@ def test_tiles_of_every_kind(on, mask):
             assert all(error(g, e) < 2e-6 for g, e in zip(grads, expected_grads, strict=True))
 
 
-@pytest.mark.parametrize("values", [[0, 5, 3, 40], [-7, 70, 2, 99], [2**31 - 1, -(2**31), 0, 1], [40, 8, 4, 0]])
-def test_malformed_cu_seqlens_read_nothing_outside(on, values):
-    """On a device cu_seqlens are not checked: nothing outside the tensors may be read, however wrong they are."""
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize(
+    ("kind", "cross", "reduction"),
+    [
+        *((kind, False, "sequence") for kind in MALFORMED),
+        *(("overlapping", cross, reduction) for cross in (False, True) for reduction in ("token", "sum", "none")),
+    ],
+)
+def test_malformed_packings_give_nan(on, monkeypatch, kind, cross, reduction):
+    """On a device nobody reads cu_seqlens."""
+    monkeypatch.setattr(Mask, "check_packing", lambda self: None)
+    assert all_nan(malformed(kind, cross).on(on), reduction, "triton")
+
+
+@pytest.mark.parametrize("kind", ["overlapping", "negative", "beyond T in the middle", "extreme", "decreasing"])
+def test_kernels_check_the_bounds_themselves(on, monkeypatch, kind):
+    """Without the repair before them: nothing outside the tensors is read."""
+    monkeypatch.setattr(Mask, "repaired", lambda self: (self, None))
     total, room = 40, 256
     sides = []
     for width in (16, 8):
         whole = torch.full((total + 2 * room, 2, width), torch.nan, device=on)
         whole[room:-room] = torch.randn(total, 2, width)
         sides.append([whole[room:-room]])
-    cu_seqlens = torch.tensor(values, dtype=torch.int32, device=on)
+    cu_seqlens = torch.tensor(MALFORMED[kind][0], dtype=torch.int32, device=on)
     problem = Problem(*sides, [(0, 0)], Mask((total,), torch.device(on), cu_seqlens=cu_seqlens))
-    sums, _ = triton_backend.scalar(problem, torch.ones(3, device=on), True)
-    assert sums.isfinite().all()
-    exact, _ = triton_backend.scalar(problem, torch.ones(3, device=on), False)
-    assert exact.isfinite().all()
+    weights = torch.ones(cu_seqlens.numel() - 1, device=on)
+    for gradient in (True, False):
+        values, _ = triton_backend.scalar(problem, weights, gradient)
+        assert values.isfinite().all()
     triton_backend.rows_gradient(problem, torch.ones(1, 2, total, device=on))
 
 

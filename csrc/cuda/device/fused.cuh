@@ -121,7 +121,8 @@ MINILM_DEVICE float spread_sums(float (&x)[kCount], int bit) {
   return x[0];
 }
 
-// Phase 1 of one model: exponentials of a tile to the sums of its rows and, mirrored, of its columns.
+// Phase 1 of one model: exponentials of a tile to the sums of its rows and, mirrored, of its columns. Nothing else of
+// the warp's round touches these places (schedule.h).
 template <bool kMasked, bool kCausal>
 MINILM_DEVICE void add_sums(float* sums, const float (&score)[2][4][4], float scale, float reference,
                             const Pairs& pairs, int bound) {
@@ -145,11 +146,10 @@ MINILM_DEVICE void add_sums(float* sums, const float (&score)[2][4][4], float sc
   *row_at += row_sum;
   if (!kCausal || pairs.rows < bound) {
     float column_sum = spread_sums(column, 4);
-    sync_warp();
+    if (kMasked) sync_warp();  // on the diagonal rows and columns are the same places
     float* column_at = sums + pairs.columns + lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2;
     *column_at += column_sum;
   }
-  sync_warp();
 }
 
 // Phase 2, half a tile: M_ij = q_ij + q_ji − p_ij − p_ji in the student's place, and what it adds to the value.
@@ -235,7 +235,7 @@ struct FusedKernel {
     header.relation = &relation;
     bool valid = find_sequence(call, header.n, header.sequence);
     if (!valid || header.sequence.length < batch.shortest || header.sequence.length > batch.longest) {
-      header.sequence.length = 0;
+      header.sequence.length = header.sequence.prefix = 0;
       *partial_of(batch, header) = 0.0;
     }
     header.capacity = batch.capacity;

@@ -163,3 +163,12 @@ def test_table_and_breakdown():
     nothing = static("--backends", "triton", "--triton-module", module, "--kernel", "other*")
     assert nothing.returncode
     assert "no kernel of triton matches" in nothing.stderr
+
+
+@pytest.mark.slow
+def test_no_register_of_the_kernels_products_is_written_too_early():
+    """The command fails where one is; the package's own Triton kernels have products on sm_90."""
+    result = static("--backends", "triton", "--arch", "sm_90", "--dtype", "bfloat16", "--json")
+    assert result.returncode == 0, result.stderr
+    rows = [row for row in json.loads(result.stdout) if row["phase"] != "total"]
+    assert {row["kernel"] for row in rows if row["wgmma_products"]} >= {"lse", "rows", "gradient", "gradient of key"}

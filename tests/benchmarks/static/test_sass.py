@@ -7,6 +7,7 @@ import pytest
 from benchmarks.static.counts import access_bytes, classify, count, tensor_macs
 from benchmarks.static.loops import Trip, analyse
 from benchmarks.static.sass import Instruction, demangle, parse, parse_resources
+from benchmarks.static.wgmma import early_writes
 
 HEADER = '\t.section\t.text.kernel,"ax",@progbits\n.text.kernel:\n'
 
@@ -350,3 +351,54 @@ def test_multiply_adds_of_tensor_instructions(opcode, macs, work):
 def test_bytes_of_matrix_loads():
     sizes = [access_bytes(Instruction(opcode, "")) for opcode in ("LDSM.16.M88", "LDSM.16.M88.2", "LDSM.16.MT88.4")]
     assert sizes == [4, 8, 16]
+
+
+_PRODUCT = "HGMMA.64x16x16.F32.BF16 R56, R24, gdesc[UR8].tnspB, R56, gsb0"
+
+
+@pytest.mark.parametrize(
+    ("between", "found"),
+    [
+        ("MOV R23, R4", []),
+        ("MOV R28, R4", []),
+        ("MOV R27, R4", ["R27"]),  # of the first operand
+        ("@P0 MOV R63, R4", ["R63"]),  # of the result
+        ("MOV R64, R4", []),
+        ("LDSM.16.M88.4 R20, [R2]", []),
+        ("LDSM.16.M88.4 R22, [R2]", ["R24, R25"]),
+        ("LDS.128 R25, [R2]", ["R25, R26, R27"]),
+        ("IMAD.WIDE R54, R2, 0x2, R8", []),
+        ("IMAD.WIDE R55, R2, 0x2, R8", ["R56"]),
+        ("SHFL.BFLY PT, R24, R2, 0x2, 0x1f", ["R24"]),
+        ("STS [R24], R56", []),
+        ("@!PT LDS R24, [RZ]", []),
+    ],
+)
+def test_registers_of_wgmma_written_too_early(between, found):
+    flow = flow_of(f"""
+        {_PRODUCT}
+        {between}
+        WARPGROUP.DEPBAR.LE gsb0, 0x0
+        MOV R24, R4
+        EXIT
+    """)
+    count, early = early_writes(flow)
+    assert count == 1
+    assert [text.partition(" writes ")[2] for text in early] == found
+
+
+def test_registers_of_wgmma_around_a_loop():
+    """The product of a turn is read while the next turn begins; one group may stay behind a wait."""
+    loop = f"""
+        NOP
+        .L_x_0:
+        MOV R24, R4
+        {_PRODUCT}
+        WARPGROUP.DEPBAR.LE gsb0, 0x%d
+        @P0 BRA `(.L_x_0)
+        MOV R4, R56
+        EXIT
+    """
+    assert early_writes(flow_of(loop % 0))[1] == []
+    (early,) = early_writes(flow_of(loop % 1))[1]
+    assert early == "0010: MOV R24, R4 writes R24"

@@ -1,0 +1,95 @@
+"""Refuses layers in which a row does not see every token that it may: windows, chunks, sparse and linear attention.
+
+The relations are softmax distributions over all tokens, so Q and K of such a layer do not form the attention it uses.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+# Classes of models, layers or attention modules that never compute the whole softmax.
+_CLASSES = re.compile(
+    "Longformer|LEDEncoder|BlockSparse|Local(Self)?Attention|TransientGlobal|GlobalLocal|ProbSparse|LSH|Reformer"
+    "|Nystromformer|Yoso|^Mra|Funnel|FNet|Fourier|Doge|Delta(Net|Attention)|Linear(Self)?Attention|Performer|Linformer"
+    "|Swin|xLSTM|Mamba|Rwkv|RetNet"
+)
+# Words of `attention_type`, `layer_type` and the like.
+_KINDS = re.compile("local|sliding|window|chunk|sparse|linear|prob|lsh|indexed|compress|recurrent|mamba|conv|hybrid")
+# Names of numbers that bound what a row sees, and names that look like them.
+_WINDOWS = re.compile("window|local_attention|local_radius|attention_chunk")
+_NO_WINDOWS = re.compile("^use_|max_window_layers|pattern|kernel|conv|dropout|prob|ind(ex|ices)|_ids?$|positional")
+_OF_ENCODERS = {"attention_window", "local_radius"}  # LED and LongT5, whose decoders see everything
+_FULL = {"full_attention", "attention", "global"}
+_IGNORES_LAYER_TYPES = {"minimax"}  # its sliding_window narrows the layers that layer_types calls full
+
+
+def nearest_config(root: nn.Module, path: str) -> Any:
+    """The config of the innermost module on the path that has one: a model of several towers has several."""
+    configs = [module.config for module in _modules_on(root, path) if hasattr(module, "config")]
+    return configs[-1] if configs else None
+
+
+def check_full_attention(root: nn.Module, template: str, layer: int, count: int) -> None:
+    """Raises a ValueError that lists the legal layers if the attention module of the 1-based layer is not full.
+
+    `template` is the attention module's path below `root`, with {i} for the layer's index, over `count` layers.
+    """
+    paths = [template.replace("{i}", str(i)) for i in range(count)]
+    partial = [_partial_attention(root, path, i, count) for i, path in enumerate(paths)]
+    if partial[layer - 1] is not None:
+        exists = [len(_modules_on(root, path)) == path.count(".") + 2 for path in paths]
+        full = ", ".join(str(i + 1) for i in range(count) if exists[i] and partial[i] is None)
+        raise ValueError(
+            f"layer={layer} has {partial[layer - 1]}: its rows do not see what the relations are taken over; "
+            f"layers with full attention: {full or 'none'}"
+        )
+
+
+def _modules_on(root: nn.Module, path: str) -> list[nn.Module]:
+    """The root and the modules down to the one at the path, as far as they exist: hybrid models differ by layer."""
+    modules = [root]
+    for name in path.split("."):
+        module = getattr(modules[-1], name, None)
+        if not isinstance(module, nn.Module):
+            break
+        modules.append(module)
+    return modules
+
+
+def _partial_attention(root: nn.Module, path: str, index: int, count: int) -> str | None:
+    """What narrows the attention at the path, or None where nothing does."""
+    modules = _modules_on(root, path)
+    config = nearest_config(root, path)
+    types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    if types:
+        kinds = {types[index]} if len(types) == count else set(types)
+        if narrow := sorted(kinds - _FULL):
+            return ", ".join(narrow)
+    for module in modules:
+        name = type(module).__name__
+        if _CLASSES.search(name):
+            return f"local or approximate attention ({name})"
+        for flag in ("local", "is_local", "is_local_attention", "is_sliding"):
+            if vars(module).get(flag) is True:
+                return f"local attention ({name}.{flag})"
+        for attribute in ("attention_type", "attn_type", "layer_type"):
+            kind = vars(module).get(attribute)
+            if isinstance(kind, str) and _KINDS.search(kind):
+                return f"{kind} ({name}.{attribute})"
+    if types and getattr(config, "model_type", None) not in _IGNORES_LAYER_TYPES:
+        return None
+    for source in (config, *modules):
+        for name, value in getattr(source, "__dict__", {}).items():
+            unused = "sliding" in name and not getattr(config, "use_sliding_window", True)
+            if _is_window(name, value) and not unused and not (name in _OF_ENCODERS and "decoder" in path.split(".")):
+                return f"{'sliding_attention' if 'sliding' in name else 'local attention'} ({name}={value})"
+    return None
+
+
+def _is_window(name: str, value: Any) -> bool:
+    if not _WINDOWS.search(name) or _NO_WINDOWS.search(name):
+        return False
+    sizes = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return bool(sizes) and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)

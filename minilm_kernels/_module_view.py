@@ -1,0 +1,200 @@
+"""Copies of modules that share parameters, buffers and hooks with the originals: how a layer is cut out of a model."""
+
+import contextlib
+import copy
+import functools
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from minilm_kernels._wrappers import compiled_original
+
+_FORWARDS = ("forward", "_old_forward", "_original_forward")  # the last two are accelerate's
+
+
+def shell(module: nn.Module) -> nn.Module:
+    """A copy with its own attributes and table of children; parameters, buffers and hooks stay in shared tables.
+
+    What is bound to the module is bound to the copy. A `forward` that was put on the instance and reaches the module
+    otherwise, as in a closure, is left out: the copy then runs the forward of its class. `has_own_forward` tells.
+    """
+    twin = object.__new__(type(module))  # copy.copy would call what wrapping classes define for it
+    attributes = {name: _rebound(value, module, twin) for name, value in vars(module).items()}
+    for name in _FORWARDS:
+        if name in attributes and (attributes[name] is vars(module)[name] or _holds(attributes[name], module)):
+            attributes[name] = types.MethodType(type(module).forward, twin)
+    attributes.pop("_compiled_call_impl", None)
+    attributes.setdefault("_original", module)
+    attributes["_modules"] = dict(module._modules)
+    twin.__dict__.update(attributes)
+    return twin
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a `forward` was put on the instance."""
+    return "forward" in vars(module) and compiled_original(module) is module
+
+
+def switches(module: nn.Module, names: Iterable[str]) -> list[tuple[Any, str]]:
+    """The copies that `shell` made in a module, each with those of the attributes that it has."""
+    copies = [inner for inner in module.modules() if "_original" in vars(inner)]
+    return [(twin, name) for twin in copies for name in names if name in vars(twin)]
+
+
+def follow(switches: Iterable[tuple[Any, str]]) -> None:
+    """Sets attributes of copies to the values that the originals have now."""
+    for twin, name in switches:
+        value = getattr(twin._original, name)
+        if getattr(twin, name) != value:
+            setattr(twin, name, value)
+
+
+def graft(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy in which other modules stand at the given paths; what is not on a path is shared."""
+    if "" in replaced:
+        return replaced[""]
+    module = compiled_original(module)
+    twin = shell(module)
+    below: dict[str, dict[str, nn.Module]] = {}
+    for path, new in replaced.items():
+        name, _, rest = path.partition(".")
+        below.setdefault(name, {})[rest] = new
+    for name, inner in below.items():
+        twin._modules[name] = graft(module.get_submodule(name), inner)
+    return twin
+
+
+def cut(root: nn.Module, layers: str, layer: int, replaced: Mapping[str, nn.Module]) -> nn.Module:
+    """The grafted model without the later layers. Its last layer ends by an exception, so it is not checkpointed."""
+    view = graft(root, replaced)
+    kept = view.get_submodule(layers)._modules
+    for name in list(kept)[layer:]:
+        del kept[name]
+    last = view.get_submodule(layers).get_submodule(str(layer - 1))
+    last.__dict__["gradient_checkpointing"] = False
+    return view
+
+
+def register_only(module: nn.Module, reached: set[int]) -> nn.Module:
+    """The module if all its parameters are reached; otherwise a copy in which the others are plain attributes.
+
+    They stay attributes because an unreached module may be executed, as MPNet's position bias before its first layer.
+    """
+    if all(id(p) in reached for p in module.parameters()):
+        return module
+    module = compiled_original(module)
+    twin = shell(module)
+    hidden = {name: p for name, p in module._parameters.items() if p is not None and id(p) not in reached}
+    if hidden:
+        twin.__dict__["_parameters"] = {name: p for name, p in module._parameters.items() if name not in hidden}
+        twin.__dict__.update(hidden)
+    for name, child in module._modules.items():
+        if child is not None:
+            twin._modules[name] = register_only(child, reached)
+    return twin
+
+
+def pinned(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """A copy of the module and all below it in evaluation mode, which no call to the originals changes."""
+    module = compiled_original(module)
+    if id(module) not in made:
+        twin = made[id(module)] = shell(module)
+        twin.__dict__["training"] = False
+        for name, child in module._modules.items():
+            if child is not None:
+                twin._modules[name] = pinned(child, made)
+    return made[id(module)]
+
+
+def private(module: nn.Module, aliases: dict[int, nn.Parameter]) -> nn.Module:
+    """A copy for the dry run: evaluation mode, no hooks, own buffers, and trainable parameters over shared storage.
+
+    Hooks that make a weight out of parameters (pruning, weight norm) are kept: such a module has the weight as a plain
+    tensor among its attributes.
+    """
+    module = compiled_original(module)
+    twin = shell(module)
+    for parameter in module._parameters.values():
+        if parameter is not None and id(parameter) not in aliases:
+            data = _usable(parameter.detach())
+            aliases[id(parameter)] = nn.Parameter(data, requires_grad=data.is_floating_point())
+    tensors = {name: _usable(value) for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
+    twin.__dict__.update(
+        tensors,
+        training=False,
+        _forward_hooks={},
+        _forward_pre_hooks=module._forward_pre_hooks if tensors else {},
+        _buffers={name: None if b is None else b.clone() for name, b in module._buffers.items()},
+        _parameters={name: None if p is None else aliases[id(p)] for name, p in module._parameters.items()},
+    )
+    for name, child in module._modules.items():
+        if child is not None:
+            twin._modules[name] = private(child, aliases)
+    return twin
+
+
+def leaves(outputs: Iterable[torch.Tensor]) -> set[int]:
+    """The ids of the leaf tensors in the autograd graph of the outputs."""
+    nodes = [output.grad_fn for output in outputs]
+    seen, found = set(nodes), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return found
+
+
+def with_attention(attention: nn.Module, implementation: str) -> nn.Module:
+    """A copy of an attention module whose own copy of the config names another attention implementation."""
+    config: Any = copy.deepcopy(attention.config)
+    config._attn_implementation = implementation
+    twin = shell(attention)
+    twin.__dict__["config"] = config
+    return twin
+
+
+def _usable(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that autograd takes: those of inference mode are copied."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _rebound(value: Any, module: nn.Module, twin: nn.Module) -> Any:
+    if isinstance(value, types.MethodType) and value.__self__ is module:
+        return types.MethodType(value.__func__, twin)
+    if isinstance(value, functools.partial) and any(x is module for x in value.args):
+        return functools.partial(value.func, *(twin if x is module else x for x in value.args), **value.keywords)
+    return value
+
+
+def _holds(function: Callable, module: nn.Module) -> bool:
+    """Whether a function has the module, or what is bound to it, as an argument or in a closure."""
+    pending: list[Any] = [function]
+    seen: set[int] = set()
+    while pending:
+        value = pending.pop()
+        if value is module:
+            return True
+        if id(value) in seen or isinstance(value, nn.Module | type):
+            continue
+        seen.add(id(value))
+        if isinstance(value, types.MethodType):
+            pending += [value.__func__, value.__self__]
+        elif isinstance(value, functools.partial):
+            pending += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, types.FunctionType):
+            pending += vars(value).values()
+            for cell in value.__closure__ or ():
+                with contextlib.suppress(ValueError):  # an empty cell
+                    pending.append(cell.cell_contents)
+        elif callable(value):
+            pending += getattr(value, "__dict__", {}).values()
+    return False

@@ -1,0 +1,113 @@
+"""Takes a transformers model out of what other packages put around it, or says why that cannot be done."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+_OWN_FORWARD = {"XLORA", "POLY"}  # PEFT methods that do part of their work in the forward of the PeftModel
+
+
+def compiled_original(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile(module)` was given; other modules are returned as they are."""
+    return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, PEFT, sentence-transformers and AveragedModel, however they are nested.
+
+    Raises:
+        ValueError: a wrapper around the model, or sharded or offloaded parameters, that a part of the model cannot be
+            run without. The message says what to do instead.
+    """
+    while (inner := _inside(model)) is not model:
+        model = inner
+    if torch.distributed.is_available():
+        _refuse_sharded(model)
+    hooked = any("_hf_hook" in vars(module) for module in model.modules())
+    if hooked and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "model: accelerate offloads its weights to CPU or disk. Load it without offloading, "
+            'for example with device_map={"": 0}'
+        )
+    return model
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "model: FullyShardedDataParallel holds flattened shards in place of its parameters. Make the extractor of "
+            "the unwrapped model and shard the extractor"
+        )
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError(
+            "model: fully_shard has been applied to it. Make the extractor first, then shard what it runs: "
+            "fully_shard(layer) for each layer but the last in the list of extractor.base, then fully_shard(extractor)"
+        )
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "model: its parameters are sharded (DTensor). Load it without a tensor-parallel plan and make the "
+            "extractor before anything shards the model"
+        )
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """One wrapper taken off, or the model itself."""
+    name = type(model).__name__
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "model: DistributedDataParallel synchronises gradients only in its own forward. Make the extractor of "
+            "model.module and wrap the extractor: DistributedDataParallel(QKVExtractor(model.module))"
+        )
+    if isinstance(model, DataParallel):
+        raise ValueError(
+            "model: DataParallel runs copies of the model in threads, which an extractor cannot serve. Make the "
+            "extractor of model.module and wrap the extractor in DistributedDataParallel"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"model: the code of a {name} is compiled and cannot be cut. Give the model that it was made of"
+        )
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        return model._orig_mod
+    if isinstance(model, AveragedModel):
+        return model.module
+    peft: Any = sys.modules.get("peft")
+    if peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel):
+        return _inside_peft(model)
+    if "sentence_transformers" in sys.modules and type(model).__module__.partition(".")[0] == "sentence_transformers":
+        return _inside_sentence_transformers(model)
+    if not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
+        raise ValueError(f"model: {name} is a wrapper. Make the extractor of model.module")
+    return model
+
+
+def _inside_peft(model: Any) -> nn.Module:
+    for name, config in model.peft_config.items():
+        method = getattr(config.peft_type, "value", config.peft_type)
+        if config.is_prompt_learning or method in _OWN_FORWARD or getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(
+                f"model: adapter {name!r} ({method}) works in the forward of {type(model).__name__}, which an "
+                "extractor does not run. Merge the adapter (merge_and_unload), or use one that changes modules only, "
+                "such as LoRA"
+            )
+    return model.base_model.model
+
+
+def _inside_sentence_transformers(model: Any) -> nn.Module:
+    """The first module of a SentenceTransformer, and the model in that (`auto_model` in older versions)."""
+    if isinstance(model, nn.Sequential) and len(model):
+        return model[0]
+    for name in ("model", "auto_model"):
+        if isinstance(inner := getattr(model, name, None), nn.Module):
+            return inner
+    raise ValueError(
+        f"model: {type(model).__name__} of sentence-transformers holds no single transformers model. Give the model of "
+        "the module that has one, as in st[0].model"
+    )

@@ -1,0 +1,226 @@
+"""What is checked before the first step: weights, the tokenizer against the text, and that the student can be saved."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import AutoModel, AutoTokenizer
+
+from minilm_kernels.qkv import QKV, QKVExtractor
+from minilm_kernels.students import one_line
+
+from .checkpoint import TEMPORARY, explained
+from .data import READ_CHARACTERS, READ_DOCUMENTS, Tokenizer
+
+# Text in a language of the tokenizer has a few per cent of unknown tokens, text in another one nearly 100. From half
+# on, most relations are between tokens that say nothing.
+MOST_UNKNOWN = 0.5
+# Rows that no token uses are padding to a round number or reserves; with more of them it is another's embedding.
+MOST_ROWS_A_TOKEN, MOST_PADDING = 2, 128
+# A tokenizer without an unknown token drops what it does not know. No text has words of this length throughout.
+MOST_CHARACTERS_A_TOKEN = 64
+
+
+def check_weights(extractor: QKVExtractor, info: Mapping[str, Any], option: str, *, teacher: bool) -> None:
+    """A `ValueError` if Q, K and V depend on tensors that the checkpoint lacks or that are not finite.
+
+    Args:
+        extractor: of a model that was loaded; what is behind its Q, K and V may be missing.
+        info: the loading info of transformers, `missing_keys` and `unexpected_keys`.
+        option: what the user gave, for the message.
+        teacher: projections that are all zero, as placeholders of sharded training are, are an error too.
+    """
+    tensors = _reached(extractor)
+    missing, unexpected = set(info["missing_keys"]), sorted(info["unexpected_keys"])
+    absent = [name for name in tensors if name in missing]
+    if absent:
+        prefix = _prefix(missing, unexpected)
+        if prefix:
+            hint = f'; its names begin with "{prefix}": save the model without its wrapper, or rename them'
+        else:
+            hint = f"; it has {_some(unexpected)} instead" if unexpected else ""
+        raise ValueError(
+            f"{option}: its weights lack {len(absent)} tensors that Q, K and V of layer {extractor.layer} depend on: "
+            f"{_some(absent)}{hint}"
+        )
+    broken = [name for name, tensor in tensors.items() if not all(map(math.isfinite, _range(tensor)))]
+    if broken:
+        raise ValueError(f"{option}: its weights are not finite: {_some(broken)} hold NaN or infinity")
+    if not all(all(map(math.isfinite, _range(output))) for output in _run(extractor)):
+        raise ValueError(f"{option}: its weights are finite, but Q, K and V of layer {extractor.layer} are not")
+    projections = {id(p) for projection in extractor.projections for p in projection.parameters() if p.dim() > 1}
+    zero = [name for name, t in tensors.items() if id(t) in projections and _range(t) == (0.0, 0.0)]
+    if teacher and zero:
+        raise ValueError(f"{option}: its weights {_some(zero)} are all zero, so its relations say nothing")
+
+
+def _prefix(missing: Set[str], unexpected: Iterable[str]) -> str:
+    """What stands before names of the checkpoint that the model knows without it, as "module."; "" if nothing does."""
+    for name in unexpected:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            if ".".join(parts[i:]) in missing:
+                return ".".join(parts[:i]) + "."
+    return ""
+
+
+def _reached(extractor: QKVExtractor) -> dict[str, Tensor]:
+    """The parameters and the saved buffers that Q, K and V depend on, by name in the model's state dict."""
+    model = extractor.model
+    unreached = set(extractor.unreached_parameters())
+    reached = {id(p) for name, p in model.named_parameters() if name not in unreached}
+    saved = model.state_dict().keys()
+    if any(name in saved for name, _ in model.named_buffers()):
+        reached |= _used_buffers(extractor)
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tensor for name, tensor in named if name in saved and id(tensor) in reached}
+
+
+def _used_buffers(extractor: QKVExtractor) -> set[int]:
+    """The ids of the buffers of every module that runs before Q, K and V."""
+    used: set[int] = set()
+    handle = register_module_forward_pre_hook(
+        lambda module, inputs: used.update(map(id, module.buffers(recurse=False)))
+    )
+    try:
+        _run(extractor)
+    finally:
+        handle.remove()
+    return used
+
+
+def _run(extractor: QKVExtractor) -> QKV:
+    """Q, K and V of two tokens."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(extractor.model.parameters()).device)
+    with torch.no_grad():
+        return extractor(input_ids=ids)
+
+
+def _range(tensor: Tensor) -> tuple[float, float]:
+    """The least and the largest value, NaN if there is one; no copy is made."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return 1.0, 1.0
+    low, high = torch.aminmax(tensor.detach())
+    return float(low), float(high)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+def embedding_rows(model: Any) -> int | None:
+    """How many token ids the model knows, `None` if it has no table of them."""
+    try:
+        return model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def check_ids(tokenizer: Any, teacher: Any, student: Any) -> None:
+    """A `ValueError` if the tokenizer has ids beyond an embedding, or too few for the teacher's."""
+    ids = set(tokenizer.get_vocab().values())
+    for name, model in (("teacher", teacher), ("student", student)):
+        rows = embedding_rows(model)
+        if rows is not None and max(ids) >= rows:
+            raise ValueError(
+                f"the teacher's tokenizer has ids up to {max(ids)}, the {name}'s embedding only {rows} rows, 0 to "
+                f"{rows - 1}"
+            )
+    rows = embedding_rows(teacher)
+    if rows is not None and rows > len(ids) * MOST_ROWS_A_TOKEN + MOST_PADDING:
+        raise ValueError(
+            f"--teacher: its tokenizer has {len(ids)} tokens, its embedding {rows} rows: they do not belong together "
+            "(if they do, cut the embedding with resize_token_embeddings)"
+        )
+
+
+def check_text(tokenizer: Tokenizer, texts: Iterable[str], teacher: Any, student: Any) -> None:
+    """A `ValueError` if the tokenizer does not know the words of the first documents, or gives ids beyond a model.
+
+    Args:
+        texts: the training documents; the first few are read.
+    """
+    first = list(_first(texts))
+    if not first:
+        return
+    ids = [int(i) for tokens in tokenizer.batch(first) for i in tokens]
+    characters = sum(len("".join(text.split())) for text in first)
+    if len(ids) * MOST_CHARACTERS_A_TOKEN < characters:
+        raise ValueError(
+            f"--teacher: its tokenizer gives {len(ids)} tokens for the first {characters} characters of the text: it "
+            "does not know them"
+        )
+    strange = ids.count(tokenizer.unknown) if tokenizer.unknown is not None else 0
+    if strange > MOST_UNKNOWN * len(ids):
+        raise ValueError(
+            f"--teacher: its tokenizer does not know the text: {strange} of the first {len(ids)} tokens are its "
+            "unknown token; is it this model's tokenizer, and does the model know this language?"
+        )
+    largest = max([*ids, *map(int, tokenizer.prefix), *map(int, tokenizer.suffix), tokenizer.pad])
+    for name, model in (("teacher", teacher), ("student", student)):
+        rows = embedding_rows(model)
+        if rows is not None and largest >= rows:
+            raise ValueError(f"the teacher's tokenizer gives id {largest}, the {name}'s embedding has only {rows} rows")
+
+
+def _first(texts: Iterable[str]) -> Iterator[str]:
+    room = READ_CHARACTERS
+    for text in islice(texts, READ_DOCUMENTS):
+        yield text[:room]
+        room -= len(text)
+        if room <= 0:
+            return
+
+
+def check_saving(student: Any, tokenizer: Any, output: Path) -> None:
+    """Saves student and tokenizer below `output`, loads them again and compares; nothing stays there.
+
+    The second student is smaller than the optimizer's state, which is made later.
+
+    Raises:
+        ValueError: they cannot be saved, or come back as others.
+        OSError: the disk is full or cannot be written.
+    """
+    with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}trial-", dir=output, ignore_cleanup_errors=True) as folder:
+        try:
+            student.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            if isinstance(error, OSError) or "os error" in str(error):  # the text of safetensors and tokenizers
+                raise explained(error, output) from error
+            raise ValueError(f"the student could not be saved: {one_line(error)}") from error
+        try:
+            again = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+            words = AutoTokenizer.from_pretrained(folder).get_vocab()
+        except Exception as error:
+            raise ValueError(f"the student could be saved, but not loaded again: {one_line(error)}") from error
+        before, after = student.state_dict(), again.state_dict()
+        lost = [
+            name
+            for name in before.keys() | after.keys()
+            if name not in before or name not in after or not torch.equal(before[name].cpu(), after[name])
+        ]
+        settings = _settings(student.config), _settings(again.config)
+        lost += [
+            name for name in settings[0].keys() | settings[1].keys() if settings[0].get(name) != settings[1].get(name)
+        ]
+        if words != tokenizer.get_vocab():
+            lost.append("the tokenizer's vocabulary")
+        if lost:
+            raise ValueError(f"the student would not be saved as it is: {_some(sorted(lost))} come back changed")
+
+
+def _settings(config: Any) -> dict[str, str]:
+    """The settings that the config's class knows, as JSON; others do not change the model."""
+    known = getattr(type(config), "__dataclass_fields__", config.to_dict()).keys() - {"architectures", "dtype"}
+    return {key: json.dumps(value, default=str) for key, value in config.to_dict().items() if key in known}

@@ -1,0 +1,54 @@
+"""Does every wgmma of a PTX text see what was stored to shared memory before it?
+
+wgmma reads shared memory through the async proxy; ordinary stores, and the data of cp.async once it has been waited
+for, become visible there by fence.proxy.async alone. The emulator's stores are
+never late, so values cannot show that a fence is missing; the order of instructions can.
+"""
+
+from __future__ import annotations
+
+from .parser import Block, Instruction, Kernel
+
+
+def unfenced(kernel: Kernel) -> list[str]:
+    """The wgmma.mma_async that some way through the kernel reaches with stores or copies that no fence has shown.
+
+    Whether the product reads just these is not asked: our kernels store nothing else between a fence and a product.
+    """
+    stale: dict[int, bool] = {0: False}
+    pending = [0]
+    while pending:
+        index = pending.pop()
+        state, _ = _through(kernel.blocks[index], stale[index])
+        for successor in _successors(kernel, index):
+            merged = stale.get(successor, False) or state
+            if stale.get(successor) != merged:
+                stale[successor] = merged
+                pending.append(successor)
+    return [text for index in sorted(stale) for text in _through(kernel.blocks[index], stale[index])[1]]
+
+
+def _through(block: Block, stale: bool) -> tuple[bool, list[str]]:
+    found = []
+    for instruction in block.instructions:
+        opcode = instruction.opcode
+        stores = opcode[0] in ("st", "stmatrix") and any(part.startswith("shared") for part in opcode)
+        arrives = opcode[:2] == ("cp", "async") and opcode[2] in ("wait_group", "wait_all")
+        if stores or arrives:
+            stale = True
+        elif opcode[:2] == ("fence", "proxy") and opcode[2].startswith("async"):
+            stale = False
+        elif stale and opcode[:2] == ("wgmma", "mma_async"):
+            found.append(f"line {instruction.line}: {instruction.text}")
+    return stale, found
+
+
+def _successors(kernel: Kernel, index: int) -> list[int]:
+    block = kernel.blocks[index]
+    last: Instruction | None = block.instructions[-1] if block.instructions else None
+    name = last.opcode[0] if last else ""
+    following = [index + 1] if index + 1 < len(kernel.blocks) else []
+    if last is None or name not in ("bra", "ret", "exit"):
+        return following
+    taken = [kernel.labels[last.operands[0].name]] if name == "bra" else []
+    return taken + following if last.guard else taken

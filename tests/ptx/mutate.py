@@ -1,0 +1,55 @@
+"""python -m tests.ptx.mutate: leaves out one barrier of a CUDA kernel at a time, and says whether that is found.
+
+A barrier whose absence nobody notices is not needed, not reached by the call, or beyond what the emulator checks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+import torch
+
+from .__main__ import add_arguments, outcome
+from .calls import draw, parsed
+from .device import Device
+from .launch_cuda import GPUS, cuda_backend
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.ptx.mutate", description=__doc__)
+    parser.add_argument("kernel", help="part of a kernel's mangled name, e.g. fusedILi1ELi2ELi1ELi1E")
+    parser.add_argument("--seed", type=int, default=1)
+    add_arguments(parser)
+    options = parser.parse_args()
+
+    torch.set_num_threads(1)
+    call = draw(options.seed, parsed(options.fix))
+    device = Device()
+    with cuda_backend(device, GPUS[options.gpu], options.folder) as modules:
+
+        def noticed() -> str:
+            _, wrong, findings = outcome(device, call, "cuda")
+            return ", ".join(dict.fromkeys([*wrong, *(finding.kind for finding in findings)]))
+
+        print("as it is:", noticed() or "nothing")
+        ran = {name for name, *_ in device.launches if options.kernel in name}
+        for module in modules:
+            for name in ran & set(module.entries):
+                unreached = {i.line for block in module[name].blocks if not block.reached for i in block.instructions}
+                entry, text = module.entries[name], module.text
+                end = next((m.start() for m in module.entries.values() if m.start() > entry.end()), len(text))
+                for barrier in re.finditer(r"\bbar\.(?:warp\.)?sync\s[^;]*;", text[entry.end() : end]):
+                    at = entry.end() + barrier.start()
+                    line = text.count("\n", 0, at) + 1
+                    if line in unreached:
+                        continue
+                    module.text = text[:at] + "mov.u32 %r0, 0;".ljust(len(barrier[0])) + text[at + len(barrier[0]) :]
+                    module.pop(name, None)
+                    print(f"line {line}, without {barrier[0]} {noticed() or 'NOT NOTICED'}", flush=True)
+                module.text = text
+                module.pop(name, None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Both kernel families in emulation: random calls, one call of every kind, malformed packings.
+
+All of them take compilers and a second or more each. More calls by hand: `python -m tests.ptx --cases 50`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import torch
+
+from minilm_kernels.relation.masks import Mask
+from tests.relation.cases import MALFORMED, all_nan, malformed
+
+from .__main__ import outcome
+from .calls import draw
+from .compile_cuda import COMPILER
+from .device import Device, Poisoned
+from .launch_cuda import GPUS, cuda_backend
+from .launch_triton import triton_backend
+
+pytest.importorskip("triton", reason="Triton is not built for this platform")
+pytestmark = pytest.mark.slow
+
+_needs_nvcc = pytest.mark.skipif(COMPILER is None, reason="nvcc compiles the CUDA kernels to PTX")
+# Beside a real driver library the stand-in for it is not what Triton's launcher finds; there a GPU runs the kernels.
+_needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton would launch on the GPU")
+TRITON = [pytest.param(f"triton on {version}", marks=_needs_no_gpu) for version in ("8.0", "9.0")]
+CUDA = [pytest.param(f"cuda on {gpu}", marks=_needs_nvcc) for gpu in ("crowded", "small")]
+
+
+@contextmanager
+def _emulated(family: str, device: Device) -> Iterator[str]:
+    """Within, the family's backend, whose name it yields, serves CPU tensors."""
+    backend, _, target = family.partition(" on ")
+    context: AbstractContextManager
+    if backend == "triton":
+        context = triton_backend(device, int(float(target) * 10))
+    else:
+        context = cuda_backend(device, GPUS[target])
+    with context:
+        yield backend
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("family", [*TRITON, CUDA[0]])
+def test_random_calls(family, seed):
+    device = Device()
+    with _emulated(family, device) as backend:
+        _, wrong, findings = outcome(device, draw(seed), backend)
+    assert wrong == []
+    assert [str(finding) for finding in findings] == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("mask", "relations", "reduction"),
+    [("none", "q", "sequence"), ("prefix-holes", "qk", "none"), ("packed-causal", "all", "token")],
+)
+@pytest.mark.parametrize("family", [*TRITON, *CUDA])
+def test_every_kind(family, mask, relations, reduction, dtype):
+    fixed = {"dtype": dtype, "mask": mask, "relations": relations, "reduction": reduction, "length": 70, "batch": 2}
+    fixed |= {"widths": (16, 8), "heads": 2, "layout": "contiguous", "spread": 1.0, "gradient": True}
+    device = Device()
+    with _emulated(family, device) as backend:
+        _, wrong, findings = outcome(device, draw(1, fixed), backend)
+    assert wrong == []
+    assert [str(finding) for finding in findings] == []
+
+
+@pytest.mark.parametrize("relations", ["q", "qk"])
+@pytest.mark.parametrize("family", TRITON)
+def test_threads_agree_on_a_row(family, relations):
+    """float32 rows that are loaded an element at a time: no two threads hold different scores of a row with itself."""
+    fixed = {"dtype": "float32", "widths": (33, 17), "relations": relations, "layout": "odd slice", "length": 66}
+    device = Device()
+    with _emulated(family, device) as backend:
+        _, wrong, findings = outcome(device, draw(3, fixed | {"spread": 1.0, "mask": "none"}), backend)
+    assert wrong == []
+    assert [str(finding) for finding in findings] == []
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+@pytest.mark.parametrize("family", [*TRITON, *CUDA])
+def test_malformed_packings_give_nan(family, kind, monkeypatch):
+    """On a device nobody reads cu_seqlens. The kernels get a packing that is in order, and do nothing wrong with it."""
+    monkeypatch.setattr(Mask, "check_packing", lambda self: None)
+    device = Device()
+    with _emulated(family, device) as backend, Poisoned():
+        for cross, reduction in ((False, "sequence"), (True, "none")):
+            assert all_nan(malformed(kind, cross, heads=2, dtype=torch.bfloat16), reduction, backend)
+    assert [str(finding) for finding in device.findings.take()] == []
+
+
+@pytest.mark.parametrize("kind", ["overlapping", "negative", "beyond T in the middle", "extreme", "beyond max_seqlen"])
+@pytest.mark.parametrize("family", [*TRITON, *CUDA])
+def test_kernels_check_the_bounds_themselves(family, kind, monkeypatch):
+    """Without the repair before them no access leaves the tensors, and nothing uninitialised is read.
+
+    Sequences that overlap may race: two write the rows that they share.
+    """
+    monkeypatch.setattr(Mask, "check_packing", lambda self: None)
+    monkeypatch.setattr(Mask, "repaired", lambda self: (self, None))
+    device = Device()
+    with _emulated(family, device) as backend, Poisoned():
+        malformed(kind, heads=2, dtype=torch.bfloat16).run("sequence", backend)
+    found = [finding for finding in device.findings.take() if not finding.is_note]
+    assert [str(finding) for finding in found if not finding.kind.startswith("race: global")] == []

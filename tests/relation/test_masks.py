@@ -1,0 +1,70 @@
+"""Masks by themselves: the packings that a call may compute with, and the repair of those that it may not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from minilm_kernels.relation.masks import Mask
+
+from .cases import MALFORMED
+
+CPU = torch.device("cpu")
+
+
+def _mask(bounds: list[int], max_seqlen: int | None, total: int = 40) -> Mask:
+    return Mask((total,), CPU, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), max_seqlen=max_seqlen)
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_packings(kind):
+    """Refused where they can be read; otherwise every token gets a sequence that the kernels can trust, and NaN."""
+    mask = _mask(*MALFORMED[kind])
+    with pytest.raises(ValueError, match="max_seqlen: " if "max_seqlen" in kind else "cu_seqlens: "):
+        mask.check_packing()
+    repaired, fault = mask.repaired()
+    assert fault.isnan()
+    assert repaired.cu_seqlens.dtype == torch.int32
+    assert repaired.num_sequences == mask.num_sequences
+    repaired.check_bounds()
+    assert repaired.gathered()[1].tolist() == repaired.cu_seqlens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("bounds", "max_seqlen", "total"),
+    [
+        ([0, 40], None, 40),
+        ([0, 40], 40, 40),
+        ([0, 0, 13, 13, 40], 27, 40),
+        ([0, 0], None, 0),
+        ([0], None, 0),
+        ([0], 5, 0),
+    ],
+)
+def test_well_formed_packings_stay_as_they_are(bounds, max_seqlen, total):
+    mask = _mask(bounds, max_seqlen, total)
+    mask.check_packing()
+    repaired, fault = mask.repaired()
+    assert fault is None or fault == 0
+    assert repaired.cu_seqlens.tolist() == bounds
+    assert repaired.max_seqlen == max_seqlen
+
+
+def test_a_repair_waits_for_nobody():
+    """Fake tensors have no values: to read one is an error."""
+    with FakeTensorMode():
+        mask = Mask((40,), CPU, cu_seqlens=torch.empty(5, dtype=torch.int32), max_seqlen=12)
+        repaired, fault = mask.repaired()
+        assert repaired.gathered()[1].shape == (5,)
+        with pytest.raises(Exception, match=r"_local_scalar_dense|[Dd]ata.?[Dd]ependent"):
+            fault.item()
+
+
+def test_tokens_without_a_sequence_are_refused_on_every_device():
+    """The shape alone says so."""
+    mask = Mask((40,), torch.device("meta"), cu_seqlens=torch.zeros(1, dtype=torch.int32, device="meta"))
+    with pytest.raises(
+        ValueError, match=r"cu_seqlens: expected the bounds of one sequence or more for 40 packed tokens"
+    ):
+        mask.check_packing()
