@@ -63,7 +63,8 @@ def refusals(problem: Problem) -> list[str]:
     if problem.mask.device.type != _DEVICE:
         reasons.append(f"it computes on {_DEVICE} devices, the tensors are on {problem.mask.device}")
     elif not others:
-        reason = _operators.refusal(problem.teacher, problem.student, _pairs(problem))
+        device, _ = _place(problem.mask.device)
+        reason = _operators.refusal(problem.teacher, problem.student, _pairs(problem), device)
         reasons += [reason] if reason else []
     return reasons
 
@@ -116,6 +117,11 @@ def _pairs(problem: Problem) -> list[int]:
     return [m for relation in problem.relations for m in relation]
 
 
+def _place(device: torch.device) -> tuple[int, int]:
+    """The number of a device, and its current stream."""
+    return device.index or 0, torch.cuda.current_stream(device).cuda_stream
+
+
 def _run(
     problem: Problem,
     weights: Tensor | None = None,
@@ -127,6 +133,7 @@ def _run(
     mask = problem.mask
     tokens, starts, prefixes = mask.gathered()
     longest = mask.leading[-1] if mask.max_seqlen is None else mask.max_seqlen
+    device, stream = _place(mask.device)
     arguments = (
         problem.teacher,
         problem.student,
@@ -143,17 +150,22 @@ def _run(
         values,
         rows,
         grads or [],
-        torch.cuda.current_stream(mask.device).cuda_stream if mask.device.type == "cuda" else 0,
+        stream,
+        device,
     )
     if missing := _operators.relation_kl(*arguments):
-        _load(missing.split("\n"), problem.student[0])
+        _load(missing.split("\n"), device)
         _operators.relation_kl(*arguments)
 
 
-def _load(names: list[str], operand: Tensor) -> None:
-    """Compiles and loads kernels on the operand's device. Raises `Unavailable`."""
+@cache
+def _cache() -> KernelCache:
+    return KernelCache()
+
+
+def _load(names: list[str], device: int) -> None:
+    """Compiles and loads kernels on a device. Raises `Unavailable`."""
     global _broken
-    device = operand.device.index or 0
     with _loading:
         names = [name for name in names if (device, name) not in _loaded]
         if len(_loaded) + len(names) > MOST_KERNELS:
@@ -161,7 +173,7 @@ def _load(names: list[str], operand: Tensor) -> None:
                 f"this process has compiled kernels for many shapes; more than {MOST_KERNELS} kernels it does not load"
             )
         try:
-            code = cuda_compiler.compile_kernels(names, _operators.capability(operand), cache=KernelCache())
+            code = cuda_compiler.compile_kernels(names, _operators.capability(device), cache=_cache())
             for name in names:
                 _operators.load(name, torch.frombuffer(bytearray(code[name]), dtype=torch.uint8), device)
         except (cuda_compiler.CompilerError, RuntimeError) as error:

@@ -38,6 +38,7 @@ def library(tmp_path_factory):
 def backend(library, monkeypatch):
     monkeypatch.setattr(native_cuda, "_operators", torch.ops.minilm_kernels_cuda_emulated)
     monkeypatch.setattr(native_cuda, "_DEVICE", "cpu")
+    monkeypatch.setattr(native_cuda, "_place", lambda _device: (0, 0))
     monkeypatch.setattr(native_cuda, "unavailable", lambda: None)
     monkeypatch.setitem(operator._MODULES, "cuda", native_cuda)
     library.emulated_set_limits(*_CROWDED)

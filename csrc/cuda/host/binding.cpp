@@ -1,5 +1,5 @@
 // What PyTorch sees of the CUDA backend: private operators, through the stable ABI (any torch from 2.10 on). No symbol of
-// torch's CUDA library is needed: the stream comes in as a number, and without a GPU the library loads all the same.
+// torch's CUDA library is needed: stream and device come in as numbers, and without a GPU the library loads all the same.
 // Tensors on the CPU are served too, as a stand-in for the driver library takes them in tests.
 
 #include <torch/csrc/stable/accelerator.h>
@@ -78,11 +78,9 @@ std::vector<Relation> relations_of(const std::vector<Tensor>& teacher, const std
 
 void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "backend cuda: ", error); }
 
-int device_of(const Tensor& x) { return x.is_cuda() ? x.get_device_index() : 0; }
-
-Limits limits_of(int device, int& capability) {
+Limits limits_of(int64_t device, int& capability) {
   Limits limits{};
-  check(minilm::cuda::find_limits(device, limits, capability));
+  check(minilm::cuda::find_limits(static_cast<int>(device), limits, capability));
   return limits;
 }
 
@@ -91,7 +89,8 @@ Limits limits_of(int device, int& capability) {
 std::string relation_kl(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> pairs,
                  std::vector<double> scales, Tensor tokens, Tensor starts, std::optional<Tensor> prefixes, bool causal,
                  bool padded, int64_t longest, std::optional<Tensor> weights, std::optional<Tensor> row_grads,
-                 std::optional<Tensor> values, std::optional<Tensor> rows, std::vector<Tensor> grads, int64_t stream) {
+                 std::optional<Tensor> values, std::optional<Tensor> rows, std::vector<Tensor> grads, int64_t stream,
+                 int64_t device) {
   const Tensor& shape = student.at(0);
   bool packed = shape.dim() == 3;
   std::vector<Relation> relations = relations_of(teacher, student, pairs);
@@ -123,13 +122,12 @@ std::string relation_kl(std::vector<Tensor> teacher, std::vector<Tensor> student
   call.common.values = values ? output_of(*values) : nullptr;
   call.common.rows = rows ? output_of(*rows) : nullptr;
 
-  const int device = device_of(shape);
   int capability = 0;
   Limits limits = limits_of(device, capability);
   int64_t bytes = minilm::cuda::scratch_bytes(call, limits);
   Tensor scratch = torch::stable::new_empty(shape, {bytes}, ScalarType::Byte);
   std::string missing;
-  check(minilm::cuda::run(call, limits, device, scratch.mutable_data_ptr(), missing));
+  check(minilm::cuda::run(call, limits, static_cast<int>(device), scratch.mutable_data_ptr(), missing));
   return missing;
 }
 
@@ -138,17 +136,18 @@ void load(std::string name, Tensor image, int64_t device) {
   check(minilm::cuda::load(static_cast<int>(device), name, image.const_data_ptr()));
 }
 
-// The device's compute capability, 90 for 9.0. A tensor, so that PyTorch finds the operator: its value does not matter.
-int64_t capability(Tensor anything) {
+// The device's compute capability, 90 for 9.0.
+int64_t capability(int64_t device) {
   int found = 0;
-  limits_of(device_of(anything), found);
+  limits_of(device, found);
   return found;
 }
 
-// Why the GPU of these tensors cannot serve them; empty: it can.
-std::string refusal(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> pairs) {
+// Why the device cannot serve these tensors; empty: it can.
+std::string refusal(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> pairs,
+                    int64_t device) {
   int capability = 0;
-  Limits limits = limits_of(device_of(student.at(0)), capability);
+  Limits limits = limits_of(device, capability);
   std::vector<Relation> relations = relations_of(teacher, student, pairs);
   return minilm::cuda::refusal(relations.data(), static_cast<int64_t>(relations.size()), true, limits, capability);
 }
@@ -159,21 +158,15 @@ STABLE_TORCH_LIBRARY(MINILM_LIBRARY, m) {
   m.def(
       "relation_kl(Tensor[] teacher, Tensor[] student, int[] pairs, float[] scales, Tensor tokens, Tensor starts, "
       "Tensor? prefixes, bool causal, bool padded, int longest, Tensor? weights, Tensor? row_grads, "
-      "Tensor(a!)? values, Tensor(b!)? rows, Tensor(c!)[] grads, int stream) -> str");
+      "Tensor(a!)? values, Tensor(b!)? rows, Tensor(c!)[] grads, int stream, int device) -> str");
   m.def("load(str name, Tensor image, int device) -> ()");
-  m.def("capability(Tensor anything) -> int");
-  m.def("refusal(Tensor[] teacher, Tensor[] student, int[] pairs) -> str");
+  m.def("capability(int device) -> int");
+  m.def("refusal(Tensor[] teacher, Tensor[] student, int[] pairs, int device) -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(MINILM_LIBRARY, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(MINILM_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("relation_kl", TORCH_BOX(&relation_kl));
   m.impl("load", TORCH_BOX(&load));
-  m.impl("capability", TORCH_BOX(&capability));
-  m.impl("refusal", TORCH_BOX(&refusal));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(MINILM_LIBRARY, CUDA, m) {
-  m.impl("relation_kl", TORCH_BOX(&relation_kl));
   m.impl("capability", TORCH_BOX(&capability));
   m.impl("refusal", TORCH_BOX(&refusal));
 }
