@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +16,14 @@ _DTYPES = ("bfloat16", "float16", "float32")
 
 def _widths(text: str) -> tuple[int, int]:
     parts = text.split(",")
-    if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+    if len(parts) != 2 or not all(re.fullmatch(r"\s*\d{1,5}\s*", part, flags=re.ASCII) and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"expected the head widths of teacher and student, as 16,8; got {text!r}")
     return int(parts[0]), int(parts[1])
 
 
 def _architecture(text: str) -> int:
     number = text.replace(".", "")
-    if not number.isdecimal() or int(number) < OLDEST:
+    if not re.fullmatch(r"\d{2,3}|\d{1,2}\.\d", text, flags=re.ASCII) or int(number) < OLDEST:
         raise argparse.ArgumentTypeError(f"expected a compute capability from {OLDEST} on, as 90; got {text!r}")
     return int(number)
 

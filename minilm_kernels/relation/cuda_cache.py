@@ -40,9 +40,12 @@ class KernelCache:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = default_folder() if folder is None else folder
         self._warned = False
+        self._unstored: dict[str, bytes] = {}
 
     def get(self, digest: str) -> bytes | None:
         """The kernel's code, `None` if it is not there, damaged, or not this user's own."""
+        if digest in self._unstored:
+            return self._unstored[digest]
         try:
             with self._opened(create=False) as folder:
                 return _read(digest + _SUFFIX, folder)[1]
@@ -53,7 +56,7 @@ class KernelCache:
             return None
 
     def put(self, digest: str, code: bytes, about: dict[str, Any]) -> None:
-        """Stores a kernel's code, with what `entries` tells about it."""
+        """Stores a kernel's code, with what `entries` tells about it; in memory where the folder cannot be used."""
         temporary = f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
         try:
             with self._opened(create=True) as folder:
@@ -65,6 +68,7 @@ class KernelCache:
                         os.unlink(temporary, dir_fd=folder)
                     raise
         except (OSError, RuntimeError) as error:
+            self._unstored[digest] = code
             self._warn(f"writing: {error}")
 
     def entries(self) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 _INSTALLED = Path(__file__).parents[1] / "cuda_device"  # setup.py copies the sources there
 _CHECKOUT = Path(__file__).parents[2] / "csrc" / "cuda" / "device"
 OLDEST = 80  # compute capability: matrix products of bfloat16
-_NAME = re.compile(r"(fused|statistics|visit|reduce)((?:_\d+)*)")
+_NAME = re.compile(r"(?:(?:fused|statistics|visit)(?:_\d+){5}|reduce)")
 _PIECES = {"bfloat16": 1, "float16": 2, "float32": 3}  # bfloat16 terms that a number is split into
 
 
@@ -50,6 +50,10 @@ def unavailable() -> str | None:
         found = None
     if found is None:
         return "NVIDIA's Python bindings are not installed: pip install cuda-bindings, of PyTorch's CUDA version"
+    try:
+        _nvrtc()
+    except CompilerError as error:
+        return str(error)
     return None
 
 
@@ -146,10 +150,10 @@ def _inlined(folder: Path, name: str, seen: set[str], prefix: str) -> str:
 
 
 def _entry(name: str) -> str:
-    match = _NAME.fullmatch(name)
-    if match is None:
+    if not _NAME.fullmatch(name):
         raise ValueError(f"name: expected a kernel as fused_1_2_1_1_0, got {name!r}")
-    return f"MINILM_{match[1].upper()}({', '.join([name, *match[2].split('_')[1:]])})"
+    kind, *arguments = name.split("_")
+    return f"MINILM_{kind.upper()}({', '.join([name, *arguments])})"
 
 
 OPTIONS = ("-std=c++17", "-default-device")  # the latter for lambdas
@@ -220,12 +224,12 @@ def _version() -> str:
 
 def _target(architecture: int, target: str | None) -> tuple[int, str]:
     """What to compile for a GPU: its machine code, or PTX of the newest architecture that this NVRTC knows."""
-    known = _nvrtc().nvrtcGetSupportedArchs()[-1]
+    known = [number for number in _nvrtc().nvrtcGetSupportedArchs()[-1] if number >= OLDEST]
     if architecture in known:
         return architecture, target or "cubin"
-    older = [number for number in known if OLDEST <= number < architecture]
-    if architecture < OLDEST or not older or target == "cubin":
-        listed = ", ".join(f"sm_{number}" for number in known if number >= OLDEST)
+    older = [number for number in known if number < architecture]
+    if not older or target == "cubin":
+        listed = ", ".join(f"sm_{number}" for number in known)
         raise CompilerError(f"NVRTC {_version()} compiles for {listed}, not for sm_{architecture}")
     return max(older), "ptx"
 

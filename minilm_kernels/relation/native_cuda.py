@@ -64,7 +64,10 @@ def refusals(problem: Problem) -> list[str]:
         reasons.append(f"it computes on {_DEVICE} devices, the tensors are on {problem.mask.device}")
     elif not others:
         device, _ = _place(problem.mask.device)
-        reason = _operators.refusal(problem.teacher, problem.student, _pairs(problem), device)
+        try:
+            reason = _operators.refusal(problem.teacher, problem.student, _pairs(problem), device)
+        except RuntimeError as error:  # of the driver library
+            reason = str(error)
         reasons += [reason] if reason else []
     return reasons
 
@@ -168,6 +171,8 @@ def _load(names: list[str], device: int) -> None:
     global _broken
     with _loading:
         names = [name for name in names if (device, name) not in _loaded]
+        if not names:  # another thread was faster
+            return
         if len(_loaded) + len(names) > MOST_KERNELS:
             raise Unavailable(
                 f"this process has compiled kernels for many shapes; more than {MOST_KERNELS} kernels it does not load"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -44,6 +46,25 @@ class Driver:
     def set_gpu(self, number: int, capability: int, block_shared: int, processor_shared: int) -> None:
         """`block_shared`, `processor_shared`: bytes of shared memory of a block and of a processor."""
         self.library.emulator_set_device(number, capability, block_shared, processor_shared)
+
+    @contextmanager
+    def recorded(self, call: Callable[[str, int, int, int], int | None]) -> Iterator[None]:
+        """Within, `call` gets every call of the driver and three of its arguments; a number is what that then fails with."""
+        callback = _CALL(lambda name, a, b, c: call(name.decode(), a, b, c) or 0)
+        self.library.emulator_set_calls(callback)
+        try:
+            yield
+        finally:
+            self.library.emulator_set_calls(_CALL())
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Within, nothing comes back to Python: launches cost the driver's side nothing."""
+        self.library.emulator_set_callbacks(_LOAD(), _FIND(), _LAUNCH())
+        try:
+            yield
+        finally:
+            self.library.emulator_set_callbacks(*self._callbacks)
 
     def _load(self, module: int, image: int) -> None:
         if ctypes.string_at(image, 4) != b"\x7fELF":

@@ -125,6 +125,7 @@ std::string relation_kl(std::vector<Tensor> teacher, std::vector<Tensor> student
   int capability = 0;
   Limits limits = limits_of(device, capability);
   int64_t bytes = minilm::cuda::scratch_bytes(call, limits);
+  check(bytes < 0 ? "the call has more than 2^31 - 1 thread blocks; split the batch" : nullptr);
   Tensor scratch = torch::stable::new_empty(shape, {bytes}, ScalarType::Byte);
   std::string missing;
   check(minilm::cuda::run(call, limits, static_cast<int>(device), scratch.mutable_data_ptr(), missing));

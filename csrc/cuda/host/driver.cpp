@@ -13,6 +13,8 @@
 namespace minilm::cuda {
 namespace {
 
+constexpr int64_t kMostBlocks = 0x7fffffff;  // of a launch
+
 int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 int student_pieces(const Relation& relation) { return planes_of(relation).student_pieces; }
@@ -54,6 +56,7 @@ class Run {
   }
 
   int64_t scratch_bytes() const { return partials_bytes() + statistics_bytes(); }
+  bool too_large() const { return static_cast<int64_t>(all_.size()) * slots_ > kMostBlocks; }  // each block has a slot
 
   // The launches, in their order.
   std::vector<Launch> operator()(char* scratch) const {
@@ -205,8 +208,12 @@ std::string refusal(const Relation* relations, int64_t num_relations, bool gradi
 
 int64_t scratch_bytes(const Call& call, const Limits& limits) {
   int64_t most = 0;
-  each_run(call, limits, [&](Run& run) { most = std::max(most, run.scratch_bytes()); });
-  return most;
+  bool too_large = false;
+  each_run(call, limits, [&](Run& run) {
+    most = std::max(most, run.scratch_bytes());
+    too_large |= run.too_large();
+  });
+  return too_large ? -1 : most;
 }
 
 const char* run(const Call& call, const Limits& limits, int device, void* scratch, std::string& missing) {

@@ -11,6 +11,7 @@ namespace minilm::cuda {
 std::string refusal(const Relation* relations, int64_t num_relations, bool gradient, const Limits& limits,
                     int capability);
 
+// Device memory that `run` needs; −1: the call has more thread blocks than a launch takes.
 int64_t scratch_bytes(const Call& call, const Limits& limits);
 
 // Queues everything on the call's stream; returns null, or what went wrong. `scratch`: device memory, 16-byte aligned.

@@ -41,6 +41,11 @@ struct Library {
                      void**) = nullptr;
   std::string missing;  // why it cannot be used
 
+  std::string text_of(CUresult result) const {
+    const char* text = nullptr;
+    return error_string(result, &text) == 0 && text ? text : "error " + std::to_string(result);
+  }
+
   Library() {
     void* opened = dlopen("libcuda.so.1", RTLD_NOW);
     if (!opened) {
@@ -65,7 +70,8 @@ struct Library {
     find(get_attribute, "cuFuncGetAttribute");
     find(set_attribute, "cuFuncSetAttribute");
     find(launch, "cuLaunchKernel");
-    if (missing.empty() && init(0) != 0) missing = "cuInit failed";
+    if (missing.empty())
+      if (CUresult r = init(0)) missing = "cuInit: " + text_of(r);
   }
 };
 
@@ -82,9 +88,7 @@ const char* failure(const std::string& text) {
 }
 
 const char* failure(const char* call, CUresult result) {
-  const char* text = nullptr;
-  if (library().error_string(result, &text) != 0 || !text) text = "unknown error";
-  return failure(std::string(call) + ": " + text);
+  return failure(std::string(call) + ": " + library().text_of(result));
 }
 
 struct Device {
@@ -134,17 +138,20 @@ class Current {
  public:
   explicit Current(const Device& device) {
     CUcontext current = nullptr;
-    error = library().current_context(&current);
-    if (error == 0 && current != device.context) {
-      error = library().push_context(device.context);
-      pushed_ = error == 0;
+    if (CUresult r = library().current_context(&current)) {
+      error = failure("cuCtxGetCurrent", r);
+    } else if (current != device.context) {
+      if (CUresult pushed = library().push_context(device.context))
+        error = failure("cuCtxPushCurrent", pushed);
+      else
+        pushed_ = true;
     }
   }
   ~Current() {
     CUcontext popped;
     if (pushed_) library().pop_context(&popped);
   }
-  CUresult error;
+  const char* error = nullptr;
 
  private:
   bool pushed_ = false;
@@ -172,9 +179,9 @@ const char* load(int index, const std::string& name, const void* image) {
   if (is_loaded(index, name)) return nullptr;
   const Library& cuda = library();
   Current current(*device);
-  if (current.error) return failure("cuCtxPushCurrent", current.error);
+  if (current.error) return current.error;
   int mode = kRelaxed;  // loading allocates: allowed while this thread captures a graph only if it says so
-  cuda.capture_mode(&mode);
+  if (CUresult r = cuda.capture_mode(&mode)) return failure("cuThreadExchangeStreamCaptureMode", r);
   CUmodule module = nullptr;
   CUfunction function = nullptr;
   int fixed = 0;
@@ -192,14 +199,13 @@ const char* load(int index, const std::string& name, const void* image) {
            cuda.set_attribute(function, kDynamicShared, static_cast<int>(device->limits.shared_per_block) - fixed)) &&
       step("cuFuncSetAttribute", cuda.set_attribute(function, kCarveout, 100));
   cuda.capture_mode(&mode);
-  if (result) return failure(failed, result);
+  if (result) return failure((name + ": " + failed).c_str(), result);
   std::unique_lock lock(mutex);
   device->kernels.try_emplace(name, function);
   return nullptr;
 }
 
 const char* launch(int index, const Launch& launch, void* stream) {
-  if (launch.blocks > 0x7fffffff) return failure("more than 2^31 thread blocks in a launch");
   CUfunction function = nullptr;
   const Device* device = nullptr;
   {
@@ -208,12 +214,12 @@ const char* launch(int index, const Launch& launch, void* stream) {
     function = device->kernels.at(launch.kernel);
   }
   Current current(*device);
-  if (current.error) return failure("cuCtxPushCurrent", current.error);
+  if (current.error) return current.error;
   void* parameters[] = {const_cast<char*>(launch.parameters)};
   CUresult r = library().launch(function, static_cast<unsigned>(launch.blocks), 1, 1,
                                 static_cast<unsigned>(launch.threads), 1, 1, static_cast<unsigned>(launch.shared),
                                 static_cast<CUstream>(stream), parameters, nullptr);
-  return r == 0 ? nullptr : failure("cuLaunchKernel", r);
+  return r == 0 ? nullptr : failure((launch.kernel + ": cuLaunchKernel").c_str(), r);
 }
 
 }  // namespace minilm::cuda
