@@ -16,7 +16,9 @@ _DTYPES = ("bfloat16", "float16", "float32")
 
 def _widths(text: str) -> tuple[int, int]:
     parts = text.split(",")
-    if len(parts) != 2 or not all(re.fullmatch(r"\s*\d{1,5}\s*", part, flags=re.ASCII) and int(part) > 0 for part in parts):
+    if len(parts) != 2 or not all(
+        re.fullmatch(r"\s*\d{1,5}\s*", part, flags=re.ASCII) and int(part) > 0 for part in parts
+    ):
         raise argparse.ArgumentTypeError(f"expected the head widths of teacher and student, as 16,8; got {text!r}")
     return int(parts[0]), int(parts[1])
 

@@ -1,4 +1,4 @@
-"""The stand-in for the driver library (native/libcuda.c), of which a process has one: its GPUs, modules and launches."""
+"""The stand-in for the driver library, native/libcuda.c: a process has one, with its GPUs, modules and launches."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Driver:
 
     @contextmanager
     def recorded(self, call: Callable[[str, int, int, int], int | None]) -> Iterator[None]:
-        """Within, `call` gets every call of the driver and three of its arguments; a number is what that then fails with."""
+        """Within, `call` gets the driver's calls and three arguments of each, which fails with what it returns."""
         callback = _CALL(lambda name, a, b, c: call(name.decode(), a, b, c) or 0)
         self.library.emulator_set_calls(callback)
         try:

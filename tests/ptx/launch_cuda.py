@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .build import FOLDER
 from .device import Device, poison
 from .driver import driver
-from .parser import Module
 
 # Number of the GPU; bytes of shared memory of a block and of a processor. Short sequences get blocks of one warp on
 # sm_90; where a processor has little room they get several; where a block has little, long sequences go row by row.

@@ -6,7 +6,7 @@ All of them take compilers and a second or more each. More calls by hand: `pytho
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -33,12 +33,7 @@ CUDA = ["cuda on crowded", "cuda on small"]
 def _emulated(family: str, device: Device) -> Iterator[str]:
     """Within, the family's backend, whose name it yields, serves CPU tensors."""
     backend, _, target = family.partition(" on ")
-    context: AbstractContextManager
-    if backend == "triton":
-        context = triton_backend(device, int(float(target) * 10))
-    else:
-        context = cuda_backend(device, target)
-    with context:
+    with triton_backend(device, int(float(target) * 10)) if backend == "triton" else cuda_backend(device, target):
         yield backend
 
 

@@ -1,4 +1,4 @@
-"""The compiler of the CUDA kernels: what a call needs, machine code for every GPU, its cost, the cache, and failures."""
+"""The compiler of the CUDA kernels: what calls need, machine code for every GPU and its cost, the cache, failures."""
 
 import json
 import logging
@@ -54,7 +54,9 @@ def _evaluate(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype_s", DTYPES)
 @pytest.mark.parametrize("dtype_t", DTYPES)
-@pytest.mark.parametrize("widths", [(16, 8), (64, 32), (1, 1), (7, 9), (33, 17), (8, 128), (128, 64), (96, 12)], ids=str)
+@pytest.mark.parametrize(
+    "widths", [(16, 8), (64, 32), (1, 1), (7, 9), (33, 17), (8, 128), (128, 64), (96, 12)], ids=str
+)
 def test_names_are_those_of_the_host_code(needed, widths, dtype_t, dtype_s):
     found = set()
     for mask in ("none", "causal"):
@@ -86,7 +88,12 @@ def _loss(relations: list[tuple[str, str]], kwargs: dict, dtype, reduction: str,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "kwargs",
-    [{}, {"attention_mask": torch.ones(2, 512, dtype=torch.bool)}, {"causal": True}, {"cu_seqlens": torch.tensor([0, 300, 1024], dtype=torch.int32)}],
+    [
+        {},
+        {"attention_mask": torch.ones(2, 512, dtype=torch.bool)},
+        {"causal": True},
+        {"cu_seqlens": torch.tensor([0, 300, 1024], dtype=torch.int32)},
+    ],
     ids=["full", "padded", "causal", "packed"],
 )
 @pytest.mark.parametrize("limits", [(90, 232448, 233472), (80, 30000, 31000)], ids=["fused", "row by row"])
@@ -259,7 +266,11 @@ def test_eight_processes_at_once(tmp_path):
 
     def start() -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, "-c", _COMPILE], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, "-c", _COMPILE],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
 
     def outcome(process: subprocess.Popen) -> str:
