@@ -7,7 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint format bench ratios sanitize compute-sanitizer packaging cuda clean
+# Processes that share the tests; each takes about a gigabyte.
+JOBS ?= 2
+PYTEST := -m pytest --numprocesses $(JOBS) --dist worksteal
+
+.PHONY: help demo test slow check lint format bench ratios sanitize compute-sanitizer packaging cuda mutants clean
+.NOTPARALLEL:
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -15,8 +20,13 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## distil a real teacher on real text, a few minutes on two cores
 	$(BIN)/python -m minilm_kernels.demo $(ARGS)
 
-test: $(INSTALLED) lint  ## lint and the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) lint  ## lint and most of the tests, three minutes on two cores
+	$(BIN)/python $(PYTEST) -m "not slow and not packaging" $(ARGS)
+
+slow: $(INSTALLED)  ## the tests that make test leaves out: all of Triton's interpreter, of the emulation, of compilers
+	$(BIN)/python $(PYTEST) -m "slow and not packaging" $(ARGS)
+
+check: test slow sanitize packaging  ## everything, each test once
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -42,7 +52,7 @@ sanitize: $(INSTALLED)  ## the native kernels' tests under AddressSanitizer and 
 	cp -r tests pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-		$(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider tests/relation/test_native_cpu.py -k "not peak_memory"
+		$(CURDIR)/$(BIN)/python $(PYTEST) -p no:cacheprovider tests/relation/test_native_cpu.py -k "not peak_memory"
 
 compute-sanitizer: $(INSTALLED)  ## the CUDA kernels' tests under NVIDIA's compute-sanitizer, on a GPU
 	for tool in memcheck racecheck synccheck; do \
@@ -51,10 +61,13 @@ compute-sanitizer: $(INSTALLED)  ## the CUDA kernels' tests under NVIDIA's compu
 	done
 
 packaging: $(INSTALLED)  ## installs into new environments; other compilers, processors and Pythons; CUDA where nvcc is
-	$(BIN)/python -m pytest -m packaging -rs tests/packaging $(ARGS)
+	$(BIN)/python $(PYTEST) --dist loadscope -m packaging -rs tests/packaging $(ARGS)
 
 cuda: $(INSTALLED)  ## compile the CUDA library for all GPUs, warnings being errors, into build/cuda
 	$(BIN)/python -m pytest -m packaging -rs tests/packaging/test_cuda_library.py $(ARGS)
+
+mutants: $(INSTALLED)  ## put a bug into a copy of the sources, one of a hundred at a time; the tests must find it
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info minilm_kernels/*.so minilm_kernels/*.missing demo-output .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
@@ -59,7 +59,6 @@ def pieces(rows: Rows) -> list[list[int]]:
 
 
 @given(lengths=st.lists(st.integers(0, 90), max_size=30), seq_len=st.integers(16, 40), packing=st.booleans())
-@settings(deadline=None)
 def test_packing_keeps_every_token_in_order(lengths: list[int], seq_len: int, packing: bool) -> None:
     packer = Packer(TOKENIZER, seq_len, packing)
     documents = [[10 + i % 50] * length for i, length in enumerate(lengths)]

@@ -40,16 +40,26 @@ def started(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        # torchrun's workers are sessions of their own, and hold the pipe that is read below.
+        for group in (process.pid, *children(process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+        process.communicate(timeout=PATIENCE)
+
+
+def children(parent: int) -> list[int]:
+    """The processes below one, by /proc."""
+    with contextlib.suppress(OSError):
+        below = [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+        return [*below, *(deeper for child in below for deeper in children(child))]
+    return []
 
 
 def wait_for_step(process: subprocess.Popen[str], metrics: Path, step: int) -> None:
     """Waits until the run in `process` has written the metrics of `step`."""
     deadline = time.monotonic() + PATIENCE
     while not any(record["step"] >= step for record in read_metrics(metrics)):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate(timeout=PATIENCE)[0]
         assert time.monotonic() < deadline, "the run does not advance"
         time.sleep(0.005)
 
@@ -81,7 +91,7 @@ def test_a_run_killed_at_a_random_step_continues_to_the_same_bits(settings: Sett
         wait_for_step(process, tmp_path / "run" / "metrics.jsonl", chance.randint(1, 250))
         time.sleep(chance.random() * 0.2)
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        assert process.wait(PATIENCE) == -signal.SIGKILL
     assert not (tmp_path / "run" / "student").exists()
 
     continued = distill(settings(**changes, resume=True))
@@ -98,6 +108,7 @@ def test_a_run_killed_at_a_random_step_continues_to_the_same_bits(settings: Sett
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".unfinished")]
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(settings: Settings, tmp_path: Path) -> None:
     """Also: a signal to torchrun stops both after the same step, and both continue."""
     changes: dict[str, Any] = {"steps": 40, "dropout": 0.0, "accumulation": 2, "checkpoint_every": 100, "lr": 3e-4}

@@ -14,7 +14,7 @@ _KINDS = {1: "compute", 2: "sm"}
 
 
 def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
 def symbols_from_elsewhere(library: Path) -> set[str]:
@@ -33,7 +33,7 @@ def stable_abi() -> set[str]:
     include = native.find_torch().folder / "include"
     source = '#include "torch/csrc/inductor/aoti_torch/c/shim.h"\n#include "torch/csrc/stable/c/shim.h"\n'
     command = ["c++", "-E", "-P", "-x", "c++", "-std=c++17", native.STABLE_ABI, "-I", str(include), "-"]
-    text = subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(command, input=source, capture_output=True, text=True, check=True, timeout=120).stdout
     names = set(re.findall(r"\b((?:aoti_)?torch_\w+)\s*\(", text))
     assert len(names) > 100
     return names

@@ -11,10 +11,11 @@ import native
 import pytest
 
 from .binaries import gpu_code, libraries_named_by, stable_abi, symbols_from_elsewhere
-from .environments import ROOT, clean_environ
+from .environments import ROOT, SECONDS, clean_environ
 
 pytestmark = [
     pytest.mark.packaging,
+    pytest.mark.timeout(2 * SECONDS),
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found: the CUDA library is not compiled"),
     pytest.mark.skipif(not any(native.CSRC.glob("cuda/*.cu")), reason="there are no sources in csrc/cuda"),
 ]
@@ -35,7 +36,9 @@ def library() -> Path:
         "build/cuda",
     ]
     environ = clean_environ() | strict | {"MINILM_KERNELS_BUILD": "cuda"}
-    result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=SECONDS
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return ROOT / "build/cuda/minilm_kernels/_cuda.abi3.so"
 
@@ -56,6 +59,6 @@ def test_loads_beside_any_torch(library):
         f"import torch; torch.ops.load_library({str(library)!r}); "
         "print(*(name for name in torch._C._dispatch_get_all_op_names() if name.startswith('minilm_kernels_cuda::')))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from .cuda_stand_ins import add_stand_ins
-from .environments import Environment, checkout, interpreter
+from .environments import SECONDS, Environment, checkout, interpreter
 
-pytestmark = pytest.mark.packaging
+pytestmark = [pytest.mark.packaging, pytest.mark.timeout(2 * SECONDS)]
 
 # Where two builds of a torch are on offer, all environments take the same one, and no newer one of gigabytes.
 TORCH = f"torch=={version('torch').partition('+')[0]}"
@@ -50,7 +50,7 @@ def distributions(source, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
     environ = {key: value for key, value in os.environ.items() if key != "MINILM_KERNELS_BUILD"}
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
-    result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=SECONDS)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder
 
@@ -64,7 +64,11 @@ def test_pip_install_into_nothing(newcomer):
     assert (
         "usage: minilm-distill"
         in subprocess.run(
-            [str(newcomer.folder / "bin/minilm-distill"), "--help"], capture_output=True, text=True, check=True
+            [str(newcomer.folder / "bin/minilm-distill"), "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
         ).stdout
     )
 
