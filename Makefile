@@ -47,7 +47,7 @@ SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(INSTALLED)  ## the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf $(SANITIZED)
-	MINILM_KERNELS_BUILD=cpu CXXFLAGS="-O1 -g $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
+	MINILM_KERNELS_BUILD=native CXXFLAGS="-O1 -g $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
 		$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)
 	cp -r tests pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
@@ -60,7 +60,7 @@ compute-sanitizer: $(INSTALLED)  ## the CUDA kernels' tests under NVIDIA's compu
 			$(BIN)/python -m pytest -p no:cacheprovider tests/relation/test_cuda_device.py || exit 1; \
 	done
 
-packaging: $(INSTALLED)  ## installs into new environments; other compilers, processors and Pythons; CUDA where nvcc is
+packaging: $(INSTALLED)  ## installs into new environments; other compilers, processors and Pythons
 	$(BIN)/python $(PYTEST) --dist loadscope -m packaging -rs tests/packaging $(ARGS)
 
 cuda: $(INSTALLED)  ## compile the CUDA library for all GPUs, warnings being errors, into build/cuda
@@ -72,7 +72,7 @@ mutants: $(INSTALLED)  ## put a bug into a copy of the sources, one of a hundred
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info minilm_kernels/*.so minilm_kernels/*.missing demo-output .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-$(INSTALLED): pyproject.toml setup.py $(wildcard build_support/*.py csrc/*/*)
+$(INSTALLED): pyproject.toml setup.py $(wildcard build_support/*.py csrc/*/* csrc/*/*/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "minilm_kernels needs Python 3.10 or later, this is %s; set PYTHON=" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
