@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 JOBS ?= 2
 PYTEST := -m pytest --numprocesses $(JOBS) --dist worksteal
 
-.PHONY: help demo test slow check lint format bench ratios sanitize compute-sanitizer packaging cuda mutants clean
+.PHONY: help demo test slow check lint format bench ratios sanitize soak compute-sanitizer packaging cuda mutants clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -53,6 +53,9 @@ sanitize: $(INSTALLED)  ## the native kernels' tests under AddressSanitizer and 
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		$(CURDIR)/$(BIN)/python $(PYTEST) -p no:cacheprovider tests/relation/test_native_cpu.py -k "not peak_memory"
+
+soak: $(INSTALLED)  ## kill small runs at their operations on files and continue them, five minutes
+	$(BIN)/python -m tests.distill.soak $(ARGS)
 
 compute-sanitizer: $(INSTALLED)  ## the CUDA kernels' tests under NVIDIA's compute-sanitizer, on a GPU
 	for tool in memcheck racecheck synccheck; do \

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
@@ -531,7 +531,7 @@ def test_heldout_rows_are_limited_and_needed() -> None:
     fraction=st.sampled_from([1e-9, 0.01, 0.999999]),
     shuffle=st.randoms(use_true_random=False),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_small_corpus_holds_one_document_out(count: int, fraction: float, shuffle: Any) -> None:
     texts = numbered(count)
     if 0 < sum(int.from_bytes(digest(text), "big") < limit_of(fraction) for text in texts) < count:
