@@ -153,6 +153,25 @@ def test_table_and_breakdown():
     assert "no kernel of triton matches" in nothing.stderr
 
 
+# Issue slots a pair of loss and gradient, for widths of teacher and student: more would be a step back.
+MOST_SLOTS = {(16, 8): 17.97, (16, 16): 19.1, (32, 16): 19.6, (64, 32): 22.7}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
+def test_the_packages_cuda_kernels(arch):
+    result = static("--backends", "cuda", "--arch", arch, "--json")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    for row in rows:
+        assert row["spill_bytes"] == 0, row
+    totals = {(row["d_t"], row["d_s"]): row for row in rows if row["phase"] == "total"}
+    assert totals.keys() == MOST_SLOTS.keys()
+    for widths, row in totals.items():
+        assert row["mufu_per_pair"] == 2
+        assert row["issue_slots_per_pair"] <= MOST_SLOTS[widths], widths
+
+
 @pytest.mark.slow
 def test_no_register_of_the_kernels_products_is_written_too_early():
     """The command fails where one is; the package's own Triton kernels have products on sm_90."""
