@@ -228,9 +228,9 @@ def test_the_lock_of_python_is_released():
     try:
         worker = threading.Thread(target=work)
         worker.start()
-        entered.wait()
+        assert entered.wait(60)
         running = not finished
-        worker.join()
+        worker.join(240)
     finally:
         sys.setswitchinterval(interval)
     assert running
@@ -264,7 +264,7 @@ print(status("VmHWM") - before - sum(x.numel() * 4 for x in student) / 2**20)
 def test_peak_memory(length, heads, cross, threads):
     """Beyond the gradient at most 32 MiB, whatever S and however many threads there are."""
     script = _PEAK.format(length=length, heads=heads, cross=cross, threads=threads)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=200)
     assert 0 < float(result.stdout) <= 32
 
 

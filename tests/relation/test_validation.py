@@ -46,7 +46,7 @@ DENSE_ERRORS = [
     ({"teacher_key": torch.randn(2, 5, 3, 6)}, ValueError, "teacher_key: .*8, got 6"),
     ({"student_query": torch.randn(2, 5, 3, 4, device="meta")}, ValueError, "student_query: .*device.*cpu, got meta"),
     ({"teacher_query": torch.randn(2, 5, 3, 8).requires_grad_()}, ValueError, "teacher_query: .*detach"),
-    ({"attention_mask": torch.ones(2, 5)}, TypeError, "attention_mask: .*integer or bool.*float32"),
+    ({"attention_mask": torch.ones(2, 5, dtype=torch.complex64)}, TypeError, "attention_mask: .*integer or bool.*comp"),
     ({"attention_mask": torch.ones(2, 4).bool()}, ValueError, r"attention_mask: .*\(2, 5\), got \(2, 4\)"),
     ({"attention_mask": torch.ones(2, 1, 1, 5).bool()}, ValueError, r"attention_mask: .*\(2, 5\), got \(2, 1, 1, 5\)"),
     ({"attention_mask": [[1] * 5] * 2}, TypeError, "attention_mask: expected a tensor, got list"),
