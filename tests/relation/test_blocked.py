@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minilm_kernels.relation import blocked
+from minilm_kernels.relation.masks import REDUCTIONS
 
 from .cases import Case, make
 
@@ -44,10 +45,10 @@ def _draw(seed: int, pairs: int) -> tuple[Case, str]:
     return case, choose.choice(["sequence", "token", "sum", "none"])
 
 
-def _check(case: Case, reduction: str) -> None:
+def _check(case: Case, reduction: str, counts: tuple[int, ...] = THREADS) -> None:
     torch.set_num_threads(1)
     value, grads = case.run(reduction, "torch")
-    for threads in THREADS:
+    for threads in counts:
         torch.set_num_threads(threads)
         again, again_grads = case.run(reduction, "torch")
         assert torch.equal(again, value), f"{threads} threads"
@@ -57,21 +58,21 @@ def _check(case: Case, reduction: str) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_bits_do_not_depend_on_threads(seed):
-    _check(*_draw(seed, pairs=2**15))
+    _check(*_draw(seed, pairs=2**15), counts=(2, 3, 8))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", range(8))
+@pytest.mark.parametrize("shard", range(6))
 def test_bits_of_many_calls_do_not_depend_on_threads(shard):
-    for seed in range(100 + 40 * shard, 140 + 40 * shard):
+    for seed in range(100 + 25 * shard, 125 + 25 * shard):
         _check(*_draw(seed, pairs=2**20))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("batch", "heads", "length"), [(1, 1, 2500), (1, 5, 2100), (3, 12, 700), (600, 2, 30)])
+@pytest.mark.parametrize(("batch", "heads", "length"), [(1, 1, 2500), (1, 5, 2100), (3, 12, 700), (5000, 3, 5)])
 def test_bits_of_large_calls_do_not_depend_on_threads(batch, heads, length):
     """Blocks of few items, uneven ones, and a sum of more rows than one thread adds up."""
-    for reduction in ("sequence", "none"):
+    for reduction in REDUCTIONS if length < 10 else ("sequence", "none"):
         _check(make(batch=batch, heads=heads, length=length), reduction)
 
 

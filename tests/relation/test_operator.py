@@ -182,6 +182,7 @@ def test_graph_is_kept_only_as_autograd_promises(backend):
         first = torch.autograd.grad(value, student, retain_graph=True)
         second = torch.autograd.grad(value, student)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert not any(x.requires_grad for x in (*first, *second))
         with pytest.raises(RuntimeError, match=r"second time|already been freed"):
             torch.autograd.grad(value, student)
         value = relation_kl(*case.tensors[:2], *student, reduction=reduction, backend=backend).sum()
@@ -311,6 +312,8 @@ def test_the_gradient_in_what_weighs_the_loss():
     (gradient,) = torch.autograd.grad(weight * loss(student), student, create_graph=True)
     (derivative,) = torch.autograd.grad((gradient * expected).sum(), weight)
     torch.testing.assert_close(derivative, expected.square().sum())
+    (gradient,) = torch.autograd.grad(weight * loss(student), student, create_graph=True, retain_graph=False)
+    assert gradient.requires_grad
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
@@ -454,6 +457,43 @@ def test_views_of_a_leaf_of_overlapping_memory(monkeypatch):
     assert taken == [0, 1]
     value.backward()
     assert leaf.grad[1].any()
+
+
+class _Normalised(torch.autograd.Function):
+    """A view whose gradients cannot be added before they go through it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / grad.norm()
+
+
+def test_views_by_functions_of_others(monkeypatch):
+    teacher, leaf = torch.randn(2, 9, 32), torch.randn(2, 9, 24, requires_grad=True)
+    taken, value = _relations_taken(
+        monkeypatch,
+        lambda: relation_kl(*[_heads(teacher)] * 2, *(_Normalised.apply(_heads(leaf)) for _ in range(2))),
+    )
+    assert taken == [0, 1]
+    query, key = (_heads(leaf.detach()).clone().requires_grad_() for _ in range(2))
+    grads = torch.autograd.grad(relation_kl(_heads(teacher), _heads(teacher), query, key), (query, key))
+    value.backward()
+    torch.testing.assert_close(_heads(leaf.grad), sum(g / g.norm() for g in grads))
+
+
+def test_views_that_read_memory_otherwise(monkeypatch):
+    x, y = _heads(torch.randn(2, 9, 32)), _heads(torch.randn(2, 9, 24))
+    for key_t, key_s in (
+        (torch._neg_view(x), torch._neg_view(y)),
+        (x.transpose(0, 1).transpose(0, 1).flip(0), y.flip(0)),
+        (x.view(2, 9, 4, 8)[:, :1].expand(-1, 9, -1, -1), y[:, :1].expand(-1, 9, -1, -1)),
+    ):
+        taken, value = _relations_taken(monkeypatch, lambda: relation_kl(x, key_t, y, key_s))  # noqa: B023
+        assert taken == [0, 1]
+        torch.testing.assert_close(value, relation_kl(x, key_t.clone(), y, key_s.clone()))
 
 
 def test_views_on_one_side_alone_are_a_cross_relation(monkeypatch):
