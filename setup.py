@@ -4,7 +4,8 @@ pyproject.toml.
 MINILM_KERNELS_BUILD=auto (default): build what this machine can with the torch that is there, otherwise install without
 it and remember why; none: pure Python; native: build the libraries, or fail (and fetch torch where there is none).
 MAX_JOBS bounds parallel compilers; CXX, CXXFLAGS and LDFLAGS are obeyed. The libraries use PyTorch's stable ABI: one
-build serves every torch from 2.10, every Python from 3.10, and machines with and without a GPU.
+build serves every torch from 2.10, every Python from 3.10, and machines with and without a GPU. No CUDA is needed: the
+CUDA library is host code, and the sources of its kernels become package data.
 """
 
 from __future__ import annotations

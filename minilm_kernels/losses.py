@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .relation import relations_kl
+from .relation.api import check_kind
 
 
 class QKV(NamedTuple):
@@ -114,13 +115,12 @@ class _RelationLoss(nn.Module):
         used = dict.fromkeys(_NAMES[letter] for name in self.relations for letter in name)
         sides = []
         for side, qkv in (("teacher", teacher), ("student", student)):
-            if not isinstance(qkv, tuple) or len(qkv) != 3:
+            if not isinstance(qkv, tuple | list) or len(qkv) != 3:
                 raise TypeError(f"{side}: expected QKV(query, key, value), got {type(qkv).__name__}")
             tensors = QKV(*qkv)._asdict()
             for name in used:
                 x = tensors[name]
-                if not isinstance(x, Tensor):
-                    raise TypeError(f"{side}.{name}: expected a tensor, got {type(x).__name__}")
+                check_kind(f"{side}.{name}", x)
                 if x.dim() != (2 if packed else 3):
                     layout = "packed (T, hidden), because cu_seqlens is given" if packed else "(B, S, hidden)"
                     raise ValueError(f"{side}.{name}: expected shape {layout}, got {tuple(x.shape)}")

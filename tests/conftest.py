@@ -1,12 +1,18 @@
 """Fixtures of the whole suite: the backends and devices that can be tested here, and reproducible random numbers."""
 
+import faulthandler
 import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 # The tests are very many small operations, also in processes that they start: more threads only make them wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
+from filelock import FileLock
 
 from minilm_kernels import available_backends
 
@@ -21,12 +27,22 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from .interpreter import patch_once
 
     patch_once()
+# The same examples in every run; `--hypothesis-profile random` draws others.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("random", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("repeatable")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 
 
 def _serves(backend: str, device: str) -> bool:
     gpu = {"cuda": True, "triton": os.environ.get("TRITON_INTERPRET") != "1", "cpu": False}
     return backend not in gpu or gpu[backend] == (device == "cuda")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test with a limit of its own waits for children, which have limits: faulthandler's, one for all, is not its."""
+    if item.get_closest_marker("timeout"):
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(params=USABLE)
@@ -46,3 +62,22 @@ def device(request) -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`made_once(name, fill)`: a folder that `fill` fills once in a run, whichever of pytest-xdist's processes asks."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # a worker's own lies in that of all
+
+    def made(name: str, fill: Callable[[Path], None]) -> Path:
+        folder, unfinished = base / name, base / f"{name}.unfinished"
+        with FileLock(base / f"{name}.lock", timeout=240):
+            if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                fill(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return made

@@ -125,29 +125,33 @@ def build_triton(item: Any, arch: int) -> Built:
 
 
 def build_cuda(item: Any, arch: str, folder: Path) -> Built:
-    functions, resources = _cubin(_get(item, "symbol"), arch, folder, _get(item, "source", None))
+    pattern, source = _get(item, "symbol"), _get(item, "source", None)
+    number = int(arch.removeprefix("sm_"))
+    functions, resources = _package_cubin(pattern, number) if source is None else _file_cubin(folder / source, number)
     readable = sass.demangle(sorted(functions))
-    pattern = _get(item, "symbol")
     names = [name for name in functions if re.search(pattern, readable[name])]
     if len(names) != 1:
         found = "\n  ".join(readable[name] for name in names or functions)
         raise ValueError(f"symbol {pattern!r}: expected one kernel, {len(names)} match; of\n  {found}")
     usage = resources[names[0]]
-    reserved = 1024 if int(arch.removeprefix("sm_")) >= 90 and usage.shared else 0
+    reserved = 1024 if number >= 90 and usage.shared else 0
     dynamic = _get(item, "dynamic_shared", {}).get("512", 0)
     return Built(functions[names[0]], usage, _get(item, "warps"), usage.shared - reserved + dynamic)
 
 
+def _package_cubin(kernel: str, arch: int) -> tuple[dict, dict]:
+    return _disassembled(cuda_compiler.compile_kernels([kernel], arch, line_info=True)[kernel])
+
+
 @cache
-def _cubin(symbol: str, arch: str, folder: Path, source: str | None) -> tuple[dict, dict]:
-    """The package's kernel `symbol`, or all kernels of a file beside the listing, compiled by NVRTC."""
-    number = int(arch.removeprefix("sm_"))
-    if source is None:
-        code = cuda_compiler.compile_kernels([symbol], number, line_info=True)[symbol]
-    else:
-        file = folder / source
-        text = f'#line 1 "{file.resolve()}"\n{file.read_text(encoding="utf-8")}'
-        code = cuda_compiler.compile_text(text, source, number, "cubin", [*cuda_compiler.OPTIONS, "-lineinfo"])
+def _file_cubin(file: Path, arch: int) -> tuple[dict, dict]:
+    """All kernels of a file."""
+    text = f'#line 1 "{file.resolve()}"\n{file.read_text(encoding="utf-8")}'
+    options = [*cuda_compiler.OPTIONS, "-lineinfo"]
+    return _disassembled(cuda_compiler.compile_text(text, file.name, arch, "cubin", options))
+
+
+def _disassembled(code: bytes) -> tuple[dict, dict]:
     with tempfile.TemporaryDirectory() as temporary:
         cubin = Path(temporary) / "kernels.cubin"
         cubin.write_bytes(code)

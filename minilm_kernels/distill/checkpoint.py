@@ -1,30 +1,54 @@
-"""Checkpoints and folders that are either whole or not there: written beside, synced, checked, renamed.
+"""Checkpoints and folders that are either whole or not there: written beside, synced, renamed; removed the same way.
 
 A folder becomes visible by one rename, after every byte of it is on disk. Its manifest holds size and SHA-256 of every
-file, so a damaged one is told from a whole one and the previous is used. Tensors are safetensors, all else JSON.
+file, as they were handed to the disk, so a damaged one is told from a whole one and the previous is used. Tensors are
+safetensors, all else JSON.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
-import sys
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-FORMAT = 1
+from .console import say
+
+FORMAT = 2
 MANIFEST = "manifest.json"
+STATE = "state.json"
 TEMPORARY = ".unfinished-"
+DAMAGED = "damaged-"
+_STEP = re.compile(r"step-([0-9]+)")
+_ASIDE = re.compile(rf"{DAMAGED}step-[0-9]+(\.[0-9]+)?")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What file systems answer that cannot sync a folder (CIFS, FUSE), or not one that may be written but not listed.
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES}
+_DAMAGE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    SafetensorError,
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+)
 
 
 @dataclass(frozen=True)
@@ -35,129 +59,304 @@ class Checkpoint:
         step: optimizer steps done.
         numbers: JSON state (settings, data position, counters).
         tensors: file name without suffix to named tensors, on any device: model, optimizer, data, RNG.
+        folder, digest: where it was read, and what identifies its content.
     """
 
     step: int
     numbers: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
+    folder: Path | None = None
+    digest: str = ""
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Makes the folder `target` of what `fill` writes into the empty folder it is given; replaces an older `target`.
+    """Makes the folder `target` of what `fill` writes into the empty folder it is given. An empty `target` is replaced.
 
     Raises:
-        OSError: the disk is full or cannot be written; `target` is then as it was.
+        OSError: the disk is full or cannot be written, or `fill` failed; nothing of it is left.
     """
     temporary = target.parent / f"{TEMPORARY}{target.name}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        make_folder(target.parent)
+        remove(temporary)
         temporary.mkdir()
         fill(temporary)
-        for path in [*temporary.rglob("*"), temporary]:
+        mode = temporary.stat().st_mode & 0o666
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                _share(path, mode)
             sync(path)
-        if target.exists():  # a damaged one: a folder cannot be renamed over another
-            target.rename(temporary.with_name(temporary.name + ".old"))
+        sync(temporary)
         temporary.rename(target)
         sync(target.parent)
-        shutil.rmtree(temporary.with_name(temporary.name + ".old"), ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise explained(error, target) from error
+    except BaseException as error:
+        with suppress(OSError):
+            remove(temporary)
+        if isinstance(error, Exception):  # tokenizers raises plain ones
+            raise explained(error, target) from error
+        raise
 
 
-def write_file(target: Path, content: str) -> None:
+def write_file(target: Path, content: bytes) -> None:
     """Replaces a small file, whole or not at all. Raises `OSError` as `write_folder` does."""
     temporary = target.parent / f"{TEMPORARY}{target.name}"
     try:
-        temporary.write_text(content, encoding="utf-8")
-        sync(temporary)
+        remove(temporary)
+        _write(temporary, content)
         temporary.replace(target)
         sync(target.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise explained(error, target) from error
+    except BaseException as error:
+        with suppress(OSError):
+            remove(temporary)
+        if isinstance(error, OSError):
+            raise explained(error, target) from error
+        raise
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A new file, on disk when this returns: an error of the disk meets the handle that wrote."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _share(path: Path, mode: int) -> None:
+    """Gives a file the mode of its neighbours: safetensors makes some that only their owner can read."""
+    if stat.S_IMODE(path.stat().st_mode) & 0o666 != mode:
+        with suppress(PermissionError):  # a file system without modes
+            path.chmod(mode)
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Opens a regular file to read. Raises `ValueError` for anything else, which could be read without end."""
+    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        yield file
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a regular file."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and its missing parents, each on disk when this returns."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's names, are on disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Waits until a file's content, or a folder's names, are on disk; passes over folders that cannot be synced."""
+    folder = path.is_dir()
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not folder or error.errno not in _NO_FOLDER_SYNC:
+            raise
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link (never what it points to), or a folder with all in it; a missing one is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what broken writes left in `folder`."""
+    """Removes what broken writes and removals left in `folder`."""
     for path in folder.glob(f"{TEMPORARY}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        try:
+            remove(path)
+        except OSError as error:
+            say(f"{path} could not be removed: {error}")
 
 
 class Checkpoints:
-    """The checkpoints `step-...` in one folder, of which the newest `keep` are kept."""
+    """The checkpoints `step-...` in one folder, of which the newest `keep` whole ones are kept."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
 
     def names(self) -> list[Path]:
-        """Complete checkpoint folders, oldest first."""
-        return sorted(self.folder.glob("step-*"))
+        """The folders `step-NUMBER`, oldest first; links, files and other names are not ours."""
+        return self._folders(_STEP)
+
+    def _folders(self, pattern: re.Pattern[str]) -> list[Path]:
+        try:
+            with os.scandir(self.folder) as entries:
+                found = [e.name for e in entries if pattern.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+        except FileNotFoundError:
+            return []
+        return [self.folder / name for name in sorted(found, key=lambda name: (_step_of(name), name))]
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Writes one, then removes those beyond `keep`. Raises `OSError` if it cannot; the older ones stay whole."""
 
         def fill(folder: Path) -> None:
-            for name, tensors in checkpoint.tensors.items():
-                save_file(_plain(tensors), folder / f"{name}.safetensors")
-            (folder / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.numbers}))
-            files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in folder.iterdir()}
-            (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+            files = {}
 
-        write_folder(self.folder / f"step-{checkpoint.step:09d}", fill)
-        for old in self.names()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            def add(name: str, content: bytes) -> None:
+                files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                _write(folder / name, content)
+
+            for name, tensors in checkpoint.tensors.items():
+                add(f"{name}.safetensors", save(_plain(tensors)))
+            add(STATE, json.dumps({"step": checkpoint.step, **checkpoint.numbers}).encode())
+            _write(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
+
+        target = self.folder / f"step-{checkpoint.step:09d}"
+        if os.path.lexists(target):
+            self._set_aside(target)
+        write_folder(target, fill)
+        self.rotate()
+
+    def rotate(self) -> None:
+        """Removes what is older than the newest `keep` whole ones: first its name, then its files."""
+        remove_unfinished(self.folder)
+        names = self.names()
+        kept = [folder for folder in names if _looks_whole(folder)][-self.keep :]
+        for old in names:
+            if kept and _step_of(old.name) < _step_of(kept[0].name):
+                hidden = old.with_name(TEMPORARY + old.name)
+                try:
+                    old.rename(hidden)
+                    sync(self.folder)
+                    remove(hidden)
+                except OSError as error:  # the new one is on disk; this one is tried again after the next
+                    say(f"checkpoint {old} could not be removed: {error}")
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint, `None` if there never was one.
+        """The newest whole checkpoint, `None` if there is none.
 
-        A damaged one is reported and passed over. Raises `ValueError` if all of them are damaged.
+        Damaged ones above it are reported and set aside.
+
+        Raises:
+            ValueError: all of them are damaged, those set aside before included.
+            OSError: one cannot be read, which says nothing about its content.
         """
-        damaged = []
+        wrong: dict[Path, ValueError] = {}
         for folder in reversed(self.names()):
             try:
-                return read_checkpoint(folder)
+                found = read_checkpoint(folder)
             except ValueError as error:
-                print(f"minilm-distill: {error}; trying the checkpoint before it", file=sys.stderr)
-                damaged.append(folder.name)
-        if damaged:
+                wrong[folder] = error
+                continue
+            for path, reason in wrong.items():
+                aside = self._set_aside(path)
+                say(f"{reason}; set aside as {aside.name}, using {folder.name} instead")
+            return found
+        for reason in wrong.values():
+            say(str(reason))
+        unusable = [*reversed(self._folders(_ASIDE)), *wrong]
+        if unusable:
             raise ValueError(
-                f"no checkpoint in {self.folder} can be used: {', '.join(damaged)} are damaged; "
+                f"no checkpoint in {self.folder} can be used: {', '.join(path.name for path in unusable)} are damaged; "
                 "begin again in another --output"
             )
         return None
 
+    def _set_aside(self, path: Path) -> Path:
+        """Renames what cannot be used, so that it neither counts nor blocks its name."""
+        for number in itertools.count(1):
+            aside = path.with_name(f"{DAMAGED}{path.name}" + (f".{number}" if number > 1 else ""))
+            if not os.path.lexists(aside):
+                break
+        try:
+            path.rename(aside)
+            sync(self.folder)
+        except OSError as error:
+            raise explained(error, aside) from error
+        return aside
+
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads and checks one checkpoint. Raises `ValueError` that names what is damaged."""
+    """Reads and checks one checkpoint; loads nothing that its manifest does not list.
+
+    Raises:
+        ValueError: its content is wrong; the message names what is damaged.
+        OSError: the disk does not give its content.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"written in format {manifest['format']}, this version reads {FORMAT}")
-        for name, expected in manifest["files"].items():
-            file = folder / name
-            if file.stat().st_size != expected["bytes"]:
-                raise ValueError(f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}")
-            if _sha256(file) != expected["sha256"]:
+        manifest = read_file(folder / MANIFEST)
+        files = _listed(manifest)
+        for name, expected in files.items():
+            size, digest = _measured(folder / name)
+            if size != expected["bytes"]:
+                raise ValueError(f"{name} has {size} bytes, expected {expected['bytes']}")
+            if digest != expected["sha256"]:
                 raise ValueError(f"{name} has a wrong checksum")
-        numbers = json.loads((folder / "state.json").read_text())
-        tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {folder} is damaged: {error}") from error
-    return Checkpoint(numbers.pop("step"), numbers, tensors)
+        numbers = json.loads(read_file(folder / STATE))
+        step = numbers.pop("step")
+        if type(step) is not int or step != _step_of(folder.name):
+            raise ValueError(f"{STATE} is of step {step!r}")
+        names = [Path(name) for name in files if name != STATE]
+        tensors = {name.stem: load_file(folder / name) for name in sorted(names)}
+    except _DAMAGE as error:
+        raise damaged(folder, error) from error
+    except OSError as error:
+        raise OSError(
+            error.errno, f"checkpoint {folder} cannot be read: {error}; nothing was changed, try again later"
+        ) from error
+    return Checkpoint(step, numbers, tensors, folder, hashlib.sha256(manifest).hexdigest())
+
+
+def damaged(folder: Path | None, error: Exception) -> ValueError:
+    """The error of a checkpoint whose content is wrong."""
+    reason = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+    return ValueError(f"checkpoint {folder} is damaged: {reason}")
+
+
+def _listed(manifest: bytes) -> dict[str, dict[str, Any]]:
+    """Files of a manifest, by name. Raises one of `_DAMAGE` if it is not one of this version."""
+    content = json.loads(manifest)
+    if content["format"] != FORMAT:
+        raise ValueError(f"written in format {content['format']}, this version reads {FORMAT}")
+    files = content["files"]
+    strange = [name for name in files if name != STATE and not re.fullmatch(r"[a-z]+\.safetensors", name)]
+    if STATE not in files or strange:
+        raise ValueError(f"{MANIFEST} lists {strange or 'no ' + STATE}")
+    return files
+
+
+def _looks_whole(folder: Path) -> bool:
+    """Whether all files are there in their sizes; the content is not read."""
+    try:
+        files = _listed(read_file(folder / MANIFEST))
+        return all((folder / name).stat().st_size == expected["bytes"] for name, expected in files.items())
+    except (*_DAMAGE, OSError):
+        return False
+
+
+def _measured(path: Path) -> tuple[int, str]:
+    """Size and SHA-256 of a regular file."""
+    total = hashlib.sha256()
+    size = 0
+    with open_regular(path) as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+            size += len(block)
+    return size, total.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a regular file's content."""
+    return _measured(path)[1]
+
+
+def _step_of(name: str) -> int:
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else -1
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -173,21 +372,14 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def _sha256(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
-
-
 def explained(error: Exception, target: Path) -> OSError:
-    """A failed write with what to do about it; safetensors gives the system's error only as text."""
+    """A failed write with what to do about it; safetensors and tokenizers give the system's error only as text."""
     number = error.errno if isinstance(error, OSError) else None
-    full = number in _FULL or any(f"os error {code}" in str(error) for code in _FULL)
-    if full:
+    if number is None and (match := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(match[1])
+    if number in _FULL:
         return OSError(
-            number or errno.ENOSPC,
+            number,
             f"the disk is full: {target} could not be written. Nothing saved before is lost: make room, then continue "
             f"with --resume ({error})",
         )

@@ -6,18 +6,17 @@ Nothing here imports torch before all options are read and checked.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import NoReturn
 
 from minilm_kernels import __version__
 
 from .config import DistillConfig, advice, default_of, flag, read_settings, show, shown
+from .console import flush, say
 
 _HELP = "minilm-distill --help lists the options"
 _LONGEST = 4000  # characters of an error; other libraries' may be pages
@@ -26,7 +25,7 @@ _LONGEST = 4000  # characters of an error; other libraries' may be pages
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends with the error first, then the way to help, without pages of usage."""
-        _say(f"error: {message}\n{_HELP}")
+        say(f"error: {message}\n{_HELP}")
         raise SystemExit(2)
 
 
@@ -83,16 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = distill(config)
         return 0 if result.stopped_by is None else 128 + result.stopped_by
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted")
         return 130
     except Exception as error:
         if debug:
             with suppress(OSError, ValueError):
                 traceback.print_exc()
-        _say(f"error: {_message(error)}")
+        say(f"error: {_message(error)}")
         return status
     finally:
-        _flush()
+        flush(sys.stdout, sys.stderr)
 
 
 def _torch_version() -> str:
@@ -110,19 +109,3 @@ def _message(error: Exception) -> str:
     if not isinstance(error, (ValueError, TypeError, RuntimeError, ImportError, OSError)) or not text:
         text = f"{' '.join(f'{type(error).__name__}: {text}'.split())} (--debug shows where)"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … (--debug shows all)"
-
-
-def _say(message: str) -> None:
-    with suppress(OSError, ValueError):  # nobody reads it any more
-        print(f"minilm-distill: {message}", file=sys.stderr, flush=True)
-
-
-def _flush() -> None:
-    """Writes what is buffered. A reader that has gone (`| head`) shall not make the interpreter complain at its end."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except (OSError, ValueError):
-            with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
-                os.dup2(nowhere.fileno(), stream.fileno())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,11 +25,14 @@ def make_batch(config: DistillConfig, rows: Rows, device: torch.device, seed: tu
     return Batch(rows.part(part), device, packed=config.packing, causal=causal, prefixes=prefixes)
 
 
-def heldout_loss(config: DistillConfig, pair: Pair, rows: Rows, micro: int, processes: Processes) -> dict[str, float]:
-    """The loss, and each relation by itself and unweighted, over all held-out rows.
+def heldout_loss(
+    config: DistillConfig, pair: Pair, rows: Rows, micro: int, processes: Processes, stopped: Callable[[], int]
+) -> dict[str, float] | None:
+    """The loss, and each relation by itself and unweighted, over all held-out rows; `None` if it was stopped.
 
     Args:
         rows: (rows, seq_len); every process measures its share of the micro-batches of `micro` rows.
+        stopped: asked before each micro-batch; where one process stops, all do.
     """
     total = Counts.of(rows)
     names = list(pair.loss.relations)
@@ -36,12 +41,16 @@ def heldout_loss(config: DistillConfig, pair: Pair, rows: Rows, micro: int, proc
     pair.student.model.eval()
     starts = range(0, len(rows.ids), micro)
     for start in starts[processes.rank :: processes.count]:
+        if stopped():
+            break
         part = slice(start, start + micro)
         batch = make_batch(config, rows, processes.device, (config.seed, 2), part)
         values = components(config, pair, batch, gradient=False)
         weight = Counts.of(rows.part(part)).weight(config.reduction, total)
         sums += weight * torch.stack([values[name] for name in names]).double()
     pair.student.model.train(training)
+    if processes.largest(stopped()):
+        return None
     measured = dict(zip(names, processes.sum(sums).tolist(), strict=True))
     return {"loss": sum(weight * measured[name] for name, weight in pair.loss.relations.items()), **measured}
 

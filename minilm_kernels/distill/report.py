@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from .checkpoint import explained, sync, write_file
+from .checkpoint import explained, read_file, sync, write_file
+from .console import say
 
 QUIET_SECONDS = 30.0  # between two lines where standard error is no terminal
 
@@ -20,11 +21,22 @@ HeldOutRecords = tuple[dict[str, Any], dict[str, Any]] | None
 class Metrics:
     """metrics.jsonl: one JSON object a line, with `step` and `split` ("train" or "heldout")."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        """Drops the lines after `step`, and a line that a broken run left unfinished."""
+    def __init__(self, path: Path, step: int, *, measured: bool = True) -> None:
+        """Drops the lines after `step`, the held-out line of `step` itself unless `measured`, and a cut last line.
+
+        Any other line that cannot be read is reported and stays as it is.
+        """
         self.path = path
-        kept = [json.dumps(record) for record in read_metrics(path) if record["step"] <= step] if step else []
-        write_file(path, "".join(line + "\n" for line in kept))
+        kept = []
+        for number, line, record in _lines(path) if step else []:
+            if isinstance(record, str):
+                say(f"{path}, line {number}: {record}; the line stays as it is")
+            elif record["step"] > step or (
+                record["step"] == step and record.get("split") == "heldout" and not measured
+            ):
+                continue
+            kept.append(line + b"\n")
+        write_file(path, b"".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one line. Raises `OSError` if the disk is full."""
@@ -36,23 +48,45 @@ class Metrics:
 
     def sync(self) -> None:
         """Waits until the lines are on disk."""
-        sync(self.path)
+        try:
+            sync(self.path)
+        except OSError as error:
+            raise explained(error, self.path) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl, none if there is no such file."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # the last line of a killed run
-    return records
+    """The readable lines of a metrics.jsonl, none if there is no such file."""
+    return [record for _, _, record in _lines(path) if isinstance(record, dict)]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | str]]:
+    """(number, line, its record or what is wrong with it); without the end that a killed run left half written."""
+    try:
+        *lines, rest = read_file(path).split(b"\n")
+    except FileNotFoundError:
+        return
+    for number, line in enumerate([*lines, rest], 1):
+        record = _record(line)
+        if isinstance(record, dict) or (number <= len(lines) and line.strip()):
+            yield number, line, record
+
+
+def _record(line: bytes) -> dict[str, Any] | str:
+    """The record in a line of metrics.jsonl, or what is wrong with the line."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 ({error.reason} at byte {error.start})"
+    except (ValueError, RecursionError) as error:
+        return f"not JSON ({error})"
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return "not an object with a whole number as step"
+    return record
 
 
 def heldout_records(path: Path) -> HeldOutRecords:
     """The first and the last held-out record of a metrics.jsonl, `None` if it has none."""
-    records = [record for record in read_metrics(path) if record["split"] == "heldout"]
+    records = [record for record in read_metrics(path) if record.get("split") == "heldout"]
     return (records[0], records[-1]) if records else None
 
 
@@ -81,7 +115,7 @@ class Progress:
     def say(self, message: str) -> None:
         """A line of its own."""
         if self._shown:
-            tqdm.write(f"minilm-distill: {message}", file=sys.stderr)
+            say(message)
 
     def close(self) -> None:
         """Ends the bar."""

@@ -83,7 +83,10 @@ def _readme(config: DistillConfig, pair: Pair, heldout: HeldOutRecords, processe
     if heldout is not None:
         before, after = heldout
         lines += ["| held-out relation KL | before | after |", "|---|---|---|"]
-        lines += [f"| {name} | {before[name]:.4f} | {after[name]:.4f} |" for name in ("loss", *pair.loss.relations)]
+        numeric = (int, float)
+        both = [name for name in ("loss", *pair.loss.relations) if isinstance(before.get(name), numeric)]
+        names = [name for name in both if isinstance(after.get(name), numeric)]
+        lines += [f"| {name} | {before[name]:.4f} | {after[name]:.4f} |" for name in names]
         lines.append("")
     lines += ["## Tensors that distillation did not reach", ""]
     if untrained:

@@ -4,11 +4,15 @@ Every mask becomes one form first: the real tokens of each sequence, gathered si
 there at all), with a causal or prefix bound that counts gathered tokens. Rows are worked through in blocks that hold
 all their keys, so a block has its softmax at once: both phases of the computation, loss and gradient, fall into one
 visit with two softmaxes a pair, and no score is computed twice. See docs/mathematics.md.
+
+Results on a CPU are the same bits for any number of threads: the blocks do not depend on it, every matrix product
+leaves whole matrices to a thread (`_threads`), and large sums are cut alike (`_total`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -24,6 +28,9 @@ from .problem import Problem, gradient_slots
 _BLOCK_SCORES_CPU = 2**19
 _BLOCK_SCORES_ACCELERATOR = 2**23
 _BLOCK_ROWS = 128
+_FEWEST_ROWS = 64  # a product over fewer rows costs more
+_FEWEST_ITEMS = 4  # matrices of one product, where there are so many; no more threads than that can share it
+_SUMMED_BY_ONE_THREAD = 2**14
 
 
 def unavailable() -> str | None:
@@ -42,7 +49,7 @@ def scalar(problem: Problem, weights: Tensor, gradient: bool) -> tuple[Tensor, l
         row_weights = group.zero_padding(row_weights)
         for r in range(len(problem.relations)):
             kl = _relation(problem, group, r, row_weights, grads[r], exact=not gradient)
-            values[r] += (kl * row_weights).sum()
+            values[r] += _total(kl * row_weights)
     return values, [slot for slots in grads for slot in slots]
 
 
@@ -184,23 +191,53 @@ def _relation(
     kl = q_s.new_zeros(items, length)
     grads = [torch.zeros_like(q_s) for _ in slots]  # of the query, then of the key; one for both in a self relation
 
-    block_rows = min(length, max(1, min(_BLOCK_ROWS, _block_scores(q_s.device) // length)))
-    block_items = max(1, _block_scores(q_s.device) // (block_rows * length))
-    for first in range(0, items, block_items):
-        i = slice(first, min(first + block_items, items))
-        for start in range(0, length, block_rows):
-            rows = slice(start, min(start + block_rows, length))
-            keys = slice(group.num_keys(rows.stop))
-            scores_t = torch.bmm(q_t[i, rows], k_t[i, keys].mT)
-            scores_s = torch.bmm(q_s[i, rows] * scale_s, k_s[i, keys].mT)
-            kl[i, rows], excess = _rows_of_block(scores_t, scores_s, group.hidden(rows, i, problem.heads), exact)
-            if row_weights is not None and grads:
-                weights = row_weights[i, rows, None]
-                grads[0][i, rows] += torch.bmm(excess, k_s[i, keys]) * weights
-                grads[-1][i, keys] += torch.bmm(excess.mT, q_s[i, rows] * weights)
+    scores = _block_scores(q_s.device)
+    block_rows = min(length, _BLOCK_ROWS, max(_FEWEST_ROWS, scores // (2 * _FEWEST_ITEMS * length)))
+    wanted = max(_FEWEST_ITEMS, scores // (block_rows * length))
+    blocks = min(-(-items // wanted), max(1, items // _FEWEST_ITEMS))
+    with _threads(items // blocks, q_s.device):
+        for block in range(blocks):
+            i = slice(items * block // blocks, items * (block + 1) // blocks)
+            for start in range(0, length, block_rows):
+                rows = slice(start, min(start + block_rows, length))
+                keys = slice(group.num_keys(rows.stop))
+                scores_t = torch.bmm(q_t[i, rows], k_t[i, keys].mT)
+                scores_s = torch.bmm(q_s[i, rows] * scale_s, k_s[i, keys].mT)
+                kl[i, rows], excess = _rows_of_block(scores_t, scores_s, group.hidden(rows, i, problem.heads), exact)
+                if row_weights is not None and grads:
+                    weights = row_weights[i, rows, None]
+                    grads[0][i, rows] += torch.bmm(excess, k_s[i, keys]) * weights
+                    grads[-1][i, keys] += torch.bmm(excess.mT, q_s[i, rows] * weights)
     for slot, grad in zip(slots, grads, strict=True):
         group.scatter(grad * scale_s, slot)
     return kl
+
+
+@contextmanager
+def _threads(most: int, device: torch.device) -> Iterator[None]:
+    """At most so many threads on the CPU.
+
+    A product of at least as many matrices as there are threads gives each thread whole matrices; one of fewer is
+    split within the matrices, and then its bits depend on the number of threads.
+    """
+    found = torch.get_num_threads()
+    if device.type != "cpu" or found <= most:
+        yield
+        return
+    torch.set_num_threads(most)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(found)
+
+
+def _total(x: Tensor) -> Tensor:
+    """The sum, in an order that does not depend on threads: PyTorch shares out what is large and has one result."""
+    x = x.flatten()
+    while x.numel() > _SUMMED_BY_ONE_THREAD:
+        x = torch.nn.functional.pad(x, (0, -x.numel() % _SUMMED_BY_ONE_THREAD))
+        x = x.unflatten(0, (-1, _SUMMED_BY_ONE_THREAD)).sum(-1)
+    return x.sum()
 
 
 def _rows_of_block(scores_t: Tensor, scores_s: Tensor, hidden: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:

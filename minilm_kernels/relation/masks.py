@@ -17,6 +17,17 @@ from torch import Tensor
 REDUCTIONS = ("sequence", "token", "sum", "none")
 
 
+def readable(x: Tensor) -> bool:
+    """Whether values can be looked at for nothing: not traced, fake or batched, nor on a device to be waited for."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu" or torch.jit.is_tracing():
+        return False
+    modes = torch._C._TorchDispatchModeKey
+    if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.PROXY, modes.FAKE)):
+        return False
+    functorch = torch._C._functorch
+    return not (functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x))
+
+
 @dataclass(frozen=True)
 class Mask:
     """Masks of one call. Dense inputs have shape `leading` = (B, S), packed inputs (T,) and `cu_seqlens`."""
@@ -142,7 +153,7 @@ class Mask:
             cu_seqlens=torch.where(malformed, even, bounds).to(self.cu_seqlens.dtype),
             max_seqlen=None if self.max_seqlen is None else max(self.max_seqlen, -(-total // sequences)),
         )
-        return mask, torch.zeros((), device=self.device).masked_fill(malformed, torch.nan)
+        return mask, torch.zeros((), dtype=torch.float32, device=self.device).masked_fill(malformed, torch.nan)
 
     def check_packing(self) -> None:
         """Checks `cu_seqlens`; on an accelerator, where reading their values would stall, no more than the shape."""

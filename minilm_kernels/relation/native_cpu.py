@@ -58,6 +58,11 @@ def instruction_sets() -> list[str]:
     return torch.ops.minilm_kernels_cpu.instruction_sets().split(",")
 
 
+def instruction_set() -> str:
+    """The one that runs."""
+    return os.environ.get(_VARIABLE) or instruction_sets()[0]
+
+
 def refusals(problem: Problem) -> list[str]:
     reasons = []
     if problem.mask.device.type != "cpu":
@@ -74,7 +79,7 @@ def refusals(problem: Problem) -> list[str]:
 
 
 def scalar(problem: Problem, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
-    values = torch.empty(len(problem.relations), dtype=torch.float32)
+    values = weights.new_empty(len(problem.relations))
     grads = _new_gradients(problem) if gradient else []
     _run(problem, weights=weights.contiguous(), values=values, grads=grads)
     return values, grads
@@ -82,7 +87,8 @@ def scalar(problem: Problem, weights: Tensor, gradient: bool) -> tuple[Tensor, l
 
 def rows(problem: Problem) -> Tensor:
     *batch, positions = problem.mask.leading
-    out = torch.zeros(len(problem.relations), *batch, problem.heads, positions)
+    shape = (len(problem.relations), *batch, problem.heads, positions)
+    out = torch.zeros(shape, dtype=torch.float32, device=problem.mask.device)
     _run(problem, rows=out)
     return out
 
@@ -95,7 +101,10 @@ def rows_gradient(problem: Problem, row_grads: Tensor) -> list[Tensor]:
 
 def _new_gradients(problem: Problem) -> list[Tensor]:
     """One of every slot, all of it to be written."""
-    return [torch.empty(problem.student[m].shape) for _, m in gradient_slots(problem.relations)]
+    return [
+        torch.empty(problem.student[m].shape, dtype=torch.float32, device=problem.mask.device)
+        for _, m in gradient_slots(problem.relations)
+    ]
 
 
 def _run(
@@ -121,5 +130,5 @@ def _run(
         values,
         rows,
         grads or [],
-        os.environ.get(_VARIABLE) or instruction_sets()[0],
+        instruction_set(),
     )

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from minilm_kernels.backends import AUTO, BACKENDS
 
 from . import blocked, native_cpu, native_cuda, reference, triton_backend
-from .masks import Mask
+from .masks import Mask, readable
 from .problem import Backend, Problem, Unavailable, gradient_slots, result_dtype
 
 _log = logging.getLogger(__name__)
@@ -65,48 +66,143 @@ def _refusals(name: str, problem: Problem) -> list[str]:
     return reasons
 
 
+_ONCE = "relation_kl: differentiable once, so its gradient, taken with create_graph=True, has no derivative of its own"
+_NO_VMAP = "relation_kl: no rule for torch.func.vmap; B is the batch axis, or loop over what is to be mapped"
+
+
+def relation_values(*arguments) -> Tensor:
+    """(R,) or (R, *rows) values of all relations, differentiable in the student's tensors.
+
+    Arguments: pairs, options, attention_mask, cu_seqlens, prefix_lens, the teacher's tensors, the student's tensors.
+    """
+    transforms = not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+    student = _sides(arguments[5:])[1]
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in student)
+    return (_RelationKLUnderTransforms if transforms else RelationKL).apply(gradient, *arguments)[0]
+
+
+def _forward(gradient, pairs, options, attention_mask, cu_seqlens, prefix_lens, *tensors) -> tuple[Tensor, ...]:
+    """The values; for a scalar reduction also the gradients, which the backward only scales.
+
+    The gradients are outputs of the autograd node, so differentiating them leads back to the node, which refuses.
+    """
+    masks = (attention_mask, cu_seqlens, prefix_lens)
+    gradient = gradient and options[-2] != "none"
+    teacher, student = _sides(tensors)
+    values, grads = torch.ops.minilm_kernels.relation_kl(teacher, student, pairs, *masks, *options, gradient)
+    return (values, *grads)
+
+
+def _save(ctx, arguments, outputs) -> None:
+    _, ctx.pairs, ctx.options, *kept = arguments
+    ctx.set_materialize_grads(False)
+    ctx.rows = ctx.options[-2] == "none"
+    ctx.dtypes = [x.dtype for x in _sides(kept[3:])[1]]
+    if not ctx.rows:
+        ctx.save_for_backward(*outputs[1:])
+        return
+    ctx.unsaved = {}
+    if not torch.compiler.is_compiling():  # inference tensors cannot be saved, but do not change outside their mode
+        ctx.unsaved = {i: x for i, x in enumerate(kept) if x is not None and x.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.unsaved else x for i, x in enumerate(kept)))
+
+
 class RelationKL(torch.autograd.Function):
-    """(R,) or (R, *rows) values of all relations. A scalar's gradient is computed in the forward and scaled here."""
+    """The autograd node of `relation_values`."""
 
     @staticmethod
-    def forward(ctx, pairs, options, attention_mask, cu_seqlens, prefix_lens, *tensors):
-        masks = (attention_mask, cu_seqlens, prefix_lens)
-        teacher, student = _sides(tensors)
-        rows = options[-2] == "none"
-        gradient = any(ctx.needs_input_grad) and not rows
-        values, grads = torch.ops.minilm_kernels.relation_kl(teacher, student, pairs, *masks, *options, gradient)
-        ctx.pairs, ctx.options, ctx.rows = pairs, options, rows
-        ctx.dtypes = [x.dtype for x in student]
-        ctx.save_for_backward(*((*masks, *tensors) if rows else grads))
-        return values
+    def forward(ctx, *arguments):
+        outputs = _forward(*arguments)
+        _save(ctx, arguments, outputs)
+        return outputs
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, *second_derivatives):
+        if not torch.compiler.is_compiling() and any(g is not None for g in second_derivatives):
+            raise RuntimeError(_ONCE)
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        saved = ctx.saved_tensors  # read once: under activation checkpointing a second time is an error
+        slots = gradient_slots(_relations(ctx.pairs))
         if ctx.rows:
-            masks = ctx.saved_tensors[:3]
-            teacher, student = _sides(ctx.saved_tensors[3:])
-            *options, _, backend = ctx.options
-            slots = torch.ops.minilm_kernels.relation_kl_rows_backward(
-                grad, teacher, student, ctx.pairs, *masks, *options, backend
-            )
+            kept = [ctx.unsaved.get(i, x) for i, x in enumerate(saved)]
+            graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            parts = (_RowsBackward.apply if graph else _rows_backward)(grad, ctx.pairs, ctx.options, *kept)
+        elif _is_one(grad):
+            parts = [part.detach() for part in saved]
         else:
-            slots = ctx.saved_tensors
+            parts = [part * grad[r] for part, (r, _) in zip(saved, slots, strict=True)]
         grads: list[Tensor | None] = [None] * len(ctx.dtypes)
-        as_they_are = ctx.rows or _is_one(grad)
-        for (r, m), slot in zip(gradient_slots(_relations(ctx.pairs)), slots, strict=True):
-            part = slot if as_they_are else slot * grad[r]
+        for part, (_, m) in zip(parts, slots, strict=True):
             so_far = grads[m]
             grads[m] = part if so_far is None else so_far + part
         student_grads = (g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-        return None, None, None, None, None, *[None] * len(ctx.dtypes), *student_grads
+        return None, None, None, None, None, None, *[None] * len(ctx.dtypes), *student_grads
+
+
+class _RelationKLUnderTransforms(torch.autograd.Function):
+    """`RelationKL` in the form that torch.func and forward-mode AD ask for, which takes longer to call."""
+
+    @staticmethod
+    def forward(*arguments):
+        return _forward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, inputs, output)
+
+    backward = RelationKL.backward
+
+    @staticmethod
+    def vmap(*_):
+        raise RuntimeError(_NO_VMAP)
+
+    @staticmethod
+    def jvp(*_):
+        raise RuntimeError("relation_kl: no forward-mode derivative (jvp, jacfwd, hessian); use torch.func.grad")
+
+
+def _rows_backward(grad, pairs, options, *kept) -> tuple[Tensor, ...]:
+    *options, _, backend = options
+    teacher, student = _sides(kept[3:])
+    return torch.ops.minilm_kernels.relation_kl_rows_backward(
+        grad, teacher, student, pairs, *kept[:3], *options, backend
+    )
+
+
+class _RowsBackward(torch.autograd.Function):
+    """The backward of rows inside a graph (create_graph): whoever differentiates it is told."""
+
+    @staticmethod
+    def forward(*arguments):
+        return tuple(_rows_backward(*arguments))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(_ONCE)
+
+    @staticmethod
+    def vmap(*_):
+        raise RuntimeError(_NO_VMAP)
 
 
 def _is_one(grad: Tensor) -> bool:
-    """Whether scaling may be spared: a pass over all gradients, on the CPU several percent of a loss."""
-    if torch.compiler.is_compiling() or type(grad) is not Tensor or grad.device.type != "cpu":
-        return False  # not to be read: traced, fake, or on a device that would have to be waited for
-    return set(grad.tolist()) == {1.0}
+    """Whether scaling may be spared: a pass over all gradients, on the CPU several percent of a loss.
+
+    Not where the graph is kept: what is handed on as it is may be added to.
+    """
+    return (
+        readable(grad)
+        and not torch.is_grad_enabled()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and set(grad.tolist()) == {1.0}
+    )
 
 
 def _sides(tensors) -> tuple[list[Tensor], list[Tensor]]:
@@ -144,11 +240,15 @@ def _problem(
     return Problem(teacher, student, _relations(pairs), mask, teacher_scale, student_scale)
 
 
+def _full_precision(device: str) -> AbstractContextManager:
+    """Under autocast the products inside a backend would be rounded to half precision."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 @torch.library.impl("minilm_kernels::relation_kl", "default")
 def _relation_kl(teacher, student, *arguments):
     *inputs, reduction, backend, gradient = arguments
-    # Under autocast the products inside a backend would be rounded to half precision.
-    with torch.autocast(student[0].device.type, enabled=False):
+    with _full_precision(student[0].device.type):
         problem = _problem(teacher, student, *inputs)
         if reduction == "none":
             return _serve(backend, problem, lambda module: module.rows(problem)), []
@@ -169,7 +269,7 @@ def _relation_kl_fake(teacher, student, pairs, *inputs):
 @torch.library.impl("minilm_kernels::relation_kl_rows_backward", "default")
 def _relation_kl_rows_backward(row_grads, teacher, student, *arguments):
     *inputs, backend = arguments
-    with torch.autocast(student[0].device.type, enabled=False):
+    with _full_precision(student[0].device.type):
         problem = _problem(teacher, student, *inputs)
         return _serve(backend, problem, lambda module: module.rows_gradient(problem, row_grads))
 

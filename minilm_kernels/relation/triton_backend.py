@@ -65,7 +65,7 @@ def refusals(problem: Problem) -> list[str]:
 def scalar(problem: Problem, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
     call = _Call(problem)
     weights = marked(weights, call.fault)
-    values: list[Tensor] = [torch.empty(0)] * len(problem.relations)
+    values: list[Tensor] = [weights] * len(problem.relations)  # all of them to be replaced
     grads = call.new_gradients() if gradient else {}
     for group in call.groups() if call.tiles else []:
         kl_rows = group.new_statistics()

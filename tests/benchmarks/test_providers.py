@@ -42,6 +42,7 @@ def test_loss_and_gradient(name, mask):
         assert name == "cpu"  # installed without its library
 
 
+@pytest.mark.slow
 def test_torch_compile():
     assert max(errors("torch.compile", Workload(2, 2, 33, 8, 4, "qk", "lengths+causal").inputs())) < TOLERANCE
 

@@ -59,7 +59,6 @@ def pieces(rows: Rows) -> list[list[int]]:
 
 
 @given(lengths=st.lists(st.integers(0, 90), max_size=30), seq_len=st.integers(16, 40), packing=st.booleans())
-@settings(deadline=None)
 def test_packing_keeps_every_token_in_order(lengths: list[int], seq_len: int, packing: bool) -> None:
     packer = Packer(TOKENIZER, seq_len, packing)
     documents = [[10 + i % 50] * length for i, length in enumerate(lengths)]
@@ -532,7 +531,7 @@ def test_heldout_rows_are_limited_and_needed() -> None:
     fraction=st.sampled_from([1e-9, 0.01, 0.999999]),
     shuffle=st.randoms(use_true_random=False),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_small_corpus_holds_one_document_out(count: int, fraction: float, shuffle: Any) -> None:
     texts = numbered(count)
     if 0 < sum(int.from_bytes(digest(text), "big") < limit_of(fraction) for text in texts) < count:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import io
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
 import signal
+import socket
+import stat
+import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaModel
+from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from minilm_kernels.distill import DistillConfig, DistillResult, cli, distill, loop
+from minilm_kernels.distill import DistillConfig, DistillResult, checkpoint, cli, distill, evaluation, loop, report
 from minilm_kernels.distill.batch import Batch
+from minilm_kernels.distill.checkpoint import Checkpoint, Checkpoints, read_checkpoint
+from minilm_kernels.distill.data import RowStream
 from minilm_kernels.distill.evaluation import components
 from minilm_kernels.distill.report import Metrics, read_metrics
 from minilm_kernels.students import copied_student
@@ -117,10 +129,142 @@ def test_lines_after_the_checkpoint_are_dropped(
     assert weights(continued) == weights(whole)
 
 
-def test_resume_before_any_checkpoint_begins(settings: Settings, tmp_path: Path) -> None:
+def test_resume_before_any_checkpoint_begins(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = distill(settings(output=tmp_path / "whole", steps=3))
     fresh = distill(settings(steps=3, resume=True))
     assert weights(fresh) == weights(whole)
+    assert "no checkpoint" not in capsys.readouterr().err
+    for name in ("student", "checkpoints"):
+        shutil.rmtree(tmp_path / "run" / name)
+    again = distill(settings(steps=3, resume=True))
+    assert "there is no checkpoint in" in (said := capsys.readouterr().err)
+    assert "beginning again, without the 5 lines of" in said
+    assert weights(again) == weights(whole)
+
+
+def test_an_error_of_the_text_saves_the_steps_before_it(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of a step's rows, from a shuffled buffer: the rows drawn already must come again."""
+    whole = distill(settings(output=tmp_path / "whole"))
+    real = RowStream._draw
+    draws = 0
+
+    def broken(stream: RowStream) -> Any:
+        nonlocal draws
+        draws += 1
+        if draws == 4 * 8 + 3:
+            raise OSError(errno.EIO, "the text cannot be read")
+        return real(stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowStream, "_draw", broken)
+        with pytest.raises(OSError, match="the text cannot be read"):
+            distill(settings(checkpoint_every=1000))
+    assert "saved step 4 before the error" in capsys.readouterr().err
+    continued = distill(settings(resume=True))
+    assert records(continued) == records(whole)
+    assert weights(continued) == weights(whole)
+
+
+def test_rows_of_a_step_that_failed_elsewhere_come_again(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process has read the rows, another could not."""
+    whole = distill(settings(output=tmp_path / "whole"))
+    real = loop.Processes.together
+    calls = 0
+
+    def failed_elsewhere(processes: Any, action: Callable[[], Any]) -> Any:
+        nonlocal calls
+        result = real(processes, action)
+        calls += 1
+        if calls == 1 + 5:  # after the preparation: the fifth step
+            raise RuntimeError("process 1 failed: no text")
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Processes, "together", failed_elsewhere)
+        with pytest.raises(RuntimeError, match="process 1 failed"):
+            distill(settings(checkpoint_every=1000))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000004"]
+    continued = distill(settings(resume=True))
+    assert records(continued) == records(whole)
+    assert weights(continued) == weights(whole)
+
+
+@pytest.mark.parametrize("step", [0, 3, 6])
+def test_a_signal_cuts_the_held_out_loss_short(
+    step: int, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is measured when the run continues, once, and the result is the same."""
+    whole = distill(settings(output=tmp_path / "whole", heldout_rows=20, dropout=0.2))
+    real = evaluation.components
+    counts: list[int] = []
+
+    def signalled(*arguments: Any, gradient: bool) -> Any:
+        counts[-1] += not gradient
+        if len(counts) == 1 + step // 3 and counts[-1] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, gradient=gradient)
+
+    def counted(*arguments: Any) -> Any:
+        counts.append(0)
+        return heldout_loss(*arguments)
+
+    heldout_loss = loop.heldout_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "heldout_loss", counted)
+        patch.setattr(evaluation, "components", signalled)
+        stopped = distill(settings(heldout_rows=20, dropout=0.2))
+    assert (stopped.step, stopped.stopped_by, stopped.student) == (step, signal.SIGTERM, None)
+    assert counts[-1] == 1  # the first of several micro-batches was the last
+    assert [record["step"] for record in records(stopped, "heldout")] == list(range(0, step, 3))
+    continued = distill(settings(heldout_rows=20, dropout=0.2, resume=True))
+    for split in ("train", "heldout"):
+        assert records(continued, split) == records(whole, split)
+    assert weights(continued) == weights(whole)
+
+
+def test_a_line_after_an_unmeasured_checkpoint_is_not_kept_twice(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the late held-out loss was logged, before the student was written."""
+    whole = distill(settings(output=tmp_path / "whole"))
+    real = loop.heldout_loss
+
+    def at_the_end(*arguments: Any) -> Any:
+        if (tmp_path / "run" / "checkpoints" / "step-000000003").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "heldout_loss", at_the_end)
+        assert distill(settings()).step == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "finish", lambda run, target: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            distill(settings(resume=True))
+    assert records(distill(settings(resume=True)), "heldout") == records(whole, "heldout")
+
+
+def test_a_signal_before_the_first_step_ends_at_once(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*arguments: Any, **options: Any) -> Any:
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(600)
+
+    for name in ("load_pair", "collect_heldout"):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, name, slow)
+            with pytest.raises(KeyboardInterrupt):
+                distill(settings())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert distill(settings(steps=1)).step == 1
 
 
 def test_a_damaged_checkpoint_falls_back(
@@ -134,6 +278,186 @@ def test_a_damaged_checkpoint_falls_back(
     assert "step-000000006 is damaged: optimizer.safetensors has 10 bytes" in capsys.readouterr().err
     assert weights(again) == expected
     assert [record["step"] for record in records(again)] == [1, 2, 3, 4, 5, 6]
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["damaged-step-000000006", "step-000000003", "step-000000006"]
+
+
+def test_one_keeps_the_newest_when_a_damaged_one_lies_above(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --keep-checkpoints 1 a damaged later one must not push out the one that the stopped run has just saved."""
+    whole = distill(settings(output=tmp_path / "whole"))
+    distill(settings())
+    shutil.rmtree(tmp_path / "run" / "student")
+    os.truncate(tmp_path / "run" / "checkpoints" / "step-000000006" / "model.safetensors", 10)
+    with monkeypatch.context() as patch:
+        stop_at(5, patch)
+        assert distill(settings(resume=True, keep_checkpoints=1)).step == 5
+    again = distill(settings(resume=True, keep_checkpoints=1))
+    assert weights(again) == weights(whole)
+
+
+def rewrite(folder: Path, changes: dict[str, Any]) -> None:
+    """Gives a checkpoint other content under right checksums; `...` takes a part away."""
+    found = read_checkpoint(folder)
+    shutil.rmtree(folder)
+
+    def changed(part: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in {**part, **change}.items() if value is not ...}
+
+    tensors = {name: changed(part, changes.get(name, {})) for name, part in found.tensors.items()}
+    numbers = changed(found.numbers, changes.get("numbers", {}))
+    Checkpoints(folder.parent, keep=9).write(Checkpoint(changes.get("step", found.step), numbers, tensors))
+
+
+def test_a_checkpoint_of_another_run_is_refused(settings: Settings, tmp_path: Path) -> None:
+    distill(settings())
+    distill(settings(output=tmp_path / "other", seed=5))
+    shutil.rmtree(tmp_path / "run" / "student")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(tmp_path / "other" / "checkpoints", tmp_path / "run" / "checkpoints")
+    with pytest.raises(ValueError, match="--seed: 5 before, 0 now"):
+        distill(settings(resume=True))
+
+
+def test_something_else_in_the_place_of_checkpoints_is_refused(settings: Settings, tmp_path: Path) -> None:
+    distill(settings(steps=1))
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(tmp_path / "run" / "student")
+    for make in (lambda: folder.write_text("mine"), lambda: folder.symlink_to("nowhere")):
+        checkpoint.remove(folder)
+        make()
+        with pytest.raises(ValueError, match="checkpoints is no folder; move it away"):
+            distill(settings(steps=1, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": 10**9}, "step 1000000000 is not among the 6 of --steps"),
+        ({"step": 0}, "step 0 is not among"),
+        ({"numbers": {"tokens": ...}}, "KeyError: 'tokens'"),
+        ({"numbers": {"tokens": "many"}}, "tokens is 'many'"),
+        ({"numbers": {"data": []}}, r"data is \[\]"),
+        ({"numbers": {"settings": 1}}, "AttributeError"),
+        ({"numbers": {"teacher": []}}, "AttributeError"),
+        ({"numbers": {"conditions": 3}}, "TypeError|AttributeError"),
+        ({"model": {"pooler.dense.bias": ...}}, "RuntimeError: .*pooler.dense.bias"),
+        ({"model": {"pooler.dense.bias": torch.zeros(3)}}, "RuntimeError: .*size mismatch"),
+        ({"optimizer": {"embeddings.LayerNorm.weight.exp_avg": ...}}, "optimizer's state does not fit"),
+        ({"optimizer": {"embeddings.LayerNorm.weight.exp_avg": torch.zeros(7)}}, "optimizer's state does not fit"),
+        ({"progress": {"window": torch.zeros(2)}}, r"window is \(2,\)"),
+        ({"progress": {"cpu.0": ...}}, "KeyError: 'cpu.0'"),
+        ({"progress": {"cpu.0": torch.zeros(4, dtype=torch.uint8)}}, "RuntimeError"),
+        ({"data": {"buffer.ids": torch.full((1, 32), 65, dtype=torch.int32)}}, "buffer is no text of this tokenizer"),
+        ({"data": {"open.ids": torch.zeros(2)}}, "open is no text of this tokenizer"),
+        ({"data": {"drawn.ids": ...}}, "KeyError: 'drawn.ids'"),
+        ({"data": {"heldout.ids": torch.full((1, 32), -1, dtype=torch.int32)}}, "heldout is no text of this tokenizer"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_of_wrong_content_is_one_message(
+    changes: dict[str, Any], message: str, settings: Settings, tmp_path: Path
+) -> None:
+    distill(settings())
+    shutil.rmtree(tmp_path / "run" / "student")
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(folder / "step-000000003")
+    rewrite(folder / "step-000000006", changes)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(ValueError, match=rf"(?s)checkpoint .*step-0*{changes.get('step', 6)} is damaged: .*{message}"):
+        distill(settings(resume=True))
+    assert before.items() <= {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}.items()
+
+
+def test_a_teacher_that_was_exchanged_is_refused(settings: Settings, teacher_folder: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teacher_folder, teacher)
+    distill(settings(teacher=teacher))
+    shutil.rmtree(tmp_path / "run" / "student")
+    (teacher / "README.md").write_text("not a part of the model")
+    distill(settings(teacher=teacher, resume=True))
+    shutil.rmtree(tmp_path / "run" / "student")
+    make_model("bert", seed=5).save_pretrained(teacher)
+    with pytest.raises(ValueError, match=r"--teacher .*teacher has changed since .*\(model\.safetensors\)"):
+        distill(settings(teacher=teacher, resume=True))
+
+
+def test_other_conditions_are_said_with_what_they_break(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distill(settings())
+    shutil.rmtree(tmp_path / "run" / "student")
+    distill(settings(resume=True))
+    assert "bit for bit" not in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run" / "student")
+    torch.set_num_threads(2)
+    monkeypatch.setattr(transformers, "__version__", "5.0.0")
+    distill(settings(resume=True))
+    said = [line for line in capsys.readouterr().err.splitlines() if "no longer bit for bit" in line]
+    assert len(said) == 2
+    assert said[0].endswith("threads was 1, is 2")
+    assert "transformers was" in said[1]
+    assert said[1].endswith("is 5.0.0")
+
+
+class Broken(io.TextIOBase):
+    """A stream on a full disk, of a closed pipe, or closed."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+    def flush(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full"), BrokenPipeError(), ValueError("closed"), None], ids=str
+)
+def test_a_run_outlives_its_output(
+    error: Exception | None, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "QUIET_SECONDS", 0.0)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, error and Broken(error))
+    result = distill(settings())
+    assert result.student is not None
+    assert distill(settings(resume=True)).student is not None  # "finished already"
+
+
+def test_ranks_read_what_the_main_one_chose(settings: Settings, tmp_path: Path) -> None:
+    """Even where this one could read a newer one."""
+
+    class Second(loop.Processes):
+        count, rank, local_rank, device = 2, 1, 1, torch.device("cpu")  # type: ignore[assignment]
+        agreed: list[Any]
+
+        def __init__(self) -> None:
+            self.agreed = []
+
+        def on_main(self, action: Any) -> Any:
+            return "step-000000003"
+
+        def together(self, action: Any) -> Any:
+            return action()
+
+        def agree(self, value: Any, what: str) -> None:
+            self.agreed.append(value)
+
+    distill(settings())
+    processes = Second()
+    run = loop._Run.__new__(loop._Run)
+    run.processes, run.checkpoints = processes, Checkpoints(tmp_path / "run" / "checkpoints", 2)
+    found = run._choose()
+    assert found is not None
+    assert found.step == 3
+    assert processes.agreed == [f"step 3, SHA-256 {found.digest}"]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(FileNotFoundError, match="disk that all processes share"):
+        run._choose()
 
 
 def test_other_settings_are_refused_with_their_differences(settings: Settings, tmp_path: Path) -> None:
@@ -150,9 +474,13 @@ def test_a_start_that_fails_leaves_the_folder_free(settings: Settings, tmp_path:
     with pytest.raises(ValueError, match="--teacher-layer"):
         distill(settings(teacher_layer=9))
     assert distill(settings(steps=1)).step == 1
-    (tmp_path / "run" / "settings.json").unlink()
-    with pytest.raises(ValueError, match=r"without readable settings.json"):
-        distill(settings(steps=1, resume=True))
+    file = tmp_path / "run" / "settings.json"
+    contents = [partial(Path.write_bytes, data=text) for text in (b"[]", b"\xff", b"{")]
+    for make in (lambda file: None, os.mkfifo, Path.mkdir, *contents):
+        checkpoint.remove(file)
+        make(file)
+        with pytest.raises(ValueError, match=r"without readable settings.json"):
+            distill(settings(steps=1, resume=True))
 
 
 def test_text_may_change_behind_the_place_only(settings: Settings, text_file: Path, tmp_path: Path) -> None:
@@ -275,13 +603,14 @@ def test_accumulation_is_the_exact_average(reduction: str, packing: bool, settin
         assert four["loss"] == pytest.approx(one["loss"], rel=2e-6)
 
 
-def test_steps_are_those_of_plain_pytorch(settings: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("clip", [0.01, 1e3])
+def test_steps_are_those_of_plain_pytorch(clip: float, settings: Settings, tmp_path: Path) -> None:
     """AdamW, decay groups, warm-up and decay of the rate, clipping: written again with torch's own parts."""
-    config = settings(steps=8, warmup_steps=3, lr=0.02, clip=0.01, weight_decay=0.5, betas=(0.8, 0.9), dropout=0.0)
+    config = settings(steps=8, warmup_steps=3, lr=0.02, clip=clip, weight_decay=0.5, betas=(0.8, 0.9), dropout=0.0)
     result = distill(config)
     assert result.student is not None
     norms = [record["grad_norm"] for record in records(result)]
-    assert min(norms) > config.clip  # every step is clipped
+    assert (min(norms) > clip) if clip < 1 else (max(norms) < clip)  # every step is clipped, or none
 
     processes = loop.Processes("cpu")
     with closing(loop._Run(config, processes, tmp_path)) as run:
@@ -305,7 +634,7 @@ def test_steps_are_those_of_plain_pytorch(settings: Settings, tmp_path: Path) ->
                 teacher = run.pair.teacher.project(batch)
             optimizer.zero_grad()
             run.pair.loss(teacher, run.pair.student.project(batch), **batch.loss_arguments()).backward()
-            assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01).item() == pytest.approx(norm, rel=1e-4)
+            assert torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item() == pytest.approx(norm, rel=1e-4)
             optimizer.step()
             schedule.step()
         saved = load_file(result.student / "model.safetensors")
@@ -481,12 +810,95 @@ def test_a_loss_that_is_not_finite_ends_the_run(
 
 def test_one_run_a_folder_at_a_time(settings: Settings, tmp_path: Path) -> None:
     config = settings()
+    holder = re.escape(f"(host {socket.gethostname()}, process {os.getpid()})")
     with (
         loop.Processes("cpu") as processes,
         loop._output_folder(config, processes),
-        pytest.raises(RuntimeError, match="another process"),
+        pytest.raises(RuntimeError, match=rf"another process is running in .*run {holder}"),
     ):
         distill(settings(resume=True))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, 524])
+def test_a_file_system_without_locks_is_said(
+    number: int, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert distill(settings(steps=1)).student is not None
+    assert "has no file locks" in capsys.readouterr().err
+    number = errno.EIO
+    with pytest.raises(OSError, match=r"--output: .*\.lock cannot be locked") as caught:
+        distill(settings(steps=1, resume=True))
+    assert caught.value.errno == errno.EIO
+
+
+def test_a_lock_that_is_no_file_of_ours_is_left_alone(settings: Settings, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    lock = tmp_path / "run" / ".lock"
+    lock.parent.mkdir()
+    for make in (lambda: lock.symlink_to(mine), lambda: lock.symlink_to("nowhere"), lambda: os.mkfifo(lock)):
+        make()
+        with pytest.raises(ValueError, match=r"--output: .*\.lock is (a symbolic link|not a regular file); remove it"):
+            distill(settings())
+        lock.unlink()
+    assert mine.read_text() == "mine"
+    assert not (tmp_path / "run" / "nowhere").exists()
+
+
+def test_folders_that_cannot_be_synced_are_passed_over(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert distill(settings()).student is not None
+
+
+def test_only_a_student_is_finished(settings: Settings, tmp_path: Path) -> None:
+    result = distill(settings(steps=3))
+    student = result.student
+    assert student is not None
+    assert {path.stat().st_mode & 0o777 for path in student.iterdir()} == {student.stat().st_mode & 0o666}
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    for make in (
+        lambda: student.write_text("mine"),
+        lambda: student.symlink_to("nowhere"),
+        lambda: student.symlink_to(other),
+        lambda: shutil.copytree(other, student),
+    ):
+        checkpoint.remove(student)
+        make()
+        with pytest.raises(ValueError, match=r"--output: .*student is neither a finished student nor an empty folder"):
+            distill(settings(steps=3, resume=True))
+        with pytest.raises(ValueError, match="holds another run"):
+            distill(settings(steps=3))
+    assert (other / "notes.txt").read_text() == "mine"
+    checkpoint.remove(student)
+    student.mkdir()
+    assert weights(distill(settings(steps=3, resume=True)))
+
+
+def test_a_disk_that_is_full_for_the_tokenizer_is_explained(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*arguments: Any, **options: Any) -> None:
+        raise Exception("No space left on device (os error 28)")  # tokenizers knows no class of its own
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", save)
+        with pytest.raises(OSError, match=r"disk is full.*--resume"):
+            distill(settings())
+    assert not list((tmp_path / "run").glob(".unfinished*"))
+    assert distill(settings(resume=True)).student is not None
 
 
 def other_tokenizer(folder: Path) -> str:

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+SECONDS = 1200  # of one program: pip fetches gigabytes
 # Variables that change what is built, and how.
-STEERING = ["MINILM_KERNELS_BUILD", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CXX", "CXXFLAGS", "LDFLAGS", "NVCC"]
+STEERING = ["MINILM_KERNELS_BUILD", "MAX_JOBS", "CXX", "CXXFLAGS", "LDFLAGS"]
 
 _CHECK = """
 import json, sys
@@ -39,7 +40,7 @@ class Environment:
     def __init__(self, folder: Path, shared: Environment | None = None, python: str = sys.executable) -> None:
         self.folder = folder
         options = ["--without-pip"] if shared else []
-        subprocess.run([python, "-m", "venv", *options, str(folder)], check=True, env=clean_environ())
+        subprocess.run([python, "-m", "venv", *options, str(folder)], check=True, env=clean_environ(), timeout=SECONDS)
         self.python = folder / "bin" / "python"
         self.site = Path(self.run("import sysconfig; print(sysconfig.get_path('platlib'))").strip())
         if shared is not None:
@@ -62,6 +63,7 @@ class Environment:
             capture_output=True,
             text=True,
             check=False,
+            timeout=SECONDS,
         )
 
     def pip(self, *arguments: str, **environ: str) -> str:
@@ -91,7 +93,7 @@ def clean_environ() -> dict[str, str]:
 def checkout(folder: Path) -> Path:
     """A copy of the sources as git would hand them out, changes that are not committed included."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
     for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -106,5 +108,5 @@ def interpreter(version: str) -> str | None:
         return None
     code = "import ensurepip, sys; print(sys.executable)"
     environ = os.environ | {"PYENV_VERSION": version}
-    result = subprocess.run([found, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    result = subprocess.run([found, "-c", code], env=environ, capture_output=True, text=True, check=False, timeout=60)
     return result.stdout.strip() if result.returncode == 0 else None

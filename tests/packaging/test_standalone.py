@@ -10,7 +10,8 @@ from pathlib import Path
 import native
 import pytest
 
-pytestmark = pytest.mark.packaging
+SECONDS = 600  # of one compilation, or of a run in an emulated processor
+pytestmark = [pytest.mark.packaging, pytest.mark.timeout(3 * SECONDS)]
 ARM = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
 
 
@@ -31,15 +32,15 @@ def _build(compiler: str, folder: Path, x86: bool = True) -> str:
         if source.name != "binding.cpp" and (x86 or not flags):
             objects.append(folder / f"{source.name}.o")
             command = [compiler, *native.CPU_FLAGS, *flags, "-Werror", "-I", str(native.CSRC / "cpu")]
-            subprocess.run([*command, "-c", str(source), "-o", str(objects[-1])], check=True)
+            subprocess.run([*command, "-c", str(source), "-o", str(objects[-1])], check=True, timeout=SECONDS)
     program = folder / "standalone"
-    subprocess.run([compiler, "-pthread", *map(str, objects), "-o", str(program)], check=True)
+    subprocess.run([compiler, "-pthread", *map(str, objects), "-o", str(program)], check=True, timeout=SECONDS)
     return str(program)
 
 
 def _run(*command: str) -> list[str]:
     """Runs the program; returns the instruction sets that it tried."""
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
     assert result.returncode == 0, result.stdout + result.stderr
     *names, summary = result.stdout.splitlines()[-1].split(", ")
     assert summary == "0 failures"

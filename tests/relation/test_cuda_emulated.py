@@ -5,6 +5,7 @@ that end anywhere, the guard, sequences beyond shared memory, the order of warps
 """
 
 import math
+from types import FunctionType
 
 import pytest
 import torch
@@ -21,17 +22,36 @@ from .cases import MALFORMED, Case, all_nan, dense, error, make, malformed
 pytestmark = pytest.mark.skipif(cuda.COMPILER is None, reason="no C++ compiler")
 
 _SHORTENED = {"test_4097_tokens", "test_small_divergences", "test_many_short_sequences_among_long_ones"}
+_SLOW = {
+    "test_dtypes_and_widths",
+    "test_equal_models_have_zero_divergence",
+    "test_packed_equals_padded",
+    "test_padding_never_matters",
+    "test_prefix_of_zero_is_causal_and_of_everything_is_bidirectional",
+    "test_repeated_runs_are_bitwise_equal",
+    "test_self_path_equals_cross_path",
+}
+
+
+def _slow(test: FunctionType) -> FunctionType:
+    """A copy of a contract's test that is marked as slow; the contract's own is not."""
+    copied = FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__, test.__closure__)
+    copied.__dict__ |= test.__dict__ | {"pytestmark": list(getattr(test, "pytestmark", []))}
+    return pytest.mark.slow(copied)
+
+
 for _name in dir(test_contract):
     if _name.startswith("test_") and _name not in _SHORTENED:
-        globals()[_name] = getattr(test_contract, _name)
+        _test = getattr(test_contract, _name)
+        globals()[_name] = _slow(_test) if _name in _SLOW else _test
 
 _SM_90 = (232448, 233472)  # bytes of shared memory: of a block, of a processor
 _CROWDED = (232448, 30000)  # the same block on a processor with little room: fewer blocks, of more warps
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return cuda.build(tmp_path_factory.mktemp("emulated"))
+def library(made_once):
+    return cuda.load(made_once("emulated", cuda.build))
 
 
 @pytest.fixture
@@ -94,6 +114,7 @@ def test_widths_of_unordered_pairs(backend, widths, dtype):
     _check(make(_LONG["prefix"], batch=3, length=131, heads=1, widths=widths, dtype=dtype), dtype=dtype)
 
 
+@pytest.mark.slow
 def test_every_length_to_600(backend):
     """Prefixes of every kind among them; shared memory ends at a page that no byte may be read from."""
     lengths = torch.arange(1, 601)
@@ -119,6 +140,7 @@ def test_every_length_to_600(backend):
         start = end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [1e-3, 1e-5])
 def test_small_divergences(backend, device, target):
     test_contract.test_small_divergences(backend, device, target)
@@ -138,6 +160,7 @@ def test_small_divergences_of_unordered_pairs(backend, target):
     assert error(grad, expected_grad) < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_many_short_sequences_among_long_ones(backend, reduction):
     lengths = torch.tensor([150, *[3, 1, 0, 17] * 10, 149, 64])

@@ -6,9 +6,7 @@ from hypothesis import strategies as st
 
 from .cases import Case, error, make
 
-anything = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+anything = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @st.composite

@@ -17,8 +17,8 @@ _FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-ffp-contract=off", "-
 _FLAGS += ["-DMINILM_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{HERE}", f"-I{SOURCES}"]
 
 
-def build(folder: Path) -> ctypes.CDLL:
-    """Compiles and loads the emulated library; its operators are `torch.ops.minilm_kernels_cuda_emulated`."""
+def build(folder: Path) -> None:
+    """Compiles the emulated library."""
     import ninja
 
     torch_folder = Path(torch.__file__).parent
@@ -34,8 +34,12 @@ def build(folder: Path) -> ctypes.CDLL:
     ]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
     tool = Path(ninja.BIN_DIR) / "ninja"
-    result = subprocess.run([tool, "-C", folder, "-j", "2"], capture_output=True, text=True)
+    result = subprocess.run([tool, "-C", folder, "-j", "2"], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout[-4000:]
+
+
+def load(folder: Path) -> ctypes.CDLL:
+    """Loads what `build` made; its operators are `torch.ops.minilm_kernels_cuda_emulated`."""
     library = folder / "emulated.so"
     torch.ops.load_library(library)
     loaded = ctypes.CDLL(str(library))

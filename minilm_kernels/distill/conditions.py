@@ -1,0 +1,87 @@
+"""What the last bits of a run depend on beside its settings: recorded in every checkpoint, compared on `--resume`."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from transformers.utils.hub import cached_file
+
+import minilm_kernels
+from minilm_kernels.relation import native_cpu
+
+from .checkpoint import sha256
+from .models import Pair
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """Machine and versions, as JSON; the keys are words for a message."""
+    backends = [name for name, reason in minilm_kernels.available_backends().items() if reason is None]
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if "cpu" in backends:
+        instructions += f", kernels {native_cpu.instruction_set()}"
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+        "minilm_kernels": minilm_kernels.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "instruction set": instructions,
+        "backends": ", ".join(backends),
+    }
+
+
+def broken_promises(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each condition that is not as it was."""
+    return [
+        f"no longer bit for bit the run that was not interrupted: {name} was {before.get(name)}, is {now.get(name)}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+
+
+def teacher_digests(pair: Pair) -> dict[str, str]:
+    """SHA-256 of the files that the teacher and its tokenizer were loaded from, by name."""
+    name = pair.teacher.model.name_or_path
+    revision = getattr(pair.teacher.model.config, "_commit_hash", None)
+    names = {"config.json", _WEIGHTS, *_TOKENIZER, "tokenizer.json", *pair.tokenizer.vocab_files_names.values()}
+    files = {file: _find(name, file, revision) for file in sorted(names)}
+    if files[_WEIGHTS] is None and (index := _find(name, _INDEX, revision)) is not None:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files |= {_INDEX: index, **{shard: _find(name, shard, revision) for shard in sorted(shards)}}
+    return {file: sha256(path) for file, path in files.items() if path is not None}
+
+
+def _find(name: str, file: str, revision: str | None) -> Path | None:
+    """A file of a local folder or of the hub's cache, which loading has filled."""
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return path if path.exists() else None
+    found = cached_file(
+        name,
+        file,
+        revision=revision,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _processor() -> str:
+    """The CPU's model, by which its libraries choose their code."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()

@@ -1,0 +1,322 @@
+"""Strikes a small run of `minilm-distill` at its operations on files, continues it, and compares with one left alone.
+
+    python -m tests.distill.soak [--modes kill,half,...] [--keep 1,2] [--ranks 1,2] [--resume-too] [--damage]
+                                 [--first N] [--last N] [--every N] [--seconds S]
+
+A library that is preloaded (strike.c, compiled here with `cc`) counts every open, write, sync, rename, removal and new
+folder below the run's output, and at the n-th kills the process, before it or half-way, lets it fail, or sends a
+signal. The run is then continued with `--resume`. It survives if no half checkpoint was ever visible, none that was
+whole was lost, and in the end student, metrics and list of files are those of the run that was left alone. Linux only.
+
+Without options it goes round all kinds of runs, coarse points first, and ends within five minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import itertools
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MODES = ("kill", "half", "term", "interrupt2", "eio", "eio-on", "full1", "full")  # in the order of strike.c, from 1
+LIBRARY = "MINILM_KERNELS_STRIKE"
+PATIENCE = 60.0
+STEPS, STOPPED_AT = 6, 4
+
+
+@dataclass
+class Scenario:
+    """A kind of run, what it does on the disk, and how it ends when it is left alone."""
+
+    keep: int
+    ranks: int
+    resumed: bool
+    damaged: bool
+    journal: list[tuple[str, str]] = field(default_factory=list)
+    expected: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        extra = (", resumed" if self.resumed else "") + (", newest damaged" if self.damaged else "")
+        return f"keep {self.keep}, {self.ranks} ranks{extra}"
+
+
+class Soak:
+    """Runs in child processes of this one, which has imported all that they need."""
+
+    def __init__(self, work: Path) -> None:
+        from tests.distill.tiny import make_texts, save_model
+
+        self.work, self.output = work, work / "run"
+        save_model(work / "teacher")
+        (work / "text.txt").write_text("\n\n".join(make_texts(60, longest=30)), encoding="utf-8")
+        self.strike = ctypes.CDLL(os.environ[LIBRARY]).strike_arm
+        self.strike.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_char_p]
+        self.log, self.journal = work / "log", work / "journal"
+
+    def words(self, keep: int, resume: bool) -> list[str]:
+        return shlex.split(
+            f"--teacher {self.work}/teacher --text {self.work}/text.txt --output {self.output} --student-layers 1 "
+            "--student-hidden 24 --student-heads 4 --relation-heads 12 --seq-len 16 --batch-size 4 --lr 1e-3 "
+            f"--steps {STEPS} --dropout 0.1 --heldout-fraction 0.1 --heldout-rows 4 --shuffle-rows 20 --log-every 1 "
+            f"--eval-every 3 --checkpoint-every 2 --keep-checkpoints {keep} --device cpu"
+        ) + (["--resume"] if resume else [])
+
+    def run(self, scenario: Scenario, *, resume: bool, at: int = 0, how: int = 0, stop: bool = False) -> list[int]:
+        """Exit statuses of the ranks; the first is struck. `stop`: it is asked to stop in step `STOPPED_AT`."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(scenario.ranks):
+            child = os.fork()
+            if not child:
+                self._child(scenario, rank, port, resume, at, how, stop)
+            children.append(child)
+        ends = [_wait(child, PATIENCE) for child in children]
+        return [os.waitstatus_to_exitcode(end) for end in ends]
+
+    def _child(
+        self, scenario: Scenario, rank: int, port: int, resume: bool, at: int, how: int, stop: bool
+    ) -> None:  # does not return
+        status = 99
+        try:
+            log = os.open(f"{self.log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for handle in (1, 2):
+                os.dup2(log, handle)
+            if scenario.ranks > 1:
+                os.environ |= {"WORLD_SIZE": str(scenario.ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            from minilm_kernels.distill import cli, loop
+
+            if stop:
+                real = loop._Run._step
+
+                def step(run: Any) -> None:
+                    if run.step == STOPPED_AT - 1 and rank == 0:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    real(run)
+
+                loop._Run._step = step  # type: ignore[method-assign]
+            if rank == 0:
+                self.strike(os.fsencode(self.output), at, how, os.fsencode(self.journal))
+            status = cli.main(self.words(scenario.keep, resume))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def said(self, scenario: Scenario) -> str:
+        return "".join(Path(f"{self.log}.{rank}").read_text(errors="replace") for rank in range(scenario.ranks))
+
+    def prepare(self, scenario: Scenario) -> None:
+        """Leaves the folder as the run to be struck finds it."""
+        shutil.rmtree(self.output, ignore_errors=True)
+        if scenario.resumed:
+            name = f"stopped-{max(2, scenario.keep) if scenario.damaged else scenario.keep}-{scenario.ranks}"
+            if not (self.work / name).exists():
+                two = Scenario(int(name.split("-")[1]), scenario.ranks, False, False)
+                ends = self.run(two, resume=False, stop=True)
+                assert ends == [128 + signal.SIGTERM] * scenario.ranks, (ends, self.said(two))
+                shutil.move(self.output, self.work / name)
+            shutil.copytree(self.work / name, self.output)
+            if scenario.damaged:
+                file = self.output / "checkpoints" / f"step-{STOPPED_AT:09d}" / "optimizer.safetensors"
+                file.write_bytes(file.read_bytes()[:-1] + b"?")
+
+    def measure(self, scenario: Scenario) -> None:
+        """The run that is left alone."""
+        self.prepare(scenario)
+        ends = self.run(scenario, resume=scenario.resumed)
+        assert ends == [0] * scenario.ranks, self.said(scenario)
+        lines = self.journal.read_text().splitlines()
+        scenario.journal = [(what, path) for what, _, path in (line.partition("\t") for line in lines)]
+        scenario.expected = self.outcome()
+
+    def outcome(self) -> dict[str, Any]:
+        """What must be the same in the end: every file of the run, without what depends on the clock."""
+        found: dict[str, Any] = {}
+        for path in self.output.rglob("*"):
+            name = str(path.relative_to(self.output))
+            if path.is_dir() or path.name == ".lock" or name.startswith("checkpoints/"):
+                found[name.partition("/damaged-")[0] if path.is_dir() else name] = None
+            elif path.name == "metrics.jsonl":
+                records = [json.loads(line) for line in path.read_text().splitlines()]
+                found[name] = [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in records]
+            elif path.name == "settings.json":
+                found[name] = {**json.loads(path.read_text()), "resume": None}
+            else:
+                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return {name: value for name, value in found.items() if "/damaged-" not in name}
+
+    def trial(self, scenario: Scenario, mode: str, at: int) -> str | None:
+        """What went wrong, if anything did."""
+        from minilm_kernels.distill.checkpoint import Checkpoints, read_checkpoint
+
+        self.prepare(scenario)
+        ends = self.run(scenario, resume=scenario.resumed, at=at, how=1 + MODES.index(mode))
+        said = self.said(scenario)
+        if "Traceback" in said:
+            return f"a traceback (exit {ends}):\n{said}"
+        if any(end == -signal.SIGALRM for end in ends):
+            return f"a rank that does not end:\n{said}"
+        right = {"kill": -9, "half": -9, "interrupt2": -2}.get(mode)
+        if mode in ("kill", "half") and ends[0] != right:
+            return f"ended with {ends} instead of {right}:\n{said}"
+
+        # Whole when the strike came: what was renamed before it, or was there from the start.
+        steps = [int(path.rpartition("-")[2]) for what, path in scenario.journal[: at - 1] if _is_whole(what, path)]
+        if scenario.resumed:
+            steps.append(STOPPED_AT // 2 if scenario.damaged else STOPPED_AT)
+        whole = []
+        for folder in Checkpoints(self.output / "checkpoints", 1).names():
+            try:
+                whole.append(read_checkpoint(folder).step)
+            except ValueError as error:
+                if not (scenario.damaged and "optimizer.safetensors has a wrong checksum" in str(error)):
+                    return f"a half checkpoint is visible: {error}"
+        if steps and (not whole or max(whole) < max(steps)):
+            return f"step {max(steps)} was lost, {whole or 'nothing'} is left"
+
+        ends = self.run(scenario, resume=True)
+        said = self.said(scenario)
+        if ends != [0] * scenario.ranks:
+            return f"--resume ended with {ends}:\n{said}"
+        outcome, expected = self.outcome(), scenario.expected
+        if mode in ("term", "interrupt2"):  # the run has saved one more checkpoint, in place of an older one
+            outcome, expected = _without_older(outcome), _without_older(expected)
+        other = sorted(
+            name
+            for name in {*outcome, *expected}
+            if (name in outcome) != (name in expected) or outcome[name] != expected[name]
+        )
+        return f"other than the run left alone: {', '.join(other)}" if other else None
+
+
+def _without_older(outcome: dict[str, Any]) -> dict[str, Any]:
+    """An outcome with no more of the older checkpoints than their number."""
+    older = [name for name in outcome if name.startswith("checkpoints/") and f"step-{STEPS:09d}" not in name]
+    return {**{name: value for name, value in outcome.items() if name not in older}, "older": len(older)}
+
+
+def _is_whole(what: str, path: str) -> bool:
+    return what == "rename" and Path(path).name.startswith("step-")
+
+
+def _wait(child: int, patience: float) -> int:
+    """The child's wait status; one that does not end is killed, and told from others by SIGALRM."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return int(signal.SIGALRM)
+
+
+def _points(scenario: Scenario, first: int, last: int, every: int) -> list[int]:
+    """Numbers of operations, coarse ones first: in the order of their reversed bits."""
+    points = range(max(1, first), min(last or len(scenario.journal), len(scenario.journal)) + 1, every)
+    return [points[i] for i in sorted(range(len(points)), key=lambda i: f"{i:020b}"[::-1])]
+
+
+def _trials(soak: Soak, options: argparse.Namespace) -> Iterator[list[tuple[Scenario, str, int]]]:
+    """For each scenario and mode its trials."""
+    resumed = [(False, False)]
+    if options.resume_too or options.all:
+        resumed.append((True, False))
+    if options.damage or options.all:
+        resumed.append((True, True))
+    scenarios = [Scenario(keep, ranks, *how) for ranks in options.ranks for how in resumed for keep in options.keep]
+    for scenario in scenarios:
+        soak.measure(scenario)
+        print(f"{scenario}: {len(scenario.journal)} operations", flush=True)
+        for mode in options.modes:
+            yield [(scenario, mode, at) for at in _points(scenario, options.first, options.last, options.every)]
+
+
+def soak(options: argparse.Namespace, work: Path) -> bool:
+    """Runs all trials that fit into the time; returns whether all survived."""
+    ending = time.monotonic() + options.seconds
+    course = Soak(work)
+    rounds = itertools.zip_longest(*_trials(course, options))
+    trials = [trial for several in rounds for trial in several if trial is not None]
+    survived = tried = 0
+    for scenario, mode, at in trials:
+        if time.monotonic() > ending:
+            break
+        tried += 1
+        wrong = course.trial(scenario, mode, at)
+        survived += wrong is None
+        if wrong:
+            what, path = scenario.journal[at - 1]
+            place = Path(path).relative_to(course.output)
+            print(f"{scenario}: {mode} at operation {at} ({what} {place}): {wrong}", flush=True)
+    left = f"; {len(trials) - tried} of {len(trials)} points left out for want of time" if tried < len(trials) else ""
+    print(f"survived {survived} of {tried}{left}")
+    return survived == tried > 0
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modes", type=lambda text: text.split(","), help=f"of {','.join(MODES)} (kill,half)")
+    parser.add_argument("--keep", type=_numbers, help="checkpoints to keep (1,2)")
+    parser.add_argument("--ranks", type=_numbers, help="processes (1,2)")
+    parser.add_argument("--resume-too", action="store_true", help="strike resumed runs too")
+    parser.add_argument("--damage", action="store_true", help="strike runs that pass over a damaged checkpoint too")
+    parser.add_argument("--first", type=int, default=1, help="first operation to strike")
+    parser.add_argument("--last", type=int, default=0, help="last one; 0: all")
+    parser.add_argument("--every", type=int, default=1, help="distance of the operations to strike")
+    parser.add_argument("--seconds", type=float, default=270.0, help="when to end (270)")
+    options = parser.parse_args(argv)
+    narrow = (options.modes, options.keep, options.ranks, options.resume_too or None, options.damage or None)
+    options.all = all(choice is None for choice in narrow)
+    options.modes = options.modes or ["kill", "half"]
+    options.keep, options.ranks = options.keep or [1, 2], options.ranks or ([1, 2] if options.all else [1])
+    if unknown := set(options.modes) - set(MODES):
+        parser.error(f"--modes: {', '.join(unknown)}: expected some of {', '.join(MODES)}")
+
+    if LIBRARY not in os.environ:  # begin again with the library preloaded
+        with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+            library = Path(folder) / "strike.so"
+            source = Path(__file__).with_name("strike.c")
+            compiler = shlex.split(os.environ.get("CC", "cc"))
+            subprocess.run(
+                [*compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True, timeout=PATIENCE
+            )
+            environment = {LIBRARY: str(library), "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+            quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+            command = [sys.executable, "-m", __spec__.name, *(sys.argv[1:] if argv is None else argv)]
+            environment = {**os.environ, **environment, **quiet}
+            return subprocess.run(command, env=environment, timeout=options.seconds + 6 * PATIENCE).returncode
+
+    import minilm_kernels.distill.loop  # noqa: F401  once, for all runs
+
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        return 0 if soak(options, Path(folder)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Mutants of the extractor and of the students."""
+
+from . import Mutant
+
+_QKV = "minilm_kernels/qkv.py"
+_VIEW = "minilm_kernels/_module_view.py"
+_STUDENTS = "minilm_kernels/students.py"
+_QUICK = "-k 'not compiles and not distributed'"
+
+MUTANTS = [
+    Mutant(
+        _QKV,
+        "return layer if layer > 0 else count + 1 + layer",
+        "return layer if layer > 0 else count + layer",
+        f"tests/test_qkv.py {_QUICK}",
+        "the last layer asked for is the last but one",
+    ),
+    Mutant(
+        _QKV,
+        "return QKV(query(found[0]), key(found[0]), value(found[0]))",
+        "return QKV(query(found[0]), key(found[0]), value(found[0].detach()))",
+        f"tests/test_qkv.py {_QUICK}",
+        "no gradient reaches the model through the values",
+    ),
+    Mutant(
+        _QKV,
+        "        self.model.train(mode)\n",
+        "",
+        f"tests/test_qkv.py {_QUICK}",
+        "train() and eval() leave the model as it is",
+    ),
+    Mutant(
+        _QKV,
+        "accepts_loss_kwargs = False",
+        "accepts_loss_kwargs = True",
+        "tests/test_qkv.py -k accumulation",
+        "transformers' Trainer multiplies the gradient by its accumulation steps",
+    ),
+    Mutant(
+        _QKV,
+        "        if self.frozen:\n            return self\n",
+        "",
+        f"tests/test_qkv.py {_QUICK}",
+        "train() on a module that holds a frozen teacher turns the teacher's dropout on",
+    ),
+    Mutant(
+        _QKV,
+        '            self.__dict__["base"] = pinned(base, made)',
+        "            self.base = pinned(base, made)",
+        f"tests/test_qkv.py {_QUICK}",
+        "a frozen teacher is among the parameters that are trained and saved",
+    ),
+    Mutant(
+        _VIEW,
+        "    for name in list(kept)[layer:]:\n        del kept[name]\n",
+        "",
+        f"tests/test_qkv.py {_QUICK}",
+        "modules behind the layer stay in the extractor",
+        harmless="the exception ends the forward before them, and only reached parameters are registered",
+    ),
+    Mutant(
+        _VIEW,
+        '        twin.__dict__["training"] = False\n',
+        "",
+        f"tests/test_qkv.py {_QUICK}",
+        "a frozen teacher made from a model in training mode has dropout",
+    ),
+    Mutant(
+        _VIEW,
+        "        tensors,\n        training=False,",
+        "        tensors,",
+        f"tests/test_qkv.py {_QUICK}",
+        "the dry run draws random numbers for dropout: the run after it is another one",
+    ),
+    Mutant(
+        "minilm_kernels/_full_attention.py",
+        "if partial[layer - 1] is not None:",
+        "if partial[0] is not None:",
+        "tests/test_full_attention.py",
+        "a layer with local attention is extracted: its relations are not the attention that it uses",
+    ),
+    Mutant(
+        _STUDENTS,
+        "sources = [resolve_layer(layer, count) - 1 for layer in layers]",
+        "sources = [resolve_layer(layer, count) % count for layer in layers]",
+        "tests/test_students.py",
+        "each copied layer is the one behind the layer asked for",
+    ),
+    Mutant(
+        _STUDENTS,
+        "4 * hidden_size if intermediate_size is None",
+        "3 * hidden_size if intermediate_size is None",
+        "tests/test_students.py",
+        "other students than the papers'",
+    ),
+    Mutant(
+        _STUDENTS,
+        "torch.random.default_generator.manual_seed(seed)",
+        "torch.random.default_generator.manual_seed(0)",
+        "tests/test_students.py",
+        "the seed of a random student is ignored",
+    ),
+]

@@ -1,0 +1,242 @@
+"""Mutants of the operator in Python, and of the losses."""
+
+from . import Mutant
+
+_API = "minilm_kernels/relation/api.py"
+_MASKS = "minilm_kernels/relation/masks.py"
+_OPERATOR = "minilm_kernels/relation/operator.py"
+_PROBLEM = "minilm_kernels/relation/problem.py"
+_BLOCKED = "minilm_kernels/relation/blocked.py"
+_LOSSES = "minilm_kernels/losses.py"
+
+_VALIDATION = "tests/relation/test_validation.py"
+_CONTRACT = "tests/relation/test_contract.py"
+_ON_TORCH = f"{_CONTRACT} -k 'torch-'"  # the contract on the backend `torch`
+
+MUTANTS = [
+    # What the public call refuses.
+    Mutant(
+        _API,
+        "        if x.requires_grad:\n",
+        "        if x.requires_grad and x.is_leaf:\n",
+        _VALIDATION,
+        "a teacher run without no_grad() gets no error: memory for a graph that nobody wants",
+    ),
+    Mutant(
+        _API,
+        "if x.shape[:-1] != first.shape[:-1]:",
+        "if x.shape[0] != first.shape[0]:",
+        _VALIDATION,
+        "tensors of other lengths or head counts reach the kernels",
+    ),
+    Mutant(
+        _API,
+        "if x.shape[-2] == 0 or x.shape[-1] == 0:",
+        "if x.shape[-2] == 0:",
+        _VALIDATION,
+        "a width of 0 reaches the kernels",
+    ),
+    Mutant(
+        _API,
+        "if not math.isfinite(scale):",
+        "if math.isinf(scale):",
+        _VALIDATION,
+        "a scale of NaN gives a loss of NaN and no message",
+    ),
+    # Masks.
+    Mutant(
+        _MASKS,
+        "return self.attention_mask != 0",
+        "return self.attention_mask > 0",
+        _CONTRACT,
+        "an integer mask with −1 counts real tokens as padding",
+    ),
+    Mutant(
+        _MASKS,
+        "counted = (lengths > 0).sum().clamp(min=1)",
+        "counted = (lengths >= 0).sum().clamp(min=1)",
+        f"{_CONTRACT} -k masks_and_reductions",
+        "sequences without tokens count in the mean: the loss is too small",
+    ),
+    Mutant(
+        _MASKS,
+        "if bounds[0] != 0 or bounds[-1] != total",
+        "if bounds[-1] != total",
+        _VALIDATION,
+        "cu_seqlens that does not begin at 0: tokens are left out without a word",
+    ),
+    Mutant(
+        _MASKS,
+        "if self.max_seqlen is not None and max(lengths, default=0) > self.max_seqlen:",
+        "if self.max_seqlen is not None and max(lengths, default=0) > 2 * self.max_seqlen:",
+        _VALIDATION,
+        "a max_seqlen that is too small reaches the kernels that size their tiles by it",
+    ),
+    Mutant(
+        _MASKS,
+        "within = position[:, None, :] <= position[:, :, None]",
+        "within = position[:, None, :] < position[:, :, None]",
+        f"{_CONTRACT} -k masks_and_reductions",
+        "the reference hides a causal row's own token: the yardstick itself is wrong",
+    ),
+    Mutant(
+        _MASKS,
+        "return tokens, starts, (self.real & inside).sum(-1)",
+        "return tokens, starts, inside.sum(-1)",
+        f"{_CONTRACT} -k masks_and_reductions",
+        "a prefix counts its padding: with left padding too many keys are seen",
+    ),
+    Mutant(
+        _MASKS,
+        "self.prefix_lens.long().clamp(min=0).minimum(lengths)",
+        "self.prefix_lens.long().minimum(lengths)",
+        f"{_CONTRACT} {_VALIDATION}",
+        "a negative prefix of a packed sequence",
+        harmless="every backend compares positions with it, or takes the maximum with 0 itself",
+    ),
+    # The operators and autograd.
+    Mutant(
+        _OPERATOR,
+        "parts = [part * grad[r] for part,",
+        "parts = [part for part,",
+        "tests/relation/test_operator.py",
+        "a weighted relation has the gradient of weight 1",
+    ),
+    Mutant(
+        _OPERATOR,
+        "grads[m] = part if so_far is None else so_far + part",
+        "grads[m] = part",
+        f"tests/relation/test_operator.py {_ON_TORCH}",
+        "a tensor of several relations gets the gradient of the last one only",
+    ),
+    Mutant(
+        _OPERATOR,
+        "set(grad.tolist()) == {1.0}",
+        "1.0 in set(grad.tolist())",
+        "tests/relation/test_operator.py",
+        "one weight of 1 among others switches all weights off",
+    ),
+    Mutant(
+        _OPERATOR,
+        "return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()",
+        "return nullcontext()",
+        "tests/relation/test_operator.py -k autocast",
+        "scores in bfloat16 under autocast",
+    ),
+    Mutant(
+        _OPERATOR,
+        "any(g is not None for g in second_derivatives):",
+        "not second_derivatives:",
+        "tests/relation/test_operator.py",
+        "a second derivative is 0 and no error",
+    ),
+    Mutant(
+        _BLOCKED,
+        "    with _threads(items // blocks, q_s.device):",
+        "    with _threads(items, q_s.device):",
+        f"{_CONTRACT} tests/relation/test_operator.py",
+        "backend `torch` gives other bits with other numbers of threads",
+    ),
+    Mutant(
+        _PROBLEM,
+        "scale_s = width_s**-0.5 if",
+        "scale_s = width_t**-0.5 if",
+        "tests/test_losses.py",
+        "the student's scores are divided by the teacher's width",
+    ),
+    Mutant(
+        _PROBLEM,
+        "return torch.float64 if any(x.dtype == torch.float64 for x in (*teacher, *student))",
+        "return torch.float64 if any(x.dtype == torch.float64 for x in student)",
+        f"{_CONTRACT} {_VALIDATION} tests/test_losses.py",
+        "a float64 teacher is rounded to float32",
+    ),
+    # Backend `torch`.
+    Mutant(
+        _BLOCKED,
+        "return min(self.length, max(rows_end, self.longest_prefix))",
+        "return min(self.length, max(rows_end, min(self.longest_prefix, 128)))",
+        f"{_CONTRACT}",
+        "prefixes of more than 128 tokens are cut",
+    ),
+    Mutant(
+        _BLOCKED,
+        "grads[-1][i, keys] += torch.bmm(excess.mT, q_s[i, rows] * weights)",
+        "grads[-1][i, keys] += torch.bmm(excess.mT, q_s[i, rows] * weights.clamp(min=0))",
+        _CONTRACT,
+        'with reduction="none" a negative upstream gradient is lost for the keys',
+    ),
+    Mutant(
+        _BLOCKED,
+        "group.scatter(grad * scale_s, slot)",
+        "group.scatter(grad * scale_t, slot)",
+        _ON_TORCH,
+        "gradients of a student narrower than the teacher are too small",
+    ),
+    Mutant(
+        _BLOCKED,
+        "        return row_weights.masked_fill(~real, 0.0)",
+        "        return row_weights",
+        _ON_TORCH,
+        "padding of a group of sequences counts in the loss",
+    ),
+    Mutant(
+        _BLOCKED,
+        "hidden = hidden & (key >= self.prefix[:, None])[:, None]",
+        "hidden = hidden & (key > self.prefix[:, None])[:, None]",
+        _ON_TORCH,
+        "the first key behind a prefix is seen by all rows",
+    ),
+    Mutant(
+        _BLOCKED,
+        "torch.where(delta.abs() < 0.25, small, excess - p * delta)",
+        "torch.where(delta.abs() < 0.25, excess - p * delta, small)",
+        f"{_CONTRACT} tests/relation/test_properties.py",
+        "the KL of single rows of a model near its teacher is lost in rounding",
+    ),
+    Mutant(
+        _BLOCKED,
+        "torch.where(delta.abs() < 0.25,",
+        "torch.where(delta.abs() < 2.5,",
+        _ON_TORCH,
+        "another threshold between two forms of one number",
+        harmless="expm1 is exact at any size here, so both forms agree",
+    ),
+    Mutant(
+        _BLOCKED,
+        "if 2 * lengths[n] > longest]",
+        "if 4 * lengths[n] > longest]",
+        _ON_TORCH,
+        "sequences of other lengths share a block",
+        harmless="only the amount of padding changes",
+    ),
+    # Losses.
+    Mutant(
+        _LOSSES,
+        "first, *others = (weight * components[name] for",
+        "first, *others = (components[name] for",
+        "tests/test_losses.py",
+        "the weights of relations are ignored",
+    ),
+    Mutant(
+        _LOSSES,
+        '{"qk": 1.0, "vv": 1.0}',
+        '{"qq": 1.0, "vv": 1.0}',
+        "tests/test_losses.py",
+        "MiniLM distils another relation than the paper's",
+    ),
+    Mutant(
+        _LOSSES,
+        "[(_NAMES[name[0]], _NAMES[name[1]]) for name in self.relations]",
+        "[(_NAMES[name[1]], _NAMES[name[0]]) for name in self.relations]",
+        "tests/test_losses.py",
+        "rows and keys of a relation are exchanged",
+    ),
+    Mutant(
+        _LOSSES,
+        "            reduction=self.reduction,\n",
+        "",
+        "tests/test_losses.py",
+        "every loss is the mean over sequences",
+    ),
+]
