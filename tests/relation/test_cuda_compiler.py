@@ -21,6 +21,7 @@ from minilm_kernels.relation.cuda_compiler import CompilerError, compile_kernels
 
 from .cases import Case, make
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NVRTC is for Linux")
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TINY = "reduce"  # the kernel that compiles at once
