@@ -138,15 +138,15 @@ MUTANTS = [
     # Text.
     Mutant(
         _D + "data.py",
-        "                if self._held_out(text):\n                    continue\n",
-        "",
+        'if self.held_out is None or not self.held_out.contains(d.text or "")]',
+        "]",
         _T + "test_data.py",
         "held-out documents train",
     ),
     Mutant(
         _D + "data.py",
-        "limit = int(fraction * 2**64)",
-        "limit = int(fraction * 2**63)",
+        "return int(fraction * 2**64)",
+        "return int(fraction * 2**63)",
         _T + "test_data.py",
         "half of the documents asked for are held out",
     ),
@@ -188,8 +188,8 @@ MUTANTS = [
     ),
     Mutant(
         _D + "sources.py",
-        "if row > wanted and text is not None",
-        "if row >= wanted and text is not None",
+        "                            if row > wanted:\n",
+        "                            if row >= wanted:\n",
         _T + "test_sources.py",
         "a Parquet row is read twice after a resume",
     ),
@@ -202,8 +202,8 @@ MUTANTS = [
     ),
     Mutant(
         _D + "sources.py",
-        '"utf-8-sig" if offset == 0 else "utf-8"',
-        '"utf-8"',
+        "text = raw if offset else raw.removeprefix(codecs.BOM_UTF8)",
+        "text = raw",
         _T + "test_sources.py",
         "a byte order mark becomes a token",
     ),

@@ -97,8 +97,8 @@ MUTANTS = [
     # The operators and autograd.
     Mutant(
         _OPERATOR,
-        "part = slot if as_they_are else slot * grad[r]",
-        "part = slot",
+        "parts = [part * grad[r] for part,",
+        "parts = [part for part,",
         "tests/relation/test_operator.py",
         "a weighted relation has the gradient of weight 1",
     ),
@@ -111,18 +111,31 @@ MUTANTS = [
     ),
     Mutant(
         _OPERATOR,
-        "return set(grad.tolist()) == {1.0}",
-        "return 1.0 in set(grad.tolist())",
+        "set(grad.tolist()) == {1.0}",
+        "1.0 in set(grad.tolist())",
         "tests/relation/test_operator.py",
         "one weight of 1 among others switches all weights off",
     ),
     Mutant(
         _OPERATOR,
-        "    # Under autocast the products inside a backend would be rounded to half precision.\n"
-        "    with torch.autocast(student[0].device.type, enabled=False):",
-        "    with torch.autocast(student[0].device.type, enabled=torch.is_autocast_enabled('cpu')):",
+        "return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()",
+        "return nullcontext()",
         "tests/relation/test_operator.py -k autocast",
         "scores in bfloat16 under autocast",
+    ),
+    Mutant(
+        _OPERATOR,
+        "any(g is not None for g in second_derivatives):",
+        "not second_derivatives:",
+        "tests/relation/test_operator.py",
+        "a second derivative is 0 and no error",
+    ),
+    Mutant(
+        _BLOCKED,
+        "    with _threads(items // blocks, q_s.device):",
+        "    with _threads(items, q_s.device):",
+        f"{_CONTRACT} tests/relation/test_operator.py",
+        "backend `torch` gives other bits with other numbers of threads",
     ),
     Mutant(
         _PROBLEM,
