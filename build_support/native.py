@@ -46,7 +46,8 @@ OLDEST_TORCH = (2, 10)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # that torch
 
 WARNINGS = ["-Wall", "-Wno-unknown-warning-option", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # GCC 12, own headers
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
+# Messages name a source file by its place in the project, not by where it was built.
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={CSRC.parent}/=", *WARNINGS]
 # No contraction: a sum shall come out the same wherever the compiler meets it.
 CPU_FLAGS = [*CXX_FLAGS, "-ffp-contract=off"]
 # Vector code is compiled per instruction set and chosen at run time; a wheel must run on every processor.

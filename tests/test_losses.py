@@ -162,6 +162,21 @@ def test_errors(call, exception, message):
         call()
 
 
+def test_lists_are_taken_as_tuples_are():
+    expected = MiniLMv2Loss(6)(TEACHER, STUDENT, MASK)
+    assert torch.equal(MiniLMv2Loss(6)(list(TEACHER), list(STUDENT), MASK), expected)
+    with pytest.raises(TypeError, match="teacher: expected QKV"):
+        MiniLMv2Loss(6)(list(TEACHER[:2]), list(STUDENT), MASK)
+    with pytest.raises(TypeError, match=r"student: expected QKV.*got Tensor"):
+        MiniLMv2Loss(6)(TEACHER, torch.stack(STUDENT), MASK)
+
+
+def test_float_masks():
+    expected = MiniLMv2Loss(6)(TEACHER, STUDENT, MASK)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert torch.equal(MiniLMv2Loss(6)(TEACHER, STUDENT, MASK.to(dtype)), expected)
+
+
 def test_only_the_named_projections_must_fit():
     """Grouped-query teacher: keys and values are narrower; Q-Q alone does not look at them."""
     teacher = QKV(torch.randn(2, 5, 24), torch.randn(2, 5, 7), torch.randn(2, 5, 7))

@@ -66,6 +66,26 @@ def _reversed(p, q, log_p, log_q):
     return q * (log_q - log_p)
 
 
+def test_masks_that_models_take_but_mean_something_else():
+    """Additive masks and segment numbers, read as "nonzero is real", hide the wrong tokens or join the segments."""
+    teacher, student = _inputs()
+    additive = (1 - RIGHT.long()) * -10000
+    assert not _agree(_naive(teacher, student, additive != 0), _naive(teacher, student), 0.01)
+    segments = torch.where(torch.arange(S) < 4, 1, 2).expand(B, S)
+    apart = [
+        relation_kl(teacher[:, part], None, student[:, part], None, reduction="sum") for part in (slice(4), slice(4, S))
+    ]
+    assert not _agree(_naive(teacher, student, segments != 0), sum(apart) / (A * B * S), 0.01)
+    for mask, name in (
+        (additive, "additive"),
+        (additive.float(), "additive"),
+        (segments, "segment"),
+        (segments.float(), "segment"),
+    ):
+        with pytest.raises(ValueError, match=f"attention_mask: .*{name}"):
+            _ours(teacher, student, mask)
+
+
 EVERYTHING = torch.ones(B, S, dtype=torch.bool)
 
 

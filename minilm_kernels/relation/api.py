@@ -44,15 +44,21 @@ def relation_kl(
 
         KL[b, a, i] = Σ_j R_t[b, a, i, j] · (log R_t[b, a, i, j] − log R_s[b, a, i, j])
 
-    Differentiable in the student's tensors, once. The gradient of a scalar reduction is computed in the forward.
+    Differentiable in the student's tensors, once: differentiating the gradient again is an error. The gradient of a
+    scalar reduction is computed in the forward. torch.func.grad and vjp work; vmap and forward mode are refused.
 
     Args:
         teacher_query, teacher_key: (B, S, A, D_t), or packed (T, A, D_t); float16, bfloat16, float32 or float64, any
-            strides. Key None: a self relation, the key is the query. Must not require grad.
+            strides. Must not require grad; may come from inference_mode. Key None: the key is the query.
         student_query, student_key: (B, S, A, D_s), or packed (T, A, D_s), likewise. D_s need not equal D_t, and the
-            student's dtype need not be the teacher's.
-        attention_mask: (B, S) bool or integer, nonzero marks real tokens, any pattern. The others are neither keys nor
-            rows, and their values never matter, NaN included. Dense inputs only.
+            student's dtype need not be the teacher's. Where the key is the query on both sides, None, the same tensor
+            or the same view of the same tensor, this is a self relation, which is faster. Of two views the query then
+            has the gradient of both. A traced call sees only that tensors are the same, not that views are.
+        attention_mask: (B, S) bool or integer, nonzero marks real tokens, any pattern; or floats of 0 and 1. The others
+            are neither keys nor rows, and their values never matter, NaN included. Dense inputs only. An additive mask
+            (0 and large negative numbers) and segment numbers (1 1 2 2) are errors where values can be read without
+            waiting: on a CPU, outside torch.compile. Elsewhere floats other than 0 and 1 make the result NaN, and
+            nonzero integers are real tokens, whatever they are.
         cu_seqlens: (N + 1,) int32, the bounds of the N sequences in a packed batch, from 0 to T. Required for packed
             inputs. Malformed bounds are a ValueError on a CPU; on a GPU the backends `cuda` and `triton` do not wait
             for them, and values and gradients are NaN.
@@ -61,7 +67,7 @@ def relation_kl(
         causal: row i sees the keys j ≤ i.
         prefix_lens: (B,), packed (N,), integer: row i sees j < prefix_lens[b] or j ≤ i (UniLM sequence-to-sequence).
             Positions count from the start of the sequence, padding included. `causal` beside it changes nothing.
-        teacher_scale, student_scale: factor of the scores; None: 1/sqrt(D_t), 1/sqrt(D_s).
+        teacher_scale, student_scale: factor of the scores, a number; None: 1/sqrt(D_t), 1/sqrt(D_s).
         reduction: "sequence": mean over heads and real rows of each sequence, then over the sequences that have any;
             "token": mean over heads and real rows of the batch; "sum": sum over heads and rows; "none": every row.
         backend: "auto", or one of `available_backends()`.
@@ -72,7 +78,8 @@ def relation_kl(
 
     Raises:
         ValueError, TypeError: an argument is not as described; the message names it.
-        RuntimeError: the backend asked for cannot serve the call; the message gives every reason.
+        RuntimeError: the backend asked for cannot serve the call (the message gives every reason), or a derivative was
+            asked for that there is not.
     """
     teacher, student = {"query": teacher_query}, {"query": student_query}
     pair = ("query", "query")
@@ -129,7 +136,7 @@ def relations_kl(
 
     factor = None
     if attention_mask is not None and attention_mask.is_floating_point():
-        if not readable(attention_mask):  # then no error can be raised, but the result can say so
+        if not readable(attention_mask):  # no error can be raised, but the result can say so
             zero_or_one = ((attention_mask == 0) | (attention_mask == 1)).all()
             factor = torch.where(zero_or_one, 1.0, torch.nan)
         attention_mask = attention_mask != 0
@@ -168,13 +175,14 @@ def _one_tensor(x: Tensor, y: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and x.data_ptr() == y.data_ptr()
         and x.is_neg() == y.is_neg()
-        and x.requires_grad == y.requires_grad
-        and (not x.requires_grad or _one_graph(x, y))
+        and (not torch.is_grad_enabled() or _one_graph(x, y))
     )
 
 
 def _one_graph(x: Tensor, y: Tensor) -> bool:
-    """Whether autograd leads the gradients of two views through the same operations to one place."""
+    """Whether autograd leads the gradients of two views, if any, through the same operations to one place."""
+    if not x.requires_grad and not y.requires_grad:
+        return True
     if any(z._backward_hooks or z.retains_grad for z in (x, y)):
         return False
     one, other = (x.grad_fn, x.output_nr), (y.grad_fn, y.output_nr)
@@ -264,14 +272,11 @@ def check_kind(name: str, x: object) -> None:
 
 
 def _check_mask_values(mask: Tensor) -> None:
-    """Refuses additive masks and segment numbers, in which other numbers than those of the real tokens are not 0.
-
-    A mask whose values are not at hand is taken at its word.
-    """
+    """Refuses what is not a mask of 0 and one other number; additive masks and segment numbers by their names."""
     if mask.dtype == torch.bool or not mask.numel() or not readable(mask):
         return
     low, high = (x.item() for x in mask.aminmax())
-    if not mask.is_floating_point() and (0 <= low and high <= 1):
+    if not mask.is_floating_point() and low >= 0 and high <= 1:
         return
     marks = mask[mask != 0]
     if mask.is_floating_point() and bool((marks == 1).all()):

@@ -4,6 +4,9 @@ Every mask becomes one form first: the real tokens of each sequence, gathered si
 there at all), with a causal or prefix bound that counts gathered tokens. Rows are worked through in blocks that hold
 all their keys, so a block has its softmax at once: both phases of the computation, loss and gradient, fall into one
 visit with two softmaxes a pair, and no score is computed twice. See docs/mathematics.md.
+
+Results on a CPU are the same bits for any number of threads: the blocks do not depend on it, every matrix product
+leaves whole matrices to a thread (`_threads`), and large sums are cut alike (`_total`).
 """
 
 from __future__ import annotations

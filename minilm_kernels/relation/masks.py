@@ -153,7 +153,7 @@ class Mask:
             cu_seqlens=torch.where(malformed, even, bounds).to(self.cu_seqlens.dtype),
             max_seqlen=None if self.max_seqlen is None else max(self.max_seqlen, -(-total // sequences)),
         )
-        return mask, torch.zeros((), device=self.device).masked_fill(malformed, torch.nan)
+        return mask, torch.zeros((), dtype=torch.float32, device=self.device).masked_fill(malformed, torch.nan)
 
     def check_packing(self) -> None:
         """Checks `cu_seqlens`; on an accelerator, where reading their values would stall, no more than the shape."""

@@ -133,7 +133,10 @@ class _RelationKLUnderTransforms(torch.autograd.Function):
     def forward(*arguments):
         return _forward(*arguments)
 
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, inputs, output)
+
     backward = RelationKL.backward
 
     @staticmethod
@@ -174,8 +177,16 @@ class _RowsBackward(torch.autograd.Function):
 
 
 def _is_one(grad: Tensor) -> bool:
-    """Whether scaling may be spared: a pass over all gradients, on the CPU several percent of a loss."""
-    return not torch.is_grad_enabled() and readable(grad) and set(grad.tolist()) == {1.0}
+    """Whether scaling may be spared: a pass over all gradients, on the CPU several percent of a loss.
+
+    Not where the graph is kept: what is handed on as it is may be added to.
+    """
+    return (
+        readable(grad)
+        and not torch.is_grad_enabled()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and set(grad.tolist()) == {1.0}
+    )
 
 
 def _sides(tensors) -> tuple[list[Tensor], list[Tensor]]:

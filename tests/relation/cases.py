@@ -28,7 +28,7 @@ _CU_SEQLENS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
 MASKS: dict[str, dict] = {
     "none": {},
     "right": {"attention_mask": _padding("right")},
-    "left": {"attention_mask": _padding("left").long()},
+    "left": {"attention_mask": -_padding("left").long()},  # any number but 0 marks a real token
     "holes": {"attention_mask": _padding("holes").to(torch.uint8) * 7},
     "causal": {"causal": True},
     "causal-holes": {"causal": True, "attention_mask": _padding("holes")},

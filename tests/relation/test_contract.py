@@ -107,6 +107,45 @@ def test_many_short_sequences_among_long_ones(backend, device, reduction):
     _check(case, reduction, backend)
 
 
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_prefixes_of_long_sequences(backend, device, packed, cross):
+    """Prefixes that end within a block of rows, beyond the first one, and with the sequence."""
+    mask = {"prefix_lens": torch.tensor([200, 30, 257])}
+    if packed:
+        mask["cu_seqlens"] = torch.tensor([0, 257, 514, 771], dtype=torch.int32)
+    _check(make(mask, batch=3, length=257, heads=1, cross=cross).on(device), "sequence", backend)
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_upstream_gradients_of_either_sign(backend, device, cross):
+    case = make("holes", cross=cross).on(device)
+    upstream = torch.randn(case.row_shape(), generator=torch.Generator().manual_seed(3)).to(device)
+    _, grads = case.run("none", backend, upstream)
+    _, expected = case.oracle("none", upstream)
+    allowed = _yardstick(torch.float32, cross, (12, 6))[1]
+    assert all(error(g, e) <= allowed for g, e in zip(grads, expected, strict=True))
+
+
+@pytest.mark.parametrize("mask", ["none", "prefix-holes", "packed-prefix"])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16, "meta"], ids=str)
+def test_defaults_of_the_process_change_nothing(backend, device, default, mask):
+    """Code that builds models sets the default dtype or device; what is allocated here names its own."""
+    case = make(mask, cross=True, heads=2).on(device)
+    upstream = _upstream(case, "none").to(device)
+    dtype, default_device = torch.get_default_dtype(), torch.get_default_device()
+    for reduction, weights in (("sequence", None), ("none", upstream)):
+        value, grads = case.run(reduction, backend, weights)
+        try:
+            torch.set_default_device("meta") if default == "meta" else torch.set_default_dtype(default)
+            again, again_grads = case.run(reduction, backend, weights)
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_default_device(None if default_device.type == "cpu" else default_device)
+        assert torch.equal(again, value)
+        assert all(torch.equal(a, g) for a, g in zip(again_grads, grads, strict=True))
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("mask", [name for name in MASKS if "attention_mask" in MASKS[name]])
 def test_padding_never_matters(backend, device, mask, reduction):
@@ -167,6 +206,16 @@ def test_self_path_equals_cross_path(backend, device):
         other, grads = Case((q_t, q_t.clone(), q_s, q_s.clone()), case.kwargs).run("sequence", backend)
         torch.testing.assert_close(other, value)
         torch.testing.assert_close(sum(grads), grad)
+
+
+def test_any_dtype_of_a_mask(backend, device):
+    """0 and 1 in any dtype, and any one other number in an integer one."""
+    case = make("holes").on(device)
+    real = case.kwargs["attention_mask"] != 0
+    expected, _ = case.run("sequence", backend)
+    dtypes = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float64)
+    for mask in (*(real.to(dtype) for dtype in dtypes), -real.long(), 7 * real.int()):
+        assert torch.equal(Case(case.tensors, {"attention_mask": mask}).run("sequence", backend)[0], expected)
 
 
 def test_one_student_tensor_as_query_and_key(backend, device):

@@ -110,6 +110,21 @@ def test_any_range_of_norms(instruction_set, spread):
     _check(case)
 
 
+def test_equal_norms_beyond_the_range_of_exp(instruction_set):
+    """Tokens v and −v of one large norm: their range is 0, yet no row may be taken relative to 0."""
+    signs = torch.where(torch.rand(2, 90, 2, 1, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
+    for length in (30, 90):
+        x, y = (signs[:, :length] * size * torch.ones(width) for size, width in ((9.0, 8), (11.0, 6)))
+        case = Case((x, None, y, None), {})
+        norms = torch.cat((x.square().sum(-1) * 8**-0.5, y.square().sum(-1) * 6**-0.5))
+        assert norms.min() > 89  # e^89 is beyond float32
+        for reduction in ("sum", "none"):
+            value, (grad,) = case.run(reduction, "cpu")
+            expected, (expected_grad,) = case.oracle(reduction)
+            torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_of_rows_that_see_almost_only_themselves(instruction_set):
     """Of one-hot rows q_ii − p_ii is what p and q leave to the others: 1 − 1e-6 has no digits for it."""
     length, size, generator = 96, 4.0 * 32**0.25, torch.Generator().manual_seed(0)

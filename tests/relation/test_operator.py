@@ -1,11 +1,15 @@
 """The operator among PyTorch's machinery: opcheck, gradcheck, torch.compile, autocast, GradScaler, autograd's rules."""
 
+import gc
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
-from minilm_kernels import QKV, MiniLMv2Loss, available_backends, relation_kl
-from minilm_kernels.relation import relations_kl
+from minilm_kernels import QKV, MiniLMLoss, MiniLMv2Loss, available_backends, relation_kl
+from minilm_kernels.relation import api, operator, relations_kl
 
 from .cases import MASKS, Case, error, make
 
@@ -181,9 +185,307 @@ def test_graph_is_kept_only_as_autograd_promises(backend):
         with pytest.raises(RuntimeError, match=r"second time|already been freed"):
             torch.autograd.grad(value, student)
         value = relation_kl(*case.tensors[:2], *student, reduction=reduction, backend=backend).sum()
-        (grad, _) = torch.autograd.grad(value, student, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-            grad.sum().backward()
+        value.backward(retain_graph=True)
+        value.backward(retain_graph=True)
+        value.backward()
+        for x, once in zip(student, first, strict=True):
+            torch.testing.assert_close(x.grad, 3 * once)
+            assert not x.grad.requires_grad
+            x.grad = None
+
+
+def test_the_graph_frees_what_it_keeps():
+    """The gradients kept for the backward are results of the node that keeps them: no cycle for the collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        value = relation_kl(torch.randn(2, 9, 4, 8), None, torch.randn(2, 9, 4, 6, requires_grad=True), None)
+        (kept,) = (StorageWeakRef(x.untyped_storage()) for x in value.grad_fn.next_functions[0][0].saved_tensors)
+        assert not kept.expired()
+        del value
+        assert kept.expired()
+    finally:
+        gc.enable()
+
+
+def _loss(reduction: str):
+    """Of a student, with a teacher and a mask that are always the same."""
+    generator = torch.Generator().manual_seed(0)
+    teacher, mask = torch.randn(2, 9, 4, 8, generator=generator), torch.rand(2, 9, generator=generator) < 0.8
+
+    def loss(student):
+        return relation_kl(teacher, None, student, None, attention_mask=mask, reduction=reduction).sum()
+
+    return loss
+
+
+def _hessian_product(loss, student):
+    torch.autograd.functional.hvp(loss, student, torch.ones_like(student))
+
+
+def _penalty_backward(loss, student):
+    (gradient,) = torch.autograd.grad(loss(student), student, create_graph=True)
+    (student.square().sum() + gradient.square().sum()).backward()
+
+
+def _penalty_for_one_input(loss, student):
+    """Here the engine runs only the nodes between the result and the student."""
+    (gradient,) = torch.autograd.grad(loss(student), student, create_graph=True)
+    torch.autograd.grad(student.square().sum() + gradient.square().sum(), student)
+
+
+def _gradient_of_the_gradient(loss, student):
+    (gradient,) = torch.autograd.grad(loss(student), student, create_graph=True)
+    torch.autograd.grad(gradient.sum(), student, allow_unused=True)
+
+
+def _accumulated_gradient(loss, student):
+    inner = student * 2
+    inner.retain_grad()
+    loss(inner).backward(create_graph=True)
+    inner.grad.square().sum().backward()
+
+
+def _nested_transforms(loss, student):
+    torch.func.grad(lambda x: torch.func.grad(loss)(x).square().sum() + x.square().sum())(student.detach())
+
+
+def _through_a_transform(loss, student):
+    (torch.func.grad(loss)(student).square().sum() + student.square().sum()).backward()
+
+
+def _within_a_checkpoint(loss, student):
+    value = checkpoint(lambda x: loss(x * 1), student, use_reentrant=False)
+    (gradient,) = torch.autograd.grad(value, student, create_graph=True)
+    (student.square().sum() + gradient.square().sum()).backward()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
+@pytest.mark.parametrize(
+    "second",
+    [
+        _hessian_product,
+        _penalty_backward,
+        _penalty_for_one_input,
+        _gradient_of_the_gradient,
+        _accumulated_gradient,
+        _nested_transforms,
+        _through_a_transform,
+        _within_a_checkpoint,
+    ],
+)
+def test_a_second_derivative_is_refused(second, reduction):
+    with pytest.raises(RuntimeError, match="relation_kl: differentiable once"):
+        second(_loss(reduction), torch.randn(2, 9, 4, 6, requires_grad=True))
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_compiled_second_derivative_is_refused(compiler, reduction):
+    torch._dynamo.reset()
+    loss = torch.compile(_loss(reduction), fullgraph=True, backend=compiler)
+    student = torch.randn(2, 9, 4, 6, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"double backward|create_graph=False"):
+        _penalty_backward(loss, student)
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
+def test_a_graph_of_the_gradient_that_is_not_differentiated(reduction):
+    """create_graph=True alone changes no gradient, and penalties on other parts of a graph pass."""
+    loss, student = _loss(reduction), torch.randn(2, 9, 4, 6, requires_grad=True)
+    (expected,) = torch.autograd.grad(loss(student), student)
+    total = loss(student) + student.pow(3).sum()
+    (gradient,) = torch.autograd.grad(total, student, create_graph=True)
+    torch.testing.assert_close(gradient.detach(), expected + 3 * student.detach().square())
+    (other,) = torch.autograd.grad(student.pow(3).sum(), student, create_graph=True)
+    (loss(student) + other.sum()).backward()
+    torch.testing.assert_close(student.grad, expected + 6 * student.detach())
+
+
+def test_the_gradient_in_what_weighs_the_loss():
+    """A learned weight of the loss: its derivative of the gradient is the gradient."""
+    loss, student = _loss("sequence"), torch.randn(2, 9, 4, 6, requires_grad=True)
+    (expected,) = torch.autograd.grad(loss(student), student)
+    weight = torch.ones((), requires_grad=True)
+    (gradient,) = torch.autograd.grad(weight * loss(student), student, create_graph=True)
+    (derivative,) = torch.autograd.grad((gradient * expected).sum(), weight)
+    torch.testing.assert_close(derivative, expected.square().sum())
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
+def test_torch_func(reduction):
+    loss, student = _loss(reduction), torch.randn(2, 9, 4, 6, requires_grad=True)
+    value = loss(student)
+    (expected,) = torch.autograd.grad(value, student)
+    gradient, value_too = torch.func.grad_and_value(loss)(student.detach())
+    assert torch.equal(gradient, expected)
+    assert torch.equal(value_too, value)
+    assert torch.equal(torch.func.vjp(loss, student.detach())[1](torch.ones(()))[0], expected)
+    weights = {"weight": torch.randn(6, 6)}
+    module = torch.nn.Linear(6, 6, bias=False)
+
+    def functional(weights):
+        return loss(torch.func.functional_call(module, weights, student.detach()))
+
+    leaf = weights["weight"].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(functional({"weight": leaf}), leaf)
+    assert torch.equal(torch.func.grad(functional)(weights)["weight"], expected)
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
+def test_transforms_without_a_rule_say_so(reduction):
+    loss, student = _loss(reduction), torch.randn(2, 9, 4, 6)
+    with pytest.raises(RuntimeError, match=r"relation_kl: no rule for torch\.func\.vmap"):
+        torch.func.vmap(loss)(student.expand(3, -1, -1, -1, -1))
+    forward_mode = "relation_kl: no forward-mode derivative"
+    with pytest.raises(RuntimeError, match=forward_mode):
+        torch.func.jvp(loss, (student,), (student,))
+    with pytest.raises(RuntimeError, match=forward_mode), torch.autograd.forward_ad.dual_level():
+        loss(torch.autograd.forward_ad.make_dual(student, student))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
+def test_activation_checkpointing(backend, reduction, reentrant):
+    q_t, k_t, q_s, k_s = make("holes", cross=True).tensors
+
+    def loss(query, key):
+        return relation_kl(q_t, k_t, 2 * query, key, reduction=reduction, backend=backend, **MASKS["holes"]).sum()
+
+    student = [x.requires_grad_() for x in (q_s, k_s)]
+    expected = torch.autograd.grad(loss(*student), student)
+    checkpoint(loss, *student, use_reentrant=reentrant).backward()
+    assert all(torch.equal(x.grad, e) for x, e in zip(student, expected, strict=True))
+
+
+@pytest.mark.parametrize("mask", ["none", "prefix-holes", "packed-prefix"])
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
+def test_inference_tensors(backend, reduction, mask):
+    """Teacher, masks, and what of the student needs no gradient, made under inference_mode."""
+    case = make(mask, cross=True)
+    expected, (expected_grad, _) = case.run(reduction, backend)
+    with torch.inference_mode():
+        q_t, k_t, _, k_s = (x.clone() for x in case.tensors)
+        kwargs = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in case.kwargs.items()}
+    query = case.tensors[2].clone().requires_grad_()
+
+    def loss(query):
+        return relation_kl(q_t, k_t, query, k_s, reduction=reduction, backend=backend, **kwargs)
+
+    value = loss(query)
+    (grad,) = torch.autograd.grad(value.sum(), query)
+    assert torch.equal(value, expected)
+    assert torch.equal(grad, expected_grad)
+    checkpoint(lambda x: loss(x * 1).sum(), query, use_reentrant=False).backward()
+    assert torch.equal(query.grad, expected_grad)
+
+
+class _Negated(torch.autograd.Function):
+    """A view whose gradient is another: what adversarial training does."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+def _heads(x):
+    return x.unflatten(-1, (4, -1))
+
+
+def _relations_taken(monkeypatch, call) -> tuple[list[int], torch.Tensor]:
+    """The pairs of tensors that the operator is given, and the result."""
+    taken = []
+
+    def spy(pairs, *arguments):
+        taken.extend(pairs)
+        return operator.relation_values(pairs, *arguments)
+
+    monkeypatch.setattr(api, "relation_values", spy)
+    return taken, call()
+
+
+def _hooked(x):
+    x.register_hook(lambda grad: 3 * grad)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("key", "one"),
+    [
+        (lambda x: _heads(x), True),
+        (lambda x: x.view(2, 9, 4, 6), True),
+        (lambda x: x.view(2, 9, 4, 6).transpose(1, 2).transpose(1, 2), False),  # another way through autograd
+        (lambda x: _heads(x * 1), False),
+        (lambda x: _heads(x.detach()), False),
+        (lambda x: _Negated.apply(_heads(x)), False),
+        (lambda x: _heads(_Negated.apply(x)), False),
+        (lambda x: _hooked(_heads(x)), False),
+        (lambda x: torch._neg_view(_heads(x)), False),
+    ],
+)
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
+def test_two_views_of_one_tensor_are_a_self_relation(monkeypatch, reduction, key, one):
+    """...if their gradients go the same way; value and gradient are those of a query and a key either way."""
+    teacher, leaf = torch.randn(2, 9, 32), torch.randn(2, 9, 24, requires_grad=True)
+    student = leaf * 2
+    taken, value = _relations_taken(
+        monkeypatch,
+        lambda: relation_kl(_heads(teacher), _heads(teacher), _heads(student), key(student), reduction=reduction),
+    )
+    assert taken == ([0, 0] if one else [0, 1])
+    apart = relation_kl(
+        *(_heads(teacher).clone(), _heads(teacher), _heads(student).clone()), key(student), reduction=reduction
+    )
+    torch.testing.assert_close(value, apart)
+    grads = [torch.autograd.grad(v.sum(), leaf, retain_graph=True)[0] for v in (value, apart)]
+    torch.testing.assert_close(*grads)
+
+
+def test_views_of_a_leaf_of_overlapping_memory(monkeypatch):
+    """Rows of one memory, but of other rows of the gradient."""
+    leaf = torch.randn(1, 2, 9, 4, 6).expand(2, -1, -1, -1, -1).requires_grad_()
+    teacher = torch.randn(2, 9, 4, 8)
+    taken, value = _relations_taken(monkeypatch, lambda: relation_kl(teacher, teacher, leaf[0], leaf[1]))
+    assert taken == [0, 1]
+    value.backward()
+    assert leaf.grad[1].any()
+
+
+def test_views_on_one_side_alone_are_a_cross_relation(monkeypatch):
+    x, y = torch.randn(2, 9, 32), torch.randn(2, 9, 24)
+    for teacher, student in (((x, x), (y, y * 1)), ((x, x * 1), (y, y))):
+        tensors = [_heads(z) for z in (*teacher, *student)]
+        taken, value = _relations_taken(monkeypatch, lambda: relation_kl(*tensors))  # noqa: B023
+        assert taken == [0, 1]
+        torch.testing.assert_close(value, relation_kl(*(z.clone() for z in tensors)))
+
+
+def test_views_of_one_tensor_without_autograd_and_traced(monkeypatch):
+    x, y = torch.randn(2, 9, 32), torch.randn(2, 9, 24, requires_grad=True)
+
+    def call(y):
+        return relation_kl(_heads(x), _heads(x), _heads(y), _heads(y))
+
+    expected = relation_kl(_heads(x), None, _heads(y), None)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert _relations_taken(monkeypatch, lambda: call(y))[0] == [0, 0]
+    for other in (torch.compile(call, fullgraph=True, backend="aot_eager"), torch.func.grad_and_value(call)):
+        value = other(y)[1] if isinstance(other(y), tuple) else other(y)
+        torch.testing.assert_close(value, expected)
+
+
+def test_two_views_of_one_tensor_keep_one_gradient():
+    x, y = torch.randn(2, 9, 32), torch.randn(2, 9, 24, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()), lambda t: t):
+        MiniLMLoss(4)(QKV(x, x, x), QKV(y, y, torch.randn(2, 9, 24)))
+    assert sum(saved) == y.numel() + y.numel()  # of Q-K, and of V-V
 
 
 def test_only_what_needs_a_gradient_gets_one(backend):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from minilm_kernels import relation_kl
+from minilm_kernels import MiniLMv2Loss, relation_kl
 from minilm_kernels.relation import relations_kl
 
 
@@ -46,6 +46,8 @@ DENSE_ERRORS = [
     ({"teacher_key": torch.randn(2, 5, 3, 6)}, ValueError, "teacher_key: .*8, got 6"),
     ({"student_query": torch.randn(2, 5, 3, 4, device="meta")}, ValueError, "student_query: .*device.*cpu, got meta"),
     ({"teacher_query": torch.randn(2, 5, 3, 8).requires_grad_()}, ValueError, "teacher_query: .*detach"),
+    # What a module made without no_grad is no leaf.
+    ({"teacher_query": torch.randn(2, 5, 3, 8).requires_grad_() * 2}, ValueError, "teacher_query: .*detach"),
     ({"attention_mask": torch.ones(2, 5, dtype=torch.complex64)}, TypeError, "attention_mask: .*integer or bool.*comp"),
     ({"attention_mask": torch.ones(2, 4).bool()}, ValueError, r"attention_mask: .*\(2, 5\), got \(2, 4\)"),
     ({"attention_mask": torch.ones(2, 1, 1, 5).bool()}, ValueError, r"attention_mask: .*\(2, 5\), got \(2, 1, 1, 5\)"),
@@ -57,13 +59,33 @@ DENSE_ERRORS = [
     ({"prefix_lens": torch.tensor([True, False])}, TypeError, "prefix_lens: .*bool"),
     ({"prefix_lens": torch.tensor([1, 2, 3])}, ValueError, r"prefix_lens: .*\(2,\), got \(3,\)"),
     ({"teacher_scale": "1"}, TypeError, "teacher_scale: .*str"),
+    (
+        {"student_scale": torch.ones((), requires_grad=True)},
+        TypeError,
+        r"student_scale: .*got Tensor: .*item\(\); .*learned, multiply student_query",
+    ),
     ({"student_scale": float("nan")}, ValueError, "student_scale: .*finite.*nan"),
     ({"reduction": "mean"}, ValueError, "reduction: .*sequence, token, sum, none, got 'mean'"),
     ({"backend": "fast"}, ValueError, "backend: .*auto.*torch.*got 'fast'"),
 ]
+_REAL = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+_SEGMENTS = torch.tensor([[1, 1, 2, 2, 0], [1, 1, 1, 2, 2]])
+MASK_ERRORS = [
+    ((1 - _REAL) * -10000, "-10000 to 0, as an additive mask has: pass mask == 0"),
+    ((1 - _REAL) * -10000.0, "-10000.0 to .*additive"),
+    (torch.where(_REAL > 0, 0.0, -torch.inf), "-inf to 0.0, as an additive"),
+    (torch.where(_REAL > 0, 0.0, torch.finfo(torch.float16).min).half(), "additive"),
+    (torch.full((2, 5), -torch.inf), "additive"),
+    (_SEGMENTS, "0 to 2, as segment numbers are: .*cu_seqlens"),
+    (_SEGMENTS.to(torch.uint8), "segment numbers"),
+    (_SEGMENTS.float(), "segment numbers"),
+    (torch.tensor([[1, -1, 0, 0, 0]] * 2), "-1 to 1"),
+    (_REAL * 0.5, "floats of 0 and 1, .* 0.0 to 0.5$"),
+    (_REAL * torch.nan, "nan"),
+]
 PACKED_ERRORS = [
     ({"attention_mask": torch.ones(2, 5).bool()}, ValueError, "attention_mask: .*packed"),
-    ({"cu_seqlens": torch.tensor([0, 4, 10])}, TypeError, "cu_seqlens: expected int32, got torch.int64"),
+    ({"cu_seqlens": torch.tensor([0, 4, 10])}, TypeError, r"cu_seqlens: .*int32, got torch.int64: .*\.int\(\)"),
     ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, ValueError, r"cu_seqlens: .*\(N \+ 1,\), got \(0,\)"),
     ({"cu_seqlens": torch.zeros(2, 2, dtype=torch.int32)}, ValueError, r"cu_seqlens: .*got \(2, 2\)"),
     ({"cu_seqlens": torch.tensor([0, 4, 9], dtype=torch.int32)}, ValueError, r"cu_seqlens: .*10 .*\[0, 4, 9\]"),
@@ -89,6 +111,59 @@ def test_packed(changes, exception, message):
     _packed()
     with pytest.raises(exception, match=message):
         _packed(**changes)
+
+
+@pytest.mark.parametrize(("mask", "message"), MASK_ERRORS, ids=lambda x: "")
+def test_masks_that_say_something_else(mask, message):
+    with pytest.raises(ValueError, match=f"^attention_mask: .*{message}"):
+        _call(attention_mask=mask)
+
+
+def test_a_float_mask_that_cannot_be_read_makes_nan():
+    """A compiled call, like one on an accelerator, reads no value: another float than 0 and 1 shows in the result."""
+    teacher, student = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 3, 4)
+
+    def call(mask):
+        return relation_kl(teacher, None, student, None, attention_mask=mask)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(_REAL.float()), call(_REAL))
+    assert compiled((1 - _REAL) * -10000.0).isnan()
+
+
+def _kinds(x):
+    """Kinds of tensors that are not one dense block, and what the message says of the way out."""
+    yield torch.nested.nested_tensor(list(x), layout=torch.jagged), r"nested.*values\(\) with .*offsets\(\).int\(\)"
+    yield torch.nested.nested_tensor(list(x)), r"nested.*values\(\)"
+    yield x.to_sparse(), r"sparse_coo.*to_dense\(\)"
+    yield x.flatten(1).to_sparse_csr(), r"sparse_csr.*to_dense\(\)"
+    if x.is_floating_point():
+        yield x.to_mkldnn(), r"mkldnn.*to_dense\(\)"
+        yield torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), r"quantized.*dequantize\(\)"
+        yield torch.masked.masked_tensor(x, x > 0), r"MaskedTensor.*get_data\(\)"
+
+
+@pytest.mark.filterwarnings("ignore")  # prototypes of PyTorch
+def test_tensors_of_other_kinds():
+    """One sentence of ours that names the argument, instead of an error from within PyTorch."""
+    arguments = {"teacher_query": torch.randn(2, 5, 3, 8), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    for name, x in arguments.items():
+        for kind, message in _kinds(x):
+            with pytest.raises(TypeError, match=f"^{name}: expected a dense tensor, got .*{message}"):
+                _call(**{name: kind})
+    with pytest.raises(TypeError, match="cu_seqlens: expected a dense tensor"):
+        _packed(cu_seqlens=torch.tensor([0, 4, 10], dtype=torch.int32).to_sparse())
+    for kind, message in _kinds(torch.randn(2, 5, 24)):
+        with pytest.raises(TypeError, match=f"^teacher.value: expected a dense tensor, got .*{message}"):
+            MiniLMv2Loss(4)([torch.randn(2, 5, 24)] * 2 + [kind], [torch.randn(2, 5, 12)] * 3)
+
+
+def test_distributed_tensors():
+    class DTensor(torch.Tensor):  # by its name: importing the real one takes seconds
+        pass
+
+    with pytest.raises(TypeError, match=r"^teacher_query: .*DTensor: pass its to_local\(\).*full_tensor\(\)"):
+        _call(teacher_query=torch.randn(2, 5, 3, 8).as_subclass(DTensor))
 
 
 def test_mixed_relations_of_a_grouped_query_model():
