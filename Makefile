@@ -2,6 +2,7 @@
 # A second run finds all of that in place.
 
 PYTHON ?= python3
+# Pinned. Under another one, which may bring gigabytes of GPU libraries: make test TORCH=torch==2.14.1 VENV=build/venv-2.14
 TORCH := torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +27,7 @@ test: $(INSTALLED) lint  ## lint and most of the tests, three minutes on two cor
 slow: $(INSTALLED)  ## the tests that make test leaves out: all of Triton's interpreter, of the emulation, of compilers
 	$(BIN)/python $(PYTEST) -m "slow and not packaging" $(ARGS)
 
-check: test slow sanitize packaging  ## everything, each test once
+check: test slow sanitize cuda packaging  ## everything, each test once
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -47,7 +48,7 @@ SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(INSTALLED)  ## the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf $(SANITIZED)
-	MINILM_KERNELS_BUILD=cpu CXXFLAGS="-O1 -g $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
+	MINILM_KERNELS_BUILD=native CXXFLAGS="-O1 -g $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
 		$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)
 	cp -r tests pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
@@ -63,11 +64,15 @@ compute-sanitizer: $(INSTALLED)  ## the CUDA kernels' tests under NVIDIA's compu
 			$(BIN)/python -m pytest -p no:cacheprovider tests/relation/test_cuda_device.py || exit 1; \
 	done
 
-packaging: $(INSTALLED)  ## installs into new environments; other compilers, processors and Pythons; CUDA where nvcc is
+packaging: $(INSTALLED)  ## installs into new environments; other compilers, processors and Pythons
 	$(BIN)/python $(PYTEST) --dist loadscope -m packaging -rs tests/packaging $(ARGS)
 
-cuda: $(INSTALLED)  ## compile the CUDA library for all GPUs, warnings being errors, into build/cuda
-	$(BIN)/python -m pytest -m packaging -rs tests/packaging/test_cuda_library.py $(ARGS)
+ARCHITECTURES := 80 86 89 90 100 120
+cuda: $(INSTALLED)  ## compile all CUDA kernels of widths 16 and 8 for all GPUs, into build/cuda; needs no GPU
+	for dtype in bfloat16 float16 float32; do \
+		$(BIN)/python -m minilm_kernels precompile --cache build/cuda --dtype $$dtype \
+			--widths 16,8 --arch $(ARCHITECTURES) || exit 1; \
+	done
 
 mutants: $(INSTALLED)  ## put a bug into a copy of the sources, one of a hundred at a time; the tests must find it
 	$(BIN)/python -m tests.mutants $(ARGS)
@@ -75,7 +80,7 @@ mutants: $(INSTALLED)  ## put a bug into a copy of the sources, one of a hundred
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info minilm_kernels/*.so minilm_kernels/*.missing demo-output .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-$(INSTALLED): pyproject.toml setup.py $(wildcard build_support/*.py csrc/*/*)
+$(INSTALLED): pyproject.toml setup.py $(wildcard build_support/*.py csrc/*/* csrc/*/*/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "minilm_kernels needs Python 3.10 or later, this is %s; set PYTHON=" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)

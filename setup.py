@@ -2,9 +2,10 @@
 pyproject.toml.
 
 MINILM_KERNELS_BUILD=auto (default): build what this machine can with the torch that is there, otherwise install without
-it and remember why; none: pure Python; cpu, cuda, or cpu,cuda: build exactly that, or fail (and fetch torch where there
-is none). MAX_JOBS bounds parallel compilers; CXX, CXXFLAGS, LDFLAGS, NVCC, CUDA_HOME and TORCH_CUDA_ARCH_LIST are
-obeyed. The libraries use PyTorch's stable ABI: one build serves every torch from 2.10 and every Python from 3.10.
+it and remember why; none: pure Python; native: build the libraries, or fail (and fetch torch where there is none).
+MAX_JOBS bounds parallel compilers; CXX, CXXFLAGS and LDFLAGS are obeyed. The libraries use PyTorch's stable ABI: one
+build serves every torch from 2.10, every Python from 3.10, and machines with and without a GPU. No CUDA is needed: the
+CUDA library is host code, and the sources of its kernels become package data.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).parent / "build_support"))
 import native
@@ -50,6 +52,16 @@ class BuildNative(build_ext):
                     shutil.copy2(built, target)
 
 
+class BuildPackage(build_py):
+    """Adds the sources of the CUDA kernels, which are compiled at their first use. A checkout uses its own."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            folder = Path(self.build_lib, "minilm_kernels", "cuda_device")
+            shutil.copytree("csrc/cuda/device", folder, dirs_exist_ok=True)
+
+
 class TaggedWheel(bdist_wheel):
     """A wheel into which no library could be built serves every platform and Python, and is named so."""
 
@@ -74,7 +86,7 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             f"minilm_kernels._{name}",
-            sources=sorted(p.as_posix() for p in Path("csrc", name).glob("*")),
+            sources=sorted(p.as_posix() for p in Path("csrc", name).rglob("*") if p.is_file()),
             py_limited_api=True,
         )
         for name in names
@@ -84,6 +96,6 @@ def extensions() -> list[Extension]:
 libraries = extensions()
 setup(
     ext_modules=libraries,
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": TaggedWheel},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPackage, "bdist_wheel": TaggedWheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if libraries else {},
 )

@@ -1,7 +1,7 @@
 """The build backend: setuptools, and PyTorch's headers where a native build was asked for and they are not at hand.
 
 The native libraries are compiled against the headers of torch, taken from the environment that is installed into. Where
-that has no torch, torch becomes a build requirement only if MINILM_KERNELS_BUILD names a library: it is gigabytes.
+that has no torch, torch becomes a build requirement only for MINILM_KERNELS_BUILD=native: it is gigabytes.
 """
 
 from __future__ import annotations

@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+from minilm_kernels.relation import cuda_compiler
 
 from . import sass
 
@@ -125,30 +125,34 @@ def build_triton(item: Any, arch: int) -> Built:
 
 
 def build_cuda(item: Any, arch: str, folder: Path) -> Built:
-    functions, resources = _cubin(folder / _get(item, "source"), tuple(_get(item, "flags", ())), arch)
+    pattern, source = _get(item, "symbol"), _get(item, "source", None)
+    number = int(arch.removeprefix("sm_"))
+    functions, resources = _package_cubin(pattern, number) if source is None else _file_cubin(folder / source, number)
     readable = sass.demangle(sorted(functions))
-    pattern = _get(item, "symbol")
     names = [name for name in functions if re.search(pattern, readable[name])]
     if len(names) != 1:
         found = "\n  ".join(readable[name] for name in names or functions)
         raise ValueError(f"symbol {pattern!r}: expected one kernel, {len(names)} match; of\n  {found}")
     usage = resources[names[0]]
-    reserved = 1024 if int(arch.removeprefix("sm_")) >= 90 and usage.shared else 0
+    reserved = 1024 if number >= 90 and usage.shared else 0
     dynamic = _get(item, "dynamic_shared", {}).get("512", 0)
     return Built(functions[names[0]], usage, _get(item, "warps"), usage.shared - reserved + dynamic)
 
 
+def _package_cubin(kernel: str, arch: int) -> tuple[dict, dict]:
+    return _disassembled(cuda_compiler.compile_kernels([kernel], arch, line_info=True)[kernel])
+
+
 @cache
-def _cubin(source: Path, flags: tuple[str, ...], arch: str) -> tuple[dict, dict]:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        raise FileNotFoundError("nvcc is not on the PATH: it is needed to compile CUDA C++ kernels")
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        options = ["-cubin", f"-arch={arch}", "-std=c++17", "-O3", "-lineinfo", *flags]
-        result = subprocess.run(
-            [nvcc, *options, "-o", str(cubin), str(source)], capture_output=True, text=True, check=False
-        )
-        if result.returncode:
-            raise OSError(f"{source}: nvcc failed:\n{result.stdout}{result.stderr}")
+def _file_cubin(file: Path, arch: int) -> tuple[dict, dict]:
+    """All kernels of a file."""
+    text = f'#line 1 "{file.resolve()}"\n{file.read_text(encoding="utf-8")}'
+    options = [*cuda_compiler.OPTIONS, "-lineinfo"]
+    return _disassembled(cuda_compiler.compile_text(text, file.name, arch, "cubin", options))
+
+
+def _disassembled(code: bytes) -> tuple[dict, dict]:
+    with tempfile.TemporaryDirectory() as temporary:
+        cubin = Path(temporary) / "kernels.cubin"
+        cubin.write_bytes(code)
         return sass.disassemble(cubin)

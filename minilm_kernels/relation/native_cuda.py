@@ -1,12 +1,14 @@
 """Backend `cuda`: the CUDA C++ kernels of csrc/cuda.
 
-The library is built with the package where torch has CUDA and nvcc is found (setup.py). It registers private operators
-through PyTorch's stable ABI; here a problem becomes their arguments. Nothing here waits for the device, and a call can
-be captured in a CUDA graph. See docs/cuda.md.
+The package brings the host code as a library, which needs no CUDA to be built or loaded, and the kernels as sources;
+`cuda_compiler` compiles them for the shape of a call when that is first made. The library registers private operators
+through PyTorch's stable ABI; here a problem becomes their arguments. Nothing here waits for the device, and a
+call whose kernels are loaded can be captured in a CUDA graph. See docs/cuda.md.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,8 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import cuda_compiler
+from .cuda_cache import KernelCache
 from .masks import marked
-from .problem import Problem, gradient_slots
+from .problem import Problem, Unavailable, gradient_slots
 
 _LIBRARY = Path(__file__).parents[1] / "_cuda.abi3.so"
 _MISSING = _LIBRARY.with_name("_cuda.missing")  # left by setup.py: why it could not build the library
@@ -23,9 +27,14 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DEVICE = "cuda"
 _operators = torch.ops.minilm_kernels_cuda  # tests put those of the emulated library in its place
 
+MOST_KERNELS = 256  # that a process loads: one of ever changing shapes does not compile for ever
+_loading = threading.Lock()
+_loaded: set[tuple[int, str]] = set()  # device, kernel
+_broken: str | None = None  # why kernels could not be compiled or loaded
+
 
 @cache
-def unavailable() -> str | None:
+def _missing() -> str | None:
     if torch.version.cuda is None:
         return "this PyTorch is built without CUDA"
     if not torch.cuda.is_available():
@@ -37,7 +46,11 @@ def unavailable() -> str | None:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
         return f"its library does not load: {error}"
-    return None
+    return cuda_compiler.unavailable()
+
+
+def unavailable() -> str | None:
+    return _broken or _missing()
 
 
 def refusals(problem: Problem) -> list[str]:
@@ -50,7 +63,11 @@ def refusals(problem: Problem) -> list[str]:
     if problem.mask.device.type != _DEVICE:
         reasons.append(f"it computes on {_DEVICE} devices, the tensors are on {problem.mask.device}")
     elif not others:
-        reason = _operators.refusal(problem.teacher, problem.student, _pairs(problem))
+        device, _ = _place(problem.mask.device)
+        try:
+            reason = _operators.refusal(problem.teacher, problem.student, _pairs(problem), device)
+        except RuntimeError as error:  # of the driver library
+            reason = str(error)
         reasons += [reason] if reason else []
     return reasons
 
@@ -103,6 +120,11 @@ def _pairs(problem: Problem) -> list[int]:
     return [m for relation in problem.relations for m in relation]
 
 
+def _place(device: torch.device) -> tuple[int, int]:
+    """The number of a device, and its current stream."""
+    return device.index or 0, torch.cuda.current_stream(device).cuda_stream
+
+
 def _run(
     problem: Problem,
     weights: Tensor | None = None,
@@ -114,7 +136,8 @@ def _run(
     mask = problem.mask
     tokens, starts, prefixes = mask.gathered()
     longest = mask.leading[-1] if mask.max_seqlen is None else mask.max_seqlen
-    _operators.relation_kl(
+    device, stream = _place(mask.device)
+    arguments = (
         problem.teacher,
         problem.student,
         _pairs(problem),
@@ -130,5 +153,35 @@ def _run(
         values,
         rows,
         grads or [],
-        torch.cuda.current_stream(mask.device).cuda_stream if mask.device.type == "cuda" else 0,
+        stream,
+        device,
     )
+    if missing := _operators.relation_kl(*arguments):
+        _load(missing.split("\n"), device)
+        _operators.relation_kl(*arguments)
+
+
+@cache
+def _cache() -> KernelCache:
+    return KernelCache()
+
+
+def _load(names: list[str], device: int) -> None:
+    """Compiles and loads kernels on a device. Raises `Unavailable`."""
+    global _broken
+    with _loading:
+        names = [name for name in names if (device, name) not in _loaded]
+        if not names:  # another thread was faster
+            return
+        if len(_loaded) + len(names) > MOST_KERNELS:
+            raise Unavailable(
+                f"this process has compiled kernels for many shapes; more than {MOST_KERNELS} kernels it does not load"
+            )
+        try:
+            code = cuda_compiler.compile_kernels(names, _operators.capability(device), cache=_cache())
+            for name in names:
+                _operators.load(name, torch.frombuffer(bytearray(code[name]), dtype=torch.uint8), device)
+        except (cuda_compiler.CompilerError, RuntimeError) as error:
+            _broken = str(error)
+            raise Unavailable(_broken) from error
+        _loaded.update((device, name) for name in names)

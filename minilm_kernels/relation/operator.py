@@ -8,7 +8,10 @@ To add a backend, write its module (`problem.Backend`), name it in `backends.py`
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +21,10 @@ from minilm_kernels.backends import AUTO, BACKENDS
 
 from . import blocked, native_cpu, native_cuda, reference, triton_backend
 from .masks import Mask, readable
-from .problem import Backend, Problem, gradient_slots, result_dtype
+from .problem import Backend, Problem, Unavailable, gradient_slots, result_dtype
 
 _log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 _MODULES: dict[str, Backend] = dict(
     zip(BACKENDS, (native_cuda, triton_backend, native_cpu, blocked, reference), strict=True)
 )
@@ -31,14 +35,26 @@ def available_backends() -> dict[str, str | None]:
     return {name: module.unavailable() for name, module in _MODULES.items()}
 
 
-def _select(name: str, problem: Problem) -> Backend:
-    if name == "auto":
-        return next(_MODULES[candidate] for candidate in AUTO if not _refusals(candidate, problem))
-    reasons = _refusals(name, problem)
-    if reasons:
-        usable = ", ".join(n for n, reason in available_backends().items() if reason is None)
-        raise RuntimeError(f"backend: {name!r} cannot serve this call: {'; '.join(reasons)}. Usable here: {usable}")
-    return _MODULES[name]
+def _serve(name: str, problem: Problem, call: Callable[[Backend], _Result]) -> _Result:
+    """`call` of the backend `name`; `auto` goes on to the next one where a backend finds only then that it cannot."""
+    if name != "auto":
+        reasons = _refusals(name, problem)
+        if reasons:
+            usable = ", ".join(n for n, reason in available_backends().items() if reason is None)
+            raise RuntimeError(f"backend: {name!r} cannot serve this call: {'; '.join(reasons)}. Usable here: {usable}")
+        return call(_MODULES[name])
+    for candidate in AUTO:
+        if not _refusals(candidate, problem):
+            try:
+                return call(_MODULES[candidate])
+            except Unavailable as failure:
+                _warn_once(f"another backend than {candidate} serves: {failure}")
+    raise RuntimeError("backend: none can serve this call")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
 
 
 def _refusals(name: str, problem: Problem) -> list[str]:
@@ -234,11 +250,10 @@ def _relation_kl(teacher, student, *arguments):
     *inputs, reduction, backend, gradient = arguments
     with _full_precision(student[0].device.type):
         problem = _problem(teacher, student, *inputs)
-        module = _select(backend, problem)
         if reduction == "none":
-            return module.rows(problem), []
+            return _serve(backend, problem, lambda module: module.rows(problem)), []
         weights = problem.mask.weights(reduction, problem.heads, problem.dtype)
-        return module.scalar(problem, weights, gradient)
+        return _serve(backend, problem, lambda module: module.scalar(problem, weights, gradient))
 
 
 @torch.library.register_fake("minilm_kernels::relation_kl")
@@ -256,7 +271,7 @@ def _relation_kl_rows_backward(row_grads, teacher, student, *arguments):
     *inputs, backend = arguments
     with _full_precision(student[0].device.type):
         problem = _problem(teacher, student, *inputs)
-        return _select(backend, problem).rows_gradient(problem, row_grads)
+        return _serve(backend, problem, lambda module: module.rows_gradient(problem, row_grads))
 
 
 @torch.library.register_fake("minilm_kernels::relation_kl_rows_backward")

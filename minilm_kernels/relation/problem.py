@@ -43,6 +43,10 @@ class Problem:
         return scale_t, scale_s
 
 
+class Unavailable(RuntimeError):
+    """A backend finds, when it is called, that it cannot serve after all; `auto` goes on to the next one."""
+
+
 class Backend(Protocol):
     """A module that computes problems. Gradients come in the order of `gradient_slots`, in `problem.dtype`."""
 

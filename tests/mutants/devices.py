@@ -4,7 +4,7 @@ from . import Mutant
 
 _TRITON = "minilm_kernels/relation/triton_kernels.py"
 _BACKEND = "minilm_kernels/relation/triton_backend.py"
-_CUDA = "csrc/cuda/"
+_CUDA = "csrc/cuda/device/"
 
 # A part of the contract that takes the interpreter a few seconds, and of what is particular to these kernels.
 _SOME = "tests/relation/test_contract.py -k 'test_masks and (holes-self or packed-prefix-cross) and (sequence or none)'"
@@ -151,7 +151,7 @@ MUTANTS = [
         "some pairs of tiles are never visited",
     ),
     Mutant(
-        _CUDA + "plan.cpp",
+        "csrc/cuda/host/plan.cpp",
         "token += planes.student_pieces == 3 ? 16 : 8;",
         "token += 8;",
         _EMULATED,

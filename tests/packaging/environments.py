@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SECONDS = 1200  # of one program: pip fetches gigabytes
 # Variables that change what is built, and how.
-STEERING = ["MINILM_KERNELS_BUILD", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CXX", "CXXFLAGS", "LDFLAGS", "NVCC"]
+STEERING = ["MINILM_KERNELS_BUILD", "MAX_JOBS", "CXX", "CXXFLAGS", "LDFLAGS"]
 
 _CHECK = """
 import json, sys

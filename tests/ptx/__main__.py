@@ -6,7 +6,6 @@ Exit status 1: a result was wrong, or a kernel did something that it must not do
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from collections import defaultdict
 from contextlib import ExitStack
@@ -65,7 +64,7 @@ def main() -> int:
         if "triton" in options.families:
             stack.enter_context(triton_backend(device, options.architecture, options.folder))
         if "cuda" in options.families:
-            stack.enter_context(cuda_backend(device, GPUS[options.gpu], options.folder))
+            stack.enter_context(cuda_backend(device, options.gpu, options.folder))
         for seed in range(options.first, options.first + options.cases):
             for family in options.families:
                 if time.perf_counter() - begin > options.seconds:
@@ -130,12 +129,9 @@ def _print_coverage(device: Device) -> None:
     whole: defaultdict[str, int] = defaultdict(int)
     variants: defaultdict[str, int] = defaultdict(int)
     for kernel in device.kernels.values():
-        match = re.search(r"(fused|statistics|visit)(?:I((?:L[ib]\d+E)+)E)|(reduce)E", kernel.name)
-        arguments = ",".join(re.findall(r"L[ib](\d+)E", match[2])) if match and match[2] else ""
-        name = (f"{match[1]}<{arguments}>" if arguments else match[3]) if match else kernel.name
-        variants[name] += 1
-        whole[name] += sum(len(block.instructions) for block in kernel.blocks)
-        reached[name] += sum(len(block.instructions) for block in kernel.blocks if block.reached)
+        variants[kernel.name] += 1
+        whole[kernel.name] += sum(len(block.instructions) for block in kernel.blocks)
+        reached[kernel.name] += sum(len(block.instructions) for block in kernel.blocks if block.reached)
     for name, count in sorted(whole.items()):
         print(f"executed of {name}: {reached[name] / count:.0%} of {count} instructions, {variants[name]} variants")
 

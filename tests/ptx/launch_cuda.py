@@ -1,23 +1,41 @@
 """Runs the package's CUDA C++ backend on CPU tensors: everything is real but the GPU.
 
-The library of compile_cuda.py hands every launch to the emulator, which executes the PTX of the same compilation.
+NVRTC compiles the kernels that a call needs to PTX, and the package's library loads and launches them through the
+stand-in of driver.py, which hands every launch to the emulator.
 """
 
 from __future__ import annotations
 
-import ctypes
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .build import FOLDER
-from .compile_cuda import OPERATORS, compile_library
 from .device import Device, poison
+from .driver import driver
 
-# Bytes of shared memory: of a block, of a processor. Short sequences get blocks of one warp on sm_90; where a processor
-# has little room they get several; where a block has little, long sequences go row by row.
-GPUS = {"sm_90": (232448, 233472), "crowded": (232448, 30000), "small": (16384, 16384)}
+# Number of the GPU; bytes of shared memory of a block and of a processor. Short sequences get blocks of one warp on
+# sm_90; where a processor has little room they get several; where a block has little, long sequences go row by row.
+GPUS = {"sm_90": (1, 232448, 233472), "crowded": (2, 232448, 30000), "small": (3, 16384, 16384)}
+ARCHITECTURE = 80  # its PTX is what newer GPUs translate as well
+
+
+class _Scratch(TorchDispatchMode):
+    """Memory that the library allocates becomes known to the device."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        self.device.know(result, "scratch")
+        storage = result.untyped_storage()
+        poison(storage.data_ptr(), storage.nbytes())
+        return result
 
 
 class _Operators:
@@ -25,58 +43,64 @@ class _Operators:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.library = getattr(torch.ops, OPERATORS)
-        self.refusal = self.library.refusal
+        self.library = torch.ops.minilm_kernels_cuda
+        self.refusal, self.capability, self.load = self.library.refusal, self.library.capability, self.library.load
 
-    def relation_kl(self, *arguments) -> None:
+    def relation_kl(self, *arguments) -> str:
         self.device.memory.clear()
         names = ("teacher", "student", "", "", "tokens", "starts", "prefixes", "", "", "", "weights", "row_grads",
-                 "values", "rows", "grads", "")  # fmt: skip
+                 "values", "rows", "grads", "", "")  # fmt: skip
         for name, x in zip(names, arguments, strict=True):
             if isinstance(x, torch.Tensor):
                 self.device.know(x, name)
             elif name and isinstance(x, (list, tuple)):
                 for k, tensor in enumerate(x):
                     self.device.know(tensor, f"{name}[{k}]")
-        self.library.relation_kl(*arguments)
+        with _Scratch(self.device):  # which is to see what the operator calls, and not the operator
+            missing = self.library.relation_kl.default.redispatch(
+                torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *arguments
+            )
         self.device.check()
+        return missing
 
 
 @contextmanager
-def cuda_backend(device: Device, limits: tuple[int, int], folder: Path = FOLDER):
-    """Within, `backend="cuda"` serves CPU tensors by emulation; yields the PTX modules. `limits`: one of GPUS."""
-    from minilm_kernels.relation import native_cuda, operator
+def cuda_backend(device: Device, gpu: str, folder: Path = FOLDER):
+    """Within, `backend="cuda"` serves CPU tensors by emulation on one of GPUS; yields the PTX modules loaded so far."""
+    from minilm_kernels.relation import cuda_compiler, native_cuda, operator
+    from minilm_kernels.relation.cuda_cache import KernelCache
 
-    path, modules = compile_library(folder)
-    torch.ops.load_library(path)
-    library = ctypes.CDLL(str(path))
-    launch_type = ctypes.CFUNCTYPE(
-        None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint64, ctypes.c_void_p
-    )
-    scratch_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+    if not native_cuda._LIBRARY.exists():
+        raise RuntimeError(
+            f"{native_cuda._LIBRARY} is not built: MINILM_KERNELS_BUILD=native python setup.py build_ext --inplace"
+        )
+    if reason := cuda_compiler.unavailable():
+        raise RuntimeError(reason)
+    standin = driver(folder)
+    number, *shared = GPUS[gpu]
+    standin.set_gpu(number, ARCHITECTURE, *shared)
+    torch.ops.load_library(native_cuda._LIBRARY)
 
-    def scratch(address: int | None, size: int) -> None:
-        if address and size:
-            device.memory.add(address, size, "scratch")
-            poison(address, size)
-
-    def launch(name: bytes, sizes, shared: int, values: int) -> None:
-        module = next(module for module in modules if name.decode() in module.entries)
-        device.launch(module[name.decode()], sizes, shared, values)
-
-    callbacks = (launch_type(launch), scratch_type(scratch))
-    library.emulator_set_launch(callbacks[0])
-    library.emulator_set_scratch(callbacks[1])
-    library.emulator_set_limits(*limits, 90)
-    replaced = {"_operators": _Operators(device), "_DEVICE": "cpu", "unavailable": lambda: None}
-    before = {name: getattr(native_cuda, name) for name in replaced}
-    for name, value in replaced.items():
-        setattr(native_cuda, name, value)
-    module = operator._MODULES["cuda"]
+    cache = KernelCache(folder / "kernels")
+    as_ptx = partial(cuda_compiler.compile_kernels, target="ptx", line_info=True)
+    replaced = {
+        (native_cuda, "_operators"): _Operators(device),
+        (native_cuda, "_DEVICE"): "cpu",
+        (native_cuda, "_place"): lambda _device: (number, 0),
+        (native_cuda, "_cache"): lambda: cache,
+        (native_cuda, "unavailable"): lambda: None,
+        (cuda_compiler, "compile_kernels"): as_ptx,
+    }
+    before = {(module, name): getattr(module, name) for module, name in replaced}
+    previous, module = standin.device, operator._MODULES["cuda"]
+    for (place, name), value in replaced.items():
+        setattr(place, name, value)
     operator._MODULES["cuda"] = native_cuda
+    standin.device = device
     try:
-        yield modules
+        yield standin.ptx
     finally:
-        for name, value in before.items():
-            setattr(native_cuda, name, value)
+        for (place, name), value in before.items():
+            setattr(place, name, value)
         operator._MODULES["cuda"] = module
+        standin.device = previous

@@ -13,12 +13,12 @@ import torch
 from .__main__ import add_arguments, outcome
 from .calls import draw, parsed
 from .device import Device
-from .launch_cuda import GPUS, cuda_backend
+from .launch_cuda import cuda_backend
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx.mutate", description=__doc__)
-    parser.add_argument("kernel", help="part of a kernel's mangled name, e.g. fusedILi1ELi2ELi1ELi1E")
+    parser.add_argument("kernel", help="a kernel, or part of its name, e.g. fused_1_2_1_1_1")
     parser.add_argument("--seed", type=int, default=1)
     add_arguments(parser)
     options = parser.parse_args()
@@ -26,7 +26,7 @@ def main() -> None:
     torch.set_num_threads(1)
     call = draw(options.seed, parsed(options.fix))
     device = Device()
-    with cuda_backend(device, GPUS[options.gpu], options.folder) as modules:
+    with cuda_backend(device, options.gpu, options.folder) as modules:
 
         def noticed() -> str:
             _, wrong, findings = outcome(device, call, "cuda")
@@ -34,7 +34,7 @@ def main() -> None:
 
         print("as it is:", noticed() or "nothing")
         ran = {name for name, *_ in device.launches if options.kernel in name}
-        for module in modules:
+        for module in modules.values():
             for name in ran & set(module.entries):
                 unreached = {i.line for block in module[name].blocks if not block.reached for i in block.instructions}
                 entry, text = module.entries[name], module.text

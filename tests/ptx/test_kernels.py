@@ -6,7 +6,7 @@ All of them take compilers and a second or more each. More calls by hand: `pytho
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,31 +16,24 @@ from tests.relation.cases import MALFORMED, all_nan, malformed
 
 from .__main__ import outcome
 from .calls import draw
-from .compile_cuda import COMPILER
 from .device import Device, Poisoned
-from .launch_cuda import GPUS, cuda_backend
+from .launch_cuda import cuda_backend
 from .launch_triton import triton_backend
 
 pytest.importorskip("triton", reason="Triton is not built for this platform")
-pytestmark = pytest.mark.slow
+# Beside a real driver library the stand-in for it is not what launchers find; there a GPU runs the kernels.
+_needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels would be launched on the GPU")
+pytestmark = [pytest.mark.slow, _needs_no_gpu]
 
-_needs_nvcc = pytest.mark.skipif(COMPILER is None, reason="nvcc compiles the CUDA kernels to PTX")
-# Beside a real driver library the stand-in for it is not what Triton's launcher finds; there a GPU runs the kernels.
-_needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton would launch on the GPU")
-TRITON = [pytest.param(f"triton on {version}", marks=_needs_no_gpu) for version in ("8.0", "9.0")]
-CUDA = [pytest.param(f"cuda on {gpu}", marks=_needs_nvcc) for gpu in ("crowded", "small")]
+TRITON = ["triton on 8.0", "triton on 9.0"]
+CUDA = ["cuda on crowded", "cuda on small"]
 
 
 @contextmanager
 def _emulated(family: str, device: Device) -> Iterator[str]:
     """Within, the family's backend, whose name it yields, serves CPU tensors."""
     backend, _, target = family.partition(" on ")
-    context: AbstractContextManager
-    if backend == "triton":
-        context = triton_backend(device, int(float(target) * 10))
-    else:
-        context = cuda_backend(device, GPUS[target])
-    with context:
+    with triton_backend(device, int(float(target) * 10)) if backend == "triton" else cuda_backend(device, target):
         yield backend
 
 

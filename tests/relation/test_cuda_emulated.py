@@ -58,6 +58,7 @@ def library(made_once):
 def backend(library, monkeypatch):
     monkeypatch.setattr(native_cuda, "_operators", torch.ops.minilm_kernels_cuda_emulated)
     monkeypatch.setattr(native_cuda, "_DEVICE", "cpu")
+    monkeypatch.setattr(native_cuda, "_place", lambda _device: (0, 0))
     monkeypatch.setattr(native_cuda, "unavailable", lambda: None)
     monkeypatch.setitem(operator._MODULES, "cuda", native_cuda)
     library.emulated_set_limits(*_CROWDED)
@@ -193,7 +194,7 @@ def test_scales_of_any_sign(backend, scales):
 def test_sequences_beyond_shared_memory(library, backend, mask, reduction):
     """Blocks that hold 64 tokens: longer sequences go row by row, beside shorter ones that do not."""
     library.emulated_set_limits(16384, 16384)
-    tokens, *_ = cuda.plan(library, "fused", (16384, 16384), (6, 3, 1, 3, False), 131)
+    tokens, *_ = cuda.plan(library, "fused", (16384, 16384), (6, 3, 1, 3), 131)
     assert tokens == 64
     _check(make(_LONG[mask], batch=3, length=131, heads=1, widths=(16, 8)), reduction)
     if reduction == "sequence":
@@ -321,9 +322,9 @@ def test_the_schedule_visits_each_pair_once(library):
 
 _DEVICES = {"sm_80": (166912, 167936), "sm_90": _SM_90, "sm_120": (101376, 102400)}
 _PLANES = {
-    "bf16 (16, 8)": (2, 1, 1, 1, True),
-    "bf16 (64, 32)": (8, 4, 4, 1, False),
-    "fp32 (16, 8)": (6, 3, 1, 3, False),
+    "bf16 (16, 8)": (2, 1, 1, 1),
+    "bf16 (64, 32)": (8, 4, 4, 1),
+    "fp32 (16, 8)": (6, 3, 1, 3),
 }
 
 
@@ -359,7 +360,7 @@ def test_plans_fit_their_device(library, device):
         for pieces_s in (1, 2, 3):
             for chunks_t in (1, 2, 4, 8, 16):
                 for chunks_s in (1, 2, 4, 8, 16):
-                    planes = (chunks_t * pieces_t, chunks_s * pieces_s, chunks_s, pieces_s, False)
+                    planes = (chunks_t * pieces_t, chunks_s * pieces_s, chunks_s, pieces_s)
                     for longest in (1, 33, 512, 5000):
                         tokens, warps, blocks, size = cuda.plan(library, "fused", (block, processor), planes, longest)
                         if tokens == 0:

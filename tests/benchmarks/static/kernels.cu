@@ -1,5 +1,4 @@
 // Kernels whose cost a pair can be counted by hand: a thread is a row, an element of `x` a column, e = 2^(x a + b).
-#include <cuda_runtime.h>
 
 __device__ __forceinline__ float exp2_(float x) {
   float y;

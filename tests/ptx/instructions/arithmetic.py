@@ -157,6 +157,25 @@ def _build_bfe(machine, instruction):
     return operation
 
 
+def _build_bfi(machine, instruction):
+    """The low bits of the first operand in the place of some bits of the second."""
+    kind = kind_of(instruction)
+    width, unsigned = WIDTHS[kind], _UNSIGNED[WIDTHS[kind]]
+    target = machine.target(instruction.operands[0], kind)
+    a, b = (machine.source(x, kind) for x in instruction.operands[1:3])
+    position, length = (machine.source(x, "u32") for x in instruction.operands[3:5])
+
+    def operation(active) -> None:
+        at = (position & np.uint32(0xFF)).astype(np.int64)
+        size = np.clip((length & np.uint32(0xFF)).astype(np.int64), 0, np.maximum(width - at, 0))
+        ones = np.where(size > 0, unsigned(-1 & (1 << width) - 1) >> (width - np.maximum(size, 1)).astype(unsigned), 0)
+        at = np.minimum(at, width - 1).astype(unsigned)
+        bits = ones.astype(unsigned) << at
+        assign(target, active, (a << at) & bits | b & ~bits)
+
+    return operation
+
+
 def _build_lop3(machine, instruction):
     target = machine.target(instruction.operands[0], "b32")
     a, b, c = (machine.source(x, "b32") for x in instruction.operands[1:4])
@@ -301,6 +320,7 @@ BUILDERS = {
     "shl": _build_shift,
     "shr": _build_shift,
     "bfe": _build_bfe,
+    "bfi": _build_bfi,
     "lop3": _build_lop3,
     "prmt": _build_prmt,
     "popc": _simple(_popcount, 1),

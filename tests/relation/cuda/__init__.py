@@ -22,7 +22,8 @@ def build(folder: Path) -> None:
     import ninja
 
     torch_folder = Path(torch.__file__).parent
-    units = [*sorted(SOURCES.glob("*.cu")), *sorted(SOURCES.glob("*.cpp")), HERE / "emulated.cpp"]
+    host = (path for path in sorted(SOURCES.glob("host/*.cpp")) if path.name != "gpu.cpp")
+    units = [*host, *sorted(HERE.glob("*.cpp"))]
     flags = " ".join([*_FLAGS, "-isystem", str(torch_folder / "include")])
     objects = [f"{unit.name}.o" for unit in units]
     lines = [
@@ -53,5 +54,5 @@ def plan(library: ctypes.CDLL, kind: str, limits: tuple[int, int], planes: tuple
     last_type = ctypes.c_int64 if kind == "fused" else ctypes.c_int
     function = getattr(library, f"emulated_plan_{kind}")
     function.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.POINTER(ctypes.c_int), last_type, ctypes.c_void_p)
-    function(*limits, (ctypes.c_int * 5)(*planes), last, out)
+    function(*limits, (ctypes.c_int * 4)(*planes), last, out)
     return list(out)

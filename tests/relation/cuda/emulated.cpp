@@ -1,8 +1,11 @@
 // What the emulated library has in place of a GPU: its one thread block, and the limits of the GPU that a test names.
 
 #include "emulated.h"
-#include "plan.h"
-#include "schedule.h"
+
+#include "device/schedule.h"
+#include "host/gpu.h"
+#include "host/plan.h"
+#include "kernels.h"
 
 namespace minilm::cuda {
 namespace emulation {
@@ -17,11 +20,20 @@ int64_t per_block = 232448, per_processor = 233472;  // those of sm_90
 
 }  // namespace
 
-const char* find_limits(int, int64_t& shared_per_block, int64_t& shared_per_processor, int& capability) {
-  shared_per_block = per_block;
-  shared_per_processor = per_processor;
+const char* find_limits(int, Limits& limits, int& capability) {
+  limits = {per_block, per_processor};
   capability = 90;
   return nullptr;
+}
+
+bool is_loaded(int, const std::string&) { return true; }
+
+const char* load(int, const std::string&, const void*) { return nullptr; }
+
+const char* launch(int, const Launch& launch, void*) {
+  const char* error = nullptr;
+  if (launch_fused(launch, error) || launch_rows(launch, error)) return error;
+  return "the emulation has no such kernel";
 }
 
 }  // namespace minilm::cuda
@@ -52,12 +64,12 @@ extern "C" __attribute__((visibility("default"))) void emulated_tile_pair(int ti
   out[1] = tile.column;
 }
 
-// planes: teacher, student, student's chunks, student's pieces, everyday; out: tokens, warps, blocks a processor, bytes.
+// planes: teacher, student, student's chunks, student's pieces; out: tokens, warps, blocks a processor, bytes.
 extern "C" __attribute__((visibility("default"))) void emulated_plan_fused(int64_t block, int64_t processor,
                                                                            const int* planes, int64_t longest,
                                                                            int64_t* out) {
   minilm::cuda::FusedPlan plan =
-      minilm::cuda::plan_fused({block, processor}, {planes[0], planes[1], planes[2], planes[3], planes[4] != 0}, longest);
+      minilm::cuda::plan_fused({block, processor}, {planes[0], planes[1], planes[2], planes[3]}, longest);
   out[0] = plan.tokens;
   out[1] = plan.warps;
   out[2] = plan.blocks;
@@ -69,7 +81,7 @@ extern "C" __attribute__((visibility("default"))) void emulated_plan_rows(int64_
                                                                           const int* planes, int gradient,
                                                                           int64_t* out) {
   minilm::cuda::RowsPlan plan =
-      minilm::cuda::plan_rows({block, processor}, {planes[0], planes[1], planes[2], planes[3], planes[4] != 0}, gradient != 0);
+      minilm::cuda::plan_rows({block, processor}, {planes[0], planes[1], planes[2], planes[3]}, gradient != 0);
   out[0] = plan.warps;
   out[1] = plan.others;
   out[2] = plan.bytes;

@@ -387,8 +387,9 @@ inline void store_pair(float* to, float x, float y) {
 }
 
 template <class Parameters>
-const char* launch(void (*kernel)(const Parameters), const Parameters& parameters, int64_t blocks, int threads,
-                   int64_t shared, void*) {
+const char* emulate(void (*kernel)(const Parameters), const char* given, int64_t blocks, int threads, int64_t shared) {
+  Parameters parameters;
+  std::memcpy(&parameters, given, sizeof parameters);
   using namespace emulation;
   if (threads % 32 || threads > kMostThreads) fail("no whole number of warps");
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
@@ -416,7 +417,5 @@ const char* launch(void (*kernel)(const Parameters), const Parameters& parameter
   munmap(memory, pages + 2 * page);
   return nullptr;
 }
-
-const char* find_limits(int device, int64_t& shared_per_block, int64_t& shared_per_processor, int& capability);
 
 }  // namespace minilm::cuda

@@ -2,16 +2,13 @@
 // block emulated on the host (tests/relation/cuda/emulated.h), so that tests run the kernels as they are.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "types.h"
 
 #if defined(MINILM_EMULATED)
 
 #include "emulated.h"
 
 #else
-
-#include <cuda_runtime.h>
 
 #define MINILM_DEVICE __device__ __forceinline__
 #define MINILM_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
@@ -109,33 +106,6 @@ MINILM_DEVICE Pair load_pair(const float* from) {
   return {v.x, v.y};
 }
 MINILM_DEVICE void store_pair(float* to, float x, float y) { *reinterpret_cast<float2*>(to) = make_float2(x, y); }
-
-template <class Parameters>
-const char* launch(void (*kernel)(const Parameters), const Parameters& parameters, int64_t blocks, int threads, int64_t shared,
-                   void* stream) {
-  if (blocks == 0) return nullptr;
-  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error == cudaSuccess) {
-    kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), static_cast<size_t>(shared),
-             static_cast<cudaStream_t>(stream)>>>(parameters);
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-inline const char* find_limits(int device, int64_t& shared_per_block, int64_t& shared_per_processor, int& capability) {
-  int block = 0, processor = 0, major = 0, minor = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  shared_per_block = block;
-  shared_per_processor = processor;
-  capability = 10 * major + minor;
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
 
 }  // namespace minilm::cuda
 

@@ -4,13 +4,16 @@
 #include "driver.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
-#include "launch.h"
+#include "gpu.h"
 #include "plan.h"
 
 namespace minilm::cuda {
 namespace {
+
+constexpr int64_t kMostBlocks = 0x7fffffff;  // of a launch
 
 int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
@@ -21,8 +24,7 @@ Planes most(const std::vector<const Relation*>& relations) {
   for (const Relation* relation : relations) {
     const Planes one = planes_of(*relation);
     all = {std::max(all.teacher, one.teacher), std::max(all.student, one.student),
-           std::max(all.student_chunks, one.student_chunks), std::max(all.student_pieces, one.student_pieces),
-           one.everyday && (all.everyday || relation == relations.front())};
+           std::max(all.student_chunks, one.student_chunks), std::max(all.student_pieces, one.student_pieces)};
   }
   return all;
 }
@@ -54,10 +56,13 @@ class Run {
   }
 
   int64_t scratch_bytes() const { return partials_bytes() + statistics_bytes(); }
+  bool too_large() const { return static_cast<int64_t>(all_.size()) * slots_ > kMostBlocks; }  // each block has a slot
 
-  const char* operator()(char* scratch) {
+  // The launches, in their order.
+  std::vector<Launch> operator()(char* scratch) const {
     const Common& common = call_.common;
     double* partials = reinterpret_cast<double*>(scratch);
+    std::vector<Launch> launches;
 
     Batch batch{};
     batch.common = common;
@@ -66,24 +71,19 @@ class Run {
     batch.statistics = reinterpret_cast<float*>(scratch + partials_bytes()) - all_[0]->index * common.num_heads * total_;
     batch.statistics_stride = static_cast<int64_t>(all_.size()) * common.num_heads * total_;
 
-    for (int pieces = 1; pieces <= 3; ++pieces)
-      for (bool everyday : {true, false}) {
-        auto some = select(fused_, [&](const Relation& r) {
-          return student_pieces(r) == pieces && planes_of(r).everyday == everyday;
-        });
-        if (some.empty()) continue;
-        const FusedPlan plan = plan_fused(limits_, most(some), round_up(longest_fused_, kTile));
-        fill(batch, some);
-        batch.capacity = plan.tokens;
-        batch.shortest = 1;
-        batch.longest = longest_fused_;
-        const int64_t blocks = batch.num_relations * common.num_sequences * common.num_heads;
-        if (const char* error =
-                launch_fused(batch, pieces, everyday, blocks, plan.warps * 32, plan.bytes, call_.stream))
-          return error;
-      }
-    if (const char* error = run_rows(batch)) return error;
-    return common.values ? reduce(partials) : nullptr;
+    batch.shortest = 1;
+    batch.longest = longest_fused_;
+    for (const auto& [kernel, relations] :
+         by_kernel(fused_, [&](const Relation& r) { return fused_kernel(r, common.causal); })) {
+      const FusedPlan plan = plan_fused(limits_, most(relations), round_up(longest_fused_, kTile));
+      fill(batch, relations);
+      batch.capacity = plan.tokens;
+      const int64_t blocks = batch.num_relations * common.num_sequences * common.num_heads;
+      launches.emplace_back(kernel, batch, blocks, plan.warps * 32, plan.bytes);
+    }
+    add_rows(batch, launches);
+    if (common.values) launches.push_back(reduction(partials));
+    return launches;
   }
 
  private:
@@ -106,12 +106,19 @@ class Run {
     return rows_.empty() ? 0 : static_cast<int64_t>(all_.size()) * call_.common.num_heads * total_ * 4 * 4;
   }
 
-  template <class Wanted>
-  static std::vector<const Relation*> select(const std::vector<const Relation*>& from, const Wanted& wanted) {
-    std::vector<const Relation*> some;
-    for (const Relation* relation : from)
-      if (wanted(*relation)) some.push_back(relation);
-    return some;
+  using Relations = std::vector<const Relation*>;
+
+  // Relations that one launch serves, with the launch's kernel, in the order of their first ones.
+  template <class Name>
+  static std::vector<std::pair<std::string, Relations>> by_kernel(const Relations& from, const Name& name_of) {
+    std::vector<std::pair<std::string, Relations>> groups;
+    for (const Relation* relation : from) {
+      std::string name = name_of(*relation);
+      auto group = std::find_if(groups.begin(), groups.end(), [&](const auto& g) { return g.first == name; });
+      if (group == groups.end()) group = groups.insert(groups.end(), {std::move(name), {}});
+      group->second.push_back(relation);
+    }
+    return groups;
   }
 
   static void fill(Batch& batch, const std::vector<const Relation*>& relations) {
@@ -119,44 +126,41 @@ class Run {
     for (size_t i = 0; i < relations.size(); ++i) batch.relations[i] = *relations[i];
   }
 
-  const char* run_rows(Batch& batch) {
-    if (rows_.empty()) return nullptr;
+  void add_rows(Batch& batch, std::vector<Launch>& launches) const {
+    if (rows_.empty()) return;
     const Common& common = call_.common;
-    const int threads = rows_plan_.warps * 32;
     const int64_t blocks = row_blocks_ * common.num_heads;
     batch.capacity = rows_plan_.others;
     batch.longest = common.longest;
     batch.first_slot = fused_slots_;
+    auto add = [&](const std::string& kernel, const Relations& relations) {
+      fill(batch, relations);
+      launches.emplace_back(kernel, batch, blocks * batch.num_relations, rows_plan_.warps * 32, rows_plan_.bytes);
+    };
     // Sequences that the fused kernel has served are left out, of the relations that it serves.
     for (bool fused : {false, true}) {
-      auto some = select(rows_, [&](const Relation& r) { return is_fused(&r) == fused; });
-      if (some.empty()) continue;
+      Relations some;
+      for (const Relation* relation : rows_)
+        if (is_fused(relation) == fused) some.push_back(relation);
       batch.shortest = fused ? longest_fused_ + 1 : 1;
-      for (bool exact : {false, true}) {
-        auto alike = select(some, [&](const Relation& r) { return needs_exact(r) == exact; });
-        if (alike.empty()) continue;
-        fill(batch, alike);
-        if (const char* error = launch_statistics(batch, exact, blocks * batch.num_relations, threads,
-                                                  rows_plan_.bytes, call_.stream))
-          return error;
+      batch.keys = 0;
+      for (const auto& [kernel, relations] :
+           by_kernel(some, [&](const Relation& r) { return statistics_kernel(r, needs_exact(r)); }))
+        add(kernel, relations);
+      for (const auto& [kernel, relations] :
+           by_kernel(some, [&](const Relation& r) { return visit_kernel(r, common.gradient); })) {
+        batch.keys = 0;
+        add(kernel, relations);
+        Relations crosses;
+        for (const Relation* relation : relations)
+          if (!relation->self) crosses.push_back(relation);
+        batch.keys = 1;
+        if (common.gradient && !crosses.empty()) add(kernel, crosses);
       }
-      for (int pieces = common.gradient ? 1 : 0; pieces <= (common.gradient ? 3 : 0); ++pieces)
-        for (int keys = 0; keys <= (common.gradient ? 1 : 0); ++keys) {
-          auto visited = select(some, [&](const Relation& r) {
-            return (pieces == 0 || student_pieces(r) == pieces) && !(keys && r.self);
-          });
-          if (visited.empty()) continue;
-          fill(batch, visited);
-          batch.keys = keys;
-          if (const char* error =
-                  launch_visit(batch, pieces, blocks * batch.num_relations, threads, rows_plan_.bytes, call_.stream))
-            return error;
-        }
     }
-    return nullptr;
   }
 
-  const char* reduce(const double* partials) const {
+  Launch reduction(const double* partials) const {
     Reduction reduction{};
     reduction.common = call_.common;
     reduction.partials = partials - all_[0]->index * slots_;
@@ -168,7 +172,7 @@ class Run {
       reduction.fused[i] = is_fused(all_[i]);
       reduction.rows[i] = std::find(rows_.begin(), rows_.end(), all_[i]) != rows_.end();
     }
-    return launch_reduction(reduction, call_.stream);
+    return {reduction_kernel(), reduction, reduction.num_relations, 256, 256};
   }
 
   const Call& call_;
@@ -204,16 +208,29 @@ std::string refusal(const Relation* relations, int64_t num_relations, bool gradi
 
 int64_t scratch_bytes(const Call& call, const Limits& limits) {
   int64_t most = 0;
-  each_run(call, limits, [&](Run& run) { most = std::max(most, run.scratch_bytes()); });
-  return most;
+  bool too_large = false;
+  each_run(call, limits, [&](Run& run) {
+    most = std::max(most, run.scratch_bytes());
+    too_large |= run.too_large();
+  });
+  return too_large ? -1 : most;
 }
 
-const char* run(const Call& call, const Limits& limits, void* scratch) {
-  const char* error = nullptr;
+const char* run(const Call& call, const Limits& limits, int device, void* scratch, std::string& missing) {
+  std::vector<Launch> launches;
   each_run(call, limits, [&](Run& run) {
-    if (!error) error = run(static_cast<char*>(scratch));
+    for (Launch& launch : run(static_cast<char*>(scratch)))
+      if (launch.blocks > 0) launches.push_back(std::move(launch));
   });
-  return error;
+  std::vector<std::string> unknown;
+  for (const Launch& launch : launches)
+    if (!is_loaded(device, launch.kernel) && std::find(unknown.begin(), unknown.end(), launch.kernel) == unknown.end())
+      unknown.push_back(launch.kernel);
+  for (const std::string& kernel : unknown) missing += (missing.empty() ? "" : "\n") + kernel;
+  if (!unknown.empty()) return nullptr;
+  for (const Launch& one : launches)
+    if (const char* error = launch(device, one, call.stream)) return error;
+  return nullptr;
 }
 
 }  // namespace minilm::cuda

@@ -4,7 +4,7 @@
 // Letters as in the package: N sequences, S positions (or T packed tokens), A heads, D_t and D_s head widths.
 #pragma once
 
-#include <cstdint>
+#include "types.h"
 
 namespace minilm::cuda {
 

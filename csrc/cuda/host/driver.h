@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "relation.h"
+#include "../device/relation.h"
 
 namespace minilm::cuda {
 
@@ -11,9 +11,11 @@ namespace minilm::cuda {
 std::string refusal(const Relation* relations, int64_t num_relations, bool gradient, const Limits& limits,
                     int capability);
 
+// Device memory that `run` needs; −1: the call has more thread blocks than a launch takes.
 int64_t scratch_bytes(const Call& call, const Limits& limits);
 
 // Queues everything on the call's stream; returns null, or what went wrong. `scratch`: device memory, 16-byte aligned.
-const char* run(const Call& call, const Limits& limits, void* scratch);
+// Where kernels are not loaded yet, nothing is queued, and `missing` names them, one a line.
+const char* run(const Call& call, const Limits& limits, int device, void* scratch, std::string& missing);
 
 }  // namespace minilm::cuda

@@ -1,5 +1,6 @@
 // What PyTorch sees of the CUDA backend: private operators, through the stable ABI (any torch from 2.10 on). No symbol of
-// torch's CUDA library is needed: the stream comes in as a number.
+// torch's CUDA library is needed: stream and device come in as numbers, and without a GPU the library loads all the same.
+// Tensors on the CPU are served too, as a stand-in for the driver library takes them in tests.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -13,14 +14,12 @@
 #include <vector>
 
 #include "driver.h"
-#include "launch.h"
+#include "gpu.h"
 
 #if defined(MINILM_EMULATED)
 #define MINILM_LIBRARY minilm_kernels_cuda_emulated
-#define MINILM_DISPATCH CPU
 #else
 #define MINILM_LIBRARY minilm_kernels_cuda
-#define MINILM_DISPATCH CUDA
 #endif
 
 namespace {
@@ -77,18 +76,21 @@ std::vector<Relation> relations_of(const std::vector<Tensor>& teacher, const std
   return relations;
 }
 
-Limits limits_of(const Tensor& x, int& capability) {
+void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "backend cuda: ", error); }
+
+Limits limits_of(int64_t device, int& capability) {
   Limits limits{};
-  const char* error = minilm::cuda::find_device(x.get_device_index(), limits, capability);
-  STD_TORCH_CHECK(error == nullptr, "backend cuda: ", error);
+  check(minilm::cuda::find_limits(static_cast<int>(device), limits, capability));
   return limits;
 }
 
-// See minilm_kernels/relation/native_cuda.py for the arguments.
-void relation_kl(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> pairs,
+// See minilm_kernels/relation/native_cuda.py for the arguments. Returns the kernels that have to be loaded first, one a
+// line; then nothing was queued.
+std::string relation_kl(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> pairs,
                  std::vector<double> scales, Tensor tokens, Tensor starts, std::optional<Tensor> prefixes, bool causal,
                  bool padded, int64_t longest, std::optional<Tensor> weights, std::optional<Tensor> row_grads,
-                 std::optional<Tensor> values, std::optional<Tensor> rows, std::vector<Tensor> grads, int64_t stream) {
+                 std::optional<Tensor> values, std::optional<Tensor> rows, std::vector<Tensor> grads, int64_t stream,
+                 int64_t device) {
   const Tensor& shape = student.at(0);
   bool packed = shape.dim() == 3;
   std::vector<Relation> relations = relations_of(teacher, student, pairs);
@@ -120,21 +122,33 @@ void relation_kl(std::vector<Tensor> teacher, std::vector<Tensor> student, std::
   call.common.values = values ? output_of(*values) : nullptr;
   call.common.rows = rows ? output_of(*rows) : nullptr;
 
-#if !defined(MINILM_EMULATED)
-  torch::stable::accelerator::DeviceGuard guard(shape.get_device_index());
-#endif
   int capability = 0;
-  Limits limits = limits_of(shape, capability);
+  Limits limits = limits_of(device, capability);
   int64_t bytes = minilm::cuda::scratch_bytes(call, limits);
+  check(bytes < 0 ? "the call has more than 2^31 - 1 thread blocks; split the batch" : nullptr);
   Tensor scratch = torch::stable::new_empty(shape, {bytes}, ScalarType::Byte);
-  const char* error = minilm::cuda::run(call, limits, scratch.mutable_data_ptr());
-  STD_TORCH_CHECK(error == nullptr, "backend cuda: ", error);
+  std::string missing;
+  check(minilm::cuda::run(call, limits, static_cast<int>(device), scratch.mutable_data_ptr(), missing));
+  return missing;
 }
 
-// Why the GPU of these tensors cannot serve them; empty: it can.
-std::string refusal(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> pairs) {
+// Loads a kernel, machine code or PTX, of which `image` has the bytes and a zero behind them.
+void load(std::string name, Tensor image, int64_t device) {
+  check(minilm::cuda::load(static_cast<int>(device), name, image.const_data_ptr()));
+}
+
+// The device's compute capability, 90 for 9.0.
+int64_t capability(int64_t device) {
+  int found = 0;
+  limits_of(device, found);
+  return found;
+}
+
+// Why the device cannot serve these tensors; empty: it can.
+std::string refusal(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> pairs,
+                    int64_t device) {
   int capability = 0;
-  Limits limits = limits_of(student.at(0), capability);
+  Limits limits = limits_of(device, capability);
   std::vector<Relation> relations = relations_of(teacher, student, pairs);
   return minilm::cuda::refusal(relations.data(), static_cast<int64_t>(relations.size()), true, limits, capability);
 }
@@ -145,11 +159,15 @@ STABLE_TORCH_LIBRARY(MINILM_LIBRARY, m) {
   m.def(
       "relation_kl(Tensor[] teacher, Tensor[] student, int[] pairs, float[] scales, Tensor tokens, Tensor starts, "
       "Tensor? prefixes, bool causal, bool padded, int longest, Tensor? weights, Tensor? row_grads, "
-      "Tensor(a!)? values, Tensor(b!)? rows, Tensor(c!)[] grads, int stream) -> ()");
-  m.def("refusal(Tensor[] teacher, Tensor[] student, int[] pairs) -> str");
+      "Tensor(a!)? values, Tensor(b!)? rows, Tensor(c!)[] grads, int stream, int device) -> str");
+  m.def("load(str name, Tensor image, int device) -> ()");
+  m.def("capability(int device) -> int");
+  m.def("refusal(Tensor[] teacher, Tensor[] student, int[] pairs, int device) -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(MINILM_LIBRARY, MINILM_DISPATCH, m) {
+STABLE_TORCH_LIBRARY_IMPL(MINILM_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("relation_kl", TORCH_BOX(&relation_kl));
+  m.impl("load", TORCH_BOX(&load));
+  m.impl("capability", TORCH_BOX(&capability));
   m.impl("refusal", TORCH_BOX(&refusal));
 }

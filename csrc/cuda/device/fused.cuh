@@ -24,8 +24,8 @@ struct Header {
 };
 static_assert(sizeof(Header) <= kHeaderBytes, "");
 
-// Shared memory of a block; `fused_bytes` in plan.h is its size. Numbers of chunks and pieces that are 0 here are those
-// of the header.
+// Shared memory of a block; `fused_bytes` in plan.h is its size. Kernels are compiled for the chunks and pieces of one
+// call; where they are 0 here, as in the emulation, those of the header count.
 template <int kPieces, int kChunksT, int kPiecesT, int kChunksS>
 struct Fused {
   char* memory;
@@ -123,7 +123,7 @@ MINILM_DEVICE float spread_sums(float (&x)[kCount], int bit) {
 
 // Phase 1 of one model: exponentials of a tile to the sums of its rows and, mirrored, of its columns. Nothing else of
 // the warp's round touches these places (schedule.h).
-template <bool kMasked>
+template <bool kMasked, bool kCausal>
 MINILM_DEVICE void add_sums(float* sums, const float (&score)[2][4][4], float scale, float reference,
                             const Pairs& pairs, int bound) {
   float row[4] = {}, column[8] = {};
@@ -144,7 +144,7 @@ MINILM_DEVICE void add_sums(float* sums, const float (&score)[2][4][4], float sc
   float row_sum = spread_sums(row, 1);
   float* row_at = sums + pairs.rows + lane % 4 * 8 + lane / 4;
   *row_at += row_sum;
-  if (pairs.rows < bound) {
+  if (!kCausal || pairs.rows < bound) {
     float column_sum = spread_sums(column, 4);
     if (kMasked) sync_warp();  // on the diagonal rows and columns are the same places
     float* column_at = sums + pairs.columns + lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2;
@@ -153,7 +153,7 @@ MINILM_DEVICE void add_sums(float* sums, const float (&score)[2][4][4], float sc
 }
 
 // Phase 2, half a tile: M_ij = q_ij + q_ji − p_ij − p_ji in the student's place, and what it adds to the value.
-template <bool kMasked>
+template <bool kMasked, bool kCausal>
 MINILM_DEVICE float find_excess(const float (&score_t)[2][2][4], float (&score_s)[2][2][4], float scale_t, float scale_s,
                                 float reference_t, float reference_s, const float* inverse_t, const float* inverse_s,
                                 const Pairs& pairs, int half, int bound) {
@@ -167,7 +167,7 @@ MINILM_DEVICE float find_excess(const float (&score_t)[2][2][4], float (&score_s
   MINILM_UNROLL for (int n = 0; n < 2; ++n) {
     const int column = pairs.columns + 16 * half + other_column(n, 0);
     Pair column_t = load_pair(inverse_t + column), column_s = load_pair(inverse_s + column);
-    if (pairs.rows >= bound) column_t = column_s = {0.0f, 0.0f};
+    if (kCausal && pairs.rows >= bound) column_t = column_s = {0.0f, 0.0f};
     MINILM_UNROLL for (int m = 0; m < 2; ++m)
       MINILM_UNROLL for (int e = 0; e < 4; ++e) {
         float u_t = fmaf(score_t[m][n][e], scale_t, -reference_t);
@@ -194,8 +194,8 @@ MINILM_DEVICE float log2_of_ratio(float x, float y) {
   return ratio > 1e-30f && ratio < 1e30f ? log2f(ratio) : log2f(x) - log2f(y);
 }
 
-// kPieces: of a student's token and of M. Chunks, and the teacher's pieces, are compiled in for the everyday widths.
-template <int kPieces, int kChunksT, int kPiecesT, int kChunksS>
+// kPieces: of a student's token and of M. kCausal: the mask is causal, with a prefix or without.
+template <int kPieces, int kChunksT, int kPiecesT, int kChunksS, bool kCausal>
 struct FusedKernel {
   using Shared = Fused<kPieces, kChunksT, kPiecesT, kChunksS>;
   static constexpr bool kExact = kPieces == 3;
@@ -344,9 +344,9 @@ struct FusedKernel {
     const Header& header = shared.header();
     float score[2][4][4];
     scores(score, shared.teacher(pairs.rows), shared.teacher(pairs.columns), shared.chunks_t(), shared.pieces_t());
-    add_sums<kMasked>(shared.sums_t(), score, header.scale_t, header.reference_t, pairs, header.bound);
+    add_sums<kMasked, kCausal>(shared.sums_t(), score, header.scale_t, header.reference_t, pairs, header.bound);
     scores(score, shared.student(pairs.rows), shared.student(pairs.columns), shared.chunks_s(), kPieces);
-    add_sums<kMasked>(shared.sums_s(), score, header.scale_s, header.reference_s, pairs, header.bound);
+    add_sums<kMasked, kCausal>(shared.sums_s(), score, header.scale_s, header.reference_s, pairs, header.bound);
   }
 
   template <bool kMasked>
@@ -358,7 +358,7 @@ struct FusedKernel {
       float score_t[2][2][4], score_s[2][2][4];
       scores(score_t, shared.teacher(pairs.rows), shared.teacher(columns), shared.chunks_t(), shared.pieces_t());
       scores(score_s, shared.student(pairs.rows), shared.student(columns), shared.chunks_s(), kPieces);
-      value += find_excess<kMasked>(score_t, score_s, header.scale_t, header.scale_s, header.reference_t,
+      value += find_excess<kMasked, kCausal>(score_t, score_s, header.scale_t, header.scale_s, header.reference_t,
                                     header.reference_s, shared.sums_t(), shared.sums_s(), pairs, half, header.bound);
       add_gradients<kPieces, true>(score_s, shared.grads(pairs.rows), shared.grads(columns), shared.grads_plane(),
                                    shared.student(pairs.rows), shared.student(columns), shared.chunks_s());

@@ -114,8 +114,24 @@ MINILM_DEVICE Others find_others(const Sequence& sequence, int first, int own, b
   return {0, sequence.length};
 }
 
+// Chunks and pieces of both models' tokens: those that a kernel is compiled for, or, where they are 0, those of the task.
+template <int kChunksT, int kPiecesT, int kChunksS, int kPiecesS>
+struct Shape {
+  int given_chunks_t, given_pieces_t, given_chunks_s, given_pieces_s;
+
+  MINILM_DEVICE explicit Shape(const Relation& relation)
+      : given_chunks_t(chunks_of(relation.teacher.key.width)),
+        given_pieces_t(larger(pieces_of(relation.teacher.query.type), pieces_of(relation.teacher.key.type))),
+        given_chunks_s(chunks_of(relation.student.key.width)),
+        given_pieces_s(larger(pieces_of(relation.student.query.type), pieces_of(relation.student.key.type))) {}
+  MINILM_DEVICE int chunks_t() const { return kChunksT ? kChunksT : given_chunks_t; }
+  MINILM_DEVICE int pieces_t() const { return kPiecesT ? kPiecesT : given_pieces_t; }
+  MINILM_DEVICE int chunks_s() const { return kChunksS ? kChunksS : given_chunks_s; }
+  MINILM_DEVICE int pieces_s() const { return kPiecesS ? kPiecesS : given_pieces_s; }
+};
+
 // kExact: as exp2_of, in the visit that follows as well.
-template <bool kExact>
+template <bool kExact, int kChunksT, int kPiecesT, int kChunksS, int kPiecesS>
 struct StatisticsKernel {
   static MINILM_DEVICE void run(const Batch& batch, char* memory) {
     const int own = thread_count(), warp = warp_index() * kTile;
@@ -124,10 +140,9 @@ struct StatisticsKernel {
     if (task.empty) return;
     const Sequence& sequence = task.sequence;
     const Relation& relation = *task.relation;
-    const int chunks_t = chunks_of(relation.teacher.key.width), chunks_s = chunks_of(relation.student.key.width);
-    const int pieces[4] = {pieces_of(relation.teacher.query.type), pieces_of(relation.student.query.type),
-                           pieces_of(relation.teacher.key.type), pieces_of(relation.student.key.type)};
-    const int pieces_t = larger(pieces[0], pieces[2]), pieces_s = larger(pieces[1], pieces[3]);
+    const Shape<kChunksT, kPiecesT, kChunksS, kPiecesS> shape(relation);
+    const int chunks_t = shape.chunks_t(), pieces_t = shape.pieces_t();
+    const int chunks_s = shape.chunks_s(), pieces_s = shape.pieces_s();
     const Rows shared(memory, own, batch.capacity, chunks_t * pieces_t, chunks_s * pieces_s, 0);
     load_tokens(relation.teacher.query, sequence, task.head, task.first, own, writable(shared.own_t), shared.own_t.plane,
                 chunks_t, pieces_t);
@@ -171,7 +186,7 @@ struct Direction {
 };
 
 // kPieces: of the student's tokens and of M in the gradient; 0: no gradient.
-template <int kPieces>
+template <int kPieces, int kChunksT, int kPiecesT, int kChunksS, int kPiecesS>
 struct VisitKernel {
   static constexpr bool kExact = kPieces == 0 || kPieces == 3;
 
@@ -191,9 +206,9 @@ struct VisitKernel {
     const Matrix &own_x_s = batch.keys ? relation.student.key : relation.student.query;
     const Matrix &other_x_t = batch.keys ? relation.teacher.query : relation.teacher.key;
     const Matrix &other_x_s = batch.keys ? relation.student.query : relation.student.key;
-    const int chunks_t = chunks_of(own_x_t.width), chunks_s = chunks_of(own_x_s.width);
-    const int pieces_t = larger(pieces_of(own_x_t.type), pieces_of(other_x_t.type));
-    const int pieces_s = kPieces ? kPieces : larger(pieces_of(own_x_s.type), pieces_of(other_x_s.type));
+    const Shape<kChunksT, kPiecesT, kChunksS, kPieces ? kPieces : kPiecesS> shape(relation);
+    const int chunks_t = shape.chunks_t(), pieces_t = shape.pieces_t();
+    const int chunks_s = shape.chunks_s(), pieces_s = shape.pieces_s();
     const Rows shared(memory, own_tokens, batch.capacity, chunks_t * pieces_t, chunks_s * pieces_s,
                       kPieces ? chunks_s : 0);
     const int64_t statistics_at = first_statistics(batch, task), row_at = first_row(batch, task);

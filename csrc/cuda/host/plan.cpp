@@ -3,6 +3,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <initializer_list>
 
 namespace minilm::cuda {
 namespace {
@@ -19,14 +20,35 @@ int pieces_of(const Half& half) {
   return std::max(pieces(half.query.type), pieces(half.key.type));
 }
 
+std::string name(const char* kind, std::initializer_list<int> arguments) {
+  std::string name = kind;
+  for (int argument : arguments) name += "_" + std::to_string(argument);
+  return name;
+}
+
 }  // namespace
 
 Planes planes_of(const Relation& relation) {
   const Half &teacher = relation.teacher, &student = relation.student;
-  const bool everyday =
-      chunks_of(teacher) == 2 && pieces_of(teacher) == 1 && chunks_of(student) == 1 && pieces_of(student) == 1;
   return {chunks_of(teacher) * pieces_of(teacher), chunks_of(student) * pieces_of(student), chunks_of(student),
-          pieces_of(student), everyday};
+          pieces_of(student)};
+}
+
+std::string fused_kernel(const Relation& relation, bool causal) {
+  const Half &teacher = relation.teacher, &student = relation.student;
+  return name("fused", {pieces_of(student), chunks_of(teacher), pieces_of(teacher), chunks_of(student), causal});
+}
+
+std::string statistics_kernel(const Relation& relation, bool exact) {
+  const Half &teacher = relation.teacher, &student = relation.student;
+  return name("statistics",
+              {exact, chunks_of(teacher), pieces_of(teacher), chunks_of(student), pieces_of(student)});
+}
+
+std::string visit_kernel(const Relation& relation, bool gradient) {
+  const Half &teacher = relation.teacher, &student = relation.student;
+  return name("visit", {gradient ? pieces_of(student) : 0, chunks_of(teacher), pieces_of(teacher), chunks_of(student),
+                        pieces_of(student)});
 }
 
 int64_t fused_bytes(const Planes& planes, int tokens) {

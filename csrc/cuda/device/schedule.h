@@ -5,9 +5,9 @@
 // even number of players, one added where it is odd, the last stays and the others move on by one each round.
 #pragma once
 
-#include <cstdint>
+#include "types.h"
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC_RTC__)
 #define MINILM_BOTH __host__ __device__
 #else
 #define MINILM_BOTH

@@ -1,16 +1,23 @@
 // How a call is laid over a device: tokens, warps and shared memory of a block. Plain C++, tested without a GPU.
 #pragma once
 
-#include "batch.h"
+#include <string>
+
+#include "../device/batch.h"
 
 namespace minilm::cuda {
 
 // A plane is 8 features of one piece of a token.
 struct Planes {
   int teacher, student, student_chunks, student_pieces;
-  bool everyday;  // bfloat16 of two chunks and one, widths to (16, 8): these have a kernel of their own
 };
 Planes planes_of(const Relation& relation);
+
+// The kernels that a relation needs, compiled for its own shape: names as in device/kernels.cuh.
+std::string fused_kernel(const Relation& relation, bool causal);
+std::string statistics_kernel(const Relation& relation, bool exact);
+std::string visit_kernel(const Relation& relation, bool gradient);
+inline const char* reduction_kernel() { return "reduce"; }
 
 struct FusedPlan {
   int tokens;  // that a block holds; longer sequences go row by row. 0: not one tile fits.

@@ -1,0 +1,27 @@
+// The kernels. Each is compiled by itself, for the shape of one call: `fused_1_2_1_1_0` is MINILM_FUSED with the template
+// arguments 1, 2, 1, 1, 0. minilm_kernels/relation/cuda_compiler.py appends that one line and hands the text to NVRTC;
+// host/driver.cpp makes the names.
+#pragma once
+
+#include "fused.cuh"
+#include "rows.cuh"
+
+#define MINILM_FUSED(name, pieces_s, ...)                                                                     \
+  extern "C" MINILM_KERNEL(32 * minilm::cuda::kFusedWarps[pieces_s], 1) name(const MINILM_PARAMETER minilm::cuda::Batch b) { \
+    minilm::cuda::FusedKernel<pieces_s, __VA_ARGS__>::run(b, minilm::cuda::shared_memory());                   \
+  }
+
+#define MINILM_STATISTICS(name, ...)                                                                          \
+  extern "C" MINILM_KERNEL(32 * minilm::cuda::kRowsWarps, 2) name(const MINILM_PARAMETER minilm::cuda::Batch b) { \
+    minilm::cuda::StatisticsKernel<__VA_ARGS__>::run(b, minilm::cuda::shared_memory());                        \
+  }
+
+#define MINILM_VISIT(name, ...)                                                                               \
+  extern "C" MINILM_KERNEL(32 * minilm::cuda::kRowsWarps, 2) name(const MINILM_PARAMETER minilm::cuda::Batch b) { \
+    minilm::cuda::VisitKernel<__VA_ARGS__>::run(b, minilm::cuda::shared_memory());                             \
+  }
+
+#define MINILM_REDUCE(name, ...)                                                                              \
+  extern "C" MINILM_KERNEL(256, 1) name(const MINILM_PARAMETER minilm::cuda::Reduction r) {                    \
+    minilm::cuda::ReductionKernel::run(r, minilm::cuda::shared_memory());                                      \
+  }
