@@ -61,6 +61,7 @@ def test_files(tmp_path, capsys):
         main(["compare", str(tmp_path / "a")])
 
 
+@pytest.mark.slow
 def test_base(tmp_path, monkeypatch, capsys):
     """In a repository with this package, whose revision before computes twice the loss: that one is measured too."""
     monkeypatch.setenv("MINILM_KERNELS_BUILD", "none")

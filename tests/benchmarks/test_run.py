@@ -81,6 +81,7 @@ def test_a_wrong_loss_gets_no_speed(tmp_path, monkeypatch, build, dtype):
     assert found["torch"]["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_too_large_and_too_slow_and_broken_are_rows(tmp_path, monkeypatch):
     def fail(inputs):
         raise KeyError("nothing")

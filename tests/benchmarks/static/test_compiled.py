@@ -142,6 +142,7 @@ def test_a_declaration_that_does_not_fit_fails(tmp_path):
     assert "32 exponentials, expected a multiple of 48" in result.stderr
 
 
+@pytest.mark.slow
 def test_table_and_breakdown():
     module = "tests.benchmarks.static.triton_kernels"
     result = static("--backends", "triton", "--triton-module", module, "--breakdown")
