@@ -67,7 +67,8 @@ class Copy:
         self.folder = folder
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
-        for name in filter(None, [*names.split("\0"), str(_CPU_LIBRARY)]):
+        libraries = [str(path.relative_to(ROOT)) for path in ROOT.glob("minilm_kernels/*.so")]
+        for name in filter(None, [*names.split("\0"), *libraries]):
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)

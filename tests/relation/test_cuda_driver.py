@@ -109,7 +109,7 @@ def test_launches_of_several_lengths_on_several_threads(gpu):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(60)
     assert failures == []
     assert gpu.of("cuFuncSetAttribute") == []
     together = sorted(shared for _, _, shared in gpu.of("cuLaunchKernel"))
@@ -120,7 +120,7 @@ def test_threads_that_miss_the_same_kernels_load_them_once(gpu, compiled):
     ready = threading.Barrier(4)
 
     def work() -> None:
-        ready.wait()
+        ready.wait(60)
         _run()
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -128,7 +128,7 @@ def test_threads_that_miss_the_same_kernels_load_them_once(gpu, compiled):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(60)
     assert [names for names, _ in compiled] == [["fused_1_2_1_1_0", "reduce"]]
     assert len(gpu.of("cuModuleLoadData")) == 2
     assert len(gpu.of("cuLaunchKernel")) == 8
@@ -237,7 +237,7 @@ def test_no_driver_library_to_use(gpu, tmp_path, source, expected):
     if source is not None:
         library = tmp_path / "libcuda.so.1"
         flags = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c", "-"]
-        subprocess.run(["gcc", *flags, "-o", library], input=source, text=True, check=True)
+        subprocess.run(["gcc", *flags, "-o", library], input=source, text=True, check=True, timeout=60)
         command.append(str(library))
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     assert f"backend cuda: {expected}" in said
