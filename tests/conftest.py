@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,11 @@ import torch
 from filelock import FileLock
 
 from minilm_kernels import available_backends
+
+# Started in the background, or by nohup, a process ignores these, and so do its children: the tests send them.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 # Names of the backends to test, for a run of the suite in Triton's interpreter; otherwise all that are usable.
 _ONLY = os.environ.get("MINILM_KERNELS_TEST_BACKENDS")
