@@ -155,6 +155,7 @@ def test_wrappers_that_are_refused(wrap, message):
 
 @pytest.fixture
 def accelerator():
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer of another test's
     yield accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 

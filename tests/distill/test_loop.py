@@ -24,11 +24,20 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from minilm_kernels.distill import DistillConfig, DistillResult, checkpoint, cli, distill, evaluation, loop, report
+from minilm_kernels.distill import (
+    DistillConfig,
+    DistillResult,
+    checkpoint,
+    cli,
+    conditions,
+    distill,
+    evaluation,
+    loop,
+    report,
+)
 from minilm_kernels.distill.batch import Batch
 from minilm_kernels.distill.checkpoint import Checkpoint, Checkpoints, read_checkpoint
 from minilm_kernels.distill.data import RowStream
@@ -392,7 +401,7 @@ def test_other_conditions_are_said_with_what_they_break(
     assert "bit for bit" not in capsys.readouterr().err
     shutil.rmtree(tmp_path / "run" / "student")
     torch.set_num_threads(2)
-    monkeypatch.setattr(transformers, "__version__", "5.0.0")
+    monkeypatch.setattr(conditions.transformers, "__version__", "5.0.0")
     distill(settings(resume=True))
     said = [line for line in capsys.readouterr().err.splitlines() if "no longer bit for bit" in line]
     assert len(said) == 2
