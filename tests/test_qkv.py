@@ -167,6 +167,21 @@ BERT_LIKE = {
 }
 
 
+@pytest.mark.parametrize("model_type", KNOWN)
+def test_gradients_are_those_recomputed_from_the_hidden_states(model_type):
+    """Of query, key and value each by itself: every one of them trains the layers below."""
+    model, batch = make(model_type, 2), batch_of()
+    extractor = QKVExtractor(model)
+    parameters = list(extractor.parameters())
+    for i in range(3):
+        found, expected = (
+            torch.autograd.grad(qkv[i].square().mean(), parameters, allow_unused=True, materialize_grads=True)
+            for qkv in (extractor(**batch), by_hand(model, 2, batch))
+        )
+        torch.testing.assert_close(found, expected)
+        assert sum(bool(gradient.any()) for gradient in found) > len(parameters) / 2
+
+
 @pytest.mark.parametrize("model_type", BERT_LIKE)
 def test_values_are_those_of_the_whole_model(model_type):
     """Architectures with BERT's names, against hooks in a run of the whole model."""
