@@ -96,6 +96,7 @@ def test_too_large_and_too_slow_and_broken_are_rows(tmp_path, monkeypatch):
     assert found[1]["median_ms"] is None
 
 
+@pytest.mark.slow
 def test_memory(tmp_path):
     arguments = ("--suite", "memory", "--shapes", "1x4x256x8x4", "3x4x256x8x4", "--batches", "1x4x256x8x4")
     found = run(tmp_path, *arguments, "--providers", "eager", "torch", "--budget", "16MiB", "--most", "4")
@@ -109,6 +110,7 @@ def test_memory(tmp_path):
     assert eager[1]["peak_bytes"] > 1.5 * eager[0]["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_step(tmp_path):
     arguments = ("--suite", "step", "--shapes", "tiny:3x32", "--masks", "none", "packed")
     found = run(tmp_path, *arguments, "--providers", "eager", "torch")

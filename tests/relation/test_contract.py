@@ -100,6 +100,7 @@ def test_4097_tokens(backend, device):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_many_short_sequences_among_long_ones(backend, device, reduction):
     lengths = torch.tensor([300, *[3, 1, 0, 17] * 40, 299, 64])

@@ -282,6 +282,7 @@ def test_kernels_check_the_bounds_themselves(backend, monkeypatch, kind, cross):
     native_cuda.rows_gradient(problem, native_cuda.rows(problem).nan_to_num())
 
 
+@pytest.mark.slow
 def test_half_precision_is_read_exactly(backend):
     """Numbers of all magnitudes, subnormal ones included: students of width 1 whose other token makes the product 1."""
     for dtype in (torch.float16, torch.bfloat16):

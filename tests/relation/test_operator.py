@@ -89,6 +89,7 @@ def test_compiles_to_one_graph_with_dynamic_shapes(backend, mask):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compiles_rows_with_inductor(backend):
     case = make("causal-holes", heads=2)
     q_t, _, q_s, _ = case.tensors

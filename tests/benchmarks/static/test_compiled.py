@@ -104,6 +104,7 @@ def test_spills_are_seen(cuda, arch):
     assert clean["spill_bytes"] == clean["local_bytes"] == clean["local_per_pair"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_triton_tile(triton, arch):
     """A pair: one exponential, one addition, 16 multiply-adds; the boundary also compares and selects."""
