@@ -57,9 +57,9 @@ class BuildPackage(build_py):
 
     def run(self) -> None:
         super().run()
-        if not self.editable_mode:
-            folder = Path(self.build_lib, "minilm_kernels", "cuda_device")
-            shutil.copytree("csrc/cuda/device", folder, dirs_exist_ok=True)
+        sources = Path("csrc/cuda/device")
+        if sources.is_dir() and not self.editable_mode:
+            shutil.copytree(sources, Path(self.build_lib, "minilm_kernels", "cuda_device"), dirs_exist_ok=True)
 
 
 class TaggedWheel(bdist_wheel):

@@ -74,7 +74,9 @@ def test_base(tmp_path, monkeypatch, capsys):
         shutil.copy(root / name, repository / name)
     file = repository / "minilm_kernels/relation/blocked.py"
     right = file.read_text(encoding="utf-8")
-    file.write_text(right.replace("values[r] += (kl", "values[r] += 2 * (kl"), encoding="utf-8")
+    wrong = right.replace("values[r] += _total(kl", "values[r] += 2 * _total(kl")
+    assert wrong != right
+    file.write_text(wrong, encoding="utf-8")
     git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "base"]):
         subprocess.run([*git, *words], check=True, timeout=60)
