@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from minilm_kernels.distill import DistillConfig
 from minilm_kernels.distill.batch import Batch, Counts, prefix_lengths
 from minilm_kernels.distill.data import PADDING, Packer, Rows, Tokenizer, stack
+from minilm_kernels.distill.evaluation import make_batch
 from minilm_kernels.distill.models import Side, position_range
 from minilm_kernels.losses import MiniLMv2Loss
 
@@ -126,6 +129,21 @@ def test_counts_and_prefixes() -> None:
     assert not np.array_equal(drawn, prefix_lengths(wide, 0.25, 0.75, (1, 3)))
     assert 25 <= drawn.min() < 27
     assert 74 < drawn.max() <= 76
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_parts_have_the_prefixes_of_the_whole(packing: bool, settings: Callable[..., DistillConfig]) -> None:
+    config = settings(mask="prefix", packing=packing)
+    rows = pack(make_texts(40), packing)
+
+    def prefixes(part: slice) -> list[int]:
+        found = make_batch(config, rows, CPU, (0,), part).prefixes
+        assert found is not None
+        return found.tolist()
+
+    parts = [prefixes(slice(start, start + 3)) for start in range(0, len(rows.ids), 3)]
+    assert [prefix for part in parts for prefix in part] == prefixes(slice(0, len(rows.ids)))
+    assert parts[0] != parts[1]
 
 
 def test_positions_of_every_architecture() -> None:

@@ -12,7 +12,8 @@ _TILES = "tests/relation/test_triton_kernels.py -k tiles_of_every_kind"
 _WIDE = "tests/relation/test_triton_kernels.py -k 'beyond_one_base and (holes or causal)'"
 _EMULATED = (
     "tests/relation/test_cuda_emulated.py -k "
-    "'unordered_pairs or malformed or masks_and_reductions or range_of_norms or beyond_shared or lengths or nan'"
+    "'unordered_pairs or malformed or bounds or masks_and_reductions or range_of_norms or beyond_shared or lengths "
+    "or nan'"
 )
 
 MUTANTS = [
