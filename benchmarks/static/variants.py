@@ -6,7 +6,9 @@ imports this. What the fields mean is in docs/static-cost.md.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import json
 import re
 import tempfile
@@ -115,7 +117,11 @@ def build_triton(item: Any, arch: int) -> Built:
         places += [(number, k) for k in range(len(kind))] if isinstance(kind, tuple) else [(number,)]
     attributes = {place: [["tt.divisibility", 16]] for place in places}
     source = ASTSource(function, signature, dict(_get(item, "constants")), attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(_get(item, "options", {})))
+    with triton.knobs.cache.scope():
+        # Triton finds a kernel by its text alone; one compiled from another checkout has that one's paths in its lines.
+        checkout = hashlib.sha256(inspect.getsourcefile(function.fn).encode()).hexdigest()[:16]
+        triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir) / f"static-{checkout}")
+        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(_get(item, "options", {})))
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 pytest.importorskip("triton", reason="its wheel holds the disassembler")
 
 
-def static(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def static(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     command = [sys.executable, "-m", "benchmarks", "static", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
 
@@ -181,3 +182,18 @@ def test_no_register_of_the_kernels_products_is_written_too_early():
     assert result.returncode == 0, result.stderr
     rows = [row for row in json.loads(result.stdout) if row["phase"] != "total"]
     assert {row["kernel"] for row in rows if row["wgmma_products"]} >= {"lse", "rows", "gradient", "gradient of key"}
+
+
+def test_a_kernel_that_another_checkout_compiled_is_not_taken(tmp_path):
+    """Triton's cache finds it by its text, but its lines name files of the other checkout, which hold no markers here."""
+    for checkout in ("first", "second"):
+        folder = tmp_path / checkout
+        folder.mkdir()
+        shutil.copy(HERE / "triton_kernels.py", folder / "copied_kernels.py")
+        path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+        result = static(
+            "--backends", "triton", "--triton-module", "copied_kernels", "--arch", "sm_90",
+            PYTHONPATH=path, TRITON_CACHE_DIR=str(tmp_path / "cache"),
+        )  # fmt: skip
+        assert result.returncode == 0, f"{checkout}: {result.stderr}"
+        shutil.rmtree(folder)
