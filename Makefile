@@ -19,7 +19,7 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
 demo: $(INSTALLED)  ## distil a real teacher on real text, a few minutes on two cores
-	$(BIN)/python -m minilm_kernels.demo $(ARGS)
+	$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(INSTALLED) lint  ## lint and most of the tests, three minutes on two cores
 	$(BIN)/python $(PYTEST) -m "not slow and not packaging" $(ARGS)
@@ -53,7 +53,7 @@ sanitize: $(INSTALLED)  ## the native kernels' tests under AddressSanitizer and 
 	cp -r tests pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-		$(CURDIR)/$(BIN)/python $(PYTEST) -p no:cacheprovider tests/relation/test_native_cpu.py -k "not peak_memory"
+		$(CURDIR)/$(BIN)/python $(PYTEST) -p no:cacheprovider tests/relation/backends/test_native_cpu.py -k "not peak_memory"
 
 soak: $(INSTALLED)  ## kill small runs at their operations on files and continue them, five minutes
 	$(BIN)/python -m tests.distill.soak $(ARGS)
@@ -61,7 +61,7 @@ soak: $(INSTALLED)  ## kill small runs at their operations on files and continue
 compute-sanitizer: $(INSTALLED)  ## the CUDA kernels' tests under NVIDIA's compute-sanitizer, on a GPU
 	for tool in memcheck racecheck synccheck; do \
 		compute-sanitizer --tool $$tool --error-exitcode 1 \
-			$(BIN)/python -m pytest -p no:cacheprovider tests/relation/test_cuda_device.py || exit 1; \
+			$(BIN)/python -m pytest -p no:cacheprovider tests/relation/backends/test_cuda_device.py || exit 1; \
 	done
 
 packaging: $(INSTALLED)  ## installs into new environments; other compilers, processors and Pythons

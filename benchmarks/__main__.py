@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which reads memory here, reports every start and stop
 
-from . import compare, days, report, run, static
+from . import compare, days, report, run, static_cost
 
 # Each has `register(commands)`, which adds its parser with `set_defaults(main=...)`.
-_COMMANDS = (run, report, compare, days, static)
+_COMMANDS = (run, report, compare, days, static_cost)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minilm_kernels.demo.markers import update
+from examples.demo.markers import update
 
 _ROOT = Path(__file__).parents[1]
 _FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from minilm_kernels.demo.markers import markers, update
+from examples.demo.markers import markers, update
 
 from . import tables
 from .rows import Row, read

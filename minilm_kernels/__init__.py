@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .losses import QKV, MiniLMLoss, MiniLMv2Loss
     from .qkv import QKVExtractor
-    from .relation import available_backends, relation_kl
+    from .relation import backend_status, relation_kl
     from .students import student_config
 
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ __all__ = [
     "MiniLMLoss",
     "MiniLMv2Loss",
     "QKVExtractor",
-    "available_backends",
+    "backend_status",
     "relation_kl",
     "student_config",
 ]
@@ -32,7 +32,7 @@ _MODULES = {
     "MiniLMLoss": ".losses",
     "MiniLMv2Loss": ".losses",
     "QKVExtractor": ".qkv",
-    "available_backends": ".relation",
+    "backend_status": ".relation",
     "relation_kl": ".relation",
     "student_config": ".students",
 }

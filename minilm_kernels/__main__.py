@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .relation.cuda_cache import VARIABLE, KernelCache
-from .relation.cuda_compiler import OLDEST, CompilerError, Kernel, compile_kernels, kernel_names
+from .relation.backends.cuda_cache import VARIABLE, KernelCache
+from .relation.backends.cuda_compiler import OLDEST, CompilerError, Kernel, compile_kernels, kernel_names
 
 _DTYPES = ("bfloat16", "float16", "float32")
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .relation import relations_kl
+from .relation import relation_kl_multi
 from .relation.api import check_kind
 
 
@@ -97,7 +97,7 @@ class _RelationLoss(nn.Module):
         prefix_lens: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Every relation by itself, unweighted, under its name; arguments and shapes as in `forward`."""
-        values = relations_kl(
+        values = relation_kl_multi(
             *self._heads(teacher, student, packed=cu_seqlens is not None),
             [(_NAMES[name[0]], _NAMES[name[1]]) for name in self.relations],
             attention_mask=attention_mask,

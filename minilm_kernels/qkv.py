@@ -140,7 +140,7 @@ class QKVExtractor(nn.Module):
     Only the modules before the projections are run, so only their parameters get a gradient. The extractor's
     `parameters()` are exactly these and the three projections', frozen ones included: it trains under
     DistributedDataParallel without `find_unused_parameters`, provided the loss uses all three outputs.
-    `unreached_parameters()` names the others. Gradient checkpointing, autocast and `torch.compile(fullgraph=True,
+    `unused_parameters()` names the others. Gradient checkpointing, autocast and `torch.compile(fullgraph=True,
     dynamic=True)` work. Calls from several threads do not disturb each other.
 
     Wrap the extractor, not the model: `DistributedDataParallel(QKVExtractor(model))`. For FSDP2 make the extractor
@@ -269,7 +269,7 @@ class QKVExtractor(nn.Module):
         query, key, value = self.projections
         return QKV(query(found[0]), key(found[0]), value(found[0]))
 
-    def unreached_parameters(self) -> list[str]:
+    def unused_parameters(self) -> list[str]:
         """Names, in `model.named_parameters()`, of the parameters that query, key and value do not depend on."""
         reached = {id(p) for module in (self.base, self.projections) for p in module.parameters()}
         return [name for name, p in self.model.named_parameters() if id(p) not in reached]

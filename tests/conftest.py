@@ -15,7 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from minilm_kernels import available_backends
+from minilm_kernels import backend_status
 
 # Started in the background, or by nohup, a process ignores these, and so do its children: the tests send them.
 for _number in (signal.SIGINT, signal.SIGHUP):
@@ -26,8 +26,8 @@ for _number in (signal.SIGINT, signal.SIGHUP):
 _ONLY = os.environ.get("MINILM_KERNELS_TEST_BACKENDS")
 USABLE = [
     name
-    for name, reason in available_backends().items()
-    if reason is None and name in (_ONLY or "cuda,triton,cpu,torch").split(",")
+    for name, reason in backend_status().items()
+    if reason == "ready" and name in (_ONLY or "cuda,triton,cpu,torch").split(",")
 ]
 if os.environ.get("TRITON_INTERPRET") == "1":
     from .interpreter import patch_once

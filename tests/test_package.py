@@ -8,7 +8,7 @@ import pytest
 import minilm_kernels as mk
 
 PUBLIC = {
-    "QKV", "MiniLMLoss", "MiniLMv2Loss", "QKVExtractor", "available_backends", "relation_kl", "student_config",
+    "QKV", "MiniLMLoss", "MiniLMv2Loss", "QKVExtractor", "backend_status", "relation_kl", "student_config",
 }  # fmt: skip
 
 

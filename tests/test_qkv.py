@@ -27,7 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from minilm_kernels.demo.assets import minilm_l6
+from examples.demo.assets import minilm_l6
 from minilm_kernels.losses import MiniLMv2Loss
 from minilm_kernels.qkv import QKV, QKVExtractor
 from minilm_kernels.students import copied_student, student_config
@@ -208,7 +208,7 @@ def test_below_a_task_head(model_type, auto):
     extractor = QKVExtractor(model, 2)
     with torch.no_grad():
         assert_equal(extractor(**batch, labels=torch.tensor([0, 1, 0])), by_hand(model.base_model, 2, batch))
-    unreached = extractor.unreached_parameters()
+    unreached = extractor.unused_parameters()
     inside = {id(p) for p in model.base_model.parameters()}
     head = [name for name, p in model.named_parameters() if id(p) not in inside]
     assert head
@@ -278,7 +278,7 @@ def test_parameters_are_exactly_those_that_get_a_gradient(model_type, layer):
     extractor = QKVExtractor(model, layer)
     loss_of(extractor(**batch_of())).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]
-    assert extractor.unreached_parameters() == without
+    assert extractor.unused_parameters() == without
     assert {id(p) for p in extractor.parameters()} == {id(p) for p in model.parameters() if p.grad is not None}
     bias = [name for name in without if "relative_attention_bias" in name]
     assert bool(bias) == (model_type == "mpnet" and layer == 1)
@@ -292,7 +292,7 @@ def test_frozen_parameters_stay_frozen_and_registered():
     assert all(not p.requires_grad and p.grad is None for p in model.embeddings.parameters())
     assert {id(p) for p in model.embeddings.parameters()} <= {id(p) for p in extractor.parameters()}
     assert model.embeddings_project.weight.grad is not None
-    assert not any(name.startswith("embeddings") for name in extractor.unreached_parameters())
+    assert not any(name.startswith("embeddings") for name in extractor.unused_parameters())
 
 
 def snapshot(model: PreTrainedModel) -> dict:
@@ -449,7 +449,7 @@ def test_copies_are_whole_and_independent(copied, rotary):
         expected = extractor(**batch)
         twin = copied(extractor)
         assert_equal(twin(**batch), expected, 0)
-        assert twin.unreached_parameters() == extractor.unreached_parameters()
+        assert twin.unused_parameters() == extractor.unused_parameters()
         inside = {id(p) for p in twin.model.parameters()}
         assert {id(p) for p in twin.parameters()} <= inside
         assert not inside & {id(p) for p in model.parameters()}
@@ -526,7 +526,7 @@ def test_a_frozen_teacher_of_a_rotary_model(rotary):
     frozen = QKVExtractor(teacher, frozen=True, **options)
     teacher.train()
     assert_equal(frozen(**batch), expected, 0)
-    assert frozen.unreached_parameters() == QKVExtractor(teacher, **options).unreached_parameters()
+    assert frozen.unused_parameters() == QKVExtractor(teacher, **options).unused_parameters()
 
 
 def test_a_frozen_teacher_is_no_part_of_what_is_trained_and_saved(tmp_path):
@@ -549,7 +549,7 @@ def test_a_frozen_teacher_is_no_part_of_what_is_trained_and_saved(tmp_path):
     for twin in (copy.deepcopy(distiller), pickle.loads(pickle.dumps(distiller))):
         assert_equal(twin.teacher(**batch), target, 0)
         assert twin.teacher.model is not teacher
-        assert twin.teacher.unreached_parameters() == distiller.teacher.unreached_parameters()
+        assert twin.teacher.unused_parameters() == distiller.teacher.unused_parameters()
     distiller.double()
     assert {p.dtype for p in teacher.parameters()} == {torch.float64}
     assert distiller.teacher(**batch).query.dtype == torch.float64
@@ -575,7 +575,7 @@ def test_inference_mode():
     with torch.no_grad():
         assert_equal(QKVExtractor(made)(**batch), expected, 0)
     loss_of(trained(**batch)).backward()
-    assert trained.unreached_parameters() == [n for n, p in model.named_parameters() if p.grad is None]
+    assert trained.unused_parameters() == [n for n, p in model.named_parameters() if p.grad is None]
 
 
 def trained_by_trainer(folder, size: int, accumulation: int) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -645,7 +645,7 @@ def test_the_parameters_behind_a_weight_are_trained(name, path):
     registered = {id(p) for p in extractor.parameters()}
     assert registered == {id(p) for p in model.parameters() if p.grad is not None}
     assert {id(p) for p in model.get_submodule(path).parameters()} <= registered
-    assert extractor.unreached_parameters() == [n for n, p in model.named_parameters() if p.grad is None]
+    assert extractor.unused_parameters() == [n for n, p in model.named_parameters() if p.grad is None]
 
 
 # torch.compile and DistributedDataParallel
@@ -782,7 +782,7 @@ def test_named_projections_of_a_grouped_query_model(prefix):
     assert MiniLMv2Loss(4)(found, found).item() == pytest.approx(0, abs=1e-6)
 
     loss_of(extractor(**batch)).backward()
-    assert extractor.unreached_parameters() == [n for n, p in model.named_parameters() if p.grad is None]
+    assert extractor.unused_parameters() == [n for n, p in model.named_parameters() if p.grad is None]
     assert layer.input_layernorm.weight.grad is not None
     assert layer.post_attention_layernorm.weight.grad is None
     ran = executed(model, lambda: extractor(**batch))
@@ -849,7 +849,7 @@ def test_a_model_of_one_s_own():
     hidden = model.blocks[1].norm(model.blocks[0](model.embed(TOKENS)))
     assert_equal(extractor(tokens=TOKENS), QKV(*(getattr(model.blocks[1], p)(hidden) for p in "qkv")))
     assert model.calls == 1
-    assert extractor.unreached_parameters() == ["blocks.1.out.weight", "blocks.1.out.bias"]
+    assert extractor.unused_parameters() == ["blocks.1.out.weight", "blocks.1.out.bias"]
     with pytest.raises(RuntimeError, match="without reaching"):
         extractor(tokens=TOKENS, skip=True)
     with pytest.raises(RuntimeError, match="passed by"):
@@ -908,7 +908,7 @@ def test_shared_modules():
     hidden = model.blocks[1].norm(model.blocks[0](model.embed(TOKENS)))
     assert_equal(extractor(tokens=TOKENS), QKV(*(getattr(model.blocks[1], p)(hidden) for p in "qkv")))
     loss_of(extractor(tokens=TOKENS)).backward()
-    assert extractor.unreached_parameters() == [n for n, p in model.named_parameters() if p.grad is None]
+    assert extractor.unused_parameters() == [n for n, p in model.named_parameters() if p.grad is None]
 
     one_path = QKVExtractor(model, projections=[PLAIN[0], PLAIN[0], PLAIN[2]], example={"tokens": TOKENS})
     assert_equal(one_path(tokens=TOKENS), extractor(tokens=TOKENS), 0)

@@ -185,7 +185,7 @@ def test_dispatched_over_devices(frozen):
         add_hook_to_module(module, AlignDevicesHook("cpu"))
     extractor = QKVExtractor(everywhere, frozen=frozen)
     assert_equal(extractor(**batch), expected_of(batch), 0)
-    assert extractor.unreached_parameters() == QKVExtractor(bert()).unreached_parameters()
+    assert extractor.unused_parameters() == QKVExtractor(bert()).unused_parameters()
 
 
 def test_offloaded_models_are_refused():

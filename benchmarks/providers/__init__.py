@@ -13,8 +13,8 @@ from functools import partial
 from torch import Tensor
 
 from benchmarks.workloads import Inputs
-from minilm_kernels import available_backends
-from minilm_kernels.relation import relations_kl
+from minilm_kernels import backend_status
+from minilm_kernels.relation import relation_kl_multi
 
 from . import attention, dense, peers
 from .support import Loss, Unsupported
@@ -33,19 +33,19 @@ class Provider:
 
 
 def _backend(name: str, inputs: Inputs) -> Loss:
-    reason = available_backends()[name]
-    if reason is not None:
+    reason = backend_status()[name]
+    if reason != "ready":
         raise Unsupported(reason)
 
     def loss(teacher: dict[str, Tensor], student: dict[str, Tensor]) -> Tensor:
-        return relations_kl(teacher, student, inputs.relations, backend=name, **inputs.mask).sum()
+        return relation_kl_multi(teacher, student, inputs.relations, backend=name, **inputs.mask).sum()
 
     return loss
 
 
 def backends() -> list[str]:
     """The package's own, without its specification."""
-    return [name for name in available_backends() if name != "reference"]
+    return [name for name in backend_status() if name != "reference"]
 
 
 # Of the package's kernels, as docs/mathematics.md and docs/cpu.md count them. `torch` takes two softmaxes a pair;

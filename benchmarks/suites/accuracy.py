@@ -16,7 +16,7 @@ from benchmarks.oracle import WRONG, relative
 from benchmarks.providers import PROVIDERS, backends
 from benchmarks.steps import Step
 from benchmarks.workloads import MASKS, Inputs, Workload, parse_all
-from minilm_kernels.relation import relations_kl
+from minilm_kernels.relation import relation_kl_multi
 
 # Long enough for all paths of the kernels (beyond 64 tokens, no multiple of a tile), short for a dense reference.
 SHAPES = {"cpu": ["3x4x150x16x8", "2x2x100x64x32"], "cuda": ["3x4x150x16x8", "3x4x150x16x6", "2x2x600x64x32"]}
@@ -135,7 +135,7 @@ def _near(workload: Workload, noise: float) -> Inputs:
 def _reference(inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
     exact = inputs.double()
     leaves = {name: x.requires_grad_() for name, x in exact.student.items()}
-    value = relations_kl(exact.teacher, leaves, exact.relations, backend="reference", **exact.mask).sum()
+    value = relation_kl_multi(exact.teacher, leaves, exact.relations, backend="reference", **exact.mask).sum()
     return value.detach(), list(torch.autograd.grad(value, list(leaves.values())))
 
 
@@ -145,7 +145,7 @@ def _reference_rows(inputs: Inputs) -> Tensor:
 
 def _rows(inputs: Inputs, backend: str) -> Tensor:
     with torch.no_grad():
-        return relations_kl(
+        return relation_kl_multi(
             inputs.teacher, inputs.student, inputs.relations, reduction="none", backend=backend, **inputs.mask
         )
 

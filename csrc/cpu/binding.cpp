@@ -57,7 +57,7 @@ void run_on_threads(int64_t count, void (*body)(void*, int64_t), void* context) 
   });
 }
 
-// See minilm_kernels/relation/native_cpu.py for the arguments.
+// See minilm_kernels/relation/backends/native_cpu.py for the arguments.
 void relation_kl(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> pairs,
                  std::vector<double> scales, Tensor tokens, Tensor starts, std::optional<Tensor> prefixes, bool causal,
                  std::optional<Tensor> weights, std::optional<Tensor> row_grads, std::optional<Tensor> values,

@@ -13,7 +13,7 @@ import transformers
 from transformers.utils.hub import cached_file
 
 import minilm_kernels
-from minilm_kernels.relation import native_cpu
+from minilm_kernels.relation.backends import native_cpu
 
 from .checkpoint import sha256
 from .models import Pair
@@ -24,7 +24,7 @@ _TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.
 
 def conditions(device: torch.device) -> dict[str, Any]:
     """Machine and versions, as JSON; the keys are words for a message."""
-    backends = [name for name, reason in minilm_kernels.available_backends().items() if reason is None]
+    backends = [name for name, reason in minilm_kernels.backend_status().items() if reason == "ready"]
     instructions = torch.backends.cpu.get_cpu_capability()
     if "cpu" in backends:
         instructions += f", kernels {native_cpu.instruction_set()}"

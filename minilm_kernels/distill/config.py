@@ -118,7 +118,7 @@ class DistillConfig:
     )
     backend: str = _option(
         "auto",
-        "backend of the relation operator (see minilm_kernels.available_backends)",
+        "backend of the relation operator (see minilm_kernels.backend_status)",
         choices=("auto", *BACKENDS),
     )
 

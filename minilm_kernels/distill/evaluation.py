@@ -10,8 +10,8 @@ from torch import Tensor
 from .batch import Batch, Counts, prefix_lengths
 from .config import DistillConfig
 from .data import Rows
+from .distributed import Processes
 from .models import Pair
-from .processes import Processes
 
 
 def make_batch(config: DistillConfig, rows: Rows, device: torch.device, seed: tuple[int, ...], part: slice) -> Batch:

@@ -35,14 +35,14 @@ from .conditions import broken_promises, conditions, teacher_digests
 from .config import DistillConfig
 from .console import forgiving_streams, say
 from .data import HeldOut, Packer, Rows, RowStream, Tokenizer, collect_heldout
+from .distributed import Processes
 from .evaluation import components, heldout_loss, make_batch
+from .metrics import Metrics, Progress, heldout_records, read_metrics
+from .model_card import write_result
 from .models import Pair, load_pair
 from .preflight import check_saving, check_text
-from .processes import Processes
-from .report import Metrics, Progress, heldout_records, read_metrics
-from .result import write_result
+from .signals import StopSignals
 from .sources import HubDataset, Source, open_sources
-from .stopping import StopSignals
 
 SETTINGS = "settings.json"
 METRICS = "metrics.jsonl"

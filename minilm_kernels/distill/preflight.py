@@ -76,7 +76,7 @@ def _prefix(missing: Set[str], unexpected: Iterable[str]) -> str:
 def _reached(extractor: QKVExtractor) -> dict[str, Tensor]:
     """The parameters and the saved buffers that Q, K and V depend on, by name in the model's state dict."""
     model = extractor.model
-    unreached = set(extractor.unreached_parameters())
+    unreached = set(extractor.unused_parameters())
     reached = {id(p) for name, p in model.named_parameters() if name not in unreached}
     saved = model.state_dict().keys()
     if any(name in saved for name, _ in model.named_buffers()):

@@ -1,6 +1,6 @@
 """The operator for which everything else exists: KL between teacher and student relations, without S×S matrices."""
 
-from .api import relation_kl, relations_kl
-from .operator import available_backends
+from .api import relation_kl, relation_kl_multi
+from .ops import backend_status
 
-__all__ = ["available_backends", "relation_kl", "relations_kl"]
+__all__ = ["backend_status", "relation_kl", "relation_kl_multi"]

@@ -1,6 +1,6 @@
 """The public call: validation of everything that comes from outside, then one operator call.
 
-`relation_kl` computes one relation, `relations_kl` all relations of a loss at once.
+`relation_kl` computes one relation, `relation_kl_multi` all relations of a loss at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from .masks import REDUCTIONS, readable
-from .operator import BACKENDS, relation_values
+from .ops import BACKENDS, relation_values
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -70,7 +70,7 @@ def relation_kl(
         teacher_scale, student_scale: factor of the scores, a number; None: 1/sqrt(D_t), 1/sqrt(D_s).
         reduction: "sequence": mean over heads and real rows of each sequence, then over the sequences that have any;
             "token": mean over heads and real rows of the batch; "sum": sum over heads and rows; "none": every row.
-        backend: "auto", or one of `available_backends()`.
+        backend: "auto", or one of `backend_status()`.
 
     Returns:
         Scalar, or with reduction "none" (B, A, S), packed (A, T), with 0 on rows that are not real; in nats, float32,
@@ -90,7 +90,7 @@ def relation_kl(
     if keys[0] is not teacher_query or keys[1] is not student_query:
         teacher["key"], student["key"] = keys
         pair = ("query", "key")
-    return relations_kl(
+    return relation_kl_multi(
         teacher,
         student,
         [pair],
@@ -106,7 +106,7 @@ def relation_kl(
     ).squeeze(0)
 
 
-def relations_kl(
+def relation_kl_multi(
     teacher: Mapping[str, Tensor],
     student: Mapping[str, Tensor],
     relations: Sequence[tuple[str, str]],
@@ -125,8 +125,8 @@ def relations_kl(
 
     Returns (R,), or with reduction "none" (R, B, A, S), packed (R, A, T); every entry is differentiable by itself.
     """
-    leading, device = _check_tensors(teacher, student, relations, packed=cu_seqlens is not None)
-    _check_masks(leading, device, attention_mask, cu_seqlens, max_seqlen, causal, prefix_lens)
+    token_shape, device = _check_tensors(teacher, student, relations, packed=cu_seqlens is not None)
+    _check_masks(token_shape, device, attention_mask, cu_seqlens, max_seqlen, causal, prefix_lens)
     _check_scale("teacher_scale", teacher_scale)
     _check_scale("student_scale", student_scale)
     if reduction not in REDUCTIONS:
@@ -295,7 +295,7 @@ def _check_mask_values(mask: Tensor) -> None:
 
 
 def _check_masks(
-    leading: tuple[int, ...],
+    token_shape: tuple[int, ...],
     device: torch.device,
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -317,8 +317,8 @@ def _check_masks(
             raise ValueError(f"{name}: expected the device of the other tensors, {device}, got {mask.device}")
     if attention_mask is not None and cu_seqlens is not None:
         raise ValueError("attention_mask: expected None for packed inputs (cu_seqlens says what is real), got a tensor")
-    if attention_mask is not None and tuple(attention_mask.shape) != leading:
-        raise ValueError(f"attention_mask: expected shape (B, S) = {leading}, got {tuple(attention_mask.shape)}")
+    if attention_mask is not None and tuple(attention_mask.shape) != token_shape:
+        raise ValueError(f"attention_mask: expected shape (B, S) = {token_shape}, got {tuple(attention_mask.shape)}")
     if attention_mask is not None:
         _check_mask_values(attention_mask)
     if cu_seqlens is not None:
@@ -334,7 +334,7 @@ def _check_masks(
         if max_seqlen < 0:
             raise ValueError(f"max_seqlen: expected 0 or more, got {max_seqlen}")
     if prefix_lens is not None:
-        sequences = leading[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sequences = token_shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if prefix_lens.dtype == torch.bool:
             raise TypeError("prefix_lens: expected integers, got torch.bool")
         if tuple(prefix_lens.shape) != (sequences,):

@@ -30,9 +30,9 @@ def readable(x: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Mask:
-    """Masks of one call. Dense inputs have shape `leading` = (B, S), packed inputs (T,) and `cu_seqlens`."""
+    """Masks of one call. Dense inputs have shape `token_shape` = (B, S), packed inputs (T,) and `cu_seqlens`."""
 
-    leading: tuple[int, ...]
+    token_shape: tuple[int, ...]
     device: torch.device
     attention_mask: Tensor | None = None  # (B, S) bool or integer, nonzero = real token
     cu_seqlens: Tensor | None = None  # (N + 1,) int32
@@ -50,13 +50,13 @@ class Mask:
 
     @property
     def num_sequences(self) -> int:
-        return self.leading[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        return self.token_shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     @cached_property
-    def real(self) -> Tensor:
+    def valid(self) -> Tensor:
         """(B, S) or (T,) bool: the tokens that take part."""
         if self.attention_mask is None:
-            return torch.ones(self.leading, dtype=torch.bool, device=self.device)
+            return torch.ones(self.token_shape, dtype=torch.bool, device=self.device)
         return self.attention_mask != 0
 
     @cached_property
@@ -65,24 +65,24 @@ class Mask:
         if self.cu_seqlens is not None:
             return self.cu_seqlens.diff().long()
         if self.attention_mask is None:
-            return torch.full(self.leading[:1], self.leading[1], device=self.device)
-        return self.real.sum(-1)
+            return torch.full(self.token_shape[:1], self.token_shape[1], device=self.device)
+        return self.valid.sum(-1)
 
     def sequence_and_position(self) -> tuple[Tensor, Tensor]:
-        """Of each token, the index of its sequence and its position there: two int64 tensors of shape `leading`."""
+        """Of each token, the index of its sequence and its position there: two int64 tensors of shape `token_shape`."""
         if self.cu_seqlens is None:
-            batch, length = self.leading
+            batch, length = self.token_shape
             sequence = torch.arange(batch, device=self.device)[:, None].expand(batch, length)
             return sequence, torch.arange(length, device=self.device).expand(batch, length)
         self.check_bounds()
-        token = torch.arange(self.leading[0], device=self.device)
+        token = torch.arange(self.token_shape[0], device=self.device)
         sequence = torch.searchsorted(self.cu_seqlens[1:].long(), token, right=True)
         return sequence, token - self.cu_seqlens.long()[sequence]
 
-    def gathered(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def unpad(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Every mask in one form: the real tokens of each sequence side by side, all int64; no host is waited for.
 
-        Positions of the real tokens, sequence after sequence, as in `leading`, then anything up to B·S or T of them;
+        Positions of the real tokens, sequence after sequence, as in `token_shape`, then anything up to B·S or T;
         (N + 1,) where each sequence starts among them; and (N,), given prefixes, how many of a sequence's real tokens
         lie in its prefix. Row i of a sequence then sees the gathered tokens j ≤ i and j < prefix, or, with a
         bidirectional mask, all.
@@ -93,23 +93,23 @@ class Mask:
         else:
             starts = self.cu_seqlens.long()
         if self.attention_mask is None:
-            tokens = torch.arange(self.leading[-1], device=self.device).repeat(prod(self.leading[:-1]))
+            tokens = torch.arange(self.token_shape[-1], device=self.device).repeat(prod(self.token_shape[:-1]))
         else:
-            real = self.real
+            real = self.valid
             total = real.numel()
             place = torch.where(real, starts[:-1, None] + real.cumsum(-1) - 1, total)  # hidden ones behind the end
-            position = torch.arange(self.leading[-1], device=self.device).expand_as(place)
+            position = torch.arange(self.token_shape[-1], device=self.device).expand_as(place)
             tokens = place.new_zeros(total + 1).scatter_(0, place.flatten(), position.flatten())[:total]
         if self.prefix_lens is None:
             return tokens, starts, None
         if self.packed:
             return tokens, starts, self.prefix_lens.long().clamp(min=0).minimum(lengths)
-        inside = torch.arange(self.leading[-1], device=self.device) < self.prefix_lens.long()[:, None]
-        return tokens, starts, (self.real & inside).sum(-1)
+        inside = torch.arange(self.token_shape[-1], device=self.device) < self.prefix_lens.long()[:, None]
+        return tokens, starts, (self.valid & inside).sum(-1)
 
-    def visible(self) -> Tensor:
+    def dense(self) -> Tensor:
         """(B, S, S), or (1, T, T) for packed inputs, bool: row i sees key j. Dense: for the reference only."""
-        real = self.real
+        real = self.valid
         sequence, position = self.sequence_and_position()
         if self.packed:
             real, sequence, position = real[None], sequence[None], position[None]
@@ -121,7 +121,7 @@ class Mask:
             within = within | (position < self.prefix_lens.long()[sequence])[:, None, :]
         return see & within
 
-    def weights(self, reduction: str, heads: int, dtype: torch.dtype) -> Tensor:
+    def sequence_weights(self, reduction: str, heads: int, dtype: torch.dtype) -> Tensor:
         """(N,): what one row of each sequence counts in the scalar; a sequence without tokens counts nothing."""
         lengths = self.lengths
         if reduction == "sum":
@@ -140,7 +140,7 @@ class Mask:
         """
         if self.cu_seqlens is None or self.num_sequences == 0:
             return self, None
-        sequences, total = self.num_sequences, self.leading[0]
+        sequences, total = self.num_sequences, self.token_shape[0]
         bounds = self.cu_seqlens.long()
         lengths = bounds.diff()
         shortest, longest = lengths.aminmax()
@@ -159,9 +159,9 @@ class Mask:
         """Checks `cu_seqlens`; on an accelerator, where reading their values would stall, no more than the shape."""
         if self.cu_seqlens is None:
             return
-        if self.num_sequences == 0 and self.leading[0]:
+        if self.num_sequences == 0 and self.token_shape[0]:
             raise ValueError(
-                f"cu_seqlens: expected the bounds of one sequence or more for {self.leading[0]} packed tokens, "
+                f"cu_seqlens: expected the bounds of one sequence or more for {self.token_shape[0]} packed tokens, "
                 f"got shape {tuple(self.cu_seqlens.shape)}"
             )
         if self.device.type == "cpu":
@@ -171,7 +171,7 @@ class Mask:
         """Checks the values of `cu_seqlens`, for which the host waits where they lie on an accelerator."""
         if self.cu_seqlens is None:
             return
-        bounds, total = self.cu_seqlens.tolist(), self.leading[0]
+        bounds, total = self.cu_seqlens.tolist(), self.token_shape[0]
         lengths = [end - start for start, end in pairwise(bounds)]
         if bounds[0] != 0 or bounds[-1] != total or min(lengths, default=0) < 0:
             shown = str(bounds) if len(bounds) <= 16 else f"[{bounds[0]}, {bounds[1]}, ..., {bounds[-1]}]"

@@ -72,7 +72,7 @@ def test_base(tmp_path, monkeypatch, capsys):
     shutil.copytree(root / "build_support", repository / "build_support", ignore=ignored)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(root / name, repository / name)
-    file = repository / "minilm_kernels/relation/blocked.py"
+    file = repository / "minilm_kernels/relation/backends/blocked.py"
     right = file.read_text(encoding="utf-8")
     wrong = right.replace("values[r] += _total(kl", "values[r] += 2 * _total(kl")
     assert wrong != right

@@ -8,7 +8,7 @@ from benchmarks.oracle import Oracle, loss_and_gradients
 from benchmarks.providers import PROVIDERS, Unsupported
 from benchmarks.steps import Step
 from benchmarks.workloads import MASKS, Workload
-from minilm_kernels.relation import relations_kl
+from minilm_kernels.relation import relation_kl_multi
 from minilm_kernels.relation.masks import Mask
 
 # Those that compute on any CPU; torch.compile, which takes seconds a shape, has a test of its own.
@@ -21,7 +21,7 @@ def reference(inputs):
     """By the dense float64 specification."""
     exact = inputs.double()
     leaves = {name: x.requires_grad_() for name, x in exact.student.items()}
-    value = relations_kl(exact.teacher, leaves, exact.relations, backend="reference", **exact.mask).sum()
+    value = relation_kl_multi(exact.teacher, leaves, exact.relations, backend="reference", **exact.mask).sum()
     return value.detach(), torch.autograd.grad(value, list(leaves.values()))
 
 
@@ -115,7 +115,7 @@ def test_pairs_count_what_the_mask_shows():
         workload = Workload(4, 2, 30, 4, 4, "qq,kk", mask)
         inputs = workload.inputs()
         leading = tuple(inputs.student["q"].shape[:-2])
-        seen = Mask(leading, torch.device("cpu"), **inputs.mask).visible().sum()
+        seen = Mask(leading, torch.device("cpu"), **inputs.mask).dense().sum()
         assert workload.visible_pairs == 2 * 2 * int(seen)
         assert workload.pairs >= workload.visible_pairs
 

@@ -36,13 +36,13 @@ from minilm_kernels.distill import (
     distill,
     evaluation,
     loop,
-    report,
+    metrics,
 )
 from minilm_kernels.distill.batch import Batch
 from minilm_kernels.distill.checkpoint import Checkpoint, Checkpoints, read_checkpoint
 from minilm_kernels.distill.data import RowStream
 from minilm_kernels.distill.evaluation import components
-from minilm_kernels.distill.report import Metrics, read_metrics
+from minilm_kernels.distill.metrics import Metrics, read_metrics
 from minilm_kernels.students import copied_student
 
 from .tiny import make_model, make_texts, make_tokenizer, save_model
@@ -429,7 +429,7 @@ class Broken(io.TextIOBase):
 def test_a_run_outlives_its_output(
     error: Exception | None, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(metrics, "QUIET_SECONDS", 0.0)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, error and Broken(error))
     result = distill(settings())

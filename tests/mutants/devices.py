@@ -2,16 +2,16 @@
 
 from . import Mutant
 
-_TRITON = "minilm_kernels/relation/triton_kernels.py"
-_BACKEND = "minilm_kernels/relation/triton_backend.py"
+_TRITON = "minilm_kernels/relation/backends/triton/kernels.py"
+_BACKEND = "minilm_kernels/relation/backends/triton/launch.py"
 _CUDA = "csrc/cuda/device/"
 
 # A part of the contract that takes the interpreter a few seconds, and of what is particular to these kernels.
 _SOME = "tests/relation/test_contract.py -k 'test_masks and (holes-self or packed-prefix-cross) and (sequence or none)'"
-_TILES = "tests/relation/test_triton_kernels.py -k tiles_of_every_kind"
-_WIDE = "tests/relation/test_triton_kernels.py -k 'beyond_one_base and (holes or causal)'"
+_TILES = "tests/relation/backends/test_triton_kernels.py -k tiles_of_every_kind"
+_WIDE = "tests/relation/backends/test_triton_kernels.py -k 'beyond_one_base and (holes or causal)'"
 _EMULATED = (
-    "tests/relation/test_cuda_emulated.py -k "
+    "tests/relation/backends/test_cuda_emulated.py -k "
     "'unordered_pairs or malformed or bounds or masks_and_reductions or range_of_norms or beyond_shared or lengths "
     "or nan'"
 )
@@ -77,7 +77,7 @@ MUTANTS = [
         _BACKEND,
         "x.to(dtype) if x.stride(-1) == 1 or x.shape[-1] == 1 else x.to(dtype).contiguous()",
         "x.to(dtype)",
-        "tests/relation/test_triton_kernels.py -k side_by_side",
+        "tests/relation/backends/test_triton_kernels.py -k side_by_side",
         "tensors whose features do not lie side by side are read wrongly",
     ),
     Mutant(
@@ -148,7 +148,7 @@ MUTANTS = [
         _CUDA + "schedule.h",
         "  if (a >= moving) a -= moving;\n",
         "  if (a >= moving) a = 0;\n",
-        "tests/relation/test_cuda_emulated.py -k 'schedule or unordered_pairs'",
+        "tests/relation/backends/test_cuda_emulated.py -k 'schedule or unordered_pairs'",
         "some pairs of tiles are never visited",
     ),
     Mutant(

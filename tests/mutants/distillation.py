@@ -18,7 +18,7 @@ MUTANTS = [
         _D + "loop.py",
         "torch.manual_seed(config.seed + processes.rank)",
         "torch.manual_seed(config.seed)",
-        f"{_T}test_loop.py {_T}test_processes.py",
+        f"{_T}test_loop.py {_T}test_distributed.py",
         "all ranks draw the same dropout",
     ),
     Mutant(
@@ -39,7 +39,7 @@ MUTANTS = [
         _D + "loop.py",
         "processes.sum(self.flat)",
         "self.flat",
-        _T + "test_processes.py",
+        _T + "test_distributed.py",
         "ranks train apart",
     ),
     Mutant(
@@ -53,7 +53,7 @@ MUTANTS = [
         _D + "loop.py",
         "self.step % config.checkpoint_every == 0 or last or stop:",
         "self.step % config.checkpoint_every == 0 or last:",
-        f"{_T}test_loop.py {_T}test_processes.py",
+        f"{_T}test_loop.py {_T}test_distributed.py",
         "a stopped run loses what came after the last checkpoint",
     ),
     Mutant(
@@ -286,17 +286,17 @@ MUTANTS = [
         "a power cut brings the settings of before back",
     ),
     Mutant(
-        _D + "stopping.py",
+        _D + "signals.py",
         "elif number in ABORTING and time.monotonic() - self._first[number] >= ECHO_SECONDS:",
         "elif number in ABORTING:",
-        f"{_T}test_processes.py",
+        f"{_T}test_distributed.py",
         "Ctrl-C under torchrun aborts at once: no checkpoint",
     ),
     Mutant(
-        _D + "stopping.py",
+        _D + "signals.py",
         "signal.SIG_IGN, None",
         "None",
-        _T + "test_processes.py",
+        _T + "test_distributed.py",
         "nohup does not keep a run from stopping at a hang-up",
     ),
     Mutant(
@@ -314,17 +314,17 @@ MUTANTS = [
         "a held-out loss stands in the metrics twice",
     ),
     Mutant(
-        _D + "report.py",
+        _D + "metrics.py",
         'elif record["step"] > step or (',
         'elif record["step"] >= step or (',
         f"{_T}test_loop.py",
         "a resumed run loses the line of metrics of its checkpoint",
     ),
     Mutant(
-        _D + "processes.py",
+        _D + "distributed.py",
         "if self.largest(int(error is not None)):",
         "if error is not None:",
-        _T + "test_processes.py",
+        _T + "test_distributed.py",
         "where the main process fails the others go on, or wait for ever",
     ),
 ]

@@ -4,8 +4,8 @@ from . import Mutant
 
 _DRIVER = "csrc/cpu/relation.cpp"
 _KERNELS = "csrc/cpu/kernels.inl"
-_NATIVE = "tests/relation/test_native_cpu.py -k 'not peak_memory'"
-_BOTH = "tests/relation/test_native_cpu.py tests/relation/test_contract.py -k 'not peak_memory'"
+_NATIVE = "tests/relation/backends/test_native_cpu.py -k 'not peak_memory'"
+_BOTH = "tests/relation/backends/test_native_cpu.py tests/relation/test_contract.py -k 'not peak_memory'"
 
 MUTANTS = [
     Mutant(

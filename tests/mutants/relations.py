@@ -4,9 +4,9 @@ from . import Mutant
 
 _API = "minilm_kernels/relation/api.py"
 _MASKS = "minilm_kernels/relation/masks.py"
-_OPERATOR = "minilm_kernels/relation/operator.py"
-_PROBLEM = "minilm_kernels/relation/problem.py"
-_BLOCKED = "minilm_kernels/relation/blocked.py"
+_OPERATOR = "minilm_kernels/relation/ops.py"
+_PROBLEM = "minilm_kernels/relation/inputs.py"
+_BLOCKED = "minilm_kernels/relation/backends/blocked.py"
 _LOSSES = "minilm_kernels/losses.py"
 
 _VALIDATION = "tests/relation/test_validation.py"
@@ -81,7 +81,7 @@ MUTANTS = [
     ),
     Mutant(
         _MASKS,
-        "return tokens, starts, (self.real & inside).sum(-1)",
+        "return tokens, starts, (self.valid & inside).sum(-1)",
         "return tokens, starts, inside.sum(-1)",
         f"{_CONTRACT} -k masks_and_reductions",
         "a prefix counts its padding: with left padding too many keys are seen",
@@ -99,42 +99,42 @@ MUTANTS = [
         _OPERATOR,
         "parts = [part * grad[r] for part,",
         "parts = [part for part,",
-        "tests/relation/test_operator.py",
+        "tests/relation/test_ops.py",
         "a weighted relation has the gradient of weight 1",
     ),
     Mutant(
         _OPERATOR,
         "grads[m] = part if so_far is None else so_far + part",
         "grads[m] = part",
-        f"tests/relation/test_operator.py {_ON_TORCH}",
+        f"tests/relation/test_ops.py {_ON_TORCH}",
         "a tensor of several relations gets the gradient of the last one only",
     ),
     Mutant(
         _OPERATOR,
         "set(grad.tolist()) == {1.0}",
         "1.0 in set(grad.tolist())",
-        "tests/relation/test_operator.py",
+        "tests/relation/test_ops.py",
         "one weight of 1 among others switches all weights off",
     ),
     Mutant(
         _OPERATOR,
         "return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()",
         "return nullcontext()",
-        "tests/relation/test_operator.py -k autocast",
+        "tests/relation/test_ops.py -k autocast",
         "scores in bfloat16 under autocast",
     ),
     Mutant(
         _OPERATOR,
         "any(g is not None for g in second_derivatives):",
         "not second_derivatives:",
-        "tests/relation/test_operator.py",
+        "tests/relation/test_ops.py",
         "a second derivative is 0 and no error",
     ),
     Mutant(
         _BLOCKED,
         "found <= most:",
         "found <= 2**20:",
-        "tests/relation/test_blocked.py",
+        "tests/relation/backends/test_blocked.py",
         "backend `torch` gives other bits with other numbers of threads",
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""Random calls of relations_kl, and whether what the kernels make of them is right: `draw` and `judge`."""
+"""Random calls of relation_kl_multi, and whether what the kernels make of them is right: `draw` and `judge`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilm_kernels.relation.api import relations_kl
+from minilm_kernels.relation.api import relation_kl_multi
 from tests.relation.cases import error
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -30,7 +30,7 @@ _UNIT = 2.0**-24  # what one rounding to float32 errs by at most, relatively
 
 @dataclass
 class Call:
-    """Arguments of one call of relations_kl, as backends get them."""
+    """Arguments of one call of relation_kl_multi, as backends get them."""
 
     label: str
     dtype: str
@@ -50,7 +50,9 @@ class Call:
         student = {name: (x.double() if double else x).detach() for name, x in self.student.items()}
         if self.gradient:
             student = {name: x.requires_grad_() for name, x in student.items()}
-        value = relations_kl(teacher, student, self.relations, reduction=self.reduction, backend=backend, **self.kwargs)
+        value = relation_kl_multi(
+            teacher, student, self.relations, reduction=self.reduction, backend=backend, **self.kwargs
+        )
         if self.gradient:
             value.backward(torch.ones_like(value) if self.upstream is None else self.upstream.to(value))
         return value.detach(), [x.grad for x in student.values() if x.grad is not None]
@@ -77,7 +79,7 @@ def draw(seed: int, only: dict[str, Any] | None = None) -> Call:
     relations = pick("relations", ("q", "q", "q", "qk", "qk", "qkv", "all"))
     gradient = pick("gradient", (True, True, True, True, False))
 
-    kwargs, leading = _mask(mask, batch, length, dice, generator)
+    kwargs, token_shape = _mask(mask, batch, length, dice, generator)
     if dice.random() < 0.1:
         kwargs |= {"teacher_scale": dice.uniform(-0.3, 0.5), "student_scale": dice.uniform(-0.3, 0.5)}
     pairs = {
@@ -89,7 +91,7 @@ def draw(seed: int, only: dict[str, Any] | None = None) -> Call:
     used = list(dict.fromkeys(name for pair in pairs for name in pair))
 
     def side(width: int, kind: str) -> dict[str, Tensor]:
-        return {name: _tensor(leading, heads, width, DTYPES[kind], spread, layout, generator) for name in used}
+        return {name: _tensor(token_shape, heads, width, DTYPES[kind], spread, layout, generator) for name in used}
 
     teacher, student = side(widths[0], teacher_dtype), side(widths[1], dtype)
     if "attention_mask" in kwargs:
@@ -97,7 +99,7 @@ def draw(seed: int, only: dict[str, Any] | None = None) -> Call:
         for x in (*teacher.values(), *student.values()):
             if layout != "expanded":
                 x[hidden] = torch.nan
-    rows = (len(pairs), *leading[:-1], heads, leading[-1])
+    rows = (len(pairs), *token_shape[:-1], heads, token_shape[-1])
     upstream = None
     if dice.random() < 0.5:
         shape = rows if reduction == "none" else (len(pairs),)
@@ -119,9 +121,9 @@ def _mask(mask: str, batch: int, length: int, dice: random.Random, generator) ->
         kwargs["cu_seqlens"] = bounds
         if dice.random() < 0.5:
             kwargs["max_seqlen"] = length + dice.randint(0, 40)
-        leading: tuple[int, ...] = (int(bounds[-1]),)
+        token_shape: tuple[int, ...] = (int(bounds[-1]),)
     else:
-        leading = (batch, length)
+        token_shape = (batch, length)
         position = torch.arange(length)
         right = position < torch.tensor(lengths)[:, None]
         if "holes" in mask:
@@ -132,30 +134,30 @@ def _mask(mask: str, batch: int, length: int, dice: random.Random, generator) ->
         kwargs["prefix_lens"] = torch.tensor([dice.randint(-3, length + 10) for _ in range(batch)])
     elif "causal" in mask:
         kwargs["causal"] = True
-    return kwargs, leading
+    return kwargs, token_shape
 
 
-def _tensor(leading, heads: int, width: int, dtype, spread: float, layout: str, generator) -> Tensor:
-    """(*leading, heads, width) with some strides."""
+def _tensor(token_shape, heads: int, width: int, dtype, spread: float, layout: str, generator) -> Tensor:
+    """(*token_shape, heads, width) with some strides."""
 
     def new(*shape: int) -> Tensor:
         return (spread * torch.randn(shape, generator=generator)).to(dtype)
 
     if layout == "heads first":
-        return new(*leading[:-1], heads, leading[-1], width).transpose(-2, -3)
+        return new(*token_shape[:-1], heads, token_shape[-1], width).transpose(-2, -3)
     if layout == "slice":  # of a fused projection, as models have it
-        return new(*leading, 3, heads, width)[..., 1, :, :]
+        return new(*token_shape, 3, heads, width)[..., 1, :, :]
     if layout == "odd slice":  # aligned to nothing
-        return new(*leading, heads * width + 3)[..., 1 : 1 + heads * width].unflatten(-1, (heads, width))
+        return new(*token_shape, heads * width + 3)[..., 1 : 1 + heads * width].unflatten(-1, (heads, width))
     if layout == "strided features":
-        return new(*leading, heads, 2 * width)[..., ::2]
+        return new(*token_shape, heads, 2 * width)[..., ::2]
     if layout == "expanded":  # the same tokens in every sequence
         return (
-            new(*leading[1:], heads, width).expand(*leading, heads, width)
-            if len(leading) == 2
-            else new(*leading, heads, width)
+            new(*token_shape[1:], heads, width).expand(*token_shape, heads, width)
+            if len(token_shape) == 2
+            else new(*token_shape, heads, width)
         )
-    return new(*leading, heads, width)
+    return new(*token_shape, heads, width)
 
 
 @cache

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from minilm_kernels.relation import native_cuda
+from minilm_kernels.relation.backends import native_cuda
 
 from .build import FOLDER, NATIVE, compiled, kept
 from .driver import driver
@@ -40,17 +40,17 @@ def _nothing(folder: Path) -> Callable:
 
 
 def _arguments(pairs: list[int], packed: bool) -> tuple:
-    leading = (3000,) if packed else (8, 128)
+    token_shape = (3000,) if packed else (8, 128)
     teacher, student = (
-        [torch.randn(*leading, 4, width).bfloat16() for _ in range(max(pairs) + 1)] for width in (16, 8)
+        [torch.randn(*token_shape, 4, width).bfloat16() for _ in range(max(pairs) + 1)] for width in (16, 8)
     )
     relations = [tuple(pairs[k : k + 2]) for k in range(0, len(pairs), 2)]
     grads = [torch.empty(student[0].shape) for pair in relations for _ in dict.fromkeys(pair)]
     starts = torch.tensor([0, 100, 3000]) if packed else torch.arange(9) * 128
-    tokens = torch.arange(leading[0]) if packed else torch.arange(128).repeat(8)
+    tokens = torch.arange(token_shape[0]) if packed else torch.arange(128).repeat(8)
     scales = [0.25, 0.35] * len(relations)
     weights, values = torch.ones(starts.numel() - 1), torch.empty(len(relations))
-    return (teacher, student, pairs, scales, tokens, starts, None, False, False, leading[-1], weights, None, values,
+    return (teacher, student, pairs, scales, tokens, starts, None, False, False, token_shape[-1], weights, None, values,
             None, grads, 0, _GPU)  # fmt: skip
 
 

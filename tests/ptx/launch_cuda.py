@@ -67,14 +67,15 @@ class _Operators:
 @contextmanager
 def cuda_backend(device: Device, gpu: str, folder: Path = FOLDER):
     """Within, `backend="cuda"` serves CPU tensors by emulation on one of GPUS; yields the PTX modules loaded so far."""
-    from minilm_kernels.relation import cuda_compiler, native_cuda, operator
-    from minilm_kernels.relation.cuda_cache import KernelCache
+    from minilm_kernels.relation import ops
+    from minilm_kernels.relation.backends import cuda_compiler, native_cuda
+    from minilm_kernels.relation.backends.cuda_cache import KernelCache
 
     if not native_cuda._LIBRARY.exists():
         raise RuntimeError(
             f"{native_cuda._LIBRARY} is not built: MINILM_KERNELS_BUILD=native python setup.py build_ext --inplace"
         )
-    if reason := cuda_compiler.unavailable():
+    if reason := cuda_compiler.unavailable_reason():
         raise RuntimeError(reason)
     standin = driver(folder)
     number, *shared = GPUS[gpu]
@@ -88,19 +89,19 @@ def cuda_backend(device: Device, gpu: str, folder: Path = FOLDER):
         (native_cuda, "_DEVICE"): "cpu",
         (native_cuda, "_place"): lambda _device: (number, 0),
         (native_cuda, "_cache"): lambda: cache,
-        (native_cuda, "unavailable"): lambda: None,
+        (native_cuda, "unavailable_reason"): lambda: None,
         (cuda_compiler, "compile_kernels"): as_ptx,
     }
     before = {(module, name): getattr(module, name) for module, name in replaced}
-    previous, module = standin.device, operator._MODULES["cuda"]
+    previous, module = standin.device, ops._MODULES["cuda"]
     for (place, name), value in replaced.items():
         setattr(place, name, value)
-    operator._MODULES["cuda"] = native_cuda
+    ops._MODULES["cuda"] = native_cuda
     standin.device = device
     try:
         yield standin.ptx
     finally:
         for (place, name), value in before.items():
             setattr(place, name, value)
-        operator._MODULES["cuda"] = module
+        ops._MODULES["cuda"] = module
         standin.device = previous

@@ -31,7 +31,7 @@ def _tensors(arguments, name: str):
 
 def _forget_compiled() -> None:
     """Kernels that are loaded stay bound to the driver that has loaded them."""
-    from minilm_kernels.relation import triton_kernels
+    from minilm_kernels.relation.backends.triton import kernels as triton_kernels
 
     for kernel in vars(triton_kernels).values():
         if hasattr(kernel, "device_caches"):
@@ -48,7 +48,7 @@ def triton_backend(device: Device, architecture: int, folder: Path = FOLDER):
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
     from triton.runtime import driver
 
-    from minilm_kernels.relation import triton_backend as backend
+    from minilm_kernels.relation.backends.triton import launch as backend
 
     def loaded(_module, function, name, files, _hash) -> None:
         text = next(Path(path) for key, path in files.items() if key.endswith(".ptx")).read_text(encoding="utf-8")
@@ -79,7 +79,11 @@ def triton_backend(device: Device, architecture: int, folder: Path = FOLDER):
             self.get_current_device = lambda: 0
             self.set_current_device = lambda _device: None
 
-    replaced = {"unavailable": lambda: None, "interpreted": lambda: False, "refusals": lambda problem: []}
+    replaced = {
+        "unavailable_reason": lambda: None,
+        "interpreted": lambda: False,
+        "unsupported_reasons": lambda problem: [],
+    }
     before = {name: getattr(backend, name) for name in replaced}
     previous_device, standin.device = standin.device, device
     previous_hook = knobs.runtime.kernel_load_end_hook

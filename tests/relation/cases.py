@@ -105,10 +105,10 @@ def make(
     """A seeded random case; `mask` names one of MASKS (then batch and length are those of the masks) or is kwargs."""
     kwargs = MASKS[mask] if isinstance(mask, str) else mask
     generator = torch.Generator().manual_seed(seed)
-    leading = (int(kwargs["cu_seqlens"][-1]),) if "cu_seqlens" in kwargs else (batch, length)
+    token_shape = (int(kwargs["cu_seqlens"][-1]),) if "cu_seqlens" in kwargs else (batch, length)
 
     def draw(width: int) -> Tensor:
-        return (spread * torch.randn(*leading, heads, width, generator=generator)).to(dtype)
+        return (spread * torch.randn(*token_shape, heads, width, generator=generator)).to(dtype)
 
     width_t, width_s = widths
     teacher = (draw(width_t), draw(width_t) if cross else None)

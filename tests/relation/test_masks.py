@@ -28,7 +28,7 @@ def test_malformed_packings(kind):
     assert repaired.cu_seqlens.dtype == torch.int32
     assert repaired.num_sequences == mask.num_sequences
     repaired.check_bounds()
-    assert repaired.gathered()[1].tolist() == repaired.cu_seqlens.tolist()
+    assert repaired.unpad()[1].tolist() == repaired.cu_seqlens.tolist()
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_repair_waits_for_nobody():
     with FakeTensorMode():
         mask = Mask((40,), CPU, cu_seqlens=torch.empty(5, dtype=torch.int32), max_seqlen=12)
         repaired, fault = mask.repaired()
-        assert repaired.gathered()[1].shape == (5,)
+        assert repaired.unpad()[1].shape == (5,)
         with pytest.raises(Exception, match=r"_local_scalar_dense|[Dd]ata.?[Dd]ependent"):
             fault.item()
 

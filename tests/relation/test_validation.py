@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from minilm_kernels import MiniLMv2Loss, relation_kl
-from minilm_kernels.relation import relations_kl
+from minilm_kernels.relation import relation_kl_multi
 
 
 def _call(**changes):
@@ -169,9 +169,9 @@ def test_distributed_tensors():
 def test_mixed_relations_of_a_grouped_query_model():
     """Keys narrower than queries: equal-width relations are computed, mixed ones refused."""
     sides = [{"query": torch.randn(2, 5, 3, width), "key": torch.randn(2, 5, 3, width // 4)} for width in (16, 8)]
-    assert relations_kl(*sides, [("query", "query"), ("key", "key")]).shape == (2,)
+    assert relation_kl_multi(*sides, [("query", "query"), ("key", "key")]).shape == (2,)
     with pytest.raises(ValueError, match=r"teacher_key: .*16, got 4.*grouped-query"):
-        relations_kl(*sides, [("query", "key")])
+        relation_kl_multi(*sides, [("query", "key")])
 
 
 def test_validation_reads_no_tensor_values():

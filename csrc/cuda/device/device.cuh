@@ -1,5 +1,5 @@
 // What the kernels need of a GPU, one function an instruction. With MINILM_EMULATED the same names come from a thread
-// block emulated on the host (tests/relation/cuda/emulated.h), so that tests run the kernels as they are.
+// block emulated on the host (tests/relation/backends/cuda/emulated.h), so that tests run the kernels as they are.
 #pragma once
 
 #include "types.h"

@@ -1,5 +1,5 @@
 // The kernels. Each is compiled by itself, for the shape of one call: `fused_1_2_1_1_0` is MINILM_FUSED with the template
-// arguments 1, 2, 1, 1, 0. minilm_kernels/relation/cuda_compiler.py appends that one line and hands the text to NVRTC;
+// arguments 1, 2, 1, 1, 0. minilm_kernels/relation/backends/cuda_compiler.py appends that one line and hands the text to NVRTC;
 // host/driver.cpp makes the names.
 #pragma once
 

@@ -84,7 +84,7 @@ Limits limits_of(int64_t device, int& capability) {
   return limits;
 }
 
-// See minilm_kernels/relation/native_cuda.py for the arguments. Returns the kernels that have to be loaded first, one a
+// See minilm_kernels/relation/backends/native_cuda.py for the arguments. Returns the kernels that have to be loaded first, one a
 // line; then nothing was queued.
 std::string relation_kl(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> pairs,
                  std::vector<double> scales, Tensor tokens, Tensor starts, std::optional<Tensor> prefixes, bool causal,

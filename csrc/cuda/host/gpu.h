@@ -1,5 +1,5 @@
 // What the host code needs of a GPU: its limits, kernels by name, launches. gpu.cpp asks the CUDA driver library; the
-// tests have a GPU emulated on the host (tests/relation/cuda/emulated.cpp). Each function that can fail returns null, or
+// tests have a GPU emulated on the host (tests/relation/backends/cuda/emulated.cpp). Each function that can fail returns null, or
 // what went wrong.
 #pragma once
 

@@ -36,20 +36,20 @@ class Operand:
         def field(low: int, bits: int) -> np.ndarray:
             return ((descriptor >> np.uint64(low)) & np.uint64((1 << bits) - 1)).astype(np.int64)
 
-        start, leading, stride = field(0, 14) * 16, field(16, 14) * 16, field(32, 14) * 16
+        start, token_shape, stride = field(0, 14) * 16, field(16, 14) * 16, field(32, 14) * 16
         mode = np.unique(field(62, 2))
         if mode.size != 1 or field(49, 3).any():
             raise NotImplementedError(f"{self.instruction.text}: descriptors that differ, or with a base offset")
         width = _SWIZZLE[int(mode[0])]
         row, k = np.arange(self.rows)[:, None], np.arange(16)[None, :]
-        start, leading, stride = (x[:, None, None] for x in (start, leading, stride))
+        start, token_shape, stride = (x[:, None, None] for x in (start, token_shape, stride))
         if not self.transposed:  # a row's 16 elements side by side, eight rows a group
             inside = k * 2 if width > 16 else k % 8 * 2
-            across = 0 if width > 16 else k // 8 * leading
+            across = 0 if width > 16 else k // 8 * token_shape
             offset = row // 8 * stride + row % 8 * width + inside + across
         else:  # the rows of one k side by side, eight k a group
             chunk, byte = row * 2 // width, row * 2 % width
-            along, beyond = (leading, stride) if width > 16 else (stride, leading)
+            along, beyond = (token_shape, stride) if width > 16 else (stride, token_shape)
             offset = chunk * along + k // 8 * beyond + k % 8 * width + byte
         address = start + offset
         if width > 16:  # 16-byte units of a row are mixed by the number of the row, in the address itself

@@ -1,0 +1,164 @@
+"""The kernels to look at: what Triton's and CUDA's side declare of them, and how each is compiled without a GPU.
+
+The package declares its kernels in plain data (`variants()` of the Triton kernels, `cuda_loops.json`); it never
+imports this. What the fields mean is in docs/static-cost.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from minilm_kernels.relation.backends import cuda_compiler
+
+from . import sass
+
+TRITON_MODULE = "minilm_kernels.relation.backends.triton.config"
+CUDA_LISTING = Path(__file__).parent / "cuda_loops.json"
+
+
+@dataclass(frozen=True)
+class SourceLoop:
+    """What one trip of an inner loop, as written in the source, does for the whole block (or for one warp)."""
+
+    phase: str  # "lse", "grad", ...: the phases of a group add up to loss and gradient
+    pairs: float  # ordered pairs; a tile of unordered pairs counts twice
+    exponentials: int = 0  # elements that go through ex2
+    tensor_macs: int = 0  # multiply-adds on tensor cores, widths padded as compiled; 0: not declared
+    marker: str = ""  # tags of the machine loop, joined by "+"; "": the only loop with exponentials
+    trips: float = 0  # turns an entry (at S = 512, where that matters); 0: unknown
+    per: str = "block"  # or "warp"
+    copies: int = 1  # machine loops made of the source loop, which share its pairs evenly: below and above a diagonal
+
+
+@dataclass(frozen=True)
+class Built:
+    """A compiled kernel."""
+
+    function: sass.Function
+    resources: sass.Resources
+    warps: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    backend: str
+    kernel: str
+    group: str  # variants of one group add up; alternatives have groups of their own
+    dtype: str
+    d_t: int
+    d_s: int
+    loops: tuple[SourceLoop, ...]
+    build: Callable[[], Built]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} [{self.group}] {self.dtype} {self.d_t}x{self.d_s}"
+
+
+def triton_variants(arch: str, module: str) -> list[Variant]:
+    """Kernels that `variants(90)` of the module declares for "sm_90"."""
+    number = int(arch.removeprefix("sm_"))
+    try:
+        declared = importlib.import_module(module).variants(number)
+    except ModuleNotFoundError as missing:
+        raise ValueError(f"no Triton kernels: {missing}") from missing
+    return [_variant("triton", item, partial(build_triton, item, number)) for item in declared]
+
+
+def cuda_variants(arch: str, listing: Path) -> list[Variant]:
+    """Kernels of a JSON listing, compiled for "sm_90" or another architecture."""
+    declared = json.loads(listing.read_text())
+    return [_variant("cuda", item, partial(build_cuda, item, arch, listing.parent)) for item in declared]
+
+
+def _variant(backend: str, item: Any, build: Callable[[], Built]) -> Variant:
+    loops = []
+    for loop in _get(item, "loops"):
+        given = {field.name: _get(loop, field.name, None) for field in fields(SourceLoop)}
+        loops.append(SourceLoop(**{name: value for name, value in given.items() if value is not None}))
+    plain = {name: _get(item, name) for name in ("kernel", "dtype", "d_t", "d_s")}
+    return Variant(backend, group=_get(item, "group", "self"), loops=tuple(loops), build=build, **plain)
+
+
+_REQUIRED: Any = object()
+
+
+def _get(item: Any, name: str, default: Any = _REQUIRED) -> Any:
+    """A field of a dataclass, a named tuple or a dict."""
+    value = item.get(name, default) if isinstance(item, dict) else getattr(item, name, default)
+    if value is _REQUIRED:
+        raise ValueError(f"variant {item!r}: expected a field {name!r}")
+    return value
+
+
+def build_triton(item: Any, arch: int) -> Built:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = _get(item, "fn")
+    if not isinstance(function, triton.JITFunction):
+        raise ValueError(f"{function}: expected a function compiled by triton.jit; unset TRITON_INTERPRET")
+    signature = dict(_get(item, "signature"))
+    places: list[tuple[int, ...]] = []  # of an argument, or of each element of a tuple
+    for name in _get(item, "divisible_by_16", ()):
+        number, kind = function.arg_names.index(name), signature[name]
+        places += [(number, k) for k in range(len(kind))] if isinstance(kind, tuple) else [(number,)]
+    attributes = {place: [["tt.divisibility", 16]] for place in places}
+    source = ASTSource(function, signature, dict(_get(item, "constants")), attributes)
+    with triton.knobs.cache.scope():
+        # Triton finds a kernel by its text alone; one compiled from another checkout has that one's paths in its lines.
+        checkout = hashlib.sha256(str(inspect.getsourcefile(function.fn)).encode()).hexdigest()[:16]
+        triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir) / f"static-{checkout}")
+        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(_get(item, "options", {})))
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        functions, resources = sass.disassemble(cubin)
+    name = kernel.metadata.name
+    return Built(functions[name], resources[name], kernel.metadata.num_warps, kernel.metadata.shared)
+
+
+def build_cuda(item: Any, arch: str, folder: Path) -> Built:
+    pattern, source = _get(item, "symbol"), _get(item, "source", None)
+    number = int(arch.removeprefix("sm_"))
+    functions, resources = _package_cubin(pattern, number) if source is None else _file_cubin(folder / source, number)
+    readable = sass.demangle(sorted(functions))
+    names = [name for name in functions if re.search(pattern, readable[name])]
+    if len(names) != 1:
+        found = "\n  ".join(readable[name] for name in names or functions)
+        raise ValueError(f"symbol {pattern!r}: expected one kernel, {len(names)} match; of\n  {found}")
+    usage = resources[names[0]]
+    reserved = 1024 if number >= 90 and usage.shared else 0
+    dynamic = _get(item, "dynamic_shared", {}).get("512", 0)
+    return Built(functions[names[0]], usage, _get(item, "warps"), usage.shared - reserved + dynamic)
+
+
+def _package_cubin(kernel: str, arch: int) -> tuple[dict, dict]:
+    return _disassembled(cuda_compiler.compile_kernels([kernel], arch, line_info=True)[kernel])
+
+
+@cache
+def _file_cubin(file: Path, arch: int) -> tuple[dict, dict]:
+    """All kernels of a file."""
+    text = f'#line 1 "{file.resolve()}"\n{file.read_text(encoding="utf-8")}'
+    options = [*cuda_compiler.OPTIONS, "-lineinfo"]
+    return _disassembled(cuda_compiler.compile_text(text, file.name, arch, "cubin", options))
+
+
+def _disassembled(code: bytes) -> tuple[dict, dict]:
+    with tempfile.TemporaryDirectory() as temporary:
+        cubin = Path(temporary) / "kernels.cubin"
+        cubin.write_bytes(code)
+        return sass.disassemble(cubin)

@@ -1,0 +1,150 @@
+"""From counts to pairs: unrolling, markers, bounds, occupancy; and where declaration and machine code disagree."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.static_cost import cost
+from benchmarks.static_cost.counts import Counts
+from benchmarks.static_cost.machine import MACHINES
+from benchmarks.static_cost.sass import Function, Instruction, Resources
+from benchmarks.static_cost.variants import Built, SourceLoop, Variant
+
+H100 = MACHINES["sm_90"]
+LOOP = SourceLoop("lse", pairs=128, exponentials=256, tensor_macs=4096)
+
+
+def built(*bodies: list[str], lines=frozenset(), warps=4) -> Built:
+    """A kernel with one machine loop a body."""
+    function = Function("kernel")
+    function.code.append(Instruction("NOP", ""))
+    for number, body in enumerate(bodies):
+        function.labels[f".L_{number}"] = len(function.code)
+        function.code += [Instruction(opcode, "", lines=lines) for opcode in body]
+        function.code.append(Instruction("BRA", f"`(.L_{number})", "P0"))
+    function.code.append(Instruction("EXIT", ""))
+    return Built(function, Resources(32, 0, 0, 0), warps, 0)
+
+
+def rows(kernel: Built, *loops: SourceLoop) -> list[dict]:
+    return cost.rows(Variant("cuda", "kernel", "self", "bfloat16", 16, 8, loops, lambda: kernel), "sm_90")
+
+
+def test_slots_are_divided_by_the_pairs_of_the_unrolled_trip():
+    """Twofold unrolled: 4 MUFU.EX2 x 32 lanes x 4 warps are the 256 exponentials of two trips, 256 pairs."""
+    (row,) = rows(built(["MUFU.EX2"] * 4 + ["HMMA.1688.F32"] * 2 + ["FFMA"] * 9), replace(LOOP, tensor_macs=4096))
+    assert row["unroll"] == 2
+    assert row["mufu_per_pair"] == 4 * 128 / 256
+    assert row["issue_slots_per_pair"] == (4 + 2 + 9 + 1) * 128 / 256
+    assert row["tensor_macs_per_pair"] == 2 * 1024 * 4 / 256
+    assert sum(row["breakdown"].values()) == row["issue_slots_per_pair"]
+    (alone,) = rows(
+        built(["MUFU.EX2"] * 4 + ["HMMA.1688.F32"] * 2 + ["FFMA"] * 9),
+        SourceLoop("lse", pairs=32, exponentials=64, tensor_macs=1024, per="warp"),
+    )
+    assert alone["issue_slots_per_pair"] == row["issue_slots_per_pair"]
+    assert alone["clocks_per_pair"] == row["clocks_per_pair"]
+
+
+@pytest.mark.parametrize(
+    ("loop", "words"),
+    [
+        (replace(LOOP, exponentials=384), "512 exponentials, expected a multiple of 384"),
+        (replace(LOOP, tensor_macs=8192), "unroll factors disagree"),
+        (replace(LOOP, tensor_macs=5000), "8192 tensor multiply-adds, expected a multiple of 5000"),
+        (replace(LOOP, exponentials=0, tensor_macs=0), "neither exponentials nor tensor_macs"),
+        (replace(LOOP, marker="main"), "one inner loop marked 'main', found 0"),
+    ],
+)
+def test_disagreement_is_an_error(loop, words):
+    with pytest.raises(cost.Mismatch, match=words):
+        rows(built(["MUFU.EX2"] * 4 + ["HMMA.1688.F32"] * 2), loop)
+
+
+def test_several_loops_need_markers(tmp_path):
+    source = tmp_path / "kernel.cu"
+    source.write_text("\n// static: begin main\nfor\n// static: end main\n")
+    bodies = (["MUFU.EX2"], ["MUFU.EX2", "FADD"])
+    loop = SourceLoop("lse", pairs=128, exponentials=128)
+    with pytest.raises(cost.Mismatch, match="one inner loop without a marker, found 2"):
+        rows(built(*bodies), loop)
+    kernel = built(*bodies)
+    kernel.function.code[3] = replace(kernel.function.code[3], lines=frozenset({(str(source), 3)}))
+    (row,) = rows(kernel, replace(loop, marker="main"))
+    assert row["issue_slots_per_pair"] == 3  # the second loop
+    assert len(row["other_loops"]) == 1
+    with pytest.raises(cost.Mismatch, match="found 0"):
+        rows(kernel, replace(loop, marker="main+masked"))
+
+
+@pytest.mark.parametrize(
+    "text", ["// static: begin a\n", "// static: end a\n", "# static: begin a\n# static: begin a\n"]
+)
+def test_markers_come_in_pairs(tmp_path, text):
+    source = tmp_path / "kernel.py"
+    source.write_text(text)
+    with pytest.raises(cost.Mismatch, match=r"static: (begin|end) a"):
+        rows(built(["MUFU.EX2"], lines=frozenset({(str(source), 1)})), SourceLoop("lse", 128, 128, marker="a"))
+
+
+def test_exponentials_bound_the_standard_shape():
+    """Two exponentials a pair, 16 a clock and multiprocessor: 0.63 ms at B = 32 on an H100."""
+    counts = Counts(slots=2, exponentials=2)
+    counts.classes["mufu"] = 2
+    clocks = H100.clocks(counts, wide_tensor=False)
+    assert max(clocks, key=lambda unit: clocks[unit]) == "mufu"
+    assert clocks["mufu"] / 32 == 2 / 16
+    assert H100.milliseconds(clocks["mufu"] / 32, cost.SHAPES["B=32"]) == pytest.approx(0.625, abs=0.005)
+
+
+def test_units_are_bound_apart():
+    counts = Counts(slots=40, exponentials=1, tensor_macs=2048, tensor_work=2048, loads_stores=3)
+    counts.classes.update(
+        {"mufu": 1, "float": 8, "packed float": 2, "multiply": 4, "integer": 6, "compare": 2, "pack": 1}
+    )
+    assert H100.clocks(counts, wide_tensor=False) == {
+        "issue": 40 / 4,
+        "mufu": 2,
+        "float": (8 + 4 + 4) / 4,
+        "alu": 8 / 2,
+        "pack": 1,
+        "load/store": 3,
+        "tensor": 2048 / H100.tensor,
+    }
+    assert H100.clocks(counts, wide_tensor=True)["tensor"] == 1
+    assert MACHINES["sm_80"].clocks(counts, wide_tensor=False)["float"] == (8 + 4 + 4) / 2
+
+
+@pytest.mark.parametrize(
+    ("arch", "warps", "registers", "shared", "blocks"),
+    [
+        ("sm_90", 4, 32, 0, 16),  # 64 warps
+        ("sm_90", 4, 128, 0, 4),  # 65 536 / (128 x 128)
+        ("sm_90", 4, 121, 0, 4),  # registers in eights
+        ("sm_90", 8, 255, 0, 1),
+        ("sm_90", 1, 16, 0, 32),  # 32 blocks
+        ("sm_90", 4, 32, 227 * 1024, 1),
+        ("sm_90", 4, 32, 40 * 1024, 5),  # 228 / 41
+        ("sm_80", 4, 32, 40 * 1024, 4),  # 164 / 41
+        ("sm_120", 4, 32, 0, 12),  # 48 warps
+        ("sm_120", 4, 32, 99 * 1024, 1),
+        ("sm_120", 4, 32, 100 * 1024, 0),  # does not fit
+    ],
+)
+def test_occupancy(arch, warps, registers, shared, blocks):
+    assert MACHINES[arch].resident_blocks(warps, registers, shared) == blocks
+
+
+def test_phases_of_a_group_add_up():
+    (lse,) = rows(built(["MUFU.EX2", "FADD"]), SourceLoop("lse", 128, 128))
+    (grad,) = rows(built(["MUFU.EX2", "FADD", "FMUL"]), SourceLoop("grad", 128, 128))
+    (total,), wrong = cost.totals([lse, grad])
+    assert wrong == []
+    assert total["phase"] == "total"
+    assert total["phases"] == ["lse", "grad"]
+    assert total["mufu_per_pair"] == 2
+    assert total["issue_slots_per_pair"] == 3 + 4
+    assert total["clocks_per_pair"] == lse["clocks_per_pair"] + grad["clocks_per_pair"]
+    found, (wrong,) = cost.totals([lse, lse])
+    assert found == []
+    assert "('kernel', 'lse')] repeat" in wrong

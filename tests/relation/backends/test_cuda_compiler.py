@@ -1,0 +1,437 @@
+"""The compiler of the CUDA kernels: what calls need, machine code for every GPU and its cost, the cache, failures."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from minilm_kernels import __main__ as command
+from minilm_kernels import backend_status
+from minilm_kernels.relation.api import relation_kl_multi
+from minilm_kernels.relation.backends import cuda_compiler, native_cuda
+from minilm_kernels.relation.backends.cuda_cache import VARIABLE, KernelCache
+from minilm_kernels.relation.backends.cuda_compiler import CompilerError, compile_kernels, kernel_names
+from tests.relation.cases import Case, make
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NVRTC is for Linux")
+ARCHITECTURES = (80, 90, 100, 120)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+TINY = "reduce"  # the kernel that compiles at once
+
+
+@pytest.fixture
+def needed(new_gpu, monkeypatch):
+    """`needed(call, *limits)`: the kernels that a call asks for on a new GPU. None is compiled."""
+    asked: set[str] = set()
+
+    def compile_nothing(names, *_, **__):
+        asked.update(names)
+        return dict.fromkeys(names, b"no code\0")
+
+    monkeypatch.setattr(cuda_compiler, "compile_kernels", compile_nothing)
+    monkeypatch.setattr(native_cuda, "MOST_KERNELS", 10**6)
+
+    def ask(call, *limits) -> set[str]:
+        new_gpu(*limits)
+        asked.clear()
+        call()
+        return set(asked)
+
+    return ask
+
+
+def _evaluate(case: Case) -> None:
+    with torch.no_grad():
+        relation_kl_multi({"q": case.tensors[0]}, {"q": case.tensors[2]}, [("q", "q")], backend="cuda", **case.kwargs)
+
+
+@pytest.mark.parametrize("dtype_s", DTYPES)
+@pytest.mark.parametrize("dtype_t", DTYPES)
+@pytest.mark.parametrize(
+    "widths", [(16, 8), (64, 32), (1, 1), (7, 9), (33, 17), (8, 128), (128, 64), (96, 12)], ids=str
+)
+def test_names_are_those_of_the_host_code(needed, widths, dtype_t, dtype_s):
+    found = set()
+    for mask in ("none", "causal"):
+        for cross in (False, True):
+            case = make(mask, widths=widths, cross=cross, batch=1, length=5, heads=1)
+            dtypes = [DTYPES[dtype_t]] * 2 + [DTYPES[dtype_s]] * 2
+            tensors = [x if x is None else x.to(dtype) for x, dtype in zip(case.tensors, dtypes, strict=True)]
+            case = replace(case, tensors=tuple(tensors))
+            for reduction in ("sequence", "none"):
+                found |= needed(lambda case=case, reduction=reduction: case.run(reduction, "cuda"))
+            if not cross:
+                found |= needed(lambda case=case: _evaluate(case))
+    assert found == set(kernel_names(*widths, dtype_t, dtype_s))
+
+
+def _loss(relations: list[tuple[str, str]], kwargs: dict, dtype, reduction: str, gradient: bool, length: int = 512):
+    def call() -> None:
+        token_shape = (2 * length,) if "cu_seqlens" in kwargs else (2, length)
+        teacher, student = ({x: torch.zeros(*token_shape, 2, w, dtype=dtype) for x in "qkv"} for w in (16, 8))
+        if gradient:
+            student = {x: tensor.requires_grad_() for x, tensor in student.items()}
+        value = relation_kl_multi(teacher, student, relations, reduction=reduction, backend="cuda", **kwargs)
+        if gradient:
+            value.sum().backward()
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"attention_mask": torch.ones(2, 512, dtype=torch.bool)},
+        {"causal": True},
+        {"cu_seqlens": torch.tensor([0, 300, 1024], dtype=torch.int32)},
+    ],
+    ids=["full", "padded", "causal", "packed"],
+)
+@pytest.mark.parametrize("limits", [(90, 232448, 233472), (80, 30000, 31000)], ids=["fused", "row by row"])
+def test_a_loss_of_one_shape_needs_at_most_five_kernels(needed, limits, kwargs, dtype):
+    for relations in ([("q", "q"), ("k", "k"), ("v", "v")], [("q", "k"), ("v", "v")]):
+        for reduction in ("sequence", "none"):
+            for gradient in (True, False):
+                call = _loss(relations, kwargs, DTYPES[dtype], reduction, gradient)
+                assert 0 < len(needed(call, *limits)) <= 5
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Of the module: tests look at the same kernels."""
+    return KernelCache(tmp_path_factory.mktemp("kernels") / "cache")
+
+
+def _sass(name: str, architecture: int, code: bytes, folder: Path):
+    from benchmarks.static_cost import sass
+
+    cubin = folder / f"{name}-{architecture}.cubin"
+    cubin.write_bytes(code)
+    functions, resources = sass.disassemble(cubin)
+    return functions[name], resources[name]
+
+
+def test_one_kernel_for_one_gpu():
+    code = compile_kernels([TINY], 80)
+    assert list(code) == [TINY]
+    assert code[TINY].startswith(b"\x7fELF")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("widths", "dtype"), [
+    ((16, 8), "bfloat16"), ((64, 32), "bfloat16"), ((16, 8), "float16"), ((16, 8), "float32"),
+])  # fmt: skip
+def test_every_kernel_compiles_without_spills(widths, dtype, architecture, cache, tmp_path):
+    pytest.importorskip("triton", reason="its wheel brings the disassembler")
+    names = kernel_names(*widths, dtype, dtype)
+    for name, code in compile_kernels(names, architecture, cache=cache).items():
+        _, resources = _sass(name, architecture, code, tmp_path)
+        assert resources.local == resources.stack == 0, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("widths", [(16, 8), (64, 32), (32, 16), (16, 16)], ids=str)
+def test_fused_kernels_keep_everything_in_registers(widths, architecture, cache, tmp_path):
+    pytest.importorskip("triton", reason="its wheel brings the disassembler")
+    names = [name for name in kernel_names(*widths) if name.startswith("fused")]
+    assert len(names) == 2
+    for name, code in compile_kernels(names, architecture, cache=cache).items():
+        function, resources = _sass(name, architecture, code, tmp_path)
+        assert resources.local == resources.stack == 0, name
+        assert [i.opcode for i in function.code if i.base in ("LDL", "STL")] == [], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("symbol", "bound"), [
+    ("fused_1_2_1_1_0", 17.97), ("fused_1_8_1_4_0", 22.7), ("fused_1_4_1_2_0", 19.6), ("fused_1_2_1_2_0", 19.1),
+])  # fmt: skip
+def test_issue_slots_a_pair(symbol, bound):
+    """Loss and gradient of an ordered pair on sm_90, counted in the machine code: docs/static-cost.md."""
+    pytest.importorskip("triton", reason="its wheel brings the disassembler")
+    from benchmarks.static_cost import cost
+    from benchmarks.static_cost.variants import CUDA_LISTING, cuda_variants
+
+    declared = json.loads(CUDA_LISTING.read_text(encoding="utf-8"))
+    variants = cuda_variants("sm_90", CUDA_LISTING)
+    (variant,) = (v for item, v in zip(declared, variants, strict=True) if item["symbol"] == symbol)
+    phases = cost.rows(variant, "sm_90")
+    assert len(phases) == 2
+    assert sum(phase["issue_slots_per_pair"] for phase in phases) <= bound
+
+
+def test_a_newer_gpu_gets_ptx_which_its_driver_compiles():
+    newest = cuda_compiler._nvrtc().nvrtcGetSupportedArchs()[-1][-1]
+    code = compile_kernels([TINY], 999)[TINY]
+    assert code.endswith(b"\0")
+    assert f".target sm_{newest}".encode() in code
+    assert b".entry reduce(" in code
+
+
+@pytest.mark.parametrize(("architecture", "target"), [(75, None), (70, None), (0, None), (999, "cubin"), (75, "ptx")])
+def test_a_gpu_that_cannot_be_served_is_refused(architecture, target):
+    with pytest.raises(CompilerError, match=rf"compiles for sm_80, .*, not for sm_{architecture}"):
+        compile_kernels([TINY], architecture, target=target)
+
+
+def test_an_error_names_kernel_architecture_and_log():
+    with pytest.raises(CompilerError, match=r"could not compile fused_9_1_1_1_0 for sm_90: NVRTC_ERROR_COMPILATION\n"):
+        compile_kernels(["fused_9_1_1_1_0"], 90)
+    with pytest.raises(CompilerError, match="error"):
+        compile_kernels(["fused_9_1_1_1_0"], 90)
+
+
+@pytest.mark.parametrize("name", ["", "fused", "fused_1", "fused_1_2_1_1_0; }", "evil_1_2", "reduce_1"])
+def test_what_is_no_kernel_is_not_compiled(name):
+    with pytest.raises((ValueError, CompilerError)):
+        compile_kernels([name], 90)
+
+
+# --- the cache
+
+
+def test_compiled_once(tmp_path, caplog, capfd, monkeypatch):
+    """One line at INFO for what is compiled, none for what is in the cache, and nothing is printed."""
+    with caplog.at_level(logging.INFO, "minilm_kernels"):
+        first = compile_kernels([TINY], 90, cache=KernelCache(tmp_path / "cache"))
+    assert len(caplog.records) == 1
+    assert caplog.records[0].levelno == logging.INFO
+    assert caplog.records[0].getMessage().startswith("compiled reduce for sm_90 in ")
+    caplog.clear()
+    monkeypatch.setattr(cuda_compiler, "_compile", None)  # nothing is compiled any more
+    with caplog.at_level(logging.INFO, "minilm_kernels"):
+        assert compile_kernels([TINY], 90, cache=KernelCache(tmp_path / "cache")) == first
+    assert caplog.records == []
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("change", ["architecture", "target", "options", "source", "version"])
+def test_what_differs_is_compiled_anew(tmp_path, change, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(cuda_compiler, "_compile", lambda *given: compiled.append(given) or b"code")
+    cache = KernelCache(tmp_path / "cache")
+    compile_kernels([TINY], 90, cache=cache)
+    if change == "source":
+        monkeypatch.setattr(cuda_compiler, "source", lambda places=False: "other")
+    if change == "version":
+        monkeypatch.setattr(cuda_compiler, "_version", lambda: "12.0")
+    compile_kernels(
+        [TINY], 80 if change == "architecture" else 90, cache=cache, target="ptx" if change == "target" else None,
+        line_info=change == "options",
+    )  # fmt: skip
+    assert len(compiled) == 2
+    assert len(cache.entries()) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_one_in_memory(tmp_path, caplog, monkeypatch):
+    (tmp_path / "cache").write_text("a file in its place")
+    cache = KernelCache(tmp_path / "cache")
+    compiled = []
+    monkeypatch.setattr(cuda_compiler, "_compile", lambda name, *_: compiled.append(name) or name.encode())
+    for _ in range(2):
+        assert compile_kernels([TINY, "fused_1_2_1_1_0"], 90, cache=cache)[TINY] == b"reduce"
+    assert sorted(compiled) == ["fused_1_2_1_1_0", TINY]
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
+    assert VARIABLE in caplog.text
+
+
+def test_a_process_has_one_cache():
+    """A second device finds in memory what the first could not store, and the warning is not repeated."""
+    assert native_cuda._cache() is native_cuda._cache()
+
+
+_COMPILE = """
+import logging, sys
+from minilm_kernels.relation.backends import cuda_compiler
+from minilm_kernels.relation.backends.cuda_cache import KernelCache
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+code = cuda_compiler.compile_kernels(["reduce", "fused_1_1_1_1_0"], 90, cache=KernelCache())
+assert all(kernel.startswith(bytes([127]) + b"ELF") for kernel in code.values())
+"""
+
+
+@pytest.mark.slow
+def test_eight_processes_at_once(tmp_path):
+    environment = {**os.environ, VARIABLE: str(tmp_path / "cache")}
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", _COMPILE],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def outcome(process: subprocess.Popen) -> str:
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        return said
+
+    said = [outcome(process) for process in [start() for _ in range(8)]]
+    assert all(line.startswith("compiled ") for text in said for line in text.splitlines())
+    assert any(said)
+    assert len(KernelCache(tmp_path / "cache").entries()) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert outcome(start()) == ""  # and the next one compiles nothing
+
+
+# --- where something is missing
+
+
+@pytest.mark.parametrize("error", [CompilerError("NVRTC could not"), RuntimeError("the driver could not")])
+def test_auto_goes_on_where_kernels_cannot_be_compiled(new_gpu, monkeypatch, caplog, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cuda_compiler, "compile_kernels", fail)
+    new_gpu()
+    case = make()
+    with pytest.raises(RuntimeError, match=str(error)):
+        case.run("sequence", "cuda")
+    monkeypatch.setattr(native_cuda, "_broken", None)
+    with caplog.at_level(logging.INFO, "minilm_kernels"):
+        for _ in range(3):
+            value, _ = case.run("sequence", "auto")
+    torch.testing.assert_close(value, case.run("sequence", "torch")[0])
+    assert [record.getMessage() for record in caplog.records] == [f"another backend than cuda serves: {error}"]
+    assert backend_status()["cuda"] == str(error)
+    with pytest.raises(RuntimeError, match=f"backend: 'cuda' cannot serve this call: {error}"):
+        case.run("sequence", "cuda")
+
+
+@pytest.fixture
+def with_cuda(monkeypatch):
+    """PyTorch says that there is a GPU."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    native_cuda._missing.cache_clear()
+    cuda_compiler._nvrtc.cache_clear()
+    yield
+    monkeypatch.undo()
+    native_cuda._missing.cache_clear()
+    cuda_compiler._nvrtc.cache_clear()
+
+
+def test_nothing_is_missing(with_cuda):
+    assert backend_status()["cuda"] == "ready"
+
+
+@pytest.mark.parametrize(("missing", "reason"), [
+    ("pytorch", "this PyTorch is built without CUDA"),
+    ("device", "PyTorch finds no CUDA device"),
+    ("library", "the package was installed without its CUDA library: no compiler was found"),
+    ("sources", r"the kernels' sources are not in .*/cuda_device: install the package anew"),
+    ("bindings", "NVIDIA's Python bindings are not installed: pip install cuda-bindings"),
+    ("nvrtc", r"NVRTC, CUDA's compiler library, cannot be loaded .*pip install cuda-bindings nvidia-cuda-nvrtc"),
+])  # fmt: skip
+def test_the_reason_says_what_is_missing(with_cuda, missing, reason, monkeypatch, tmp_path):
+    if missing == "pytorch":
+        monkeypatch.setattr(torch.version, "cuda", None)
+    if missing == "device":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if missing == "library":
+        (tmp_path / "_cuda.missing").write_text("no compiler was found", encoding="utf-8")
+        monkeypatch.setattr(native_cuda, "_LIBRARY", tmp_path / "_cuda.abi3.so")
+        monkeypatch.setattr(native_cuda, "_MISSING", tmp_path / "_cuda.missing")
+    if missing == "sources":
+        monkeypatch.setattr(cuda_compiler, "_INSTALLED", tmp_path / "cuda_device")
+        monkeypatch.setattr(cuda_compiler, "_CHECKOUT", tmp_path / "device")
+    if missing == "bindings":
+        monkeypatch.setitem(sys.modules, "cuda", None)
+        monkeypatch.delitem(sys.modules, "cuda.bindings", raising=False)
+    if missing == "nvrtc":
+        monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
+        import cuda.bindings
+
+        monkeypatch.delattr(cuda.bindings, "nvrtc", raising=False)
+    found = backend_status()["cuda"]
+    assert found != "ready"
+    assert re.match(reason, found), found
+
+
+# --- python -m minilm_kernels precompile
+
+
+@pytest.fixture
+def precompile(tmp_path, monkeypatch, capsys):
+    """The exit status and what was printed, for some options; every shape has one small kernel."""
+    monkeypatch.setattr(command, "kernel_names", lambda *_: [TINY])
+
+    def run(*options: str, status: int = 0) -> tuple[str, str]:
+        try:
+            found = command.main(["precompile", "--cache", str(tmp_path / "cache"), *options])
+        except SystemExit as end:
+            found = end.code
+        said = capsys.readouterr()
+        assert found == status, said
+        return said.out, said.err
+
+    return run
+
+
+def test_precompile_fills_lists_and_clears(precompile, tmp_path):
+    out, err = precompile("--arch", "80", "9.0", "--widths", "16,8", "--widths", "64,32")
+    lines = out.splitlines()
+    assert re.fullmatch(r"sm_80 \[1/1\] reduce: \d+\.\d s, [\d,]+ bytes", lines[0])
+    assert re.fullmatch(r"sm_90 \[1/1\] reduce: \d+\.\d s, [\d,]+ bytes", lines[1])
+    assert len(lines) == 2
+    assert err == ""
+    assert {(entry["name"], entry["architecture"]) for entry in KernelCache(tmp_path / "cache").entries()} == {
+        (TINY, 80),
+        (TINY, 90),
+    }
+    out, _ = precompile("--arch", "90", "--widths", "16,8")
+    assert out.startswith("sm_90 [1/1] reduce: from the cache, ")
+    out, _ = precompile("--list")
+    assert out.splitlines()[-1].startswith("2 kernels, ")
+    assert re.match(r"sm_80 reduce cubin, NVRTC \d+\.\d+, [\d,]+ bytes", out)
+    out, _ = precompile("--clear", "--list")
+    assert out.startswith("removed 2 files from ")
+    assert "0 kernels, 0 bytes" in out
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ((), "takes --arch and --widths, --list or --clear"),
+    (("--arch", "90"), "takes --arch and --widths together"),
+    (("--widths", "16,8"), "takes --arch and --widths together"),
+    (("--arch", "75", "--widths", "16,8"), "expected a compute capability from 80 on, as 90; got '75'"),
+    (("--arch", "sm_90", "--widths", "16,8"), "expected a compute capability from 80 on, as 90; got 'sm_90'"),
+    (("--arch", "9", "--widths", "16,8"), "got '9'"),
+    (("--arch", "8.0.0", "--widths", "16,8"), "got '8.0.0'"),
+    (("--arch", "90", "--widths", "16"), "expected the head widths of teacher and student, as 16,8; got '16'"),
+    (("--arch", "90", "--widths", "16,0"), "got '16,0'"),
+    (("--arch", "90", "--widths", "16,8,4"), "got '16,8,4'"),
+    (("--arch", "90", "--widths", "16,8", "--dtype", "float64"), "invalid choice: 'float64'"),
+    (("--lost",), "--lost"),
+])  # fmt: skip
+def test_precompile_refuses_what_it_does_not_understand(precompile, options, message):
+    out, err = precompile(*options, status=2)
+    assert message in err
+    assert out == ""
+
+
+def test_precompile_says_that_the_disk_is_full(precompile, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    _, err = precompile("--arch", "90", "--widths", "16,8", status=1)
+    last = err.splitlines()[-1]
+    assert last == f"python -m minilm_kernels: error: 1 of 1 kernels could not be stored in {tmp_path / 'cache'}"
+
+
+def test_precompile_says_what_is_missing(precompile, monkeypatch):
+    monkeypatch.setattr(cuda_compiler, "unavailable_reason", lambda: "NVIDIA's Python bindings are not installed")
+    _, err = precompile("--arch", "90", "--widths", "16,8", status=1)
+    assert err == "python -m minilm_kernels: error: NVIDIA's Python bindings are not installed\n"

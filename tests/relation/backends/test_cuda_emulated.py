@@ -1,0 +1,381 @@
+"""The CUDA kernels without a GPU: their source, compiled for the host, runs in an emulated thread block.
+
+The contract's tests run on it as they are, the longest ones shortened; then what is particular to these kernels: tiles
+that end anywhere, the guard, sequences beyond shared memory, the order of warps, and malformed input.
+"""
+
+import math
+from types import FunctionType
+
+import pytest
+import torch
+
+from minilm_kernels import relation_kl
+from minilm_kernels.relation import ops
+from minilm_kernels.relation.api import relation_kl_multi
+from minilm_kernels.relation.backends import native_cuda
+from minilm_kernels.relation.inputs import RelationInputs
+from minilm_kernels.relation.masks import REDUCTIONS, Mask
+from tests.relation import test_contract
+from tests.relation.cases import MALFORMED, Case, all_nan, dense, error, make, malformed
+
+from . import cuda
+
+pytestmark = pytest.mark.skipif(cuda.COMPILER is None, reason="no C++ compiler")
+
+_SHORTENED = {"test_4097_tokens", "test_small_divergences", "test_many_short_sequences_among_long_ones"}
+_SLOW = {
+    "test_dtypes_and_widths",
+    "test_equal_models_have_zero_divergence",
+    "test_packed_equals_padded",
+    "test_padding_never_matters",
+    "test_prefix_of_zero_is_causal_and_of_everything_is_bidirectional",
+    "test_repeated_runs_are_bitwise_equal",
+    "test_self_path_equals_cross_path",
+}
+
+
+def _slow(test: FunctionType) -> FunctionType:
+    """A copy of a contract's test that is marked as slow; the contract's own is not."""
+    copied = FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__, test.__closure__)
+    copied.__dict__ |= test.__dict__ | {"pytestmark": list(getattr(test, "pytestmark", []))}
+    return pytest.mark.slow(copied)
+
+
+for _name in dir(test_contract):
+    if _name.startswith("test_") and _name not in _SHORTENED:
+        _test = getattr(test_contract, _name)
+        globals()[_name] = _slow(_test) if _name in _SLOW else _test
+
+_SM_90 = (232448, 233472)  # bytes of shared memory: of a block, of a processor
+_CROWDED = (232448, 30000)  # the same block on a processor with little room: fewer blocks, of more warps
+
+
+@pytest.fixture(scope="module")
+def library(made_once):
+    return cuda.load(made_once("emulated", cuda.build))
+
+
+@pytest.fixture
+def backend(library, monkeypatch):
+    monkeypatch.setattr(native_cuda, "_operators", torch.ops.minilm_kernels_cuda_emulated)
+    monkeypatch.setattr(native_cuda, "_DEVICE", "cpu")
+    monkeypatch.setattr(native_cuda, "_place", lambda _device: (0, 0))
+    monkeypatch.setattr(native_cuda, "unavailable_reason", lambda: None)
+    monkeypatch.setitem(ops._MODULES, "cuda", native_cuda)
+    library.emulated_set_limits(*_CROWDED)
+    library.emulated_set_seed(0)
+    return "cuda"
+
+
+@pytest.fixture
+def device():
+    return "cpu"
+
+
+def _check(case: Case, reduction: str = "sequence", dtype=torch.float32) -> None:
+    """Twice the error of dense PyTorch on an unmasked batch of this shape and distribution, plus one rounding."""
+    cross, widths = case.tensors[1] is not None, (case.tensors[0].shape[-1], case.tensors[2].shape[-1])
+    spread = case.tensors[0].float().std().item()
+    length = min(131, max(23, case.tensors[0].shape[-3]))
+    full = make(cross=cross, widths=widths, length=length, spread=spread, dtype=dtype, seed=7)
+    rows, grads = dense(full)
+    expected_rows, expected_grads = full.oracle("none")
+    allowed = 2 * error(rows, expected_rows) + 1.2e-7
+    allowed_grad = 2 * max(error(g, e) for g, e in zip(grads, expected_grads, strict=True)) + torch.finfo(dtype).eps
+    value, grads = case.run(reduction, "cuda")
+    expected, expected_grads = case.oracle(reduction)
+    assert error(value, expected) <= allowed
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert error(grad, expected_grad) <= allowed_grad
+
+
+_LONG = {  # long enough for unordered pairs; sequences and prefixes that end inside a tile and between
+    "none": {},
+    "causal": {"causal": True},
+    "prefix": {"prefix_lens": torch.tensor([77, 131, 8])},
+    "prefix-tiles": {"prefix_lens": torch.tensor([64, 96, 32])},
+    "holes": {"attention_mask": torch.rand(3, 131, generator=torch.Generator().manual_seed(1)) < 0.8},
+}
+
+
+@pytest.mark.parametrize("mask", _LONG)
+@pytest.mark.parametrize(
+    ("widths", "dtype"),
+    [((16, 8), torch.bfloat16), ((12, 6), torch.bfloat16), ((16, 8), torch.float32), ((24, 20), torch.float16)],
+    ids=str,
+)
+def test_unordered_pairs(backend, widths, dtype, mask):
+    _check(make(_LONG[mask], batch=3, length=131, heads=1, widths=widths, dtype=dtype), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("widths", "dtype"), [((1, 1), torch.float32), ((64, 32), torch.bfloat16), ((8, 128), torch.bfloat16)], ids=str
+)
+def test_widths_of_unordered_pairs(backend, widths, dtype):
+    _check(make(_LONG["prefix"], batch=3, length=131, heads=1, widths=widths, dtype=dtype), dtype=dtype)
+
+
+@pytest.mark.slow
+def test_every_length_to_600(backend):
+    """Prefixes of every kind among them; shared memory ends at a page that no byte may be read from."""
+    lengths = torch.arange(1, 601)
+    case = make(
+        {
+            "cu_seqlens": torch.cat((torch.zeros(1), lengths.cumsum(0))).int(),
+            "max_seqlen": 600,
+            "prefix_lens": torch.where(lengths % 3 == 0, lengths // 2, torch.where(lengths % 3 == 1, 0, lengths)),
+        },
+        widths=(16, 8),
+        heads=1,
+        dtype=torch.bfloat16,
+    )
+    value, (grad,) = case.run("sequence", backend)
+    floats = case.to(torch.float32)
+    expected, (expected_grad,) = floats.run("sequence", "cpu")
+    assert abs(value / expected - 1) < 1e-5
+    start = torch.tensor(0)
+    for length in lengths:
+        end = start + length
+        if length > 1:
+            assert error(grad[start:end], expected_grad[start:end]) < 4e-3, f"length {length}"
+        start = end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [1e-3, 1e-5])
+def test_small_divergences(backend, device, target):
+    test_contract.test_small_divergences(backend, device, target)
+
+
+@pytest.mark.parametrize("target", [1e-3, 1e-5])
+def test_small_divergences_of_unordered_pairs(backend, target):
+    """Of teachers and students whose scores differ by a constant as well, which no row sees."""
+    x = make(batch=4, length=96, heads=16, widths=(8, 8)).tensors[0]
+    ones = torch.full((4, 96, 16, 1), 3.0)
+    student = torch.cat((x + target**0.5 / 2 * torch.randn_like(x), ones), -1)
+    case = Case((x, None, student, None), {"student_scale": 8**-0.5})
+    value, (grad,) = case.run("token", backend)
+    expected, (expected_grad,) = case.oracle("token")
+    assert 0.1 * target < expected < 2 * target
+    assert abs(value / expected - 1) < 1e-3
+    assert error(grad, expected_grad) < 2e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_many_short_sequences_among_long_ones(backend, reduction):
+    lengths = torch.tensor([150, *[3, 1, 0, 17] * 10, 149, 64])
+    case = make({"cu_seqlens": torch.cat((torch.zeros(1), lengths.cumsum(0))).int()})
+    test_contract._check(case, reduction, backend)
+
+
+@pytest.mark.parametrize("spread", [0.05, 2.5, 3.5, 5.0, 8.0, 30.0])
+def test_any_range_of_norms(backend, spread):
+    """Ranges of s_ii from nothing to tens of thousands: through and beyond what one reference can serve."""
+    case = make(batch=2, length=90, heads=2, widths=(8, 8), spread=spread)
+    norms = case.tensors[0].square().sum(-1) * 8**-0.5
+    ranges = (norms.amax(1) - norms.amin(1)).flatten()
+    assert (ranges.max() < 138) == (spread < 5)  # both sides of the guard are visited
+    _check(case)
+
+
+@pytest.mark.parametrize("scales", [(-0.3, 0.4), (0.3, -0.4), (0.0, 0.3), (0.3, 0.0)])
+def test_scales_of_any_sign(backend, scales):
+    for cross in (False, True):
+        case = make({"teacher_scale": scales[0], "student_scale": scales[1]}, batch=1, length=80, cross=cross)
+        value, grads = case.run("sequence", backend)
+        expected, expected_grads = case.oracle("sequence")
+        assert error(value, expected) < 1e-6
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            assert error(grad, expected_grad) < 2e-6
+
+
+@pytest.mark.parametrize("mask", ["none", "holes", "prefix"])
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
+def test_sequences_beyond_shared_memory(library, backend, mask, reduction):
+    """Blocks that hold 64 tokens: longer sequences go row by row, beside shorter ones that do not."""
+    library.emulated_set_limits(16384, 16384)
+    tokens, *_ = cuda.plan(library, "fused", (16384, 16384), (6, 3, 1, 3), 131)
+    assert tokens == 64
+    _check(make(_LONG[mask], batch=3, length=131, heads=1, widths=(16, 8)), reduction)
+    if reduction == "sequence":
+        lengths = torch.tensor([0, 60, 190, 254, 255])
+        _check(make({"cu_seqlens": lengths.int()}, heads=2, widths=(16, 8)))
+
+
+def test_too_little_shared_memory_is_refused(library, backend):
+    library.emulated_set_limits(8192, 8192)
+    with pytest.raises(RuntimeError, match="bytes of shared memory, a block of this GPU has 8192"):
+        make(widths=(128, 128)).run("sum", backend)
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_the_order_of_warps_does_not_matter(library, backend, cross):
+    """Bitwise: a barrier that is missing would show."""
+    assert cuda.plan(library, "fused", _CROWDED, _PLANES["bf16 (16, 8)"], 131)[1] == 3
+    case = make(_LONG["prefix"], batch=3, length=131, heads=1, widths=(16, 8), dtype=torch.bfloat16, cross=cross)
+    wide = make(batch=1, length=100, heads=1, spread=6.0, cross=cross)
+    for some in (case, wide):
+        library.emulated_set_seed(0)
+        value, grads = some.run("sequence", backend)
+        for seed in (1, 2, 3, 4, 5):
+            library.emulated_set_seed(seed * 0x9E3779B97F4A7C15)
+            again, again_grads = some.run("sequence", backend)
+            assert torch.equal(again, value)
+            assert all(torch.equal(a, g) for a, g in zip(again_grads, grads, strict=True))
+
+
+def test_all_relations_in_one_call(backend):
+    """Self and cross relations, widths and dtypes beside each other, and more of them than one launch takes."""
+    draw = torch.Generator().manual_seed(2)
+    names = (("q", 8, torch.bfloat16), ("k", 8, torch.float32), ("v", 12, torch.float16))
+    teacher = {name: torch.randn(2, 70, 2, width, generator=draw).to(dtype) for name, width, dtype in names}
+    student = {name: torch.randn(2, 70, 2, width // 2, generator=draw) for name, width, _ in names}
+    leaves = {name: x.requires_grad_() for name, x in student.items()}
+    pairs = [("q", "k"), ("v", "v"), ("q", "q"), ("k", "k")] * 5
+    together = relation_kl_multi(teacher, leaves, pairs, backend=backend)
+    doubles = {n: x.double() for n, x in teacher.items()}
+    expected = relation_kl_multi(doubles, {n: x.double() for n, x in leaves.items()}, pairs, backend="reference")
+    torch.testing.assert_close(together.double(), expected, rtol=1e-6, atol=0)
+    weights = torch.arange(1.0, 21.0)
+    grads = torch.autograd.grad(together @ weights, list(leaves.values()))
+    expected_grads = torch.autograd.grad(expected @ weights.double(), list(leaves.values()))
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert error(grad, expected_grad) < 2e-6
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_nan_in_a_real_token_is_not_hidden(backend, cross):
+    for length in (20, 100):
+        for payload in (math.nan, math.inf):
+            case = make(batch=2, length=length, heads=1, cross=cross)
+            case.tensors[2].data[0, length // 2, 0, 3] = payload
+            value, grads = case.run("sum", backend)
+            assert value.isnan()
+            for grad in grads:
+                assert grad[0].isnan().any()
+                assert grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_packings_give_nan(backend, monkeypatch, kind, cross, reduction):
+    """On a device nobody reads cu_seqlens."""
+    monkeypatch.setattr(Mask, "check_packing", lambda self: None)
+    assert all_nan(malformed(kind, cross), reduction, backend)
+    assert all_nan(malformed(kind, cross, dtype=torch.bfloat16), reduction, backend)
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_kernels_check_the_bounds_themselves(backend, monkeypatch, kind, cross):
+    """Without the repair before them: no access leaves the tensors, and where they notice, the value is NaN."""
+    monkeypatch.setattr(Mask, "repaired", lambda self: (self, None))
+    case = malformed(kind, cross)
+    bounds, max_seqlen = case.kwargs["cu_seqlens"], case.kwargs["max_seqlen"]
+    mask = Mask((40,), bounds.device, cu_seqlens=bounds, max_seqlen=max_seqlen)
+    teacher, student = ([x for x in side if x is not None] for side in (case.tensors[:2], case.tensors[2:]))
+    problem = RelationInputs(teacher, student, [(0, int(cross))], mask)
+    values, _ = native_cuda.forward_reduced(problem, mask.sequence_weights("sum", 3, torch.float32), gradient=True)
+    if kind not in ("starts late", "ends early", "empty sequences only"):  # each sequence by itself is in order
+        assert values.isnan().all()
+    native_cuda.backward_none(problem, native_cuda.forward_none(problem).nan_to_num())
+
+
+@pytest.mark.slow
+def test_half_precision_is_read_exactly(backend):
+    """Numbers of all magnitudes, subnormal ones included: students of width 1 whose other token makes the product 1."""
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.arange(-(2**15), 2**15, 151).to(torch.int16).view(dtype)
+        x = x[x.isfinite() & (x != 0) & (x.abs() < 1e5)]
+        other = torch.exp2(-x.double().abs().log2().floor()).clamp(2**-14, 2**15).to(dtype)
+        pairs = torch.stack((x, other))[None, :, :, None]  # (1, 2, n, 1)
+        teacher = torch.zeros_like(pairs)
+        rows, expected = (
+            relation_kl(teacher.to(to), None, pairs.to(to), None, reduction="none", backend=name, student_scale=1.0)
+            for to, name in ((dtype, backend), (torch.float64, "reference"))
+        )
+        torch.testing.assert_close(rows[..., 0].double(), expected[..., 0], rtol=1e-5, atol=1e-9)
+
+
+def test_the_schedule_visits_each_pair_once(library):
+    """Of all sequences up to 600 tokens and some longer: every pair of tiles once, and no tile twice in a round."""
+    import ctypes
+
+    out = (ctypes.c_int * 2)()
+    for tiles in (*range(1, 20), 31, 32, 64, 73):
+        visited = set()
+        for round_ in range(-1, library.emulated_rounds(tiles)):
+            busy = set()
+            for pair in range(library.emulated_pairs(tiles, round_)):
+                library.emulated_tile_pair(tiles, round_, pair, out)
+                row, column = out
+                if row < 0:
+                    continue
+                assert 0 <= column <= row < tiles
+                assert (row == column) == (round_ < 0)
+                assert not busy & {row, column}
+                busy |= {row, column}
+                assert (row, column) not in visited
+                visited.add((row, column))
+        assert len(visited) == tiles * (tiles + 1) // 2
+
+
+_DEVICES = {"sm_80": (166912, 167936), "sm_90": _SM_90, "sm_120": (101376, 102400)}
+_PLANES = {
+    "bf16 (16, 8)": (2, 1, 1, 1),
+    "bf16 (64, 32)": (8, 4, 4, 1),
+    "fp32 (16, 8)": (6, 3, 1, 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("device", "planes", "longest", "expected"),
+    [
+        ("sm_80", "bf16 (16, 8)", 128, (128, 1, 12, 11520)),
+        ("sm_80", "bf16 (16, 8)", 512, (512, 4, 3, 45312)),
+        ("sm_80", "bf16 (16, 8)", 1024, (1024, 8, 1, 90368)),
+        ("sm_80", "bf16 (16, 8)", 4096, (1888, 10, 1, 166400)),
+        ("sm_80", "fp32 (16, 8)", 1024, (864, 7, 1, 166144)),
+        ("sm_90", "bf16 (16, 8)", 20, (32, 1, 12, 3072)),
+        ("sm_90", "bf16 (16, 8)", 512, (512, 4, 3, 45312)),
+        ("sm_90", "bf16 (16, 8)", 1024, (1024, 6, 2, 90368)),
+        ("sm_90", "bf16 (16, 8)", 2048, (2048, 11, 1, 180480)),
+        ("sm_90", "bf16 (64, 32)", 512, (512, 8, 1, 168192)),
+        ("sm_90", "fp32 (16, 8)", 512, (512, 4, 2, 98560)),
+        ("sm_120", "bf16 (16, 8)", 128, (128, 2, 6, 11520)),
+        ("sm_120", "bf16 (16, 8)", 512, (512, 4, 2, 45312)),
+        ("sm_120", "bf16 (16, 8)", 4096, (1120, 9, 1, 98816)),
+        ("sm_120", "bf16 (64, 32)", 512, (288, 5, 1, 94720)),
+    ],
+)
+def test_plan_of_fused_blocks(library, device, planes, longest, expected):
+    """(tokens, warps, blocks on a processor, bytes)."""
+    assert tuple(cuda.plan(library, "fused", _DEVICES[device], _PLANES[planes], longest)) == expected
+
+
+@pytest.mark.parametrize("device", _DEVICES)
+def test_plans_fit_their_device(library, device):
+    block, processor = _DEVICES[device]
+    for pieces_t in (1, 2, 3):
+        for pieces_s in (1, 2, 3):
+            for chunks_t in (1, 2, 4, 8, 16):
+                for chunks_s in (1, 2, 4, 8, 16):
+                    planes = (chunks_t * pieces_t, chunks_s * pieces_s, chunks_s, pieces_s)
+                    for longest in (1, 33, 512, 5000):
+                        tokens, warps, blocks, size = cuda.plan(library, "fused", (block, processor), planes, longest)
+                        if tokens == 0:
+                            assert device == "sm_120"
+                            continue
+                        assert tokens % 32 == 0
+                        assert tokens <= (longest + 31) // 32 * 32
+                        assert size <= block
+                        assert blocks * (size + 1024) <= processor
+                        assert 1 <= warps * blocks <= {1: 12, 2: 12, 3: 8}[pieces_s]
+                    warps, others, size, _ = cuda.plan(library, "rows", (block, processor), planes, 1)
+                    assert size <= block
+                    # Only float32 heads of 128 on both sides do not fit a small GPU.
+                    assert (warps == 0) == (device == "sm_120" and planes[:2] == (48, 48))
+                    assert warps == 0 or others % 32 == 0

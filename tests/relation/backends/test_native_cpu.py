@@ -1,0 +1,352 @@
+"""What is particular to the C++ kernels: every instruction set, both paths, threads, memory, and what they refuse."""
+
+import subprocess
+import sys
+import threading
+import warnings
+from functools import cache
+
+import pytest
+import torch
+
+from minilm_kernels import backend_status, relation_kl
+from minilm_kernels.relation.api import relation_kl_multi
+from minilm_kernels.relation.backends import native_cpu
+from minilm_kernels.relation.masks import REDUCTIONS
+from tests.relation.cases import MASKS, Case, dense, error, make
+
+pytestmark = pytest.mark.skipif(backend_status()["cpu"] != "ready", reason=str(backend_status()["cpu"]))
+INSTRUCTION_SETS = native_cpu.instruction_sets() if backend_status()["cpu"] == "ready" else []
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request, monkeypatch) -> str:
+    monkeypatch.setenv("MINILM_KERNELS_CPU", request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the number found comes back after the test."""
+    found = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(found)
+
+
+def _check(case: Case, reduction: str = "sequence") -> None:
+    """Twice the error of dense PyTorch on an unmasked batch of this shape and distribution, plus one rounding."""
+    cross, widths = case.tensors[1] is not None, (case.tensors[0].shape[-1], case.tensors[2].shape[-1])
+    spread = case.tensors[0].float().nan_to_num(0, 0, 0).std().item()
+    full = make(cross=cross, widths=widths, length=min(257, max(23, case.tensors[0].shape[-3])), spread=spread, seed=7)
+    rows, grads = dense(full)
+    expected_rows, expected_grads = full.oracle("none")
+    allowed = 2 * error(rows, expected_rows) + 1.2e-7
+    allowed_grad = 2 * max(error(g, e) for g, e in zip(grads, expected_grads, strict=True)) + 1.2e-7
+    value, grads = case.run(reduction, "cpu")
+    expected, expected_grads = case.oracle(reduction)
+    assert error(value, expected) <= allowed
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert error(grad, expected_grad) <= allowed_grad
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks(instruction_set, mask, reduction):
+    _check(make(mask), reduction)
+    _check(make(mask, cross=True), reduction)
+
+
+_LONG = {  # long enough for unordered pairs; lengths and prefixes that end inside a strip, a block, and between
+    "none": {},
+    "causal": {"causal": True},
+    "prefix": {"prefix_lens": torch.tensor([77, 130, 8])},
+    "holes": {"attention_mask": torch.rand(3, 131, generator=torch.Generator().manual_seed(1)) < 0.8},
+}
+
+
+@pytest.mark.parametrize("mask", _LONG)
+@pytest.mark.parametrize("widths", [(1, 1), (6, 31), (8, 16), (12, 6), (64, 32), (31, 128)], ids=str)
+def test_widths(instruction_set, widths, mask):
+    for cross in (False, True):
+        _check(make(_LONG[mask], batch=3, length=131, heads=2, widths=widths, cross=cross))
+
+
+@pytest.mark.parametrize("length", [63, 64, 65, 71, 72, 80, 95, 96, 97, 127, 128, 129, 255, 256, 257, 300])
+def test_lengths(instruction_set, length):
+    _check(make({"prefix_lens": torch.tensor([length // 2])}, batch=1, length=length, heads=2, widths=(16, 8)))
+    _check(make(batch=1, length=length, heads=2, widths=(16, 8)))
+
+
+def test_all_relations_in_one_call(instruction_set):
+    """Self and cross relations beside each other, their widths apart."""
+    draw = torch.Generator().manual_seed(2)
+    teacher = {name: torch.randn(2, 70, 3, width, generator=draw) for name, width in (("q", 8), ("k", 8), ("v", 12))}
+    student = {name: torch.randn(2, 70, 3, width, generator=draw) for name, width in (("q", 4), ("k", 4), ("v", 6))}
+    leaves = {name: x.requires_grad_() for name, x in student.items()}
+    pairs = [("q", "k"), ("v", "v"), ("q", "q")]
+    together = relation_kl_multi(teacher, leaves, pairs, backend="cpu")
+    expected = relation_kl_multi(
+        {n: x.double() for n, x in teacher.items()},
+        {n: x.double() for n, x in leaves.items()},
+        pairs,
+        backend="reference",
+    )
+    torch.testing.assert_close(together.double(), expected, rtol=1e-6, atol=0)
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    grads = torch.autograd.grad(together @ weights, list(leaves.values()))
+    expected_grads = torch.autograd.grad(expected @ weights.double(), list(leaves.values()))
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert error(grad, expected_grad) < 2e-6
+
+
+@pytest.mark.parametrize("spread", [0.05, 2.5, 3.5, 5.0, 8.0, 30.0])
+def test_any_range_of_norms(instruction_set, spread):
+    """Ranges of s_ii from nothing to tens of thousands: through and beyond what one reference can serve."""
+    case = make(batch=2, length=90, heads=2, widths=(8, 8), spread=spread)
+    norms = case.tensors[0].square().sum(-1) * 8**-0.5
+    ranges = (norms.amax(1) - norms.amin(1)).flatten()
+    assert (ranges.max() < 83) == (spread < 3)  # both sides of the guard are visited
+    _check(case)
+
+
+def test_equal_norms_beyond_the_range_of_exp(instruction_set):
+    """Tokens v and −v of one large norm: their range is 0, yet no row may be taken relative to 0."""
+    signs = torch.where(torch.rand(2, 90, 2, 1, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
+    for length in (30, 90):
+        x, y = (signs[:, :length] * size * torch.ones(width) for size, width in ((9.0, 8), (11.0, 6)))
+        case = Case((x, None, y, None), {})
+        norms = torch.cat((x.square().sum(-1) * 8**-0.5, y.square().sum(-1) * 6**-0.5))
+        assert norms.min() > 89  # e^89 is beyond float32
+        for reduction in ("sum", "none"):
+            value, (grad,) = case.run(reduction, "cpu")
+            expected, (expected_grad,) = case.oracle(reduction)
+            torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_rows_that_see_almost_only_themselves(instruction_set):
+    """Of one-hot rows q_ii − p_ii is what p and q leave to the others: 1 − 1e-6 has no digits for it."""
+    length, size, generator = 96, 4.0 * 32**0.25, torch.Generator().manual_seed(0)
+
+    def of_one_size(x):
+        return size * torch.nn.functional.normalize(x, dim=-1)
+
+    teacher = of_one_size(torch.randn(2, length, 2, 32, generator=generator))
+    student = of_one_size(teacher + 0.02 * torch.randn(teacher.shape, generator=generator))
+    case = Case((teacher, None, student, None), {})
+    _, (expected,) = case.oracle("sequence")
+    _, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / (4 * length)))
+    _, (grad,) = case.run("sequence", "cpu")
+    assert error(dense_grad, expected) > 4e-3
+    # The others' exponentials of teacher and student differ by some 1e-3 and are known to 1e-7.
+    assert error(grad, expected) < 4e-4
+
+
+@pytest.mark.parametrize("scales", [(-0.3, 0.4), (0.3, -0.4), (-0.2, -0.2), (0.0, 0.3), (0.3, 0.0)])
+def test_scales_of_any_sign(instruction_set, scales):
+    for cross in (False, True):
+        case = make({"teacher_scale": scales[0], "student_scale": scales[1]}, batch=1, length=80, cross=cross)
+        value, grads = case.run("sequence", "cpu")
+        expected, expected_grads = case.oracle("sequence")
+        assert error(value, expected) < 1e-6
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            assert error(grad, expected_grad) < 2e-6
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_nan_in_a_real_token_is_not_hidden(instruction_set, cross):
+    for length in (20, 100):
+        for payload in (float("nan"), float("inf")):
+            case = make(batch=2, length=length, heads=1, cross=cross)
+            case.tensors[2].data[0, length // 2, 0, 3] = payload
+            value, grads = case.run("sum", "cpu")
+            assert value.isnan()
+            for grad in grads:
+                assert grad[0].isnan().any()
+                assert grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "kwargs"),
+    [
+        (3, 40, 5, {}),
+        (2, 150, 12, {"attention_mask": torch.rand(2, 150, generator=torch.Generator().manual_seed(4)) < 0.5}),
+        (1, 1037, 1, {}),  # few tasks: chunks of one task beside each other
+        (1, 1037, 2, {"causal": True}),
+        (1, 8200, 1, {"prefix_lens": torch.tensor([5000])}),
+    ],
+)
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_bits_do_not_depend_on_threads(instruction_set, threads, batch, length, heads, kwargs, cross):
+    if length > 8000 and instruction_set == "portable":
+        length, kwargs = 1999, {"prefix_lens": torch.tensor([1500])}
+    case = make(kwargs, batch=batch, length=length, heads=heads, widths=(6, 4), cross=cross)
+    for reduction in ("sequence", "none"):
+        threads(1)
+        value, grads = case.run(reduction, "cpu")
+        for count in (2, 2, 3):
+            threads(count)
+            again, again_grads = case.run(reduction, "cpu")
+            assert torch.equal(again, value)
+            assert all(torch.equal(a, g) for a, g in zip(again_grads, grads, strict=True))
+
+
+def test_chunks_of_one_task(instruction_set):
+    case = make({"causal": True}, batch=1, length=1037, heads=1, widths=(16, 8))
+    _check(case)
+    _check(make(batch=1, length=1037, heads=1, widths=(8, 4), cross=True))
+
+
+def test_half_precision_is_read_exactly(instruction_set):
+    """Every finite float16 and bfloat16 number, subnormal ones included, as a student of width 1 on one token pair."""
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        x = x[x.isfinite() & (x.abs() < 1e4)][: 65024 // 8 * 8]
+        pairs = torch.stack((x, torch.ones_like(x)), 1)[:, :, None, None]  # (n, 2, 1, 1)
+        teacher = torch.zeros_like(pairs)
+        rows = relation_kl(teacher, None, pairs, None, reduction="none", backend="cpu", student_scale=1e-4)
+        same = relation_kl(
+            teacher.float(), None, pairs.float(), None, reduction="none", backend="cpu", student_scale=1e-4
+        )
+        assert torch.equal(rows, same)
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nobody wrote is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("length", [21, 700], ids=["by one thread", "by all threads"])
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
+def test_all_of_a_gradient_is_written(poisoned, threads, length, reduction):
+    """Zeros where a token is not real: before, between and behind the others, and in sequences without any."""
+    threads(2)
+    real = torch.rand(4, length, generator=torch.Generator().manual_seed(3)) < 0.5
+    real[0, 0] = real[1, -1] = True
+    real[2] = False
+    x, y = (torch.randn(4, length, 3, width).requires_grad_(width == 12) for width in (16, 12))
+    values = relation_kl_multi(
+        {"q": x, "k": x + 1},
+        {"q": y, "k": y.square()},
+        [("q", "q"), ("q", "k")],
+        attention_mask=real,
+        reduction=reduction,
+        backend="cpu",
+    )
+    (grad,) = torch.autograd.grad(values.sum(), y)
+    assert not grad[~real].any()
+    assert grad[real].all()
+
+
+def test_the_lock_of_python_is_released():
+    """A thread inside the kernel lets others run: with an endless switch interval they run only if it gives way."""
+    x, y = torch.randn(1, 4096, 8, 16), torch.randn(1, 4096, 8, 8)  # long enough for another thread to be scheduled
+    entered, finished = threading.Event(), []
+    values, grad = torch.empty(1), torch.zeros_like(y)
+    arguments = (torch.arange(4096), torch.tensor([0, 4096]), None, False, torch.ones(1), None, values, None, [grad])
+
+    def work():
+        entered.set()
+        torch.ops.minilm_kernels_cpu.relation_kl(
+            [x], [y], [0, 0], [0.25, 0.35], *arguments, native_cpu.instruction_sets()[0]
+        )
+        finished.append(True)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    try:
+        worker = threading.Thread(target=work)
+        worker.start()
+        assert entered.wait(60)
+        running = not finished
+        worker.join(240)
+    finally:
+        sys.setswitchinterval(interval)
+    assert running
+    assert finished
+
+
+_PEAK = """
+import torch
+from minilm_kernels import relation_kl
+torch.set_num_threads({threads})
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+def draw(*shape):
+    return torch.randn(*shape)
+relation_kl(draw(1, 70, 64, 8), None, draw(1, 70, 64, 8).requires_grad_(), None, backend="cpu").backward()
+shape, cross = (1, {length}, {heads}), {cross}
+q_t, k_t, q_s, k_s = (draw(*shape, width) for width in (32, 32, 16, 16))
+student = [x.requires_grad_() for x in ((q_s, k_s) if cross else (q_s,))]
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+value = relation_kl(q_t, k_t if cross else None, q_s, k_s if cross else None, backend="cpu")
+print(status("VmHWM") - before - sum(x.numel() * 4 for x in student) / 2**20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("length", "heads", "cross", "threads"),
+    [(512, 24, False, 2), (2048, 16, False, 2), (16384, 1, True, 2), (4096, 48, False, 64)],
+)
+def test_peak_memory(length, heads, cross, threads):
+    """Beyond the gradient at most 32 MiB, whatever S and however many threads there are."""
+    script = _PEAK.format(length=length, heads=heads, cross=cross, threads=threads)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=200)
+    assert 0 < float(result.stdout) <= 32
+
+
+def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setenv("MINILM_KERNELS_CPU", "mmx")
+    case = make()
+    with pytest.raises(RuntimeError, match=r"MINILM_KERNELS_CPU is 'mmx', but this processor runs .*portable"):
+        case.run("sum", "cpu")
+    case.run("sum", "auto")
+
+
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    """A folder in whose package the library is looked for; returns the answer of a first look there."""
+    package = tmp_path / "minilm_kernels"
+    package.mkdir()
+    monkeypatch.setattr(native_cpu, "_LIBRARY", package / "_cpu.abi3.so")
+    monkeypatch.setattr(native_cpu, "_MISSING", package / "_cpu.missing")
+    return native_cpu.unavailable_reason.__wrapped__
+
+
+def test_an_installation_without_the_library_says_why(elsewhere, tmp_path, recwarn):
+    assert elsewhere() == "the package was installed without its CPU library"
+    assert not recwarn  # it was asked to leave it out
+    (tmp_path / "minilm_kernels/_cpu.missing").write_text("no C++ compiler was found", encoding="utf-8")
+    with pytest.warns(UserWarning, match="slower backend `torch` serves.*no C\\+\\+ compiler"):
+        assert "no C++ compiler was found" in elsewhere()
+    (tmp_path / "minilm_kernels/_cpu.abi3.so").write_bytes(b"not a library")
+    with pytest.warns(UserWarning, match="slower backend `torch` serves.*does not load"):
+        assert "does not load" in elsewhere()
+
+
+def test_a_source_tree_without_the_library_says_the_way_out(elsewhere, tmp_path):
+    (tmp_path / "csrc/cpu").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="slower backend `torch` serves; this is the source tree"):
+        reason = elsewhere()
+    assert f"source tree {tmp_path}," in reason
+    assert "`pip install -e .`" in reason
+    assert "start Python in another folder" in reason
+
+
+def test_a_slow_fallback_is_said_once(monkeypatch, tmp_path):
+    """However many calls there are, and whatever is asked about backends before."""
+    (tmp_path / "csrc/cpu").mkdir(parents=True)
+    monkeypatch.setattr(native_cpu, "_LIBRARY", tmp_path / "minilm_kernels/_cpu.abi3.so")
+    monkeypatch.setattr(native_cpu, "_MISSING", tmp_path / "minilm_kernels/_cpu.missing")
+    monkeypatch.setattr(native_cpu, "unavailable_reason", cache(native_cpu.unavailable_reason.__wrapped__))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            backend_status()
+            relation_kl(torch.randn(1, 5, 2, 4), None, torch.randn(1, 5, 2, 4, requires_grad=True), None).backward()
+    assert [str(w.message).count(str(tmp_path)) for w in caught if "minilm_kernels" in str(w.message)] == [1]

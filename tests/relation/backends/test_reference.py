@@ -1,0 +1,87 @@
+"""The specification itself against a definition in scalar loops, and by known values."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from minilm_kernels import relation_kl
+from tests.relation.cases import MASKS, Case, make
+
+
+def _loops(case: Case) -> torch.Tensor:
+    """Rows by the definition, one score at a time."""
+    kwargs = case.kwargs
+    q_t, k_t, q_s, k_s = (None if x is None else x.double() for x in case.tensors)
+    k_t, k_s = (q_t if k_t is None else k_t), (q_s if k_s is None else k_s)
+    if "cu_seqlens" in kwargs:
+        bounds = kwargs["cu_seqlens"].tolist()
+        spans = [((), range(a, b)) for a, b in pairwise(bounds)]
+    else:
+        spans = [((b,), range(q_t.shape[1])) for b in range(q_t.shape[0])]
+    rows = torch.zeros(case.row_shape(), dtype=torch.float64)
+    mask, prefix = kwargs.get("attention_mask"), kwargs.get("prefix_lens")
+    for n, (batch, tokens) in enumerate(spans):
+        for a in range(q_t.shape[-2]):
+            for i in tokens:
+                if mask is not None and not mask[n, i]:
+                    continue
+                keys = [j for j in tokens if mask is None or mask[n, j]]
+                if prefix is not None:
+                    keys = [j for j in keys if j - tokens[0] < prefix[n] or j <= i]
+                elif kwargs.get("causal"):
+                    keys = [j for j in keys if j <= i]
+                log_probabilities = []
+                for query, key in ((q_t, k_t), (q_s, k_s)):
+                    scores = [
+                        float(query[(*batch, i, a)] @ key[(*batch, j, a)]) / math.sqrt(query.shape[-1]) for j in keys
+                    ]
+                    total = math.log(sum(map(math.exp, scores)))
+                    log_probabilities.append([score - total for score in scores])
+                rows[(*batch, a, i)] = sum(math.exp(p) * (p - q) for p, q in zip(*log_probabilities, strict=True))
+    return rows
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_rows_follow_the_definition(mask, cross):
+    case = make(mask, heads=2, cross=cross, dtype=torch.float64)
+    expected = _loops(case)
+    rows, _ = case.oracle("none")
+    assert expected.norm() > 1
+    torch.testing.assert_close(rows, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_reductions_follow_from_the_rows(mask):
+    case = make(mask, dtype=torch.float64)
+    rows, _ = case.oracle("none")
+    heads = rows.shape[-2]
+    if "cu_seqlens" in case.kwargs:
+        bounds = case.kwargs["cu_seqlens"].tolist()
+        sums = [rows[:, a:b].sum() for a, b in pairwise(bounds)]
+        counts = [b - a for a, b in pairwise(bounds)]
+    else:
+        real = case.kwargs.get("attention_mask", torch.ones(rows.shape[0], rows.shape[-1]))
+        sums, counts = list(rows.sum((1, 2))), (real != 0).sum(1).tolist()
+    per_sequence = [total / (heads * n) for total, n in zip(sums, counts, strict=True) if n]
+    expected = {
+        "sum": sum(sums),
+        "token": sum(sums) / (heads * sum(counts)),
+        "sequence": sum(per_sequence) / len(per_sequence),
+    }
+    for reduction, value in expected.items():
+        torch.testing.assert_close(case.oracle(reduction)[0], value, rtol=1e-13, atol=0)
+
+
+def test_two_keys_by_hand():
+    x_t = torch.tensor([[0.0], [1.0]], dtype=torch.float64).view(1, 2, 1, 1)
+    x_s = torch.tensor([[0.0], [2.0]], dtype=torch.float64).view(1, 2, 1, 1)
+    # Row 0 scores 0, 0 on both sides; row 1: teacher 0, 1, student 0, 4.
+    p, q = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-4))
+    expected = [0.0, p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))]
+    rows = relation_kl(x_t, None, x_s, None, reduction="none", backend="reference")
+    torch.testing.assert_close(rows.flatten(), torch.tensor(expected, dtype=torch.float64))
+    scaled = relation_kl(x_t, None, x_s, None, reduction="none", backend="reference", teacher_scale=4.0)
+    assert scaled.abs().max() < 1e-15

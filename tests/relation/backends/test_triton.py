@@ -1,0 +1,181 @@
+"""The Triton backend without a GPU: the contract suite in the interpreter, compilation for GPUs, waiting, tile maps."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from minilm_kernels.relation.inputs import RelationInputs
+from minilm_kernels.relation.masks import Mask
+from tests.ptx.fences import unfenced
+from tests.ptx.parser import parse
+
+triton = pytest.importorskip("triton", reason="Triton is not built for this platform")
+
+from minilm_kernels.relation.backends.triton import launch as triton_backend  # noqa: E402
+from minilm_kernels.relation.backends.triton.config import compile_variant, variants, variants_of  # noqa: E402
+
+ROOT = Path(__file__).parents[3]
+
+# What the interpreter runs, in a process of its own. It takes half a second for a call, so where a test is repeated for
+# cases that differ in nothing that the kernels do differently, one is taken; and it multiplies bfloat16 wrongly: that
+# dtype is compiled below and computed on a device.
+_CONTRACT = "tests/relation/test_contract.py"
+_MASKS = "test_masks or test_padding"
+_LEFT_OUT = """not (bfloat16 or test_teacher_and_student_dtypes)
+    and not ((test_masks or test_padding or test_many_short or test_repeated) and (sum or token))
+    and not (float16 and (6 or 17 or 32))
+    and not (test_small_divergences and (0.1 or 0.001))
+    and not (test_defaults and (float16 or -none or packed)) and not test_any_dtype""".replace("\n", " ")
+SHARDS = {  # what runs, and how many tests these are at least
+    "sample": ([_CONTRACT, "-k", "test_masks and (holes-self or packed-prefix-cross) and (sequence or none)"], 8),
+    "masks": ([_CONTRACT, "-k", f"({_MASKS}) and {_LEFT_OUT}"], 60),
+    "contract": ([_CONTRACT, "-k", f"not ({_MASKS}) and {_LEFT_OUT}"], 46),
+    "kernels": (["tests/relation/backends/test_triton_kernels.py"], 5),
+    "operator": (["tests/relation/test_ops.py", "-k", "opcheck and (none or holes) or inductor or upstream"], 5),
+}
+SECONDS = 1800  # of one shard, on a machine that does much else
+
+
+@pytest.mark.timeout(SECONDS)
+@pytest.mark.parametrize(
+    "shard", [name if name == "sample" else pytest.param(name, marks=pytest.mark.slow) for name in SHARDS]
+)
+def test_in_the_interpreter(shard):
+    selection, least = SHARDS[shard]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "MINILM_KERNELS_TEST_BACKENDS": "triton"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not gpu", *selection]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS - 60)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert "skipped" not in result.stdout
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= least
+
+
+def _usage(compiled) -> dict[str, int]:
+    """What ptxas says of a compiled kernel: registers, spills to the stack, local and shared memory."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        listing = subprocess.run(
+            [tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", listing)}
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "every"),
+    [
+        (90, "bfloat16", 12),
+        *(
+            pytest.param(arch, dtype, 1, marks=pytest.mark.slow)
+            for arch in (80, 90, 100)
+            for dtype in ("bfloat16", "float32")
+        ),
+    ],
+)
+def test_variants_compile_without_spills(arch, dtype, every):
+    """0 bytes of stack: nothing is spilled, and no array is indexed at run time."""
+    chosen = [variant for variant in variants(arch) if variant.dtype == dtype]
+    assert len(chosen) > 20
+    for variant in chosen[::every]:
+        compiled = compile_variant(variant, arch)
+        usage = _usage(compiled)
+        label = (variant.kernel, variant.group, variant.d_t, variant.d_s, usage)
+        assert usage["STACK"] == usage["LOCAL"] == 0, label
+        if arch == 90:
+            assert unfenced(parse(compiled.asm["ptx"])[compiled.metadata.name]) == [], label
+        assert compiled.metadata.shared <= 99 * 1024, label  # what the smallest of these architectures gives a block
+
+
+def test_wgmma_sees_what_was_copied():
+    """The everyday lse: its tiles come by cp.async where the compiler fences that, elsewhere by ordinary stores."""
+    variant = next(v for v in variants_of("bfloat16", 16, 8, "self") if v.kernel == "lse")
+    compiled = compile_variant(variant, 90)
+    ptx = compiled.asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert ("cp.async" in ptx) == (variant.options["num_stages"] > 1)
+    assert unfenced(parse(ptx)[compiled.metadata.name]) == []
+
+
+@pytest.mark.parametrize("block", [16, 64, 128])
+def test_tile_map(block):
+    """Every tile of every sequence is in the grid once; what is left over belongs to no sequence."""
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 2, 7, 60):
+        lengths = torch.randint(0, 3 * block, (count,), generator=generator)
+        lengths[torch.rand(count, generator=generator) < 0.4] = 0
+        cu_seqlens = torch.cat((torch.zeros(1), lengths.cumsum(0))).int()
+        sequences = triton_backend.tile_map(cu_seqlens, int(lengths.sum()), block)
+        tiles = torch.arange(sequences.numel()) - (cu_seqlens[sequences] // block + sequences)
+        inside = tiles * block < lengths[sequences]
+        assert (tiles >= 0).all()
+        got = list(zip(sequences[inside].tolist(), tiles[inside].tolist(), strict=True))
+        assert got == [(n, t) for n in range(count) for t in range(-(-int(lengths[n]) // block))]
+
+
+@pytest.mark.parametrize("values", [[0, 5, 3, 12], [-7, 40, 2, 99], [2**31 - 1, -(2**31), 0, 1], [12, 8, 4, 0]])
+def test_tile_map_of_malformed_sequences_stays_inside(values):
+    sequences = triton_backend.tile_map(torch.tensor(values, dtype=torch.int32), 12, 16)
+    assert sequences.numel() == 3
+    assert sequences.min() >= 0
+    assert sequences.max() <= 2
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {},
+        {"attention_mask": lambda: torch.ones(4, 50, dtype=torch.bool)},
+        {"attention_mask": lambda: torch.ones(4, 50), "prefix_lens": lambda: torch.ones(4, dtype=torch.int32)},
+        {"causal": True},
+        {"cu_seqlens": lambda: torch.zeros(5, dtype=torch.int32), "prefix_lens": lambda: torch.ones(4)},
+    ],
+    ids=lambda mask: "-".join(mask) or "none",
+)
+def test_the_host_never_waits(mask, monkeypatch):
+    """On a GPU nothing that the host does depends on values: fake tensors have none, and reading one is an error."""
+    launches = []
+    monkeypatch.setattr(triton_backend._Group, "_start", lambda self, kernel, *_: launches.append(kernel.__name__))
+    with FakeTensorMode():
+        mask = {name: value() if callable(value) else value for name, value in mask.items()}
+        token_shape = (200,) if "cu_seqlens" in mask else (4, 50)
+        teacher, student = ([torch.empty(*token_shape, 3, width) for _ in range(3)] for width in (16, 8))
+        relations = [(0, 0), (1, 1), (2, 2), (0, 1), (1, 0)]
+        problem = RelationInputs(teacher, student, relations, Mask(token_shape, torch.device("cpu"), **mask))
+        for gradient in (False, True):
+            weights = problem.mask.sequence_weights("sequence", 3, torch.float32)
+            values, grads = triton_backend.forward_reduced(problem, weights, gradient)
+            assert values.shape == (5,)
+            assert len(grads) == (7 if gradient else 0)
+        rows = triton_backend.forward_none(problem)
+        triton_backend.backward_none(problem, rows)
+        with pytest.raises(Exception, match=r"_local_scalar_dense|[Dd]ata.?[Dd]ependent"):
+            values[0].item()
+    # Three self relations share their launches, two cross relations theirs; a cross relation has two gradients.
+    assert launches.count("lse_kernel") == 2 * 4
+    assert launches.count("gradient_kernel") == 3 * 2
+    assert launches.count("rows_kernel") == 2 * 2
+
+
+def test_auto_leaves_cpu_tensors_to_the_others():
+    assert triton_backend.interpreted() or triton_backend.unsupported_reasons(
+        RelationInputs(
+            [torch.zeros(1, 1, 1, 1)], [torch.zeros(1, 1, 1, 1)], [(0, 0)], Mask((1, 1), torch.device("cpu"))
+        )
+    )
+
+
+def test_widths_and_dtypes_beyond_it_are_refused():
+    wide = torch.zeros(1, 2, 1, 129, dtype=torch.float64)
+    reasons = triton_backend.unsupported_reasons(
+        RelationInputs([wide], [wide], [(0, 0)], Mask((1, 2), torch.device("cpu")))
+    )
+    assert any("129" in reason for reason in reasons)
+    assert any("float64" in reason for reason in reasons)
