@@ -28,7 +28,7 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # that torch
 
 WARNINGS = ["-Wall", "-Wno-unknown-warning-option", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # GCC 12, own headers
 # Messages name a source file by its place in the project, not by where it was built.
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={CSRC.parent}/=", *WARNINGS]
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}", f"-ffile-prefix-map={CSRC.parent}/=", *WARNINGS]
 # No contraction: a sum shall come out the same wherever the compiler meets it.
 CPU_FLAGS = [*CXX_FLAGS, "-ffp-contract=off"]
 # Vector code is compiled per instruction set and chosen at run time; a wheel must run on every processor.
@@ -171,7 +171,7 @@ def _cpu(torch: Torch) -> Plan:
         Unit(CSRC / "cpu" / name, [*CPU_FLAGS, *more]) for name, more in INSTRUCTION_SETS.items() if x86 or not more
     ]
     units += [
-        Unit(CSRC / "cpu/relation.cpp", CPU_FLAGS),
+        Unit(CSRC / "cpu/driver.cpp", CPU_FLAGS),
         Unit(CSRC / "cpu/binding.cpp", [*CPU_FLAGS, *_torch_flags(torch)]),
     ]
     return Plan(units, _link_torch(torch))

@@ -6,22 +6,22 @@
 #include "fused.cuh"
 #include "rows.cuh"
 
-#define MINILM_FUSED(name, pieces_s, ...)                                                                     \
-  extern "C" MINILM_KERNEL(32 * minilm::cuda::kFusedWarps[pieces_s], 1) name(const MINILM_PARAMETER minilm::cuda::Batch b) { \
-    minilm::cuda::FusedKernel<pieces_s, __VA_ARGS__>::run(b, minilm::cuda::shared_memory());                   \
+#define MINILM_SYMMETRIC(name, splits_s, ...)                                                                     \
+  extern "C" MINILM_KERNEL(32 * minilm::cuda::kSymmetricWarps[splits_s], 1) name(const MINILM_PARAMETER minilm::cuda::LaunchParams b) { \
+    minilm::cuda::SymmetricKernel<splits_s, __VA_ARGS__>::run(b, minilm::cuda::shared_memory());                   \
   }
 
-#define MINILM_STATISTICS(name, ...)                                                                          \
-  extern "C" MINILM_KERNEL(32 * minilm::cuda::kRowsWarps, 2) name(const MINILM_PARAMETER minilm::cuda::Batch b) { \
-    minilm::cuda::StatisticsKernel<__VA_ARGS__>::run(b, minilm::cuda::shared_memory());                        \
+#define MINILM_ROW_STATS(name, ...)                                                                          \
+  extern "C" MINILM_KERNEL(32 * minilm::cuda::kRowWiseWarps, 2) name(const MINILM_PARAMETER minilm::cuda::LaunchParams b) { \
+    minilm::cuda::RowStatsKernel<__VA_ARGS__>::run(b, minilm::cuda::shared_memory());                        \
   }
 
-#define MINILM_VISIT(name, ...)                                                                               \
-  extern "C" MINILM_KERNEL(32 * minilm::cuda::kRowsWarps, 2) name(const MINILM_PARAMETER minilm::cuda::Batch b) { \
-    minilm::cuda::VisitKernel<__VA_ARGS__>::run(b, minilm::cuda::shared_memory());                             \
+#define MINILM_ROW_WISE(name, ...)                                                                               \
+  extern "C" MINILM_KERNEL(32 * minilm::cuda::kRowWiseWarps, 2) name(const MINILM_PARAMETER minilm::cuda::LaunchParams b) { \
+    minilm::cuda::RowWiseKernel<__VA_ARGS__>::run(b, minilm::cuda::shared_memory());                             \
   }
 
 #define MINILM_REDUCE(name, ...)                                                                              \
-  extern "C" MINILM_KERNEL(256, 1) name(const MINILM_PARAMETER minilm::cuda::Reduction r) {                    \
+  extern "C" MINILM_KERNEL(256, 1) name(const MINILM_PARAMETER minilm::cuda::ReduceParams r) {                    \
     minilm::cuda::ReductionKernel::run(r, minilm::cuda::shared_memory());                                      \
   }

@@ -25,26 +25,26 @@
 namespace {
 
 using minilm::cuda::Call;
-using minilm::cuda::Limits;
-using minilm::cuda::Matrix;
+using minilm::cuda::DeviceProps;
+using minilm::cuda::TensorView;
 using minilm::cuda::Relation;
-using minilm::cuda::Type;
+using minilm::cuda::DType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Matrix matrix_of(const Tensor& x) {
+TensorView view_of(const Tensor& x) {
   bool packed = x.dim() == 3;
-  Matrix m;
+  TensorView m;
   m.data = x.const_data_ptr();
-  m.batch = packed ? 0 : x.stride(0);
+  m.params = packed ? 0 : x.stride(0);
   m.position = x.stride(packed ? 0 : 1);
   m.head = x.stride(packed ? 1 : 2);
   m.feature = x.stride(packed ? 2 : 3);
   m.width = static_cast<int32_t>(x.size(packed ? 2 : 3));
   switch (x.scalar_type()) {
-    case ScalarType::Float: m.type = Type::float32; break;
-    case ScalarType::Half: m.type = Type::float16; break;
-    case ScalarType::BFloat16: m.type = Type::bfloat16; break;
+    case ScalarType::Float: m.type = DType::float32; break;
+    case ScalarType::ModelOperands: m.type = DType::float16; break;
+    case ScalarType::BFloat16: m.type = DType::bfloat16; break;
     default: STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
   }
   return m;
@@ -63,13 +63,13 @@ float* output_of(const Tensor& x) {
 }
 
 std::vector<Relation> relations_of(const std::vector<Tensor>& teacher, const std::vector<Tensor>& student,
-                                   const std::vector<int64_t>& pairs) {
-  std::vector<Relation> relations(pairs.size() / 2);
+                                   const std::vector<int64_t>& tile) {
+  std::vector<Relation> relations(tile.size() / 2);
   for (size_t r = 0; r < relations.size(); ++r) {
-    int64_t query = pairs[2 * r], key = pairs[2 * r + 1];
+    int64_t query = tile[2 * r], key = tile[2 * r + 1];
     relations[r] = {};
-    relations[r].teacher = {matrix_of(teacher.at(query)), matrix_of(teacher.at(key)), 1.0f};
-    relations[r].student = {matrix_of(student.at(query)), matrix_of(student.at(key)), 1.0f};
+    relations[r].teacher = {view_of(teacher.at(query)), view_of(teacher.at(key)), 1.0f};
+    relations[r].student = {view_of(student.at(query)), view_of(student.at(key)), 1.0f};
     relations[r].self = query == key;
     relations[r].index = static_cast<int32_t>(r);
   }
@@ -78,22 +78,22 @@ std::vector<Relation> relations_of(const std::vector<Tensor>& teacher, const std
 
 void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "backend cuda: ", error); }
 
-Limits limits_of(int64_t device, int& capability) {
-  Limits limits{};
-  check(minilm::cuda::find_limits(static_cast<int>(device), limits, capability));
-  return limits;
+DeviceProps limits_of(int64_t device, int& capability) {
+  DeviceProps props{};
+  check(minilm::cuda::find_device(static_cast<int>(device), props, capability));
+  return props;
 }
 
 // See minilm_kernels/relation/backends/native_cuda.py for the arguments. Returns the kernels that have to be loaded first, one a
 // line; then nothing was queued.
-std::string relation_kl(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> pairs,
+std::string relation_kl(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> tile,
                  std::vector<double> scales, Tensor tokens, Tensor starts, std::optional<Tensor> prefixes, bool causal,
-                 bool padded, int64_t longest, std::optional<Tensor> weights, std::optional<Tensor> row_grads,
+                 bool padded, int64_t max_length, std::optional<Tensor> weights, std::optional<Tensor> row_grads,
                  std::optional<Tensor> values, std::optional<Tensor> rows, std::vector<Tensor> grads, int64_t stream,
                  int64_t device) {
   const Tensor& shape = student.at(0);
   bool packed = shape.dim() == 3;
-  std::vector<Relation> relations = relations_of(teacher, student, pairs);
+  std::vector<Relation> relations = relations_of(teacher, student, tile);
   size_t slot = 0;
   for (size_t r = 0; r < relations.size(); ++r) {
     Relation& relation = relations[r];
@@ -105,30 +105,30 @@ std::string relation_kl(std::vector<Tensor> teacher, std::vector<Tensor> student
   Call call{};
   call.relations = relations.data();
   call.stream = reinterpret_cast<void*>(stream);
-  call.common.num_relations = static_cast<int64_t>(relations.size());
-  call.common.num_sequences = starts.numel() - 1;
-  call.common.num_heads = shape.size(packed ? 1 : 2);
-  call.common.positions = shape.size(packed ? 0 : 1);
-  call.common.longest = longest < call.common.positions ? longest : call.common.positions;
-  call.common.packed = packed;
-  call.common.tokens = data_of<int64_t>(tokens, ScalarType::Long);
-  call.common.starts = data_of<int64_t>(starts, ScalarType::Long);
-  call.common.prefixes = data_of<int64_t>(prefixes, ScalarType::Long);
-  call.common.causal = causal;
-  call.common.padded = padded;
-  call.common.gradient = !grads.empty();
-  call.common.weights = data_of<float>(weights, ScalarType::Float);
-  call.common.row_grads = data_of<float>(row_grads, ScalarType::Float);
-  call.common.values = values ? output_of(*values) : nullptr;
-  call.common.rows = rows ? output_of(*rows) : nullptr;
+  call.call.num_relations = static_cast<int64_t>(relations.size());
+  call.call.num_sequences = starts.numel() - 1;
+  call.call.num_heads = shape.size(packed ? 1 : 2);
+  call.call.positions = shape.size(packed ? 0 : 1);
+  call.call.max_length = max_length < call.call.positions ? max_length : call.call.positions;
+  call.call.packed = packed;
+  call.call.tokens = data_of<int64_t>(tokens, ScalarType::Long);
+  call.call.starts = data_of<int64_t>(starts, ScalarType::Long);
+  call.call.prefixes = data_of<int64_t>(prefixes, ScalarType::Long);
+  call.call.causal = causal;
+  call.call.padded = padded;
+  call.call.gradient = !grads.empty();
+  call.call.weights = data_of<float>(weights, ScalarType::Float);
+  call.call.row_grads = data_of<float>(row_grads, ScalarType::Float);
+  call.call.values = values ? output_of(*values) : nullptr;
+  call.call.rows = rows ? output_of(*rows) : nullptr;
 
   int capability = 0;
-  Limits limits = limits_of(device, capability);
-  int64_t bytes = minilm::cuda::scratch_bytes(call, limits);
-  check(bytes < 0 ? "the call has more than 2^31 - 1 thread blocks; split the batch" : nullptr);
+  DeviceProps props = limits_of(device, capability);
+  int64_t bytes = minilm::cuda::scratch_bytes(call, props);
+  check(bytes < 0 ? "the call has more than 2^31 - 1 thread blocks; split the params" : nullptr);
   Tensor scratch = torch::stable::new_empty(shape, {bytes}, ScalarType::Byte);
   std::string missing;
-  check(minilm::cuda::run(call, limits, static_cast<int>(device), scratch.mutable_data_ptr(), missing));
+  check(minilm::cuda::run(call, props, static_cast<int>(device), scratch.mutable_data_ptr(), missing));
   return missing;
 }
 
@@ -145,29 +145,29 @@ int64_t capability(int64_t device) {
 }
 
 // Why the device cannot serve these tensors; empty: it can.
-std::string refusal(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> pairs,
+std::string unsupported_reason(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> tile,
                     int64_t device) {
   int capability = 0;
-  Limits limits = limits_of(device, capability);
-  std::vector<Relation> relations = relations_of(teacher, student, pairs);
-  return minilm::cuda::refusal(relations.data(), static_cast<int64_t>(relations.size()), true, limits, capability);
+  DeviceProps props = limits_of(device, capability);
+  std::vector<Relation> relations = relations_of(teacher, student, tile);
+  return minilm::cuda::unsupported_reason(relations.data(), static_cast<int64_t>(relations.size()), true, props, capability);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(MINILM_LIBRARY, m) {
   m.def(
-      "relation_kl(Tensor[] teacher, Tensor[] student, int[] pairs, float[] scales, Tensor tokens, Tensor starts, "
-      "Tensor? prefixes, bool causal, bool padded, int longest, Tensor? weights, Tensor? row_grads, "
+      "relation_kl(Tensor[] teacher, Tensor[] student, int[] tile, float[] scales, Tensor tokens, Tensor starts, "
+      "Tensor? prefixes, bool causal, bool padded, int max_length, Tensor? weights, Tensor? row_grads, "
       "Tensor(a!)? values, Tensor(b!)? rows, Tensor(c!)[] grads, int stream, int device) -> str");
   m.def("load(str name, Tensor image, int device) -> ()");
   m.def("capability(int device) -> int");
-  m.def("refusal(Tensor[] teacher, Tensor[] student, int[] pairs, int device) -> str");
+  m.def("unsupported_reason(Tensor[] teacher, Tensor[] student, int[] tile, int device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MINILM_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("relation_kl", TORCH_BOX(&relation_kl));
   m.impl("load", TORCH_BOX(&load));
   m.impl("capability", TORCH_BOX(&capability));
-  m.impl("refusal", TORCH_BOX(&refusal));
+  m.impl("unsupported_reason", TORCH_BOX(&unsupported_reason));
 }

@@ -93,7 +93,7 @@ const char* failure(const char* call, CUresult result) {
 
 struct Device {
   CUcontext context = nullptr;
-  Limits limits{};
+  DeviceProps props{};
   int capability = 0;
   std::map<std::string, CUfunction> kernels;
 };
@@ -112,7 +112,7 @@ const char* fill(Device& device, int index) {
   for (auto [attribute, value] : wanted)
     if (CUresult r = cuda.device_attribute(value, attribute, handle)) return failure("cuDeviceGetAttribute", r);
   if (CUresult r = cuda.retain_context(&device.context, handle)) return failure("cuDevicePrimaryCtxRetain", r);
-  device.limits = {block, processor};
+  device.props = {block, processor};
   device.capability = 10 * major + minor;
   return nullptr;
 }
@@ -159,10 +159,10 @@ class Current {
 
 }  // namespace
 
-const char* find_limits(int index, Limits& limits, int& capability) {
+const char* find_device(int index, DeviceProps& props, int& capability) {
   Device* device = nullptr;
   if (const char* error = find(index, device)) return error;
-  limits = device->limits;
+  props = device->props;
   capability = device->capability;
   return nullptr;
 }
@@ -196,7 +196,7 @@ const char* load(int index, const std::string& name, const void* image) {
       step("cuModuleGetFunction", cuda.module_function(&function, module, name.c_str())) &&
       step("cuFuncGetAttribute", cuda.get_attribute(&fixed, kStaticShared, function)) &&
       step("cuFuncSetAttribute",
-           cuda.set_attribute(function, kDynamicShared, static_cast<int>(device->limits.shared_per_block) - fixed)) &&
+           cuda.set_attribute(function, kDynamicShared, static_cast<int>(device->props.smem_per_block) - fixed)) &&
       step("cuFuncSetAttribute", cuda.set_attribute(function, kCarveout, 100));
   cuda.capture_mode(&mode);
   if (result) return failure((name + ": " + failed).c_str(), result);

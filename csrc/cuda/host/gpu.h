@@ -16,7 +16,7 @@ struct Launch {
   int64_t blocks;
   int threads;
   int64_t shared;  // bytes
-  alignas(16) char parameters[sizeof(Batch)];
+  alignas(16) char parameters[sizeof(LaunchParams)];
 
   template <class Parameters>
   Launch(std::string name, const Parameters& given, int64_t blocks_, int threads_, int64_t shared_)
@@ -26,7 +26,7 @@ struct Launch {
   }
 };
 
-const char* find_limits(int device, Limits& limits, int& capability);
+const char* find_device(int device, DeviceProps& props, int& capability);
 
 bool is_loaded(int device, const std::string& kernel);
 

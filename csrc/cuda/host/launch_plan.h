@@ -9,32 +9,32 @@ namespace minilm::cuda {
 
 // A plane is 8 features of one piece of a token.
 struct Planes {
-  int teacher, student, student_chunks, student_pieces;
+  int teacher, student, student_chunks, student_splits;
 };
 Planes planes_of(const Relation& relation);
 
 // The kernels that a relation needs, compiled for its own shape: names as in device/kernels.cuh.
-std::string fused_kernel(const Relation& relation, bool causal);
-std::string statistics_kernel(const Relation& relation, bool exact);
-std::string visit_kernel(const Relation& relation, bool gradient);
+std::string symmetric_kernel(const Relation& relation, bool causal);
+std::string row_stats_kernel(const Relation& relation, bool exact);
+std::string row_wise_kernel(const Relation& relation, bool gradient);
 inline const char* reduction_kernel() { return "reduce"; }
 
-struct FusedPlan {
+struct SymmetricPlan {
   int tokens;  // that a block holds; longer sequences go row by row. 0: not one tile fits.
   int warps;
   int blocks;  // on one processor at a time
   int64_t bytes;
 };
-FusedPlan plan_fused(const Limits& limits, const Planes& planes, int64_t longest);
+SymmetricPlan plan_symmetric(const DeviceProps& props, const Planes& planes, int64_t max_length);
 
-struct RowsPlan {
+struct RowWisePlan {
   int warps;   // each owns a tile; 0: does not fit
-  int others;  // tokens of the other side in shared memory
+  int streamed;  // tokens of the other side in shared memory
   int64_t bytes;
 };
-RowsPlan plan_rows(const Limits& limits, const Planes& planes, bool gradient);
+RowWisePlan plan_row_wise(const DeviceProps& props, const Planes& planes, bool gradient);
 
-int64_t fused_bytes(const Planes& planes, int tokens);
-int64_t rows_bytes(const Planes& planes, int own, int others, bool gradient);
+int64_t symmetric_bytes(const Planes& planes, int tokens);
+int64_t row_wise_bytes(const Planes& planes, int own, int streamed, bool gradient);
 
 }  // namespace minilm::cuda
