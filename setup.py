@@ -59,7 +59,9 @@ class BuildPackage(build_py):
         super().run()
         sources = Path("csrc/cuda/device")
         if sources.is_dir() and not self.editable_mode:
-            shutil.copytree(sources, Path(self.build_lib, "minilm_kernels", "cuda_device"), dirs_exist_ok=True)
+            target = Path(self.build_lib, "minilm_kernels", "cuda_device")
+            shutil.copytree(sources, target, dirs_exist_ok=True)
+            shutil.copytree("csrc/common", target / "common", dirs_exist_ok=True, ignore=shutil.ignore_patterns("binding.h"))
 
 
 class TaggedWheel(bdist_wheel):
@@ -86,7 +88,7 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             f"minilm_kernels._{name}",
-            sources=sorted(p.as_posix() for p in Path("csrc", name).rglob("*") if p.is_file()),
+            sources=sorted(p.as_posix() for part in (name, "common") for p in Path("csrc", part).rglob("*") if p.is_file()),
             py_limited_api=True,
         )
         for name in names

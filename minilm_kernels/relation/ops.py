@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from minilm_kernels.backends import AUTO, BACKENDS
 
-from .backends import blocked, native_cpu, native_cuda, reference
+from .backends import blocked, native, reference
 from .backends.triton import launch as triton_backend
 from .inputs import Backend, BackendUnavailable, RelationInputs, grad_buffers, result_dtype
 from .masks import Mask, readable
@@ -27,7 +27,7 @@ from .masks import Mask, readable
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 _MODULES: dict[str, Backend] = dict(
-    zip(BACKENDS, (native_cuda, triton_backend, native_cpu, blocked, reference), strict=True)
+    zip(BACKENDS, (native.cuda, triton_backend, native.cpu, blocked, reference), strict=True)
 )
 
 

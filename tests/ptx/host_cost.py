@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from minilm_kernels.relation.backends import native_cuda
+from minilm_kernels.relation.backends import native
 
 from .build import FOLDER, NATIVE, compiled, kept
 from .driver import driver
@@ -50,8 +50,8 @@ def _arguments(pairs: list[int], packed: bool) -> tuple:
     tokens = torch.arange(token_shape[0]) if packed else torch.arange(128).repeat(8)
     scales = [0.25, 0.35] * len(relations)
     weights, values = torch.ones(starts.numel() - 1), torch.empty(len(relations))
-    return (teacher, student, pairs, scales, tokens, starts, None, False, False, token_shape[-1], weights, None, values,
-            None, grads, 0, _GPU)  # fmt: skip
+    return (teacher, student, pairs, scales, tokens, starts, None, False, weights, None, values, None, grads, False,
+            token_shape[-1], 0, _GPU)  # fmt: skip
 
 
 def _microseconds(call: Callable, arguments: tuple, calls: int = 200) -> float:
@@ -67,7 +67,7 @@ def measure(repeats: int = 50, folder: Path = FOLDER) -> dict[str, tuple[int, fl
     """For each of CALLS: launches, and microseconds of the operator and of the one that does nothing."""
     standin = driver(folder)
     standin.set_gpu(_GPU, 90, 232448, 233472)
-    torch.ops.load_library(native_cuda._LIBRARY)
+    torch.ops.load_library(native.cuda.library)
     operators, nothing = torch.ops.minilm_kernels_cuda, _nothing(folder)
     launched: list[int] = []
     results = {}

@@ -6,9 +6,10 @@ stand-in of driver.py, which hands every launch to the emulator.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,12 +45,13 @@ class _Operators:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.library = torch.ops.minilm_kernels_cuda
-        self.refusal, self.capability, self.load = self.library.refusal, self.library.capability, self.library.load
+        self.unsupported_reason, self.capability = self.library.unsupported_reason, self.library.capability
+        self.load = self.library.load
 
     def relation_kl(self, *arguments) -> str:
         self.device.memory.clear()
-        names = ("teacher", "student", "", "", "tokens", "starts", "prefixes", "", "", "", "weights", "row_grads",
-                 "values", "rows", "grads", "", "")  # fmt: skip
+        names = ("teacher", "student", "", "", "tokens", "starts", "prefixes", "", "weights", "row_grads", "values",
+                 "rows", "grads", "", "", "", "")  # fmt: skip
         for name, x in zip(names, arguments, strict=True):
             if isinstance(x, torch.Tensor):
                 self.device.know(x, name)
@@ -67,41 +69,30 @@ class _Operators:
 @contextmanager
 def cuda_backend(device: Device, gpu: str, folder: Path = FOLDER):
     """Within, `backend="cuda"` serves CPU tensors by emulation on one of GPUS; yields the PTX modules loaded so far."""
-    from minilm_kernels.relation import ops
-    from minilm_kernels.relation.backends import cuda_compiler, native_cuda
+    from minilm_kernels.relation.backends import cuda_compiler, native
     from minilm_kernels.relation.backends.cuda_cache import KernelCache
 
-    if not native_cuda._LIBRARY.exists():
+    if not native.cuda.library.exists():
         raise RuntimeError(
-            f"{native_cuda._LIBRARY} is not built: MINILM_KERNELS_BUILD=native python setup.py build_ext --inplace"
+            f"{native.cuda.library} is not built: MINILM_KERNELS_BUILD=native python setup.py build_ext --inplace"
         )
     if reason := cuda_compiler.unavailable_reason():
         raise RuntimeError(reason)
     standin = driver(folder)
     number, *shared = GPUS[gpu]
     standin.set_gpu(number, ARCHITECTURE, *shared)
-    torch.ops.load_library(native_cuda._LIBRARY)
+    torch.ops.load_library(native.cuda.library)
 
-    cache = KernelCache(folder / "kernels")
     as_ptx = partial(cuda_compiler.compile_kernels, target="ptx", line_info=True)
-    replaced = {
-        (native_cuda, "_operators"): _Operators(device),
-        (native_cuda, "_DEVICE"): "cpu",
-        (native_cuda, "_place"): lambda _device: (number, 0),
-        (native_cuda, "_cache"): lambda: cache,
-        (native_cuda, "unavailable_reason"): lambda: None,
-        (cuda_compiler, "compile_kernels"): as_ptx,
-    }
-    before = {(module, name): getattr(module, name) for module, name in replaced}
-    previous, module = standin.device, ops._MODULES["cuda"]
-    for (place, name), value in replaced.items():
-        setattr(place, name, value)
-    ops._MODULES["cuda"] = native_cuda
-    standin.device = device
-    try:
+    with ExitStack() as replaced:
+        for target, name, value in (
+            (native.cuda, "operators", _Operators(device)),
+            (native.cuda, "device_type", "cpu"),
+            (native.cuda, "device", lambda _device: (number, 0)),
+            (native.cuda, "load_error", None),
+            (native.cuda.loader, "cache", KernelCache(folder / "kernels")),
+            (cuda_compiler, "compile_kernels", as_ptx),
+            (standin, "device", device),
+        ):
+            replaced.enter_context(patch.object(target, name, value))
         yield standin.ptx
-    finally:
-        for (place, name), value in before.items():
-            setattr(place, name, value)
-        ops._MODULES["cuda"] = module
-        standin.device = previous

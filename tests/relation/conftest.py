@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minilm_kernels.relation import ops
-from minilm_kernels.relation.backends import native_cuda
+from minilm_kernels.relation.backends import cuda_loader, native
 
 _numbers = itertools.count(10)
 
@@ -52,18 +52,17 @@ def new_gpu(monkeypatch):
         pytest.skip("the CUDA library is for Linux")
     if torch.cuda.is_available():
         pytest.skip("beside a real driver library its stand-in is not the one that is found")
-    assert native_cuda._LIBRARY.exists(), "build the library: MINILM_KERNELS_BUILD=native setup.py build_ext --inplace"
+    assert native.cuda.library.exists(), "build the library: MINILM_KERNELS_BUILD=native setup.py build_ext --inplace"
 
     def make(*limits: int) -> GPU:
         gpu = GPU(*limits)
-        torch.ops.load_library(native_cuda._LIBRARY)
-        monkeypatch.setattr(native_cuda, "_place", lambda _device: (gpu.number, gpu.stream))
+        torch.ops.load_library(native.cuda.library)
+        monkeypatch.setattr(native.cuda, "device", lambda _device: (gpu.number, gpu.stream))
         return gpu
 
-    monkeypatch.setattr(native_cuda, "_missing", lambda: None)
-    monkeypatch.setattr(native_cuda, "_broken", None)
-    monkeypatch.setattr(native_cuda, "_loaded", set())
-    monkeypatch.setattr(native_cuda, "_DEVICE", "cpu")
+    monkeypatch.setattr(native.cuda, "load_error", None)
+    monkeypatch.setattr(native.cuda, "loader", cuda_loader.KernelLoader())
+    monkeypatch.setattr(native.cuda, "device_type", "cpu")
     ops._warn_once.cache_clear()
     return make
 

@@ -177,7 +177,7 @@ MINILM_DEVICE float find_score_grads(const float (&score_t)[2][2][4], float (&sc
         if (kMasked) {
           int i = tile.rows + own_row(m, e / 2), j = column + e % 2;
           if (j > i) factor_t = factor_s = 0.0f;
-          if (j >= i || i >= bound) back_t = mirrored_s = 0.0f;
+          if (j >= i || i >= bound) mirrored_t = mirrored_s = 0.0f;
         }
         float p = exp2_fast(u_t) * (factor_t + mirrored_t);
         float x = fmaf(exp2_fast(u_s), factor_s + mirrored_s, -p);

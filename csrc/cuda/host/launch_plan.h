@@ -1,34 +1,35 @@
-// How a call is laid over a device: tokens, warps and shared memory of a block. Plain C++, tested without a GPU.
+// Launch configurations: tokens, warps and shared memory of a block, and kernel names. Plain C++, tested without a GPU.
 #pragma once
 
 #include <string>
 
-#include "../device/batch.h"
+#include "cuda/device/launch_params.h"
+#include "gpu.h"
 
 namespace minilm::cuda {
 
-// A plane is 8 features of one piece of a token.
+// Numbers of planes in shared memory. A plane holds one chunk (8 features) of one bf16 split of every token.
 struct Planes {
   int teacher, student, student_chunks, student_splits;
 };
 Planes planes_of(const Relation& relation);
 
-// The kernels that a relation needs, compiled for its own shape: names as in device/kernels.cuh.
+// Names of the kernels that a relation needs. The name contains the template arguments; see device/kernels.cuh.
 std::string symmetric_kernel(const Relation& relation, bool causal);
 std::string row_stats_kernel(const Relation& relation, bool exact);
 std::string row_wise_kernel(const Relation& relation, bool gradient);
 inline const char* reduction_kernel() { return "reduce"; }
 
 struct SymmetricPlan {
-  int tokens;  // that a block holds; longer sequences go row by row. 0: not one tile fits.
+  int tokens;  // capacity of a block; longer sequences take the row-wise path. 0: not even one tile fits
   int warps;
-  int blocks;  // on one processor at a time
+  int blocks;  // resident blocks per SM
   int64_t bytes;
 };
 SymmetricPlan plan_symmetric(const DeviceProps& props, const Planes& planes, int64_t max_length);
 
 struct RowWisePlan {
-  int warps;   // each owns a tile; 0: does not fit
+  int warps;     // each owns a tile; 0: a block does not fit
   int streamed;  // tokens of the other side in shared memory
   int64_t bytes;
 };

@@ -15,7 +15,7 @@ from minilm_kernels.relation.backends.cuda_cache import VARIABLE, KernelCache, d
 
 DIGEST = "0" * 64
 CODE = bytes(range(256)) * 40
-ABOUT = {"name": "fused_1_2_1_1_0", "architecture": 90}
+ABOUT = {"name": "symmetric_1_2_1_1_0", "architecture": 90}
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from minilm_kernels import __main__ as command
 from minilm_kernels import backend_status
 from minilm_kernels.relation.api import relation_kl_multi
-from minilm_kernels.relation.backends import cuda_compiler, native_cuda
+from minilm_kernels.relation.backends import cuda_compiler, native
 from minilm_kernels.relation.backends.cuda_cache import VARIABLE, KernelCache
 from minilm_kernels.relation.backends.cuda_compiler import CompilerError, compile_kernels, kernel_names
 from tests.relation.cases import Case, make
@@ -36,7 +36,7 @@ def needed(new_gpu, monkeypatch):
         return dict.fromkeys(names, b"no code\0")
 
     monkeypatch.setattr(cuda_compiler, "compile_kernels", compile_nothing)
-    monkeypatch.setattr(native_cuda, "MOST_KERNELS", 10**6)
+    monkeypatch.setattr(native.cuda.loader, "limit", 10**6)
 
     def ask(call, *limits) -> set[str]:
         new_gpu(*limits)
@@ -96,7 +96,7 @@ def _loss(relations: list[tuple[str, str]], kwargs: dict, dtype, reduction: str,
     ],
     ids=["full", "padded", "causal", "packed"],
 )
-@pytest.mark.parametrize("limits", [(90, 232448, 233472), (80, 30000, 31000)], ids=["fused", "row by row"])
+@pytest.mark.parametrize("limits", [(90, 232448, 233472), (80, 30000, 31000)], ids=["symmetric", "row-wise"])
 def test_a_loss_of_one_shape_needs_at_most_five_kernels(needed, limits, kwargs, dtype):
     for relations in ([("q", "q"), ("k", "k"), ("v", "v")], [("q", "k"), ("v", "v")]):
         for reduction in ("sequence", "none"):
@@ -144,7 +144,7 @@ def test_every_kernel_compiles_without_spills(widths, dtype, architecture, cache
 @pytest.mark.parametrize("widths", [(16, 8), (64, 32), (32, 16), (16, 16)], ids=str)
 def test_fused_kernels_keep_everything_in_registers(widths, architecture, cache, tmp_path):
     pytest.importorskip("triton", reason="its wheel brings the disassembler")
-    names = [name for name in kernel_names(*widths) if name.startswith("fused")]
+    names = [name for name in kernel_names(*widths) if name.startswith("symmetric")]
     assert len(names) == 2
     for name, code in compile_kernels(names, architecture, cache=cache).items():
         function, resources = _sass(name, architecture, code, tmp_path)
@@ -154,7 +154,7 @@ def test_fused_kernels_keep_everything_in_registers(widths, architecture, cache,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("symbol", "bound"), [
-    ("fused_1_2_1_1_0", 17.97), ("fused_1_8_1_4_0", 22.7), ("fused_1_4_1_2_0", 19.6), ("fused_1_2_1_2_0", 19.1),
+    ("symmetric_1_2_1_1_0", 17.97), ("symmetric_1_8_1_4_0", 22.7), ("symmetric_1_4_1_2_0", 19.6), ("symmetric_1_2_1_2_0", 19.1),
 ])  # fmt: skip
 def test_issue_slots_a_pair(symbol, bound):
     """Loss and gradient of an ordered pair on sm_90, counted in the machine code: docs/static-cost.md."""
@@ -185,13 +185,13 @@ def test_a_gpu_that_cannot_be_served_is_refused(architecture, target):
 
 
 def test_an_error_names_kernel_architecture_and_log():
-    with pytest.raises(CompilerError, match=r"could not compile fused_9_1_1_1_0 for sm_90: NVRTC_ERROR_COMPILATION\n"):
-        compile_kernels(["fused_9_1_1_1_0"], 90)
+    with pytest.raises(CompilerError, match=r"could not compile symmetric_9_1_1_1_0 for sm_90: NVRTC_ERROR_COMPILATION\n"):
+        compile_kernels(["symmetric_9_1_1_1_0"], 90)
     with pytest.raises(CompilerError, match="error"):
-        compile_kernels(["fused_9_1_1_1_0"], 90)
+        compile_kernels(["symmetric_9_1_1_1_0"], 90)
 
 
-@pytest.mark.parametrize("name", ["", "fused", "fused_1", "fused_1_2_1_1_0; }", "evil_1_2", "reduce_1"])
+@pytest.mark.parametrize("name", ["", "fused", "symmetric_1", "symmetric_1_2_1_1_0; }", "evil_1_2", "reduce_1"])
 def test_what_is_no_kernel_is_not_compiled(name):
     with pytest.raises((ValueError, CompilerError)):
         compile_kernels([name], 90)
@@ -239,15 +239,15 @@ def test_a_cache_that_cannot_be_written_is_one_in_memory(tmp_path, caplog, monke
     compiled = []
     monkeypatch.setattr(cuda_compiler, "_compile", lambda name, *_: compiled.append(name) or name.encode())
     for _ in range(2):
-        assert compile_kernels([TINY, "fused_1_2_1_1_0"], 90, cache=cache)[TINY] == b"reduce"
-    assert sorted(compiled) == ["fused_1_2_1_1_0", TINY]
+        assert compile_kernels([TINY, "symmetric_1_2_1_1_0"], 90, cache=cache)[TINY] == b"reduce"
+    assert sorted(compiled) == ["symmetric_1_2_1_1_0", TINY]
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
     assert VARIABLE in caplog.text
 
 
 def test_a_process_has_one_cache():
     """A second device finds in memory what the first could not store, and the warning is not repeated."""
-    assert native_cuda._cache() is native_cuda._cache()
+    assert native.cuda.loader.cache is native.cuda.loader.cache
 
 
 _COMPILE = """
@@ -255,7 +255,7 @@ import logging, sys
 from minilm_kernels.relation.backends import cuda_compiler
 from minilm_kernels.relation.backends.cuda_cache import KernelCache
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-code = cuda_compiler.compile_kernels(["reduce", "fused_1_1_1_1_0"], 90, cache=KernelCache())
+code = cuda_compiler.compile_kernels(["reduce", "symmetric_1_1_1_1_0"], 90, cache=KernelCache())
 assert all(kernel.startswith(bytes([127]) + b"ELF") for kernel in code.values())
 """
 
@@ -299,7 +299,7 @@ def test_auto_goes_on_where_kernels_cannot_be_compiled(new_gpu, monkeypatch, cap
     case = make()
     with pytest.raises(RuntimeError, match=str(error)):
         case.run("sequence", "cuda")
-    monkeypatch.setattr(native_cuda, "_broken", None)
+    monkeypatch.setattr(native.cuda.loader, "error", None)
     with caplog.at_level(logging.INFO, "minilm_kernels"):
         for _ in range(3):
             value, _ = case.run("sequence", "auto")
@@ -315,11 +315,10 @@ def with_cuda(monkeypatch):
     """PyTorch says that there is a GPU."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    native_cuda._missing.cache_clear()
+    monkeypatch.setattr(native.cuda, "load_error", native.NOT_LOADED)
     cuda_compiler._nvrtc.cache_clear()
     yield
     monkeypatch.undo()
-    native_cuda._missing.cache_clear()
     cuda_compiler._nvrtc.cache_clear()
 
 
@@ -331,7 +330,7 @@ def test_nothing_is_missing(with_cuda):
     ("pytorch", "this PyTorch is built without CUDA"),
     ("device", "PyTorch finds no CUDA device"),
     ("library", "the package was installed without its CUDA library: no compiler was found"),
-    ("sources", r"the kernels' sources are not in .*/cuda_device: install the package anew"),
+    ("sources", r"the kernels' sources are not in .*/cuda_device: reinstall the package"),
     ("bindings", "NVIDIA's Python bindings are not installed: pip install cuda-bindings"),
     ("nvrtc", r"NVRTC, CUDA's compiler library, cannot be loaded .*pip install cuda-bindings nvidia-cuda-nvrtc"),
 ])  # fmt: skip
@@ -342,8 +341,7 @@ def test_the_reason_says_what_is_missing(with_cuda, missing, reason, monkeypatch
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if missing == "library":
         (tmp_path / "_cuda.missing").write_text("no compiler was found", encoding="utf-8")
-        monkeypatch.setattr(native_cuda, "_LIBRARY", tmp_path / "_cuda.abi3.so")
-        monkeypatch.setattr(native_cuda, "_MISSING", tmp_path / "_cuda.missing")
+        monkeypatch.setattr(native.cuda, "library", tmp_path / "_cuda.abi3.so")
     if missing == "sources":
         monkeypatch.setattr(cuda_compiler, "_INSTALLED", tmp_path / "cuda_device")
         monkeypatch.setattr(cuda_compiler, "_CHECKOUT", tmp_path / "device")

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from minilm_kernels import relation_kl
-from minilm_kernels.relation import ops
 from minilm_kernels.relation.api import relation_kl_multi
-from minilm_kernels.relation.backends import native_cuda
+from minilm_kernels.relation.backends import native
 from minilm_kernels.relation.inputs import RelationInputs
 from minilm_kernels.relation.masks import REDUCTIONS, Mask
 from tests.relation import test_contract
@@ -58,12 +57,11 @@ def library(made_once):
 
 @pytest.fixture
 def backend(library, monkeypatch):
-    monkeypatch.setattr(native_cuda, "_operators", torch.ops.minilm_kernels_cuda_emulated)
-    monkeypatch.setattr(native_cuda, "_DEVICE", "cpu")
-    monkeypatch.setattr(native_cuda, "_place", lambda _device: (0, 0))
-    monkeypatch.setattr(native_cuda, "unavailable_reason", lambda: None)
-    monkeypatch.setitem(ops._MODULES, "cuda", native_cuda)
-    library.emulated_set_limits(*_CROWDED)
+    monkeypatch.setattr(native.cuda, "operators", torch.ops.minilm_kernels_cuda_emulated)
+    monkeypatch.setattr(native.cuda, "device_type", "cpu")
+    monkeypatch.setattr(native.cuda, "device", lambda _device: (0, 0))
+    monkeypatch.setattr(native.cuda, "load_error", None)
+    library.emulated_set_props(*_CROWDED)
     library.emulated_set_seed(0)
     return "cuda"
 
@@ -195,8 +193,8 @@ def test_scales_of_any_sign(backend, scales):
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
 def test_sequences_beyond_shared_memory(library, backend, mask, reduction):
     """Blocks that hold 64 tokens: longer sequences go row by row, beside shorter ones that do not."""
-    library.emulated_set_limits(16384, 16384)
-    tokens, *_ = cuda.plan(library, "fused", (16384, 16384), (6, 3, 1, 3), 131)
+    library.emulated_set_props(16384, 16384)
+    tokens, *_ = cuda.plan(library, "symmetric", (16384, 16384), (6, 3, 1, 3), 131)
     assert tokens == 64
     _check(make(_LONG[mask], batch=3, length=131, heads=1, widths=(16, 8)), reduction)
     if reduction == "sequence":
@@ -205,7 +203,7 @@ def test_sequences_beyond_shared_memory(library, backend, mask, reduction):
 
 
 def test_too_little_shared_memory_is_refused(library, backend):
-    library.emulated_set_limits(8192, 8192)
+    library.emulated_set_props(8192, 8192)
     with pytest.raises(RuntimeError, match="bytes of shared memory, a block of this GPU has 8192"):
         make(widths=(128, 128)).run("sum", backend)
 
@@ -213,7 +211,7 @@ def test_too_little_shared_memory_is_refused(library, backend):
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 def test_the_order_of_warps_does_not_matter(library, backend, cross):
     """Bitwise: a barrier that is missing would show."""
-    assert cuda.plan(library, "fused", _CROWDED, _PLANES["bf16 (16, 8)"], 131)[1] == 3
+    assert cuda.plan(library, "symmetric", _CROWDED, _PLANES["bf16 (16, 8)"], 131)[1] == 3
     case = make(_LONG["prefix"], batch=3, length=131, heads=1, widths=(16, 8), dtype=torch.bfloat16, cross=cross)
     wide = make(batch=1, length=100, heads=1, spread=6.0, cross=cross)
     for some in (case, wide):
@@ -278,10 +276,10 @@ def test_kernels_check_the_bounds_themselves(backend, monkeypatch, kind, cross):
     mask = Mask((40,), bounds.device, cu_seqlens=bounds, max_seqlen=max_seqlen)
     teacher, student = ([x for x in side if x is not None] for side in (case.tensors[:2], case.tensors[2:]))
     problem = RelationInputs(teacher, student, [(0, int(cross))], mask)
-    values, _ = native_cuda.forward_reduced(problem, mask.sequence_weights("sum", 3, torch.float32), gradient=True)
+    values, _ = native.cuda.forward_reduced(problem, mask.sequence_weights("sum", 3, torch.float32), gradient=True)
     if kind not in ("starts late", "ends early", "empty sequences only"):  # each sequence by itself is in order
         assert values.isnan().all()
-    native_cuda.backward_none(problem, native_cuda.forward_none(problem).nan_to_num())
+    native.cuda.backward_none(problem, native.cuda.forward_none(problem).nan_to_num())
 
 
 @pytest.mark.slow
@@ -353,7 +351,7 @@ _PLANES = {
 )
 def test_plan_of_fused_blocks(library, device, planes, longest, expected):
     """(tokens, warps, blocks on a processor, bytes)."""
-    assert tuple(cuda.plan(library, "fused", _DEVICES[device], _PLANES[planes], longest)) == expected
+    assert tuple(cuda.plan(library, "symmetric", _DEVICES[device], _PLANES[planes], longest)) == expected
 
 
 @pytest.mark.parametrize("device", _DEVICES)
@@ -365,7 +363,7 @@ def test_plans_fit_their_device(library, device):
                 for chunks_s in (1, 2, 4, 8, 16):
                     planes = (chunks_t * pieces_t, chunks_s * pieces_s, chunks_s, pieces_s)
                     for longest in (1, 33, 512, 5000):
-                        tokens, warps, blocks, size = cuda.plan(library, "fused", (block, processor), planes, longest)
+                        tokens, warps, blocks, size = cuda.plan(library, "symmetric", (block, processor), planes, longest)
                         if tokens == 0:
                             assert device == "sm_120"
                             continue
@@ -374,7 +372,7 @@ def test_plans_fit_their_device(library, device):
                         assert size <= block
                         assert blocks * (size + 1024) <= processor
                         assert 1 <= warps * blocks <= {1: 12, 2: 12, 3: 8}[pieces_s]
-                    warps, others, size, _ = cuda.plan(library, "rows", (block, processor), planes, 1)
+                    warps, others, size, _ = cuda.plan(library, "row_wise", (block, processor), planes, 1)
                     assert size <= block
                     # Only float32 heads of 128 on both sides do not fit a small GPU.
                     assert (warps == 0) == (device == "sm_120" and planes[:2] == (48, 48))

@@ -4,19 +4,18 @@ import subprocess
 import sys
 import threading
 import warnings
-from functools import cache
 
 import pytest
 import torch
 
 from minilm_kernels import backend_status, relation_kl
 from minilm_kernels.relation.api import relation_kl_multi
-from minilm_kernels.relation.backends import native_cpu
+from minilm_kernels.relation.backends import native
 from minilm_kernels.relation.masks import REDUCTIONS
 from tests.relation.cases import MASKS, Case, dense, error, make
 
 pytestmark = pytest.mark.skipif(backend_status()["cpu"] != "ready", reason=str(backend_status()["cpu"]))
-INSTRUCTION_SETS = native_cpu.instruction_sets() if backend_status()["cpu"] == "ready" else []
+INSTRUCTION_SETS = native.cpu.instruction_sets() if backend_status()["cpu"] == "ready" else []
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
@@ -251,7 +250,7 @@ def test_the_lock_of_python_is_released():
     def work():
         entered.set()
         torch.ops.minilm_kernels_cpu.relation_kl(
-            [x], [y], [0, 0], [0.25, 0.35], *arguments, native_cpu.instruction_sets()[0]
+            [x], [y], [0, 0], [0.25, 0.35], *arguments, native.cpu.instruction_sets()[0]
         )
         finished.append(True)
 
@@ -309,13 +308,17 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
 
 
 @pytest.fixture
-def elsewhere(monkeypatch, tmp_path):
-    """A folder in whose package the library is looked for; returns the answer of a first look there."""
+def elsewhere(tmp_path):
+    """A function that looks for the library in an otherwise empty package folder and returns the backend's reason."""
     package = tmp_path / "minilm_kernels"
     package.mkdir()
-    monkeypatch.setattr(native_cpu, "_LIBRARY", package / "_cpu.abi3.so")
-    monkeypatch.setattr(native_cpu, "_MISSING", package / "_cpu.missing")
-    return native_cpu.unavailable_reason.__wrapped__
+
+    def look() -> str | None:
+        backend = native.CPUBackend()
+        backend.library = package / "_cpu.abi3.so"
+        return backend.unavailable_reason()
+
+    return look
 
 
 def test_an_installation_without_the_library_says_why(elsewhere, tmp_path, recwarn):
@@ -341,9 +344,8 @@ def test_a_source_tree_without_the_library_says_the_way_out(elsewhere, tmp_path)
 def test_a_slow_fallback_is_said_once(monkeypatch, tmp_path):
     """However many calls there are, and whatever is asked about backends before."""
     (tmp_path / "csrc/cpu").mkdir(parents=True)
-    monkeypatch.setattr(native_cpu, "_LIBRARY", tmp_path / "minilm_kernels/_cpu.abi3.so")
-    monkeypatch.setattr(native_cpu, "_MISSING", tmp_path / "minilm_kernels/_cpu.missing")
-    monkeypatch.setattr(native_cpu, "unavailable_reason", cache(native_cpu.unavailable_reason.__wrapped__))
+    monkeypatch.setattr(native.cpu, "library", tmp_path / "minilm_kernels/_cpu.abi3.so")
+    monkeypatch.setattr(native.cpu, "load_error", native.NOT_LOADED)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):

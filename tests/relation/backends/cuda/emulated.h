@@ -1,10 +1,9 @@
-// A thread block on the host: the functions of csrc/cuda/device.cuh for kernels compiled by a plain C++ compiler.
+// A thread block emulated on the host: the functions of csrc/cuda/device/ptx.cuh for kernels compiled by a C++ compiler.
 //
-// Every CUDA thread is a fiber. Instructions of a whole warp (matrix loads, products, shuffles) wait for its 32 lanes and
-// fail where they disagree on the instruction. Warps take turns in an order drawn from `seed`, so that a missing barrier
-// shows as different bits. Shared memory is filled with NaN, ends at an inaccessible page and is no larger than planned.
-// Numerics are at the pessimistic end of what is documented: ex2.approx errs by up to 2^-22, and products add up eight
-// at a time, cut off (not rounded) at 24 bits below the largest term.
+// Each CUDA thread is a fiber. Warp-wide instructions (ldmatrix, mma, shuffles) wait for all 32 lanes and fail if the lanes execute
+// different instructions. Warps run in a random order drawn from `seed`, so that a missing barrier changes the result. Shared
+// memory is filled with NaN, ends at an inaccessible page and has exactly the planned size. The numerics are the worst case of the
+// documentation: ex2.approx has errors of up to 2^-22, and mma adds eight products at a time, truncated 24 bits below the largest.
 #pragma once
 
 #include <setjmp.h>
@@ -19,6 +18,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <vector>
+
+#include "common/numerics.h"
 
 #define MINILM_DEVICE inline
 #define MINILM_KERNEL(threads, blocks) void
@@ -172,18 +173,8 @@ Out together(const char* instruction, const In& in, const Compute& compute) {
   return out;
 }
 
-inline float to_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-inline uint32_t to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-inline float low(uint32_t pair) { return to_float(pair << 16); }
-inline float high(uint32_t pair) { return to_float(pair & 0xffff0000u); }
+inline float low(uint32_t packed) { return as_float(packed << 16); }
+inline float high(uint32_t packed) { return as_float(packed & 0xffff0000u); }
 
 inline int exponent(double x) {
   uint64_t bits;
@@ -227,7 +218,7 @@ struct Accumulator {
 };
 
 template <int kK>
-void multiply_all(const Product* in, Accumulator* out) {
+void mma(const Product* in, Accumulator* out) {
   float a[16][kK], b[8][kK];
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
@@ -256,7 +247,7 @@ inline int thread_count() { return emulation::machine.threads; }
 inline int64_t block_index() { return emulation::machine.block; }
 inline char* shared_memory() { return emulation::machine.shared; }
 
-inline void sync_block() {
+inline void syncthreads() {
   auto& machine = emulation::machine;
   if (++machine.arrived == machine.threads) {
     machine.arrived = 0;
@@ -265,8 +256,8 @@ inline void sync_block() {
     emulation::yield(&machine.generation);
   }
 }
-inline void sync_warp() {
-  emulation::together<int>("sync_warp", 0, [](const int*, int* out) { std::fill(out, out + 32, 0); });
+inline void syncwarp() {
+  emulation::together<int>("syncwarp", 0, [](const int*, int* out) { std::fill(out, out + 32, 0); });
 }
 template <class T>
 T shuffle_xor(T x, int mask) {
@@ -281,7 +272,7 @@ T shuffle_xor(T x, int mask) {
 
 inline float exp2_fast(float x) {
   if (std::isnan(x)) return x;
-  uint32_t hash = emulation::to_bits(x) * 2654435761u;
+  uint32_t hash = as_bits(x) * 2654435761u;
   hash ^= hash >> 15;
   const double error = (static_cast<double>(hash % 2001u) - 1000.0) / 1000.0 * 0x1p-22;
   float y = static_cast<float>(std::exp2(static_cast<double>(x)) * (1.0 + error));
@@ -290,12 +281,9 @@ inline float exp2_fast(float x) {
 inline float add(float x, float y) { return x + y; }
 inline float sub(float x, float y) { return x - y; }
 inline float mul(float x, float y) { return x * y; }
-inline float as_float(uint32_t bits) { return emulation::to_float(bits); }
-inline uint32_t as_bits(float x) { return emulation::to_bits(x); }
-
 inline uint32_t pack_bfloat16(float low, float high) {
   auto round = [](float x) -> uint32_t {
-    uint32_t bits = emulation::to_bits(x);
+    uint32_t bits = as_bits(x);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
     return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   };
@@ -303,18 +291,18 @@ inline uint32_t pack_bfloat16(float low, float high) {
 }
 
 namespace emulation {
-struct Matrices {
+struct MatrixRegisters {
   uint32_t r[4];
 };
-inline Matrices load_matrices(const void* row, bool transposed) {
+inline MatrixRegisters ldmatrix_x4(const void* row, bool transposed) {
   if (reinterpret_cast<uintptr_t>(row) % 16) fail("a row of a matrix is not aligned");
-  const char* instruction = transposed ? "load_matrices_transposed" : "load_matrices";
-  auto direct = [](const void* const* in, Matrices* out) {
+  const char* instruction = transposed ? "ldmatrix_x4_trans" : "ldmatrix_x4";
+  auto direct = [](const void* const* in, MatrixRegisters* out) {
     for (int lane = 0; lane < 32; ++lane)
       for (int m = 0; m < 4; ++m)
         std::memcpy(&out[lane].r[m], static_cast<const char*>(in[8 * m + lane / 4]) + lane % 4 * 4, 4);
   };
-  auto mirrored = [](const void* const* in, Matrices* out) {
+  auto mirrored = [](const void* const* in, MatrixRegisters* out) {
     for (int lane = 0; lane < 32; ++lane)
       for (int m = 0; m < 4; ++m) {
         uint16_t x[2];
@@ -323,20 +311,20 @@ inline Matrices load_matrices(const void* row, bool transposed) {
         out[lane].r[m] = x[0] | static_cast<uint32_t>(x[1]) << 16;
       }
   };
-  return transposed ? together<Matrices>(instruction, row, mirrored) : together<Matrices>(instruction, row, direct);
+  return transposed ? together<MatrixRegisters>(instruction, row, mirrored) : together<MatrixRegisters>(instruction, row, direct);
 }
 }  // namespace emulation
 
-inline void load_matrices(uint32_t (&r)[4], const void* row) {
-  auto out = emulation::load_matrices(row, false);
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  auto out = emulation::ldmatrix_x4(row, false);
   std::copy(out.r, out.r + 4, r);
 }
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
-  auto out = emulation::load_matrices(row, true);
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  auto out = emulation::ldmatrix_x4(row, true);
   std::copy(out.r, out.r + 4, r);
 }
-inline uint32_t transpose_matrix(uint32_t x) {
-  return emulation::together<uint32_t>("transpose_matrix", x, [](const uint32_t* in, uint32_t* out) {
+inline uint32_t movmatrix(uint32_t x) {
+  return emulation::together<uint32_t>("movmatrix", x, [](const uint32_t* in, uint32_t* out) {
     for (int lane = 0; lane < 32; ++lane) {
       uint32_t pair = 0;
       for (int e = 0; e < 2; ++e) {  // element (lane / 4, 2 (lane % 4) + e) of the transpose
@@ -347,40 +335,40 @@ inline uint32_t transpose_matrix(uint32_t x) {
     }
   });
 }
-inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+inline void mma_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
   auto out = emulation::together<emulation::Accumulator>(
-      "multiply k8", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, 0, 0}, {b0, 0}},
-      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::multiply_all<8>(in, result); });
+      "mma_m16n8k8", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, 0, 0}, {b0, 0}},
+      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::mma<8>(in, result); });
   std::copy(out.c, out.c + 4, c);
 }
-inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+inline void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   auto out = emulation::together<emulation::Accumulator>(
-      "multiply k16", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, a2, a3}, {b0, b1}},
-      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::multiply_all<16>(in, result); });
+      "mma_m16n8k16", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, a2, a3}, {b0, b1}},
+      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::mma<16>(in, result); });
   std::copy(out.c, out.c + 4, c);
 }
 
-struct Words {
+struct Uint4 {
   uint32_t word[4];
 };
-inline Words load_words(const void* from) {
+inline Uint4 load_uint4(const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % 16) emulation::fail("16 bytes are not aligned");
-  Words x;
+  Uint4 x;
   std::memcpy(&x, from, 16);
   return x;
 }
-inline void store_words(void* to, const Words& x) {
+inline void store_uint4(void* to, const Uint4& x) {
   if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("16 bytes are not aligned");
   std::memcpy(to, &x, 16);
 }
-struct Pair {
+struct Float2 {
   float x, y;
 };
-inline Pair load_pair(const float* from) {
+inline Float2 load_float2(const float* from) {
   if (reinterpret_cast<uintptr_t>(from) % 8) emulation::fail("8 bytes are not aligned");
   return {from[0], from[1]};
 }
-inline void store_pair(float* to, float x, float y) {
+inline void store_float2(float* to, float x, float y) {
   if (reinterpret_cast<uintptr_t>(to) % 8) emulation::fail("8 bytes are not aligned");
   to[0] = x;
   to[1] = y;
