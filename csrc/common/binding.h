@@ -1,5 +1,5 @@
-// Helpers of both bindings: PyTorch tensors become the structs of relation.h. Uses PyTorch's stable ABI only, so that one
-// build works with every PyTorch from 2.10 on.
+// Helpers of both bindings: PyTorch tensors become the structs of relation.h. Uses PyTorch's stable ABI only, so that
+// one build works with every PyTorch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,8 +15,8 @@
 #include "common/relation.h"
 
 // Arguments that both libraries' `relation_kl` operators begin with; see minilm_kernels/relation/backends/native.py.
-#define MINILM_RELATION_SCHEMA                                                                                 \
-  "Tensor[] teacher, Tensor[] student, int[] indices, float[] scales, Tensor tokens, Tensor starts, "            \
+#define MINILM_RELATION_SCHEMA                                                                                \
+  "Tensor[] teacher, Tensor[] student, int[] indices, float[] scales, Tensor tokens, Tensor starts, "         \
   "Tensor? prefixes, bool causal, Tensor? weights, Tensor? row_grads, Tensor(a!)? values, Tensor(b!)? rows, " \
   "Tensor(c!)[] grads"
 
@@ -61,8 +61,8 @@ inline float* output_data(const Tensor& x) {
   return static_cast<float*>(x.mutable_data_ptr());
 }
 
-// Relation r takes its queries from tensor indices[2r] and its keys from tensor indices[2r + 1]. Scales are 1, gradients
-// null.
+// Relation r takes its queries from tensor indices[2r] and its keys from tensor indices[2r + 1]. Scales are 1,
+// gradients null.
 inline std::vector<Relation> relations_of(const Tensors& teacher, const Tensors& student,
                                           const std::vector<int64_t>& indices) {
   std::vector<Relation> relations(indices.size() / 2);

@@ -1,5 +1,5 @@
-// The inputs and outputs of one call, as raw pointers. The bindings fill these structs in, drivers and kernels read them.
-// Nothing here depends on PyTorch or CUDA.
+// The inputs and outputs of one call, as raw pointers. The bindings fill these structs in, drivers and kernels read
+// them. Nothing here depends on PyTorch or CUDA.
 //
 // Shapes: N sequences of S positions, or T packed tokens; A relation heads; D features of a head; R relations.
 #pragma once

@@ -26,16 +26,17 @@ constexpr size_t kExpCacheBytes = size_t{5} << 20;
 constexpr int64_t kFewTasks = 16, kManyTokens = 8192;
 constexpr int64_t kMaxSlices = 16, kSliceTokens = 256;
 constexpr int64_t kTargetSlices = 16;  // slices of a call with few tasks; each slice needs its own accumulators
-// Tasks take the symmetric path if their u_ii lie in a range of this width, in units of log 2. Without overflow, 2 kMostBits
-// would be possible, but scores far from the reference round more coarsely than in a softmax with a maximum per row.
+// Tasks take the symmetric path if their u_ii lie in a range of this width, in units of log 2. Without overflow, 2
+// kMostBits would be possible, but scores far from the reference round more coarsely than in a softmax with a maximum
+// per row.
 constexpr float kMaxNormRange = 120.0f;
 // Neighbouring heads of a token are contiguous in memory, so a thread gathers several heads at once.
 constexpr int64_t kMaxHeads = 8;
 constexpr size_t kGroupBytes = size_t{128} << 10;
 // Below this size, clearing on one thread is faster than waking the pool.
 constexpr int64_t kParallelClearFloats = 1 << 15;
-// Shorter sequences take the row-wise path in its exact form: the symmetric path would save little, and the rounding errors of
-// so few rows do not average out.
+// Shorter sequences take the row-wise path in its exact form: the symmetric path would save little, and the rounding
+// errors of so few rows do not average out.
 constexpr int64_t kMinSymmetricTokens = 64;
 
 // `paired`: multiply features in pairs (scores.inl), which is faster on processors with separate adders.
@@ -70,7 +71,7 @@ const std::vector<InstructionSet>& all_instruction_sets() {
 
 // Hands out parts of a memory block. With a null base it only computes the total size.
 class Layout {
- public:
+public:
   explicit Layout(char* base) : base_(base) {}
   template <class T>
   T* take(int64_t count) {
@@ -80,20 +81,20 @@ class Layout {
   }
   size_t size() const { return size_; }
 
- private:
+private:
   char* base_;
   size_t size_ = 0;
 };
 
 class Memory {
- public:
+public:
   explicit Memory(size_t bytes) : data_(static_cast<char*>(::operator new(bytes, std::align_val_t{64}))) {}
   ~Memory() { ::operator delete(data_, std::align_val_t{64}); }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
   char* data() const { return data_; }
 
- private:
+private:
   char* data_;
 };
 
@@ -104,9 +105,14 @@ struct Work {
 };
 
 class Run {
- public:
+public:
   Run(const Call& call, const Relation* relations, const ThreadPool& threads, const InstructionSet& set)
-      : call_(call), relations_(relations), threads_(threads), k_(*set.kernels), paired_(set.paired), gradient_(call.gradient) {}
+      : call_(call),
+        relations_(relations),
+        threads_(threads),
+        k_(*set.kernels),
+        paired_(set.paired),
+        gradient_(call.gradient) {}
 
   void operator()() {
     std::vector<int64_t> order(call_.num_sequences);
@@ -134,7 +140,7 @@ class Run {
       }
   }
 
- private:
+private:
   int64_t length(int64_t n) const { return call_.starts[n + 1] - call_.starts[n]; }
   double& kl_at(int64_t n, int64_t r, int64_t a) { return kl_[(r * call_.num_sequences + n) * call_.num_heads + a]; }
 
@@ -143,22 +149,23 @@ class Run {
     int64_t padding = call_.num_sequences * call_.positions - call_.starts[call_.num_sequences];
     if (padding == 0) return;
     bool single_thread = padding * call_.num_heads * relations_[0].student.query.width < kParallelClearFloats;
-    parallel(call_.num_sequences * call_.num_relations, single_thread ? 1 : threads_.num_threads, [&](int64_t, int64_t item) {
-      int64_t n = item / call_.num_relations;
-      const Relation& relation = relations_[item % call_.num_relations];
-      auto clear = [&](float* grad, int64_t width) {
-        int64_t token = call_.num_heads * width, from = 0;
-        float* sequence = grad + n * call_.positions * token;
-        auto up_to = [&](int64_t end) {
-          if (end > from) std::memset(sequence + from * token, 0, (end - from) * token * sizeof(float));
-          from = end + 1;
-        };
-        for (int64_t i = call_.starts[n]; i < call_.starts[n + 1]; ++i) up_to(call_.tokens[i]);
-        up_to(call_.positions);
-      };
-      clear(relation.query_grad, relation.student.query.width);
-      if (!relation.self) clear(relation.key_grad, relation.student.key.width);
-    });
+    parallel(call_.num_sequences * call_.num_relations, single_thread ? 1 : threads_.num_threads,
+             [&](int64_t, int64_t item) {
+               int64_t n = item / call_.num_relations;
+               const Relation& relation = relations_[item % call_.num_relations];
+               auto clear = [&](float* grad, int64_t width) {
+                 int64_t token = call_.num_heads * width, from = 0;
+                 float* sequence = grad + n * call_.positions * token;
+                 auto up_to = [&](int64_t end) {
+                   if (end > from) std::memset(sequence + from * token, 0, (end - from) * token * sizeof(float));
+                   from = end + 1;
+                 };
+                 for (int64_t i = call_.starts[n]; i < call_.starts[n + 1]; ++i) up_to(call_.tokens[i]);
+                 up_to(call_.positions);
+               };
+               clear(relation.query_grad, relation.student.query.width);
+               if (!relation.self) clear(relation.key_grad, relation.student.key.width);
+             });
   }
 
   // The symmetric path needs a self-relation with non-negative scales, a gradient, and one weight per sequence.
@@ -167,9 +174,7 @@ class Run {
     return relation.self && gradient_ && call_.weights && relation.teacher.scale >= 0 && relation.student.scale >= 0;
   }
 
-  int64_t padded(int64_t tokens) const {
-    return round_up(tokens, std::max<int64_t>(k_.lanes, kRowBlock));
-  }
+  int64_t padded(int64_t tokens) const { return round_up(tokens, std::max<int64_t>(k_.lanes, kRowBlock)); }
 
   // Exponentials of one task.
   int64_t exponentials(int64_t tokens) const {
@@ -199,10 +204,10 @@ class Run {
     return most;
   }
 
-  // Allocates `heads` tasks of one relation and sequence, which are computed one after the other: each has its own tokens and
-  // gradients, the rest is shared. `cache_bytes`: memory for exponentials (tasks with one slice only).
+  // Allocates `heads` tasks of one relation and sequence, which are computed one after the other: each has its own
+  // tokens and gradients, the rest is shared. `cache_bytes`: memory for exponentials (tasks with one slice only).
   void allocate(Layout& layout, int64_t r, int64_t tokens, int64_t slices, size_t cache_bytes, Work* work,
-               int64_t heads) const {
+                int64_t heads) const {
     const Relation& relation = relations_[r];
     bool symmetric = may_be_symmetric(r);
     int64_t length = padded(tokens);
@@ -278,8 +283,8 @@ class Run {
     }
   }
 
-  // Centers a model's tokens and sets the reference score. Returns false if no reference fits all rows or a value is not
-  // finite.
+  // Centers a model's tokens and sets the reference score. Returns false if no reference fits all rows or a value is
+  // not finite.
   bool find_reference(const Task& task, const ModelBuffers& model) const {
     k_.center(task, model);
     Range range = k_.range(model.norms, task.length);
@@ -354,9 +359,9 @@ class Run {
     }
   }
 
-  // Runs the tasks of one sequence in slices, with enough tasks at the same time to keep all threads busy. The stages of a
-  // task are ordered: a thread may wait for earlier items of the same task, which other threads have already taken, but
-  // never for another task.
+  // Runs the tasks of one sequence in slices, with enough tasks at the same time to keep all threads busy. The stages
+  // of a task are ordered: a thread may wait for earlier items of the same task, which other threads have already
+  // taken, but never for another task.
   void run_in_slices(int64_t n, int64_t slices) {
     const std::array<int64_t, 6> items = {slices, 1, slices, 1, slices, gradient_ ? slices : 0};  // per stage
     struct RunningTask {
@@ -366,7 +371,8 @@ class Run {
     int64_t heads = call_.num_heads, tasks = call_.num_relations * heads;
     size_t size = size_of(length(n), slices, 1);
     int64_t enough = (8 * threads_.num_threads + slices - 1) / slices;
-    int64_t most = std::max<int64_t>(1, std::min<int64_t>({tasks, enough, static_cast<int64_t>(kMaxScratchBytes / size)}));
+    int64_t most =
+        std::max<int64_t>(1, std::min<int64_t>({tasks, enough, static_cast<int64_t>(kMaxScratchBytes / size)}));
     Memory memory(most * size);
     for (int64_t begin = 0; begin < tasks; begin += most) {
       int64_t count = std::min(most, tasks - begin);

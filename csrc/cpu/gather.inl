@@ -106,11 +106,10 @@ void write_token_major(const float* x, int64_t width, int64_t block, int64_t tok
 }
 
 void gather(const Task* const* tasks, int64_t heads, int64_t block) {
-  for (ModelBuffers Task::*model : {&Task::teacher, &Task::student}) {
+  for (ModelBuffers Task::* model : {&Task::teacher, &Task::student}) {
     const ModelBuffers& one = tasks[0]->*model;
-    gather_tensor(tasks, heads, block, [model](const Task& task) {
-      return GatherTarget{&(task.*model).operands->key, (task.*model).keys};
-    });
+    gather_tensor(tasks, heads, block,
+                  [model](const Task& task) { return GatherTarget{&(task.*model).operands->key, (task.*model).keys}; });
     if (one.queries != one.keys)
       gather_tensor(tasks, heads, block, [model](const Task& task) {
         return GatherTarget{&(task.*model).operands->query, (task.*model).queries};
@@ -162,7 +161,9 @@ void scatter(const Task& task, int64_t block) {
 }
 
 // With tokens multiplied by this factor, scores are in units of log 2: exp(s) = 2^u.
-MINILM_INLINE float scale_factor(const ModelBuffers& model) { return std::sqrt(std::fabs(model.operands->scale) / kLn2); }
+MINILM_INLINE float scale_factor(const ModelBuffers& model) {
+  return std::sqrt(std::fabs(model.operands->scale) / kLn2);
+}
 
 void apply_scale(const Task& task, const ModelBuffers& model) {
   auto multiply = [&](float* x, float factor) {

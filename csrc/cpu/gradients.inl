@@ -1,8 +1,9 @@
 // Gradients of a row block's queries and of its keys, and sums with bounded rounding errors.
 //
-// Tokens and gradients are stored as [chunk][token][feature]. A chunk of features is two vectors wide, one vector, or half
-// a vector; in the last case two tokens share a vector, with their features interleaved. The last chunk is padded with
-// zeros. With this layout the score gradient of a pair is broadcast once for both gradients, and no lanes are summed.
+// Tokens and gradients are stored as [chunk][token][feature]. A chunk of features is two vectors wide, one vector, or
+// half a vector; in the last case two tokens share a vector, with their features interleaved. The last chunk is padded
+// with zeros. With this layout the score gradient of a pair is broadcast once for both gradients, and no lanes are
+// summed.
 
 namespace {
 
@@ -31,11 +32,11 @@ MINILM_INLINE void for_each_chunk(int64_t width, const Body& body) {
   if (width - d > 0) body(FeatureChunk<1, true>(), d);
 }
 
-// query_grads[row] += Σ_j m[row][j] · keys[j] and key_grads[j] += Σ_row m[row][j] · queries[row] for kRows rows and `blocks`
-// key blocks.
+// query_grads[row] += Σ_j m[row][j] · keys[j] and key_grads[j] += Σ_row m[row][j] · queries[row] for kRows rows and
+// `blocks` key blocks.
 template <class C>
-MINILM_INLINE void gradient_tile(const float* m, const float* queries, const float* keys, int64_t blocks, float* query_grads,
-                          float* key_grads) {
+MINILM_INLINE void gradient_tile(const float* m, const float* queries, const float* keys, int64_t blocks,
+                                 float* query_grads, float* key_grads) {
   constexpr int N = C::kVectors, kRows = C::kRows;
   F query[kRows][N], sum[kRows][N];
   for (int r = 0; r < kRows; ++r)
@@ -111,10 +112,10 @@ MINILM_INLINE void set_zero(float* x, int64_t vectors) {
   for (int64_t i = 0; i < vectors; ++i) store(x + i * V, set1(0.0f));
 }
 
-// Sums in two steps: kFlushRowBlocks row blocks are summed first, then added to the total. This bounds the rounding error
-// of long sequences.
+// Sums in two steps: kFlushRowBlocks row blocks are summed first, then added to the total. This bounds the rounding
+// error of long sequences.
 class TwoStepSum {
- public:
+public:
   TwoStepSum(float* recent, float* total, int64_t vectors) : recent_(recent), total_(total), vectors_(vectors) {
     set_zero(recent, vectors);
     set_zero(total, vectors);
@@ -128,7 +129,7 @@ class TwoStepSum {
     }
   }
 
- private:
+private:
   float *recent_, *total_;
   int64_t vectors_, row_blocks_ = 0;
 };

@@ -1,17 +1,17 @@
 // Interface between the driver (driver.cpp) and the kernels (kernels.inl, compiled once per instruction set).
 //
-// A task is one head of one sequence in one relation. Its valid tokens are gathered as float32 into blocks of V tokens, V
-// being the number of lanes of a vector: x[block][feature][lane]. Tokens are multiplied by sqrt(|scale| log2 e), so that
-// scores are in units of log 2. The student's gradients use the unscaled tokens.
+// A task is one head of one sequence in one relation. Its valid tokens are gathered as float32 into blocks of V tokens,
+// V being the number of lanes of a vector: x[block][feature][lane]. Tokens are multiplied by sqrt(|scale| log2 e), so
+// that scores are in units of log 2. The student's gradients use the unscaled tokens.
 #pragma once
 
 #include "driver.h"
 
 namespace minilm::cpu {
 
-constexpr float kMostBits = 100.0f;       // exponentials of the diagonal stay within 2^±kMostBits
-constexpr int kRowBlock = 8;              // rows that are processed together
-constexpr int64_t kFlushRowBlocks = 16;   // row blocks that are summed before they are added to the total
+constexpr float kMostBits = 100.0f;      // exponentials of the diagonal stay within 2^±kMostBits
+constexpr int kRowBlock = 8;             // rows that are processed together
+constexpr int64_t kFlushRowBlocks = 16;  // row blocks that are summed before they are added to the total
 
 // One model's tokens, gradients and statistics in a task.
 struct ModelBuffers {
@@ -39,13 +39,13 @@ struct Task {
   const float* row_grads;  // (positions,): weight of each row in the gradient, or null
   float* row_values;       // (positions,): receives the KL divergence of each row, or null
   int64_t slices;          // row blocks i, i + slices, ... make a slice; slices run in parallel
-  float* row_sums;         // symmetric path: [3][blocks·V]: Σ E_t, Σ E_s, Σ E_t (u_s - u_t) over the keys before the row
-  float* column_sums;      // symmetric path: [slices][2][3][blocks·V]: the same over the keys after the row
-  float* inverse;          // symmetric path: [2][blocks·V]: 1 / Σ E_t, 1 / Σ E_s
-  float* exp_cache;        // symmetric path with one slice: exponentials for phase 2
-  int64_t exp_cache_size;  // in floats; 0 with more than one slice
-  double* kl;              // [slices + 1]: partial sums of the KL divergence
-  int64_t head_stride;     // of the gradients, from token to token
+  float* row_sums;     // symmetric path: [3][blocks·V]: Σ E_t, Σ E_s, Σ E_t (u_s - u_t) over the keys before the row
+  float* column_sums;  // symmetric path: [slices][2][3][blocks·V]: the same over the keys after the row
+  float* inverse;      // symmetric path: [2][blocks·V]: 1 / Σ E_t, 1 / Σ E_s
+  float* exp_cache;    // symmetric path with one slice: exponentials for phase 2
+  int64_t exp_cache_size;      // in floats; 0 with more than one slice
+  double* kl;                  // [slices + 1]: partial sums of the KL divergence
+  int64_t head_stride;         // of the gradients, from token to token
   float *query_out, *key_out;  // gradients of this sequence and head at position 0
 };
 

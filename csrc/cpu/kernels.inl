@@ -1,5 +1,5 @@
-// The CPU kernels, written once for a vector F of V floats. Each kernels_*.cpp includes this file after the vector type of its
-// instruction set. docs/mathematics.md derives the formulas, docs/cpu.md counts the cost of each step.
+// The CPU kernels, written once for a vector F of V floats. Each kernels_*.cpp includes this file after the vector type
+// of its instruction set. docs/mathematics.md derives the formulas, docs/cpu.md counts the cost of each step.
 //
 // Everything except the table at the end has internal linkage: the linker must not replace a function compiled for one
 // instruction set by the same function compiled for another.
@@ -25,17 +25,28 @@ static_assert(R % kTileRows == 0 && R % kSumRows == 0 && R % kGradientRows == 0 
 }  // namespace
 
 #include "exp2.inl"
-#include "scores.inl"
-#include "gradients.inl"
 #include "gather.inl"
-#include "symmetric.inl"
+#include "gradients.inl"
 #include "row_wise.inl"
+#include "scores.inl"
+#include "symmetric.inl"
 
 namespace minilm::cpu {
 
 const Kernels MINILM_KERNELS = {
-    V,           2 * kPanelBlocks * R * V, row_floats,         gather,   range, center, shift, apply_scale, symmetric_sums,
-    symmetric_rows, symmetric_gradient, row_wise, scatter,
+    V,
+    2 * kPanelBlocks * R * V,
+    row_floats,
+    gather,
+    range,
+    center,
+    shift,
+    apply_scale,
+    symmetric_sums,
+    symmetric_rows,
+    symmetric_gradient,
+    row_wise,
+    scatter,
 };
 
 }  // namespace minilm::cpu

@@ -26,11 +26,12 @@ MINILM_INLINE Softmax softmax_of_row(float* u, float* exponentials, int64_t bloc
   return out;
 }
 
-// KL divergence of one row: Σ p (e^δ - 1 - δ) = Σ (q - p) - Σ p δ with δ = log q - log p. With kExact, terms with |δ| < 1/4
-// are computed by their series, which does not cancel. Writes the score gradients (q - p) · weight to m, if not null.
+// KL divergence of one row: Σ p (e^δ - 1 - δ) = Σ (q - p) - Σ p δ with δ = log q - log p. With kExact, terms with |δ| <
+// 1/4 are computed by their series, which does not cancel. Writes the score gradients (q - p) · weight to m, if not
+// null.
 template <bool kExact>
 MINILM_INLINE float row_kl(const float* u_t, const float* u_s, const float* e_t, const float* e_s, Softmax t, Softmax s,
-                       float weight, int64_t blocks, float* m) {
+                           float weight, int64_t blocks, float* m) {
   F shift = set1(static_cast<float>(t.log2_sum - s.log2_sum));
   F sum = set1(0.0f);
   for (int64_t b = 0; b < blocks; ++b) {
@@ -86,9 +87,8 @@ void row_wise(const Task& task, int64_t slice, float* scratch) {
       Softmax row_t = softmax_of_row(u_t + at, e_t + at, blocks), row_s = softmax_of_row(u_s + at, e_s + at, blocks);
       float weight = task.row_grads ? task.row_grads[token] : 1.0f;
       float* m = task.gradient ? e_t + at : nullptr;
-      float kl = task.exact
-                     ? row_kl<true>(u_t + at, u_s + at, e_t + at, e_s + at, row_t, row_s, weight, blocks, m)
-                     : row_kl<false>(u_t + at, u_s + at, e_t + at, e_s + at, row_t, row_s, weight, blocks, m);
+      float kl = task.exact ? row_kl<true>(u_t + at, u_s + at, e_t + at, e_s + at, row_t, row_s, weight, blocks, m)
+                            : row_kl<false>(u_t + at, u_s + at, e_t + at, e_s + at, row_t, row_s, weight, blocks, m);
       if (kl < 0.0f) kl = 0.0f;
       if (task.row_values) task.row_values[token] = kl;
       total += kl;

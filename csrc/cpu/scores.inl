@@ -7,7 +7,9 @@
 namespace {
 
 // Tokens are stored as [block][feature][lane].
-MINILM_INLINE const float* row_pointer(const float* x, int64_t width, int64_t row) { return x + row / V * width * V + row % V; }
+MINILM_INLINE const float* row_pointer(const float* x, int64_t width, int64_t row) {
+  return x + row / V * width * V + row % V;
+}
 
 // Calls pair(d) for the features d and d + 1 that are computed together, and single(d) for the others.
 template <class Pair, class Single>

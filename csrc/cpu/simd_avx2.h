@@ -11,7 +11,7 @@ using F = __m256;
 using Mask = __m256;
 constexpr int V = 8;
 constexpr int kTileRows = 4, kTileBlocks = 2;  // a tile of scores keeps 8 accumulators in registers
-constexpr int kGradientRows = 4;                  // keeps 8 registers of factors and sums
+constexpr int kGradientRows = 4;               // keeps 8 registers of factors and sums
 
 MINILM_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
 MINILM_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
@@ -31,8 +31,8 @@ MINILM_INLINE Mask magnitude_below(F x, float bound) {
 MINILM_INLINE F select(Mask k, F yes, F no) { return _mm256_blendv_ps(no, yes, k); }
 MINILM_INLINE F maskz(Mask k, F x) { return _mm256_and_ps(k, x); }
 
-// 2^x = 2^n · 2^fraction with |fraction| <= 1/2. Adding `magic` rounds x to an integer n and leaves n + 127 in the low bits
-// of `integer`. Results below 2^-126 are 0; NaN stays NaN.
+// 2^x = 2^n · 2^fraction with |fraction| <= 1/2. Adding `magic` rounds x to an integer n and leaves n + 127 in the low
+// bits of `integer`. Results below 2^-126 are 0; NaN stays NaN.
 struct Split {
   F fraction, integer;
 };
@@ -77,8 +77,8 @@ MINILM_INLINE void store_sum_of_quads(float* to, F x) {
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
 }
 
-// Even and odd lanes. set1_pair: even lanes get p[0], odd lanes p[1]. dup_even, dup_odd: both lanes of two neighbours get
-// the even (odd) one. blend: even lanes of a, odd lanes of b.
+// Even and odd lanes. set1_pair: even lanes get p[0], odd lanes p[1]. dup_even, dup_odd: both lanes of two neighbours
+// get the even (odd) one. blend: even lanes of a, odd lanes of b.
 MINILM_INLINE F set1_pair(const float* p) {
   double both;
   __builtin_memcpy(&both, p, sizeof both);

@@ -14,7 +14,7 @@ using F = __m512;
 using Mask = __mmask16;
 constexpr int V = 16;
 constexpr int kTileRows = 8, kTileBlocks = 2;  // a tile of scores keeps 16 accumulators in registers
-constexpr int kGradientRows = 8;                  // keeps 16 registers of factors and sums
+constexpr int kGradientRows = 8;               // keeps 16 registers of factors and sums
 
 MINILM_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 MINILM_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
@@ -25,10 +25,10 @@ MINILM_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 MINILM_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
 MINILM_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 MINILM_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
-MINILM_INLINE Mask first_lanes(int64_t n) {
-  return static_cast<Mask>(n <= 0 ? 0u : n >= V ? 0xffffu : (1u << n) - 1u);
+MINILM_INLINE Mask first_lanes(int64_t n) { return static_cast<Mask>(n <= 0 ? 0u : n >= V ? 0xffffu : (1u << n) - 1u); }
+MINILM_INLINE Mask magnitude_below(F x, float bound) {
+  return _mm512_cmp_ps_mask(_mm512_abs_ps(x), set1(bound), _CMP_LT_OQ);
 }
-MINILM_INLINE Mask magnitude_below(F x, float bound) { return _mm512_cmp_ps_mask(_mm512_abs_ps(x), set1(bound), _CMP_LT_OQ); }
 MINILM_INLINE F select(Mask k, F yes, F no) { return _mm512_mask_blend_ps(k, no, yes); }
 MINILM_INLINE F maskz(Mask k, F x) { return _mm512_maskz_mov_ps(k, x); }
 
@@ -86,8 +86,8 @@ MINILM_INLINE void store_sum_of_quads(float* to, F x) {
   _mm_storeu_ps(to, _mm512_castps512_ps128(add(x, swap_4(x))));
 }
 
-// Even and odd lanes. set1_pair: even lanes get p[0], odd lanes p[1]. dup_even, dup_odd: both lanes of two neighbours get
-// the even (odd) one. blend: even lanes of a, odd lanes of b.
+// Even and odd lanes. set1_pair: even lanes get p[0], odd lanes p[1]. dup_even, dup_odd: both lanes of two neighbours
+// get the even (odd) one. blend: even lanes of a, odd lanes of b.
 MINILM_INLINE F set1_pair(const float* p) {
   double both;
   __builtin_memcpy(&both, p, sizeof both);

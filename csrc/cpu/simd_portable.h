@@ -15,7 +15,7 @@ typedef float F __attribute__((vector_size(16)));
 typedef int32_t Mask __attribute__((vector_size(16)));
 constexpr int V = 4;
 constexpr int kTileRows = 4, kTileBlocks = 2;  // a tile of scores keeps 8 accumulators in registers
-constexpr int kGradientRows = 4;                  // keeps 8 registers of factors and sums
+constexpr int kGradientRows = 4;               // keeps 8 registers of factors and sums
 
 MINILM_INLINE F load(const float* p) {
   F x;
@@ -41,8 +41,8 @@ MINILM_INLINE F max(F a, F b) { return select(a > b, a, b); }
 MINILM_INLINE Mask first_lanes(int64_t n) { return F{0, 1, 2, 3} < set1(static_cast<float>(n)); }
 MINILM_INLINE Mask magnitude_below(F x, float bound) { return (F)((Mask)x & INT32_MAX) < set1(bound); }
 
-// 2^x = 2^n · 2^fraction with |fraction| <= 1/2. Adding `magic` rounds x to an integer n and leaves n + 127 in the low bits
-// of `integer`. Results below 2^-126 are 0; NaN stays NaN.
+// 2^x = 2^n · 2^fraction with |fraction| <= 1/2. Adding `magic` rounds x to an integer n and leaves n + 127 in the low
+// bits of `integer`. Results below 2^-126 are 0; NaN stays NaN.
 struct Split {
   F fraction, integer;
 };
@@ -74,8 +74,8 @@ MINILM_INLINE void transpose_quads(F x[4]) {
 }
 MINILM_INLINE void store_sum_of_quads(float* to, F x) { store(to, x); }
 
-// Even and odd lanes. set1_pair: even lanes get p[0], odd lanes p[1]. dup_even, dup_odd: both lanes of two neighbours get
-// the even (odd) one. blend: even lanes of a, odd lanes of b.
+// Even and odd lanes. set1_pair: even lanes get p[0], odd lanes p[1]. dup_even, dup_odd: both lanes of two neighbours
+// get the even (odd) one. blend: even lanes of a, odd lanes of b.
 MINILM_INLINE F set1_pair(const float* p) { return F{p[0], p[1], p[0], p[1]}; }
 MINILM_INLINE F dup_even(F x) { return F{x[0], x[0], x[2], x[2]}; }
 MINILM_INLINE F dup_odd(F x) { return F{x[1], x[1], x[3], x[3]}; }

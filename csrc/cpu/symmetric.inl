@@ -1,9 +1,10 @@
 // The symmetric path: self-relations with one reference score for all rows, so that E_ij = E_ji is computed once.
 //
-// u_ij = s_ij - reference, E_ij = 2^u_ij, p_ij = E_ij / Σ_k E_ik. A block of rows i is combined with the keys j < i. Each
-// exponential is used for the pair (i, j) and, where row j sees key i (i lies in the prefix), for the mirrored pair (j, i).
-// A tile is `full` if all its pairs and all mirrored pairs are visible; tiles at the diagonal and at the end of the prefix
-// need masks. The diagonal is handled separately: where p_ii is close to 1, q_ii - p_ii is computed from the other keys.
+// u_ij = s_ij - reference, E_ij = 2^u_ij, p_ij = E_ij / Σ_k E_ik. A block of rows i is combined with the keys j < i.
+// Each exponential is used for the pair (i, j) and, where row j sees key i (i lies in the prefix), for the mirrored
+// pair (j, i). A tile is `full` if all its pairs and all mirrored pairs are visible; tiles at the diagonal and at the
+// end of the prefix need masks. The diagonal is handled separately: where p_ii is close to 1, q_ii - p_ii is computed
+// from the other keys.
 
 namespace {
 
@@ -96,7 +97,7 @@ MINILM_INLINE int64_t key_blocks(int64_t first) { return (first + R - 2) / V + 1
 // One key block: adds exponentials to the sums of kSumRows rows and of the block's keys (columns).
 template <bool kFull, bool kStoreExp>
 MINILM_INLINE void sums_of_block(const float* u_t, const float* u_s, float* exponentials, const PairMask* pairs, int r0,
-                          F row[][3], float* columns, int64_t column_stride) {
+                                 F row[][3], float* columns, int64_t column_stride) {
   F e_t[kSumRows], e_s[kSumRows], column_y = load(columns + 2 * column_stride);
   for (int r = 0; r < kSumRows; ++r) {
     F a_t = load(u_t + (r0 + r) * V), a_s = load(u_s + (r0 + r) * V);
@@ -131,7 +132,7 @@ MINILM_INLINE void sums_of_block(const float* u_t, const float* u_s, float* expo
 // The same for a row block and a panel of keys.
 template <bool kStoreExp>
 MINILM_INLINE void sums_of_panel(const Task& task, int64_t first, int64_t block, int64_t blocks, const float* u_t,
-                          const float* u_s, float* exponentials, F row[][3], float* columns) {
+                                 const float* u_s, float* exponentials, F row[][3], float* columns) {
   int64_t padded = task.blocks * V;
   for (int r = 0; r < R; r += kSumRows) {
     F part[kSumRows][3];
@@ -150,7 +151,8 @@ MINILM_INLINE void sums_of_panel(const Task& task, int64_t first, int64_t block,
   }
 }
 
-MINILM_INLINE void panel_scores(const Task& task, int64_t first, int64_t block, int64_t blocks, float* u_t, float* u_s) {
+MINILM_INLINE void panel_scores(const Task& task, int64_t first, int64_t block, int64_t blocks, float* u_t,
+                                float* u_s) {
   auto model_scores = [&](const ModelBuffers& x, float* u) {
     ScoreInput in{x.keys, first, x.keys + block * x.width * V, x.width, x.offsets + first, x.offsets + block * V};
     task.paired ? scores<Product::paired>(in, blocks, u) : scores<Product::offset>(in, blocks, u);
@@ -175,7 +177,8 @@ MINILM_INLINE int64_t cached_floats(int64_t first) { return key_blocks(first) * 
 
 MINILM_INLINE ExpCache exp_cache_of(const Task& task, int64_t slice) {
   int64_t first = last_row_block(task, slice), size = 0;
-  for (; first >= 0 && size + cached_floats(first) <= task.exp_cache_size; first -= task.slices * R) size += cached_floats(first);
+  for (; first >= 0 && size + cached_floats(first) <= task.exp_cache_size; first -= task.slices * R)
+    size += cached_floats(first);
   return {first + task.slices * R, task.exp_cache, task.exp_cache + size};
 }
 
@@ -230,8 +233,8 @@ struct Log2Sum {
   double value() const { return static_cast<double>(exponent) + std::log2(significand); }
 };
 
-// Between the phases: computes 1 / Σ E, the score gradient of the diagonal, and the part of the KL divergence that needs no
-// further pass: Σ_i (q_ii - p_ii) - ln 2 Σ_i [ Σ_j p_ij (u_s - u_t)_ij - log2 (l_s / l_t) ].
+// Between the phases: computes 1 / Σ E, the score gradient of the diagonal, and the part of the KL divergence that
+// needs no further pass: Σ_i (q_ii - p_ii) - ln 2 Σ_i [ Σ_j p_ij (u_s - u_t)_ij - log2 (l_s / l_t) ].
 void symmetric_rows(const Task& task) {
   int64_t padded = task.blocks * V;
   float *l_t = task.row_sums, *l_s = l_t + padded, *y = l_s + padded;
@@ -288,11 +291,11 @@ void diagonal_gradient(const Task& task, float* grads) {
 }
 
 // Score gradients m = E_s (1/l_s,i + 1/l_s,j) - E_t (1/l_t,i + 1/l_t,j) = q_ij + q_ji - p_ij - p_ji of one key block.
-// Returns their sum in each lane. in_t, in_s: cached exponentials of phase 1, or scores. The teacher's factors (column_t,
-// rows_t) are negative.
+// Returns their sum in each lane. in_t, in_s: cached exponentials of phase 1, or scores. The teacher's factors
+// (column_t, rows_t) are negative.
 template <bool kFull, bool kCached>
 MINILM_INLINE F score_grad_of_block(const float* in_t, const float* in_s, const PairMask* pairs, const float* rows_t,
-                         const float* rows_s, F column_t, F column_s, float* m) {
+                                    const float* rows_s, F column_t, F column_s, float* m) {
   F total = set1(0.0f);
   for (int r = 0; r < R; ++r) {
     F f_t = column_t, f_s = column_s;
@@ -320,7 +323,8 @@ MINILM_INLINE F score_grad_of_block(const float* in_t, const float* in_s, const 
 
 template <bool kCached>
 MINILM_INLINE F score_grad_of_panel(const Task& task, int64_t first, int64_t block, int64_t blocks, const float* in_t,
-                         const float* in_s, int64_t step, const float* rows_t, const float* rows_s, float* m) {
+                                    const float* in_s, int64_t step, const float* rows_t, const float* rows_s,
+                                    float* m) {
   const float *inverse_t = task.inverse, *inverse_s = task.inverse + task.blocks * V;
   F total = set1(0.0f);
   for (int64_t b = 0; b < blocks; ++b) {
@@ -361,8 +365,8 @@ void symmetric_gradient(const Task& task, int64_t slice, float* scratch) {
       int64_t blocks = end - block < kPanelBlocks ? end - block : kPanelBlocks;
       F part;
       if (exponentials) {
-        part = score_grad_of_panel<true>(task, first, block, blocks, exponentials, exponentials + R * V, 2 * R * V, rows_t,
-                                     rows_s, m);
+        part = score_grad_of_panel<true>(task, first, block, blocks, exponentials, exponentials + R * V, 2 * R * V,
+                                         rows_t, rows_s, m);
         exponentials += blocks * 2 * R * V;
       } else {
         panel_scores(task, first, block, blocks, m, u_s);

@@ -1,7 +1,7 @@
 // The CPU kernels without torch and without Python: for other compilers, other processors and emulators.
 //
-// Every instruction set of the processor, every mask, self and cross relations, every dtype, on one thread and on three.
-// The oracle is the definition in double; allowed is twice the error that the definition in float makes, and one
+// Every instruction set of the processor, every mask, self and cross relations, every dtype, on one thread and on
+// three. The oracle is the definition in double; allowed is twice the error that the definition in float makes, and one
 // rounding. An argument is the longest sequence to try. Ends with the instruction sets, the cases and the failures; the
 // exit status says whether there was one.
 
@@ -66,7 +66,12 @@ struct Numbers {
       }
     }
     matrix = {type == Type::float32 ? static_cast<const void*>(exact.data()) : half.data(),
-              positions * heads * width, heads * width, width, 1, width, type};
+              positions * heads * width,
+              heads * width,
+              width,
+              1,
+              width,
+              type};
   }
 };
 
@@ -193,8 +198,16 @@ double error(const std::vector<T>& x, const std::vector<double>& expected) {
 Inputs draw(const Case& c) {
   std::mt19937 bits(static_cast<unsigned>(c.positions * 131 + c.width_s));
   std::normal_distribution<float> normal;
-  Inputs in{{}, {0}, {}, {}, {{}, 0, 0, 1, c.type}, {{}, 0, 0, 1, c.type}, {{}, 0, 0, 1, c.type}, {{}, 0, 0, 1, c.type},
-            1 / std::sqrt(static_cast<float>(c.width_t)), 1 / std::sqrt(static_cast<float>(c.width_s))};
+  Inputs in{{},
+            {0},
+            {},
+            {},
+            {{}, 0, 0, 1, c.type},
+            {{}, 0, 0, 1, c.type},
+            {{}, 0, 0, 1, c.type},
+            {{}, 0, 0, 1, c.type},
+            1 / std::sqrt(static_cast<float>(c.width_t)),
+            1 / std::sqrt(static_cast<float>(c.width_s))};
   std::vector<bool> real;
   for (int64_t n = 0; n < c.sequences; ++n) {
     for (int64_t i = 0; i < c.positions; ++i) {

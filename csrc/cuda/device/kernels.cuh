@@ -1,17 +1,17 @@
-// Entry points of the kernels. minilm_kernels/relation/backends/cuda_compiler.py inlines the includes, appends one of these
-// macros for each kernel that a call needs, and compiles the text with NVRTC. `symmetric_1_2_1_1_0` is MINILM_SYMMETRIC with the
-// template arguments 1, 2, 1, 1, 0; host/launch_plan.cpp makes these names.
+// Entry points of the kernels. minilm_kernels/relation/backends/cuda_compiler.py inlines the includes, appends one of
+// these macros for each kernel that a call needs, and compiles the text with NVRTC. `symmetric_1_2_1_1_0` is
+// MINILM_SYMMETRIC with the template arguments 1, 2, 1, 1, 0; host/launch_plan.cpp makes these names.
 #pragma once
 
 #include "row_wise.cuh"
 #include "symmetric.cuh"
 
-#define MINILM_ENTRY(threads, blocks, name, Params, ...)                                           \
+#define MINILM_ENTRY(threads, blocks, name, Params, ...)                                               \
   extern "C" MINILM_KERNEL(threads, blocks) name(const MINILM_PARAMETER minilm::cuda::Params params) { \
-    minilm::cuda::__VA_ARGS__::run(params, minilm::cuda::shared_memory());                          \
+    minilm::cuda::__VA_ARGS__::run(params, minilm::cuda::shared_memory());                             \
   }
 
-#define MINILM_SYMMETRIC(name, splits_s, ...)                                                \
+#define MINILM_SYMMETRIC(name, splits_s, ...)                                       \
   MINILM_ENTRY(32 * minilm::cuda::kSymmetricWarps[splits_s], 1, name, LaunchParams, \
                SymmetricKernel<splits_s, __VA_ARGS__>)
 #define MINILM_ROW_STATS(name, ...) \

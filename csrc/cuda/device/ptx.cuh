@@ -1,5 +1,5 @@
-// GPU instructions as functions. With MINILM_EMULATED, tests/relation/backends/cuda/emulated.h defines the same functions for
-// a thread block that is emulated on the host, so that tests run the unchanged kernels.
+// GPU instructions as functions. With MINILM_EMULATED, tests/relation/backends/cuda/emulated.h defines the same
+// functions for a thread block that is emulated on the host, so that tests run the unchanged kernels.
 #pragma once
 
 #include "common/numerics.h"
@@ -13,8 +13,8 @@
 #define MINILM_DEVICE __device__ __forceinline__
 #define MINILM_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define MINILM_PARAMETER __grid_constant__
-#define MINILM_UNROLL _Pragma("unroll")
-#define MINILM_NO_UNROLL _Pragma("unroll 1")
+#define MINILM_UNROLL_FOR(...) _Pragma("unroll") for (__VA_ARGS__)
+#define MINILM_NO_UNROLL_FOR(...) _Pragma("unroll 1") for (__VA_ARGS__)
 
 namespace minilm::cuda {
 
@@ -48,8 +48,8 @@ MINILM_DEVICE uint32_t pack_bfloat16(float low, float high) {
   return packed;
 }
 
-// Loads four 8×8 matrices of 16-bit elements. Lane 8k + i passes the address of row i (16 bytes) of matrix k. Lane 4g + t
-// receives the elements (g, 2t) and (g, 2t + 1) of each matrix; transposed, (2t, g) and (2t + 1, g).
+// Loads four 8×8 matrices of 16-bit elements. Lane 8k + i passes the address of row i (16 bytes) of matrix k. Lane 4g +
+// t receives the elements (g, 2t) and (g, 2t + 1) of each matrix; transposed, (2t, g) and (2t + 1, g).
 MINILM_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -81,7 +81,7 @@ MINILM_DEVICE void mma_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t
       : "r"(a0), "r"(a1), "r"(b0));
 }
 MINILM_DEVICE void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                            uint32_t b1) {
+                                uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -1,10 +1,11 @@
-// The row-wise path, with a running maximum per row, for every call that the symmetric path does not support: cross-relations,
-// reduction "none" and its gradient, losses without gradient, negative scales, and sequences that exceed shared memory.
+// The row-wise path, with a running maximum per row, for every call that the symmetric path does not support:
+// cross-relations, reduction "none" and its gradient, losses without gradient, negative scales, and sequences that
+// exceed shared memory.
 //
 // A warp owns 32 tokens and streams the tokens of the other side past them, tile by tile. The first kernel computes the
-// log-sum-exp of each row. The second recomputes the scores and yields the KL divergence and the gradient of the own tokens. A
-// cross-relation launches it a second time, with the keys as own tokens. No two warps write to the same memory, and the scratch
-// memory is O(S).
+// log-sum-exp of each row. The second recomputes the scores and yields the KL divergence and the gradient of the own
+// tokens. A cross-relation launches it a second time, with the keys as own tokens. No two warps write to the same
+// memory, and the scratch memory is O(S).
 #pragma once
 
 #include "tile.cuh"
@@ -27,8 +28,8 @@ MINILM_DEVICE float exp2_of(float x) {
   return x < -126.0f ? 0.0f : p * as_float(as_bits(shifted) << 23);
 }
 
-// log2 Σ 2^u of each row, as max + log2_sum. With kExact, max is the largest u and is stored separately: u - max is small where
-// it matters, and a row that sees a single key gets p = 1 exactly. Otherwise max is 0 and not stored.
+// log2 Σ 2^u of each row, as max + log2_sum. With kExact, max is the largest u and is stored separately: u - max is
+// small where it matters, and a row that sees a single key gets p = 1 exactly. Otherwise max is 0 and not stored.
 struct RowStats {
   float *log2_sum_t, *log2_sum_s, *max_t, *max_s;
 };
@@ -41,7 +42,8 @@ struct TileOperands {
 };
 MINILM_DEVICE TileOperands at(const TileOperands& x, int token) {
   const RowStats& rows = x.rows;
-  return {at(x.teacher, token), at(x.student, token),
+  return {at(x.teacher, token),
+          at(x.student, token),
           {rows.log2_sum_t + token, rows.log2_sum_s + token, rows.max_t + token, rows.max_s + token},
           x.weights ? x.weights + token : nullptr};
 }
@@ -57,20 +59,21 @@ using PerRow = float[2][2];
 MINILM_DEVICE int own_row(int m, int half) { return 16 * m + 8 * half + lane_index() / 4; }
 MINILM_DEVICE int other_column(int n, int e) { return 8 * n + lane_index() % 4 * 2 + e % 2; }
 
-// Updates the running maxima, and the sums of 2^(u - maximum), with a tile of scores. Each lane handles its own columns.
+// Updates the running maxima, and the sums of 2^(u - maximum), with a tile of scores. Each lane handles its own
+// columns.
 template <bool kExact>
 MINILM_DEVICE void add_row_stats(PerRow& maximum, PerRow& total, const float (&score)[2][4][4], float scale,
-                                  const Sequence& sequence, TileOrigin origin) {
-  MINILM_UNROLL for (int m = 0; m < 2; ++m)
-    MINILM_UNROLL for (int half = 0; half < 2; ++half) {
+                                 const Sequence& sequence, TileOrigin origin) {
+  MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
+    MINILM_UNROLL_FOR (int half = 0; half < 2; ++half) {
       int visible = bound_of(sequence, origin.own + own_row(m, half)) - origin.other;
       float max = maximum[m][half];
-      MINILM_UNROLL for (int n = 0; n < 4; ++n)
-        MINILM_UNROLL for (int e = 0; e < 2; ++e)
+      MINILM_UNROLL_FOR (int n = 0; n < 4; ++n)
+        MINILM_UNROLL_FOR (int e = 0; e < 2; ++e)
           if (other_column(n, e) < visible) max = fmaxf(max, mul(score[m][n][2 * half + e], scale));
       float sum = total[m][half] * exp2_of<kExact>(maximum[m][half] - max);
-      MINILM_UNROLL for (int n = 0; n < 4; ++n)
-        MINILM_UNROLL for (int e = 0; e < 2; ++e) {
+      MINILM_UNROLL_FOR (int n = 0; n < 4; ++n)
+        MINILM_UNROLL_FOR (int e = 0; e < 2; ++e) {
           float x = exp2_of<kExact>(sub(mul(score[m][n][2 * half + e], scale), max));
           sum += other_column(n, e) < visible ? x : 0.0f;
         }
@@ -81,11 +84,12 @@ MINILM_DEVICE void add_row_stats(PerRow& maximum, PerRow& total, const float (&s
 
 // Combines the four lanes of each row and writes log2 Σ 2^u of the warp's own rows below `end`.
 template <bool kExact>
-MINILM_DEVICE void write_row_stats(float* log2_sum, float* row_max, const PerRow& maximum, const PerRow& total, int end) {
-  MINILM_UNROLL for (int m = 0; m < 2; ++m)
-    MINILM_UNROLL for (int half = 0; half < 2; ++half) {
+MINILM_DEVICE void write_row_stats(float* log2_sum, float* row_max, const PerRow& maximum, const PerRow& total,
+                                   int end) {
+  MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
+    MINILM_UNROLL_FOR (int half = 0; half < 2; ++half) {
       float max = maximum[m][half], sum = total[m][half];
-      MINILM_UNROLL for (int mask = 1; mask <= 2; mask *= 2) {
+      MINILM_UNROLL_FOR (int mask = 1; mask <= 2; mask *= 2) {
         float other = shuffle_xor(max, mask), other_sum = shuffle_xor(sum, mask);
         float next = fmaxf(max, other);
         sum = sum * exp2_of<kExact>(max - next) + other_sum * exp2_of<kExact>(other - next);
@@ -99,7 +103,8 @@ MINILM_DEVICE void write_row_stats(float* log2_sum, float* row_max, const PerRow
     }
 }
 
-// p (e^δ - 1 - δ) with δ = log q - log p, given in units of log 2. Never negative, and free of cancellation for small δ.
+// p (e^δ - 1 - δ) with δ = log q - log p, given in units of log 2. Never negative, and free of cancellation for small
+// δ.
 MINILM_DEVICE float exact_term(float p, float q, float bits) {
   float delta = bits * kLn2;
   float series = 1.9841270e-4f;  // 1/7!, 1/6!, ...
@@ -118,13 +123,14 @@ MINILM_DEVICE float log2_of(float score, float scale, float log2_sum, const floa
   return kExact ? sub(sub(mul(score, scale), *max), log2_sum) : fmaf(score, scale, -log2_sum);
 }
 
-// Replaces the student's scores of half a tile by score gradients. kForward: the own tokens are rows, and their KL divergence is
-// added to kl. kBackward: the own tokens are keys of the other tokens' rows.
+// Replaces the student's scores of half a tile by score gradients. kForward: the own tokens are rows, and their KL
+// divergence is added to kl. kBackward: the own tokens are keys of the other tokens' rows.
 template <bool kExact, bool kForward, bool kBackward>
-MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&score_s)[2][2][4], float scale_t, float scale_s,
-                              const Sequence& sequence, TileOrigin origin, const TileOperands& own, const TileOperands& other, PerRow& kl) {
-  MINILM_UNROLL for (int n = 0; n < 2; ++n)
-    MINILM_UNROLL for (int c = 0; c < 2; ++c) {
+MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&score_s)[2][2][4], float scale_t,
+                                   float scale_s, const Sequence& sequence, TileOrigin origin, const TileOperands& own,
+                                   const TileOperands& other, PerRow& kl) {
+  MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
+    MINILM_UNROLL_FOR (int c = 0; c < 2; ++c) {
       const int column = other_column(n, c);
       float other_t = 0.0f, other_s = 0.0f, max_t = 0.0f, max_s = 0.0f, other_weight = 1.0f;
       int visible_to_other = 0;
@@ -138,8 +144,8 @@ MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&scor
         if (other.weights) other_weight = other.weights[column];
         visible_to_other = bound_of(sequence, origin.other + column) - origin.own;
       }
-      MINILM_UNROLL for (int m = 0; m < 2; ++m)
-        MINILM_UNROLL for (int half = 0; half < 2; ++half) {
+      MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
+        MINILM_UNROLL_FOR (int half = 0; half < 2; ++half) {
           const int row = own_row(m, half), e = 2 * half + c;
           const float x_t = score_t[m][n][e], x_s = score_s[m][n][e];
           float grad = 0.0f;
@@ -164,16 +170,16 @@ MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&scor
 
 // One tile: adds to the KL divergence of the own rows and, if kSplits > 0, to the gradient of the own tokens.
 template <int kSplits, bool kExact, bool kForward, bool kBackward>
-MINILM_DEVICE void row_wise_tile(const TileOperands& own, const TileOperands& other, int chunks_t, int splits_t, int chunks_s, int splits_s,
-                              float scale_t, float scale_s, const Sequence& sequence, TileOrigin origin, PerRow& kl,
-                              float* sums, int plane) {
-  MINILM_NO_UNROLL for (int half = 0; half < 2; ++half) {
+MINILM_DEVICE void row_wise_tile(const TileOperands& own, const TileOperands& other, int chunks_t, int splits_t,
+                                 int chunks_s, int splits_s, float scale_t, float scale_s, const Sequence& sequence,
+                                 TileOrigin origin, PerRow& kl, float* sums, int plane) {
+  MINILM_NO_UNROLL_FOR (int half = 0; half < 2; ++half) {
     const TileOperands columns = at(other, 16 * half);
     float score_t[2][2][4], score_s[2][2][4];
     scores(score_t, own.teacher, columns.teacher, chunks_t, splits_t);
     scores(score_s, own.student, columns.student, chunks_s, splits_s);
-    add_score_grads<kExact, kForward, kBackward>(score_t, score_s, scale_t, scale_s, sequence, {origin.own, origin.other + 16 * half},
-                                    own, columns, kl);
+    add_score_grads<kExact, kForward, kBackward>(score_t, score_s, scale_t, scale_s, sequence,
+                                                 {origin.own, origin.other + 16 * half}, own, columns, kl);
     if constexpr (kSplits > 0)
       add_gradients<kSplits, false>(score_s, sums, nullptr, plane, own.student, columns.student, chunks_s);
   }
@@ -224,8 +230,8 @@ struct RowWork {
   bool empty;
 };
 
-// Sequence n begins at block ⌊starts[n] / own⌋ + n. It then has at least as many blocks as it needs, and a block finds its sequence
-// by a binary search in `starts`, without any other data.
+// Sequence n begins at block ⌊starts[n] / own⌋ + n. It then has at least as many blocks as it needs, and a block finds
+// its sequence by a binary search in `starts`, without any other data.
 MINILM_DEVICE RowWork find_row_work(const LaunchParams& params, int own, double** partial) {
   const Call& call = params.call;
   int64_t block = block_index();
@@ -250,7 +256,8 @@ MINILM_DEVICE RowWork find_row_work(const LaunchParams& params, int own, double*
   work.empty = !valid || first < 0 || first >= work.sequence.length || work.sequence.length < params.min_length ||
                work.sequence.length > params.max_length;
   work.first = work.empty ? 0 : static_cast<int>(first);
-  *partial = params.partials + work.relation->index * params.slots + params.first_slot + block * call.num_heads + work.head;
+  *partial =
+      params.partials + work.relation->index * params.slots + params.first_slot + block * call.num_heads + work.head;
   return work;
 }
 
@@ -287,7 +294,8 @@ MINILM_DEVICE TokenRange find_streamed(const Sequence& sequence, int first, int 
   return {0, sequence.length};
 }
 
-// Chunks and splits of both models' tokens. Template arguments that are 0 (in the emulation) are replaced by the relation's.
+// Chunks and splits of both models' tokens. Template arguments that are 0 (in the emulation) are replaced by the
+// relation's.
 template <int kChunksT, int kSplitsT, int kChunksS, int kSplitsS>
 struct Shape {
   int given_chunks_t, given_splits_t, given_chunks_s, given_splits_s;
@@ -317,26 +325,26 @@ struct RowStatsKernel {
     const int chunks_t = shape.chunks_t(), splits_t = shape.splits_t();
     const int chunks_s = shape.chunks_s(), splits_s = shape.splits_s();
     const RowWiseLayout shared(memory, own, params.capacity, chunks_t * splits_t, chunks_s * splits_s, 0);
-    load_tokens(relation.teacher.query, sequence, work.head, work.first, own, writable(shared.own_t), shared.own_t.plane,
-                chunks_t, splits_t);
-    load_tokens(relation.student.query, sequence, work.head, work.first, own, writable(shared.own_s), shared.own_s.plane,
-                chunks_s, splits_s);
+    load_tokens(relation.teacher.query, sequence, work.head, work.first, own, writable(shared.own_t),
+                shared.own_t.plane, chunks_t, splits_t);
+    load_tokens(relation.student.query, sequence, work.head, work.first, own, writable(shared.own_s),
+                shared.own_s.plane, chunks_s, splits_s);
     const TokenRange streamed = find_streamed(sequence, work.first, own, true, false);
     const float scale_t = relation.teacher.scale * kLog2e, scale_s = relation.student.scale * kLog2e;
 
     PerRow max_t, max_s, total_t, total_s;
-    MINILM_UNROLL for (int i = 0; i < 4; ++i) {
+    MINILM_UNROLL_FOR (int i = 0; i < 4; ++i) {
       max_t[i / 2][i % 2] = max_s[i / 2][i % 2] = kNegInf;
       total_t[i / 2][i % 2] = total_s[i / 2][i % 2] = 0.0f;
     }
-    MINILM_NO_UNROLL for (int first = streamed.first; first < streamed.end; first += params.capacity) {
+    MINILM_NO_UNROLL_FOR (int first = streamed.first; first < streamed.end; first += params.capacity) {
       syncthreads();
       load_tokens(relation.teacher.key, sequence, work.head, first, params.capacity, writable(shared.other_t),
                   shared.other_t.plane, chunks_t, splits_t);
       load_tokens(relation.student.key, sequence, work.head, first, params.capacity, writable(shared.other_s),
                   shared.other_s.plane, chunks_s, splits_s);
       syncthreads();
-      MINILM_NO_UNROLL for (int tile = 0; tile < params.capacity; tile += kTile) {
+      MINILM_NO_UNROLL_FOR (int tile = 0; tile < params.capacity; tile += kTile) {
         const TileOrigin origin{work.first + warp, first + tile};
         float score[2][4][4];
         scores(score, at(shared.own_t, warp), at(shared.other_t, tile), chunks_t, splits_t);
@@ -375,15 +383,15 @@ struct RowWiseKernel {
     const Sequence& sequence = work.sequence;
     const Relation& relation = *work.relation;
     const bool forward = !params.keys, backward = kSplits > 0 && (params.keys || relation.self);
-    const TensorView &own_x_t = params.keys ? relation.teacher.key : relation.teacher.query;
-    const TensorView &own_x_s = params.keys ? relation.student.key : relation.student.query;
-    const TensorView &other_x_t = params.keys ? relation.teacher.query : relation.teacher.key;
-    const TensorView &other_x_s = params.keys ? relation.student.query : relation.student.key;
+    const TensorView& own_x_t = params.keys ? relation.teacher.key : relation.teacher.query;
+    const TensorView& own_x_s = params.keys ? relation.student.key : relation.student.query;
+    const TensorView& other_x_t = params.keys ? relation.teacher.query : relation.teacher.key;
+    const TensorView& other_x_s = params.keys ? relation.student.query : relation.student.key;
     const Shape<kChunksT, kSplitsT, kChunksS, kSplits ? kSplits : kSplitsS> shape(relation);
     const int chunks_t = shape.chunks_t(), splits_t = shape.splits_t();
     const int chunks_s = shape.chunks_s(), splits_s = shape.splits_s();
     const RowWiseLayout shared(memory, own_tokens, params.capacity, chunks_t * splits_t, chunks_s * splits_s,
-                      kSplits ? chunks_s : 0);
+                               kSplits ? chunks_s : 0);
     const int64_t row_stats_at = first_row_stats(params, work), row_at = first_row(params, work);
 
     load_tokens(own_x_t, sequence, work.head, work.first, own_tokens, writable(shared.own_t), shared.own_t.plane,
@@ -399,15 +407,16 @@ struct RowWiseKernel {
     const TileOperands all{shared.other_t, shared.other_s, shared.other_rows, shared.other_weights};
 
     PerRow kl = {};
-    MINILM_NO_UNROLL for (int first = streamed.first; first < streamed.end; first += params.capacity) {
+    MINILM_NO_UNROLL_FOR (int first = streamed.first; first < streamed.end; first += params.capacity) {
       syncthreads();
-      load_tokens(other_x_t, sequence, work.head, first, params.capacity, writable(shared.other_t), shared.other_t.plane,
-                  chunks_t, splits_t);
-      load_tokens(other_x_s, sequence, work.head, first, params.capacity, writable(shared.other_s), shared.other_s.plane,
-                  chunks_s, splits_s);
-      load_row_stats(params, sequence, row_stats_at, row_at, first, params.capacity, shared.other_rows, shared.other_weights);
+      load_tokens(other_x_t, sequence, work.head, first, params.capacity, writable(shared.other_t),
+                  shared.other_t.plane, chunks_t, splits_t);
+      load_tokens(other_x_s, sequence, work.head, first, params.capacity, writable(shared.other_s),
+                  shared.other_s.plane, chunks_s, splits_s);
+      load_row_stats(params, sequence, row_stats_at, row_at, first, params.capacity, shared.other_rows,
+                     shared.other_weights);
       syncthreads();
-      MINILM_NO_UNROLL for (int tile = 0; tile < params.capacity; tile += kTile) {
+      MINILM_NO_UNROLL_FOR (int tile = 0; tile < params.capacity; tile += kTile) {
         const TileOrigin origin{work.first + warp, first + tile};
         const TileOperands other = at(all, tile);
         float* sums = shared.grads + warp * 8;
@@ -433,7 +442,7 @@ struct RowWiseKernel {
   }
 
   static MINILM_DEVICE void load_row_stats(const LaunchParams& params, const Sequence& sequence, int64_t row_stats_at,
-                                      int64_t row_at, int first, int count, const RowStats& rows, float* weights) {
+                                           int64_t row_at, int first, int count, const RowStats& rows, float* weights) {
     const float* given = params.call.row_grads;
     const RowStats from = at(params, row_stats_at + first);
     for (int i = thread_index(); i < count; i += thread_count()) {
@@ -448,11 +457,11 @@ struct RowWiseKernel {
     }
   }
 
-  static MINILM_DEVICE void write_rows(const LaunchParams& params, const RowWork& work, PerRow& kl, int64_t row_at, int warp,
-                                       double* scratch, double* partial) {
+  static MINILM_DEVICE void write_rows(const LaunchParams& params, const RowWork& work, PerRow& kl, int64_t row_at,
+                                       int warp, double* scratch, double* partial) {
     const Call& call = params.call;
     double value = 0.0;
-    MINILM_UNROLL for (int i = 0; i < 4; ++i) {
+    MINILM_UNROLL_FOR (int i = 0; i < 4; ++i) {
       float row = kl[i / 2][i % 2];
       row += shuffle_xor(row, 1);
       row += shuffle_xor(row, 2);
@@ -485,8 +494,8 @@ struct RowWiseKernel {
   }
 };
 
-// Adds up the partial sums of all blocks. Losses are NaN if `starts` is malformed: cu_seqlens on a GPU are not validated by the
-// host, which would have to wait for the device.
+// Adds up the partial sums of all blocks. Losses are NaN if `starts` is malformed: cu_seqlens on a GPU are not
+// validated by the host, which would have to wait for the device.
 struct ReduceKernel {
   static MINILM_DEVICE void run(const ReduceParams& reduction, char* memory) {
     const Call& call = reduction.call;

@@ -1,6 +1,6 @@
-// The symmetric path: reduced losses of self-relations, with gradient. A block keeps one (sequence, head, relation) in shared
-// memory and computes the loss and the gradient in two phases. With one reference score for all rows, E_ij = E_ji, and each
-// phase computes it once for both pairs. docs/cuda.md has the derivation and the cost.
+// The symmetric path: reduced losses of self-relations, with gradient. A block keeps one (sequence, head, relation) in
+// shared memory and computes the loss and the gradient in two phases. With one reference score for all rows, E_ij =
+// E_ji, and each phase computes it once for both pairs. docs/cuda.md has the derivation and the cost.
 #pragma once
 
 #include "row_wise.cuh"
@@ -8,8 +8,8 @@
 
 namespace minilm::cuda {
 
-// Widest range of s_ii in bits. With the reference in its middle and u_ij = s_ij - reference, every 2^u_ii lies within 2^±100
-// and every 2^u_ij below 2^100. Sequences with a wider range take the row-wise path in the same block.
+// Widest range of s_ii in bits. With the reference in its middle and u_ij = s_ij - reference, every 2^u_ii lies within
+// 2^±100 and every 2^u_ij below 2^100. Sequences with a wider range take the row-wise path in the same block.
 constexpr float kMaxNormRange = 200.0f;
 
 // Shorter sequences take the row-wise path: the rounding errors of so few rows do not average out.
@@ -26,8 +26,8 @@ struct BlockState {
 };
 static_assert(sizeof(BlockState) <= kBlockStateBytes, "");
 
-// Layout of a block's shared memory; symmetric_bytes in launch_plan.h computes its size. Template arguments that are 0 (in the
-// emulation) are replaced by the values in the block's state.
+// Layout of a block's shared memory; symmetric_bytes in launch_plan.h computes its size. Template arguments that are 0
+// (in the emulation) are replaced by the values in the block's state.
 template <int kSplits, int kChunksT, int kSplitsT, int kChunksS>
 struct SymmetricLayout {
   char* memory;
@@ -47,7 +47,9 @@ struct SymmetricLayout {
     return reinterpret_cast<float*>(planes() + (chunks_t() * splits_t() + chunks_s() * kSplits) * plane()) + token * 8;
   }
   MINILM_DEVICE int grads_plane() const { return state().capacity * 8; }
-  MINILM_DEVICE float* sums_t() const { return grads(0) + chunks_s() * grads_plane(); }  // phase 1: Σ E; phase 2: 1 / Σ E
+  MINILM_DEVICE float* sums_t() const {
+    return grads(0) + chunks_s() * grads_plane();
+  }  // phase 1: Σ E; phase 2: 1 / Σ E
   MINILM_DEVICE float* sums_s() const { return sums_t() + state().capacity; }
   MINILM_DEVICE RowStats row_stats() const {  // the maxima exist with 3 splits only
     const int capacity = state().capacity;
@@ -58,7 +60,7 @@ struct SymmetricLayout {
 
 MINILM_DEVICE Range block_range(Range x, double* scratch) {
   float* bounds = reinterpret_cast<float*>(scratch);
-  MINILM_UNROLL for (int mask = 16; mask > 0; mask /= 2) {
+  MINILM_UNROLL_FOR (int mask = 16; mask > 0; mask /= 2) {
     x.low = fminf(x.low, shuffle_xor(x.low, mask));
     x.high = fmaxf(x.high, shuffle_xor(x.high, mask));
   }
@@ -85,12 +87,12 @@ MINILM_DEVICE Range range_of_norms(const Tokens& x, int length, int chunks, int 
       float value[8] = {};
       for (int split = 0; split < splits; ++split) {
         Uint4 words = load_uint4(x.planes + (split * chunks + chunk) * x.plane + i * 16);
-        MINILM_UNROLL for (int d = 0; d < 4; ++d) {
+        MINILM_UNROLL_FOR (int d = 0; d < 4; ++d) {
           value[2 * d] += low_of(words.word[d]);
           value[2 * d + 1] += high_of(words.word[d]);
         }
       }
-      MINILM_UNROLL for (int d = 0; d < 8; ++d) norm = fmaf(value[d], value[d], norm);
+      MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) norm = fmaf(value[d], value[d], norm);
     }
     norm *= scale;
     bool finite = norm < 3e38f;
@@ -100,19 +102,19 @@ MINILM_DEVICE Range range_of_norms(const Tokens& x, int length, int chunks, int 
   return block_range(range, scratch);
 }
 
-// First row and first column of a tile. Rows are at or after the columns. Pairs (row, column) and mirrored pairs (column, row)
-// are computed together; the mirrored pairs of rows below `bound`, the end of the prefix, are visible.
+// First row and first column of a tile. Rows are at or after the columns. Pairs (row, column) and mirrored pairs
+// (column, row) are computed together; the mirrored pairs of rows below `bound`, the end of the prefix, are visible.
 struct PairTile {
   int rows, columns;
 };
 
-// Sums x[k] over a group of kCount lanes, whose indices differ in the bits from `bit` on. Each lane of the group receives the sum
-// of one k: the k that these bits of its index spell.
+// Sums x[k] over a group of kCount lanes, whose indices differ in the bits from `bit` on. Each lane of the group
+// receives the sum of one k: the k that these bits of its index spell.
 template <int kCount>
 MINILM_DEVICE float distributed_sums(float (&x)[kCount], int bit) {
-  MINILM_UNROLL for (int count = kCount / 2; count > 0; count /= 2) {
+  MINILM_UNROLL_FOR (int count = kCount / 2; count > 0; count /= 2) {
     bool upper = (lane_index() & (bit * count)) != 0;
-    MINILM_UNROLL for (int k = 0; k < count; ++k) {
+    MINILM_UNROLL_FOR (int k = 0; k < count; ++k) {
       float keep = upper ? x[count + k] : x[k], give = upper ? x[k] : x[count + k];
       x[k] = keep + shuffle_xor(give, bit * count);
     }
@@ -120,16 +122,16 @@ MINILM_DEVICE float distributed_sums(float (&x)[kCount], int bit) {
   return x[0];
 }
 
-// Phase 1 for one model: adds the exponentials of a tile to the sums of its rows and, for mirrored pairs, of its columns. No
-// other warp accesses these rows and columns in the same round (schedule.cuh).
+// Phase 1 for one model: adds the exponentials of a tile to the sums of its rows and, for mirrored pairs, of its
+// columns. No other warp accesses these rows and columns in the same round (schedule.cuh).
 template <bool kMasked, bool kCausal>
 MINILM_DEVICE void add_sums(float* sums, const float (&score)[2][4][4], float scale, float reference,
                             const PairTile& tile, int bound) {
   float row[4] = {}, column[8] = {};
   const int lane = lane_index();
-  MINILM_UNROLL for (int m = 0; m < 2; ++m)
-    MINILM_UNROLL for (int n = 0; n < 4; ++n)
-      MINILM_UNROLL for (int e = 0; e < 4; ++e) {
+  MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
+    MINILM_UNROLL_FOR (int n = 0; n < 4; ++n)
+      MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) {
         float x = exp2_fast(fmaf(score[m][n][e], scale, -reference));
         float mirror = x;
         if (kMasked) {
@@ -151,25 +153,25 @@ MINILM_DEVICE void add_sums(float* sums, const float (&score)[2][4][4], float sc
   }
 }
 
-// Phase 2 for half a tile: replaces the student's scores by the score gradients M_ij = q_ij + q_ji - p_ij - p_ji, and returns the
-// half tile's contribution to the loss.
+// Phase 2 for half a tile: replaces the student's scores by the score gradients M_ij = q_ij + q_ji - p_ij - p_ji, and
+// returns the half tile's contribution to the loss.
 template <bool kMasked, bool kCausal>
-MINILM_DEVICE float find_score_grads(const float (&score_t)[2][2][4], float (&score_s)[2][2][4], float scale_t, float scale_s,
-                                float reference_t, float reference_s, const float* inverse_t, const float* inverse_s,
-                                const PairTile& tile, int half, int bound) {
+MINILM_DEVICE float find_score_grads(const float (&score_t)[2][2][4], float (&score_s)[2][2][4], float scale_t,
+                                     float scale_s, float reference_t, float reference_s, const float* inverse_t,
+                                     const float* inverse_s, const PairTile& tile, int half, int bound) {
   float row_t[2][2], row_s[2][2];
-  MINILM_UNROLL for (int m = 0; m < 2; ++m)
-    MINILM_UNROLL for (int h = 0; h < 2; ++h) {
+  MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
+    MINILM_UNROLL_FOR (int h = 0; h < 2; ++h) {
       row_t[m][h] = inverse_t[tile.rows + own_row(m, h)];
       row_s[m][h] = inverse_s[tile.rows + own_row(m, h)];
     }
   float total_grad = 0.0f, divergence = 0.0f;
-  MINILM_UNROLL for (int n = 0; n < 2; ++n) {
+  MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) {
     const int column = tile.columns + 16 * half + other_column(n, 0);
     Float2 column_t = load_float2(inverse_t + column), column_s = load_float2(inverse_s + column);
     if (kCausal && tile.rows >= bound) column_t = column_s = {0.0f, 0.0f};
-    MINILM_UNROLL for (int m = 0; m < 2; ++m)
-      MINILM_UNROLL for (int e = 0; e < 4; ++e) {
+    MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
+      MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) {
         float u_t = fmaf(score_t[m][n][e], scale_t, -reference_t);
         float u_s = fmaf(score_s[m][n][e], scale_s, -reference_s);
         float factor_t = row_t[m][e / 2], factor_s = row_s[m][e / 2];
@@ -208,8 +210,8 @@ struct SymmetricKernel {
     if (state.sequence.length == 0) return;
 
     load(params, shared);
-    const Range range_t = range_of_norms(shared.teacher(0), state.sequence.length, shared.chunks_t(),
-                                         shared.splits_t(), state.scale_t, shared.scratch());
+    const Range range_t = range_of_norms(shared.teacher(0), state.sequence.length, shared.chunks_t(), shared.splits_t(),
+                                         state.scale_t, shared.scratch());
     const Range range_s = range_of_norms(shared.student(0), state.sequence.length, shared.chunks_s(), kSplits,
                                          state.scale_s, shared.scratch());
     if (thread_index() == 0) {
@@ -333,8 +335,8 @@ struct SymmetricKernel {
     return static_cast<double>(value.sum) + value.rest;
   }
 
-  // Tiles on the diagonal, and tiles among whose rows the sequence or the prefix ends, need a mask per pair. Rows beyond the end
-  // of the sequence are at or above the bound, and their own sums are ignored.
+  // Tiles on the diagonal, and tiles among whose rows the sequence or the prefix ends, need a mask per pair. Rows
+  // beyond the end of the sequence are at or above the bound, and their own sums are ignored.
   static MINILM_DEVICE bool is_masked(const PairTile& tile, int bound) {
     return tile.rows == tile.columns || (tile.rows < bound && tile.rows + kTile > bound);
   }
@@ -353,13 +355,14 @@ struct SymmetricKernel {
   static MINILM_DEVICE float add_tile_gradients(const Shared& shared, const PairTile& tile) {
     const BlockState& state = shared.state();
     float value = 0.0f;
-    MINILM_NO_UNROLL for (int half = 0; half < 2; ++half) {
+    MINILM_NO_UNROLL_FOR (int half = 0; half < 2; ++half) {
       const int columns = tile.columns + 16 * half;
       float score_t[2][2][4], score_s[2][2][4];
       scores(score_t, shared.teacher(tile.rows), shared.teacher(columns), shared.chunks_t(), shared.splits_t());
       scores(score_s, shared.student(tile.rows), shared.student(columns), shared.chunks_s(), kSplits);
       value += find_score_grads<kMasked, kCausal>(score_t, score_s, state.scale_t, state.scale_s, state.reference_t,
-                                    state.reference_s, shared.sums_t(), shared.sums_s(), tile, half, state.bound);
+                                                  state.reference_s, shared.sums_t(), shared.sums_s(), tile, half,
+                                                  state.bound);
       add_gradients<kSplits, true>(score_s, shared.grads(tile.rows), shared.grads(columns), shared.grads_plane(),
                                    shared.student(tile.rows), shared.student(columns), shared.chunks_s());
     }
@@ -371,38 +374,38 @@ struct SymmetricKernel {
     const BlockState& state = shared.state();
     const int warps = thread_count() / 32;
     for (int tile = warp_index(); tile < state.tiles; tile += warps) {
-      MINILM_NO_UNROLL for (int student = 0; student < 2; ++student) {
+      MINILM_NO_UNROLL_FOR (int student = 0; student < 2; ++student) {
         PerRow maximum, total;
-        MINILM_UNROLL for (int i = 0; i < 4; ++i) {
+        MINILM_UNROLL_FOR (int i = 0; i < 4; ++i) {
           maximum[i / 2][i % 2] = kNegInf;
           total[i / 2][i % 2] = 0.0f;
         }
-        MINILM_NO_UNROLL for (int other = 0; other < state.tiles; ++other) {
+        MINILM_NO_UNROLL_FOR (int other = 0; other < state.tiles; ++other) {
           float score[2][4][4];
           const Tokens rows = student ? shared.student(tile * kTile) : shared.teacher(tile * kTile);
           const Tokens columns = student ? shared.student(other * kTile) : shared.teacher(other * kTile);
           scores(score, rows, columns, student ? shared.chunks_s() : shared.chunks_t(),
                  student ? kSplits : shared.splits_t());
           add_row_stats<kExact>(maximum, total, score, student ? state.scale_s : state.scale_t, state.sequence,
-                                 {tile * kTile, other * kTile});
+                                {tile * kTile, other * kTile});
         }
         const RowStats rows = shared.row_stats();
         write_row_stats<kExact>((student ? rows.log2_sum_s : rows.log2_sum_t) + tile * kTile,
-                                 (student ? rows.max_s : rows.max_t) + tile * kTile, maximum, total, kTile);
+                                (student ? rows.max_s : rows.max_t) + tile * kTile, maximum, total, kTile);
       }
     }
     syncthreads();
     double value = 0.0;
     for (int tile = warp_index(); tile < state.tiles; tile += warps) {
       PerRow kl = {};
-      MINILM_NO_UNROLL for (int other = 0; other < state.tiles; ++other) {
+      MINILM_NO_UNROLL_FOR (int other = 0; other < state.tiles; ++other) {
         const TileOperands all{shared.teacher(0), shared.student(0), shared.row_stats(), nullptr};
-        row_wise_tile<kSplits, kExact, true, true>(
-            at(all, tile * kTile), at(all, other * kTile), shared.chunks_t(), shared.splits_t(), shared.chunks_s(),
-            kSplits, state.scale_t, state.scale_s, state.sequence, {tile * kTile, other * kTile}, kl,
-            shared.grads(tile * kTile), shared.grads_plane());
+        row_wise_tile<kSplits, kExact, true, true>(at(all, tile * kTile), at(all, other * kTile), shared.chunks_t(),
+                                                   shared.splits_t(), shared.chunks_s(), kSplits, state.scale_t,
+                                                   state.scale_s, state.sequence, {tile * kTile, other * kTile}, kl,
+                                                   shared.grads(tile * kTile), shared.grads_plane());
       }
-      MINILM_UNROLL for (int i = 0; i < 4; ++i) value += kl[i / 2][i % 2];
+      MINILM_UNROLL_FOR (int i = 0; i < 4; ++i) value += kl[i / 2][i % 2];
     }
     return value;
   }

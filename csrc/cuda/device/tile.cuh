@@ -3,12 +3,12 @@
 // Every product runs on bfloat16 tensor cores. A number is represented by bf16 splits, bfloat16 terms that add up to it
 // exactly: one for a bfloat16 input, two for float16, three for float32. Products of splits are exact in float32.
 //
-// Tokens in shared memory: [split][chunk][token][8] bfloat16. A chunk is 8 features, so that a token of a chunk takes 16 bytes,
-// and 8 tokens take 128 contiguous bytes. Matrix loads are free of bank conflicts for every width.
+// Tokens in shared memory: [split][chunk][token][8] bfloat16. A chunk is 8 features, so that a token of a chunk takes
+// 16 bytes, and 8 tokens take 128 contiguous bytes. Matrix loads are free of bank conflicts for every width.
 //
 // A warp holds a tile x[m][n][e] in the layout of mma accumulators: in lane 4g + t, x[m][n][e] belongs to row
-// 16m + 8(e / 2) + g and column 8n + 2t + e % 2. Where teacher and student are needed together, a tile is processed in two
-// halves of 16 columns, to save registers.
+// 16m + 8(e / 2) + g and column 8n + 2t + e % 2. Where teacher and student are needed together, a tile is processed in
+// two halves of 16 columns, to save registers.
 #pragma once
 
 #include "launch_params.h"
@@ -64,8 +64,8 @@ MINILM_DEVICE float load_feature(const TensorView& x, int64_t at) {
   return x.dtype == DType::bfloat16 ? bfloat16_to_float(bits) : float16_to_float(bits);
 }
 
-// Loads the 8 features of a chunk of the token at offset `at`; features beyond the width are 0. Uses 16-byte loads if the
-// address is aligned.
+// Loads the 8 features of a chunk of the token at offset `at`; features beyond the width are 0. Uses 16-byte loads if
+// the address is aligned.
 MINILM_DEVICE void load_chunk(const TensorView& x, int64_t at, int chunk, float (&value)[8]) {
   int size = x.dtype == DType::float32 ? 4 : 2;
   const char* from = static_cast<const char*>(x.data) + (at + 8 * chunk) * size;
@@ -73,12 +73,12 @@ MINILM_DEVICE void load_chunk(const TensorView& x, int64_t at, int chunk, float 
     Uint4 low = load_uint4(from);
     if (x.dtype == DType::float32) {
       Uint4 high = load_uint4(from + 16);
-      MINILM_UNROLL for (int d = 0; d < 4; ++d) {
+      MINILM_UNROLL_FOR (int d = 0; d < 4; ++d) {
         value[d] = as_float(low.word[d]);
         value[4 + d] = as_float(high.word[d]);
       }
     } else {
-      MINILM_UNROLL for (int d = 0; d < 4; ++d) {
+      MINILM_UNROLL_FOR (int d = 0; d < 4; ++d) {
         uint32_t word = low.word[d];
         bool is_bfloat16 = x.dtype == DType::bfloat16;
         value[2 * d] = is_bfloat16 ? as_float(word << 16) : float16_to_float(word & 0xffffu);
@@ -87,17 +87,17 @@ MINILM_DEVICE void load_chunk(const TensorView& x, int64_t at, int chunk, float 
     }
     return;
   }
-  MINILM_UNROLL for (int d = 0; d < 8; ++d)
+  MINILM_UNROLL_FOR (int d = 0; d < 8; ++d)
     value[d] = 8 * chunk + d < x.width ? load_feature(x, at + (8 * chunk + d) * x.feature_stride) : 0.0f;
 }
 
 MINILM_DEVICE float low_of(uint32_t packed) { return as_float(packed << 16); }
 MINILM_DEVICE float high_of(uint32_t packed) { return as_float(packed & 0xffff0000u); }
 
-// Loads `count` tokens of one head, starting with token `first` of the sequence, with all threads of the block. Tokens beyond
-// the end of the sequence are 0. `plane`: bytes of a plane, which is one chunk of one split. Neighbouring threads load
-// neighbouring chunks, then tokens. A token of a head may be as small as 16 bytes; blocks of neighbouring heads run at the same
-// time and share the sectors in L2.
+// Loads `count` tokens of one head, starting with token `first` of the sequence, with all threads of the block. Tokens
+// beyond the end of the sequence are 0. `plane`: bytes of a plane, which is one chunk of one split. Neighbouring
+// threads load neighbouring chunks, then tokens. A token of a head may be as small as 16 bytes; blocks of neighbouring
+// heads run at the same time and share the sectors in L2.
 MINILM_DEVICE void load_tokens(const TensorView& x, const Sequence& sequence, int64_t head, int first, int count,
                                char* planes, int plane, int chunks, int splits) {
   int64_t base = sequence.batch * x.batch_stride + head * x.head_stride;
@@ -109,7 +109,7 @@ MINILM_DEVICE void load_tokens(const TensorView& x, const Sequence& sequence, in
     char* to = planes + chunk * plane + slot * 16;
     for (int split = 0; split < splits; ++split) {
       Uint4 words;
-      MINILM_UNROLL for (int d = 0; d < 4; ++d) {
+      MINILM_UNROLL_FOR (int d = 0; d < 4; ++d) {
         words.word[d] = pack_bfloat16(value[2 * d], value[2 * d + 1]);
         value[2 * d] = sub(value[2 * d], low_of(words.word[d]));
         value[2 * d + 1] = sub(value[2 * d + 1], high_of(words.word[d]));
@@ -122,14 +122,14 @@ MINILM_DEVICE void load_tokens(const TensorView& x, const Sequence& sequence, in
 // Writes factor · sums to the features of a chunk of a token's gradient.
 MINILM_DEVICE void write_chunk(float* out, int width, int chunk, const float* sums, float factor) {
   if (width % 4 == 0) {
-    MINILM_UNROLL for (int d = 0; d < 8; d += 4)
+    MINILM_UNROLL_FOR (int d = 0; d < 8; d += 4)
       if (8 * chunk + d < width) {
         Uint4 words = load_uint4(sums + d);
-        MINILM_UNROLL for (int k = 0; k < 4; ++k) words.word[k] = as_bits(as_float(words.word[k]) * factor);
+        MINILM_UNROLL_FOR (int k = 0; k < 4; ++k) words.word[k] = as_bits(as_float(words.word[k]) * factor);
         store_uint4(out + 8 * chunk + d, words);
       }
   } else {
-    MINILM_UNROLL for (int d = 0; d < 8; ++d)
+    MINILM_UNROLL_FOR (int d = 0; d < 8; ++d)
       if (8 * chunk + d < width) out[8 * chunk + d] = sums[d] * factor;
   }
 }
@@ -145,16 +145,16 @@ MINILM_DEVICE Tokens at(const Tokens& x, int token) { return {x.planes + token *
 
 MINILM_DEVICE char* writable(const Tokens& x) { return const_cast<char*>(x.planes); }
 
-// Scores x_i · y_j of 32 rows and 8·kColumns columns. Split a of x is multiplied with split b of y where a + b <= 2, small
-// products first; the omitted products are below 2^-24 |x_i| |y_j|. mma truncates its sums. For float32 inputs the large
-// products are therefore computed separately and added with rounding.
+// Scores x_i · y_j of 32 rows and 8·kColumns columns. Split a of x is multiplied with split b of y where a + b <= 2,
+// small products first; the omitted products are below 2^-24 |x_i| |y_j|. mma truncates its sums. For float32 inputs
+// the large products are therefore computed separately and added with rounding.
 template <int kColumns>
 MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, const Tokens& columns, int chunks,
                           int splits) {
   static_assert(kColumns == 2 || kColumns == 4, "two or four tiles of 8 columns");
-  MINILM_UNROLL for (int m = 0; m < 2; ++m)
-    MINILM_UNROLL for (int n = 0; n < kColumns; ++n)
-      MINILM_UNROLL for (int e = 0; e < 4; ++e) out[m][n][e] = 0.0f;
+  MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
+    MINILM_UNROLL_FOR (int n = 0; n < kColumns; ++n)
+      MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) out[m][n][e] = 0.0f;
   // One ldmatrix loads 16 rows, or 16 columns, of two chunks.
   const int lane = lane_index();
   const int row_at = lane % 16 * 16 + lane / 16 * rows.plane;
@@ -166,16 +166,16 @@ MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, cons
       int chunk = 0;
       for (; chunk + 1 < chunks; chunk += 2) {
         uint32_t row[2][4], column[kColumns / 2][4];
-        MINILM_UNROLL for (int m = 0; m < 2; ++m) ldmatrix_x4(row[m], x + chunk * rows.plane + 256 * m + row_at);
-        MINILM_UNROLL for (int n = 0; n < kColumns / 2; ++n)
+        MINILM_UNROLL_FOR (int m = 0; m < 2; ++m) ldmatrix_x4(row[m], x + chunk * rows.plane + 256 * m + row_at);
+        MINILM_UNROLL_FOR (int n = 0; n < kColumns / 2; ++n)
           ldmatrix_x4(column[n], y + chunk * columns.plane + 256 * n + column_at);
-        MINILM_UNROLL for (int m = 0; m < 2; ++m)
-          MINILM_UNROLL for (int n = 0; n < kColumns; ++n) {
+        MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
+          MINILM_UNROLL_FOR (int n = 0; n < kColumns; ++n) {
             const uint32_t* first = column[n / 2] + 2 * (n % 2);
             if (splits == 3 && level == 0) {
               float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
               mma_m16n8k16(part, row[m][0], row[m][1], row[m][2], row[m][3], first[0], first[1]);
-              MINILM_UNROLL for (int e = 0; e < 4; ++e) out[m][n][e] = add(out[m][n][e], part[e]);
+              MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) out[m][n][e] = add(out[m][n][e], part[e]);
             } else {
               mma_m16n8k16(out[m][n], row[m][0], row[m][1], row[m][2], row[m][3], first[0], first[1]);
             }
@@ -185,23 +185,25 @@ MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, cons
         uint32_t row[4], column[4];
         ldmatrix_x4(row, x + chunk * rows.plane + lane * 16);
         ldmatrix_x4(column, y + chunk * columns.plane + lane % (8 * kColumns) * 16);
-        MINILM_UNROLL for (int m = 0; m < 2; ++m)
-          MINILM_UNROLL for (int n = 0; n < kColumns; ++n) mma_m16n8k8(out[m][n], row[2 * m], row[2 * m + 1], column[n]);
+        MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
+          MINILM_UNROLL_FOR (int n = 0; n < kColumns; ++n)
+            mma_m16n8k8(out[m][n], row[2 * m], row[2 * m + 1], column[n]);
       }
     }
 }
 
 // ---- Gradients --------------------------------------------------------------------------------------------------
 
-// Score gradients M of half a tile (32 × 16), or their transpose, as the first operand of mma: [16-row tiles][16-column steps].
+// Score gradients M of half a tile (32 × 16), or their transpose, as the first operand of mma: [16-row tiles][16-column
+// steps].
 template <int kTiles>
 using ScoreGrads = uint32_t[kTiles][2 / kTiles][4];
 
 // Extracts the leading bf16 split of M. With kRest, the remainder is left in m.
 template <bool kRest>
 MINILM_DEVICE void take_split(ScoreGrads<2>& split, float (&m)[2][2][4]) {
-  MINILM_UNROLL for (int i = 0; i < 2; ++i)
-    MINILM_UNROLL for (int q = 0; q < 4; ++q) {
+  MINILM_UNROLL_FOR (int i = 0; i < 2; ++i)
+    MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) {
       float& low = m[i][q / 2][2 * (q % 2)];
       float& high = m[i][q / 2][2 * (q % 2) + 1];
       split[i][0][q] = pack_bfloat16(low, high);
@@ -213,12 +215,13 @@ MINILM_DEVICE void take_split(ScoreGrads<2>& split, float (&m)[2][2][4]) {
 }
 
 MINILM_DEVICE void transpose(ScoreGrads<1>& out, const ScoreGrads<2>& in) {
-  MINILM_UNROLL for (int k = 0; k < 2; ++k)
-    MINILM_UNROLL for (int q = 0; q < 4; ++q) out[0][k][q] = movmatrix(in[k][0][q / 2 + 2 * (q % 2)]);
+  MINILM_UNROLL_FOR (int k = 0; k < 2; ++k)
+    MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) out[0][k][q] = movmatrix(in[k][0][q / 2 + 2 * (q % 2)]);
 }
 
-// sums[chunk][token][8] += m · x, with the splits 0 ... kSplits - 1 of x. `sums` begins with the tile's first token; a chunk has
-// `plane` floats. With kSeparate, the products are summed separately and added with rounding to nearest, which mma does not do.
+// sums[chunk][token][8] += m · x, with the splits 0 ... kSplits - 1 of x. `sums` begins with the tile's first token; a
+// chunk has `plane` floats. With kSeparate, the products are summed separately and added with rounding to nearest,
+// which mma does not do.
 template <int kSplits, bool kSeparate, int kTiles>
 MINILM_DEVICE void add_products(float* sums, int plane, const ScoreGrads<kTiles>& m, const Tokens& x, int chunks) {
   constexpr int kSteps = 2 / kTiles;
@@ -227,26 +230,27 @@ MINILM_DEVICE void add_products(float* sums, int plane, const ScoreGrads<kTiles>
   sums += lane / 4 * 8 + lane % 4 * 2;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     uint32_t y[kSplits][4];
-    MINILM_UNROLL for (int split = 0; split < kSplits; ++split)
+    MINILM_UNROLL_FOR (int split = 0; split < kSplits; ++split)
       ldmatrix_x4_trans(y[split], token + (split * chunks + chunk) * x.plane);
-    MINILM_UNROLL for (int i = 0; i < kTiles; ++i) {
+    MINILM_UNROLL_FOR (int i = 0; i < kTiles; ++i) {
       float* low = sums + chunk * plane + i * 128;
       Float2 upper = load_float2(low), lower = load_float2(low + 64);
       float sum[4] = {upper.x, upper.y, lower.x, lower.y};
       float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      float(&to)[4] = kSeparate ? part : sum;
-      MINILM_UNROLL for (int split = kSplits - 1; split >= 0; --split)
-        MINILM_UNROLL for (int k = 0; k < kSteps; ++k)
+      float (&to)[4] = kSeparate ? part : sum;
+      MINILM_UNROLL_FOR (int split = kSplits - 1; split >= 0; --split)
+        MINILM_UNROLL_FOR (int k = 0; k < kSteps; ++k)
           mma_m16n8k16(to, m[i][k][0], m[i][k][1], m[i][k][2], m[i][k][3], y[split][2 * k], y[split][2 * k + 1]);
-      if (kSeparate) MINILM_UNROLL for (int e = 0; e < 4; ++e) sum[e] = add(sum[e], part[e]);
+      if (kSeparate)
+        MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) sum[e] = add(sum[e], part[e]);
       store_float2(low, sum[0], sum[1]);
       store_float2(low + 64, sum[2], sum[3]);
     }
   }
 }
 
-// row_sums += M · columns and, with kColumns, column_sums += Mᵀ · rows. kSplits: splits of the student's tokens and of M; split a
-// is multiplied with split b where a + b < kSplits. Overwrites m.
+// row_sums += M · columns and, with kColumns, column_sums += Mᵀ · rows. kSplits: splits of the student's tokens and of
+// M; split a is multiplied with split b where a + b < kSplits. Overwrites m.
 template <int kSplits, bool kColumns, int kSplit = 0>
 MINILM_DEVICE void add_gradients(float (&m)[2][2][4], float* row_sums, float* column_sums, int plane,
                                  const Tokens& rows, const Tokens& columns, int chunks) {
@@ -275,10 +279,10 @@ struct CompensatedSum {
   }
 };
 
-// Sum of x over the threads of a block, returned to every thread. The order of additions depends only on the number of threads.
-// `scratch`: one double per warp.
+// Sum of x over the threads of a block, returned to every thread. The order of additions depends only on the number of
+// threads. `scratch`: one double per warp.
 MINILM_DEVICE double block_sum(double x, double* scratch) {
-  MINILM_UNROLL for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  MINILM_UNROLL_FOR (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
   syncthreads();
   if (lane_index() == 0) scratch[warp_index()] = x;
   syncthreads();

@@ -1,6 +1,6 @@
-// Registers the operators of the CUDA backend with PyTorch. No symbol of PyTorch's CUDA library is needed: stream and device are
-// passed as numbers, so that the library also loads without a GPU. Tensors on the CPU are accepted as well, for tests that
-// replace the driver library or the GPU.
+// Registers the operators of the CUDA backend with PyTorch. No symbol of PyTorch's CUDA library is needed: stream and
+// device are passed as numbers, so that the library also loads without a GPU. Tensors on the CPU are accepted as well,
+// for tests that replace the driver library or the GPU.
 
 #include "common/binding.h"
 #include "driver.h"

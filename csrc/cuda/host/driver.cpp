@@ -1,5 +1,5 @@
-// Driver of the CUDA backend: groups a call's relations into launches and assigns their memory. It never waits for the device
-// and reads nothing from it, so that a call can be captured in a CUDA graph.
+// Driver of the CUDA backend: groups a call's relations into launches and assigns their memory. It never waits for the
+// device and reads nothing from it, so that a call can be captured in a CUDA graph.
 
 #include "driver.h"
 
@@ -29,7 +29,7 @@ Planes max_planes(const std::vector<const Relation*>& relations) {
 
 // The launches of up to kMaxRelations relations of a call.
 class Run {
- public:
+public:
   Run(const Call& call, const Relation* relations, int64_t count, const DeviceProps& props)
       : call_(call), props_(props) {
     total_ = call.packed ? call.positions : call.num_sequences * call.positions;
@@ -39,7 +39,8 @@ class Run {
       if (may_be_symmetric(relation)) symmetric_.push_back(&relation);
     }
     if (!symmetric_.empty())
-      max_symmetric_length_ = std::min<int64_t>(call.max_length, plan_symmetric(props, max_planes(symmetric_), call.max_length).tokens);
+      max_symmetric_length_ =
+          std::min<int64_t>(call.max_length, plan_symmetric(props, max_planes(symmetric_), call.max_length).tokens);
     const bool equal_lengths = !call.packed && !call.padded;
     if (max_symmetric_length_ == 0 || (equal_lengths && max_symmetric_length_ < call.max_length)) {
       symmetric_.clear();
@@ -84,15 +85,14 @@ class Run {
     return launches;
   }
 
- private:
+private:
   bool may_be_symmetric(const Relation& relation) const {
     return relation.self && call_.gradient && call_.weights && relation.teacher.scale >= 0 &&
            relation.student.scale >= 0;
   }
-  // Accurate exponentials are for float32 students, and for calls without gradient, which report the KL divergence itself.
-  bool needs_exact(const Relation& relation) const {
-    return !call_.gradient || student_splits(relation) == 3;
-  }
+  // Accurate exponentials are for float32 students, and for calls without gradient, which report the KL divergence
+  // itself.
+  bool needs_exact(const Relation& relation) const { return !call_.gradient || student_splits(relation) == 3; }
   bool is_symmetric(const Relation* relation) const {
     return std::find(symmetric_.begin(), symmetric_.end(), relation) != symmetric_.end();
   }
@@ -133,7 +133,8 @@ class Run {
     params.first_slot = symmetric_slots_;
     auto add = [&](const std::string& kernel, const Relations& relations) {
       fill(params, relations);
-      launches.emplace_back(kernel, params, blocks * params.num_relations, row_wise_plan_.warps * 32, row_wise_plan_.bytes);
+      launches.emplace_back(kernel, params, blocks * params.num_relations, row_wise_plan_.warps * 32,
+                            row_wise_plan_.bytes);
     };
     // Relations of the symmetric kernel come last and without the sequences that it has already processed.
     for (bool symmetric : {false, true}) {
@@ -220,7 +221,8 @@ const char* run(const Call& call, const Relation* relations, const DeviceProps& 
   });
   std::vector<std::string> not_loaded;
   for (const Launch& launch : launches)
-    if (!is_loaded(device, launch.kernel) && std::find(not_loaded.begin(), not_loaded.end(), launch.kernel) == not_loaded.end())
+    if (!is_loaded(device, launch.kernel) &&
+        std::find(not_loaded.begin(), not_loaded.end(), launch.kernel) == not_loaded.end())
       not_loaded.push_back(launch.kernel);
   for (const std::string& kernel : not_loaded) missing += (missing.empty() ? "" : "\n") + kernel;
   if (!not_loaded.empty()) return nullptr;

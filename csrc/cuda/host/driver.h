@@ -15,8 +15,8 @@ std::string unsupported_reason(const std::vector<Relation>& relations, bool grad
 // Bytes of device memory that `run` needs, or -1 if the call has more thread blocks than a launch may have.
 int64_t scratch_bytes(const Call& call, const Relation* relations, const DeviceProps& props);
 
-// Launches the kernels of a call. Returns null, or an error message. `scratch`: device memory, aligned to 16 bytes. If kernels are
-// not loaded yet, launches nothing and lists their names in `missing`, one per line.
+// Launches the kernels of a call. Returns null, or an error message. `scratch`: device memory, aligned to 16 bytes. If
+// kernels are not loaded yet, launches nothing and lists their names in `missing`, one per line.
 const char* run(const Call& call, const Relation* relations, const DeviceProps& props, int device, void* stream,
                 void* scratch, std::string& missing);
 

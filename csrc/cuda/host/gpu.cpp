@@ -1,5 +1,5 @@
-// Implements gpu.h with the CUDA driver library, which is opened at run time. The declarations that are needed are repeated here,
-// so that this file compiles without CUDA, and the library also loads on machines without a GPU.
+// Implements gpu.h with the CUDA driver library, which is opened at run time. The declarations that are needed are
+// repeated here, so that this file compiles without CUDA, and the library also loads on machines without a GPU.
 
 #include "gpu.h"
 
@@ -20,8 +20,8 @@ using CUmodule = struct CUmod_st*;
 using CUfunction = struct CUfunc_st*;
 using CUstream = struct CUstream_st*;
 constexpr int kSharedPerSm = 81, kBlockSharedOptin = 97, kMajor = 75, kMinor = 76;  // CUdevice_attribute
-constexpr int kStaticShared = 1, kDynamicShared = 8, kCarveout = 9;                          // CUfunction_attribute
-constexpr int kRelaxed = 2;                                                                  // CUstreamCaptureMode
+constexpr int kStaticShared = 1, kDynamicShared = 8, kCarveout = 9;                 // CUfunction_attribute
+constexpr int kRelaxed = 2;                                                         // CUstreamCaptureMode
 
 struct Library {
   CUresult (*init)(unsigned) = nullptr;
@@ -133,7 +133,7 @@ const char* find(int index, Device*& device) {
 
 // Makes a device's context current, since the tensors may live on another device than the thread's current one.
 class Current {
- public:
+public:
   explicit Current(const Device& device) {
     CUcontext current = nullptr;
     if (CUresult r = library().current_context(&current)) {
@@ -151,7 +151,7 @@ class Current {
   }
   const char* error = nullptr;
 
- private:
+private:
   bool pushed_ = false;
 };
 
@@ -188,8 +188,8 @@ const char* load(int index, const std::string& name, const void* image) {
     failed = call;
     return (result = r) == 0;
   };
-  // The limit of dynamic shared memory is set once, for the largest block, and not per launch: other threads may launch the same
-  // kernel with another size.
+  // The limit of dynamic shared memory is set once, for the largest block, and not per launch: other threads may launch
+  // the same kernel with another size.
   step("cuModuleLoadData", cuda.module_load(&module, image)) &&
       step("cuModuleGetFunction", cuda.module_function(&function, module, name.c_str())) &&
       step("cuFuncGetAttribute", cuda.get_attribute(&fixed, kStaticShared, function)) &&
@@ -214,9 +214,9 @@ const char* launch(int index, const Launch& launch, void* stream) {
   Current current(*device);
   if (current.error) return current.error;
   void* parameters[] = {const_cast<char*>(launch.parameters)};
-  CUresult r = library().launch(function, static_cast<unsigned>(launch.blocks), 1, 1,
-                                static_cast<unsigned>(launch.threads), 1, 1, static_cast<unsigned>(launch.smem),
-                                static_cast<CUstream>(stream), parameters, nullptr);
+  CUresult r =
+      library().launch(function, static_cast<unsigned>(launch.blocks), 1, 1, static_cast<unsigned>(launch.threads), 1,
+                       1, static_cast<unsigned>(launch.smem), static_cast<CUstream>(stream), parameters, nullptr);
   return r == 0 ? nullptr : failure((launch.kernel + ": cuLaunchKernel").c_str(), r);
 }
 

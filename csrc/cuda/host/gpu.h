@@ -1,6 +1,6 @@
-// Access to a GPU: its properties, loading kernels by name, launching them. gpu.cpp implements it with the CUDA driver library;
-// tests/relation/backends/cuda/emulated.cpp implements it with a GPU emulated on the host. Functions that can fail return null, or
-// an error message.
+// Access to a GPU: its properties, loading kernels by name, launching them. gpu.cpp implements it with the CUDA driver
+// library; tests/relation/backends/cuda/emulated.cpp implements it with a GPU emulated on the host. Functions that can
+// fail return null, or an error message.
 #pragma once
 
 #include <cstring>

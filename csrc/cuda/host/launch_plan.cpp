@@ -39,18 +39,18 @@ std::string symmetric_kernel(const Relation& relation, bool causal) {
 
 std::string row_stats_kernel(const Relation& relation, bool exact) {
   const ModelOperands &teacher = relation.teacher, &student = relation.student;
-  return name("row_stats",
-              {exact, chunks_of(teacher), splits_of(teacher), chunks_of(student), splits_of(student)});
+  return name("row_stats", {exact, chunks_of(teacher), splits_of(teacher), chunks_of(student), splits_of(student)});
 }
 
 std::string row_wise_kernel(const Relation& relation, bool gradient) {
   const ModelOperands &teacher = relation.teacher, &student = relation.student;
-  return name("row_wise", {gradient ? splits_of(student) : 0, chunks_of(teacher), splits_of(teacher), chunks_of(student),
-                        splits_of(student)});
+  return name("row_wise", {gradient ? splits_of(student) : 0, chunks_of(teacher), splits_of(teacher),
+                           chunks_of(student), splits_of(student)});
 }
 
 int64_t symmetric_bytes(const Planes& planes, int tokens) {
-  // Per token: 16 bytes per plane, 8 float32 gradients per chunk, and the row statistics, whose maxima exist with 3 splits only.
+  // Per token: 16 bytes per plane, 8 float32 gradients per chunk, and the row statistics, whose maxima exist with 3
+  // splits only.
   int64_t token = 16 * (planes.teacher + planes.student) + 32 * planes.student_chunks;
   token += planes.student_splits == 3 ? 16 : 8;
   return kBlockStateBytes + kScratchBytes + tokens * token;
@@ -63,8 +63,8 @@ SymmetricPlan plan_symmetric(const DeviceProps& props, const Planes& planes, int
   plan.tokens = static_cast<int>(std::max<int64_t>(0, std::min(fit, round_up(max_length, kTile))));
   if (plan.tokens == 0) return plan;
   plan.bytes = symmetric_bytes(planes, plan.tokens);
-  // Choose the number of warps per block that keeps most warps of an SM busy: resident warps, times the balance of a round's tile
-  // pairs among the warps of a block. On a tie the smaller block wins, since its barriers are cheaper.
+  // Choose the number of warps per block that keeps most warps of an SM busy: resident warps, times the balance of a
+  // round's tile pairs among the warps of a block. On a tie the smaller block wins, since its barriers are cheaper.
   const int tile_pairs = (plan.tokens / kTile + 1) / 2;
   const int64_t room = std::max<int64_t>(1, props.smem_per_sm / (plan.bytes + kReservedBytes));
   const int most = kSymmetricWarps[planes.student_splits];

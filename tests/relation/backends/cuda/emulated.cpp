@@ -36,8 +36,7 @@ const char* launch(int, const Launch& launch, void*) {
 
 }  // namespace minilm::cuda
 
-extern "C" __attribute__((visibility("default"))) void emulated_set_props(int64_t smem_per_block,
-                                                                          int64_t smem_per_sm) {
+extern "C" __attribute__((visibility("default"))) void emulated_set_props(int64_t smem_per_block, int64_t smem_per_sm) {
   minilm::cuda::device_props = {smem_per_block, smem_per_sm, 90};
 }
 
@@ -64,8 +63,8 @@ extern "C" __attribute__((visibility("default"))) void emulated_tile_pair(int ti
 
 // planes: the fields of Planes. out: tokens, warps, blocks per SM, bytes.
 extern "C" __attribute__((visibility("default"))) void emulated_plan_symmetric(int64_t block, int64_t processor,
-                                                                           const int* planes, int64_t max_length,
-                                                                           int64_t* out) {
+                                                                               const int* planes, int64_t max_length,
+                                                                               int64_t* out) {
   minilm::cuda::SymmetricPlan plan =
       minilm::cuda::plan_symmetric({block, processor}, {planes[0], planes[1], planes[2], planes[3]}, max_length);
   out[0] = plan.tokens;
@@ -76,8 +75,8 @@ extern "C" __attribute__((visibility("default"))) void emulated_plan_symmetric(i
 
 // out: warps, streamed tokens, bytes.
 extern "C" __attribute__((visibility("default"))) void emulated_plan_row_wise(int64_t block, int64_t processor,
-                                                                          const int* planes, int gradient,
-                                                                          int64_t* out) {
+                                                                              const int* planes, int gradient,
+                                                                              int64_t* out) {
   minilm::cuda::RowWisePlan plan =
       minilm::cuda::plan_row_wise({block, processor}, {planes[0], planes[1], planes[2], planes[3]}, gradient != 0);
   out[0] = plan.warps;

@@ -1,9 +1,11 @@
-// A thread block emulated on the host: the functions of csrc/cuda/device/ptx.cuh for kernels compiled by a C++ compiler.
+// A thread block emulated on the host: the functions of csrc/cuda/device/ptx.cuh for kernels compiled by a C++
+// compiler.
 //
-// Each CUDA thread is a fiber. Warp-wide instructions (ldmatrix, mma, shuffles) wait for all 32 lanes and fail if the lanes execute
-// different instructions. Warps run in a random order drawn from `seed`, so that a missing barrier changes the result. Shared
-// memory is filled with NaN, ends at an inaccessible page and has exactly the planned size. The numerics are the worst case of the
-// documentation: ex2.approx has errors of up to 2^-22, and mma adds eight products at a time, truncated 24 bits below the largest.
+// Each CUDA thread is a fiber. Warp-wide instructions (ldmatrix, mma, shuffles) wait for all 32 lanes and fail if the
+// lanes execute different instructions. Warps run in a random order drawn from `seed`, so that a missing barrier
+// changes the result. Shared memory is filled with NaN, ends at an inaccessible page and has exactly the planned size.
+// The numerics are the worst case of the documentation: ex2.approx has errors of up to 2^-22, and mma adds eight
+// products at a time, truncated 24 bits below the largest.
 #pragma once
 
 #include <setjmp.h>
@@ -24,8 +26,8 @@
 #define MINILM_DEVICE inline
 #define MINILM_KERNEL(threads, blocks) void
 #define MINILM_PARAMETER
-#define MINILM_UNROLL
-#define MINILM_NO_UNROLL
+#define MINILM_UNROLL_FOR(...) for (__VA_ARGS__)
+#define MINILM_NO_UNROLL_FOR(...) for (__VA_ARGS__)
 
 namespace minilm::cuda {
 namespace emulation {
@@ -104,7 +106,8 @@ inline void run_block(int64_t block, int threads) {
   for (int t = 0; t < threads; ++t) {
     Fiber& fiber = machine.fibers[t];
     if (!fiber.stack) {
-      fiber.stack = static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+      fiber.stack =
+          static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
       if (fiber.stack == MAP_FAILED) fail("no memory for stacks");
     }
     getcontext(&fiber.start);
@@ -311,7 +314,8 @@ inline MatrixRegisters ldmatrix_x4(const void* row, bool transposed) {
         out[lane].r[m] = x[0] | static_cast<uint32_t>(x[1]) << 16;
       }
   };
-  return transposed ? together<MatrixRegisters>(instruction, row, mirrored) : together<MatrixRegisters>(instruction, row, direct);
+  return transposed ? together<MatrixRegisters>(instruction, row, mirrored)
+                    : together<MatrixRegisters>(instruction, row, direct);
 }
 }  // namespace emulation
 
@@ -382,8 +386,8 @@ const char* emulate(void (*kernel)(const Parameters), const char* given, int64_t
   if (threads % 32 || threads > kMostThreads) fail("no whole number of warps");
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   const size_t pages = (static_cast<size_t>(shared) + page - 1) / page * page;
-  char* memory = static_cast<char*>(
-      mmap(nullptr, pages + 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  char* memory =
+      static_cast<char*>(mmap(nullptr, pages + 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   if (memory == MAP_FAILED) return "no memory";
   mprotect(memory, page, PROT_NONE);
   mprotect(memory + page + pages, page, PROT_NONE);

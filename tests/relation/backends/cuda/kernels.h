@@ -1,5 +1,5 @@
-// Kernels of the emulated library. Two shapes are compiled like on a GPU. The others read the numbers of chunks and splits from the
-// call, since compiling every shape of the tests would take minutes.
+// Kernels of the emulated library. Two shapes are compiled like on a GPU. The others read the numbers of chunks and
+// splits from the call, since compiling every shape of the tests would take minutes.
 #pragma once
 
 #include "cuda/host/gpu.h"
