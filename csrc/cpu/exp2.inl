@@ -1,4 +1,5 @@
 // 2^x for a vector of floats.
+#pragma once
 
 namespace {
 

@@ -1,4 +1,7 @@
 // Gathers the valid tokens of a task into blocks of V lanes, and scatters the gradients back.
+#pragma once
+
+#include "gradients.inl"
 
 namespace {
 

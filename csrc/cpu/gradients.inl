@@ -4,6 +4,7 @@
 // half a vector; in the last case two tokens share a vector, with their features interleaved. The last chunk is padded
 // with zeros. With this layout the score gradient of a pair is broadcast once for both gradients, and no lanes are
 // summed.
+#pragma once
 
 namespace {
 

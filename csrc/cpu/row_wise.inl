@@ -1,4 +1,9 @@
 // The row-wise path: any relation, any mask. Takes a row block with all the keys that its rows see, in one pass.
+#pragma once
+
+#include "exp2.inl"
+#include "gradients.inl"
+#include "scores.inl"
 
 namespace {
 

@@ -3,6 +3,7 @@
 // AMD processors add on other ports than they multiply. There, two of every three pairs of features are computed as
 // (x_0 + y_1)(x_1 + y_0) = x_0 y_0 + x_1 y_1 + x_0 x_1 + y_0 y_1: one multiply-add and two additions instead of two
 // multiply-adds. The surplus x_0 x_1 depends on one token only and is subtracted from its offset.
+#pragma once
 
 namespace {
 

@@ -5,6 +5,12 @@
 // pair (j, i). A tile is `full` if all its pairs and all mirrored pairs are visible; tiles at the diagonal and at the
 // end of the prefix need masks. The diagonal is handled separately: where p_ii is close to 1, q_ii - p_ii is computed
 // from the other keys.
+#pragma once
+
+#include "exp2.inl"
+#include "gather.inl"
+#include "gradients.inl"
+#include "scores.inl"
 
 namespace {
 

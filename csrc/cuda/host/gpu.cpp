@@ -82,9 +82,9 @@ const Library& library() {
 
 // The message stays valid until the thread's next failure.
 const char* failure(const std::string& text) {
-  thread_local std::string kept;
-  kept = text;
-  return kept.c_str();
+  thread_local std::string message;
+  message = text;
+  return message.c_str();
 }
 
 const char* failure(const char* call, CUresult result) {
