@@ -107,7 +107,7 @@ def test_a_folder_that_others_may_write_to_is_not_used(cache, mode, caplog):
     assert KernelCache(cache.folder).get("1" * 64) is None
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
-    assert "other users may write to the folder" in warnings[0].getMessage()
+    assert "other users can write to the folder" in warnings[0].getMessage()
     assert VARIABLE in warnings[0].getMessage()
 
 

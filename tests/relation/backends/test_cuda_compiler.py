@@ -400,14 +400,14 @@ def test_precompile_fills_lists_and_clears(precompile, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ((), "takes --arch and --widths, --list or --clear"),
-    (("--arch", "90"), "takes --arch and --widths together"),
-    (("--widths", "16,8"), "takes --arch and --widths together"),
-    (("--arch", "75", "--widths", "16,8"), "expected a compute capability from 80 on, as 90; got '75'"),
-    (("--arch", "sm_90", "--widths", "16,8"), "expected a compute capability from 80 on, as 90; got 'sm_90'"),
+    ((), "needs --arch and --widths, --list or --clear"),
+    (("--arch", "90"), "needs --arch and --widths together"),
+    (("--widths", "16,8"), "needs --arch and --widths together"),
+    (("--arch", "75", "--widths", "16,8"), "expected a compute capability of 80 or higher, such as 90; got '75'"),
+    (("--arch", "sm_90", "--widths", "16,8"), "expected a compute capability of 80 or higher, such as 90; got 'sm_90'"),
     (("--arch", "9", "--widths", "16,8"), "got '9'"),
     (("--arch", "8.0.0", "--widths", "16,8"), "got '8.0.0'"),
-    (("--arch", "90", "--widths", "16"), "expected the head widths of teacher and student, as 16,8; got '16'"),
+    (("--arch", "90", "--widths", "16"), "expected the head widths of teacher and student, such as 16,8; got '16'"),
     (("--arch", "90", "--widths", "16,0"), "got '16,0'"),
     (("--arch", "90", "--widths", "16,8,4"), "got '16,8,4'"),
     (("--arch", "90", "--widths", "16,8", "--dtype", "float64"), "invalid choice: 'float64'"),
