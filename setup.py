@@ -61,7 +61,8 @@ class BuildPackage(build_py):
         if sources.is_dir() and not self.editable_mode:
             target = Path(self.build_lib, "minilm_kernels", "cuda_device")
             shutil.copytree(sources, target, dirs_exist_ok=True)
-            shutil.copytree("csrc/common", target / "common", dirs_exist_ok=True, ignore=shutil.ignore_patterns("binding.h"))
+            host_only = shutil.ignore_patterns("binding.h")
+            shutil.copytree("csrc/common", target / "common", dirs_exist_ok=True, ignore=host_only)
 
 
 class TaggedWheel(bdist_wheel):
@@ -85,10 +86,11 @@ def extensions() -> list[Extension]:
         names = native.wanted()
     except native.BuildError as error:
         raise SystemExit(f"minilm_kernels: {error}") from None
+    common = list(Path("csrc/common").iterdir())
     return [
         Extension(
             f"minilm_kernels._{name}",
-            sources=sorted(p.as_posix() for part in (name, "common") for p in Path("csrc", part).rglob("*") if p.is_file()),
+            sources=sorted(p.as_posix() for p in [*common, *Path("csrc", name).rglob("*")] if p.is_file()),
             py_limited_api=True,
         )
         for name in names

@@ -27,8 +27,8 @@ COMPILER_MEMORY = 2**29  # bytes per compiler process
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # OLDEST_TORCH
 
 WARNINGS = ["-Wall", "-Wno-unknown-warning-option", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # in headers of GCC 12
-# Error messages name source files relative to the project.
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}", f"-ffile-prefix-map={CSRC.parent}/=", *WARNINGS]
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}", *WARNINGS]
+CXX_FLAGS += [f"-ffile-prefix-map={CSRC.parent}/="]  # error messages name source files relative to the project
 # Without contraction, a sum has the same result wherever the compiler inlines it.
 CPU_FLAGS = [*CXX_FLAGS, "-ffp-contract=off"]
 # Kernels are compiled once per instruction set and chosen at run time, since a wheel must run on every processor.
@@ -79,7 +79,7 @@ def must_succeed() -> bool:
 
 
 def requirements() -> list[str]:
-    """Build requirements in addition to pyproject.toml: torch, if MINILM_KERNELS_BUILD=native and torch is not installed.
+    """Additional build requirements: torch, if MINILM_KERNELS_BUILD=native and torch is not installed.
 
     With `auto`, the build uses an installed torch and never downloads one.
     """

@@ -26,7 +26,7 @@ def _widths(text: str) -> tuple[int, int]:
 def _architecture(text: str) -> int:
     number = text.replace(".", "")
     if not re.fullmatch(r"\d{2,3}|\d{1,2}\.\d", text, flags=re.ASCII) or int(number) < OLDEST:
-        raise argparse.ArgumentTypeError(f"expected a compute capability of {OLDEST} or higher, such as 90; got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a compute capability from {OLDEST} on, such as 90; got {text!r}")
     return int(number)
 
 
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         "machine that runs the kernels needs the same versions of this package and of NVRTC.",
     )
     precompile.add_argument(
-        "--arch", type=_architecture, nargs="+", metavar="CC", help="compute capabilities of the GPUs, such as 90 for H100 and H200"
+        "--arch", type=_architecture, nargs="+", metavar="CC", help="compute capabilities, such as 90 for H100 and H200"
     )
     precompile.add_argument(
         "--widths",
@@ -51,9 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="T,S",
         help="head widths of teacher and student, such as 16,8; can be repeated",
     )
-    precompile.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="dtype of the student (default: bfloat16)")
-    precompile.add_argument("--teacher-dtype", choices=_DTYPES, help="dtype of the teacher (default: the same)")
-    precompile.add_argument("--cache", type=Path, metavar="FOLDER", help=f"cache folder (default: ${VARIABLE}, or ~/.cache/minilm_kernels)")
+    precompile.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="student's dtype (default: bfloat16)")
+    precompile.add_argument("--teacher-dtype", choices=_DTYPES, help="teacher's dtype (default: the student's)")
+    precompile.add_argument("--cache", type=Path, metavar="FOLDER", help=f"cache folder (default: ${VARIABLE})")
     precompile.add_argument("--list", action="store_true", help="list the kernels in the cache")
     precompile.add_argument("--clear", action="store_true", help="empty the cache first")
     return parser

@@ -23,8 +23,8 @@ Range range(const float* x, int64_t count) {
     low = max(sub(set1(0.0f), y), low);
     finite = fma(y, set1(0.0f), finite);
   }
-  float nothing = sum_lanes(finite);
-  return {nothing - max_lanes(low), nothing + max_lanes(high)};
+  float zero_or_nan = sum_lanes(finite);
+  return {zero_or_nan - max_lanes(low), zero_or_nan + max_lanes(high)};
 }
 
 // Subtracts the mean μ of all tokens, then applies the scale. With x̃ = x - μ, b_i = μ·x̃_i and the reference |μ|²,

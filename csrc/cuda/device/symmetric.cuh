@@ -1,6 +1,7 @@
 // The symmetric path: reduced losses of self-relations, with gradient. A block keeps one (sequence, head, relation) in
-// shared memory and computes the loss and the gradient in two phases. With one reference score for all rows, E_ij =
-// E_ji, and each phase computes it once for both pairs. docs/cuda.md has the derivation and the cost.
+// shared memory and computes the loss and the gradient in two phases. With one reference score for all rows,
+// exponentials are symmetric (E_ij = E_ji), and each phase computes them once. docs/cuda.md has the derivation and
+// cost.
 #pragma once
 
 #include "row_wise.cuh"
@@ -47,9 +48,8 @@ struct SymmetricLayout {
     return reinterpret_cast<float*>(planes() + (chunks_t() * splits_t() + chunks_s() * kSplits) * plane()) + token * 8;
   }
   MINILM_DEVICE int grads_plane() const { return state().capacity * 8; }
-  MINILM_DEVICE float* sums_t() const {
-    return grads(0) + chunks_s() * grads_plane();
-  }  // phase 1: Σ E; phase 2: 1 / Σ E
+  // Σ E of each row in phase 1, 1 / Σ E in phase 2.
+  MINILM_DEVICE float* sums_t() const { return grads(0) + chunks_s() * grads_plane(); }
   MINILM_DEVICE float* sums_s() const { return sums_t() + state().capacity; }
   MINILM_DEVICE RowStats row_stats() const {  // the maxima exist with 3 splits only
     const int capacity = state().capacity;

@@ -1,8 +1,8 @@
 """On-disk cache of compiled CUDA kernels: one file per kernel, named by a digest of everything it was compiled from.
 
-Cached code runs on the GPU. The cache therefore only uses a folder and files that belong to the current user and that no
-other user can write to, verifies the SHA-256 of each file, and creates files atomically by a rename. If the folder cannot
-be used, kernels are compiled again, with one warning; results never depend on it.
+Cached code runs on the GPU. The cache therefore only uses a folder and files that belong to the current user and that
+no other user can write to, verifies the SHA-256 of each file, and creates files atomically by a rename. If the folder
+cannot be used, kernels are compiled again, with one warning; results never depend on it.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def compile_kernels(
 
 
 def kernel_names(width_t: int, width_s: int, dtype_t: str = "bfloat16", dtype_s: str = "bfloat16") -> list[str]:
-    """Names of all kernels that losses with these head widths may need: any mask, any length, with or without gradient."""
+    """Names of all kernels that losses with these head widths may need, for any mask and length, and any reduction."""
     chunks_t, chunks_s = (-(-width // 8) for width in (width_t, width_s))
     splits_t, splits_s = _SPLITS[dtype_t], _SPLITS[dtype_s]
     shape = f"{chunks_t}_{splits_t}_{chunks_s}_{splits_s}"
@@ -134,10 +134,7 @@ def kernel_names(width_t: int, width_s: int, dtype_t: str = "bfloat16", dtype_s:
 @cache
 def source(places: bool = False) -> str:
     """All device code as one text. With `places`, line directives name the files by their full path."""
-    if _CHECKOUT.is_dir():
-        folders = [_CHECKOUT, _CHECKOUT.parents[1]]  # the second for "common/..."
-    else:
-        folders = [_INSTALLED]
+    folders = [_CHECKOUT, _CHECKOUT.parents[1]] if _CHECKOUT.is_dir() else [_INSTALLED]  # [1] is csrc, for common/
     return _inlined("kernels.cuh", folders, set(), places)
 
 
@@ -239,7 +236,7 @@ def _version() -> str:
 
 
 def _target(architecture: int, target: str | None) -> tuple[int, str]:
-    """Architecture and target to compile for a GPU: its own machine code, or PTX of the newest architecture NVRTC knows."""
+    """Architecture and target for a GPU: its own machine code, or PTX of the newest architecture NVRTC supports."""
     known = [number for number in _nvrtc().nvrtcGetSupportedArchs()[-1] if number >= OLDEST]
     if architecture in known:
         return architecture, target or "cubin"

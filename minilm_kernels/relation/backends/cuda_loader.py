@@ -46,7 +46,7 @@ class KernelLoader:
                 return
             if len(self.loaded) + len(names) > self.limit:
                 raise BackendUnavailable(
-                    f"this process has compiled kernels for many shapes; it does not load more than {self.limit} kernels"
+                    f"this process compiled kernels for many shapes; it does not load more than {self.limit} kernels"
                 )
             try:
                 code = cuda_compiler.compile_kernels(names, operators.capability(device), cache=self.cache)

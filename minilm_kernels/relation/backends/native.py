@@ -1,8 +1,8 @@
 """Backends `cpu` and `cuda`: C++ and CUDA C++ kernels in native libraries.
 
-The libraries are built when the package is installed (setup.py). Each registers private operators with PyTorch through
-its stable ABI, as `torch.ops.minilm_kernels_cpu` and `torch.ops.minilm_kernels_cuda`. This module loads the libraries and
-turns `RelationInputs` into the operators' arguments. docs/cpu.md and docs/cuda.md describe the kernels.
+The libraries are built when the package is installed (setup.py). Through PyTorch's stable ABI they register the private
+operators `torch.ops.minilm_kernels_cpu` and `torch.ops.minilm_kernels_cuda`. This module loads the libraries and turns
+`RelationInputs` into the operators' arguments. docs/cpu.md and docs/cuda.md describe the kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Launches of the CUDA backend, and what it asks of the driver library: against the stand-in of tests/ptx."""
+"""Launches of the CUDA backend and its calls of the driver library, which tests/ptx replaces."""
 
 import ctypes
 import logging
@@ -18,7 +18,7 @@ _SHAPE = {"widths": (16, 8), "dtype": torch.bfloat16, "heads": 2}
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch):
-    """Kernels are not compiled: nobody executes them here. Gives the calls of the compiler."""
+    """Replaces the compiler, since these tests execute no kernels. Returns the calls of the compiler."""
     calls = []
 
     def compile_kernels(names, architecture, **_):
@@ -44,7 +44,7 @@ def test_a_kernel_is_loaded_and_given_its_shared_memory_once(gpu):
     functions = [function for function, *_ in gpu.of("cuLaunchKernel")]
     assert _names(gpu, gpu.of("cuLaunchKernel")) == ["symmetric_1_2_1_1_0", "reduce"] * 3
     assert len(set(functions)) == len(gpu.of("cuModuleLoadData")) == 2
-    # The most dynamic shared memory that a block may have, and all of the processor's on-chip memory as shared.
+    # The maximum dynamic shared memory of a block, and all on-chip memory of an SM as shared memory.
     wanted = [call for function in functions[:2] for call in ((function, 8, 232448), (function, 9, 100))]
     assert sorted(gpu.of("cuFuncSetAttribute")) == sorted(wanted)
 
@@ -134,7 +134,7 @@ def test_threads_that_miss_the_same_kernels_load_them_once(gpu, compiled):
     assert len(gpu.of("cuLaunchKernel")) == 8
 
 
-# Where it fails: before the first launch of a process, or in a launch.
+# The call fails before the first launch of a process, or in a launch.
 @pytest.mark.parametrize("call", [
     "cuDeviceGet", "cuDeviceGetAttribute", "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxPushCurrent_v2",
     "cuThreadExchangeStreamCaptureMode", "cuModuleLoadData", "cuModuleGetFunction", "cuFuncGetAttribute",
@@ -144,7 +144,7 @@ def test_an_error_names_the_call(gpu, call, caplog):
     gpu.failing = call
     with gpu.recorded(), pytest.raises(RuntimeError, match=rf"{call.removesuffix('_v2')}: invalid argument"):
         _run()
-    # The library goes on: once the driver does, so do calls.
+    # Calls succeed again as soon as the driver does.
     gpu.failing = ""
     native.cuda.loader.error = None
     with gpu.recorded():
@@ -162,7 +162,7 @@ def test_auto_goes_on_where_the_driver_does_not(gpu, call, caplog):
 
 
 def test_a_launch_that_fails_is_an_error(gpu):
-    """Something that ran before may have failed: no other backend may hide that."""
+    """An earlier kernel may have failed, so no other backend may take over."""
     gpu.failing = "cuLaunchKernel"
     with gpu.recorded(), pytest.raises(RuntimeError, match="symmetric_1_2_1_1_0: cuLaunchKernel: invalid argument"):
         make(**_SHAPE).run("sequence", "auto")
@@ -191,7 +191,7 @@ def test_the_stream_is_handed_through(gpu):
 
 
 def test_more_blocks_than_a_launch_takes_are_refused(gpu, compiled):
-    """Before memory is asked for, and before anything is compiled or queued."""
+    """The error occurs before memory is allocated and before anything is compiled or launched."""
     heads = 2**30
     teacher, student = (torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16).expand(1, 1, heads, 8) for _ in range(2))
     values, weights = torch.empty(3), torch.ones(1)
@@ -257,4 +257,4 @@ def test_a_process_does_not_load_kernels_for_ever(gpu, monkeypatch, caplog):
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
     assert len(warnings) == 1
     assert "another backend than cuda serves" in warnings[0]
-    _run()  # what is loaded still serves
+    _run()  # loaded kernels still work
