@@ -185,7 +185,7 @@ def test_no_register_of_the_kernels_products_is_written_too_early():
 
 
 def test_a_kernel_that_another_checkout_compiled_is_not_taken(tmp_path):
-    """Triton's cache finds it by its text, but its lines name files of the other checkout, which hold no markers here."""
+    """Triton's cache knows it by its text, but its lines name files of the other checkout."""
     for checkout in ("first", "second"):
         folder = tmp_path / checkout
         folder.mkdir()
