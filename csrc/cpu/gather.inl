@@ -169,12 +169,12 @@ MINILM_INLINE float scale_factor(const ModelBuffers& model) {
 }
 
 void apply_scale(const Task& task, const ModelBuffers& model) {
-  auto multiply = [&](float* x, float factor) {
+  auto scale_by = [&](float* x, float factor) {
     for (int64_t i = 0; i < task.blocks * model.width; ++i) store(x + i * V, mul(load(x + i * V), set1(factor)));
   };
   float factor = scale_factor(model);
-  multiply(model.keys, factor);
-  if (model.queries != model.keys) multiply(model.queries, model.operands->scale < 0 ? -factor : factor);
+  scale_by(model.keys, factor);
+  if (model.queries != model.keys) scale_by(model.queries, model.operands->scale < 0 ? -factor : factor);
 }
 
 }  // namespace

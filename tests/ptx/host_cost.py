@@ -1,7 +1,7 @@
-"""python -m tests.ptx.host_cost: host time of a CUDA launch beyond that of an operator that does nothing.
+"""python -m tests.ptx.host_cost: host time of a CUDA launch, minus the time of an operator that does nothing.
 
-Both operators get the same arguments. The package's library launches through the stand-in driver, which does nothing
-either: what is left is the package's own work. Each figure is the least of many medians.
+Both operators get the same arguments. The package's library launches through the replaced driver library, which does
+nothing either. The difference is the package's own work. Each figure is the smallest of many medians.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .build import FOLDER, NATIVE, compiled, kept
 from .driver import driver
 
 _GPU = 4
-# Pairs of 0 (query), 1 (key) and 2 (value), and whether sequences are packed.
+# Indices of the relations' tensors, 0 (query), 1 (key) and 2 (value), and whether sequences are packed.
 CALLS = {
     "MiniLMv2, q-q k-k v-v": ([0, 0, 1, 1, 2, 2], False),
     "MiniLM, q-k v-v": ([0, 1, 2, 2], False),
-    "packed, some sequences row by row": ([0, 0, 1, 1, 2, 2], True),
+    "packed, some sequences row-wise": ([0, 0, 1, 1, 2, 2], True),
 }
 
 
@@ -64,7 +64,7 @@ def _microseconds(call: Callable, arguments: tuple, calls: int = 200) -> float:
 
 
 def measure(repeats: int = 50, folder: Path = FOLDER) -> dict[str, tuple[int, float, float]]:
-    """For each of CALLS: launches, and microseconds of the operator and of the one that does nothing."""
+    """Returns for each of CALLS the launches, and the microseconds of the operator and of the one that does nothing."""
     standin = driver(folder)
     standin.set_gpu(_GPU, 90, 232448, 233472)
     torch.ops.load_library(native.cuda.library)

@@ -1,7 +1,7 @@
-"""Runs the package's CUDA C++ backend on CPU tensors: everything is real but the GPU.
+"""Runs the package's CUDA C++ backend on CPU tensors. Everything except the GPU is real.
 
-NVRTC compiles the kernels that a call needs to PTX, and the package's library loads and launches them through the
-stand-in of driver.py, which hands every launch to the emulator.
+NVRTC compiles the kernels of a call to PTX. The package's library loads and launches them through the replaced driver
+library (driver.py), which passes every launch to the emulator.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .build import FOLDER
 from .device import Device, poison
 from .driver import driver
 
-# Number of the GPU; bytes of shared memory of a block and of a processor. Short sequences get blocks of one warp on
-# sm_90; where a processor has little room they get several; where a block has little, long sequences go row by row.
+# Number of the GPU, and bytes of shared memory per block and per SM. On sm_90 short sequences get blocks of one warp. With
+# little memory per SM they get several warps; with little memory per block, long sequences take the row-wise path.
 GPUS = {"sm_90": (1, 232448, 233472), "crowded": (2, 232448, 30000), "small": (3, 16384, 16384)}
-ARCHITECTURE = 80  # its PTX is what newer GPUs translate as well
+ARCHITECTURE = 80  # newer GPUs also translate its PTX
 
 
 class _Scratch(TorchDispatchMode):
-    """Memory that the library allocates becomes known to the device."""
+    """Registers memory that the library allocates with the device."""
 
     def __init__(self, device: Device) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _Scratch(TorchDispatchMode):
 
 
 class _Operators:
-    """The library's operators; what they are given becomes known to the device."""
+    """The library's operators, which also register their tensors with the device."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -58,7 +58,7 @@ class _Operators:
             elif name and isinstance(x, (list, tuple)):
                 for k, tensor in enumerate(x):
                     self.device.know(tensor, f"{name}[{k}]")
-        with _Scratch(self.device):  # which is to see what the operator calls, and not the operator
+        with _Scratch(self.device):  # sees the operator's own calls only
             missing = self.library.relation_kl.default.redispatch(
                 torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *arguments
             )
@@ -68,7 +68,7 @@ class _Operators:
 
 @contextmanager
 def cuda_backend(device: Device, gpu: str, folder: Path = FOLDER):
-    """Within, `backend="cuda"` serves CPU tensors by emulation on one of GPUS; yields the PTX modules loaded so far."""
+    """Emulates `backend="cuda"` for CPU tensors on one of GPUS. Yields the PTX modules loaded so far."""
     from minilm_kernels.relation.backends import cuda_compiler, native
     from minilm_kernels.relation.backends.cuda_cache import KernelCache
 

@@ -17,13 +17,13 @@ _numbers = itertools.count(10)
 class GPU:
     """A GPU that no other test has used. `calls`: calls of the driver, as name and three arguments."""
 
-    def __init__(self, capability: int = 90, block_shared: int = 232448, processor_shared: int = 233472) -> None:
+    def __init__(self, capability: int = 90, smem_per_block: int = 232448, smem_per_sm: int = 233472) -> None:
         from tests.ptx.driver import driver
 
         self.number = next(_numbers)
         self.stream = 0
         self.driver = driver()
-        self.driver.set_gpu(self.number, capability, block_shared, processor_shared)
+        self.driver.set_gpu(self.number, capability, smem_per_block, smem_per_sm)
         self.calls: list[tuple[str, int, int, int]] = []
         self.failing = ""  # name of a driver call that fails
 

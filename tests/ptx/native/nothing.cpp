@@ -1,4 +1,4 @@
-// An operator that takes what the CUDA backend's does and does nothing: what PyTorch itself takes of a launch's time.
+// An operator with the arguments of the CUDA backend's that does nothing, to measure PyTorch's own time for a call.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
