@@ -18,8 +18,8 @@ from .build import FOLDER
 from .device import Device, poison
 from .driver import driver
 
-# Number of the GPU, and bytes of shared memory per block and per SM. On sm_90 short sequences get blocks of one warp. With
-# little memory per SM they get several warps; with little memory per block, long sequences take the row-wise path.
+# Number of the GPU, and bytes of shared memory per block and per SM. On sm_90, short sequences get blocks of one warp.
+# With little memory per SM they get several warps; with little per block, long sequences take the row-wise path.
 GPUS = {"sm_90": (1, 232448, 233472), "crowded": (2, 232448, 30000), "small": (3, 16384, 16384)}
 ARCHITECTURE = 80  # newer GPUs also translate its PTX
 
