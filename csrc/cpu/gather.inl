@@ -92,7 +92,7 @@ void write_token_major(const float* x, int64_t width, int64_t block, int64_t tok
       float nothing[V] = {};
       for (int k = 0; k < C::kFeatures; ++k) {
         const float* lanes = d + k < width ? x + (d + k) * V : nothing;
-        for (int pair = 0; pair < V / 2; ++pair) __builtin_memcpy(out + pair * V + 2 * k, lanes + 2 * pair, 8);
+        for (int t = 0; t < V / 2; ++t) __builtin_memcpy(out + t * V + 2 * k, lanes + 2 * t, 8);
       }
       return;
     }

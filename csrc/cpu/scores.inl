@@ -12,18 +12,18 @@ MINILM_INLINE const float* row_pointer(const float* x, int64_t width, int64_t ro
   return x + row / V * width * V + row % V;
 }
 
-// Calls pair(d) for the features d and d + 1 that are computed together, and single(d) for the others.
-template <class Pair, class Single>
-MINILM_INLINE void for_each_feature(int64_t width, const Pair& pair, const Single& single) {
+// Calls paired(d) for the features d and d + 1 that are computed together, and single(d) for the others.
+template <class Paired, class Single>
+MINILM_INLINE void for_each_feature(int64_t width, const Paired& paired, const Single& single) {
   int64_t d = 0;
   for (; d + 6 <= width; d += 6) {
-    pair(d);
-    pair(d + 2);
+    paired(d);
+    paired(d + 2);
     single(d + 4);
     single(d + 5);
   }
   if (d + 4 <= width) {
-    pair(d);
+    paired(d);
     d += 2;
   }
   for (; d < width; ++d) single(d);
@@ -60,7 +60,7 @@ MINILM_INLINE void score_tile(const ScoreInput& in, int64_t row, int64_t block, 
       for (int n = 0; n < N; ++n) acc[r][n] = fma(x, key[n], acc[r][n]);
     }
   };
-  auto pair = [&](int64_t d) __attribute__((always_inline)) {
+  auto paired = [&](int64_t d) __attribute__((always_inline)) {
     F key[N][2];
     for (int n = 0; n < 2 * N; ++n) key[n / 2][n % 2] = load(keys + (n / 2 * width + d + n % 2) * V);
     for (int r = 0; r < kTileRows; ++r) {
@@ -69,7 +69,7 @@ MINILM_INLINE void score_tile(const ScoreInput& in, int64_t row, int64_t block, 
     }
   };
   if (kProduct == Product::paired)
-    for_each_feature(width, pair, single);
+    for_each_feature(width, paired, single);
   else
     for (int64_t d = 0; d < width; ++d) single(d);
   for (int r = 0; r < kTileRows; ++r)

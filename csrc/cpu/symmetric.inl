@@ -57,12 +57,12 @@ void center(const Task& task, const ModelBuffers& model) {
       square = fma(x, x, square);
       return x;
     };
-    auto pair = [&](int64_t d) __attribute__((always_inline)) {
+    auto paired = [&](int64_t d) __attribute__((always_inline)) {
       F x = single(d), y = single(d + 1);
       products = fma(x, y, products);
     };
     if (task.paired)
-      for_each_feature(width, pair, single);
+      for_each_feature(width, paired, single);
     else
       for (int64_t d = 0; d < width; ++d) single(d);
     store(model.norms + b * V, add(square, add(offset, offset)));

@@ -233,8 +233,8 @@ MINILM_DEVICE void add_products(float* sums, int plane, const ScoreGrads<kTiles>
     MINILM_UNROLL_FOR (int split = 0; split < kSplits; ++split)
       ldmatrix_x4_trans(y[split], token + (split * chunks + chunk) * x.plane);
     MINILM_UNROLL_FOR (int i = 0; i < kTiles; ++i) {
-      float* low = sums + chunk * plane + i * 128;
-      Float2 upper = load_float2(low), lower = load_float2(low + 64);
+      float* out = sums + chunk * plane + i * 128;
+      Float2 upper = load_float2(out), lower = load_float2(out + 64);
       float sum[4] = {upper.x, upper.y, lower.x, lower.y};
       float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       float (&to)[4] = kSeparate ? part : sum;
@@ -243,8 +243,8 @@ MINILM_DEVICE void add_products(float* sums, int plane, const ScoreGrads<kTiles>
           mma_m16n8k16(to, m[i][k][0], m[i][k][1], m[i][k][2], m[i][k][3], y[split][2 * k], y[split][2 * k + 1]);
       if (kSeparate)
         MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) sum[e] = add(sum[e], part[e]);
-      store_float2(low, sum[0], sum[1]);
-      store_float2(low + 64, sum[2], sum[3]);
+      store_float2(out, sum[0], sum[1]);
+      store_float2(out + 64, sum[2], sum[3]);
     }
   }
 }
