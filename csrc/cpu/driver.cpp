@@ -214,7 +214,7 @@ private:
     auto allocate_model = [&](ModelBuffers& model, const ModelOperands& operands) {
       model.operands = &operands;
       model.width = operands.key.width;
-      model.key_rows = model.query_rows = nullptr;
+      model.key_tokens = model.query_tokens = nullptr;
       model.key_grads = model.query_grads = model.recent_grads = nullptr;
       model.keys = layout.take<float>(length * model.width);
       bool shared = relation.self && operands.scale >= 0;
@@ -233,9 +233,9 @@ private:
       allocate_model(task.student, relation.student);
       ModelBuffers& student = task.student;
       if (!gradient_) continue;
-      int64_t size = length * k_.row_floats(student.width);
-      student.key_rows = layout.take<float>(size);
-      student.query_rows = relation.self ? student.key_rows : layout.take<float>(size);
+      int64_t size = length * k_.token_floats(student.width);
+      student.key_tokens = layout.take<float>(size);
+      student.query_tokens = relation.self ? student.key_tokens : layout.take<float>(size);
       student.key_grads = layout.take<float>(slices * size);
       student.query_grads = relation.self ? student.key_grads : layout.take<float>(slices * size);
       student.recent_grads = layout.take<float>(slices * size);

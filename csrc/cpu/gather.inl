@@ -120,15 +120,15 @@ void gather(const Task* const* tasks, int64_t heads, int64_t block) {
     for (int64_t h = 0; h < heads; ++h) {
       const ModelBuffers& x = tasks[h]->*model;
       int64_t tokens = tasks[h]->blocks * V, at = block * x.width * V;
-      if (x.key_rows) write_token_major(x.keys + at, x.width, block, tokens, x.key_rows);
-      if (x.query_rows != x.key_rows) write_token_major(x.queries + at, x.width, block, tokens, x.query_rows);
+      if (x.key_tokens) write_token_major(x.keys + at, x.width, block, tokens, x.key_tokens);
+      if (x.query_tokens != x.key_tokens) write_token_major(x.queries + at, x.width, block, tokens, x.query_tokens);
     }
   }
 }
 
 // Writes one block of a gradient to its tokens, scaled and summed over the slices of the task.
 void scatter_tensor(const Task& task, int64_t block, const float* grads, float* out) {
-  int64_t width = task.student.width, tokens = task.blocks * V, size = tokens * row_floats(width);
+  int64_t width = task.student.width, tokens = task.blocks * V, size = tokens * token_floats(width);
   F factor = set1(task.student.operands->scale * task.weight);
   for_each_chunk(width, [&](auto chunk, int64_t d) __attribute__((always_inline)) {
     using C = decltype(chunk);

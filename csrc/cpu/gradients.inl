@@ -19,7 +19,7 @@ struct FeatureChunk {
 };
 
 // Floats of one token, padding included.
-int64_t row_floats(int64_t width) { return (width + V / 2 - 1) / (V / 2) * (V / 2); }
+int64_t token_floats(int64_t width) { return (width + V / 2 - 1) / (V / 2) * (V / 2); }
 
 // Calls body(chunk, first feature of the chunk) for every chunk.
 template <class Body>
@@ -97,8 +97,8 @@ void gradients(const float* m, const Task& task, int64_t first, int64_t block, i
       int64_t count = blocks - b < kSweepBlocks ? blocks - b : kSweepBlocks;
       int64_t from = key + b * V * C::kFeatures;
       for (int r = 0; r < R; r += C::kRows)
-        gradient_tile<C>(m + (b * R + r) * V, model.query_rows + row + r * C::kFeatures, model.key_rows + from, count,
-                         query_grads + row + r * C::kFeatures, key_grads + from);
+        gradient_tile<C>(m + (b * R + r) * V, model.query_tokens + row + r * C::kFeatures, model.key_tokens + from,
+                         count, query_grads + row + r * C::kFeatures, key_grads + from);
     }
   });
 }

@@ -17,12 +17,12 @@ constexpr int64_t kFlushRowBlocks = 16;  // row blocks that are summed before th
 struct ModelBuffers {
   const ModelOperands* operands;
   int64_t width;
-  float *keys, *queries;           // the same memory in a self-relation with a positive scale
-  float *key_rows, *query_rows;    // student with gradient: unscaled tokens in the layout of gradients.inl
-  float *key_grads, *query_grads;  // student with gradient: one accumulator per slice, in the same layout
-  float* recent_grads;             // student with gradient: sums that are not yet part of key_grads (TwoStepSum)
-  float* norms;                    // symmetric path: u_ii, later the score gradient of the diagonal
-  float *mean, *offsets;           // symmetric path: mean of all tokens; term of each token in its scores
+  float *keys, *queries;             // the same memory in a self-relation with a positive scale
+  float *key_tokens, *query_tokens;  // student with gradient: unscaled tokens in the layout of gradients.inl
+  float *key_grads, *query_grads;    // student with gradient: one accumulator per slice, in the same layout
+  float* recent_grads;               // student with gradient: sums that are not yet part of key_grads (TwoStepSum)
+  float* norms;                      // symmetric path: u_ii, later the score gradient of the diagonal
+  float *mean, *offsets;             // symmetric path: mean of all tokens; term of each token in its scores
 };
 
 struct Task {
@@ -52,7 +52,7 @@ struct Task {
 struct Kernels {
   int64_t lanes;
   int64_t panel_floats;                                                    // scratch memory of a panel of scores
-  int64_t (*row_floats)(int64_t width);                                    // floats of a token in key_rows
+  int64_t (*token_floats)(int64_t width);                                  // floats of a token in key_tokens
   void (*gather)(const Task* const* tasks, int64_t heads, int64_t block);  // one block of neighbouring heads
   Range (*range)(const float* x, int64_t count);                           // NaN unless all are finite
   void (*center)(const Task&, const ModelBuffers&);                        // subtract the mean, apply the scale

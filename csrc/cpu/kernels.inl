@@ -36,7 +36,7 @@ namespace minilm::cpu {
 const Kernels MINILM_KERNELS = {
     V,
     2 * kPanelBlocks * R * V,
-    row_floats,
+    token_floats,
     gather,
     range,
     center,

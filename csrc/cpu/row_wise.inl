@@ -59,7 +59,7 @@ MINILM_INLINE float row_kl(const float* u_t, const float* u_s, const float* e_t,
 
 void row_wise(const Task& task, int64_t slice, float* scratch) {
   const ModelBuffers &t = task.teacher, &s = task.student;
-  int64_t size = task.blocks * V * row_floats(s.width), block_floats = task.blocks * R * V;
+  int64_t size = task.blocks * V * token_floats(s.width), block_floats = task.blocks * R * V;
   float *u_t = scratch, *u_s = u_t + block_floats, *e_t = u_s + block_floats, *e_s = e_t + block_floats;
   bool cross = s.query_grads != s.key_grads;
   int64_t vectors = task.gradient ? size / V : 0;

@@ -290,7 +290,7 @@ void diagonal_gradient(const Task& task, float* grads) {
       F factor = C::kHalf ? set1_pair(at) : set1(*at);
       for (int n = 0; n < C::kVectors; ++n) {
         int64_t to = d * tokens + i * C::kFeatures + n * V;
-        store(grads + to, fma(factor, load(task.student.key_rows + to), load(grads + to)));
+        store(grads + to, fma(factor, load(task.student.key_tokens + to), load(grads + to)));
       }
     }
   });
@@ -348,7 +348,7 @@ MINILM_INLINE F score_grad_of_panel(const Task& task, int64_t first, int64_t blo
 }
 
 void symmetric_gradient(const Task& task, int64_t slice, float* scratch) {
-  int64_t padded = task.blocks * V, size = padded * row_floats(task.student.width);
+  int64_t padded = task.blocks * V, size = padded * token_floats(task.student.width);
   const float *inverse_t = task.inverse, *inverse_s = task.inverse + padded;
   float* total = task.student.key_grads + slice * size;
   TwoStepSum grads(task.student.recent_grads + slice * size, total, size / V);
