@@ -41,7 +41,7 @@ struct Fiber {
   jmp_buf registers;
   ucontext_t start;
   char* stack = nullptr;
-  const int* waits_for = nullptr;  // until this is no longer `seen`
+  const int* waits_for = nullptr;  // blocked as long as this equals `seen`
   int seen = 0;
   bool started = false, done = true;
 };
@@ -122,7 +122,7 @@ inline void run_block(int64_t block, int threads) {
   const int warps = threads / 32;
   std::vector<int> order(warps);
   for (int w = 0; w < warps; ++w) order[w] = w;
-  // With a seed, warps run one after the other as far as they get, in another order between any two barriers.
+  // With a seed, each warp runs until it blocks, and the order of warps changes between any two barriers.
   auto step = [](int warp, bool& alive) {
     bool moved = false;
     for (int lane = 0; lane < 32; ++lane) {
@@ -151,7 +151,7 @@ inline void run_block(int64_t block, int threads) {
   }
 }
 
-// What a warp executes as one instruction: `compute` gets all lanes' operands and fills all results.
+// Executes a warp-wide instruction: `compute` receives the operands of all lanes and fills their results.
 template <class Out, class In, class Compute>
 Out together(const char* instruction, const In& in, const Compute& compute) {
   static_assert(sizeof(In) <= 64 && sizeof(Out) <= 64, "");
@@ -192,7 +192,7 @@ inline double power_of_two(int exponent) {
   return x;
 }
 
-// c + Σ_k a[k] b[k], 8 products.
+// c + Σ_k a[k] b[k] over 8 products, truncated.
 inline float accumulate(float c, const float* a, const float* b) {
   double term[9], most = 0.0;
   term[8] = c;
@@ -205,7 +205,7 @@ inline float accumulate(float c, const float* a, const float* b) {
   const double unit = power_of_two(top - 23), inverse = power_of_two(23 - top);
   int64_t sum = 0;
   for (double x : term) sum += static_cast<int64_t>(x * inverse);  // towards zero
-  // The sum may have more than 24 bits: cut off again.
+  // The sum may have more than 24 bits, so truncate it again.
   double result = static_cast<double>(sum) * unit;
   float rounded = static_cast<float>(result);
   if (std::fabs(static_cast<double>(rounded)) > std::fabs(result)) rounded = std::nextafterf(rounded, 0.0f);

@@ -1,4 +1,4 @@
-// See kernels.h.
+// The emulated row-wise kernels and the reduction.
 
 #include "cuda/device/row_wise.cuh"
 

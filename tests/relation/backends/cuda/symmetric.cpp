@@ -1,4 +1,4 @@
-// See kernels.h.
+// The emulated symmetric kernel.
 
 #include "cuda/device/symmetric.cuh"
 
