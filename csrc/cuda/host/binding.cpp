@@ -52,7 +52,7 @@ void load(std::string name, Tensor image, int64_t device) {
 // The device's compute capability, 90 for 9.0.
 int64_t capability(int64_t device) { return device_props(device).capability; }
 
-// Why the device cannot compute relations of these tensors, or an empty string.
+// Returns the reason why the device cannot compute relations of these tensors, or an empty string.
 std::string unsupported_reason(Tensors teacher, Tensors student, std::vector<int64_t> indices, int64_t device) {
   return cuda::unsupported_reason(relations_of(teacher, student, indices), true, device_props(device));
 }

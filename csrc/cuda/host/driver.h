@@ -9,7 +9,7 @@
 
 namespace minilm::cuda {
 
-// Why a device cannot compute these relations, or an empty string.
+// Returns the reason why a device cannot compute these relations, or an empty string.
 std::string unsupported_reason(const std::vector<Relation>& relations, bool gradient, const DeviceProps& props);
 
 // Bytes of device memory that `run` needs, or -1 if the call has more thread blocks than a launch may have.

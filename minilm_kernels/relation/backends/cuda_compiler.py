@@ -42,7 +42,7 @@ class Kernel(NamedTuple):
 
 
 def unavailable_reason() -> str | None:
-    """Why kernels cannot be compiled, and how to fix it; `None` if they can."""
+    """Returns why kernels cannot be compiled, and how to fix it; `None` if they can."""
     if not (_INSTALLED.is_dir() or _CHECKOUT.is_dir()):
         return f"the kernels' sources are not in {_INSTALLED}: reinstall the package"
     try:

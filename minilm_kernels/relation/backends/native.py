@@ -50,77 +50,77 @@ class NativeBackend:
             self.load_error = self._load()
         return self.load_error
 
-    def unsupported_reasons(self, problem: RelationInputs) -> list[str]:
+    def unsupported_reasons(self, inputs: RelationInputs) -> list[str]:
         reasons = []
-        others = {x.dtype for x in (*problem.teacher, *problem.student)} - set(_DTYPES)
+        others = {x.dtype for x in (*inputs.teacher, *inputs.student)} - set(_DTYPES)
         if others:
             reasons.append(
                 f"it computes in float32 for float32, float16 and bfloat16, not for {', '.join(map(str, others))}"
             )
-        device = problem.mask.device
+        device = inputs.mask.device
         if device.type != self.device_type:
             reasons.append(f"it computes on {self.device_type} devices, the tensors are on {device}")
         return reasons
 
-    def forward_reduced(self, problem: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
-        problem, fault = self._repaired(problem)
-        values = weights.new_empty(len(problem.relations))
-        grads = self._new_gradients(problem) if gradient else []
-        self._run(problem, weights=marked(weights, fault).contiguous(), values=values, grads=grads)
+    def forward_reduced(self, inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+        inputs, fault = self._repaired(inputs)
+        values = weights.new_empty(len(inputs.relations))
+        grads = self._new_gradients(inputs) if gradient else []
+        self._run(inputs, weights=marked(weights, fault).contiguous(), values=values, grads=grads)
         return marked(values, fault), grads
 
-    def forward_none(self, problem: RelationInputs) -> Tensor:
-        problem, fault = self._repaired(problem)
-        *batch, positions = problem.mask.token_shape
-        shape = (len(problem.relations), *batch, problem.heads, positions)
-        new = torch.zeros if _padded(problem) else torch.empty
-        out = new(shape, dtype=torch.float32, device=problem.mask.device)
-        self._run(problem, rows=out)
+    def forward_none(self, inputs: RelationInputs) -> Tensor:
+        inputs, fault = self._repaired(inputs)
+        *batch, positions = inputs.mask.token_shape
+        shape = (len(inputs.relations), *batch, inputs.heads, positions)
+        new = torch.zeros if _padded(inputs) else torch.empty
+        out = new(shape, dtype=torch.float32, device=inputs.mask.device)
+        self._run(inputs, rows=out)
         return marked(out, fault)
 
-    def backward_none(self, problem: RelationInputs, row_grads: Tensor) -> list[Tensor]:
-        problem, fault = self._repaired(problem)
-        grads = self._new_gradients(problem)
-        self._run(problem, row_grads=marked(row_grads.float(), fault).contiguous(), grads=grads)
+    def backward_none(self, inputs: RelationInputs, row_grads: Tensor) -> list[Tensor]:
+        inputs, fault = self._repaired(inputs)
+        grads = self._new_gradients(inputs)
+        self._run(inputs, row_grads=marked(row_grads.float(), fault).contiguous(), grads=grads)
         return grads
 
-    def _new_gradients(self, problem: RelationInputs) -> list[Tensor]:
+    def _new_gradients(self, inputs: RelationInputs) -> list[Tensor]:
         """Buffers for the gradients. Kernels write the valid tokens; padding must be zero."""
-        new = torch.zeros if _padded(problem) and not self.grads_cleared else torch.empty
+        new = torch.zeros if _padded(inputs) and not self.grads_cleared else torch.empty
         return [
-            new(problem.student[m].shape, dtype=torch.float32, device=problem.mask.device)
-            for _, m in grad_buffers(problem.relations)
+            new(inputs.student[m].shape, dtype=torch.float32, device=inputs.mask.device)
+            for _, m in grad_buffers(inputs.relations)
         ]
 
     def _run(
         self,
-        problem: RelationInputs,
+        inputs: RelationInputs,
         weights: Tensor | None = None,
         row_grads: Tensor | None = None,
         values: Tensor | None = None,
         rows: Tensor | None = None,
         grads: list[Tensor] | None = None,
     ) -> None:
-        tokens, starts, prefixes = problem.mask.unpad()
+        tokens, starts, prefixes = inputs.mask.unpad()
         arguments = (
-            problem.teacher,
-            problem.student,
-            _indices(problem),
-            [scale for relation in problem.relations for scale in problem.scales(relation)],
+            inputs.teacher,
+            inputs.student,
+            _indices(inputs),
+            [scale for relation in inputs.relations for scale in inputs.scales(relation)],
             tokens,
             starts,
             prefixes,
-            not problem.mask.bidirectional,
+            not inputs.mask.bidirectional,
             weights,
             row_grads,
             values,
             rows,
             grads or [],
         )
-        self._call(problem, arguments)
+        self._call(inputs, arguments)
 
     def _missing_reason(self) -> str:
-        """Why the library file does not exist: setup.py leaves a note when it could not build it."""
+        """Returns why the library file does not exist, with the note that setup.py leaves if it could not build it."""
         reason = f"the package was installed without its {self.name.upper()} library"
         note = self.library.with_name(f"_{self.name}.missing")
         return f"{reason}: {note.read_text(encoding='utf-8')}" if note.exists() else reason
@@ -136,11 +136,11 @@ class NativeBackend:
         """Loads the library. Returns why the backend cannot run in this process, or None."""
         raise NotImplementedError
 
-    def _repaired(self, problem: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
-        """A problem whose mask the kernels can trust, and the tensor for `marked` (see `Mask.repaired`)."""
+    def _repaired(self, inputs: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
+        """A inputs whose mask the kernels can trust, and the tensor for `marked` (see `Mask.repaired`)."""
         raise NotImplementedError
 
-    def _call(self, problem: RelationInputs, arguments: tuple[Any, ...]) -> None:
+    def _call(self, inputs: RelationInputs, arguments: tuple[Any, ...]) -> None:
         """Calls the library's operator with `arguments` and those of the device."""
         raise NotImplementedError
 
@@ -161,8 +161,8 @@ class CPUBackend(NativeBackend):
         """The instruction set in use: `$MINILM_KERNELS_CPU`, or the best one."""
         return os.environ.get(INSTRUCTION_SET_VARIABLE) or self.instruction_sets()[0]
 
-    def unsupported_reasons(self, problem: RelationInputs) -> list[str]:
-        reasons = super().unsupported_reasons(problem)
+    def unsupported_reasons(self, inputs: RelationInputs) -> list[str]:
+        reasons = super().unsupported_reasons(inputs)
         chosen = os.environ.get(INSTRUCTION_SET_VARIABLE)
         if chosen and chosen not in self.instruction_sets():
             supported = ", ".join(self.instruction_sets())
@@ -191,7 +191,7 @@ class CPUBackend(NativeBackend):
         return super()._missing_reason()
 
     def _is_unexpected(self) -> bool:
-        """Whether the library is missing although nobody asked for an installation without it."""
+        """Tells whether the library is missing although nobody asked for an installation without it."""
         return self._has_note() or self._is_source_tree()
 
     def _has_note(self) -> bool:
@@ -200,10 +200,10 @@ class CPUBackend(NativeBackend):
     def _is_source_tree(self) -> bool:
         return (self.library.parents[1] / "csrc" / "cpu").is_dir()
 
-    def _repaired(self, problem: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
-        return problem, None  # cu_seqlens on the CPU were validated
+    def _repaired(self, inputs: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
+        return inputs, None  # cu_seqlens on the CPU were validated
 
-    def _call(self, problem: RelationInputs, arguments: tuple[Any, ...]) -> None:
+    def _call(self, inputs: RelationInputs, arguments: tuple[Any, ...]) -> None:
         self.operators.relation_kl(*arguments, self.instruction_set())
 
 
@@ -234,37 +234,37 @@ class CUDABackend(NativeBackend):
             return self._missing_reason()
         return self._load_library() or cuda_compiler.unavailable_reason()
 
-    def unsupported_reasons(self, problem: RelationInputs) -> list[str]:
-        if reasons := super().unsupported_reasons(problem):
+    def unsupported_reasons(self, inputs: RelationInputs) -> list[str]:
+        if reasons := super().unsupported_reasons(inputs):
             return reasons
-        device, _ = self.device(problem.mask.device)
+        device, _ = self.device(inputs.mask.device)
         try:
-            reason = self.operators.unsupported_reason(problem.teacher, problem.student, _indices(problem), device)
+            reason = self.operators.unsupported_reason(inputs.teacher, inputs.student, _indices(inputs), device)
         except RuntimeError as error:  # from the driver library
             reason = str(error)
         return [reason] if reason else []
 
-    def _repaired(self, problem: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
-        mask, fault = problem.mask.repaired()
-        return replace(problem, mask=mask), fault
+    def _repaired(self, inputs: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
+        mask, fault = inputs.mask.repaired()
+        return replace(inputs, mask=mask), fault
 
-    def _call(self, problem: RelationInputs, arguments: tuple[Any, ...]) -> None:
-        mask = problem.mask
+    def _call(self, inputs: RelationInputs, arguments: tuple[Any, ...]) -> None:
+        mask = inputs.mask
         max_length = mask.token_shape[-1] if mask.max_seqlen is None else mask.max_seqlen
         device, stream = self.device(mask.device)
-        arguments = (*arguments, _padded(problem), max_length, stream, device)
+        arguments = (*arguments, _padded(inputs), max_length, stream, device)
         if missing := self.operators.relation_kl(*arguments):
             self.loader.load(missing.split("\n"), device, self.operators)
             self.operators.relation_kl(*arguments)
 
 
-def _padded(problem: RelationInputs) -> bool:
-    """Whether some tokens may be padding. Sequences of a valid or repaired packing cover every token."""
-    return problem.mask.attention_mask is not None
+def _padded(inputs: RelationInputs) -> bool:
+    """Tells whether some tokens may be padding. Sequences of a valid or repaired packing cover every token."""
+    return inputs.mask.attention_mask is not None
 
 
-def _indices(problem: RelationInputs) -> list[int]:
-    return [m for relation in problem.relations for m in relation]
+def _indices(inputs: RelationInputs) -> list[int]:
+    return [m for relation in inputs.relations for m in relation]
 
 
 @cache
