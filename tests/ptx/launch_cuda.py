@@ -67,7 +67,7 @@ class _Operators:
 @contextmanager
 def cuda_backend(device: Device, gpu: str, folder: Path = FOLDER):
     """Within, `backend="cuda"` serves CPU tensors by emulation on one of GPUS; yields the PTX modules loaded so far."""
-    from minilm_kernels.relation import ops
+    from minilm_kernels.relation import dispatch
     from minilm_kernels.relation.backends import cuda_compiler, native_cuda
     from minilm_kernels.relation.backends.cuda_cache import KernelCache
 
@@ -93,15 +93,15 @@ def cuda_backend(device: Device, gpu: str, folder: Path = FOLDER):
         (cuda_compiler, "compile_kernels"): as_ptx,
     }
     before = {(module, name): getattr(module, name) for module, name in replaced}
-    previous, module = standin.device, ops._MODULES["cuda"]
+    previous, module = standin.device, dispatch.MODULES["cuda"]
     for (place, name), value in replaced.items():
         setattr(place, name, value)
-    ops._MODULES["cuda"] = native_cuda
+    dispatch.MODULES["cuda"] = native_cuda
     standin.device = device
     try:
         yield standin.ptx
     finally:
         for (place, name), value in before.items():
             setattr(place, name, value)
-        ops._MODULES["cuda"] = module
+        dispatch.MODULES["cuda"] = module
         standin.device = previous

@@ -31,11 +31,12 @@ def _tensors(arguments, name: str):
 
 def _forget_compiled() -> None:
     """Kernels that are loaded stay bound to the driver that has loaded them."""
-    from minilm_kernels.relation.backends.triton import kernels as triton_kernels
+    from minilm_kernels.relation.backends.triton import gradient, row_kl, row_stats
 
-    for kernel in vars(triton_kernels).values():
-        if hasattr(kernel, "device_caches"):
-            kernel.device_caches.clear()
+    for module in (gradient, row_kl, row_stats):
+        for kernel in vars(module).values():
+            if hasattr(kernel, "device_caches"):
+                kernel.device_caches.clear()
     gc.collect()  # they are unloaded through the driver that is still there
 
 
@@ -82,7 +83,7 @@ def triton_backend(device: Device, architecture: int, folder: Path = FOLDER):
     replaced = {
         "unavailable_reason": lambda: None,
         "interpreted": lambda: False,
-        "unsupported_reasons": lambda problem: [],
+        "unsupported_reasons": lambda inputs: [],
     }
     before = {name: getattr(backend, name) for name in replaced}
     previous_device, standin.device = standin.device, device

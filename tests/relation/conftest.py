@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from minilm_kernels.relation import ops
+from minilm_kernels.relation import dispatch
 from minilm_kernels.relation.backends import native_cuda
 
 _numbers = itertools.count(10)
@@ -64,7 +64,7 @@ def new_gpu(monkeypatch):
     monkeypatch.setattr(native_cuda, "_broken", None)
     monkeypatch.setattr(native_cuda, "_loaded", set())
     monkeypatch.setattr(native_cuda, "_DEVICE", "cpu")
-    ops._warn_once.cache_clear()
+    dispatch.warn_once.cache_clear()
     return make
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minilm_kernels import relation_kl
-from minilm_kernels.relation.masks import REDUCTIONS
+from minilm_kernels._choices import REDUCTIONS
 
 from .cases import MALFORMED, MASKS, Case, all_nan, dense, error, make, malformed
 

@@ -23,7 +23,7 @@ def test_malformed_packings(kind):
     mask = _mask(*MALFORMED[kind])
     with pytest.raises(ValueError, match="max_seqlen: " if "max_seqlen" in kind else "cu_seqlens: "):
         mask.check_packing()
-    repaired, fault = mask.repaired()
+    repaired, fault = mask.sanitize_bounds()
     assert fault.isnan()
     assert repaired.cu_seqlens.dtype == torch.int32
     assert repaired.num_sequences == mask.num_sequences
@@ -45,7 +45,7 @@ def test_malformed_packings(kind):
 def test_well_formed_packings_stay_as_they_are(bounds, max_seqlen, total):
     mask = _mask(bounds, max_seqlen, total)
     mask.check_packing()
-    repaired, fault = mask.repaired()
+    repaired, fault = mask.sanitize_bounds()
     assert fault is None or fault == 0
     assert repaired.cu_seqlens.tolist() == bounds
     assert repaired.max_seqlen == max_seqlen
@@ -55,7 +55,7 @@ def test_a_repair_waits_for_nobody():
     """Fake tensors have no values: to read one is an error."""
     with FakeTensorMode():
         mask = Mask((40,), CPU, cu_seqlens=torch.empty(5, dtype=torch.int32), max_seqlen=12)
-        repaired, fault = mask.repaired()
+        repaired, fault = mask.sanitize_bounds()
         assert repaired.unpad()[1].shape == (5,)
         with pytest.raises(Exception, match=r"_local_scalar_dense|[Dd]ata.?[Dd]ependent"):
             fault.item()

@@ -1,4 +1,4 @@
-"""Every wrong argument is one clear error that names it, before any work."""
+"""Wrong arguments raise one clear error that names the argument, before any computation."""
 
 import pytest
 import torch
@@ -42,8 +42,26 @@ DENSE_ERRORS = [
     ({"student_query": torch.randn(2, 6, 3, 4)}, ValueError, r"student_query: .*\(2, 5, 3\).*\(2, 6, 3, 4\)"),
     ({"student_query": torch.randn(2, 5, 4, 4)}, ValueError, r"student_query: .*\(2, 5, 3\).*\(2, 5, 4, 4\)"),
     ({"student_query": torch.randn(2, 5, 3, 0)}, ValueError, r"student_query: .*width 1 or more.*\(2, 5, 3, 0\)"),
-    ({"student_key": torch.randn(2, 5, 3, 6)}, ValueError, "student_key: expected the head width .*4, got 6"),
-    ({"teacher_key": torch.randn(2, 5, 3, 6)}, ValueError, "teacher_key: .*8, got 6"),
+    (
+        {"teacher_key": torch.randn(2, 5, 3, 8), "student_key": torch.randn(2, 5, 3, 6)},
+        ValueError,
+        "student_key: expected the head width .*4, got 6",
+    ),
+    (
+        {"teacher_key": torch.randn(2, 5, 3, 6), "student_key": torch.randn(2, 5, 3, 4)},
+        ValueError,
+        "teacher_key: .*8, got 6",
+    ),
+    (
+        {"teacher_key": torch.randn(2, 5, 3, 8)},
+        ValueError,
+        "^student_key: .*teacher_key is given, got None; pass both keys, or None for both .* pass student_query as",
+    ),
+    (
+        {"student_key": torch.randn(2, 5, 3, 4)},
+        ValueError,
+        "^teacher_key: .*student_key is given, got None; pass both keys, or None for both .* pass teacher_query as",
+    ),
     ({"student_query": torch.randn(2, 5, 3, 4, device="meta")}, ValueError, "student_query: .*device.*cpu, got meta"),
     ({"teacher_query": torch.randn(2, 5, 3, 8).requires_grad_()}, ValueError, "teacher_query: .*detach"),
     # What a module made without no_grad is no leaf.
@@ -62,7 +80,7 @@ DENSE_ERRORS = [
     (
         {"student_scale": torch.ones((), requires_grad=True)},
         TypeError,
-        r"student_scale: .*got Tensor: .*item\(\); .*learned, multiply student_query",
+        r"student_scale: .*got Tensor: .*item\(\); to train it, multiply student_query by it and pass both keys",
     ),
     ({"student_scale": float("nan")}, ValueError, "student_scale: .*finite.*nan"),
     ({"reduction": "mean"}, ValueError, "reduction: .*sequence, token, sum, none, got 'mean'"),
@@ -71,12 +89,12 @@ DENSE_ERRORS = [
 _REAL = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
 _SEGMENTS = torch.tensor([[1, 1, 2, 2, 0], [1, 1, 1, 2, 2]])
 MASK_ERRORS = [
-    ((1 - _REAL) * -10000, "-10000 to 0, as an additive mask has: pass mask == 0"),
+    ((1 - _REAL) * -10000, "-10000 to 0, like an additive mask: pass mask == 0"),
     ((1 - _REAL) * -10000.0, "-10000.0 to .*additive"),
-    (torch.where(_REAL > 0, 0.0, -torch.inf), "-inf to 0.0, as an additive"),
+    (torch.where(_REAL > 0, 0.0, -torch.inf), "-inf to 0.0, like an additive"),
     (torch.where(_REAL > 0, 0.0, torch.finfo(torch.float16).min).half(), "additive"),
     (torch.full((2, 5), -torch.inf), "additive"),
-    (_SEGMENTS, "0 to 2, as segment numbers are: .*cu_seqlens"),
+    (_SEGMENTS, "0 to 2, like segment numbers: .*cu_seqlens"),
     (_SEGMENTS.to(torch.uint8), "segment numbers"),
     (_SEGMENTS.float(), "segment numbers"),
     (torch.tensor([[1, -1, 0, 0, 0]] * 2), "-1 to 1"),

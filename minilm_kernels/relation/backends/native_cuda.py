@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minilm_kernels.relation.inputs import BackendUnavailable, RelationInputs, grad_buffers
-from minilm_kernels.relation.masks import marked
+from minilm_kernels.relation.masks import add_fault
 
 from . import cuda_compiler
 from .cuda_cache import KernelCache
@@ -77,8 +77,8 @@ def forward_reduced(problem: RelationInputs, weights: Tensor, gradient: bool) ->
     problem, fault = _repaired(problem)
     values = weights.new_empty(len(problem.relations))
     grads = _new_gradients(problem) if gradient else []
-    _run(problem, weights=marked(weights, fault).contiguous(), values=values, grads=grads)
-    return marked(values, fault), grads
+    _run(problem, weights=add_fault(weights, fault).contiguous(), values=values, grads=grads)
+    return add_fault(values, fault), grads
 
 
 def forward_none(problem: RelationInputs) -> Tensor:
@@ -88,18 +88,18 @@ def forward_none(problem: RelationInputs) -> Tensor:
     new = torch.zeros if _padded(problem) else torch.empty
     out = new(shape, dtype=torch.float32, device=problem.mask.device)
     _run(problem, rows=out)
-    return marked(out, fault)
+    return add_fault(out, fault)
 
 
 def backward_none(problem: RelationInputs, row_grads: Tensor) -> list[Tensor]:
     problem, fault = _repaired(problem)
     grads = _new_gradients(problem)
-    _run(problem, row_grads=marked(row_grads.float(), fault).contiguous(), grads=grads)
+    _run(problem, row_grads=add_fault(row_grads.float(), fault).contiguous(), grads=grads)
     return grads
 
 
 def _repaired(problem: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
-    mask, fault = problem.mask.repaired()
+    mask, fault = problem.mask.sanitize_bounds()
     return replace(problem, mask=mask), fault
 
 

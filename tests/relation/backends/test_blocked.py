@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
+from minilm_kernels._choices import REDUCTIONS
 from minilm_kernels.relation.backends import blocked
-from minilm_kernels.relation.masks import REDUCTIONS
 from tests.relation.cases import Case, make
 
 THREADS = (2, 3, 8, 64)
@@ -78,12 +78,12 @@ def test_bits_of_large_calls_do_not_depend_on_threads(batch, heads, length):
 def test_a_sum_over_any_number_of_rows():
     for count in (0, 1, 2**14, 2**14 + 1, 3 * 2**14 + 5, 2**18 + 3):
         x = torch.randint(-8, 8, (count,)).float()
-        assert blocked._total(x) == x.sum()
+        assert blocked._deterministic_sum(x) == x.sum()
     x = torch.rand(7, 2**14 + 3)
-    expected = blocked._total(x)
+    expected = blocked._deterministic_sum(x)
     for threads in THREADS:
         torch.set_num_threads(threads)
-        assert torch.equal(blocked._total(x), expected)
+        assert torch.equal(blocked._deterministic_sum(x), expected)
 
 
 def test_threads_come_back_after_an_error(monkeypatch):
@@ -91,7 +91,7 @@ def test_threads_come_back_after_an_error(monkeypatch):
         raise MemoryError
 
     torch.set_num_threads(8)
-    monkeypatch.setattr(blocked, "_rows_of_block", fail)
+    monkeypatch.setattr(blocked, "_block_kl", fail)
     with pytest.raises(MemoryError):
         make(batch=1, heads=2).run("sequence", "torch")
     assert torch.get_num_threads() == 8

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from minilm_kernels import relation_kl
-from minilm_kernels.relation import ops
+from minilm_kernels._choices import REDUCTIONS
+from minilm_kernels.relation import dispatch
 from minilm_kernels.relation.api import relation_kl_multi
 from minilm_kernels.relation.backends import native_cuda
 from minilm_kernels.relation.inputs import RelationInputs
-from minilm_kernels.relation.masks import REDUCTIONS, Mask
+from minilm_kernels.relation.masks import Mask
 from tests.relation import test_contract
 from tests.relation.cases import MALFORMED, Case, all_nan, dense, error, make, malformed
 
@@ -62,7 +63,7 @@ def backend(library, monkeypatch):
     monkeypatch.setattr(native_cuda, "_DEVICE", "cpu")
     monkeypatch.setattr(native_cuda, "_place", lambda _device: (0, 0))
     monkeypatch.setattr(native_cuda, "unavailable_reason", lambda: None)
-    monkeypatch.setitem(ops._MODULES, "cuda", native_cuda)
+    monkeypatch.setitem(dispatch.MODULES, "cuda", native_cuda)
     library.emulated_set_limits(*_CROWDED)
     library.emulated_set_seed(0)
     return "cuda"
@@ -272,7 +273,7 @@ def test_malformed_packings_give_nan(backend, monkeypatch, kind, cross, reductio
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 def test_kernels_check_the_bounds_themselves(backend, monkeypatch, kind, cross):
     """Without the repair before them: no access leaves the tensors, and where they notice, the value is NaN."""
-    monkeypatch.setattr(Mask, "repaired", lambda self: (self, None))
+    monkeypatch.setattr(Mask, "sanitize_bounds", lambda self: (self, None))
     case = malformed(kind, cross)
     bounds, max_seqlen = case.kwargs["cu_seqlens"], case.kwargs["max_seqlen"]
     mask = Mask((40,), bounds.device, cu_seqlens=bounds, max_seqlen=max_seqlen)

@@ -18,8 +18,9 @@ from tests.ptx.parser import parse
 
 triton = pytest.importorskip("triton", reason="Triton is not built for this platform")
 
+from benchmarks.static_cost.triton_loops import variants, variants_of  # noqa: E402
+from benchmarks.static_cost.variants import compile_triton  # noqa: E402
 from minilm_kernels.relation.backends.triton import launch as triton_backend  # noqa: E402
-from minilm_kernels.relation.backends.triton.config import compile_variant, variants, variants_of  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 
@@ -85,7 +86,7 @@ def test_variants_compile_without_spills(arch, dtype, every):
     chosen = [variant for variant in variants(arch) if variant.dtype == dtype]
     assert len(chosen) > 20
     for variant in chosen[::every]:
-        compiled = compile_variant(variant, arch)
+        compiled = compile_triton(variant, arch)
         usage = _usage(compiled)
         label = (variant.kernel, variant.group, variant.d_t, variant.d_s, usage)
         assert usage["STACK"] == usage["LOCAL"] == 0, label
@@ -95,9 +96,9 @@ def test_variants_compile_without_spills(arch, dtype, every):
 
 
 def test_wgmma_sees_what_was_copied():
-    """The everyday lse: its tiles come by cp.async where the compiler fences that, elsewhere by ordinary stores."""
-    variant = next(v for v in variants_of("bfloat16", 16, 8, "self") if v.kernel == "lse")
-    compiled = compile_variant(variant, 90)
+    """row_stats loads its tiles by cp.async if the compiler fences it, else it uses ordinary stores."""
+    variant = next(v for v in variants_of("bfloat16", 16, 8, "self") if v.kernel == "row_stats")
+    compiled = compile_triton(variant, 90)
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert ("cp.async" in ptx) == (variant.options["num_stages"] > 1)
@@ -159,9 +160,9 @@ def test_the_host_never_waits(mask, monkeypatch):
         with pytest.raises(Exception, match=r"_local_scalar_dense|[Dd]ata.?[Dd]ependent"):
             values[0].item()
     # Three self relations share their launches, two cross relations theirs; a cross relation has two gradients.
-    assert launches.count("lse_kernel") == 2 * 4
+    assert launches.count("row_stats_kernel") == 2 * 4
     assert launches.count("gradient_kernel") == 3 * 2
-    assert launches.count("rows_kernel") == 2 * 2
+    assert launches.count("row_kl_kernel") == 2 * 2
 
 
 def test_auto_leaves_cpu_tensors_to_the_others():

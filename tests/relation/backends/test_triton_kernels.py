@@ -100,7 +100,7 @@ def test_malformed_packings_give_nan(on, monkeypatch, kind, cross, reduction):
 @pytest.mark.parametrize("kind", ["overlapping", "negative", "beyond T in the middle", "extreme", "decreasing"])
 def test_kernels_check_the_bounds_themselves(on, monkeypatch, kind):
     """Without the repair before them: nothing outside the tensors is read."""
-    monkeypatch.setattr(Mask, "repaired", lambda self: (self, None))
+    monkeypatch.setattr(Mask, "sanitize_bounds", lambda self: (self, None))
     total, room = 40, 256
     sides = []
     for width in (16, 8):
