@@ -35,7 +35,7 @@ class Options(NamedTuple):
 
 _DOUBLE_BACKWARD = "relation_kl: differentiable once; its gradient, taken with create_graph=True, has no derivative"
 _NO_VMAP = "relation_kl: no rule for torch.func.vmap; use the batch axis B, or a loop"
-_NO_JVP = "relation_kl: forward-mode derivatives (jvp, jacfwd, hessian) are not supported; use torch.func.grad"
+_NO_JVP = "relation_kl: no forward-mode derivative (jvp, jacfwd, hessian); use torch.func.grad"
 
 
 def relation_values(
