@@ -69,7 +69,7 @@ def main(options: argparse.Namespace) -> int:
     for arch, variant in _declared(options):
         try:
             rows = cost.rows(variant, arch)
-        except Exception as problem:  # of compilers too: the other kernels still count
+        except Exception as problem:  # a compiler may raise anything; the other kernels are still counted
             failures.append(f"{variant.backend} {variant.name} {arch}: {type(problem).__name__}: {problem}")
             continue
         phases += rows

@@ -28,7 +28,7 @@ CUDA_LISTING = Path(__file__).parent / "cuda_loops.json"
 
 @dataclass(frozen=True)
 class SourceLoop:
-    """What one trip of an inner loop, as written in the source, does for the whole block (or for one warp)."""
+    """The work of one iteration of a source loop for the whole block, or for one warp."""
 
     phase: str  # "lse", "grad", ...: the phases of a group add up to loss and gradient
     pairs: float  # ordered pairs; a tile of unordered pairs counts twice
@@ -112,7 +112,7 @@ def compile_triton(item: Any, arch: int) -> Any:
     if not isinstance(function, triton.JITFunction):
         raise ValueError(f"{function}: expected a function compiled by triton.jit; unset TRITON_INTERPRET")
     signature = dict(_get(item, "signature"))
-    places: list[tuple[int, ...]] = []  # of an argument, or of each element of a tuple
+    places: list[tuple[int, ...]] = []  # positions of arguments, or of the elements of a tuple
     for name in _get(item, "divisible_by_16", ()):
         number, kind = function.arg_names.index(name), signature[name]
         places += [(number, k) for k in range(len(kind))] if isinstance(kind, tuple) else [(number,)]

@@ -8,7 +8,7 @@ _CUDA = "csrc/cuda/device/"
 # A part of the contract that takes the interpreter a few seconds, and of what is particular to these kernels.
 _SOME = "tests/relation/test_contract.py -k 'test_masks and (holes-self or packed-prefix-cross) and (sequence or none)'"
 _TILES = "tests/relation/backends/test_triton_kernels.py -k tiles_of_every_kind"
-_WIDE = "tests/relation/backends/test_triton_kernels.py -k 'beyond_one_base and (holes or causal)'"
+_WIDE = "tests/relation/backends/test_triton_kernels.py -k 'beyond_one_pivot and (holes or causal)'"
 _EMULATED = (
     "tests/relation/backends/test_cuda_emulated.py -k "
     "'unordered_pairs or malformed or bounds or masks_and_reductions or range_of_norms or beyond_shared or lengths "

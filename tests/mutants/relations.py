@@ -14,7 +14,7 @@ _CONTRACT = "tests/relation/test_contract.py"
 _ON_TORCH = f"{_CONTRACT} -k 'torch-'"  # the contract on the backend `torch`
 
 MUTANTS = [
-    # What the public call refuses.
+    # Validation.
     Mutant(
         _API,
         "        if x.requires_grad:\n",

@@ -84,7 +84,7 @@ class _Group:
     """n sequences of similar length L, gathered to (n·A, L, D); rows and keys after a sequence's end are padding."""
 
     sequences: Tensor  # (n,) int64
-    index: tuple[Tensor, ...]  # of (n, L) tokens into a tensor of `token_shape`; padding repeats the last token
+    index: tuple[Tensor, ...]  # indexes a tensor of `token_shape` to (n, L) tokens; padding repeats the last token
     length: int
     valid: Tensor | None  # (n, L) bool; None without padding
     causal: bool

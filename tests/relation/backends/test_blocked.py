@@ -1,4 +1,4 @@
-"""What is particular to backend `torch`: its results are the same bits for any number of threads."""
+"""Backend `torch`: its results have the same bits for any number of threads."""
 
 import random
 
@@ -21,7 +21,7 @@ def threads():
 
 
 def _draw(seed: int, pairs: int) -> tuple[Case, str]:
-    """Any mask, width and dtype, `pairs` pairs at most; often fewer heads than threads."""
+    """Returns a random case of at most `pairs` pairs, often with fewer heads than threads, and a reduction."""
     choose = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     heads = choose.choice([1, 1, 2, 3, 4, 12])
@@ -71,7 +71,7 @@ def test_bits_of_many_calls_do_not_depend_on_threads(shard):
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch", "heads", "length"), [(1, 1, 2500), (1, 5, 2100), (3, 12, 700), (5000, 3, 5)])
 def test_bits_of_large_calls_do_not_depend_on_threads(batch, heads, length):
-    """Blocks of few items, uneven ones, and a sum of more rows than one thread adds up."""
+    """Blocks of few matrices, uneven blocks, and a sum of more rows than one thread adds up."""
     for reduction in REDUCTIONS if length < 10 else ("sequence", "none"):
         _check(make(batch=batch, heads=heads, length=length), reduction)
 
@@ -99,9 +99,9 @@ def test_threads_come_back_after_an_error(monkeypatch):
 
 
 def test_single_rows_near_their_teacher():
-    """The KL of a row is then δ²/2 with δ the difference of two log-softmaxes: here about 10⁻⁶ beside sums of 1.
+    """Near its teacher a row's KL is δ²/2, here about 1e-6, where δ ≈ 1e-3 is the difference of two log-softmaxes.
 
-    An error of some roundings in δ ≈ 10⁻³ is less than 1 % of it; Σ (q − p) − Σ p·δ would be off by a rounding of 1.
+    A few rounding errors in δ are less than 1 % of it, but Σ (q − p) − Σ p·δ has the rounding error of a sum near 1.
     """
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(2, 100, 3, 16, generator=generator, dtype=torch.float64)

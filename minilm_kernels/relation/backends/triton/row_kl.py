@@ -26,7 +26,7 @@ from .primitives import (
 def _divergence(log_p, log_q):
     """Returns p (e**delta - 1 - delta) from log2 p and log2 q, with delta = log(q / p).
 
-    Where |delta| < 1/4 it is computed as a series, elsewhere as q - p - p delta, which would cancel there.
+    For |delta| < 1/4 it is computed as a series, since q - p - p delta, which is used elsewhere, would cancel.
     """
     p = tl.exp2(log_p)
     q = tl.exp2(log_q)
