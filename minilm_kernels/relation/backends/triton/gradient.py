@@ -14,11 +14,10 @@ from .primitives import (
     BIDIRECTIONAL,
     CAUSAL,
     SIZES,
-    decode_relation,
     head_offset,
     key_tiles,
     load_k_tile,
-    load_operands,
+    load_models,
     row_offset,
     score_tile,
     sees,
@@ -144,10 +143,6 @@ def gradient_kernel(
         return
     LAYOUT_T: tl.constexpr = (D_T, DP_T, ALIGN_T, SLICED_T)
     LAYOUT_S: tl.constexpr = (D_S, DP_S, ALIGN_S, SLICED_S)
-    query = decode_relation(query_codes, program.relation)
-    key = decode_relation(key_codes, program.relation)
-    q_index = key if ROLE == KEY else query
-    k_index = query if ROLE == KEY else key
     if HAS_INDICES:
         indices += program.indices_start
     row = row_offset(program, heads, stats_head_stride16, stats_seq_stride16, PACKED)
@@ -159,13 +154,10 @@ def gradient_kernel(
 
     i = start + tl.arange(0, BLOCK_M)
     in_bounds = i < length
-    q_position = token_positions(indices, start, length, BLOCK_M, HAS_INDICES, False)
-    t = load_operands(
-        teacher, teacher_strides, scale_t, q_index, k_index, program, q_position, LAYOUT_T, PACKED, BLOCK_M
-    )
-    s = load_operands(
-        student, student_strides, scale_s, q_index, k_index, program, q_position, LAYOUT_S, PACKED, BLOCK_M
-    )
+    q_position, t, s = load_models(
+        teacher, teacher_strides, student, student_strides, scale_t, scale_s, query_codes, key_codes, program, indices,
+        LAYOUT_T, LAYOUT_S, PACKED, HAS_INDICES, ROLE == KEY, BLOCK_M,
+    )  # fmt: skip
     q_inv_t = tl.load(sum_t + i, mask=in_bounds, other=0.0)
     q_inv_s = tl.load(sum_s + i, mask=in_bounds, other=0.0)
     if ROLE == SELF:

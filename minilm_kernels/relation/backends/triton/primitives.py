@@ -216,6 +216,30 @@ def load_operands(
 
 
 @triton.jit
+def load_models(
+    teacher, teacher_strides, student, student_strides, scale_t, scale_s, query_codes, key_codes, program, indices,
+    LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, PACKED: tl.constexpr, HAS_INDICES: tl.constexpr,
+    OWNS_KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Returns the owned tokens' positions [BLOCK_M] and the `Operands` of teacher and student.
+
+    A program owns rows of the relation's query and loops over its key or, with OWNS_KEYS, the other way round.
+    """
+    query = decode_relation(query_codes, program.relation)
+    key = decode_relation(key_codes, program.relation)
+    q_index = key if OWNS_KEYS else query
+    k_index = query if OWNS_KEYS else key
+    q_position = token_positions(indices, program.start, program.length, BLOCK_M, HAS_INDICES, False)
+    t = load_operands(
+        teacher, teacher_strides, scale_t, q_index, k_index, program, q_position, LAYOUT_T, PACKED, BLOCK_M
+    )
+    s = load_operands(
+        student, student_strides, scale_s, q_index, k_index, program, q_position, LAYOUT_S, PACKED, BLOCK_M
+    )
+    return q_position, t, s
+
+
+@triton.jit
 def load_k_tile(x, position, start, length, LAYOUT: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
     """Loads [BLOCK, DP]: the tile of looped tokens that begins with the `start`-th."""
     return load_tile(x.k, position, x.k_stride, start, length, BLOCK, LAYOUT[0], LAYOUT[1], LAYOUT[2], FULL)

@@ -8,16 +8,14 @@ import triton.language as tl
 from .primitives import (
     LN2,
     SIZES,
-    decode_relation,
     key_tiles,
-    load_operands,
+    load_models,
     output_offset,
     partial_sums,
     row_offset,
     score_tiles,
     select_pointer,
     tile_program,
-    token_positions,
     visible_keys,
 )
 
@@ -82,18 +80,13 @@ def row_kl_kernel(
         return
     LAYOUT_T: tl.constexpr = (D_T, DP_T, ALIGN_T, SLICED_T)
     LAYOUT_S: tl.constexpr = (D_S, DP_S, ALIGN_S, SLICED_S)
-    q_index = decode_relation(query_codes, program.relation)
-    k_index = decode_relation(key_codes, program.relation)
     if HAS_INDICES:
         indices += program.indices_start
     i = start + tl.arange(0, BLOCK_M)
-    q_position = token_positions(indices, start, length, BLOCK_M, HAS_INDICES, False)
-    t = load_operands(
-        teacher, teacher_strides, scale_t, q_index, k_index, program, q_position, LAYOUT_T, PACKED, BLOCK_M
-    )
-    s = load_operands(
-        student, student_strides, scale_s, q_index, k_index, program, q_position, LAYOUT_S, PACKED, BLOCK_M
-    )
+    q_position, t, s = load_models(
+        teacher, teacher_strides, student, student_strides, scale_t, scale_s, query_codes, key_codes, program, indices,
+        LAYOUT_T, LAYOUT_S, PACKED, HAS_INDICES, False, BLOCK_M,
+    )  # fmt: skip
     row = row_offset(program, heads, stats_head_stride16, stats_seq_stride16, PACKED) + i
     in_bounds = i < length
     row_pivot_t = tl.load(pivot_t + row, mask=in_bounds, other=0.0)
