@@ -39,7 +39,7 @@ def relation_kl(
     reduction: Reduction = "sequence",
     backend: BackendName = "auto",
 ) -> Tensor:
-    """Computes the KL divergence from a student's attention relation to its teacher's, in memory linear in length.
+    """Computes KL(teacher ‖ student) between attention relations, without an S×S matrix in memory.
 
     With the relation R = softmax(scale · Q Kᵀ), taken over the keys that each query row sees, a row's divergence is
 
