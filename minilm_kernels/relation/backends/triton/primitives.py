@@ -282,7 +282,10 @@ def score_tiles(
     LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, PRECISION: tl.constexpr, HAS_INDICES: tl.constexpr,
     FULL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Returns the score tiles of teacher and student, each [BLOCK_M, BLOCK_N] and not scaled."""
+    """Returns the score tiles of teacher and student, each [BLOCK_M, BLOCK_N] and not scaled.
+
+    The student's tile is loaded after the teacher's product: loaded before, `row_kl_kernel` spills in float32 on sm_90.
+    """
     k_position = token_positions(indices, k_start, program.length, BLOCK_N, HAS_INDICES, FULL)
     k_tile_t = load_k_tile(t, k_position, k_start, program.length, LAYOUT_T, FULL, BLOCK_N)
     dot_t = score_tile(
