@@ -2,14 +2,13 @@
 
 from . import Mutant
 
-_TRITON = "minilm_kernels/relation/backends/triton/kernels.py"
-_BACKEND = "minilm_kernels/relation/backends/triton/launch.py"
+_TRITON = "minilm_kernels/relation/backends/triton/"
 _CUDA = "csrc/cuda/device/"
 
 # A part of the contract that takes the interpreter a few seconds, and of what is particular to these kernels.
 _SOME = "tests/relation/test_contract.py -k 'test_masks and (holes-self or packed-prefix-cross) and (sequence or none)'"
 _TILES = "tests/relation/backends/test_triton_kernels.py -k tiles_of_every_kind"
-_WIDE = "tests/relation/backends/test_triton_kernels.py -k 'beyond_one_base and (holes or causal)'"
+_WIDE = "tests/relation/backends/test_triton_kernels.py -k 'beyond_one_pivot and (holes or causal)'"
 _EMULATED = (
     "tests/relation/backends/test_cuda_emulated.py -k "
     "'unordered_pairs or malformed or bounds or masks_and_reductions or range_of_norms or beyond_shared or lengths "
@@ -18,70 +17,70 @@ _EMULATED = (
 
 MUTANTS = [
     Mutant(
-        _TRITON,
+        _TRITON + "primitives.py",
         "    return (j <= i) | (j < prefix)",
         "    return (j <= i) | (j <= prefix)",
         _SOME,
         "rows see the first key behind the prefix",
     ),
     Mutant(
-        _TRITON,
-        "e_t = tl.where(sees, tl.exp2(u_t), 0.0)",
-        "e_t = tl.exp2(u_t)",
+        _TRITON + "row_stats.py",
+        "e_t = tl.where(visible, e_t, 0.0)",
+        "e_t = e_t",
         _SOME,
-        "keys behind a sequence's end count in the teacher's sums",
+        "keys after a sequence's end count in the teacher's sums",
     ),
     Mutant(
-        _TRITON,
-        "whole = tl.minimum(tl.maximum(start + 1, prefix), length)",
-        "whole = tl.minimum(tl.maximum(start + BLOCK_M, prefix), length)",
+        _TRITON + "primitives.py",
+        "full = tl.minimum(tl.maximum(start + 1, prefix), length)",
+        "full = tl.minimum(tl.maximum(start + BLOCK_M, prefix), length)",
         _TILES,
-        "tiles that cross a causal bound are taken for whole ones",
+        "tiles that cross a causal bound are treated as full ones",
     ),
     Mutant(
-        _TRITON,
-        "return (i < prefix).to(tl.float32)[:, None] * other[None, :] + own[:, None]",
-        "return other[None, :] + own[:, None]",
+        _TRITON + "gradient.py",
+        "return (i < prefix).to(tl.float32)[:, None] * k_inv[None, :] + q_inv[:, None]",
+        "return k_inv[None, :] + q_inv[:, None]",
         _TILES,
         "gradients of a prefix mask count pairs that are not seen",
     ),
     Mutant(
-        _TRITON,
-        "            l_s = l_s * tl.exp2(ref_s - max_s) + tl.sum(e_s, 1)",
+        _TRITON + "row_stats.py",
+        "            l_s = l_s * tl.exp2(own_pivot_s - max_s) + tl.sum(e_s, 1)",
         "            l_s = l_s + tl.sum(e_s, 1)",
         _WIDE,
-        "the online maximum does not rescale: sharp relations are wrong",
+        "the running maximum does not rescale: sharp relations are wrong",
     ),
     Mutant(
-        _TRITON,
-        "& (most_t - least_t <= _RANGE)",
-        "& (most_t - least_t <= 100 * _RANGE)",
-        "tests/relation/test_triton_kernels.py -k one_model_beyond",
-        "one base where none serves: sums overflow or vanish",
+        _TRITON + "row_stats.py",
+        "& (max_t - min_t <= _SHARED_PIVOT_RANGE)",
+        "& (max_t - min_t <= 100 * _SHARED_PIVOT_RANGE)",
+        "tests/relation/backends/test_triton_kernels.py -k one_model_beyond",
+        "a pivot is shared where it must not be: sums overflow or underflow",
     ),
     Mutant(
-        _TRITON,
+        _TRITON + "row_kl.py",
         "return tl.where(tl.abs(delta) < 0.25, p * series, q - p - p * delta)",
         "return tl.where(tl.abs(delta) < 0.25, q - p - p * delta, p * series)",
         "tests/relation/test_contract.py -k 'single_rows_near'",
         "single rows of small KL are lost in rounding",
     ),
     Mutant(
-        _TRITON,
-        "factor = tl.load(link + 3) if ROWS else tl.load(weights + sequence)",
-        "factor = tl.load(link + 3) if ROWS else tl.load(weights)",
+        _TRITON + "gradient.py",
+        "factor = tl.load(head_stats + 3) if ROW_WEIGHTS else tl.load(weights + program.sequence)",
+        "factor = tl.load(head_stats + 3) if ROW_WEIGHTS else tl.load(weights)",
         _SOME,
         "every sequence has the weight of the first",
     ),
     Mutant(
-        _BACKEND,
+        _TRITON + "launch.py",
         "x.to(dtype) if x.stride(-1) == 1 or x.shape[-1] == 1 else x.to(dtype).contiguous()",
         "x.to(dtype)",
         "tests/relation/backends/test_triton_kernels.py -k side_by_side",
         "tensors whose features do not lie side by side are read wrongly",
     ),
     Mutant(
-        _BACKEND,
+        _TRITON + "launch.py",
         '"scale_s": self.scale_s * _LOG2_E,',
         '"scale_s": self.scale_s,',
         _SOME,

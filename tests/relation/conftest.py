@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from minilm_kernels.relation import ops
+from minilm_kernels.relation import dispatch
 from minilm_kernels.relation.backends import cuda_loader, native
 
 _numbers = itertools.count(10)
@@ -63,7 +63,7 @@ def new_gpu(monkeypatch):
     monkeypatch.setattr(native.cuda, "load_error", None)
     monkeypatch.setattr(native.cuda, "loader", cuda_loader.KernelLoader())
     monkeypatch.setattr(native.cuda, "device_type", "cpu")
-    ops._warn_once.cache_clear()
+    dispatch.warn_once.cache_clear()
     return make
 
 

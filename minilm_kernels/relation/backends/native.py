@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
-from minilm_kernels.relation.masks import marked
+from minilm_kernels.relation.masks import add_fault
 
 from . import cuda_compiler
 from .cuda_loader import KernelLoader
@@ -63,25 +63,25 @@ class NativeBackend:
         return reasons
 
     def forward_reduced(self, inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
-        inputs, fault = self._repaired(inputs)
+        inputs, fault = self._sanitized(inputs)
         values = weights.new_empty(len(inputs.relations))
         grads = self._new_gradients(inputs) if gradient else []
-        self._run(inputs, weights=marked(weights, fault).contiguous(), values=values, grads=grads)
-        return marked(values, fault), grads
+        self._run(inputs, weights=add_fault(weights, fault).contiguous(), values=values, grads=grads)
+        return add_fault(values, fault), grads
 
     def forward_none(self, inputs: RelationInputs) -> Tensor:
-        inputs, fault = self._repaired(inputs)
+        inputs, fault = self._sanitized(inputs)
         *batch, positions = inputs.mask.token_shape
         shape = (len(inputs.relations), *batch, inputs.heads, positions)
         new = torch.zeros if _padded(inputs) else torch.empty
         out = new(shape, dtype=torch.float32, device=inputs.mask.device)
         self._run(inputs, rows=out)
-        return marked(out, fault)
+        return add_fault(out, fault)
 
     def backward_none(self, inputs: RelationInputs, row_grads: Tensor) -> list[Tensor]:
-        inputs, fault = self._repaired(inputs)
+        inputs, fault = self._sanitized(inputs)
         grads = self._new_gradients(inputs)
-        self._run(inputs, row_grads=marked(row_grads.float(), fault).contiguous(), grads=grads)
+        self._run(inputs, row_grads=add_fault(row_grads.float(), fault).contiguous(), grads=grads)
         return grads
 
     def _new_gradients(self, inputs: RelationInputs) -> list[Tensor]:
@@ -136,8 +136,8 @@ class NativeBackend:
         """Loads the library. Returns why the backend cannot run in this process, or None."""
         raise NotImplementedError
 
-    def _repaired(self, inputs: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
-        """A inputs whose mask the kernels can trust, and the tensor for `marked` (see `Mask.repaired`)."""
+    def _sanitized(self, inputs: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
+        """A inputs whose mask the kernels can trust, and the tensor for `add_fault` (see `Mask.sanitize_bounds`)."""
         raise NotImplementedError
 
     def _call(self, inputs: RelationInputs, arguments: tuple[Any, ...]) -> None:
@@ -200,7 +200,7 @@ class CPUBackend(NativeBackend):
     def _is_source_tree(self) -> bool:
         return (self.library.parents[1] / "csrc" / "cpu").is_dir()
 
-    def _repaired(self, inputs: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
+    def _sanitized(self, inputs: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
         return inputs, None  # cu_seqlens on the CPU were validated
 
     def _call(self, inputs: RelationInputs, arguments: tuple[Any, ...]) -> None:
@@ -244,8 +244,8 @@ class CUDABackend(NativeBackend):
             reason = str(error)
         return [reason] if reason else []
 
-    def _repaired(self, inputs: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
-        mask, fault = inputs.mask.repaired()
+    def _sanitized(self, inputs: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
+        mask, fault = inputs.mask.sanitize_bounds()
         return replace(inputs, mask=mask), fault
 
     def _call(self, inputs: RelationInputs, arguments: tuple[Any, ...]) -> None:
@@ -259,7 +259,7 @@ class CUDABackend(NativeBackend):
 
 
 def _padded(inputs: RelationInputs) -> bool:
-    """Tells whether some tokens may be padding. Sequences of a valid or repaired packing cover every token."""
+    """Tells whether some tokens may be padding. Sequences of a valid or sanitized packing cover every token."""
     return inputs.mask.attention_mask is not None
 
 

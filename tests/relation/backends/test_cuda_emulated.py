@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from minilm_kernels import relation_kl
+from minilm_kernels._choices import REDUCTIONS
 from minilm_kernels.relation.api import relation_kl_multi
 from minilm_kernels.relation.backends import native
 from minilm_kernels.relation.inputs import RelationInputs
-from minilm_kernels.relation.masks import REDUCTIONS, Mask
+from minilm_kernels.relation.masks import Mask
 from tests.relation import test_contract
 from tests.relation.cases import MALFORMED, Case, all_nan, dense, error, make, malformed
 
@@ -269,8 +270,8 @@ def test_malformed_packings_give_nan(backend, monkeypatch, kind, cross, reductio
 @pytest.mark.parametrize("kind", MALFORMED)
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 def test_kernels_check_the_bounds_themselves(backend, monkeypatch, kind, cross):
-    """Kernels without a repaired mask: no access leaves the tensors, and detected errors yield NaN."""
-    monkeypatch.setattr(Mask, "repaired", lambda self: (self, None))
+    """Kernels without sanitized bounds: no access leaves the tensors, and detected errors yield NaN."""
+    monkeypatch.setattr(Mask, "sanitize_bounds", lambda self: (self, None))
     case = malformed(kind, cross)
     bounds, max_seqlen = case.kwargs["cu_seqlens"], case.kwargs["max_seqlen"]
     mask = Mask((40,), bounds.device, cu_seqlens=bounds, max_seqlen=max_seqlen)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from minilm_kernels import backend_status, relation_kl
+from minilm_kernels._choices import REDUCTIONS
 from minilm_kernels.relation.api import relation_kl_multi
 from minilm_kernels.relation.backends import native
-from minilm_kernels.relation.masks import REDUCTIONS
 from tests.relation.cases import MASKS, Case, dense, error, make
 
 pytestmark = pytest.mark.skipif(backend_status()["cpu"] != "ready", reason=str(backend_status()["cpu"]))
