@@ -39,16 +39,8 @@ class Environment:
         self.python = folder / "bin" / "python"
         self.site = Path(self.run("import sysconfig; print(sysconfig.get_path('platlib'))").strip())
         if shared is not None:
-            omitted = (
-                "minilm_kernels",
-                "setuptools",
-                "_distutils",
-                "distutils",
-                "pkg_resources",
-                "ninja",
-                "__",
-                *without,
-            )
+            build_tools = ("setuptools", "_distutils", "distutils", "pkg_resources", "ninja")
+            omitted = ("minilm_kernels", "__", *build_tools, *without)
             for entry in shared.site.iterdir():
                 if not entry.name.startswith(omitted):
                     (self.site / entry.name).symlink_to(entry)
@@ -79,7 +71,7 @@ class Environment:
         return self.attempt(["-m", "pip", *arguments], **environ)
 
     def check(self, cpu: bool = True) -> dict[str, str]:
-        """Computes a loss with the installed package, with its CPU library or without; returns what loss_check.py prints."""
+        """Computes a loss with the installed package; returns what loss_check.py prints. `cpu`: with the library."""
         result = self.attempt([str(LOSS_CHECK)], PYTHONWARNINGS="ignore")
         assert result.returncode == 0, result.stdout + result.stderr
         found = json.loads(result.stdout.splitlines()[-1])
@@ -89,7 +81,7 @@ class Environment:
 
 
 def clean_environ() -> dict[str, str]:
-    """The environment variables without those that change Python or the build; pip does not byte-compile, to save time."""
+    """The environment variables without those that change Python or the build; pip does not byte-compile."""
     dropped = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", *BUILD_VARIABLES}
     return {key: value for key, value in os.environ.items() if key not in dropped} | {"PIP_COMPILE": "0"}
 

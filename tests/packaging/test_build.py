@@ -1,4 +1,4 @@
-"""The build of the native libraries: its modes, its requirements, its error messages, and the symbols of the results."""
+"""The build of the native libraries: its modes, requirements, errors, and the symbols of its results."""
 
 from __future__ import annotations
 
