@@ -40,8 +40,8 @@ format: $(INSTALLED)  ## format the code in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED)  ## build the documentation into build/docs; warnings are errors
-	$(BIN)/mkdocs build --quiet --strict --site-dir build/docs
+docs: $(INSTALLED)  ## build the documentation into build/site; warnings are errors
+	$(BIN)/mkdocs build --quiet --strict
 
 bench: $(INSTALLED)  ## measure everything that a CPU can, in eight minutes; renew the tables and plots of README and docs
 	$(BIN)/python -m benchmarks cpu --update README.md docs/benchmarks.md docs/cpu.md --plots docs/plots $(ARGS)
