@@ -72,7 +72,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """Returns `made_once(name, fill)`, which returns a folder that `fill` fills once for all processes of pytest-xdist."""
+    """`made_once(name, fill)` returns a folder that `fill` fills once for all processes of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # a worker has a folder in the common one
 
