@@ -41,7 +41,7 @@ format: $(INSTALLED)  ## format the code in place
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED)  ## build the documentation into build/site; warnings are errors
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(INSTALLED)  ## measure everything that a CPU can, in eight minutes; renew the tables and plots of README and docs
 	$(BIN)/python -m benchmarks cpu --update README.md docs/benchmarks.md docs/cpu.md --plots docs/plots $(ARGS)
