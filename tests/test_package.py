@@ -97,6 +97,7 @@ class TestSourceTree:
         assert f"is imported from the source tree {tree}, not from the installation in {site}." in warning
         assert f"pip install -e {tree}" in warning
         assert warning.startswith("<string>:1: UserWarning: ")  # the line that imports
+        assert self._warnings(tree, site, "") == [warning]  # PYTHONPATH=site-packages: asks for no tree
 
     def test_a_hidden_editable_installation_of_another_tree_is_named(self, tree, site, tmp_path):
         self._install(site, url=(tmp_path / "another tree").as_uri())
@@ -150,7 +151,7 @@ class TestSourceTree:
             (metadata / "direct_url.json").write_text(json.dumps(origin), encoding="utf-8")
 
     @staticmethod
-    def _warnings(folder: Path, *path: Path) -> list[str]:
+    def _warnings(folder: Path, *path: Path | str) -> list[str]:
         """The warnings of a Python that starts in `folder`, without this environment's packages, with this path."""
         environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
         result = subprocess.run(
