@@ -5,6 +5,7 @@ from . import Mutant
 _PACKAGE = "minilm_kernels/__init__.py"
 _TREE = "minilm_kernels/_source_tree.py"
 _TESTS = "tests/test_package.py"
+_SHADOW = "tests/test_package.py -k SourceTree"
 
 MUTANTS = [
     Mutant(
@@ -25,35 +26,35 @@ MUTANTS = [
         _PACKAGE,
         'if (_root / "pyproject.toml").is_file():',
         "if False:",
-        _TESTS,
+        _SHADOW,
         "a source tree hides an installation without a warning",
     ),
     Mutant(
         _TREE,
         "installed is not None and installed != root",
         "installed is not None",
-        _TESTS,
+        _SHADOW,
         "an editable installation warns about itself",
     ),
     Mutant(
         _TREE,
         '.removeprefix("file://"))).resolve()',
         '.removeprefix("file://")))',
-        _TESTS,
+        _SHADOW,
         "an editable installation through a link warns about itself",
     ),
     Mutant(
         _TREE,
         'Path(unquote(found["url"]',
         'Path(str(found["url"]',
-        _TESTS,
+        _SHADOW,
         "an editable installation in a folder with a space warns about itself",
     ),
     Mutant(
         _TREE,
         "if root in (Path(entry).resolve() for entry in asked_for if entry):",
         "if root in (Path(entry).resolve() for entry in asked_for):",
-        _TESTS,
+        _SHADOW,
         "an empty PYTHONPATH counts as the current folder, and no warning appears",
     ),
 ]
