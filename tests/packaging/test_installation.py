@@ -111,13 +111,23 @@ for name in ("QKVExtractor", "student_config", "copied_student", "PRESETS"):
 def test_without_the_extras_the_losses_work_and_errors_name_the_extra(newcomer):
     newcomer.run(_WITHOUT_EXTRAS)
     program = str(newcomer.folder / "bin/minilm-distill")
-    for arguments, status in (["--help"], 0), (["--teacher", "x", "--output-dir", "y", "--max-steps", "1"], 2):
+    (newcomer.folder / "text.txt").write_text("A sentence.\n", encoding="ascii")
+    options = ["--teacher", "bert", "--train-data", "text.txt", "--output-dir", "student", "--max-steps", "1"]
+    for arguments, status, expected in (
+        (["--help"], 0, "usage: minilm-distill"),
+        (options, 1, 'pip install "minilm_kernels[distill]"'),
+    ):
         result = subprocess.run(
-            [program, *arguments], env=clean_environ(), capture_output=True, text=True, check=False, timeout=120
+            [program, *arguments],
+            cwd=newcomer.folder,
+            env=clean_environ(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
         )
         assert result.returncode == status, result.stdout + result.stderr
-        text = result.stdout if status == 0 else result.stderr
-        assert ("usage: minilm-distill" if status == 0 else "minilm_kernels[distill]") in text
+        assert expected in result.stdout + result.stderr
 
 
 def test_pip_install_without_build_isolation(source, environment):
