@@ -112,7 +112,7 @@ def test_without_the_extras_the_losses_work_and_errors_name_the_extra(newcomer):
     newcomer.run(_WITHOUT_EXTRAS)
     program = str(newcomer.folder / "bin/minilm-distill")
     (newcomer.folder / "text.txt").write_text("A sentence.\n", encoding="ascii")
-    options = ["--teacher", "bert", "--train-data", "text.txt", "--output-dir", "student", "--max-steps", "1"]
+    options = ["--teacher", "bert", "--text", "text.txt", "--output-dir", "student", "--max-steps", "1"]
     for arguments, status, expected in (
         (["--help"], 0, "usage: minilm-distill"),
         (options, 1, 'pip install "minilm_kernels[distill]"'),
