@@ -30,15 +30,18 @@ slow: $(INSTALLED)  ## the slow tests: Triton's interpreter, emulated CUDA kerne
 
 check: test slow docs sanitize cuda packaging  ## everything that continuous integration runs, each test once
 
-lint: $(INSTALLED)  ## ruff, mypy and typos
+CXX_CODE := csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh'
+lint: $(INSTALLED)  ## ruff, mypy, typos and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/typos
+	find $(CXX_CODE) | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(INSTALLED)  ## format the code in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	find $(CXX_CODE) | xargs $(BIN)/clang-format -i
 
 docs: $(INSTALLED)  ## build the documentation into build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
