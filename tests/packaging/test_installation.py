@@ -90,7 +90,7 @@ def test_beside_torch_nothing_but_triton_is_installed(source, newcomer, tmp_path
 
 _WITHOUT_EXTRAS = """
 import sys, torch, minilm_kernels as mk
-from minilm_kernels import MiniLMLoss, MiniLMv2Loss, QKV
+from minilm_kernels import MiniLMLoss, MiniLMv2Loss, QKV, QKVExtractor
 
 torch.manual_seed(0)
 teacher, student = ([torch.randn(2, 9, 24, requires_grad=grad) for _ in range(3)] for grad in (False, True))
@@ -98,7 +98,7 @@ for loss in (MiniLMLoss(3), MiniLMv2Loss(6)):
     loss(QKV(*teacher), QKV(*student)).backward()
 assert sorted(mk.__all__) == dir(mk)
 assert "transformers" not in sys.modules
-for name in ("QKVExtractor", "student_config", "copied_student", "PRESETS"):
+for name in ("student_config", "copied_student", "random_student", "PRESETS"):
     try:
         getattr(mk, name)
     except ImportError as error:
@@ -112,7 +112,7 @@ def test_without_the_extras_the_losses_work_and_errors_name_the_extra(newcomer):
     newcomer.run(_WITHOUT_EXTRAS)
     program = str(newcomer.folder / "bin/minilm-distill")
     (newcomer.folder / "text.txt").write_text("A sentence.\n", encoding="ascii")
-    options = ["--teacher", "bert", "--text", "text.txt", "--output-dir", "student", "--max-steps", "1"]
+    options = ["--teacher", "bert", "--text", "text.txt", "--output-dir", "student", "--copy-layers", "1"]
     for arguments, status, expected in (
         (["--help"], 0, "usage: minilm-distill"),
         (options, 1, 'pip install "minilm_kernels[distill]"'),
