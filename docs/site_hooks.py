@@ -18,6 +18,6 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
         if not (root / path).exists():
             _log.warning("%s: there is no %s", page.file.src_path, path)
         kind = "tree" if (root / path).is_dir() else "blob"
-        return f"]({config['repo_url'].rstrip('/')}/{kind}/main/{path}{link['anchor'] or ''})"
+        return f"]({config['extra']['repository']}/{kind}/main/{path}{link['anchor'] or ''})"
 
     return _LINK.sub(address, markdown)

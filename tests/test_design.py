@@ -1,4 +1,4 @@
-"""Holds docs/design.md to the tree: its paths exist, and imports run downwards only."""
+"""Holds docs/design.md and docs/environment.md to the tree: paths, direction of imports, environment variables."""
 
 import ast
 import re
@@ -100,3 +100,15 @@ def test_files_of_the_ten_changes_exist():
     files = re.findall(r"\| `([^`]+)` \|$", table, re.MULTILINE)
     assert len(files) == 10
     assert all((ROOT / file).is_file() for file in files), files
+
+
+def test_every_environment_variable_is_documented():
+    documented = set(re.findall(r"`([A-Z_]+)`", (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")))
+    folders = ("minilm_kernels", "benchmarks", "build_support", "examples", "tests")
+    sources = [path.read_text(encoding="utf-8") for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    own = {name for text in sources for name in re.findall(r"\bMINILM_KERNELS_[A-Z_]+\b", text)}
+    read = r"(?:environ\.(?:get|setdefault)\(|environ\[|getenv\()\"([A-Z_]+)\""
+    others = {name for text in sources for name in re.findall(read, text)}
+    hidden = {"PYTHONPATH", "PYTEST_XDIST_WORKER", "MASTER_ADDR", "MASTER_PORT", "PATH", "HOME"}
+    assert own | others <= documented | hidden
+    assert {name for name in documented if name.startswith("MINILM_KERNELS_")} <= own

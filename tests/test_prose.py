@@ -189,10 +189,13 @@ def test_retired_names_are_gone():
     ],
 )
 def test_the_scan_finds_openings(tmp_path, suffix, source, expected):
-    expected = expected or {
-        ".cpp": [(1, "Who calls."), (3, "of all */")],
-        ".md": [(1, "How to"), (12, "of a list")],
-    }[suffix]
+    expected = (
+        expected
+        or {
+            ".cpp": [(1, "Who calls."), (3, "of all */")],
+            ".md": [(1, "How to"), (12, "of a list")],
+        }[suffix]
+    )
     path = tmp_path / f"file{suffix}"
     path.write_text(source, encoding="utf-8")
     assert [(line, text) for line, text in texts(path) if OPENING.match(text)] == expected
