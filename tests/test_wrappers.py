@@ -86,7 +86,7 @@ def test_a_forward_that_computes_something_else_is_kept_or_refused(put, path, fr
     handle.remove()
     copied = frozen or path != "encoder.layer.0"  # else the layer is shared and runs as it is
     if put in (closure_method, closure) and copied:
-        with pytest.raises(RuntimeError, match=f"put on {path} reaches"):
+        with pytest.raises(RuntimeError, match=f"replaced forward of {path} changes"):
             QKVExtractor(model, frozen=frozen)
         return
     found = QKVExtractor(model, frozen=frozen)(**batch)
@@ -141,8 +141,8 @@ class Wrapper(nn.Module):
     ("wrap", "message"),
     [
         (nn.DataParallel, "wrap the extractor in DistributedDataParallel"),
-        (Wrapper, "Wrapper is a wrapper. Make the extractor of model.module"),
-        (lambda model: torch.jit.script(nn.Linear(2, 2)), "compiled and cannot be cut"),
+        (Wrapper, "Wrapper is a wrapper. Create the extractor from model.module"),
+        (lambda model: torch.jit.script(nn.Linear(2, 2)), "compiled and cannot be divided"),
     ],
 )
 def test_wrappers_that_are_refused(wrap, message):
@@ -253,7 +253,7 @@ def test_switching_adapters_is_followed(frozen):
     ],
 )
 def test_adapters_that_work_in_the_forward_of_the_wrapper_are_refused(config):
-    with pytest.raises(ValueError, match=f"adapter 'default' \\({config.peft_type.value}\\) works in the forward of"):
+    with pytest.raises(ValueError, match=f"adapter 'default' \\({config.peft_type.value}\\) acts in the forward of"):
         QKVExtractor(peft.get_peft_model(bert(), config))
 
 

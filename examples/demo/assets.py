@@ -85,7 +85,7 @@ class RatedDocuments(NamedTuple):
 
 class WikipediaText(NamedTuple):
     train: Path
-    held_out: Path
+    eval_set: Path
 
 
 def minilm_l6() -> Path:
@@ -111,12 +111,12 @@ def wikipedia_text() -> WikipediaText:
             partial = _fresh(Path(f"{folder}.partial"))
             with (
                 (partial / text.train.name).open("w", encoding="utf-8") as train,
-                (partial / text.held_out.name).open("w", encoding="utf-8") as held_out,
+                (partial / text.eval_set.name).open("w", encoding="utf-8") as eval_set,
             ):
                 for number, (title, paragraphs) in enumerate(wikitext.articles(dump)):
                     apart = number % 10 == 9
                     row = {"title": title, "text": "\n\n".join(paragraphs[: 8 if apart else None])}
-                    print(json.dumps(row), file=held_out if apart else train)
+                    print(json.dumps(row), file=eval_set if apart else train)
             partial.rename(folder)
     return text
 

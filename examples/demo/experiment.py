@@ -23,13 +23,13 @@ SETTINGS: dict[str, Any] = {
     "copy_layers": (2, 4, 6),  # of the teacher's six, 1-based: the student begins with the teacher's last layer
     "relation_heads": 12,
     "dropout": 0.0,
-    "seq_len": 128,
+    "max_seq_length": 128,
     "batch_size": 8,
     "lr": 5e-4,
-    "log_every": 5,
-    "eval_every": 25,
-    "checkpoint_every": 100,
-    "keep_checkpoints": 1,
+    "logging_steps": 5,
+    "eval_steps": 25,
+    "save_steps": 100,
+    "save_total_limit": 1,
 }
 
 
@@ -56,7 +56,7 @@ def run(output: Path, seeds: Sequence[int], steps: int, update: Path | None = No
             teacher=str(folder),
             output=str(output / f"seed-{seed}"),
             text=(str(text.train),),
-            heldout_text=(str(text.held_out),),
+            eval_text=(str(text.eval_set),),
             steps=steps,
             seed=seed,
             resume=True,
@@ -75,9 +75,9 @@ def run(output: Path, seeds: Sequence[int], steps: int, update: Path | None = No
 
     teacher = AutoModel.from_pretrained(folder)
     start = copied_student(teacher, SETTINGS["copy_layers"])
-    rows = [row("before", start, results[seeds[0]].heldout_before)]
+    rows = [row("before", start, results[seeds[0]].eval_before)]
     for seed, result in results.items():
-        after = row(f"after, seed {seed}", AutoModel.from_pretrained(str(result.student)), result.heldout_after)
+        after = row(f"after, seed {seed}", AutoModel.from_pretrained(str(result.student)), result.eval_after)
         rows.append({**after, "seed": seed, "training_seconds": _training_seconds(_records(result, "train"))})
     rows.append(row("teacher", teacher))
 
@@ -96,9 +96,9 @@ def run(output: Path, seeds: Sequence[int], steps: int, update: Path | None = No
     return 0
 
 
-def _losses(held_out: Mapping[str, Any]) -> dict[str, float]:
+def _losses(eval_set: Mapping[str, Any]) -> dict[str, float]:
     names = {"loss": "heldout_kl", "qq": "heldout_kl_qq", "kk": "heldout_kl_kk", "vv": "heldout_kl_vv"}
-    return {title: held_out[name] for name, title in names.items() if name in held_out}
+    return {title: eval_set[name] for name, title in names.items() if name in eval_set}
 
 
 def _records(result: DistillResult, split: str) -> list[dict[str, Any]]:

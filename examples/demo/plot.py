@@ -14,8 +14,8 @@ Curve = Sequence[tuple[int, float]]  # (step, loss)
 def plot_losses(curves: Mapping[int, tuple[Curve, Curve]], file: Path) -> None:
     """Write a PNG of the (training, held-out) curves of each seed."""
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for colour, (seed, (training, held_out)) in enumerate(curves.items()):
-        for curve, label in ((training, "training"), (held_out, "held out")):
+    for colour, (seed, (training, eval_set)) in enumerate(curves.items()):
+        for curve, label in ((training, "training"), (eval_set, "held out")):
             look = "-" if curve is training else "o-"
             (line,) = axes.plot(*zip(*curve, strict=True), look, label=f"{label}, seed {seed}", color=f"C{colour}")
             line.set(markersize=4, linewidth=1, alpha=0.5 if curve is training else 1)

@@ -47,7 +47,7 @@ def section(record: Mapping[str, Any], arguments: str) -> str:
     lines = [
         table(record["rows"]),
         f"The student begins as layers {layers} of the teacher and trains for {settings['steps']} steps",
-        f"of {settings['batch_size']} × {settings['seq_len']} tokens, with {settings['relation_heads']} relation heads",
+        f"of {settings['batch_size']} × {settings['max_seq_length']} tokens, with {settings['relation_heads']} relation heads",
         f"and learning rate {settings['lr']:g}, on {versions['threads']} CPU threads",
         f"(torch {versions['torch']}, transformers {versions['transformers']}).",
         f"`python -m examples.demo {arguments}` makes this table.",

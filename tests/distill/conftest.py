@@ -44,27 +44,27 @@ def settings(teacher_folder: Path, text_file: Path, tmp_path: Path) -> Callable[
     def make(**changes: Any) -> DistillConfig:
         base = {
             "teacher": str(teacher_folder),
-            "output": str(tmp_path / "run"),
+            "output_dir": str(tmp_path / "run"),
             "text": [str(text_file)],
-            "student_layers": 1,
-            "student_hidden": 24,
-            "student_heads": 4,
+            "student_num_hidden_layers": 1,
+            "student_hidden_size": 24,
+            "student_num_attention_heads": 4,
             "relation_heads": 12,
-            "seq_len": 32,
-            "batch_size": 8,
-            "steps": 6,
-            "lr": 1e-3,
-            "heldout_fraction": 0.1,
-            "heldout_rows": 12,
-            "shuffle_rows": 40,
-            "log_every": 1,
-            "eval_every": 3,
-            "checkpoint_every": 3,
+            "max_seq_length": 32,
+            "total_batch_size": 8,
+            "max_steps": 6,
+            "learning_rate": 1e-3,
+            "eval_fraction": 0.1,
+            "eval_samples": 12,
+            "shuffle_buffer_size": 40,
+            "logging_steps": 1,
+            "eval_steps": 3,
+            "save_steps": 3,
             "device": "cpu",
         }
         merged = {**base, **changes}
         if "student" in changes or "copy_layers" in changes:
-            merged |= {"student_layers": None, "student_hidden": None}
+            merged |= {"student_num_hidden_layers": None, "student_hidden_size": None}
         return DistillConfig(**merged)
 
     return make

@@ -5,7 +5,7 @@
 
 A library that is preloaded (strike.c, compiled here with `cc`) counts every open, write, sync, rename, removal and new
 folder below the run's output, and at the n-th kills the process, before it or half-way, lets it fail, or sends a
-signal. The run is then continued with `--resume`. It survives if no half checkpoint was ever visible, none that was
+signal. The run is then continued with `--resume-from-checkpoint`. It survives if no half checkpoint was ever visible, none that was
 whole was lost, and in the end student, metrics and list of files are those of the run that was left alone. Linux only.
 
 Without options it goes round all kinds of runs, coarse points first, and ends within five minutes.
@@ -70,11 +70,11 @@ class Soak:
 
     def words(self, keep: int, resume: bool) -> list[str]:
         return shlex.split(
-            f"--teacher {self.work}/teacher --text {self.work}/text.txt --output {self.output} --student-layers 1 "
-            "--student-hidden 24 --student-heads 4 --relation-heads 12 --seq-len 16 --batch-size 4 --lr 1e-3 "
-            f"--steps {STEPS} --dropout 0.1 --heldout-fraction 0.1 --heldout-rows 4 --shuffle-rows 20 --log-every 1 "
-            f"--eval-every 3 --checkpoint-every 2 --keep-checkpoints {keep} --device cpu"
-        ) + (["--resume"] if resume else [])
+            f"--teacher {self.work}/teacher --text {self.work}/text.txt --output-dir {self.output} --student-num-hidden-layers 1 "
+            "--student-hidden-size 24 --student-num-attention-heads 4 --relation-heads 12 --max-seq-length 16 --total-batch-size 4 --learning-rate 1e-3 "
+            f"--max-steps {STEPS} --dropout 0.1 --eval-fraction 0.1 --eval-samples 4 --shuffle-buffer-size 20 --logging-steps 1 "
+            f"--eval-steps 3 --save-steps 2 --save-total-limit {keep} --device cpu"
+        ) + (["--resume-from-checkpoint"] if resume else [])
 
     def run(self, scenario: Scenario, *, resume: bool, at: int = 0, how: int = 0, stop: bool = False) -> list[int]:
         """Exit statuses of the ranks; the first is struck. `stop`: it is asked to stop in step `STOPPED_AT`."""
@@ -104,14 +104,14 @@ class Soak:
             from minilm_kernels.distill import cli, loop
 
             if stop:
-                real = loop._Run._step
+                real = loop.TrainingLoop._step
 
                 def step(run: Any) -> None:
-                    if run.step == STOPPED_AT - 1 and rank == 0:
+                    if run.state.step == STOPPED_AT - 1 and rank == 0:
                         os.kill(os.getpid(), signal.SIGTERM)
                     real(run)
 
-                loop._Run._step = step  # type: ignore[method-assign]
+                loop.TrainingLoop._step = step  # type: ignore[method-assign]
             if rank == 0:
                 self.strike(os.fsencode(self.output), at, how, os.fsencode(self.journal))
             status = cli.main(self.words(scenario.keep, resume))
@@ -160,7 +160,7 @@ class Soak:
                 records = [json.loads(line) for line in path.read_text().splitlines()]
                 found[name] = [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in records]
             elif path.name == "settings.json":
-                found[name] = {**json.loads(path.read_text()), "resume": None}
+                found[name] = {**json.loads(path.read_text()), "resume_from_checkpoint": None}
             else:
                 found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         return {name: value for name, value in found.items() if "/damaged-" not in name}
@@ -197,7 +197,7 @@ class Soak:
         ends = self.run(scenario, resume=True)
         said = self.said(scenario)
         if ends != [0] * scenario.ranks:
-            return f"--resume ended with {ends}:\n{said}"
+            return f"--resume-from-checkpoint ended with {ends}:\n{said}"
         outcome, expected = self.outcome(), scenario.expected
         if mode in ("term", "interrupt2"):  # the run has saved one more checkpoint, in place of an older one
             outcome, expected = _without_older(outcome), _without_older(expected)
@@ -268,8 +268,8 @@ def soak(options: argparse.Namespace, work: Path) -> bool:
         survived += wrong is None
         if wrong:
             what, path = scenario.journal[at - 1]
-            place = Path(path).relative_to(course.output)
-            print(f"{scenario}: {mode} at operation {at} ({what} {place}): {wrong}", flush=True)
+            where = Path(path).relative_to(course.output)
+            print(f"{scenario}: {mode} at operation {at} ({what} {where}): {wrong}", flush=True)
     left = f"; {len(trials) - tried} of {len(trials)} points left out for want of time" if tried < len(trials) else ""
     print(f"survived {survived} of {tried}{left}")
     return survived == tried > 0

@@ -36,13 +36,13 @@ def make(step: int, size: int = 1000) -> Checkpoint:
         "model": {"a": shared, "tied": shared, "turned": torch.arange(6.0).view(2, 3).T, "part": shared[3:5]},
         "progress": {"rng": torch.arange(5, dtype=torch.uint8), "empty": torch.empty(0, 4)},
     }
-    return Checkpoint(step, {"data": {"place": [0, [12, 3]], "note": "größe"}}, tensors)
+    return Checkpoint(step, {"data": {"cursor": [0, [12, 3]], "note": "größe"}}, tensors)
 
 
 def check(found: Checkpoint | None, step: int) -> None:
     assert found is not None
     expected = make(step)
-    assert (found.step, found.numbers) == (step, expected.numbers)
+    assert (found.step, found.state) == (step, expected.state)
     for name, tensors in expected.tensors.items():
         assert found.tensors[name].keys() == tensors.keys()
         for key, tensor in tensors.items():
@@ -149,7 +149,7 @@ def test_a_failure_of_any_write_is_one_clear_error(tmp_path: Path, monkeypatch: 
         checkpoints.write(make(1))
         with (
             failing(moment, full, monkeypatch),
-            pytest.raises(OSError, match=r"disk is full.*make room.*--resume") as caught,
+            pytest.raises(OSError, match=r"disk is full.*make room.*--resume-from-checkpoint") as caught,
         ):
             checkpoints.write(make(2))
         assert caught.value.errno == errno.ENOSPC
@@ -253,7 +253,7 @@ def test_a_damaged_one_is_reported_and_the_previous_used(
     assert listed(tmp_path) == ["damaged-step-000000002", "step-000000001"]
     flip_a_bit(tmp_path / "step-000000001")
     for _ in range(2):
-        with pytest.raises(ValueError, match="damaged-step-000000002, step-000000001 are damaged; begin again in"):
+        with pytest.raises(ValueError, match="damaged-step-000000002, step-000000001 are damaged; start again in"):
             checkpoints.newest()
     assert listed(tmp_path) == ["damaged-step-000000002", "step-000000001"]
     checkpoints.write(make(2))  # the name is free for a new one, and the damaged one does not count

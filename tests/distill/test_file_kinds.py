@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from minilm_kernels.distill.file_kinds import REFUSED
 from minilm_kernels.distill.sources import open_sources
+from minilm_kernels.distill.sources.file_kinds import REFUSED
 
 ENGLISH = "Some words in a line, and more of them.\n\n" * 40
 GERMAN = "Größe, Straße, Übung und Äpfel: schöne Wörter.\n\n" * 40
@@ -63,7 +63,7 @@ def test_suffixes_that_are_no_text_are_refused(suffix: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda: gzip.compress(ENGLISH.encode()), "gzip; unpack it"),
+        (lambda: gzip.compress(ENGLISH.encode()), "gzip; decompress it"),
         (lambda: bz2.compress(ENGLISH.encode()), "bzip2"),
         (lambda: lzma.compress(ENGLISH.encode()), "xz"),
         (zipped, "zip archive"),
@@ -152,5 +152,5 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path, monkeypatch: pytest.
             "/dev/zero": "a device",
             "/dev/null": "a device",
         }.items():
-            with pytest.raises(ValueError, match=f"--heldout-text: {path} is {kind}, expected a file or folder"):
-                open_sources([path], option="--heldout-text")
+            with pytest.raises(ValueError, match=f"--eval-text: {path} is {kind}, expected a file or folder"):
+                open_sources([path], option="--eval-text")
