@@ -16,7 +16,7 @@ def say(message: str) -> None:
         return
     line = f"minilm-distill: {message}"
     with suppress(OSError, ValueError):
-        if "tqdm" in sys.modules:  # otherwise there is no progress bar
+        if sys.modules.get("tqdm"):  # otherwise there is no progress bar
             from tqdm import tqdm
 
             tqdm.write(line, file=sys.stderr)

@@ -1,14 +1,15 @@
-"""Strikes a small run of `minilm-distill` at its operations on files, continues it, and compares with one left alone.
+"""Interrupts a small run of `minilm-distill` at its file operations, resumes it, and compares the results.
 
     python -m tests.distill.soak [--modes kill,half,...] [--keep 1,2] [--ranks 1,2] [--resume-too] [--damage]
                                  [--first N] [--last N] [--every N] [--seconds S]
 
-A library that is preloaded (strike.c, compiled here with `cc`) counts every open, write, sync, rename, removal and new
-folder below the run's output, and at the n-th kills the process, before it or half-way, lets it fail, or sends a
-signal. The run is then continued with `--resume-from-checkpoint`. It survives if no half checkpoint was ever visible, none that was
-whole was lost, and in the end student, metrics and list of files are those of the run that was left alone. Linux only.
+A preloaded library (strike.c, compiled here with `cc`) counts every open, write, sync, rename, removal and new folder
+below the run's output folder. At the n-th operation it kills the process, before or during the operation, makes the
+operation fail, or sends a signal. The run is then continued with `--resume-from-checkpoint`. It survives if no partial
+checkpoint was ever visible, no complete one was lost, and student, metrics and list of files are finally those of an
+undisturbed run. Linux only.
 
-Without options it goes round all kinds of runs, coarse points first, and ends within five minutes.
+Without options it tests all kinds of runs, with coarse steps first, and ends within five minutes.
 """
 
 from __future__ import annotations
@@ -70,9 +71,10 @@ class Soak:
 
     def words(self, keep: int, resume: bool) -> list[str]:
         return shlex.split(
-            f"--teacher {self.work}/teacher --text {self.work}/text.txt --output-dir {self.output} --student-num-hidden-layers 1 "
-            "--student-hidden-size 24 --student-num-attention-heads 4 --relation-heads 12 --max-seq-length 16 --total-batch-size 4 --learning-rate 1e-3 "
-            f"--max-steps {STEPS} --dropout 0.1 --eval-fraction 0.1 --eval-samples 4 --shuffle-buffer-size 20 --logging-steps 1 "
+            f"--teacher {self.work}/teacher --text {self.work}/text.txt --output-dir {self.output} "
+            "--student-num-hidden-layers 1 --student-hidden-size 24 --student-num-attention-heads 4 "
+            f"--relation-heads 12 --max-seq-length 16 --total-batch-size 4 --learning-rate 1e-3 --max-steps {STEPS} "
+            "--dropout 0.1 --eval-fraction 0.1 --eval-samples 4 --shuffle-buffer-size 20 --logging-steps 1 "
             f"--eval-steps 3 --save-steps 2 --save-total-limit {keep} --device cpu"
         ) + (["--resume-from-checkpoint"] if resume else [])
 

@@ -249,7 +249,7 @@ def test_a_damaged_one_is_reported_and_the_previous_used(
     check(checkpoints.newest(), 1)
     said = capsys.readouterr().err
     assert message in said
-    assert "set aside as damaged-step-000000002, using step-000000001 instead" in said
+    assert "renamed to damaged-step-000000002, using step-000000001 instead" in said
     assert listed(tmp_path) == ["damaged-step-000000002", "step-000000001"]
     flip_a_bit(tmp_path / "step-000000001")
     for _ in range(2):

@@ -109,7 +109,7 @@ def test_options_are_checked_before_torch_is_imported(words: list[str], tmp_path
             status = main(sys.argv[1:])
         except SystemExit as end:
             status = end.code
-        heavy = {"torch", "transformers", "numpy"} & set(sys.modules)
+        heavy = {"torch", "transformers", "numpy", "yaml", "tqdm", "safetensors", "tokenizers"} & set(sys.modules)
         sys.exit(f"imported: {heavy}" if heavy else status)
     """
     given = [] if words == [] else [*REQUIRED, "--output-dir", str(tmp_path / "o"), *words]

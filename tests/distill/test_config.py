@@ -298,7 +298,8 @@ def test_options_from_a_file_yield_to_the_command_line(
     form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / f"options.{form}"
-    yaml = "teacher: missing-folder/t/x\noutput_dir: o\ncopy_layers: [1, 3]\ntext: a.txt\nlearning_rate: 6e-5\nmax-seq-length: 64\n"
+    yaml = "teacher: missing-folder/t/x\noutput_dir: o\ncopy_layers: [1, 3]\ntext: a.txt\n"
+    yaml += "learning_rate: 6e-5\nmax-seq-length: 64\n"
     options = {
         **NEEDED,
         "teacher": "missing-folder/t/x",

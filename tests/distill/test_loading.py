@@ -269,7 +269,9 @@ def test_the_folder_of_a_run_stands_for_its_student(
     run = tmp_path / "before"
     run.mkdir()
     (run / "settings.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"--teacher: .*before is the folder of a run that has not finished its student"):
+    with pytest.raises(
+        ValueError, match=r"--teacher: .*before is the folder of a run that has not finished its student"
+    ):
         resolve_source(str(run), "--teacher")
     folder.rename(run / "student")
     assert resolve_source(str(run), "--teacher") == str(run / "student")
@@ -286,7 +288,10 @@ def test_what_the_hub_cannot_know_fails_at_once(name: str) -> None:
 @pytest.mark.parametrize("name", ["someone/a-model", "a-model"])
 def test_the_hub_is_named_before_it_is_asked(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert resolve_source(name, "--student") == name
-    assert f"--student: there is no folder {name}; looking for a model of this name on the Hugging Face hub" in capsys.readouterr().err
+    assert (
+        f"--student: there is no folder {name}; looking for a model of this name on the Hugging Face hub"
+        in capsys.readouterr().err
+    )
 
 
 def test_names_below_a_prefix_are_explained(folder: Path, settings: Settings) -> None:

@@ -203,7 +203,7 @@ def test_ids_that_only_the_special_tokens_have() -> None:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["post_processor"]["special_tokens"]["[SEP]"]["ids"] = [777]
     odd = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), unk_token="[UNK]")
-    with pytest.raises(ValueError, match="returns id 777, the teacher's embedding has 65 rows"):
+    with pytest.raises(ValueError, match="returns id 777, the teacher's embedding has only 65 rows"):
         check(odd, make_texts(20), rows=65)
 
 

@@ -14,8 +14,8 @@ BEGIN, END = markers("demo")
 
 @pytest.fixture
 def small(monkeypatch):
-    """Short rows, few held-out rows, few probe texts."""
-    settings = {"max_seq_length": 16, "batch_size": 4, "eval_samples": 8, "eval_steps": 4, "logging_steps": 1}
+    """Short samples, few evaluation samples, few probe texts."""
+    settings = {"max_seq_length": 16, "total_batch_size": 4, "eval_samples": 8, "eval_steps": 4, "logging_steps": 1}
     monkeypatch.setattr(experiment, "SETTINGS", {**experiment.SETTINGS, **settings})
     news, rated = assets.bbc_news(), assets.lee_similarity()
     assert len(news.texts) == len(news.labels) == 2225
@@ -38,12 +38,12 @@ def test_demo(tmp_path, capsys):
     record = json.loads((output / "results.json").read_text())
     before, after, teacher = record["rows"]
     assert [row["model"] for row in record["rows"]] == ["before", "after, seed 3", "teacher"]
-    assert after["heldout_kl"] < before["heldout_kl"]
-    assert after["heldout_kl"] == pytest.approx(sum(after[f"heldout_kl_{name}"] for name in ("qq", "kk", "vv")))
+    assert after["eval_kl"] < before["eval_kl"]
+    assert after["eval_kl"] == pytest.approx(sum(after[f"eval_kl_{name}"] for name in ("qq", "kk", "vv")))
     assert after["seed"] == 3
     assert after["training_seconds"] > 0
     assert len({before["lee_r"], after["lee_r"], teacher["lee_r"]}) == 3
-    assert record["settings"]["steps"] == 6
+    assert record["settings"]["max_steps"] == 6
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (output / "seed-3" / "student" / "model.safetensors").is_file()
 
@@ -62,12 +62,14 @@ def test_demo(tmp_path, capsys):
     assert "--max-steps" in capsys.readouterr().err
 
 
-def test_held_out_articles_are_not_trained_on_and_news_is_not_either():
-    train, eval_set = ([json.loads(line) for line in file.read_text().splitlines()] for file in assets.wikipedia_text())
+def test_evaluation_articles_are_not_trained_on_and_news_is_not_either():
+    train, evaluation = (
+        [json.loads(line) for line in file.read_text().splitlines()] for file in assets.wikipedia_text()
+    )
     assert len(train) > 80
-    assert len(eval_set) >= 10
-    assert not {row["title"] for row in train} & {row["title"] for row in eval_set}
-    assert not {row["text"] for row in train} & {row["text"] for row in eval_set}
+    assert len(evaluation) >= 10
+    assert not {row["title"] for row in train} & {row["title"] for row in evaluation}
+    assert not {row["text"] for row in train} & {row["text"] for row in evaluation}
     paragraphs = {paragraph for row in train for paragraph in row["text"].split("\n\n")}
     assert len(paragraphs) > 4000
     assert not any(paragraphs.intersection(text.split("\n\n")) for text in assets.bbc_news().texts)

@@ -23,8 +23,7 @@ import pytest
 from minilm_kernels.distill.sources import HubDataset, ReadPrefix, Source, delimited, open_sources
 from minilm_kernels.distill.sources import lines as line_files
 from minilm_kernels.distill.sources import parquet as parquet_files
-
-from .tiny import make_texts
+from tests.distill.tiny import make_texts
 
 TEXTS = [text + " größe €" for text in make_texts(25, longest=8)]
 
