@@ -16,7 +16,7 @@ from .tiny import make_texts, save_model
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny operators are slower on several threads; the number is put back."""
+    """Runs tests on one thread, which is faster for tiny operators, and restores the number of threads."""
     found = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,7 +25,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of 2 layers, hidden size 48, vocabulary of 65 words, 40 positions."""
+    """A BERT with 2 layers, hidden size 48, 65 tokens and 40 positions."""
     return save_model(tmp_path_factory.mktemp("teacher"))
 
 
@@ -39,7 +39,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(teacher_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., DistillConfig]:
-    """Settings of a run of a few steps; arguments replace or add to them."""
+    """Creates the settings of a short run. Arguments replace defaults or are added."""
 
     def make(**changes: Any) -> DistillConfig:
         base = {

@@ -1,4 +1,4 @@
-"""Documents packed into samples give the losses, and the gradients, that they give one by one."""
+"""Losses and gradients of packed documents are those of the single documents."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pack(texts: list[str], packing: bool = True) -> Samples:
 
 
 def documents(samples: Samples) -> list[np.ndarray]:
-    """The tokens of every document (piece), special ones included."""
+    """The tokens of every piece of a document, with special tokens."""
     found = []
     for ids, positions in zip(*samples, strict=True):
         valid = positions != PADDING
@@ -54,7 +54,7 @@ def loss_of(batch: Batch, models: tuple[LayerModel, LayerModel], reduction: str)
 
 
 def alone(model: Any, document: np.ndarray, mask: str, prefix: int) -> Any:
-    """Q, K and V of one document by the model itself: its own positions, no padding, the mask written out."""
+    """Q, K and V of a single document, without padding and with an explicit mask."""
     order = torch.arange(len(document))
     visible = torch.ones(len(document), len(document), dtype=torch.bool)
     if mask != "bidirectional":

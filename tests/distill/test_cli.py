@@ -1,4 +1,4 @@
-"""The command line: what it says and how it ends for whatever it is given. A traceback is never part of that."""
+"""The command line: messages and exit statuses for valid, invalid and hostile arguments, without tracebacks."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from minilm_kernels.distill.cli import main
 from minilm_kernels.distill.config_file import LARGEST_FILE
 
 REQUIRED = ["--teacher", "no/such/teacher", "--copy-layers", "1", "--text", "no-such-text"]
-SECONDS = 120  # a bound for whole interpreters on a busy machine
+SECONDS = 120  # limit for an interpreter on a busy machine
 Run = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the command line in an empty folder; returns its status and what it wrote to standard error."""
+    """Runs the command line in an empty folder. Returns its status and its standard error."""
     monkeypatch.chdir(tmp_path)
 
     def go(*words: str) -> tuple[int, str]:
@@ -118,7 +118,7 @@ def test_options_are_checked_before_torch_is_imported(words: list[str], tmp_path
     assert "Traceback" not in result.stderr
 
 
-# --- the one door
+# --- exceptions
 
 
 class _Nameless(Exception):
@@ -207,11 +207,11 @@ def test_a_reader_that_has_gone_is_no_traceback(stream: str, tmp_path: Path) -> 
     assert not result.stderr
 
 
-# --- hostile settings files: an error of a line that names the file, in bounded time, and nothing is executed
+# --- hostile settings files: an error of one line that names the file, in bounded time, without executing code
 
 
 def _laughs(key: str) -> str:
-    """10^9 items under `key`, by nine levels of aliases."""
+    """10^9 items under `key`, made of nine levels of aliases."""
     levels, inner = "", "x, x, x, x, x, x, x, x, x, x"
     for level in range(8):
         levels += f"  - &a{level} [{inner}]\n"
@@ -220,7 +220,7 @@ def _laughs(key: str) -> str:
 
 
 def _merges() -> str:
-    """10^9 pairs, by nine levels of merge keys."""
+    """10^9 entries, made of nine levels of merge keys."""
     levels = "relations:\n  a0: &a0 {x: 1}\n"
     for level in range(1, 10):
         levels += f"  a{level}: &a{level} {{<<: [{', '.join([f'*a{level - 1}'] * 10)}], y{level}: 1}}\n"

@@ -1,4 +1,4 @@
-"""Settings: what is accepted, what is refused and how, and the command line made of them."""
+"""Settings: accepted and refused values, settings files, and the generated command line."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_bad_value_is_named(changes: dict[str, Any], named: str) -> None:
 
 
 def _floats() -> list[tuple[str, Callable[[float], Any]]]:
-    """Every option that holds floats, and how one value becomes all of it."""
+    """Every option with floats, and a function that creates its value from one float."""
     found: list[tuple[str, Callable[[float], Any]]] = []
     for name, hint in get_type_hints(DistillConfig).items():
         if hint is dict or get_origin(hint) is dict:
@@ -279,7 +279,7 @@ def test_command_gives_the_settings_back() -> None:
 def test_help_shows_every_option_with_its_default(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "1000")  # lines are also broken at hyphens
+    monkeypatch.setenv("COLUMNS", "1000")  # otherwise lines are wrapped, also at hyphens
     with pytest.raises(SystemExit) as status:
         main(["--help"])
     assert status.value.code == 0

@@ -1,4 +1,4 @@
-"""Real processes: a kill -9, torchrun with two gloo processes, signals, and an error on one of several ranks."""
+"""Tests with real processes: kill -9, torchrun with two gloo processes, signals, and errors on one rank."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PATIENCE = 120.0
 
 @contextlib.contextmanager
 def started(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """A process of its own, with its output, that does not outlive the test."""
+    """Starts a process, and kills it and its children at the end of the test."""
     process = subprocess.Popen(
         [sys.executable, *command],
         env={**ENVIRONMENT, **environment},
@@ -43,7 +43,7 @@ def started(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]
     try:
         yield process
     finally:
-        # torchrun's workers are sessions of their own, and hold the pipe that is read below.
+        # The workers of torchrun have their own sessions, and keep the pipe open that is read below.
         for group in (process.pid, *children(process.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
@@ -51,7 +51,7 @@ def started(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]
 
 
 def children(parent: int) -> list[int]:
-    """The processes below one, by /proc."""
+    """The descendants of a process, from /proc."""
     with contextlib.suppress(OSError):
         below = [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
         return [*below, *(deeper for child in below for deeper in children(child))]
@@ -72,7 +72,7 @@ def options(config: DistillConfig) -> list[str]:
 
 
 def test_a_run_killed_at_a_random_step_continues_to_the_same_bits(settings: Settings, tmp_path: Path) -> None:
-    """300 steps; kill -9 at a random moment, checkpoints often enough that some kills meet one being written."""
+    """Kills a run of 300 steps at a random moment, with so many checkpoints that some kills interrupt one."""
     changes: dict[str, Any] = {
         "max_steps": 300,
         "max_seq_length": 16,
@@ -116,7 +116,7 @@ def test_a_run_killed_at_a_random_step_continues_to_the_same_bits(settings: Sett
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(settings: Settings, tmp_path: Path) -> None:
-    """Also: a signal to torchrun stops both after the same step, and both continue."""
+    """A signal to torchrun also stops both after the same step, and both continue."""
     changes: dict[str, Any] = {
         "max_steps": 40,
         "dropout": 0.0,
@@ -135,7 +135,7 @@ def test_two_processes_take_the_steps_of_one(settings: Settings, tmp_path: Path)
     [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
     stopped = int(checkpoint.name.removeprefix("step-"))
     generators = read_checkpoint(checkpoint).tensors["progress"]
-    assert not torch.equal(generators["cpu.0"], generators["cpu.1"])  # each process drops out by itself
+    assert not torch.equal(generators["cpu.0"], generators["cpu.1"])  # each process has its own dropout
     assert f"stopped at step {stopped}; continue with\n  torchrun --nproc-per-node 2" in said
     with pytest.raises(ValueError, match="processes: 2 before, 1 now"):
         distill(settings(**changes, resume_from_checkpoint=True))
@@ -159,12 +159,12 @@ def test_two_processes_take_the_steps_of_one(settings: Settings, tmp_path: Path)
 
 
 def alone(module: Any, code: str) -> list[str]:
-    """A command that runs `code` with the names of one module, without the seconds that the package takes to import."""
+    """A command that runs `code` with the names of one module, without importing the package, which takes seconds."""
     return ["-c", f"import runpy\nglobals().update(runpy.run_path({module.__file__!r}))\n{code}"]
 
 
 def two_ranks(*command: str) -> list[tuple[int, str]]:
-    """Exit status and output of each of two processes of one group."""
+    """Exit status and output of two processes in one group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -208,7 +208,7 @@ with DistContext("cpu") as context:
 
 @pytest.mark.slow
 def test_a_checkpoint_that_one_process_cannot_read_ends_all(settings: Settings, tmp_path: Path) -> None:
-    """None continues from another step than the others, and none waits for them."""
+    """No process continues from another step than the others, and none waits for them."""
     distill(settings())
     (tmp_path / "run" / "student").rename(tmp_path / "student")
     code = """
@@ -264,7 +264,7 @@ def test_variables_that_do_not_fit_are_named(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_workers_end_with_a_killed_launcher() -> None:
-    """A SIGTERM, so that the run stops after its step. The end of the worker closes its output."""
+    """The worker receives a SIGTERM, so that the run stops after its step."""
     worker = f"""
 import runpy, signal, time
 signal.signal(signal.SIGTERM, lambda number, frame: (print("asked to stop", flush=True), exit(0)))
@@ -316,7 +316,7 @@ with StopSignals() as signals:
 
 
 def test_torchruns_echo_does_not_abort() -> None:
-    """The terminal sends SIGINT to all processes, and torchrun passes its own on."""
+    """The terminal sends SIGINT to all processes, and torchrun forwards its own."""
     code = """
 import time
 with StopSignals() as signals:
@@ -337,7 +337,7 @@ with StopSignals() as signals:
 def test_signals_that_come_again_by_themselves_never_abort(number: signal.Signals) -> None:
     code = f"""
 with StopSignals() as signals:
-    for another in (3 * [{number.value}]) + [signal.SIGTERM]:  # SIGTERM is not the second of the first
+    for another in (3 * [{number.value}]) + [signal.SIGTERM]:  # SIGTERM is another signal than the first
         os.kill(os.getpid(), another)
     print("goes on", signals.received, flush=True)
 """
@@ -362,7 +362,7 @@ def test_what_is_ignored_or_used_by_others_stays_so() -> None:
 
 
 def test_a_signal_without_standard_error_writes_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it was closed at the start, its number is that of the first file opened: a checkpoint's, say."""
+    """If standard error was closed at the start, the first opened file, such as a checkpoint, has its number."""
 
     def write(handle: int, content: bytes) -> int:
         raise BrokenPipeError

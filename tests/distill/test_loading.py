@@ -1,4 +1,4 @@
-"""Model files from outside: every damaged or hostile folder ends in one sentence, and nothing in it is executed."""
+"""Damaged and hostile model folders: an error of one sentence, without executing code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
 class Payload:
-    """Leaves a file behind where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -183,7 +183,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 @pytest.fixture
 def folder(tmp_path: Path, teacher_folder: Path) -> Path:
-    """A whole model folder, to be damaged by the test."""
+    """A complete model folder for the test to damage."""
     return Path(shutil.copytree(teacher_folder, tmp_path / "model"))
 
 
@@ -231,7 +231,7 @@ def test_an_interruption_stays_one(kind: type[BaseException], folder: Path, monk
 
 
 def test_a_panic_of_the_tokenizer_library_is_a_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rust panics come as a class of their own that is no Exception."""
+    """Rust panics have a class that is no subclass of Exception."""
     panic = type("PanicException", (BaseException,), {})
 
     def panicked(*_: Any, **__: Any) -> None:
@@ -243,7 +243,7 @@ def test_a_panic_of_the_tokenizer_library_is_a_sentence(folder: Path, monkeypatc
 
 
 def test_what_is_no_model_costs_nothing_afterwards(folder: Path) -> None:
-    """The bound on what is built ends with the loading."""
+    """The limit on the size of models ends with the loading."""
     settings_of(num_hidden_layers=5000)(folder)
     with pytest.raises(ValueError, match="more than"):
         load_model(str(folder), "--teacher")
@@ -251,7 +251,7 @@ def test_what_is_no_model_costs_nothing_afterwards(folder: Path) -> None:
 
 
 def test_a_checkpoint_with_a_head_in_shards_is_accepted(tmp_path: Path, folder: Path, settings: Settings) -> None:
-    """Saved from a task model: other names, no pooler, several files."""
+    """A task model is saved with other names, without a pooler, and in several files."""
     bert = make_model("bert")
     whole = BertForMaskedLM(bert.config)
     whole.bert.load_state_dict({k: v for k, v in bert.state_dict().items() if not k.startswith("pooler")})

@@ -1,4 +1,4 @@
-"""Runs of the loop: exact averages, exact continuation, what is trained, what is left behind, what is refused."""
+"""Runs of the training loop: exact means, exact resuming, trained parameters, results and refused input."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ TIMED = {"tokens_per_second"}
 
 
 def records(result: DistillResult, split: str = "train") -> list[dict[str, Any]]:
-    """The metrics of one kind, without what depends on the clock."""
+    """The metrics of one split, without timings."""
     lines = [record for record in read_metrics(result.metrics) if record["split"] == split]
     return [{key: value for key, value in record.items() if key not in TIMED} for record in lines]
 
@@ -68,7 +68,7 @@ def losses(result: DistillResult) -> list[float]:
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
-    """Sends this process a signal in the middle of a step, as a user or a scheduler does."""
+    """Sends this process a signal in the middle of a step, as users and schedulers do."""
     real = loop.TrainingLoop._step
 
     def signalled(run: Any) -> None:
@@ -82,7 +82,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIG
 def test_a_stopped_run_continues_to_the_same_bits(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # Dropout draws random state, the text runs through several epochs, and the stop falls between two log lines.
+    # With dropout, several epochs, and a stop between two lines of metrics.
     options = {
         "max_steps": 40,
         "gradient_accumulation_steps": 2,
@@ -157,7 +157,7 @@ def test_resume_before_any_checkpoint_begins(
 def test_an_error_of_the_text_saves_the_steps_before_it(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the middle of a step's rows, from a shuffled buffer: the rows drawn already must come again."""
+    """The error occurs between the samples of a step: samples that were drawn already must be used again."""
     whole = distill(settings(output_dir=tmp_path / "whole"))
     real = SampleStream._draw
     draws = 0
@@ -182,7 +182,7 @@ def test_an_error_of_the_text_saves_the_steps_before_it(
 def test_rows_of_a_step_that_failed_elsewhere_come_again(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This process has read the rows, another could not."""
+    """This process has read its samples, but another process has failed."""
     whole = distill(settings(output_dir=tmp_path / "whole"))
     real = loop.DistContext.on_all
     calls = 0
@@ -191,7 +191,7 @@ def test_rows_of_a_step_that_failed_elsewhere_come_again(
         nonlocal calls
         result = real(dist, action)
         calls += 1
-        if calls == 1 + 5:  # after the preparation: the fifth step
+        if calls == 1 + 5:  # the fifth step after the preparation
             raise RuntimeError("process 1 failed: no text")
         return result
 
@@ -209,7 +209,7 @@ def test_rows_of_a_step_that_failed_elsewhere_come_again(
 def test_a_signal_cuts_the_held_out_loss_short(
     step: int, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is measured when the run continues, once, and the result is the same."""
+    """The evaluation is repeated when the run continues, and the results are the same."""
     whole = distill(settings(output_dir=tmp_path / "whole", eval_samples=20, dropout=0.2))
     real = evaluation.loss_vector
     counts: list[int] = []
@@ -230,7 +230,7 @@ def test_a_signal_cuts_the_held_out_loss_short(
         patch.setattr(evaluation, "loss_vector", signalled)
         stopped = distill(settings(eval_samples=20, dropout=0.2))
     assert (stopped.step, stopped.stopped_by, stopped.student) == (step, signal.SIGTERM, None)
-    assert counts[-1] == 1  # the first of several micro-batches was the last
+    assert counts[-1] == 1  # evaluation stopped after the first of several micro-batches
     assert [record["step"] for record in records(stopped, "eval")] == list(range(0, step, 3))
     continued = distill(settings(eval_samples=20, dropout=0.2, resume_from_checkpoint=True))
     for split in ("train", "eval"):
@@ -241,7 +241,7 @@ def test_a_signal_cuts_the_held_out_loss_short(
 def test_a_line_after_an_unmeasured_checkpoint_is_not_kept_twice(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after the late held-out loss was logged, before the student was written."""
+    """The run is killed after the repeated evaluation was logged, before the student was written."""
     whole = distill(settings(output_dir=tmp_path / "whole"))
     real = loop.evaluate
 
@@ -295,7 +295,7 @@ def test_a_damaged_checkpoint_falls_back(
 def test_one_keeps_the_newest_when_a_damaged_one_lies_above(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With --save-total-limit 1 a damaged later one must not push out the one that the stopped run has just saved."""
+    """With --save-total-limit 1, a damaged later checkpoint must not replace the one that was just saved."""
     whole = distill(settings(output_dir=tmp_path / "whole"))
     distill(settings())
     shutil.rmtree(tmp_path / "run" / "student")
@@ -308,7 +308,7 @@ def test_one_keeps_the_newest_when_a_damaged_one_lies_above(
 
 
 def rewrite(folder: Path, changes: dict[str, Any]) -> None:
-    """Gives a checkpoint other content under right checksums; `...` takes a part away."""
+    """Changes the content of a checkpoint, with valid checksums. `...` removes a part."""
     found = read_checkpoint(folder)
     shutil.rmtree(folder)
 
@@ -415,7 +415,7 @@ def test_other_conditions_are_said_with_what_they_break(
 
 
 class Broken(io.TextIOBase):
-    """A stream on a full disk, of a closed pipe, or closed."""
+    """A stream that cannot be written."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -442,7 +442,7 @@ def test_a_run_outlives_its_output(
 
 
 def test_ranks_read_what_the_main_one_chose(settings: Settings, tmp_path: Path) -> None:
-    """Even where this one could read a newer one."""
+    """This process could read a newer one."""
 
     class Second(loop.DistContext):
         world_size, rank, local_rank, device = 2, 1, 1, torch.device("cpu")  # type: ignore[assignment]
@@ -519,7 +519,7 @@ def test_text_may_change_behind_the_place_only(settings: Settings, text_file: Pa
 
 
 def late(folder: Path, line: str) -> Path:
-    """300 documents, the last one given."""
+    """300 documents, with `line` as the last one."""
     records = [json.dumps({"text": text}) for text in make_texts(299, seed=3, longest=15)]
     file = folder / "late.jsonl"
     file.write_text("\n".join([*records, line]) + "\n")
@@ -611,7 +611,7 @@ def test_one_word_without_end_is_unknown(settings: Settings, tmp_path: Path) -> 
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
 @pytest.mark.parametrize("packing", [True, False])
 def test_accumulation_is_the_exact_average(reduction: str, packing: bool, settings: Settings, tmp_path: Path) -> None:
-    """Micro-batches of unequal state of documents and tokens give the steps of one big batch."""
+    """Micro-batches with different numbers of documents and tokens give the same steps as one batch."""
     runs = [
         distill(
             settings(
@@ -637,7 +637,7 @@ def test_accumulation_is_the_exact_average(reduction: str, packing: bool, settin
 
 @pytest.mark.parametrize("clip", [0.01, 1e3])
 def test_steps_are_those_of_plain_pytorch(clip: float, settings: Settings, tmp_path: Path) -> None:
-    """AdamW, decay groups, warm-up and decay of the rate, clipping: written again with torch's own parts."""
+    """Optimizer, weight decay, schedule and clipping are those of a plain PyTorch loop."""
     config = settings(
         max_steps=8,
         warmup_steps=3,
@@ -650,7 +650,7 @@ def test_steps_are_those_of_plain_pytorch(clip: float, settings: Settings, tmp_p
     result = distill(config)
     assert result.student is not None
     norms = [record["grad_norm"] for record in records(result)]
-    assert (min(norms) > clip) if clip < 1 else (max(norms) < clip)  # every step is clipped, or none
+    assert (min(norms) > clip) if clip < 1 else (max(norms) < clip)  # all steps are clipped, or none
 
     dist = loop.DistContext("cpu")
     with closing(loop.TrainingLoop(config, dist, tmp_path)) as run:
@@ -736,7 +736,7 @@ def test_the_loss_falls_and_the_student_is_usable(
 def test_the_readme_names_exactly_the_tensors_left_alone(
     relations: str, untrained: tuple[str, ...], settings: Settings
 ) -> None:
-    """Weight decay must not shrink what the loss does not reach."""
+    """Weight decay must not change tensors on which the loss does not depend."""
     result = distill(settings(copy_layers=(2, 1), relations=relations, weight_decay=0.5, dropout=0.0))
     assert result.student is not None
     first = copied_student(make_model("bert"), [2, 1]).state_dict()
@@ -937,7 +937,7 @@ def test_a_disk_that_is_full_for_the_tokenizer_is_explained(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save(*arguments: Any, **options: Any) -> None:
-        raise Exception("No space left on device (os error 28)")  # tokenizers knows no class of its own
+        raise Exception("No space left on device (os error 28)")  # tokenizers raises plain exceptions
 
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedTokenizerFast, "save_pretrained", save)

@@ -26,10 +26,10 @@ def test_packing_keeps_every_token_in_order(lengths: list[int], max_seq_length: 
     shortest = min(packing_module.SHORTEST_CUT, max_seq_length // 4)
     assert all(
         len(piece) >= min(shortest, lengths[piece[0] - 10]) for piece in found
-    )  # documents here are one token each
+    )  # all tokens of a document are equal here
     if packing:
         room = (samples.positions == PADDING).sum(1)[:-1]
-        assert (room < shortest * 2 + 2).all()  # every row but the last is full, as far as cuts may go
+        assert (room < shortest * 2 + 2).all()  # every sample but the last is full, as far as documents may be cut
     else:
         assert ((samples.positions == 0).sum(1) == 1).all()
 

@@ -1,4 +1,4 @@
-"""Checks before the first step: weights, tokenizer and text, and that the student comes back from disk."""
+"""Checks before the first step: weights, tokenizer and text, and saving of the student."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_layers_that_the_weights_do_not_have(folder: Path, settings: Settings) -
 
 
 def test_saved_buffers_count_where_they_are_used() -> None:
-    """A scale in front of the projections, and one in the pooler."""
+    """A scale before the projections, and one in the pooler."""
     model = make_model("bert").eval()
     model.embeddings.LayerNorm.register_buffer("offset", torch.ones(48))
     model.pooler.register_buffer("offset", torch.ones(48))
@@ -105,7 +105,7 @@ def test_saved_buffers_count_where_they_are_used() -> None:
 def test_weights_that_are_not_finite_are_named(value: float, side: str, folder: Path, settings: Settings) -> None:
     def poison(weights: dict[str, torch.Tensor]) -> None:
         weights["encoder.layer.0.output.dense.weight"][3, 5] = value
-        weights["encoder.layer.1.output.dense.weight"][:] = value  # behind the last layer's projections
+        weights["encoder.layer.1.output.dense.weight"][:] = value  # after the projections of the last layer
 
     change(folder, poison)
     with pytest.raises(ValueError, match=rf"--{side} .*not finite: encoder\.layer\.0\.output\.dense\.weight hold"):
@@ -136,7 +136,7 @@ def one_word(*words: str) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.7, 1.0])
 def test_unknown_words(share: float, settings: Settings, tmp_path: Path) -> None:
-    """A few per cent are a text of any language; more than half is a text of another one."""
+    """A few per cent of unknown tokens are normal; more than half mean another language."""
     text = tmp_path / "text.txt"
     known = round(60 * (1 - share))
     words = [f"w{i}" if i < known else f"strange{i}" for i in range(60)]
@@ -173,7 +173,7 @@ def test_tokenizers_of_bytes_and_characters_know_every_text() -> None:
 
 
 def test_words_that_are_dropped_are_unknown_too() -> None:
-    """BPE without bytes and without an unknown token gives nothing at all for other letters."""
+    """BPE without bytes and unknown token returns nothing for unknown letters."""
     dropping = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])))
     check(dropping, ["abba baab"] * 40, rows=3)
     with pytest.raises(ValueError, match="returns 0 tokens for the first 1440 characters"):
@@ -181,7 +181,7 @@ def test_words_that_are_dropped_are_unknown_too() -> None:
 
 
 def test_a_tokenizer_far_smaller_than_the_embedding_is_another_s() -> None:
-    check(make_tokenizer(), make_texts(20), rows=258)  # reserves, and padding to a round number
+    check(make_tokenizer(), make_texts(20), rows=258)  # reserved rows, and padding to a round number
     with pytest.raises(ValueError, match="--teacher: its tokenizer has 65 tokens, its embedding 259 rows"):
         check(make_tokenizer(), make_texts(20), rows=259)
 
@@ -198,7 +198,7 @@ def test_the_largest_id_counts_and_not_the_number_of_tokens() -> None:
 
 
 def test_ids_that_only_the_special_tokens_have() -> None:
-    """A post-processor may name any id, in the vocabulary or not."""
+    """A post-processor may use ids that are not in the vocabulary."""
     tokenizer = make_tokenizer()
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["post_processor"]["special_tokens"]["[SEP]"]["ids"] = [777]
@@ -235,7 +235,7 @@ def test_a_student_that_cannot_be_saved_fails_before_training(
 
 def test_a_full_disk_is_named_before_training(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise Exception("No space left on device (os error 28)")  # as tokenizers says it
+        raise Exception("No space left on device (os error 28)")  # the message of tokenizers
 
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", fail)
     with pytest.raises(OSError, match="the disk is full"):
@@ -255,7 +255,7 @@ def test_a_student_that_comes_back_changed_is_refused(tmp_path: Path, monkeypatc
     with pytest.raises(ValueError, match=r"changes when it is saved and loaded: embeddings"):
         preflight.check_saving(model, tokenizer, tmp_path)
     monkeypatch.undo()
-    model.config.layer_norm_eps, model.config.to_diff_dict = 0.25, dict  # a config that loses what it says
+    model.config.layer_norm_eps, model.config.to_diff_dict = 0.25, dict  # a config that does not save its settings
     with pytest.raises(ValueError, match=r"could be saved, but not loaded|changes when it is saved"):
         preflight.check_saving(model, tokenizer, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -272,7 +272,7 @@ def test_tied_and_transposed_weights_come_back(tmp_path: Path) -> None:
     preflight.check_saving(albert, make_tokenizer(), tmp_path)
 
 
-# The pair
+# Both models
 
 
 def test_copied_layers_take_the_teacher_s_projections(settings: Settings, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Mutants of the distillation loop and its data."""
+"""Mutants of the training loop and its data."""
 
 from . import Mutant
 

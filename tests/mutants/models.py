@@ -1,4 +1,4 @@
-"""Mutants of the extractor and of the students."""
+"""Mutants of the extractor and the students."""
 
 from . import Mutant
 

@@ -1,4 +1,4 @@
-"""Files that are no text: refused before anything is trained, by suffix, by kind, by content."""
+"""Refusal of files that are not text, by suffix, type and content."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_some_bad_lines_do_not_make_another_encoding(tmp_path: Path) -> None:
     (tmp_path / "few.txt").write_bytes(b"\n\n".join(lines))
     assert len(list(filter(None, texts(tmp_path / "few.txt")))) == 281
     lines[5:105] = [b"bad \xff\xfe words"] * 100
-    lines[0] = "größe".encode()  # so it is UTF-8, a third of it damaged
+    lines[0] = "größe".encode()  # so the file is UTF-8, with a third of it damaged
     (tmp_path / "many.txt").write_bytes(b"\n\n".join(lines))
     assert len(list(filter(None, texts(tmp_path / "many.txt")))) == 200
     records = [json.dumps({"text": "words of a record"}).encode()] * 300
@@ -141,7 +141,7 @@ def test_markup_without_a_suffix_is_refused(content: str, tmp_path: Path) -> Non
 
 def test_what_is_no_regular_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
-    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket.txt")
         (tmp_path / "link.txt").symlink_to(tmp_path / "pipe.txt")

@@ -158,7 +158,7 @@ def test_every_cursor_continues_where_it_was_taken(make: Make, tmp_path: Path) -
         assert again.digest() == prefixes[number].digest()
         rest = list(source.read(read[number][1], again))
         assert [words(document.text) for document in rest] == [text for text, _ in read[number + 1 :]]
-        if make is not hub:  # whose states may differ where reading was begun elsewhere
+        if make is not hub:  # its states may depend on where reading began
             cursors = [json.loads(json.dumps(document.cursor)) for document in rest]
             assert cursors == [cursor for _, cursor in read[number + 1 :]]
         assert again.digest() == prefix.digest()
@@ -185,7 +185,7 @@ def test_a_line_of_any_length_is_read_in_parts(tmp_path: Path, monkeypatch: pyte
         assert list(opened(file).read(part.cursor)) == parts[number + 1 :]
         assert part.where.endswith("line 1")
 
-    file.write_text("€" * 100, "utf-8")  # three bytes each, and no space to cut at
+    file.write_text("€" * 100, "utf-8")  # three bytes per character, and no spaces
     assert "".join(part.text or "" for part in opened(file).read()) == "€" * 100
 
 
@@ -207,7 +207,9 @@ def test_a_record_beyond_the_bound_is_bad(make: Make, tmp_path: Path, monkeypatc
     documents = [document for document in source.read() if document.text or document.problem]
     assert [words(document.text)[:1] for document in documents if document.text] == [["w1"], ["w3"], ["w4"], ["w5"]]
     long = [document for document in documents if document.problem]
-    assert len(long) == (2 if make is comma_separated else 1)  # its lines, since the quote does not end in time
+    assert len(long) == (
+        2 if make is comma_separated else 1
+    )  # one per line, because the quote does not end within the limit
     assert all("200 bytes" in document.problem for document in long)
     for number, document in enumerate(documents):
         rest = [document for document in source.read(document.cursor) if document.text or document.problem]

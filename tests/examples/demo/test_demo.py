@@ -1,4 +1,4 @@
-"""The whole demo on the real teacher and text, a few tiny steps long, and what it refuses before any work."""
+"""The whole demo with the real teacher and text for a few small steps, and its refused options."""
 
 import json
 
@@ -55,7 +55,7 @@ def test_demo(tmp_path, capsys):
     assert str(tmp_path) not in written
     assert f"{output / 'seed-3' / 'student'}" in capsys.readouterr().out
 
-    # Again: what is finished is taken as it is; other settings in the same folder are refused.
+    # Finished results are used again, and other settings in the same folder are refused.
     assert main(arguments) == 0
     assert json.loads((output / "results.json").read_text()) == record
     assert main([*arguments, "--max-steps", "7"]) == 1

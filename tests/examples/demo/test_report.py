@@ -1,4 +1,4 @@
-"""The table says what the rows say."""
+"""The table has the figures of its rows."""
 
 from examples.demo.report import table
 
