@@ -772,7 +772,7 @@ def test_every_mode_trains(options: dict[str, Any], settings: Settings) -> None:
 
 def test_the_student_may_be_any_folder(settings: Settings, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "student", seed=7)
-    separate = tmp_path / "heldout.jsonl"
+    separate = tmp_path / "eval.jsonl"
     separate.write_text("\n".join(json.dumps({"body": text}) for text in make_texts(10, seed=8)))
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"body": text}) for text in make_texts(50, seed=9)))
