@@ -510,3 +510,18 @@ def test_a_removal_that_fails_is_said_and_tried_again(
     assert [path.name for path in checkpoints.names()] == ["step-000000002"]
     checkpoints.write(make(3))
     assert listed(tmp_path) == ["step-000000003"]
+
+
+def test_what_others_wrote_into_a_folder_is_on_disk_before_it_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A student is saved by transformers, which syncs nothing."""
+
+    def fill(folder: Path) -> None:
+        (folder / "model.safetensors").write_text("weights")
+        (folder / "tokens").mkdir()
+        (folder / "tokens" / "vocabulary.txt").write_text("words")
+
+    seen = recorded(monkeypatch, lambda: write_folder(tmp_path / "student", fill))
+    renamed = seen.index(("rename", ".unfinished-student"))
+    assert {("sync", name) for name in ("model.safetensors", "tokens", "vocabulary.txt")} <= set(seen[:renamed])
