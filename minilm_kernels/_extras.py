@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Extra -> the modules that it brings.
+# Extra -> modules of its packages.
 EXTRAS = {
     "hf": ("transformers", "safetensors", "tokenizers", "huggingface_hub"),
     "distill": ("transformers", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "yaml"),
@@ -17,7 +17,7 @@ EXTRAS = {
 def optional_imports(extra: str, feature: str) -> Iterator[None]:
     """Names the extra to install if an import inside the block fails because a package of the extra is missing.
 
-    Where blocks are nested, the error names the extra of the outermost one. Other import errors pass through.
+    For nested blocks, the error names the extra of the outermost one. Other import errors are not changed.
 
     Args:
         extra: a key of `EXTRAS`.

@@ -8,8 +8,8 @@ from typing import Any
 
 from .sources import Document
 
-NAMED = 20  # number of warnings that are printed at once; later ones are printed
-QUIET_SECONDS = 30.0  # apart
+NAMED = 20  # number of warnings without a pause
+QUIET_SECONDS = 30.0  # pause between later warnings
 # A corpus with more than nine bad documents in ten is probably not the intended one (a wrong --text-column, another
 # format), and training on the rest would be an accident. With fewer bad documents, the rest is worth training on. A
 # single bad file at the beginning can produce many bad documents, so the share is checked from this number on, and at

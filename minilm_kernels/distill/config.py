@@ -15,7 +15,7 @@ from .config_checks import DEFAULT_RELATIONS, check_combinations, check_ranges
 from .config_values import coerce, default_of, flag, show, shown
 
 LARGEST_SEED = 2**63 - 1  # the largest int64, which both torch and numpy accept
-# No model has more: larger numbers are typing errors, which would otherwise use up the memory minutes later.
+# Larger than in any model, so that a typing error is reported at once instead of using up the memory.
 _LARGEST_LAYERS, _LARGEST_WIDTH = 10_000, 2**20
 
 
@@ -169,7 +169,7 @@ class DistillConfig:
     dataset_config_name: str | None = _option(None, "configuration name of the hub data set")
     dataset_split: str = _option("train", "split of the hub data set")
     text_column: str = _option(
-        "text", "name of the column that holds the text, in hub data sets, JSON objects, CSV and Parquet files"
+        "text", "name of the column with the text, in hub data sets, JSON objects, CSV and Parquet files"
     )
     documents: str = _option(
         "paragraph",

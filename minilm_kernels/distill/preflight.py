@@ -57,7 +57,7 @@ def check_weights(extractor: QKVExtractor, info: Mapping[str, Any], option: str,
         )
     broken = [name for name, tensor in tensors.items() if not all(map(math.isfinite, _range(tensor)))]
     if broken:
-        raise ValueError(f"{option}: its weights are not finite: {_some(broken)} hold NaN or infinity")
+        raise ValueError(f"{option}: its weights are not finite: {_some(broken)} contain NaN or infinity")
     if not all(all(map(math.isfinite, _range(output))) for output in _run(extractor)):
         raise ValueError(f"{option}: its weights are finite, but Q, K and V of layer {extractor.layer} are not")
     projections = {id(p) for projection in extractor.projections for p in projection.parameters() if p.dim() > 1}

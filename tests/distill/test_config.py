@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import shlex
@@ -21,7 +20,6 @@ from minilm_kernels.distill.cli import build_parser, main
 from minilm_kernels.distill.config import LARGEST_SEED
 from minilm_kernels.distill.config_file import read_settings
 from minilm_kernels.distill.config_values import default_of, flag, show, shown
-from minilm_kernels.distill.optimizer import learning_rate_at
 
 NEEDED: dict[str, Any] = {"teacher": "t", "output_dir": "o", "copy_layers": (1, 3), "text": ("a.txt",)}
 
@@ -241,20 +239,6 @@ def test_unknown_options_get_the_closest_names() -> None:
         DistillConfig.from_mapping({**NEEDED, "zzz": 3})
     with pytest.raises(ValueError, match="--teacher is required"):
         DistillConfig.from_mapping({"output_dir": "o"})
-
-
-def test_schedule_rises_to_the_peak_and_ends_at_zero() -> None:
-    config = DistillConfig(**NEEDED, max_steps=100, warmup_steps=10, learning_rate=2.0)
-    rates = [learning_rate_at(config, step) for step in range(101)]
-    assert rates[0] == pytest.approx(0.2)
-    assert max(rates) == rates[9] == rates[10] == 2.0
-    assert rates[100] == 0
-    rises = [b - a for a, b in itertools.pairwise(rates)]
-    assert rises[:9] == pytest.approx([0.2] * 9)
-    assert rises[10:] == pytest.approx([-2 / 90] * 90)
-    assert DistillConfig(**NEEDED).warmup == 4000
-    assert DistillConfig(**NEEDED, max_steps=300).warmup == 30
-    assert learning_rate_at(DistillConfig(**NEEDED, max_steps=3, warmup_steps=3), 2) == 6e-4
 
 
 def test_command_gives_the_settings_back() -> None:

@@ -96,7 +96,7 @@ def test_saved_buffers_count_where_they_are_used() -> None:
     with pytest.raises(ValueError, match=r"embeddings\.LayerNorm\.offset"):
         preflight.check_weights(extractor, info, "--teacher", teacher=True)
     model.embeddings.LayerNorm.offset.fill_(math.inf)
-    with pytest.raises(ValueError, match=r"LayerNorm\.offset hold NaN"):
+    with pytest.raises(ValueError, match=r"LayerNorm\.offset contain NaN"):
         preflight.check_weights(extractor, {"missing_keys": (), "unexpected_keys": ()}, "--teacher", teacher=True)
 
 
@@ -108,7 +108,7 @@ def test_weights_that_are_not_finite_are_named(value: float, side: str, folder: 
         weights["encoder.layer.1.output.dense.weight"][:] = value  # after the projections of the last layer
 
     change(folder, poison)
-    with pytest.raises(ValueError, match=rf"--{side} .*not finite: encoder\.layer\.0\.output\.dense\.weight hold"):
+    with pytest.raises(ValueError, match=rf"--{side} .*not finite: encoder\.layer\.0\.output\.dense\.weight contain"):
         load_models(settings(**{side: str(folder)}), CPU)
     load_models(settings(**{side: str(folder), f"{side}_layer": 1}), CPU)
 

@@ -33,14 +33,14 @@ MUTANTS = [
         "        self.buffer.zero_()\n",
         "",
         _T + "test_loop.py",
-        "gradients of all steps add up",
+        "gradients of all steps are summed",
     ),
     Mutant(
         _D + "loop.py",
         "dist.sum(self.buffer.flat)",
         "self.buffer.flat",
         _T + "test_distributed.py",
-        "ranks train apart",
+        "ranks train independently",
     ),
     Mutant(
         _D + "run_state.py",
@@ -60,14 +60,14 @@ MUTANTS = [
         _D + "optimizer.py",
         "return config.learning_rate * (step + 1) / config.warmup",
         "return config.learning_rate * step / config.warmup",
-        _T + "test_config.py",
-        "the first step of the warm-up does nothing",
+        _T + "test_optimizer.py",
+        "the first step of the warmup has no effect",
     ),
     Mutant(
         _D + "optimizer.py",
         "(config.max_steps - step) / (config.max_steps - config.warmup)",
         "(config.max_steps - step) / config.max_steps",
-        _T + "test_config.py",
+        _T + "test_optimizer.py",
         "the peak of the learning rate is never reached",
     ),
     Mutant(
@@ -75,7 +75,7 @@ MUTANTS = [
         'if not option.metadata["neutral"] and mine',
         'if option.metadata["positive"] and mine',
         f"{_T}test_config.py {_T}test_loop.py",
-        "a run is continued with settings that change its numbers",
+        "a run is continued with settings that change its results",
     ),
     # Batches.
     Mutant(
@@ -162,7 +162,7 @@ MUTANTS = [
         'self._at_end, self._draws, self._cursor = state["at_end"], state["draws"], state["cursor"]',
         'self._draws, self._cursor = state["draws"], state["cursor"]',
         _T + "test_sample_stream.py",
-        "a run that is resumed at the end of an epoch reads it again",
+        "a run that is resumed at the end of an epoch repeats it",
     ),
     Mutant(
         _D + "sample_stream.py",
@@ -241,7 +241,7 @@ MUTANTS = [
         "        folder.mkdir(exist_ok=True)\n        sync(folder.parent)\n",
         "        folder.mkdir(exist_ok=True)\n",
         _T + "test_checkpoint.py",
-        "a power cut takes the whole folder of the run",
+        "a power cut removes the whole folder of the run",
     ),
     Mutant(
         _D + "checkpoint.py",
@@ -276,14 +276,14 @@ MUTANTS = [
         "        temporary.rename(target)\n        sync(target.parent)\n",
         "        temporary.rename(target)\n",
         _T + "test_checkpoint.py",
-        "a power cut takes the newest checkpoint after the older ones were removed",
+        "a power cut removes the newest checkpoint after the older ones were removed",
     ),
     Mutant(
         _D + "checkpoint.py",
         "        temporary.replace(target)\n        sync(target.parent)\n",
         "        temporary.replace(target)\n",
         _T + "test_checkpoint.py",
-        "a power cut brings the settings of before back",
+        "a power cut restores the previous settings",
     ),
     Mutant(
         _D + "signals.py",
@@ -297,7 +297,7 @@ MUTANTS = [
         "signal.SIG_IGN, None",
         "None",
         _T + "test_distributed.py",
-        "nohup does not keep a run from stopping at a hang-up",
+        "a run under nohup stops at a hangup",
     ),
     Mutant(
         _D + "loop.py",
@@ -325,6 +325,6 @@ MUTANTS = [
         "if self.max(int(error is not None)):",
         "if error is not None:",
         _T + "test_distributed.py",
-        "where the main process fails the others go on, or wait for ever",
+        "if the main process fails, the others continue or wait forever",
     ),
 ]
