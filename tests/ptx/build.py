@@ -11,7 +11,7 @@ from pathlib import Path
 
 NATIVE = Path(__file__).parent / "native"
 LIMIT = 240  # seconds of one compiler
-FOLDER = Path(__file__).parents[2] / "build" / "ptx"  # build folder, unless a command names another one
+FOLDER = Path(__file__).parents[2] / "build" / "ptx"  # what is built, unless a command names another folder
 
 
 def kept(folder: Path, name: str, inputs: Iterable[Path | str], make: Callable[[Path], None]) -> Path:

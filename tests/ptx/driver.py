@@ -31,14 +31,14 @@ def build(folder: Path = FOLDER) -> Path:
 
 
 class Driver:
-    """The stand-in driver and the modules loaded through it. Launches run on `device`, or do nothing if it is None."""
+    """What was loaded through the stand-in. Launches run on `device`, or do nothing where that is None."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self.ptx: dict[int, Module] = {}
         self.functions: dict[int, tuple[int, str]] = {}  # module, name
-        self.kernels: dict[int, Kernel] = {}  # PTX of modules loaded as machine code, registered by their compiler
+        self.kernels: dict[int, Kernel] = {}  # of modules that are machine code: whoever made them knows their PTX
         self.device: Device | None = None
         self._callbacks = (_LOAD(self._load), _FIND(self._find), _LAUNCH(self._launch))
         self.library.emulator_set_callbacks(*self._callbacks)
