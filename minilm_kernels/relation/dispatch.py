@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from minilm_kernels._choices import AUTO_BACKENDS, BACKENDS, BackendName
 
-from .backends import blocked, native_cpu, native_cuda, reference
+from .backends import blocked, native, reference
 from .backends.triton import launch as triton
 from .inputs import Backend, BackendUnavailable, RelationInputs
 
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 MODULES: dict[BackendName, Backend] = dict(
-    zip(BACKENDS, (native_cuda, triton, native_cpu, blocked, reference), strict=True)
+    zip(BACKENDS, (native.cuda, triton, native.cpu, blocked, reference), strict=True)
 )
 
 
