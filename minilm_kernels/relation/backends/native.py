@@ -137,7 +137,7 @@ class NativeBackend:
         raise NotImplementedError
 
     def _sanitized(self, inputs: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
-        """Returns inputs whose mask is safe to index with, and the fault for `add_fault`; see `Mask.sanitize_bounds`."""
+        """Returns inputs whose mask is safe to index with, and the fault to add; see `Mask.sanitize_bounds`."""
         raise NotImplementedError
 
     def _call(self, inputs: RelationInputs, arguments: tuple[Any, ...]) -> None:
