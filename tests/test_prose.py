@@ -34,7 +34,7 @@ RETIRED = {
     r"\bsync_block\b": "syncthreads",
     r"\bshared_per_processor\b": "smem_per_sm",
     r"\bkNothing\b": "kNegInf",
-    r"\b(triton_backend|triton_kernels|triton_table)\.py\b": "backends/triton/{launch,kernels,config}.py",
+    r"\b(triton_backend|triton_kernels|triton_table)\.py\b": "backends/triton/*.py",
     r"\bclass Processes\b": "DistContext",
     r"--lr\b": "--learning-rate",
     r"--clip\b": "--max-grad-norm",
