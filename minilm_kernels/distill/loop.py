@@ -49,6 +49,14 @@ class DistillResult:
         step: number of finished optimizer steps.
         eval_before, eval_after: the first and the last eval record; `None` without evaluation.
         stopped_by: number of the signal that stopped the run; `None` if it is finished.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from minilm_kernels.distill import DistillResult
+        >>> before, after = {"eval_loss": 1.8}, {"eval_loss": 0.3}
+        >>> result = DistillResult(Path("run/student"), Path("run/metrics.jsonl"), 300, before, after, None)
+        >>> result.student.name, result.eval_after["eval_loss"]
+        ('student', 0.3)
     """
 
     student: Path | None
