@@ -1,4 +1,4 @@
-"""Command line of the benchmarks; `python -m benchmarks --help` lists commands, docs/benchmarks.md explains them."""
+"""Measure, compare and report; docs/benchmarks.md explains the commands."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which reads memory here, reports every start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler, which measures memory, logs each start
 
-from . import compare, days, report, run, static_cost
-
-# Each has `register(commands)`, which adds its parser with `set_defaults(main=...)`.
-_COMMANDS = (run, report, compare, days, static_cost)
+from . import ablation, static_cost
+from .commands import compare, plan, report, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or what the command returned."""
+    """Return the exit status: 0, or the one of the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in _COMMANDS:
+    for command in (run, report, compare, plan, ablation, static_cost):
         command.register(commands)
     options = parser.parse_args(arguments)
     try:

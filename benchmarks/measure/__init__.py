@@ -1,0 +1,1 @@
+"""How a loss is measured: inputs, time, memory, correctness, and the record that each measurement becomes."""
