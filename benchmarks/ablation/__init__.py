@@ -1,35 +1,24 @@
 """Measure the effect of each optimisation of the CPU kernels, against a build without it.
 
-Builds csrc/cpu as it is and with one optimisation removed at a time, by a change of one constant of the source, and
-measures all builds in turns: one thread, thread time, the fastest turn of each. docs/cpu.md explains the optimisations
-and their predicted effects, which are counted instructions.
+Builds the package as it is and with one optimisation removed at a time, by a change of one constant of csrc/cpu, and
+measures all builds in turn on one thread. docs/cpu.md explains the optimisations and their predicted effects, which are
+counted instructions.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import re
-import subprocess
+import shutil
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from benchmarks.measure import records
-from benchmarks.measure.workload import Workload
+from benchmarks.commands.compare import merged
+from benchmarks.measure import builds, records
 from benchmarks.reporting import sections
-
-_ROOT = Path(__file__).parents[2]
-_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-w"]
-_UNITS = {
-    "kernels_avx512.cpp": ["-mavx512f", "-mfma"],
-    "kernels_avx2.cpp": ["-mavx2", "-mfma"],
-    "kernels_portable.cpp": [],
-    "relation.cpp": [],
-}
 
 
 class Variant(NamedTuple):
@@ -44,6 +33,7 @@ class Variant(NamedTuple):
     relative_to: str | None = "as it is"
 
 
+AVX512 = "AVX-512 instead of AVX2"
 VARIANTS = [
     Variant("as it is", relative_to=None),
     Variant("unordered pairs instead of strips", "2.1 ×", "relation.cpp", "kFewTokens", "int64_t{1} << 40"),
@@ -51,14 +41,11 @@ VARIANTS = [
     Variant("neighbouring heads gathered together", "1.07 × at S = 128", "relation.cpp", "kMostHeads", "1"),
     Variant("panels of 256 keys instead of 64", "", "kernels.inl", "kPanelBlocks", "4"),
     Variant("features in pairs", "1.1 to 1.2 ×", instruction_set="avx512"),
-    Variant("AVX-512 instead of AVX2", "2 ×", instruction_set="avx2-paired"),
-    Variant(
-        *("AVX2 instead of portable code", "2 to 4 ×"),
-        instruction_set="portable",
-        relative_to="AVX-512 instead of AVX2",  # one instruction set further back
-    ),
+    Variant(AVX512, "2 ×", instruction_set="avx2-paired"),
+    Variant("AVX2 instead of portable code", "2 to 4 ×", instruction_set="portable", relative_to=AVX512),
 ]
 CASES = ["16x48x128x16x8", "1x48x512x16x8", "1x12x1024x16x8", "1x8x2048x16x8", "2x12x512x64x32"]
+_RUN = ["--device", "cpu", "--providers", "cpu", "--threads", "1", "--seconds", "0.5", "--interleave", "--shapes"]
 
 
 def register(commands: argparse._SubParsersAction) -> None:
@@ -69,61 +56,50 @@ def register(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     out = records.RESULTS / "cpu-ablation.jsonl"
-    parser.add_argument("--turns", type=int, default=10, help="turns of each build")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each build")
     parser.add_argument("--out", type=Path, default=out, help="file of the records, overwritten")
     parser.add_argument("--update", type=Path, metavar="FILE", help="Markdown file whose table is updated")
     parser.set_defaults(main=main)
 
 
 def main(options: argparse.Namespace) -> None:
-    found = measure(options.turns)
-    options.out.write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")
+    found = measure(options.rounds)
+    options.out.unlink(missing_ok=True)
+    for record in found:
+        records.append(options.out, record)
     print(sections.markdown(found)["ablation"])
     if options.update is not None:
         sections.update_file(options.update, found, None)
 
 
-def measure(turns: int) -> list[records.Record]:
-    best: dict[tuple[Variant, str], float] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        builds = tqdm(enumerate(VARIANTS), "build", len(VARIANTS), disable=None)
-        programs = [(variant, build(variant, Path(temporary, str(i)))) for i, variant in builds]
-        for _ in tqdm(range(turns), "turns", disable=None):
-            for variant, program in programs:
-                for line in _call(program, variant.instruction_set, 3, *CASES).splitlines():
-                    case, fastest = line.split()[:2]
-                    best[variant, case] = min(best.get((variant, case), float("inf")), float(fastest))
-    return [record(variant, case, value) for (variant, case), value in best.items()]
+def measure(rounds: int) -> list[records.Record]:
+    made = []
+    with tempfile.TemporaryDirectory() as folder:
+        roots: dict[str, Path] = {}
+        for variant in tqdm(VARIANTS, "build", disable=None):
+            if variant.constant not in roots:
+                roots[variant.constant] = _build(variant, Path(folder, variant.constant or "unchanged"))
+        for variant in tqdm(VARIANTS * rounds, "measure", disable=None):
+            file = Path(folder, variant.name)
+            builds.measure(roots[variant.constant], [*_RUN, *CASES], file, MINILM_KERNELS_CPU=variant.instruction_set)
+        for variant in VARIANTS:
+            detail = {"predicted": variant.predicted, "relative_to": variant.relative_to}
+            found = [r for r in merged(records.read([Path(folder, variant.name)])) if r["provider"] == "cpu"]
+            made += [r | {"suite": "ablation", "provider": variant.name, "detail": detail} for r in found]
+    return made
 
 
-def record(variant: Variant, case: str, ns_per_pair: float) -> records.Record:
-    workload = Workload.parse(case)
-    detail = {"ns_per_pair": ns_per_pair, "predicted": variant.predicted, "relative_to": variant.relative_to}
-    # Only the speed is compared: tests check that the builds compute the same.
-    made = records.new("ablation", variant.name, workload, pairs=workload.pairs, detail=detail, status="ok")
-    return made | {"device": platform.machine()}
-
-
-def build(variant: Variant, folder: Path) -> Path:
-    """Compile csrc/cpu as the variant says; return the program that measures it."""
-    sources = folder / "source"
-    sources.mkdir(parents=True)
-    for path in (_ROOT / "csrc/cpu").glob("*"):
-        text = path.read_text(encoding="utf-8")
-        if path.name == variant.file:
-            pattern = rf"(\b{variant.constant} = )[^;,]+"
-            text, found = re.subn(pattern, rf"\g<1>{variant.value}", text, count=1)
-            if not found:
-                raise ValueError(f"{variant.file} no longer has a constant {variant.constant}")
-        (sources / path.name).write_text(text, encoding="utf-8")
-    objects = []
-    for name, flags in _UNITS.items():
-        objects.append(folder / f"{name}.o")
-        _call("c++", *_FLAGS, *flags, "-c", sources / name, "-o", objects[-1])
-    program = folder / "measure"
-    _call("c++", *_FLAGS, "-I", sources, Path(__file__).with_name("measure.cpp"), *objects, "-o", program)
-    return program
-
-
-def _call(*command: object) -> str:
-    return subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True).stdout
+def _build(variant: Variant, folder: Path) -> Path:
+    """Build a copy of the package with the variant's constant."""
+    for name in ("minilm_kernels", "csrc", "build_support"):
+        shutil.copytree(builds.ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(builds.ROOT / name, folder)
+    if variant.constant:
+        file = folder / "csrc/cpu" / variant.file
+        pattern = rf"(\b{variant.constant} = )[^;,]+"
+        text, count = re.subn(pattern, rf"\g<1>{variant.value}", file.read_text(encoding="utf-8"), count=1)
+        if not count:
+            raise ValueError(f"{variant.file} no longer has a constant {variant.constant}")
+        file.write_text(text, encoding="utf-8")
+    return builds.build(folder, folder / "build")

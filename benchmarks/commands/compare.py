@@ -5,21 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import builds
 from benchmarks.measure.records import Record, describe, read
 from benchmarks.reporting.tables import Records, groups, providers
 
-ROOT = Path(__file__).parents[2]
 _MIN_CHANGE = 0.03  # a smaller change of time is noise: interleaved runs of one revision differ as much
 _ERROR_FACTOR = 2.0  # rounding alone changes an error as much
 
@@ -121,33 +118,22 @@ def _measure_both(revision: str, run: list[str], rounds: int) -> tuple[Records, 
     with _package_of(revision) as base, tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder, "before.jsonl"), Path(folder, "after.jsonl")
         for _ in range(rounds):
-            for root, file, name in ((base, before, {"MINILM_KERNELS_REVISION": revision}), (ROOT, after, {})):
-                command = [sys.executable, "-m", "benchmarks", "run", *run, "--out", str(file)]
-                environment = os.environ | {"PYTHONPATH": str(root)} | name
-                _call(command, f"measuring {revision if name else 'the working tree'}", cwd=root, env=environment)
+            builds.measure(base, run, before, MINILM_KERNELS_REVISION=revision)
+            builds.measure(builds.ROOT, run, after)
         return merged(read([before])), merged(read([after]))
 
 
 @contextmanager
 def _package_of(revision: str) -> Iterator[Path]:
     """A folder with `minilm_kernels` of the revision, built, beside this tree's `benchmarks`."""
+    git = ["git", "-C", builds.ROOT, "worktree"]
     with tempfile.TemporaryDirectory() as folder:
-        tree, root = Path(folder, "tree"), Path(folder, "root")
-        _call(["git", "-C", str(ROOT), "worktree", "add", "--detach", str(tree), revision], f"--base {revision}")
+        tree = Path(folder, "tree")
+        builds.call([*git, "add", "--detach", tree, revision], f"--base {revision}")
         try:
-            build = ["setup.py", "--quiet", "build", "--build-base", f"{folder}/objects", "--build-lib", str(root)]
-            _call([sys.executable, *build], f"building {revision}", cwd=tree)
-            for name in ("benchmarks", "examples"):
-                (root / name).symlink_to(Path(__file__).parents[2] / name)
-            yield root
+            yield builds.build(tree, Path(folder))
         finally:
-            _call(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], "removing the worktree")
-
-
-def _call(command: list[str], what: str, **options: Any) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
-    if result.returncode:
-        raise ValueError(f"{what} failed: {(result.stderr.strip() or result.stdout.strip())[-2000:]}")
+            builds.call([*git, "remove", "--force", tree], "removing the worktree")
 
 
 def merged(found: Records) -> Records:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.commands import compare
-from benchmarks.measure import records
+from benchmarks.measure import builds, records
 from tests.benchmarks.test_report import BATCH, made
 
 
@@ -71,7 +71,7 @@ def test_files(tmp_path, capsys):
 def test_base(tmp_path, monkeypatch, capsys):
     """The base revision of a repository computes twice the loss, and the comparison finds that."""
     monkeypatch.setenv("MINILM_KERNELS_BUILD", "none")
-    root = compare.ROOT
+    root = builds.ROOT
     repository = tmp_path / "repository"
     ignored = shutil.ignore_patterns("*.so", "*.missing", "__pycache__")
     shutil.copytree(root / "minilm_kernels", repository / "minilm_kernels", ignore=ignored)
@@ -89,7 +89,7 @@ def test_base(tmp_path, monkeypatch, capsys):
     file.write_text(right, encoding="utf-8")
     for name in ("benchmarks", "examples"):
         (repository / name).symlink_to(root / name)
-    monkeypatch.setattr(compare, "ROOT", repository)
+    monkeypatch.setattr(builds, "ROOT", repository)
     run = "--device cpu --shapes 1x2x32x4x4 --providers torch --seconds 0.01 --threads 1"
     assert main(["compare", "--base", "HEAD", "--run", run, "--rounds", "1"]) == 0
     assert "loss torch float32 B=1 A=2 S=32 4/4 qq none full wall: wrong → ok" in capsys.readouterr().out
