@@ -26,9 +26,10 @@ from benchmarks.measure.workload import Inputs, Workload
 from benchmarks.providers import PROVIDERS
 from minilm_kernels.distill.batch import Batch
 from minilm_kernels.distill.config import DistillConfig
-from minilm_kernels.distill.data import PADDING, Rows
-from minilm_kernels.distill.loop import _optimizer as make_optimizer
-from minilm_kernels.distill.models import Pair, Side
+from minilm_kernels.distill.models import LayerModel, TeacherStudent
+from minilm_kernels.distill.optimizer import make_optimizer
+from minilm_kernels.distill.packing import PADDING, Samples
+from minilm_kernels.distill.step import GradientBuffer, student_qkv, teacher_qkv
 from minilm_kernels.losses import QKV, MiniLMv2Loss
 from minilm_kernels.students import PRESETS, preset_config, random_student, student_config
 
@@ -100,35 +101,27 @@ class Distillation:
         student_config, teacher_config, layer, heads = models(setting.model)
         teacher: Any = random_student(teacher_config).eval().requires_grad_(False).to(device)
         student: Any = random_student(student_config).train().to(device)
-        self._pair = Pair(
-            Side(teacher, layer, None, "teacher"), Side(student, -1, None, "student"), MiniLMv2Loss(heads), None
+        pair = TeacherStudent(
+            LayerModel(teacher, layer, None, "teacher"),
+            LayerModel(student, -1, None, "student"),
+            MiniLMv2Loss(heads),
+            tokenizer=None,
         )
-        recipe = DistillConfig(teacher="-", output="-", student="-", text=("-",))
-        self._clip = recipe.clip
-        parameters = list(self._pair.trained().values())
-        sizes = [p.numel() for p in parameters]
-        self._flat = torch.zeros(sum(sizes), device=device)
-        for parameter, gradient in zip(parameters, self._flat.split(sizes), strict=True):
-            parameter.grad = gradient.view_as(parameter)
+        samples = _samples(workload, student_config.vocab_size)
+        self._batch = Batch(samples, device, packed=workload.mask == "packed")
+        bf16 = workload.dtype == "bfloat16"
+        self._teacher = partial(teacher_qkv, pair, self._batch, bf16=bf16)
+        self._student = partial(student_qkv, pair, self._batch, bf16=bf16)
+        recipe = DistillConfig(teacher="-", output_dir="-", student="-", text=("-",))
+        self._max_grad_norm = recipe.max_grad_norm
+        parameters = list(pair.trained().values())
+        self._gradients = GradientBuffer(parameters)
         self.optimizer = make_optimizer(recipe, parameters)
-        tokens = _tokens(workload, student_config.vocab_size)
-        self.tokens = int((tokens.positions != PADDING).sum())
-        self._batch = Batch(tokens, device, packed=workload.mask == "packed")
         self.inputs = self._inputs(self._teacher(), self._student())
         self.loss = PROVIDERS[provider].build(self.inputs)
+        self.tokens = int((samples.positions != PADDING).sum())
         student_flops = 3 * _forward_flops(student_config.hidden_size, student_config.num_hidden_layers, workload.S)
         self.flops_per_token = _forward_flops(teacher_config.hidden_size, layer, workload.S) + student_flops
-
-    def _teacher(self) -> QKV:
-        with torch.no_grad(), self._autocast():
-            return self._pair.teacher.project(self._batch)
-
-    def _student(self) -> QKV:
-        with self._autocast():
-            return self._pair.student.project(self._batch)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._workload.device, torch.bfloat16, enabled=self._workload.dtype == "bfloat16")
 
     def _inputs(self, teacher: QKV, student: QKV) -> Inputs:
         teacher_heads, student_heads = (
@@ -150,11 +143,10 @@ class Distillation:
         stamps.append(stamp(device))
         _, grads = TimedLoss(self.loss, [self._inputs(teacher, student)])()
         stamps.append(stamp(device))
-        self._flat.zero_()
+        self._gradients.zero_()
         torch.autograd.backward(list(student), [g.flatten(-2) for g in grads])
         stamps.append(stamp(device))
-        norm = torch.linalg.vector_norm(self._flat)
-        self._flat.mul_((self._clip / (norm + 1e-6)).clamp(max=1.0))
+        self._gradients.clip_(self._max_grad_norm)
         self.optimizer.step()
         stamps.append(stamp(device))
         return dict(zip(STAGES, intervals(stamps), strict=True))
@@ -174,7 +166,7 @@ def _forward_flops(hidden: int, layer: int, S: int) -> int:
     return (layer - 1) * (24 * hidden**2 + 4 * S * hidden) + 6 * hidden**2
 
 
-def _tokens(workload: Workload, vocabulary: int) -> Rows:
+def _samples(workload: Workload, vocabulary: int) -> Samples:
     """Random tokens: full samples, one document of a drawn length each, or filled with such documents."""
     B, S = workload.B, workload.S
     ids = np.random.default_rng(0).integers(5, vocabulary, (B, S), dtype=np.int32)
@@ -189,7 +181,7 @@ def _tokens(workload: Workload, vocabulary: int) -> Rows:
                 break
             sample[filled : filled + length] = np.arange(length)
             filled += length
-    return Rows(ids, positions)
+    return Samples(ids, positions)
 
 
 def measure(options: argparse.Namespace) -> Iterator[records.Record]:

@@ -55,7 +55,7 @@ MUTANTS = [
         _MASKS,
         "counted = (lengths > 0).sum().clamp(min=1)",
         "counted = (lengths >= 0).sum().clamp(min=1)",
-        f"{_CONTRACT} -k masks_and_reductions",
+        "tests/relation/test_masks.py",
         "sequences without tokens count in the mean: the loss is too small",
     ),
     Mutant(
@@ -106,7 +106,7 @@ MUTANTS = [
         _OPERATOR,
         "grads[m] = part if so_far is None else so_far + part",
         "grads[m] = part",
-        f"tests/relation/test_ops.py {_ON_TORCH}",
+        "tests/relation/test_ops.py -k upstream",
         "a tensor of several relations gets the gradient of the last one only",
     ),
     Mutant(
@@ -148,7 +148,7 @@ MUTANTS = [
         _PROBLEM,
         "return torch.float64 if any(x.dtype == torch.float64 for x in (*teacher, *student))",
         "return torch.float64 if any(x.dtype == torch.float64 for x in student)",
-        f"{_CONTRACT} {_VALIDATION} tests/test_losses.py",
+        "tests/relation/test_ops.py -k float64",
         "a float64 teacher is rounded to float32",
     ),
     # Backend `torch`.
@@ -191,7 +191,7 @@ MUTANTS = [
         _BLOCKED,
         "torch.where(delta.abs() < 0.25, small, excess - p * delta)",
         "torch.where(delta.abs() < 0.25, excess - p * delta, small)",
-        f"{_CONTRACT} tests/relation/test_properties.py",
+        "tests/relation/backends/test_blocked.py -k near",
         "the KL of single rows of a model near its teacher is lost in rounding",
     ),
     Mutant(

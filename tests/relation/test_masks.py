@@ -68,3 +68,16 @@ def test_tokens_without_a_sequence_are_refused_on_every_device():
         ValueError, match=r"cu_seqlens: expected the bounds of one sequence or more for 40 packed tokens"
     ):
         mask.check_packing()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sequences_without_tokens_do_not_count_in_the_mean(packed):
+    """Weights by hand: two of four sequences have tokens, 1 and 3, so each row of a head has 1/(2·H·1) or 1/(2·H·3)."""
+    if packed:
+        mask = Mask((4,), CPU, cu_seqlens=torch.tensor([0, 0, 1, 1, 4], dtype=torch.int32))
+    else:
+        tokens = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0], [1, 1, 1]])
+        mask = Mask((4, 3), CPU, attention_mask=tokens)
+    weights = mask.sequence_weights("sequence", 5, torch.float64)
+    assert weights[[1, 3]].tolist() == [1 / 10, 1 / 30]
+    assert mask.sequence_weights("token", 5, torch.float64).tolist() == [1 / 20] * 4
