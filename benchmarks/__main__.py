@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler, which measures memory, logs each start
 
@@ -13,10 +14,17 @@ from . import ablation, static_cost
 from .commands import compare, plan, report, run
 
 
+class _Parser(argparse.ArgumentParser):
+    """A command's parser, whose help shows the defaults."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | options)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status: 0, or the one of the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     for command in (run, report, compare, plan, ablation, static_cost):
         command.register(commands)
     options = parser.parse_args(arguments)

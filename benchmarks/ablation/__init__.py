@@ -49,12 +49,8 @@ _RUN = ["--device", "cpu", "--providers", "cpu", "--threads", "1", "--seconds", 
 
 
 def register(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "ablation",
-        help="measure the effect of each optimisation of the CPU kernels",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    about = "measure the effect of each optimisation of the CPU kernels"
+    parser = commands.add_parser("ablation", help=about, description=__doc__)
     out = records.RESULTS / "cpu-ablation.jsonl"
     parser.add_argument("--rounds", type=int, default=3, help="turns of each build")
     parser.add_argument("--out", type=Path, default=out, help="file of the records, overwritten")

@@ -22,12 +22,8 @@ _ERROR_FACTOR = 2.0  # rounding alone changes an error as much
 
 
 def register(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "compare",
-        help="compare records with records, or this tree with a revision",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    about = "compare records with records, or this tree with a revision"
+    parser = commands.add_parser("compare", help=about, description=__doc__)
     parser.add_argument("records", type=Path, nargs="*", metavar="RECORDS", help="the records before and after")
     parser.add_argument("--base", metavar="REV", help="instead: measure this git revision and the working tree in turn")
     parser.add_argument("--run", default="--suite loss --seconds 2", metavar="OPTIONS", help="--base: options of `run`")

@@ -46,12 +46,8 @@ def register(commands: argparse._SubParsersAction) -> None:
     for device in ("cpu", "gpu"):
         settings, stages = load(device)
         names = [stage.name for stage in stages]
-        parser = commands.add_parser(
-            device,
-            help=f"the whole {device.upper()} plan in one command and budget",
-            description=__doc__,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
+        about = f"the whole {device.upper()} plan in one command and budget"
+        parser = commands.add_parser(device, help=about, description=__doc__)
         add = parser.add_argument
         add("--minutes", type=float, default=settings["minutes"], help="budget of all stages together")
         add("--only", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))

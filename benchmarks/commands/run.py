@@ -31,8 +31,7 @@ def size(text: str) -> int:
 def register(commands: argparse._SubParsersAction) -> None:
     for name, suite in (("run", None), ("memory", "memory"), ("step", "step"), ("inference", "inference")):
         about = "measure a suite" if suite is None else f"the same as run --suite {suite}"
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        parser = commands.add_parser(name, help=about, description=SUITES.get(name), formatter_class=formatter)
+        parser = commands.add_parser(name, help=about, description=SUITES.get(name))
         if suite is None:
             choices = "; ".join(map(": ".join, SUITES.items()))
             parser.add_argument("--suite", choices=list(SUITES), default="loss", help=choices)

@@ -1,1 +1,1 @@
-"""How a loss is measured: inputs, time, memory, correctness, and the record that each measurement becomes."""
+"""Measuring a loss: its inputs, time, memory and correctness, and the record of a measurement."""

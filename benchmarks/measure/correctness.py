@@ -33,7 +33,7 @@ _DENSE_MATRICES = 10
 
 
 class Limits(NamedTuple):
-    """What one run may take: bytes beyond the inputs (None: no limit), and seconds."""
+    """Limits of one run: bytes beyond the inputs (None: no limit), and seconds."""
 
     bytes: int | None
     seconds: float
@@ -159,7 +159,7 @@ def _admit(
 
 
 def _is_risky(name: str, workload: Workload, limits: Limits) -> bool:
-    """Whether a run might not fit the CPU's memory; it is then tried in another process first."""
+    """True if a run might not fit the CPU's memory; it is then tried in another process first."""
     if workload.device != "cpu" or limits.bytes is None or not PROVIDERS[name].dense:
         return False
     return _DENSE_MATRICES * getattr(torch, workload.dtype).itemsize * workload.pairs > limits.bytes / 2

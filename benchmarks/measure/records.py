@@ -75,7 +75,7 @@ def append(file: Path, record: Record) -> None:
 
 
 def describe(record: Record) -> str:
-    """What was measured, in one line."""
+    """A measurement in one line, without its result."""
     shape = record["shape"]
     sizes = f"B={shape['B']} A={shape['A']} S={shape['S']} {shape['d_t']}/{shape['d_s']}"
     words = (record["suite"], record["detail"].get("model"), record["provider"], record["dtype"], sizes)

@@ -54,7 +54,7 @@ def first_run(work: Callable[[], Any], device: str) -> tuple[Any, float]:
 
 
 def copies_beyond_cache(size: int, device: str) -> int:
-    """How many copies of `size` bytes fill a GPU's L2 cache three times; 1 on a CPU.
+    """The number of copies of `size` bytes that fill a GPU's L2 cache three times; 1 on a CPU.
 
     On a CPU the inputs may stay in the caches: the work of the models between two losses is not imitated.
     """

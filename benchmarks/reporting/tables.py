@@ -199,7 +199,7 @@ def _add_ratio(group: Fields) -> None:
 
 
 def _add_worst(group: Fields) -> None:
-    """How many records of each provider and dtype are within the tolerance, and their worst errors."""
+    """The number of records of each provider and dtype within the tolerance, and their worst errors."""
     masks = len({found["mask"] for found in group})
     for _, own in groups(group, lambda found: (found["provider"], found["dtype"])):
         measured = [found for found in own if found["error_value"] is not None]

@@ -192,7 +192,7 @@ def _kernel_figures(built: Built, machine: Machine) -> dict:
 def _source_trip(
     flow: Flow, loop: Loop, trip: Trip, source: SourceLoop, warps: int
 ) -> tuple[list[Instruction], list[Instruction], int]:
-    """What a source trip may and must execute, and how many turns of the machine loop it has.
+    """The counts that a source trip may and must execute, and its turns of the machine loop.
 
     More than one where the loop is a part of the source trip that the compiler did not unroll. The turns follow from
     the exponentials; the way through the enclosing loop is counted with them, and `unroll` checks the sum's products.

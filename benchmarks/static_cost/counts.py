@@ -1,4 +1,4 @@
-"""What a stretch of machine code executes: instructions by class, bytes moved, multiply-adds of the tensor cores.
+"""Counts of a piece of machine code: instructions by class, bytes moved, multiply-adds of the tensor cores.
 
 One warp instruction is one issue slot of its warp, 32 lane slots. A predicated instruction takes its slot whatever its
 predicate says; one under @!PT (a scheduling placeholder) takes it too, but is not counted as the access it spells.
@@ -37,7 +37,7 @@ CLASSES = {
     "UCGABAR_WAIT ELECT PREEXIT ACQBULK UTCBAR UTCATOMSWS USETMAXREG",
 }
 _CLASS = {opcode: name for name, opcodes in reversed(CLASSES.items()) for opcode in opcodes.split()}
-# Of a warp's instruction m x n x k; HGMMA is issued by the four warps of a group together.
+# Multiply-adds are m · n · k of a warp's instruction; HGMMA is issued by the four warps of a group together.
 _MMA = {"884": (8, 8, 4), "1684": (16, 8, 4), "1688": (16, 8, 8), "16816": (16, 8, 16), "16832": (16, 8, 32)}
 
 

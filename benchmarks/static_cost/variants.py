@@ -28,7 +28,7 @@ CUDA_LISTING = Path(__file__).parent / "cuda_loops.json"
 
 @dataclass(frozen=True)
 class SourceLoop:
-    """What one trip of an inner loop, as written in the source, does for the whole block (or for one warp)."""
+    """The work of one trip of an inner loop, as written in the source, for the whole block (or for one warp)."""
 
     phase: str  # "lse", "grad", ...: the phases of a group add up to loss and gradient
     pairs: float  # ordered pairs; a tile of unordered pairs counts twice

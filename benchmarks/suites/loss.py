@@ -19,7 +19,7 @@ from benchmarks.providers import PROVIDERS
 SHAPES = {"cpu": ["2x48x512x16x8", "4x12x512x64x32"], "cuda": ["v2-base:32x512", "v2-base:256x512", "v1:32x512"]}
 
 
-class _Candidate(NamedTuple):
+class _Prepared(NamedTuple):
     record: records.Record
     loss: TimedLoss | None  # None: not to be timed
     copies: int  # of the inputs
@@ -30,16 +30,16 @@ def measure(options: argparse.Namespace) -> Iterator[records.Record]:
     workloads = parse_all(shapes, options.masks, options.dtypes, options.relations, options.device)
     for group in [workloads] if options.interleave else [[workload] for workload in workloads]:
         for mode in options.modes:
-            candidates = {workload: _candidates(workload, mode, options) for workload in group}
-            graphs = _time(candidates, options)
-            for workload, found in candidates.items():
+            prepared = {workload: _prepare(workload, mode, options) for workload in group}
+            graphs = _time(prepared, options)
+            for workload, found in prepared.items():
                 if mode == "full":
                     yield roofline.record(workload)
-                yield from (candidate.record for candidate in found)
+                yield from (one.record for one in found)
                 yield from graphs.get(workload, ())
 
 
-def _candidates(workload: Workload, mode: str, options: argparse.Namespace) -> list[_Candidate]:
+def _prepare(workload: Workload, mode: str, options: argparse.Namespace) -> list[_Prepared]:
     limits = Limits(options.memory, options.timeout)
     inputs = workload.inputs()
     count = copies_beyond_cache(inputs.bytes(), workload.device)
@@ -49,7 +49,7 @@ def _candidates(workload: Workload, mode: str, options: argparse.Namespace) -> l
         oracle = Oracle(inputs, workload.pairs, workload.device)
         for name in options.providers:
             record = _record(workload, name, mode)
-            made.append(_Candidate(record, admit(record, workload, copies, oracle, limits), count))
+            made.append(_Prepared(record, admit(record, workload, copies, oracle, limits), count))
     for record, loss, _ in made:
         if loss is not None:
             guarded(record, partial(_measure_memory, record, loss, workload.device, limits))
@@ -57,14 +57,14 @@ def _candidates(workload: Workload, mode: str, options: argparse.Namespace) -> l
 
 
 def _time(
-    candidates: dict[Workload, list[_Candidate]], options: argparse.Namespace
+    prepared: dict[Workload, list[_Prepared]], options: argparse.Namespace
 ) -> dict[Workload, list[records.Record]]:
     """Time all losses of all workloads in turns; each further method makes further records, which are returned."""
     device = options.device
     graphs: dict[Workload, list[records.Record]] = {}
     for method in options.methods if device == "cuda" else ["wall"]:
         timed: dict[tuple[Workload, str], tuple[records.Record, TimedLoss]] = {}
-        for workload, found in candidates.items():
+        for workload, found in prepared.items():
             for record, loss, copies in found:
                 if loss is not None and method == "graph":
                     record = record | {"method": method}
@@ -74,7 +74,7 @@ def _time(
                     timed[workload, record["provider"]] = (record, loss)
         with memory_limit(options.memory, device):
             losses = {key: loss for key, (_, loss) in timed.items()}
-            times = interleaved(losses, device, options.seconds * len(candidates))
+            times = interleaved(losses, device, options.seconds * len(prepared))
         clocks = records.clocks(device)
         for key, (record, _) in timed.items():
             record |= (

@@ -100,7 +100,7 @@ def test_too_large_too_slow_and_broken_are_records(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_memory(tmp_path):
     arguments = ("--suite", "memory", "--shapes", "1x4x256x8x4", "3x4x256x8x4", "--batches", "1x4x256x8x4")
-    found = run(tmp_path, *arguments, "--providers", "eager", "torch", "--budget", "16MiB", "--most", "4")
+    found = run(tmp_path, *arguments, "--providers", "eager", "torch", "--budget", "16MiB", "--max-batch", "4")
     largest = by_provider(found[:2])
     assert 1 <= largest["eager"]["shape"]["B"] < largest["torch"]["shape"]["B"] <= 4
     for record in found[:2]:
