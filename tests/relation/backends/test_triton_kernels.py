@@ -1,5 +1,7 @@
 """What is particular to the Triton kernels, on whatever runs them: a GPU, or the interpreter (see test_triton.py)."""
 
+import math
+
 import pytest
 import torch
 
@@ -34,6 +36,20 @@ def test_scores_beyond_one_base(on, mask, cross):
     expected, expected_grads = case.oracle("none")
     assert error(rows, expected) < 1e-5
     assert all(error(g, e) < 3e-4 for g, e in zip(row_grads, expected_grads, strict=True))
+
+
+@pytest.mark.parametrize("wide", ["teacher", "student"])
+def test_one_model_beyond_one_base(on, wide):
+    """Scores with itself from almost 0 to 300 bits in one model: from the middle of these, small rows sum up to 0."""
+    case = make("right", heads=2)
+    tensors = [None if x is None else torch.nn.functional.normalize(x, dim=-1) for x in case.tensors]
+    x = tensors[0 if wide == "teacher" else 2]
+    x[:, ::2] *= (300 * math.log(2) * x.shape[-1] ** 0.5) ** 0.5
+    case = Case(tuple(tensors), case.kwargs).on(on)
+    rows, (grad,) = case.run("none", "triton")
+    expected, (expected_grad,) = case.oracle("none")
+    assert error(rows, expected) < 2e-6
+    assert error(grad, expected_grad) < 2e-6
 
 
 def test_a_wide_head_does_not_disturb_others(on):
