@@ -22,11 +22,10 @@ from benchmarks.reporting import sections
 
 
 class Variant(NamedTuple):
-    """A build of the kernels: `file` with another value of a constant, or another instruction set."""
+    """A build of the kernels with another value of a constant, or another instruction set."""
 
     name: str
     predicted: str = ""
-    file: str = ""
     constant: str = ""
     value: str = ""
     instruction_set: str = "avx512-paired"
@@ -36,10 +35,10 @@ class Variant(NamedTuple):
 AVX512 = "AVX-512 instead of AVX2"
 VARIANTS = [
     Variant("as it is", relative_to=None),
-    Variant("unordered pairs instead of strips", "2.1 ×", "relation.cpp", "kFewTokens", "int64_t{1} << 40"),
-    Variant("exponentials kept for the second phase", "1.6 ×", "relation.cpp", "kKeptBytes", "0"),
-    Variant("neighbouring heads gathered together", "1.07 × at S = 128", "relation.cpp", "kMostHeads", "1"),
-    Variant("panels of 256 keys instead of 64", "", "kernels.inl", "kPanelBlocks", "4"),
+    Variant("unordered pairs instead of strips", "2.1 ×", "kMinSymmetricTokens", "int64_t{1} << 40"),
+    Variant("exponentials kept for the second phase", "1.6 ×", "kExpCacheBytes", "0"),
+    Variant("neighbouring heads gathered together", "1.07 × at S = 128", "kMaxHeads", "1"),
+    Variant("panels of 256 keys instead of 64", "", "kPanelBlocks", "4"),
     Variant("features in pairs", "1.1 to 1.2 ×", instruction_set="avx512"),
     Variant(AVX512, "2 ×", instruction_set="avx2-paired"),
     Variant("AVX2 instead of portable code", "2 to 4 ×", instruction_set="portable", relative_to=AVX512),
@@ -91,11 +90,12 @@ def _build(variant: Variant, folder: Path) -> Path:
         shutil.copytree(builds.ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(builds.ROOT / name, folder)
-    if variant.constant:
-        file = folder / "csrc/cpu" / variant.file
+    changed = not variant.constant
+    for file in (folder / "csrc/cpu").glob("*") if variant.constant else ():
         pattern = rf"(\b{variant.constant} = )[^;,]+"
-        text, count = re.subn(pattern, rf"\g<1>{variant.value}", file.read_text(encoding="utf-8"), count=1)
-        if not count:
-            raise ValueError(f"{variant.file} no longer has a constant {variant.constant}")
+        text, count = re.subn(pattern, rf"\g<1>{variant.value}", file.read_text(encoding="utf-8"))
         file.write_text(text, encoding="utf-8")
+        changed |= bool(count)
+    if not changed:
+        raise ValueError(f"csrc/cpu no longer has a constant {variant.constant}")
     return builds.build(folder, folder / "build")
