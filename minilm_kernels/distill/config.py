@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
-from minilm_kernels.backends import BACKENDS
+from minilm_kernels._choices import BACKENDS
 
 from .config_checks import DEFAULT_RELATIONS, check_combinations, check_ranges
 from .config_values import coerce, default_of, flag, show, shown

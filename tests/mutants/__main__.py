@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 MUTANTS: list[Mutant] = [*relations.MUTANTS, *models.MUTANTS, *distillation.MUTANTS, *native.MUTANTS, *devices.MUTANTS]
 SECONDS = 600  # of one mutant's tests: a mutant that makes them wait is found
 _CPU_LIBRARY = Path("minilm_kernels/_cpu.abi3.so")
+_CPU_SOURCES = ("csrc/cpu/", "csrc/common/")
 _BUILD = f"from pathlib import Path; import native; native.build('cpu', Path('{_CPU_LIBRARY}'), Path('build/mutants'))"
 _FAILED, _INTERRUPTED = 1, 2  # pytest's exit status: a test failed; a module could not be imported
 
@@ -87,7 +88,7 @@ class Copy:
         """
         target = self.folder / mutant.file
         text = target.read_text(encoding="utf-8")
-        compiled = mutant.file.startswith("csrc/cpu/")
+        compiled = mutant.file.startswith(_CPU_SOURCES)
         try:
             if applied:
                 target.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
@@ -159,7 +160,7 @@ def run(mutants: Sequence[Mutant], folder: Path, jobs: int) -> int:
         print(f"{'survived' if survived else 'found   '}  {mutant.name}  ({said})", flush=True)
 
     # Those of the CPU library first: their compilations are then one after another in one copy, from object files.
-    broken = _share(copies, sorted(mutants, key=lambda mutant: not mutant.file.startswith("csrc/cpu/")), applied)
+    broken = _share(copies, sorted(mutants, key=lambda mutant: not mutant.file.startswith(_CPU_SOURCES)), applied)
     print(*broken, sep="\n", end="\n" if broken else "")
     unexplained = [mutant for mutant in survivors if not mutant.harmless]
     for mutant in survivors:
