@@ -1,7 +1,7 @@
-"""Measure the effect of each optimisation of the CPU kernels, against a build without it.
+"""Measure the effect of each optimization of the CPU kernels, against a build without it.
 
-Builds the package as it is and with one optimisation removed at a time, by a change of one constant of csrc/cpu, and
-measures all builds in turn on one thread. docs/cpu.md explains the optimisations and their predicted effects, which are
+Builds the package as it is and with one optimization removed at a time, by a change of one constant of csrc/cpu, and
+measures all builds in turn on one thread. docs/cpu.md explains the optimizations and their predicted effects, which are
 counted instructions.
 """
 
@@ -48,7 +48,7 @@ _RUN = ["--device", "cpu", "--providers", "cpu", "--threads", "1", "--seconds", 
 
 
 def register(commands: argparse._SubParsersAction) -> None:
-    about = "measure the effect of each optimisation of the CPU kernels"
+    about = "measure the effect of each optimization of the CPU kernels"
     parser = commands.add_parser("ablation", help=about, description=__doc__)
     out = records.RESULTS / "cpu-ablation.jsonl"
     parser.add_argument("--rounds", type=int, default=3, help="turns of each build")
