@@ -1,11 +1,15 @@
-"""Packs the native libraries of csrc/ into the package; build_support/native.py builds them, the metadata is in
-pyproject.toml.
+"""Packs the native libraries into the package. build_support/native.py builds them; pyproject.toml has the metadata.
 
-MINILM_KERNELS_BUILD=auto (default): build what this machine can with the torch that is there, otherwise install without
-it and remember why; none: pure Python; native: build the libraries, or fail (and fetch torch where there is none).
-MAX_JOBS bounds parallel compilers; CXX, CXXFLAGS and LDFLAGS are obeyed. The libraries use PyTorch's stable ABI: one
-build serves every torch from 2.10, every Python from 3.10, and machines with and without a GPU. No CUDA is needed: the
-CUDA library is host code, and the sources of its kernels become package data.
+Environment variables:
+    MINILM_KERNELS_BUILD:
+        auto (default): build each library if a compiler and torch are installed, otherwise leave it out and record why.
+        none: build no library; the package is pure Python.
+        native: build all libraries or fail. Torch becomes a build requirement if it is not installed.
+    MAX_JOBS: the largest number of parallel compilers.
+    CXX, CXXFLAGS, LDFLAGS: the C++ compiler and additional flags.
+
+The libraries use PyTorch's stable ABI: one build works with every torch from 2.10 and every Python from 3.10, with and
+without a GPU. The build needs no CUDA, because the CUDA library is host code and its kernels are package data.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import native
 
 
 class BuildNative(build_ext):
-    """Builds each library; what `auto` cannot build leaves a file that says why, read at run time."""
+    """Builds the libraries. If `auto` cannot build one, a file beside it has the reason, which the backend reports."""
 
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rpartition("_")[2]
@@ -42,7 +46,7 @@ class BuildNative(build_ext):
             self.warn(_banner(f"WITHOUT THE {name.upper()} LIBRARY: a slower backend will serve. {error}"))
 
     def copy_extensions_to_source(self) -> None:
-        """Of an editable install: the libraries, or why there are none."""
+        """Copies the libraries, or the reasons why they are missing, into the checkout of an editable installation."""
         for ext in self.extensions:
             library = Path(self.get_ext_filename(ext.name)).name
             for name in (library, f"{library.partition('.')[0]}.missing"):
@@ -53,7 +57,7 @@ class BuildNative(build_ext):
 
 
 class BuildPackage(build_py):
-    """Adds the sources of the CUDA kernels, which are compiled at their first use. A checkout uses its own."""
+    """Adds the sources of the CUDA kernels, except to an editable installation, which reads those of its checkout."""
 
     def run(self) -> None:
         super().run()
@@ -66,7 +70,7 @@ class BuildPackage(build_py):
 
 
 class TaggedWheel(bdist_wheel):
-    """A wheel into which no library could be built serves every platform and Python, and is named so."""
+    """Tags a wheel without libraries as pure Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         build = self.distribution.get_command_obj("build_ext")
@@ -76,7 +80,7 @@ class TaggedWheel(bdist_wheel):
 
 
 def _banner(text: str) -> str:
-    """Not to be overlooked between the lines of a build."""
+    """Makes a message stand out in the output of a build."""
     stars = "*" * 100
     return f"\n{stars}\n{text}\n{stars}"
 

@@ -1,45 +1,49 @@
-"""Distillation losses of MiniLM and MiniLMv2 that never materialize an attention-relation matrix.
+"""MiniLM and MiniLMv2 distillation losses that never materialize an attention-relation matrix.
 
-Importing the package is cheap: torch and transformers are imported at the first use of a name that needs them. The
-operators are registered with torch at once if torch is imported already, otherwise with that first use.
+Importing the package is cheap: torch and transformers are imported when a name that needs them is first used. The
+operators are registered with torch at that time, or at once if torch is already imported.
 """
 
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .losses import QKV, MiniLMLoss, MiniLMv2Loss
     from .qkv import QKVExtractor
-    from .relation import backend_status, relation_kl
-    from .students import student_config
+    from .relation import backend_status, relation_kl, relation_kl_multi
+    from .students import PRESETS, Preset, copied_student, preset_config, random_student, student_config
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PRESETS",
     "QKV",
     "MiniLMLoss",
     "MiniLMv2Loss",
+    "Preset",
     "QKVExtractor",
     "backend_status",
+    "copied_student",
+    "preset_config",
+    "random_student",
     "relation_kl",
+    "relation_kl_multi",
     "student_config",
 ]
 
-
-_MODULES = {
-    "QKV": ".losses",
-    "MiniLMLoss": ".losses",
-    "MiniLMv2Loss": ".losses",
-    "QKVExtractor": ".qkv",
-    "backend_status": ".relation",
-    "relation_kl": ".relation",
-    "student_config": ".students",
+_NAMES = {
+    ".losses": ("QKV", "MiniLMLoss", "MiniLMv2Loss"),
+    ".qkv": ("QKVExtractor",),
+    ".relation": ("backend_status", "relation_kl", "relation_kl_multi"),
+    ".students": ("PRESETS", "Preset", "copied_student", "preset_config", "random_student", "student_config"),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, and the submodules `losses` and `relation`, on first use."""
+    """The public names, and the submodules `losses` and `relation`, imported on first use."""
     if name in ("losses", "relation"):
         return import_module(f".{name}", __name__)
     if name not in _MODULES:
@@ -49,8 +53,14 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
 
+
+_root = Path(__file__).resolve().parents[1]
+if (_root / "pyproject.toml").is_file():
+    from ._source_tree import warn_if_it_shadows
+
+    warn_if_it_shadows(_root)
 
 if "torch" in sys.modules:
     import_module(".losses", __name__)

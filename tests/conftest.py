@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: the backends and devices that can be tested here, and reproducible random numbers."""
+"""Fixtures of all tests: the backends and devices of this machine, reproducible random numbers, shared folders."""
 
 import faulthandler
 import os
@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-# The tests are very many small operations, also in processes that they start: more threads only make them wait.
+# The tests compute many small operations, which more threads would slow down, also in child processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
@@ -17,12 +17,12 @@ from filelock import FileLock
 
 from minilm_kernels import backend_status
 
-# Started in the background, or by nohup, a process ignores these, and so do its children: the tests send them.
+# A process in the background or under nohup ignores these signals, and so do its children. The tests send them.
 for _number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
-# Names of the backends to test, for a run of the suite in Triton's interpreter; otherwise all that are usable.
+# Backends to test; by default all that are usable. Triton's interpreter is tested in a process with this variable.
 _ONLY = os.environ.get("MINILM_KERNELS_TEST_BACKENDS")
 USABLE = [
     name
@@ -33,7 +33,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from .interpreter import patch_once
 
     patch_once()
-# The same examples in every run; `--hypothesis-profile random` draws others.
+# Hypothesis draws the same examples in every run; `--hypothesis-profile random` draws others.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("random", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("repeatable")
@@ -46,7 +46,7 @@ def _serves(backend: str, device: str) -> bool:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A test with a limit of its own waits for children, which have limits: faulthandler's, one for all, is not its."""
+    """Leaves out faulthandler's limit for a test with a `timeout` mark, which is longer and waits for children."""
     if item.get_closest_marker("timeout"):
         faulthandler.cancel_dump_traceback_later()
 
@@ -72,9 +72,9 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """`made_once(name, fill)`: a folder that `fill` fills once in a run, whichever of pytest-xdist's processes asks."""
+    """`made_once(name, fill)` returns a folder that `fill` fills once for all processes of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # a worker's own lies in that of all
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # a worker has a folder in the common one
 
     def made(name: str, fill: Callable[[Path], None]) -> Path:
         folder, unfinished = base / name, base / f"{name}.unfinished"

@@ -4,6 +4,8 @@ import copy
 import gc
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -440,6 +442,23 @@ def test_moving_and_casting_are_seen_on_both_sides():
     assert_equal(extractor(**batch), by_hand(model, 1, batch))
     extractor.to("meta")
     assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"meta"}
+
+
+@pytest.mark.slow
+def test_a_pickle_with_rotary_after_works_in_another_process(tmp_path):
+    """Its attention function is registered with transformers when it is unpickled."""
+    config = AutoConfig.for_model("llama", vocab_size=20, hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
+    extractor = QKVExtractor(AutoModel.from_config(config).eval(), rotary="after", projections=LLAMA)
+    ids = torch.arange(6)[None]
+    expected = [x.detach() for x in extractor(input_ids=ids)]
+    (tmp_path / "extractor.pkl").write_bytes(pickle.dumps((extractor, expected)))
+    code = """
+import pickle, sys, torch
+extractor, expected = pickle.load(open(sys.argv[1], "rb"))
+assert all(map(torch.equal, extractor(input_ids=torch.arange(6)[None]), expected))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "extractor.pkl")]
+    subprocess.run(command, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])

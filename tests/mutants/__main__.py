@@ -20,10 +20,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import Mutant, devices, distillation, models, native, relations
+from . import Mutant, devices, distillation, models, native, package, relations
 
 ROOT = Path(__file__).parents[2]
-MUTANTS: list[Mutant] = [*relations.MUTANTS, *models.MUTANTS, *distillation.MUTANTS, *native.MUTANTS, *devices.MUTANTS]
+_LISTS = (relations, models, distillation, native, devices, package)
+MUTANTS: list[Mutant] = [mutant for module in _LISTS for mutant in module.MUTANTS]
 SECONDS = 600  # of one mutant's tests: a mutant that makes them wait is found
 _CPU_LIBRARY = Path("minilm_kernels/_cpu.abi3.so")
 _CPU_SOURCES = ("csrc/cpu/", "csrc/common/")
@@ -103,7 +104,7 @@ class Copy:
     def _verdict(self, mutant: Mutant) -> tuple[bool, str]:
         command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", "not gpu and not packaging"]
         environment = self._environment()
-        if "triton" in Path(mutant.file).name:
+        if "triton" in mutant.file:
             environment |= {"TRITON_INTERPRET": "1", "MINILM_KERNELS_TEST_BACKENDS": "triton"}
         try:
             result = self._run([*command, *shlex.split(mutant.tests)], environment)

@@ -1,4 +1,4 @@
-"""What is inside a built library: the symbols it lacks and the libraries it names."""
+"""Reads the undefined symbols and the linked libraries of a built library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _output(*command: str) -> str:
 
 
 def symbols_from_elsewhere(library: Path) -> set[str]:
-    """What the loader has to find outside; names of the C and C++ libraries, which carry a version, left out."""
+    """The undefined symbols, without those of the C and C++ libraries, which have a version."""
     names = {line.split()[-1] for line in _output("nm", "-D", "--undefined-only", str(library)).splitlines()}
     optional = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
     return {name for name in names - optional if not re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_", name)}
@@ -25,7 +25,7 @@ def libraries_named_by(library: Path) -> set[str]:
 
 
 def stable_abi() -> set[str]:
-    """The functions of PyTorch's stable ABI, as of the version that the libraries are built for."""
+    """The functions of PyTorch's stable ABI in the version that the libraries are built for."""
     include = native.find_torch().folder / "include"
     source = '#include "torch/csrc/inductor/aoti_torch/c/shim.h"\n#include "torch/csrc/stable/c/shim.h"\n'
     command = ["c++", "-E", "-P", "-x", "c++", "-std=c++17", native.STABLE_ABI, "-I", str(include), "-"]

@@ -1,7 +1,7 @@
-"""Lets a torch that was built with CUDA start where NVIDIA's libraries are not installed.
+"""Lets a CUDA build of torch start without NVIDIA's libraries.
 
-They weigh gigabytes, and no operator on CPU tensors calls them. In their place come libraries of the same names and
-symbols whose functions return 0.
+The libraries take gigabytes, and no operator on CPU tensors calls them. They are replaced by libraries of the same
+names and symbols whose functions return 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def _output(*command: str) -> str:
 
 
 def add_stand_ins(folder: Path) -> list[str]:
-    """Adds to `folder`, torch's lib folder, what its libraries need and nobody has; returns the names."""
+    """Adds the missing libraries to `folder`, torch's lib folder; returns their names."""
     libraries = sorted(folder.glob("*.so*"))
     needed, undefined, defined = set(), set(), set()
     for library in libraries:
@@ -30,7 +30,7 @@ def add_stand_ins(folder: Path) -> list[str]:
     for symbol in sorted(undefined):
         name, _, version = symbol.partition("@")
         if missing and name not in defined and not re.match("GLIBC|GCC|CXXABI|GOMP|OMP", version):
-            # A version is named after its library; which library has those without does not matter to the loader.
+            # Symbol versions are named after their libraries. A symbol without a version may be in any library.
             symbols[version if version in missing else missing[0]].setdefault(version, []).append(name)
     for library, versions in symbols.items():
         source, script = folder / "stand_in.s", folder / "stand_in.map"

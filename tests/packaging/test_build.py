@@ -1,4 +1,4 @@
-"""The build by itself: what it is asked for, what it finds, what it says when it cannot; and what comes out."""
+"""The build of the native libraries: its modes, requirements, errors, and the symbols of its results."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 import minilm_kernels
 
 from .binaries import libraries_named_by, stable_abi, symbols_from_elsewhere
-from .environments import STEERING
+from .environments import BUILD_VARIABLES
 
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch):
-    for name in STEERING:
+    for name in BUILD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -42,14 +42,14 @@ class TestMode:
         ],
     )
     def test_libraries(self, monkeypatch, mode, platform, expected):
-        """No CUDA is looked for: the host code of `cuda` is built wherever its driver library could be."""
+        """The host code of `cuda` needs no CUDA; it is built on every Linux."""
         monkeypatch.setattr(native.sys, "platform", platform)
         if mode is not None:
             monkeypatch.setenv("MINILM_KERNELS_BUILD", mode)
         assert native.wanted() == expected
 
     @pytest.mark.parametrize("mode", ["gpu", "", "cpu", "cuda", "NATIVE", "native,none"])
-    def test_anything_else_is_named(self, monkeypatch, mode):
+    def test_another_mode_is_an_error(self, monkeypatch, mode):
         monkeypatch.setenv("MINILM_KERNELS_BUILD", mode)
         with pytest.raises(
             native.BuildError, match=f"MINILM_KERNELS_BUILD: expected auto, none or native, got {mode!r}"
@@ -65,12 +65,12 @@ class TestMode:
 
         if mode is not None:
             monkeypatch.setenv("MINILM_KERNELS_BUILD", mode)
-        assert backend.get_requires_for_build_wheel() == []  # there is one
+        assert backend.get_requires_for_build_wheel() == []  # torch is installed here
         monkeypatch.setattr(native, "find_torch", missing)
         assert backend.get_requires_for_build_wheel() == expected
         assert backend.get_requires_for_build_editable() == expected
         assert backend.get_requires_for_build_sdist() == []
-        monkeypatch.setenv("CXX", str(tmp_path / "none"))  # without a compiler gigabytes of headers are of no use
+        monkeypatch.setenv("CXX", str(tmp_path / "none"))  # without a compiler the headers are useless
         assert backend.get_requires_for_build_wheel() == []
 
 
@@ -134,7 +134,7 @@ def test_a_compiler_that_fails(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def cuda_library(tmp_path_factory) -> Path:
-    """Built anew, warnings being errors, with no program at hand but the C++ compiler's."""
+    """The CUDA library, built with warnings as errors."""
     if sys.platform != "linux":
         pytest.skip("the CUDA library is built on Linux only")
     folder = tmp_path_factory.mktemp("a folder")
@@ -145,7 +145,7 @@ def cuda_library(tmp_path_factory) -> Path:
 
 
 def test_the_cuda_library_is_built_without_cuda(cuda_library):
-    """It needs the stable ABI only, and names no library of CUDA's."""
+    """It uses the stable ABI only and links no library of CUDA."""
     names = symbols_from_elsewhere(cuda_library)
     assert "aoti_torch_library_def" in names
     assert names - {"dlopen", "dlsym", "dlerror"} <= stable_abi()
@@ -159,7 +159,7 @@ def test_the_cuda_library_is_built_without_cuda(cuda_library):
 
 
 def test_the_cuda_library_loads_without_a_gpu(cuda_library, tmp_path):
-    """Beside a torch without CUDA, on a machine without a driver: only a call asks for that."""
+    """It loads with a CPU build of torch and without a driver. The driver is opened by the first call."""
     code = (
         f"import torch; torch.ops.load_library({str(cuda_library)!r})\n"
         "print(*sorted(x for x in torch._C._dispatch_get_all_op_names() if x.startswith('minilm_kernels_cuda::')))\n"
@@ -176,9 +176,9 @@ def test_the_cuda_library_loads_without_a_gpu(cuda_library, tmp_path):
 
 @pytest.mark.skipif(minilm_kernels.backend_status()["cpu"] != "ready", reason="the package has no CPU library")
 def test_symbols_of_the_cpu_library():
-    """Any torch from 2.10 on has what the library needs, and no Python has to: a break of that fails here."""
+    """It uses the stable ABI of torch 2.10 only, and no symbol of Python."""
     library = Path(minilm_kernels.__file__).with_name("_cpu.abi3.so")
     names = symbols_from_elsewhere(library)
-    assert "aoti_torch_library_def" in names  # they are read
+    assert "aoti_torch_library_def" in names  # the list is not empty
     assert names <= stable_abi()
     assert {name for name in libraries_named_by(library) if "torch" in name or "python" in name} == {"libtorch_cpu.so"}

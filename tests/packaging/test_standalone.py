@@ -1,4 +1,4 @@
-"""The CPU kernels without torch, by other compilers and on other processors, emulated where need be."""
+"""The CPU kernels without torch, built by other compilers and run on other processors, some of them emulated."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 import native
 import pytest
 
-SECONDS = 600  # of one compilation, or of a run in an emulated processor
+SECONDS = 600  # limit of one compilation or one run
 pytestmark = [pytest.mark.packaging, pytest.mark.timeout(3 * SECONDS)]
 ARM = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
 
 
 def _need(*tools: str) -> None:
-    """Skips without them; on a machine for continuous integration (CI=true) they have to be there."""
+    """Skips the test if a tool is missing; with CI=true the test fails instead."""
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing and os.environ.get("CI") == "true":
         pytest.fail(f"{', '.join(missing)} not found: see .ci/run")
@@ -25,7 +25,7 @@ def _need(*tools: str) -> None:
 
 
 def _build(compiler: str, folder: Path, x86: bool = True) -> str:
-    """With the flags of the package, and warnings as errors."""
+    """Builds the program with the flags of the package and with warnings as errors; returns its path."""
     objects = []
     for source in [*sorted((native.CSRC / "cpu").glob("*.cpp")), Path(__file__).with_name("standalone.cpp")]:
         flags = native.INSTRUCTION_SETS.get(source.name, [])
@@ -39,7 +39,7 @@ def _build(compiler: str, folder: Path, x86: bool = True) -> str:
 
 
 def _run(*command: str) -> list[str]:
-    """Runs the program; returns the instruction sets that it tried."""
+    """Runs the program; returns the instruction sets that it tested."""
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
     assert result.returncode == 0, result.stdout + result.stderr
     *names, summary = result.stdout.splitlines()[-1].split(", ")
@@ -71,7 +71,7 @@ def test_clang(tmp_path):
     ("processor", "expected"), [("Nehalem", ["portable"]), ("Haswell", ["avx2", "avx2-paired", "portable"])]
 )
 def test_older_processors(program, processor, expected):
-    """Without AVX-512, without AVX: the choice at run time, and no newer instruction in the code of an older set."""
+    """Each processor runs its instruction sets, and their code has no newer instruction."""
     _need("qemu-x86_64")
     assert _run("qemu-x86_64", "-cpu", processor, program, "131") == expected
 

@@ -6,7 +6,7 @@ __device__ __forceinline__ float exp2_(float x) {
   return y;
 }
 
-// A column: one FFMA, one MUFU.EX2, one FFMA; a quarter of a 16-byte load from shared memory. Four columns a source trip.
+// A column: one FFMA, one MUFU.EX2, one FFMA; a quarter of a 16-byte load from shared memory. A trip: four columns.
 template <int kUnroll>
 __global__ void unrolled(const float* x, float* y, int trips) {
   extern __shared__ float4 columns[];
