@@ -32,7 +32,7 @@ _TAIL = 12  # lines of a failed command in the summary
 class Stage(NamedTuple):
     name: str
     about: str
-    share: float  # of the budget
+    share: float  # weight in the division of the budget
     commands: Sequence[str]
 
 
@@ -68,7 +68,7 @@ def main(options: argparse.Namespace) -> int:
         _describe(stages, options, "no CUDA device here: this is the plan" if missing else "a dry run")
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
-    os.environ["MINILM_KERNELS_REVISION"] = records.revision()  # of the sources, before committed records change
+    os.environ["MINILM_KERNELS_REVISION"] = records.revision()  # described before the committed records change
     begin = time.monotonic()
     outcomes: list[str] = []
     failed = False

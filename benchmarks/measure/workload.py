@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 Heads = dict[str, Tensor]
-Loss = Callable[[Heads, Heads], Tensor]  # of teacher and student
+Loss = Callable[[Heads, Heads], Tensor]  # teacher's and student's heads -> scalar
 
 
 # Published teachers and students: relation heads A, their widths d_t and d_s, and the relations of the loss.

@@ -23,7 +23,7 @@ class Provider:
     build: Callable[[Inputs], Loss]  # for inputs of these shapes and masks; may raise Unsupported
     about: str
     dense: bool = False  # allocates memory for every pair
-    exponentials: int | None = None  # of loss and gradient, for a (query, key) pair of a self relation, if known
+    exponentials: int | None = None  # for loss and gradient of one pair of a self relation, if known
 
 
 class DenseMask(NamedTuple):

@@ -180,7 +180,7 @@ def _kernel_figures(built: Built, machine: Machine) -> dict:
     blocks = machine.resident_blocks(built.warps, usage.registers, built.shared_bytes)
     return {
         "registers": usage.registers,
-        "spill_bytes": spilled,  # of all LDL and STL in the code, a thread, each counted once
+        "spill_bytes": spilled,  # all LDL and STL in the code of a thread, each counted once
         "local_bytes": usage.stack + usage.local,
         "shared_bytes": built.shared_bytes,
         "warps": built.warps,

@@ -49,7 +49,7 @@ class Counts:
     classes: Counter[str] = field(default_factory=Counter)
     opcodes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by class and opcode up to the first dot
     exponentials: int = 0
-    tensor_macs: int = 0  # of the whole warp
+    tensor_macs: int = 0  # the whole warp's
     tensor_work: int = 0  # the same, tf32 counted twice: the tensor cores take twice as long for it
     tensor_unknown: int = 0  # tensor instructions whose size the opcode does not tell
     loads_stores: int = 0  # through the load/store unit, in its issue cycles

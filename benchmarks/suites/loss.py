@@ -22,7 +22,7 @@ SHAPES = {"cpu": ["2x48x512x16x8", "4x12x512x64x32"], "cuda": ["v2-base:32x512",
 class _Prepared(NamedTuple):
     record: records.Record
     loss: TimedLoss | None  # None: not to be timed
-    copies: int  # of the inputs
+    copies: int  # number of copies of the inputs
 
 
 def measure(options: argparse.Namespace) -> Iterator[records.Record]:

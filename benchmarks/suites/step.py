@@ -71,7 +71,7 @@ class Setting(NamedTuple):
     """One step to measure; it can be pickled for the processes that try what fits."""
 
     model: str
-    workload: Workload  # of the loss
+    workload: Workload  # the loss
 
     @classmethod
     def parse(cls, text: str, mask: str, dtype: str, device: str) -> Setting:
