@@ -7,6 +7,7 @@ then over the sequences (reduction "sequence"); it is differentiable in the stud
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -27,7 +28,7 @@ BACKENDS = [name for name in backend_status() if name != "reference"]
 _EXPONENTIALS = {"torch": 2, "cpu": 2, "triton": 4, "cuda": 2}
 
 
-def _backend(name: str, inputs: Inputs) -> Loss:
+def _backend(name: Any, inputs: Inputs) -> Loss:
     reason = backend_status()[name]
     if reason != "ready":
         raise Unsupported(reason)

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ def _float64(inputs: Inputs) -> Result:
 
 
 @torch.no_grad()
-def _rows(inputs: Inputs, backend: str) -> Tensor:
+def _rows(inputs: Inputs, backend: Any) -> Tensor:
     teacher, student, relations, mask = inputs
     return relation_kl_multi(teacher, student, relations, reduction="none", backend=backend, **mask)[0]
 
