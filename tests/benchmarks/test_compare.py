@@ -74,8 +74,8 @@ def test_base(tmp_path, monkeypatch, capsys):
     root = builds.ROOT
     repository = tmp_path / "repository"
     ignored = shutil.ignore_patterns("*.so", "*.missing", "__pycache__")
-    shutil.copytree(root / "minilm_kernels", repository / "minilm_kernels", ignore=ignored)
-    shutil.copytree(root / "build_support", repository / "build_support", ignore=ignored)
+    for name in ("minilm_kernels", "build_support", "csrc"):
+        shutil.copytree(root / name, repository / name, ignore=ignored)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(root / name, repository / name)
     file = repository / "minilm_kernels/relation/backends/blocked.py"
