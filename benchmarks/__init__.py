@@ -1,1 +1,1 @@
-"""Measurements that anyone can rerun: `python -m benchmarks`. One JSON line each, never speed without error."""
+"""Measurements that anyone can repeat: `python -m benchmarks`. No speed is reported without its error."""

@@ -1,4 +1,4 @@
-"""Command line of the benchmarks; `python -m benchmarks --help` lists commands, docs/benchmarks.md explains them."""
+"""Measure, compare and report; docs/benchmarks.md explains the commands."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which reads memory here, reports every start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler, which measures memory, logs each start
 
-from . import compare, days, report, run, static_cost
+from . import ablation, static_cost
+from .commands import compare, plan, report, run
 
-# Each has `register(commands)`, which adds its parser with `set_defaults(main=...)`.
-_COMMANDS = (run, report, compare, days, static_cost)
+
+class _Parser(argparse.ArgumentParser):
+    """A command's parser, whose help shows the defaults."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or what the command returned."""
+    """Return the exit status: 0, or the one of the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command in _COMMANDS:
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    for command in (run, report, compare, plan, ablation, static_cost):
         command.register(commands)
     options = parser.parse_args(arguments)
     try:

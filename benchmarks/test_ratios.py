@@ -1,7 +1,7 @@
-"""Ratios between providers that only a regression breaks, each of one run: `make ratios`.
+"""Ratios between providers within one run, which only a regression breaks: `make ratios`.
 
-Margins are wide, a half or less of what was measured (docs/benchmarks.md): a busy machine must not break them. No
-absolute time is judged. pytest-benchmark records the provider that a ratio is about.
+The limits are at least twice the measured ratios (docs/benchmarks.md), so that a busy machine does not break them. No
+absolute time is asserted. pytest-benchmark records the provider that is compared.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ import pytest
 
 from minilm_kernels import backend_status
 
-from .allocation import peak_bytes
+from .measure.memory import peak_bytes
+from .measure.timed_loss import TimedLoss
+from .measure.timing import interleaved
+from .measure.workload import Workload
 from .providers import PROVIDERS
-from .steps import Step
-from .timing import interleaved
-from .workloads import Workload
 
 _BASE = Workload(1, 24, 512, 16, 8)
 _CPU = pytest.mark.skipif(backend_status()["cpu"] != "ready", reason="installed without the CPU library")
 
 
-def _step(provider: str, workload: Workload, mode: str = "full") -> Step:
+def _timed_loss(provider: str, workload: Workload) -> TimedLoss:
     inputs = workload.inputs()
-    return Step(PROVIDERS[provider].build(inputs), [inputs], mode)
+    return TimedLoss(PROVIDERS[provider].build(inputs), [inputs])
 
 
-# Provider and workload, at most so many times the time of the other. Measured: 0.03, 0.1, 0.34, 2.0, 1.05, 0.25.
+# The first provider and workload take at most `most` times as long as the second. Measured: 0.03, 0.1, 0.34, 2.0, 1.05,
+# 0.25.
 @pytest.mark.parametrize(
     ("one", "other", "most"),
     [
@@ -40,12 +41,12 @@ def _step(provider: str, workload: Workload, mode: str = "full") -> Step:
     ],
 )
 def test_time(benchmark, one, other, most):
-    steps = {
-        name: _step(provider, Workload(**(vars(_BASE) | changed)))
+    losses = {
+        name: _timed_loss(provider, Workload(**(vars(_BASE) | changed)))
         for name, (provider, changed) in (("one", one), ("other", other))
     }
-    benchmark.pedantic(steps["one"], warmup_rounds=1, rounds=3)
-    times = interleaved(steps, "cpu", seconds=1.0)
+    benchmark.pedantic(losses["one"], warmup_rounds=1, rounds=3)
+    times = interleaved(losses, "cpu", seconds=1.0)
     ratio = statistics.median(times["one"]) / statistics.median(times["other"])
     benchmark.extra_info["ratio"] = ratio
     assert ratio <= most
@@ -55,7 +56,7 @@ def test_time(benchmark, one, other, most):
 def test_memory_beside_eager(provider, most):
     peaks = {}
     for name in (provider, "eager"):
-        step = _step(name, _BASE)
-        step()
-        peaks[name] = peak_bytes(step, "cpu")
+        loss = _timed_loss(name, _BASE)
+        loss()
+        peaks[name] = peak_bytes(loss, "cpu")
     assert peaks[provider] <= most * peaks["eager"]

@@ -2,71 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.workloads import Inputs
+from benchmarks.measure.workload import Heads, Inputs, Loss
 
-from .support import DenseMask, Loss, Unsupported
+from .provider import DenseMask, Unsupported
 
-_CHUNK_HEADS = 4  # of `chunked`: a choice, memory falls with it and launches rise
+_CHUNK_HEADS = 4  # a choice of `chunked`: fewer heads take less memory and more kernel launches
 
 
-def _relation(
-    query_t: Tensor, key_t: Tensor, query_s: Tensor, key_s: Tensor, mask: DenseMask, wide: bool = False
+def row_kl(
+    q_t: Tensor, k_t: Tensor, q_s: Tensor, k_s: Tensor, *, masked: Tensor | None = None, fp32: bool = False
 ) -> Tensor:
-    """Weighted sum of the rows' KL; (B, A, S, D) each. `wide`: softmax and KL in float32."""
-    log_t = _log_softmax(query_t, key_t, mask.hidden, wide)
-    log_s = _log_softmax(query_s, key_s, mask.hidden, wide)
+    """KL of each query row of (..., S, D) heads; `fp32` computes softmax and KL of half-precision scores in float32."""
+    log_t, log_s = _log_softmax(q_t, k_t, masked, fp32), _log_softmax(q_s, k_s, masked, fp32)
     difference = log_t - log_s
-    if mask.hidden is not None:
-        difference = difference.masked_fill(mask.hidden, 0.0)
-    return ((log_t.exp() * difference).sum(-1) * mask.weights).sum()
+    if masked is not None:
+        difference = difference.masked_fill(masked, 0.0)  # instead of −inf − −inf
+    return (log_t.exp() * difference).sum(-1)
 
 
-def _log_softmax(query: Tensor, key: Tensor, hidden: Tensor | None, wide: bool) -> Tensor:
+def _log_softmax(query: Tensor, key: Tensor, masked: Tensor | None, fp32: bool) -> Tensor:
     scores = query @ key.mT * query.shape[-1] ** -0.5
-    if wide:
+    if fp32:
         scores = scores.float()
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, -torch.inf)
+    if masked is not None:
+        scores = scores.masked_fill(masked, -torch.inf)
     return scores.log_softmax(-1)
 
 
-def _loss(inputs: Inputs, relation) -> Loss:
-    mask = DenseMask.of(inputs)
+def relation_sum(inputs: Inputs, mask: DenseMask, relation: Callable[..., Tensor]) -> Loss:
+    """The sum of `relation(q_t, k_t, q_s, k_s)` over the relations, for (B, A, S, D) heads."""
 
-    def loss(teacher: dict[str, Tensor], student: dict[str, Tensor]) -> Tensor:
-        sides = [{name: mask.padded(x) for name, x in side.items()} for side in (teacher, student)]
+    def loss(teacher: Heads, student: Heads) -> Tensor:
+        padded = [{name: mask.padded(x) for name, x in heads.items()} for heads in (teacher, student)]
         return torch.stack(
-            [relation(*(side[name] for side in sides for name in names), mask) for names in inputs.relations]
+            [relation(*(heads[name] for heads in padded for name in names)) for names in inputs.relations]
         ).sum()
 
     return loss
 
 
-def eager(inputs: Inputs) -> Loss:
-    """As public MiniLMv2 code computes it, with its mistakes repaired."""
-    return _loss(inputs, _relation)
+def eager(inputs: Inputs, fp32: bool = False) -> Loss:
+    """The loss as public MiniLMv2 code computes it, with its mistakes corrected."""
+    mask = DenseMask.of(inputs)
+    return relation_sum(
+        inputs, mask, lambda *heads: (row_kl(*heads, masked=mask.masked, fp32=fp32) * mask.weights).sum()
+    )
 
 
 def eager_fp32_softmax(inputs: Inputs) -> Loss:
-    if next(iter(inputs.student.values())).dtype not in (torch.float16, torch.bfloat16):
+    if inputs.example.dtype not in (torch.float16, torch.bfloat16):
         raise Unsupported("the inputs are not in half precision: the same as eager")
-    return _loss(inputs, partial(_relation, wide=True))
+    return eager(inputs, fp32=True)
 
 
 def chunked(inputs: Inputs) -> Loss:
-    def relation(*arguments) -> Tensor:
-        *tensors, mask = arguments
-        chunks = zip(*(x.split(_CHUNK_HEADS, 1) for x in tensors), strict=True)
-        parts = [checkpoint(_relation, *c, mask, use_reentrant=False, preserve_rng_state=False) for c in chunks]
-        return torch.stack(parts).sum()
+    mask = DenseMask.of(inputs)
 
-    return _loss(inputs, relation)
+    def chunk(*heads: Tensor) -> Tensor:
+        return (row_kl(*heads, masked=mask.masked) * mask.weights).sum()
+
+    recomputed = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
+
+    def relation(*heads: Tensor) -> Tensor:
+        chunks = zip(*(x.split(_CHUNK_HEADS, 1) for x in heads), strict=True)
+        return torch.stack([recomputed(*part) for part in chunks]).sum()
+
+    return relation_sum(inputs, mask, relation)
 
 
 def compiled(inputs: Inputs) -> Loss:

@@ -180,7 +180,7 @@ def _kernel_figures(built: Built, machine: Machine) -> dict:
     blocks = machine.resident_blocks(built.warps, usage.registers, built.shared_bytes)
     return {
         "registers": usage.registers,
-        "spill_bytes": spilled,  # of all LDL and STL in the code, a thread, each counted once
+        "spill_bytes": spilled,  # all LDL and STL in the code of a thread, each counted once
         "local_bytes": usage.stack + usage.local,
         "shared_bytes": built.shared_bytes,
         "warps": built.warps,
@@ -192,7 +192,7 @@ def _kernel_figures(built: Built, machine: Machine) -> dict:
 def _source_trip(
     flow: Flow, loop: Loop, trip: Trip, source: SourceLoop, warps: int
 ) -> tuple[list[Instruction], list[Instruction], int]:
-    """What a source trip may and must execute, and how many turns of the machine loop it has.
+    """The counts that a source trip may and must execute, and its turns of the machine loop.
 
     More than one where the loop is a part of the source trip that the compiler did not unroll. The turns follow from
     the exponentials; the way through the enclosing loop is counted with them, and `unroll` checks the sum's products.

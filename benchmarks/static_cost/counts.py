@@ -1,4 +1,4 @@
-"""What a stretch of machine code executes: instructions by class, bytes moved, multiply-adds of the tensor cores.
+"""Counts of a piece of machine code: instructions by class, bytes moved, multiply-adds of the tensor cores.
 
 One warp instruction is one issue slot of its warp, 32 lane slots. A predicated instruction takes its slot whatever its
 predicate says; one under @!PT (a scheduling placeholder) takes it too, but is not counted as the access it spells.
@@ -37,7 +37,7 @@ CLASSES = {
     "UCGABAR_WAIT ELECT PREEXIT ACQBULK UTCBAR UTCATOMSWS USETMAXREG",
 }
 _CLASS = {opcode: name for name, opcodes in reversed(CLASSES.items()) for opcode in opcodes.split()}
-# Of a warp's instruction m x n x k; HGMMA is issued by the four warps of a group together.
+# Multiply-adds are m · n · k of a warp's instruction; HGMMA is issued by the four warps of a group together.
 _MMA = {"884": (8, 8, 4), "1684": (16, 8, 4), "1688": (16, 8, 8), "16816": (16, 8, 16), "16832": (16, 8, 32)}
 
 
@@ -49,7 +49,7 @@ class Counts:
     classes: Counter[str] = field(default_factory=Counter)
     opcodes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by class and opcode up to the first dot
     exponentials: int = 0
-    tensor_macs: int = 0  # of the whole warp
+    tensor_macs: int = 0  # the whole warp's
     tensor_work: int = 0  # the same, tf32 counted twice: the tensor cores take twice as long for it
     tensor_unknown: int = 0  # tensor instructions whose size the opcode does not tell
     loads_stores: int = 0  # through the load/store unit, in its issue cycles

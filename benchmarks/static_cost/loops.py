@@ -201,7 +201,7 @@ def _postorder(blocks: list[Block]) -> list[int]:
 
 
 def _dominators(blocks: list[Block], order: list[int]) -> dict[int, int]:
-    """Of every reachable block, the set of its dominators as bits."""
+    """The dominators of every reachable block, as bits."""
     everything = sum(1 << block for block in order)
     dominators = dict.fromkeys(order, everything)
     dominators[0] = 1

@@ -1,4 +1,4 @@
-"""What a multiprocessor can do per clock, by architecture, and the bounds that follow. Sources: docs/static-cost.md."""
+"""Rates of a multiprocessor per clock, by architecture, and the bounds that follow (sources: docs/static-cost.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured: `measure(options)` of a suite's module yields rows, the most valuable first."""
+"""The suites: each module's `measure(options)` yields records, the most valuable first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from importlib import import_module
 
-from benchmarks.rows import Row
+from benchmarks.measure.records import Record
 
 SUITES = {
     "loss": "time, memory and error of the loss and its gradient",
@@ -17,6 +17,6 @@ SUITES = {
 }
 
 
-def measure(options: argparse.Namespace) -> Iterator[Row]:
-    """Rows of the suite that the options name; only that one is imported, for transformers takes seconds."""
+def measure(options: argparse.Namespace) -> Iterator[Record]:
+    """The records of the chosen suite; only its module is imported, because importing transformers takes seconds."""
     return import_module(f"{__name__}.{options.suite}").measure(options)

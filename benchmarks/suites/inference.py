@@ -1,9 +1,10 @@
-"""Suite `inference`: the published students against the 12 × 768 base, the papers' speed-up column measured."""
+"""Suite `inference`: the published students against the 12 × 768 base, which measures the papers' speedup column."""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from benchmarks import rows
-from benchmarks.candidates import guarded
-from benchmarks.oracle import WRONG, relative
-from benchmarks.timing import first_run, interleaved, summary
+from benchmarks.measure import records
+from benchmarks.measure.correctness import TOLERANCE, guarded, relative
+from benchmarks.measure.timing import first_run, interleaved, summary
+from benchmarks.measure.workload import Workload
 from minilm_kernels.students import PRESETS, parameter_count, random_student, student_config
 
 SHAPES = {"cpu": ["4x128"], "cuda": ["32x128", "32x512"]}
@@ -23,7 +24,7 @@ BASE = (12, 768)
 
 
 def students() -> dict[tuple[int, int], tuple[float, int | None]]:
-    """(layers, hidden size): published speed-up and millions of parameters, of the students with BERT's vocabulary."""
+    """(layers, hidden size) -> published speedup and millions of parameters, for students with BERT's vocabulary."""
     found: dict[tuple[int, int], tuple[float, int | None]] = {BASE: (1.0, None)}
     for preset in PRESETS.values():
         if preset.family == "bert":
@@ -32,70 +33,67 @@ def students() -> dict[tuple[int, int], tuple[float, int | None]]:
 
 
 class _Model:
-    """A model and one batch; a step as `interleaved` takes it. Attention by PyTorch's fused kernels."""
+    """A model and one batch, timed like a TimedLoss; attention runs in PyTorch's fused kernels."""
 
-    def __init__(self, layers: int, hidden: int, B: int, S: int, dtype: torch.dtype, device: str) -> None:
-        self.config = student_config(AutoConfig.for_model("bert"), layers, hidden)
-        self.model: Any = random_student(self.config).eval().to(device, dtype)
-        self.ids = torch.randint(5, self.config.vocab_size, (B, S), generator=torch.Generator().manual_seed(0)).to(
-            device
-        )
+    def __init__(self, layers: int, workload: Workload) -> None:
+        self.config = student_config(AutoConfig.for_model("bert"), layers, 12 * workload.d_s)
+        self.model: Any = random_student(self.config).eval().to(workload.device, getattr(torch, workload.dtype))
+        drawn = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(5, self.config.vocab_size, (workload.B, workload.S), generator=drawn)
+        self.ids = self.ids.to(workload.device)
 
-    def prepare(self):
+    def prepare(self) -> _Model:
         return self
 
-    @torch.inference_mode()
     def __call__(self) -> Tensor:
-        return self.model(self.ids, attention_mask=torch.ones_like(self.ids)).last_hidden_state
+        return self._last_hidden(self.model, self.ids)
+
+    @torch.inference_mode()
+    def _last_hidden(self, model: Any, ids: Tensor) -> Tensor:
+        return model(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
     def error(self) -> float:
-        """Of the last hidden states of one sequence, against the same weights in float64."""
+        """Relative error of the last hidden states of one sequence, against the same weights in float64."""
         exact = copy.deepcopy(self.model).double()
-        one = self.ids[:1]
-        with torch.inference_mode():
-            states = [m(one, attention_mask=torch.ones_like(one)).last_hidden_state for m in (self.model, exact)]
-        return relative(states[0], states[1].double())
+        got, expected = (self._last_hidden(model, self.ids[:1]) for model in (self.model, exact))
+        return relative(got, expected.double())
 
 
-def measure(options: argparse.Namespace) -> Iterator[rows.Row]:
+def measure(options: argparse.Namespace) -> Iterator[records.Record]:
     for shape in options.shapes or SHAPES[options.device]:
-        B, S = parse(shape)
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
+        if match is None:
+            raise ValueError(f"--shapes: this suite expects BxS such as 8x128, got {shape!r}")
         for dtype in options.dtypes:
-            yield from _shape_rows(B, S, dtype, options)
+            yield from _measure(int(match[1]), int(match[2]), dtype, options)
 
 
-def parse(shape: str) -> tuple[int, int]:
-    numbers = shape.split("x")
-    if len(numbers) != 2 or not all(n.isdigit() and int(n) for n in numbers):
-        raise ValueError(f"--shapes: this suite expects BxS such as 8x128, got {shape!r}")
-    return int(numbers[0]), int(numbers[1])
-
-
-def _shape_rows(B: int, S: int, dtype: str, options: argparse.Namespace) -> Iterator[rows.Row]:
-    made: dict[str, rows.Row] = {}
+def _measure(B: int, S: int, dtype: str, options: argparse.Namespace) -> Iterator[records.Record]:
+    device = options.device
+    made: dict[str, records.Record] = {}
     models: dict[str, Any] = {}
     for (layers, hidden), (speedup, millions) in students().items():
         name = f"{layers}x{hidden}"
-        shape = {"B": B, "A": 12, "S": S, "d_t": None, "d_s": hidden // 12, "relations": None, "mask": "none"}
-        row = made[name] = rows.new("inference", name, options.device, dtype, "forward", shape)
-        model = guarded(row, partial(_Model, layers, hidden, B, S, getattr(torch, dtype), options.device))
+        workload = Workload(B, 12, S, hidden // 12, hidden // 12, dtype=dtype, device=device)
+        shape = workload.shape() | {"d_t": None, "relations": None}
+        record = made[name] = records.new("inference", name, workload, "forward", shape=shape)
+        model = guarded(record, partial(_Model, layers, workload))
         if model is None:
             continue
-        row["detail"] = {
+        record["detail"] = {
             "published_speedup": speedup,
             "published_million_parameters": millions,
             "parameters": parameter_count(model.config),
             "tokens": B * S,
         }
-        error = guarded(row, model.error)
-        ran = guarded(row, partial(first_run, model, options.device))
-        if error is not None and ran is not None:
-            right = error < WRONG[dtype]
-            row |= {"error_value": error, "status": "ok" if right else "wrong"}
+        error = guarded(record, model.error)
+        if error is not None and guarded(record, partial(first_run, model, device)) is not None:
+            right = error < TOLERANCE[dtype]
+            record |= {"error_value": error, "status": "ok" if right else "wrong"}
             if right:
                 models[name] = model
-    times = interleaved(models, options.device, options.seconds)
-    now = rows.clocks(options.device)
+    times = interleaved(models, device, options.seconds)
+    clocks = records.clocks(device)
     for name in models:
-        made[name] |= summary(times[name]) | {"method": "events" if options.device == "cuda" else "wall", "clocks": now}
+        made[name] |= summary(times[name], device) | {"clocks": clocks}
     yield from made.values()

@@ -6,85 +6,71 @@ import argparse
 from collections.abc import Iterator
 from functools import partial
 
-import torch
-
-from benchmarks import rows
-from benchmarks.allocation import OutOfMemory, at_most, isolated, largest, peak_bytes
-from benchmarks.candidates import Limits, admit, guarded
-from benchmarks.oracle import Oracle
+from benchmarks.measure import records
+from benchmarks.measure.correctness import Limits, Oracle, admit, guarded
+from benchmarks.measure.memory import OutOfMemory, isolated, largest, memory_limit, peak_bytes
+from benchmarks.measure.timed_loss import TimedLoss
+from benchmarks.measure.workload import Workload, parse_all
 from benchmarks.providers import PROVIDERS
-from benchmarks.steps import Step
-from benchmarks.workloads import Workload, parse_all
 
 SHAPES = {
     "cpu": ["1x48x128x16x8", "1x48x256x16x8", "1x48x512x16x8", "2x48x256x16x8", "8x48x256x16x8"],
-    "cuda": [f"v2-base:{B}x{S}" for B, S in [(32, 128), (32, 256), (32, 512), (32, 1024), (32, 2048), (32, 4096)]]
+    "cuda": [f"v2-base:32x{S}" for S in (128, 256, 512, 1024, 2048, 4096)]
     + [f"v2-base:{B}x512" for B in (8, 64, 128, 256, 512, 1024)],
 }
 BATCHES = {"cpu": ["1x48x256x16x8"], "cuda": ["v2-base:1x512", "v2-large:1x512", "v1:1x512"]}
-_MOST = {"cpu": 1024, "cuda": 8192}  # a batch beyond is not sought
-# What a trial's process may hold beside the budget before allocations fail: the measured peak decides, not the limit.
+_MAX_BATCH = {"cpu": 1024, "cuda": 8192}
+# Bytes that a trial's process may allocate beyond the budget: the measured peak decides, not the limit.
 _SLACK = 2**28
 
 
-def measure(options: argparse.Namespace) -> Iterator[rows.Row]:
+def measure(options: argparse.Namespace) -> Iterator[records.Record]:
     combinations = (options.masks, options.dtypes, options.relations, options.device)
     if options.batches != ["none"]:
         for workload in parse_all(options.batches or BATCHES[options.device], *combinations):
             for name in options.providers:
-                yield batch_row(workload, name, options)
+                yield _largest_batch(workload, name, options)
     if options.shapes != ["none"]:
         for workload in parse_all(options.shapes or SHAPES[options.device], *combinations):
-            yield from peak_rows(workload, options)
+            yield from _peaks(workload, options)
 
 
-def peak_rows(workload: Workload, options: argparse.Namespace) -> Iterator[rows.Row]:
-    limits = Limits(options.memory, options.cap)
+def _peaks(workload: Workload, options: argparse.Namespace) -> Iterator[records.Record]:
+    limits = Limits(options.memory, options.timeout)
     inputs = workload.inputs()
     oracle = Oracle(inputs, workload.pairs, workload.device)
     for name in options.providers:
-        row = _row(workload, name)
-        step = admit(row, workload, [inputs], oracle, "full", limits)
-        if step is not None:
-            guarded(row, partial(_fill, row, workload, step, limits))
-        yield row
+        record = records.new("memory", name, workload, pairs=workload.pairs)
+        if admit(record, workload, [inputs], oracle, limits) is not None:
+            measured = guarded(record, partial(_trial, workload, name, limits))
+            if measured is not None:
+                record["detail"]["inputs_bytes"] = measured.pop("inputs_bytes")
+                record |= measured | {"status": "ok"}
+        yield record
 
 
-def _fill(row: rows.Row, workload: Workload, step: Step, limits: Limits) -> None:
-    if workload.device == "cuda":
-        measured = _peak(step, workload.device, limits.bytes)
-    else:  # here the free blocks that other work left in the heap would be filled, and counted
-        measured = isolated(_trial, workload, row["provider"], limits.bytes, seconds=10 * limits.seconds)
-        row["detail"]["inputs_bytes"] = measured.pop("inputs_bytes")
-    row |= measured | {"status": "ok"}
-
-
-def batch_row(workload: Workload, name: str, options: argparse.Namespace) -> rows.Row:
-    """The largest B of this shape whose inputs, gradients and whatever else fit the budget; shape["B"] is it."""
-    row = _row(workload, name)
-    row["detail"] = {"budget_bytes": options.budget}
-    small = workload.with_batch(1)
-    inputs = small.inputs()
-    if (
-        admit(
-            row, small, [inputs], Oracle(inputs, small.pairs, small.device), "full", Limits(options.budget, options.cap)
-        )
-        is None
-    ):
-        if row["status"] == "oom":
-            row |= {"shape": small.with_batch(0).shape(), "status": "ok", "pairs": 0}
-        return row
-    del inputs
-    found = guarded(row, lambda: _largest_batch(row, workload, name, options))
+def _largest_batch(workload: Workload, name: str, options: argparse.Namespace) -> records.Record:
+    """A record whose B is the largest for which inputs, gradients and temporaries fit the budget."""
+    record = records.new("memory", name, workload, pairs=workload.pairs, detail={"budget_bytes": options.budget})
+    one = workload.with_batch(1)
+    inputs = one.inputs()
+    oracle = Oracle(inputs, one.pairs, one.device)
+    if admit(record, one, [inputs], oracle, Limits(options.budget, options.timeout)) is None:
+        if record["status"] == "oom":
+            record |= {"shape": one.with_batch(0).shape(), "status": "ok", "pairs": 0}
+        return record
+    del inputs, oracle
+    found = guarded(record, lambda: _search(workload, name, options))
     if found is not None:
-        B, measured = found
-        best = workload.with_batch(B)
-        row |= measured | {"shape": best.shape(), "pairs": best.pairs, "status": "ok"}
-    return row
+        best, measured, detail = found
+        record["detail"] |= detail
+        record |= measured | {"shape": best.shape(), "pairs": best.pairs, "status": "ok"}
+    return record
 
 
-def _largest_batch(row: rows.Row, workload: Workload, name: str, options: argparse.Namespace) -> tuple[int, dict]:
-    trial = _cuda_trial if workload.device == "cuda" else _cpu_trial
+def _search(workload: Workload, name: str, options: argparse.Namespace) -> tuple[Workload, dict, dict]:
+    """The workload with the largest batch, what was measured there, and details of the search."""
+    limits = Limits(options.budget, options.timeout)
     measured: dict[int, dict] = {}
 
     def total(B: int) -> int:
@@ -92,7 +78,7 @@ def _largest_batch(row: rows.Row, workload: Workload, name: str, options: argpar
 
     def fits(B: int) -> bool:
         try:
-            measured[B] = trial(workload.with_batch(B), name, options.budget, options.cap)
+            measured[B] = _trial(workload.with_batch(B), name, limits, _SLACK)
         except OutOfMemory:
             return False
         return total(B) <= options.budget
@@ -100,45 +86,26 @@ def _largest_batch(row: rows.Row, workload: Workload, name: str, options: argpar
     one, two = fits(1), fits(2)
     slope = total(2) - total(1) if two else 0
     guess = 2 + (options.budget - total(2)) // slope if slope > 0 else 1 + one
-    most = min(options.most or _MOST[workload.device], _MOST[workload.device])
+    most = min(options.max_batch or _MAX_BATCH[workload.device], _MAX_BATCH[workload.device])
     B = largest(fits, guess, most) if one else 0
-    if most == B:
-        row["detail"]["most"] = most  # more may fit: it was not tried
     best = dict(measured.get(B, {"inputs_bytes": 0}))
-    row["detail"] |= {"inputs_bytes": best.pop("inputs_bytes"), "trials": len(measured)}
-    return B, best
+    detail = {"inputs_bytes": best.pop("inputs_bytes"), "trials": len(measured)}
+    return workload.with_batch(B), best, detail | ({"most": most} if most == B else {})  # most: larger was not tried
 
 
-def _cpu_trial(workload: Workload, name: str, budget: int, cap: float) -> dict:
-    return isolated(_trial, workload, name, budget + _SLACK, seconds=10 * cap)
+def _trial(workload: Workload, name: str, limits: Limits, slack: int = 0) -> dict:
+    """Peak, saved and input bytes; on a CPU in a new process, whose heap has no free blocks of earlier work."""
+    if workload.device == "cuda":
+        return _run(workload, name, limits.bytes)
+    limit = None if limits.bytes is None else limits.bytes + slack
+    return isolated(_run, workload, name, limit, seconds=10 * limits.seconds)
 
 
-def _cuda_trial(workload: Workload, name: str, budget: int, cap: float) -> dict:
-    torch.cuda.empty_cache()
-    whole = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / whole))
-    try:
-        return _trial(workload, name, None)
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(str(error).splitlines()[0]) from error
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def _trial(workload: Workload, name: str, limit: int | None) -> dict:
-    with at_most(limit, workload.device):
+def _run(workload: Workload, name: str, limit: int | None) -> dict:
+    with memory_limit(limit, workload.device):
         inputs = workload.inputs()
-        step = Step(PROVIDERS[name].build(inputs), [inputs], "full")
-        if workload.device == "cuda":  # on a CPU the peak's own first run is the warm-up
-            step()
-        return _peak(step, workload.device, limit) | {"inputs_bytes": inputs.bytes()}
-
-
-def _peak(step: Step, device: str, limit: int | None) -> dict:
-    with at_most(limit, device):
-        return {"peak_bytes": peak_bytes(step, device), "saved_bytes": step.saved_bytes()}
-
-
-def _row(workload: Workload, name: str) -> rows.Row:
-    row = rows.new("memory", name, workload.device, workload.dtype, "full", workload.shape())
-    return row | {"pairs": workload.pairs}
+        loss = TimedLoss(PROVIDERS[name].build(inputs), [inputs])
+        if workload.device == "cuda":  # on a CPU the first of the peak's own runs is the warm-up
+            loss()
+        peak, saved = peak_bytes(loss, workload.device), loss.saved_bytes()
+        return {"peak_bytes": peak, "saved_bytes": saved, "inputs_bytes": inputs.bytes()}

@@ -1,36 +1,36 @@
 """Suite `step`: a whole distillation step by stages, with the models and batches of `minilm_kernels.distill`.
 
-Teacher to its layer L, student, loss with its gradient for Q, K and V, backward through the student, optimizer. Weights
-are random: time does not depend on them.
+The stages are the teacher up to its layer L, the student, the loss with its gradient for Q, K and V, the backward
+through the student, and the optimizer. Weights are random, because time does not depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import time
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from benchmarks import rows
-from benchmarks.allocation import OutOfMemory, at_most, isolated, largest, peak_bytes
-from benchmarks.candidates import guarded
-from benchmarks.oracle import Oracle
+from benchmarks.measure import records
+from benchmarks.measure.correctness import Oracle, guarded
+from benchmarks.measure.memory import OutOfMemory, isolated, largest, memory_limit, peak_bytes
+from benchmarks.measure.timed_loss import Result, TimedLoss
+from benchmarks.measure.timing import intervals, stamp, summary, time_ms
+from benchmarks.measure.workload import Inputs, Workload
 from benchmarks.providers import PROVIDERS
-from benchmarks.timing import summary
-from benchmarks.workloads import Inputs, Workload
 from minilm_kernels.distill.batch import Batch
 from minilm_kernels.distill.config import DistillConfig
 from minilm_kernels.distill.models import LayerModel, TeacherStudent
 from minilm_kernels.distill.optimizer import make_optimizer
 from minilm_kernels.distill.packing import PADDING, Samples
 from minilm_kernels.distill.step import GradientBuffer, student_qkv, teacher_qkv
-from minilm_kernels.losses import MiniLMv2Loss
+from minilm_kernels.losses import QKV, MiniLMv2Loss
 from minilm_kernels.students import PRESETS, preset_config, random_student, student_config
 
 STAGES = ("teacher", "student", "loss", "backward", "optimizer")
@@ -40,289 +40,245 @@ SHAPES = {
         f"minilmv2-{name}:256x512" for name in ("l6-h384-bert-base", "l6-h384-roberta-large", "l12-h384-roberta-large")
     ],
 }
-TINY = "tiny"  # a model of no use but to try the suite
+TINY = "tiny"  # a small model to try the suite with
 MASKS = ("none", "lengths", "packed")
-# Dense arithmetic in float32 sums, by NVIDIA's data sheets, FLOP/s. Others: a matrix product is measured.
-_PEAKS = {("H100", "bfloat16"): 989e12, ("H200", "bfloat16"): 989e12, ("A100", "bfloat16"): 312e12}
 RECIPE_TOKENS = 400_000 * 256 * 512  # the published MiniLMv2 recipe
+# FLOP/s of dense products with float32 sums, from NVIDIA's data sheets; on other devices a product is measured.
+_PEAK_FLOPS = {("H100", "bfloat16"): 989e12, ("H200", "bfloat16"): 989e12, ("A100", "bfloat16"): 312e12}
 _WARM_UP = 2
 
 
+class Models(NamedTuple):
+    """Configs of student and teacher, the teacher's layer, and the relation heads of the loss."""
+
+    student: Any
+    teacher: Any
+    layer: int
+    heads: int
+
+
+def models(name: str) -> Models:
+    if name == TINY:
+        student = student_config(preset_config("minilmv2-l6-h384-bert-base"), 2, 24, vocab_size=100)
+        return Models(student, student_config(student, 3, 48, num_attention_heads=12), 2, 12)
+    preset, student = PRESETS[name], preset_config(name)
+    hidden, heads = (1024, 16) if preset.teacher_layers == 24 else (768, 12)
+    teacher = student_config(student, preset.teacher_layers, hidden, num_attention_heads=heads)
+    return Models(student, teacher, preset.teacher_layer, preset.relation_heads)
+
+
 class Setting(NamedTuple):
-    """One step to measure; picklable, for the processes that try what fits."""
+    """One step to measure; it can be pickled for the processes that try what fits."""
 
     model: str
-    B: int
-    S: int
-    mask: str
-    dtype: str
-    device: str
+    workload: Workload  # the loss
 
     @classmethod
     def parse(cls, text: str, mask: str, dtype: str, device: str) -> Setting:
-        model, _, size = text.partition(":")
-        numbers = size.split("x")
-        if model not in (*PRESETS, TINY) or len(numbers) != 2 or not all(n.isdigit() and int(n) for n in numbers):
-            raise ValueError(
-                f"--shapes: this suite expects MODEL:BxS, MODEL of {', '.join(PRESETS)}, {TINY}; got {text!r}"
-            )
+        match = re.fullmatch(r"(.*):([1-9]\d*)x([1-9]\d*)", text)
+        if match is None or match[1] not in (*PRESETS, TINY):
+            names = ", ".join((*PRESETS, TINY))
+            raise ValueError(f"--shapes: this suite expects MODEL:BxS with MODEL one of {names}; got {text!r}")
+        model, B, S = match[1], int(match[2]), int(match[3])
         if mask not in MASKS:
             raise ValueError(f"--masks: this suite takes {', '.join(MASKS)}, got {mask!r}")
-        if PRESETS.get(model, PRESETS["minilmv2-l6-h384-bert-base"]).method != "minilmv2":
+        if model != TINY and PRESETS[model].method != "minilmv2":
             raise ValueError(f"--shapes: this suite measures the MiniLMv2 students, got {model!r}")
-        return cls(model, int(numbers[0]), int(numbers[1]), mask, dtype, device)
+        student, teacher, _, heads = models(model)
+        widths = (teacher.hidden_size // heads, student.hidden_size // heads)
+        return cls(model, Workload(B, heads, S, *widths, "qq,kk,vv", mask, dtype, device))
+
+    def with_batch(self, B: int) -> Setting:
+        return self._replace(workload=self.workload.with_batch(B))
 
 
 class Distillation:
-    """Models, optimizer and one batch; calling it runs a step and returns the milliseconds of the stages."""
+    """Models, optimizer and one batch; a call runs a step and returns the milliseconds of its stages."""
 
     def __init__(self, setting: Setting, provider: str) -> None:
-        preset = PRESETS["minilmv2-l6-h384-bert-base" if setting.model == TINY else setting.model]
-        config: Any = preset_config("minilmv2-l6-h384-bert-base" if setting.model == TINY else setting.model)
-        layers, layer, heads = preset.teacher_layers, preset.teacher_layer, preset.relation_heads
-        hidden, attention_heads = (1024, 16) if layers == 24 else (768, 12)
-        if setting.model == TINY:
-            config = student_config(config, 2, 24, vocab_size=100)
-            layers, layer, heads, hidden = 3, 2, 12, 48
-        teacher_config: Any = student_config(config, layers, hidden, num_attention_heads=attention_heads)
-        device = torch.device(setting.device)
+        self._workload = workload = setting.workload
+        device = torch.device(workload.device)
+        student_config, teacher_config, layer, heads = models(setting.model)
         teacher: Any = random_student(teacher_config).eval().requires_grad_(False).to(device)
-        student: Any = random_student(config).train().to(device)
-        teacher_model = LayerModel(teacher, layer, None, "teacher")
-        student_model = LayerModel(student, -1, None, "student")
-        self._models = TeacherStudent(teacher_model, student_model, MiniLMv2Loss(heads), None)
-        self._setting, self._heads, self._provider = setting, heads, provider
-        self.flops_per_token = _forward_flops(hidden, layer, setting.S) + 3 * _forward_flops(
-            config.hidden_size, config.num_hidden_layers, setting.S
+        student: Any = random_student(student_config).train().to(device)
+        pair = TeacherStudent(
+            LayerModel(teacher, layer, None, "teacher"),
+            LayerModel(student, -1, None, "student"),
+            MiniLMv2Loss(heads),
+            tokenizer=None,
         )
+        samples = _samples(workload, student_config.vocab_size)
+        self._batch = Batch(samples, device, packed=workload.mask == "packed")
+        bf16 = workload.dtype == "bfloat16"
+        self._teacher = partial(teacher_qkv, pair, self._batch, bf16=bf16)
+        self._student = partial(student_qkv, pair, self._batch, bf16=bf16)
         recipe = DistillConfig(teacher="-", output_dir="-", student="-", text=("-",))
         self._max_grad_norm = recipe.max_grad_norm
-        parameters = list(self._models.trained().values())
+        parameters = list(pair.trained().values())
         self._gradients = GradientBuffer(parameters)
-        self._optimizer = make_optimizer(recipe, parameters)
-        token_rows = _rows(setting, config.vocab_size)
-        self.tokens = int((token_rows.positions != PADDING).sum())
-        self._batch = Batch(token_rows, device, packed=setting.mask == "packed")
-        teacher_qkv, student_qkv = self._teacher(), self._student()
-        self.inputs = self._inputs(teacher_qkv, [x.detach() for x in student_qkv])
-        self._loss = PROVIDERS[provider].build(self.inputs)
+        self.optimizer = make_optimizer(recipe, parameters)
+        self.inputs = self._inputs(self._teacher(), self._student())
+        self.loss = PROVIDERS[provider].build(self.inputs)
+        self.tokens = int((samples.positions != PADDING).sum())
+        student_flops = 3 * _forward_flops(student_config.hidden_size, student_config.num_hidden_layers, workload.S)
+        self.flops_per_token = _forward_flops(teacher_config.hidden_size, layer, workload.S) + student_flops
 
-    def _teacher(self) -> list[Tensor]:
-        return list(teacher_qkv(self._models, self._batch, bf16=self._setting.dtype == "bfloat16"))
-
-    def _student(self) -> list[Tensor]:
-        return list(student_qkv(self._models, self._batch, bf16=self._setting.dtype == "bfloat16"))
-
-    def _inputs(self, teacher: list[Tensor], student: list[Tensor]) -> Inputs:
+    def _inputs(self, teacher: QKV, student: QKV) -> Inputs:
         teacher_heads, student_heads = (
-            {name: x.unflatten(-1, (self._heads, -1)) for name, x in zip("qkv", side, strict=True)}
-            for side in (teacher, student)
+            {name: x.detach().unflatten(-1, (self._workload.A, -1)) for name, x in zip("qkv", qkv, strict=True)}
+            for qkv in (teacher, student)
         )
         mask = {name: x for name, x in self._batch.loss_arguments().items() if x is not None and x is not False}
         return Inputs(teacher_heads, student_heads, [("q", "q"), ("k", "k"), ("v", "v")], mask)
 
-    def loss(self, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
-        """The loss and its gradients for the student's heads."""
-        leaves = {name: x.detach().requires_grad_() for name, x in inputs.student.items()}
-        value = self._loss(inputs.teacher, leaves)
-        return value.detach(), list(torch.autograd.grad(value, list(leaves.values())))
+    def loss_and_gradients(self) -> Result:
+        return TimedLoss(self.loss, [self._inputs(self._teacher(), self._student())])()
 
     def __call__(self) -> dict[str, float]:
-        clock = _CudaClock() if self._setting.device == "cuda" else _WallClock()
-        clock.mark()
+        device = self._workload.device
+        stamps = [stamp(device)]
         teacher = self._teacher()
-        clock.mark()
+        stamps.append(stamp(device))
         student = self._student()
-        clock.mark()
-        _, grads = self.loss(self._inputs(teacher, [x.detach() for x in student]))
-        clock.mark()
+        stamps.append(stamp(device))
+        _, grads = TimedLoss(self.loss, [self._inputs(teacher, student)])()
+        stamps.append(stamp(device))
         self._gradients.zero_()
-        torch.autograd.backward(student, [g.flatten(-2) for g in grads])
-        clock.mark()
+        torch.autograd.backward(list(student), [g.flatten(-2) for g in grads])
+        stamps.append(stamp(device))
         self._gradients.clip_(self._max_grad_norm)
-        self._optimizer.step()
-        clock.mark()
-        return dict(zip(STAGES, clock.intervals(), strict=True))
+        self.optimizer.step()
+        stamps.append(stamp(device))
+        return dict(zip(STAGES, intervals(stamps), strict=True))
 
-    def oracle(self) -> Oracle:
-        sequences, heads = self.inputs.sequences, self._heads
-        return Oracle(self.inputs, 3 * sequences * heads * self._setting.S**2, self._setting.device)
-
-
-class _WallClock:
-    def __init__(self) -> None:
-        self._marks: list[float] = []
-
-    def mark(self) -> None:
-        self._marks.append(1e3 * time.perf_counter())
-
-    def intervals(self) -> list[float]:
-        return list(np.diff(self._marks))
-
-
-class _CudaClock:
-    def __init__(self) -> None:
-        self._marks: list[torch.cuda.Event] = []
-
-    def mark(self) -> None:
-        self._marks.append(torch.cuda.Event(enable_timing=True))
-        self._marks[-1].record()
-
-    def intervals(self) -> list[float]:
-        self._marks[-1].synchronize()
-        return [a.elapsed_time(b) for a, b in zip(self._marks, self._marks[1:], strict=False)]
+    def check(self, record: records.Record) -> bool:
+        """Check the loss against float64; errors go into the record, as does the status of a wrong loss."""
+        workload, loss = self._workload, self.loss
+        oracle = Oracle(self.inputs, 3 * self.inputs.sequences * workload.A * workload.S**2, workload.device)
+        if oracle.part is not self.inputs:
+            loss = PROVIDERS[record["provider"]].build(oracle.part)
+            record["detail"]["checked_sequences"] = oracle.sequences
+        return oracle.check(record, *TimedLoss(loss, [oracle.part])())
 
 
 def _forward_flops(hidden: int, layer: int, S: int) -> int:
-    """Of one token up to the projections of `layer`: 12 hidden² weights a layer, and attention over S keys."""
+    """FLOPs a token up to the projections of `layer`: 12 hidden² weights a layer, and attention over S keys."""
     return (layer - 1) * (24 * hidden**2 + 4 * S * hidden) + 6 * hidden**2
 
 
-def _rows(setting: Setting, vocabulary: int) -> Samples:
-    """Random tokens: full rows, one document of a drawn length a row, or rows filled with such documents."""
-    B, S = setting.B, setting.S
+def _samples(workload: Workload, vocabulary: int) -> Samples:
+    """Random tokens: full samples, one document of a drawn length each, or filled with such documents."""
+    B, S = workload.B, workload.S
     ids = np.random.default_rng(0).integers(5, vocabulary, (B, S), dtype=np.int32)
     positions = np.tile(np.arange(S, dtype=np.int32), (B, 1))
-    if setting.mask == "none":
-        return Samples(ids, positions)
     lengths = iter(Workload(B * S, 1, S, 1, 1).lengths().tolist())
-    for row in positions:
+    for sample in positions if workload.mask != "none" else []:
         filled = 0
         while filled < S:
             length = next(lengths)
-            if filled + length > S or (filled and setting.mask == "lengths"):
-                row[filled:] = PADDING
+            if filled + length > S or (filled and workload.mask == "lengths"):
+                sample[filled:] = PADDING
                 break
-            row[filled : filled + length] = np.arange(length)
+            sample[filled : filled + length] = np.arange(length)
             filled += length
     return Samples(ids, positions)
 
 
-def measure(options: argparse.Namespace) -> Iterator[rows.Row]:
+def measure(options: argparse.Namespace) -> Iterator[records.Record]:
+    """Each step at the batch asked for; if that does not fit or with --largest, also at the largest that does."""
     for shape in options.shapes or SHAPES[options.device]:
         for dtype in options.dtypes:
             for mask in options.masks:
                 setting = Setting.parse(shape, mask, dtype, options.device)
                 for name in options.providers:
-                    yield from _provider_rows(setting, name, options)
+                    yield from _measure(setting, name, options)
 
 
-def _provider_rows(setting: Setting, name: str, options: argparse.Namespace) -> Iterator[rows.Row]:
-    """The step at the batch asked for; where it does not fit, also at the largest batch that does."""
-    row = _measured(setting, name, options)
-    yield row
-    if row["status"] != "oom" and not options.largest:
+def _measure(setting: Setting, name: str, options: argparse.Namespace) -> Iterator[records.Record]:
+    record = _record(setting, name, options)
+    yield record
+    if record["status"] != "oom" and not options.largest:
         return
-    most = setting.B - 1 if row["status"] == "oom" else 64 * setting.B
-    B = guarded(row, lambda: largest(lambda B: _fits(setting._replace(B=B), name, options), setting.B // 2, most))
+    B = setting.workload.B
+    most = B - 1 if record["status"] == "oom" else 64 * B
+    B = guarded(record, lambda: largest(partial(_fits, setting, name, options), B // 2, most))
     if B:
-        yield _measured(setting._replace(B=B), name, options, largest_batch=True)
+        yield _record(setting.with_batch(B), name, options, largest_batch=True)
 
 
-def _fits(setting: Setting, name: str, options: argparse.Namespace) -> bool:
+def _fits(setting: Setting, name: str, options: argparse.Namespace, B: int) -> bool:
     try:
-        if setting.device == "cpu":
-            isolated(_try, setting, name, options.memory, seconds=10 * options.cap)
-        else:
-            _try(setting, name, None)
+        _try(setting.with_batch(B), name, options)
     except (OutOfMemory, torch.OutOfMemoryError):
         return False
     finally:
-        if setting.device == "cuda":
+        if setting.workload.device == "cuda":
             torch.cuda.empty_cache()
     return True
 
 
-def _try(setting: Setting, name: str, limit: int | None) -> None:
-    with at_most(limit, setting.device):
+def _try(setting: Setting, name: str, options: argparse.Namespace) -> bool:
+    """Run one step, on a CPU in a new process; True if it fits."""
+    if setting.workload.device == "cuda":
+        return _run(setting, name, None)
+    return isolated(_run, setting, name, options.memory, seconds=10 * options.timeout)
+
+
+def _run(setting: Setting, name: str, limit: int | None) -> bool:
+    with memory_limit(limit, setting.workload.device):
         Distillation(setting, name)()
+    return True
 
 
-def _measured(setting: Setting, name: str, options: argparse.Namespace, largest_batch: bool = False) -> rows.Row:
-    row = rows.new("step", name, setting.device, setting.dtype, "full", _shape(setting))
-    row["detail"] = {"model": setting.model, "largest_batch": largest_batch}
-    if setting.device == "cpu" and PROVIDERS[name].dense:
-        guarded(row, lambda: isolated(_try, setting, name, options.memory, seconds=10 * options.cap))
-        if row["status"]:
-            return row
-    guarded(row, lambda: _measure(row, setting, name, options))
-    return row
+def _record(setting: Setting, name: str, options: argparse.Namespace, largest_batch: bool = False) -> records.Record:
+    detail = {"model": setting.model, "largest_batch": largest_batch}
+    record = records.new("step", name, setting.workload, detail=detail)
+    risky = setting.workload.device == "cpu" and PROVIDERS[name].dense
+    if not risky or guarded(record, partial(_try, setting, name, options)):
+        guarded(record, partial(_fill, record, setting, name, options))
+    return record
 
 
-def _measure(row: rows.Row, setting: Setting, name: str, options: argparse.Namespace) -> None:
-    with at_most(options.memory, setting.device):
+def _fill(record: records.Record, setting: Setting, name: str, options: argparse.Namespace) -> None:
+    device = setting.workload.device
+    with memory_limit(options.memory, device):
         step = Distillation(setting, name)
-    oracle = step.oracle()
-    with at_most(options.memory, setting.device):
-        _check(row, step, oracle)
-        del oracle
-        if row["status"] == "wrong":
-            return
+    if not step.check(record):
+        return
+    with memory_limit(options.memory, device):
         for _ in range(_WARM_UP):
             step()
-        row["peak_bytes"] = peak_bytes(step, setting.device)
+        record["peak_bytes"] = peak_bytes(step, device)
         runs: list[dict[str, float]] = []
         begin = time.perf_counter()
         while len(runs) < 5 or time.perf_counter() - begin < options.seconds:
             runs.append(step())
-            if len(runs) == 2 and sum(runs[-1].values()) > 1e3 * options.cap:
+            if len(runs) == 2 and sum(runs[-1].values()) > 1e3 * options.timeout:
                 raise TimeoutError(f"{sum(runs[-1].values()) / 1e3:.0f} s a step")
-    totals = [sum(run.values()) for run in runs]
-    row |= summary(totals) | {"method": "events" if setting.device == "cuda" else "wall", "status": "ok"}
-    row["clocks"] = rows.clocks(setting.device)
+    record |= summary([sum(run.values()) for run in runs], device) | {"status": "ok", "clocks": records.clocks(device)}
     stages = {stage: statistics.median(run[stage] for run in runs) for stage in STAGES}
-    rate = 1e3 * step.tokens / row["median_ms"]
-    peak, source = _peak(setting.device, setting.dtype)
-    flops = step.flops_per_token * setting.B * setting.S
-    row["detail"] |= {
+    rate = 1e3 * step.tokens / record["median_ms"]
+    flops = step.flops_per_token * setting.workload.B * setting.workload.S
+    peak, source = _peak_flops(device, setting.workload.dtype)
+    record["detail"] |= {
         "stages_ms": stages,
         "tokens": step.tokens,
         "tokens_per_s": rate,
         "loss_share": stages["loss"] / sum(stages.values()),
         "model_flops": flops,
-        "mfu": 1e3 * flops / row["median_ms"] / peak,
+        "mfu": 1e3 * flops / record["median_ms"] / peak,
         "mfu_of": source,
         "recipe_hours": RECIPE_TOKENS / rate / 3600,
     }
 
 
-def _check(row: rows.Row, step: Distillation, oracle: Oracle) -> None:
-    value, grads = step.loss(oracle.part) if oracle.part is step.inputs else (None, [])
-    if value is None:
-        part = PROVIDERS[row["provider"]].build(oracle.part)
-        leaves = {name: x.detach().requires_grad_() for name, x in oracle.part.student.items()}
-        value = part(oracle.part.teacher, leaves)
-        grads = list(torch.autograd.grad(value, list(leaves.values())))
-        row["detail"]["checked_sequences"] = oracle.sequences
-    errors, fault = oracle.fault(row["dtype"], value.detach(), grads)
-    row |= errors
-    if fault is not None:
-        row |= {"status": "wrong", "reason": fault}
-
-
-def _shape(setting: Setting) -> dict[str, Any]:
-    heads = 12 if setting.model == TINY else PRESETS[setting.model].relation_heads
-    hidden_s = 24 if setting.model == TINY else PRESETS[setting.model].hidden_size
-    hidden_t = 48 if setting.model == TINY else 1024 if PRESETS[setting.model].teacher_layers == 24 else 768
-    shape = {"B": setting.B, "A": heads, "S": setting.S, "d_t": hidden_t // heads, "d_s": hidden_s // heads}
-    return shape | {"relations": "qq,kk,vv", "mask": setting.mask}
-
-
 @cache
-def _peak(device: str, dtype: str) -> tuple[float, str]:
-    """FLOP/s that the device can do in this dtype, and where that is from."""
-    if device == "cuda":
-        for (chip, of), flops in _PEAKS.items():
-            if chip in torch.cuda.get_device_name() and of == dtype:
-                return flops, f"data sheet, {flops / 1e12:.0f} TFLOP/s"
+def _peak_flops(device: str, dtype: str) -> tuple[float, str]:
+    """FLOP/s of the device in this dtype, and their source."""
+    for (chip, of), flops in _PEAK_FLOPS.items() if device == "cuda" else ():
+        if chip in torch.cuda.get_device_name() and of == dtype:
+            return flops, f"data sheet, {flops / 1e12:.0f} TFLOP/s"
     size = 8192 if device == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
-    times = []
-    for _ in range(10):
-        clock = _CudaClock() if device == "cuda" else _WallClock()
-        clock.mark()
-        a @ a
-        clock.mark()
-        times += clock.intervals()
-    rate = 2e3 * size**3 / statistics.median(times)
+    rate = 2e3 * size**3 / statistics.median(time_ms(lambda: a @ a, device) for _ in range(10))
     return rate, f"measured matrix product, {rate / 1e12:.3g} TFLOP/s"

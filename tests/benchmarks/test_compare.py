@@ -1,4 +1,4 @@
-"""Verdicts know noise; a revision is built and measured beside the working tree."""
+"""Verdicts account for noise; a revision is built and measured beside the working tree."""
 
 import json
 import shutil
@@ -6,12 +6,13 @@ import subprocess
 
 import pytest
 
-from benchmarks import compare, rows
 from benchmarks.__main__ import main
+from benchmarks.commands import compare
+from benchmarks.measure import builds, records
 from tests.benchmarks.test_report import BATCH, made
 
 
-def row(median, spread=0.0, **changed):
+def record(median, spread=0.0, **changed):
     times = {"median_ms": median, "p20_ms": median * (1 - spread), "p80_ms": median * (1 + spread)}
     given = {**times, "peak_bytes": 2**24, "saved_bytes": 2**22, "error_value": 1e-5, "error_grad": 1e-5}
     return made("loss", "cpu", **given | changed)
@@ -23,15 +24,20 @@ OOM = made("loss", "cpu", status="oom", reason="too large")
 @pytest.mark.parametrize(
     ("old", "new", "start", "worse"),
     [
-        (row(10), row(10.2), "same time", False),
-        (row(10), row(11), "slower", True),
-        (row(10), row(9), "faster", False),
-        (row(10, 0.06), row(11, 0.06), "same time", False),  # within the noise of both
-        (row(10, 0.06), row(13, 0.06), "slower", True),
-        (row(10), OOM, "ok → oom too large", True),
-        (OOM, row(10), "oom → ok", False),
-        (row(10), row(10, peak_bytes=2**25), "same time 10 → 10 ms (+0.0 %, noise 0.0 %); peak 16.0 → 32.0 MiB", True),
-        (row(10), row(10, error_grad=1e-4), "same time 10 → 10 ms (+0.0 %, noise 0.0 %); error of the gradient", True),
+        (record(10), record(10.2), "same time", False),
+        (record(10), record(11), "slower", True),
+        (record(10), record(9), "faster", False),
+        (record(10, 0.06), record(11, 0.06), "same time", False),  # within the noise of both
+        (record(10, 0.06), record(13, 0.06), "slower", True),
+        (record(10), OOM, "ok → oom too large", True),
+        (OOM, record(10), "oom → ok", False),
+        (
+            record(10),
+            record(10, peak_bytes=2**25),
+            "same time 10 → 10 ms (+0.0 %, noise 0.0 %); peak 16.0 → 32.0 MiB",
+            True,
+        ),
+        (record(10), record(10, error_grad=1e-4), "same time 10 → 10 ms (+0.0 %, noise 0.0 %); grad error", True),
         (BATCH[0], {**BATCH[0], "shape": {**BATCH[0]["shape"], "B": 2}}, "largest B 3 → 2", True),
     ],
 )
@@ -41,20 +47,20 @@ def test_verdicts(old, new, start, worse):
     assert found == worse
 
 
-def test_the_worse_comes_first_and_what_cannot_be_compared_is_said():
+def test_worse_results_come_first_and_unmatched_ones_are_counted():
     other = made("loss", "torch", median_ms=1.0, p20_ms=1.0, p80_ms=1.0)
-    lines, worse = compare.verdicts([row(10), other, BATCH[0]], [{**other, "median_ms": 2.0}, row(10), BATCH[1]])
+    lines, worse = compare.verdicts([record(10), other, BATCH[0]], [{**other, "median_ms": 2.0}, record(10), BATCH[1]])
     assert worse
     assert "slower" in lines[0]
     assert "torch" in lines[0]
     assert lines[-2:] == ["1 measurements only before", "1 measurements only after"]
     with pytest.raises(ValueError, match="in common"):
-        compare.verdicts([row(10)], [other])
+        compare.verdicts([record(10)], [other])
 
 
 def test_files(tmp_path, capsys):
     for name, median in (("a", 10), ("b", 20)):
-        rows.append(tmp_path / name, row(median))
+        records.append(tmp_path / name, record(median))
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     assert "slower 10 → 20 ms (+100.0 %" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -63,13 +69,13 @@ def test_files(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_base(tmp_path, monkeypatch, capsys):
-    """In a repository with this package, whose revision before computes twice the loss: that one is measured too."""
+    """The base revision of a repository computes twice the loss, and the comparison finds that."""
     monkeypatch.setenv("MINILM_KERNELS_BUILD", "none")
-    root = compare._ROOT
+    root = builds.ROOT
     repository = tmp_path / "repository"
     ignored = shutil.ignore_patterns("*.so", "*.missing", "__pycache__")
-    shutil.copytree(root / "minilm_kernels", repository / "minilm_kernels", ignore=ignored)
-    shutil.copytree(root / "build_support", repository / "build_support", ignore=ignored)
+    for name in ("minilm_kernels", "build_support", "csrc"):
+        shutil.copytree(root / name, repository / name, ignore=ignored)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(root / name, repository / name)
     file = repository / "minilm_kernels/relation/backends/blocked.py"
@@ -81,8 +87,9 @@ def test_base(tmp_path, monkeypatch, capsys):
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "base"]):
         subprocess.run([*git, *words], check=True, timeout=60)
     file.write_text(right, encoding="utf-8")
-    (repository / "benchmarks").symlink_to(root / "benchmarks")
-    monkeypatch.setattr(compare, "_ROOT", repository)
+    for name in ("benchmarks", "examples"):
+        (repository / name).symlink_to(root / name)
+    monkeypatch.setattr(builds, "ROOT", repository)
     run = "--device cpu --shapes 1x2x32x4x4 --providers torch --seconds 0.01 --threads 1"
     assert main(["compare", "--base", "HEAD", "--run", run, "--rounds", "1"]) == 0
     assert "loss torch float32 B=1 A=2 S=32 4/4 qq none full wall: wrong → ok" in capsys.readouterr().out
@@ -94,7 +101,7 @@ def test_base(tmp_path, monkeypatch, capsys):
 
 
 def test_rounds_are_merged():
-    merged = compare._merged([row(10), row(14), row(11, 0.5)])
+    merged = compare.merged([record(10), record(14), record(11, 0.5)])
     assert len(merged) == 1
     assert (merged[0]["median_ms"], merged[0]["p20_ms"], merged[0]["p80_ms"]) == (11, 5.5, 16.5)
     assert json.dumps(merged)

@@ -1,13 +1,13 @@
-"""Every provider computes the same loss and gradient under every mask; one that does not is refused a speed."""
+"""Every provider computes the same loss and gradient under every mask."""
 
 import pytest
 import torch
 
-from benchmarks import oracle
-from benchmarks.oracle import Oracle, loss_and_gradients
+from benchmarks.measure import correctness
+from benchmarks.measure.correctness import Oracle, loss_and_gradients
+from benchmarks.measure.timed_loss import TimedLoss
+from benchmarks.measure.workload import MASKS, Workload
 from benchmarks.providers import PROVIDERS, Unsupported
-from benchmarks.steps import Step
-from benchmarks.workloads import MASKS, Workload
 from minilm_kernels.relation import relation_kl_multi
 from minilm_kernels.relation.masks import Mask
 
@@ -19,14 +19,14 @@ TOLERANCE = 2e-5
 
 def reference(inputs):
     """By the dense float64 specification."""
-    exact = inputs.double()
+    exact = inputs.map(torch.Tensor.double)
     leaves = {name: x.requires_grad_() for name, x in exact.student.items()}
     value = relation_kl_multi(exact.teacher, leaves, exact.relations, backend="reference", **exact.mask).sum()
     return value.detach(), torch.autograd.grad(value, list(leaves.values()))
 
 
 def errors(name, inputs, mode="full"):
-    value, grads = Step(PROVIDERS[name].build(inputs), [inputs], mode)()
+    value, grads = TimedLoss(PROVIDERS[name].build(inputs), [inputs], mode)()
     expected, expected_grads = reference(inputs)
     worst = [((g.double() - e).norm() / e.norm()).item() for g, e in zip(grads, expected_grads, strict=bool(grads))]
     return [abs(value.double() - expected).item() / expected.item(), *worst]
@@ -75,9 +75,9 @@ def test_liger_and_flex_are_refused_on_a_cpu():
 def test_modes():
     inputs = Workload(2, 2, 40, 8, 4, "qq,kk").inputs()
     loss = PROVIDERS["torch"].build(inputs)
-    value, grads = Step(loss, [inputs], "full")()
-    forward, none = Step(loss, [inputs], "forward")()
-    backward_value, backward = Step(loss, [inputs], "backward")()
+    value, grads = TimedLoss(loss, [inputs], "full")()
+    forward, none = TimedLoss(loss, [inputs], "forward")()
+    backward_value, backward = TimedLoss(loss, [inputs], "backward")()
     assert none == []
     torch.testing.assert_close(forward, value)
     torch.testing.assert_close(backward_value, value)
@@ -99,13 +99,13 @@ def test_the_oracle_checks_a_part_of_a_whole(monkeypatch):
     """Gradients of the whole, value of the part."""
     for mask in ("none", "lengths", "packed", "prefix"):
         workload = Workload(6, 2, 40, 8, 4, "qq,kk", mask)
-        monkeypatch.setitem(oracle._MOST_PAIRS, "cpu", workload.pairs // 2)
+        monkeypatch.setitem(correctness._MAX_PAIRS, "cpu", workload.pairs // 2)
         inputs = workload.inputs()
         part = Oracle(inputs, workload.pairs, "cpu")
         assert part.sequences == 3
         loss = PROVIDERS["torch"].build(inputs)
-        _, grads = Step(loss, [inputs], "full")()
-        value, _ = Step(PROVIDERS["torch"].build(part.part), [part.part], "full")()
+        _, grads = TimedLoss(loss, [inputs], "full")()
+        value, _ = TimedLoss(PROVIDERS["torch"].build(part.part), [part.part], "full")()
         assert max(part.errors(value, grads)) < TOLERANCE
         assert max(part.errors(value, [1.01 * g for g in grads])) == pytest.approx(0.01, rel=0.1)
 

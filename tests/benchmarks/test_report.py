@@ -1,4 +1,4 @@
-"""What the report shows comes from rows: no rows, no table and no figure."""
+"""The report is made from records: without records there is no table and no figure."""
 
 import json
 import re
@@ -6,17 +6,19 @@ from html.parser import HTMLParser
 
 import pytest
 
-from benchmarks import plots, report, rows
 from benchmarks.__main__ import main
+from benchmarks.measure import records
+from benchmarks.measure.workload import Workload
+from benchmarks.reporting import figures
+from benchmarks.reporting.sections import SECTIONS, markdown
 from benchmarks.roofline import NAME
-from benchmarks.workloads import Workload
 
 
 def made(suite, provider, workload=None, mode="full", detail=None, **measured):
-    """A row as the suites make it."""
+    """A record as the suites make it."""
     workload = workload or Workload(2, 3, 64, 8, 4)
     measured = {"status": "ok", "pairs": workload.pairs, "detail": detail or {}, **measured}
-    return rows.new(suite, provider, "cpu", workload.dtype, mode, workload.shape(), **measured)
+    return records.new(suite, provider, workload, mode, **measured)
 
 
 def timed(provider, median, **options):
@@ -35,7 +37,7 @@ def timed(provider, median, **options):
 
 def lengths(provider, factor):
     found = [timed(provider, factor * S, workload=Workload(2, 3, S, 8, 4)) for S in (32, 64, 128)]
-    return [{**row, "run": "another"} for row in found]
+    return [{**record, "run": "another"} for record in found]
 
 
 LOSS = [timed(NAME, 1.0), timed("eager", 8.125), timed("cpu", 2.0), made("loss", "flex", status="oom")]
@@ -70,54 +72,60 @@ INFERENCE = [
     })
     for name, median, published in (("12x768", 106.0, 1.0), ("6x384", 20.0, 5.3))
 ]  # fmt: skip
-ALL = [*LOSS, *lengths("torch", 2.0), *MEMORY, *BATCH, *ACCURACY, *STEP, *INFERENCE]
-EVERY = {"loss", "cases", "memory", "batch", "accuracy", "step", "inference"}
+ABLATION = [
+    made("ablation", name, median_ms=median, pairs=10**6, detail={"predicted": "2 ×", "relative_to": base})
+    for name, median, base in (("as it is", 0.25, None), ("vectors", 1.0, "as it is"), ("AVX2", 2.5, "vectors"))
+]
+ALL = [*LOSS, *lengths("torch", 2.0), *MEMORY, *BATCH, *ACCURACY, *STEP, *INFERENCE, *ABLATION]
+EVERY = {"loss", "cases", "memory", "batch", "accuracy", "step", "inference", "ablation"}
 
 
 def cells(table):
     return {line[0]: list(line[1:]) for line in table.lines}
 
 
-def test_sections_say_what_the_rows_say():
-    assert set(report.SECTIONS) == set(report.sections(ALL)) == EVERY
-    (loss,) = report.SECTIONS["loss"].tables(ALL)
+def test_sections_show_the_values_of_the_records():
+    assert set(SECTIONS) == set(markdown(ALL)) == EVERY
+    (loss,) = SECTIONS["loss"].tables(ALL)
     assert cells(loss)["`cpu`"][:4] == ["2", f"{2e6 / (2 * 3 * 64**2):.3g}", "4.1 ×", "1.0"]
     assert cells(loss)["`flex`"][0] == "oom"
     assert NAME not in str(loss)
-    (cases,) = report.SECTIONS["cases"].tables(ALL)
+    (cases,) = SECTIONS["cases"].tables(ALL)
     assert [line[4] for line in cases.lines] == ["4.00", "2.00", "1.00"]
-    (memory,) = report.SECTIONS["memory"].tables(ALL)
+    (memory,) = SECTIONS["memory"].tables(ALL)
     assert cells(memory)["`eager`"][0] == "256 (3.0)"
-    (batch,) = report.SECTIONS["batch"].tables(ALL)
+    (batch,) = SECTIONS["batch"].tables(ALL)
     assert cells(batch)["`cpu`"] == ["251", "512"]
-    worst, small = report.SECTIONS["accuracy"].tables(ALL)
+    worst, small = SECTIONS["accuracy"].tables(ALL)
     assert cells(worst)["`cpu`"] == ["float32", "1 of 1", "2e-07", "1e-06", "0.20"]
     assert cells(small)["1e-05"] == ["4e-04 (negative)"] * 2
-    (step,) = report.SECTIONS["step"].tables(ALL)
+    (step,) = SECTIONS["step"].tables(ALL)
     assert cells(step)["`cpu`"][-5:] == ["7 %", "4.32e+03", "31 %", "1024", "17.5"]
-    (inference,) = report.SECTIONS["inference"].tables(ALL)
+    (inference,) = SECTIONS["inference"].tables(ALL)
     assert cells(inference)["6 × 384"][1:3] == ["5.3 ×", "5.3 ×"]
+    (ablation,) = SECTIONS["ablation"].tables(ALL)
+    assert [line[2] for line in ablation.lines] == ["0.25", "4.00 ×", "2.50 ×"]
 
 
 @pytest.mark.parametrize("name", sorted(EVERY))
-def test_no_rows_no_table(name):
-    assert report.SECTIONS[name].tables([]) == []
+def test_no_records_no_table(name):
+    assert SECTIONS[name].tables([]) == []
 
 
-@pytest.mark.parametrize("name", plots.FIGURES)
-def test_no_rows_no_figure(name):
-    assert plots.draw(name, []) is None
-    assert plots.draw(name, STEP + INFERENCE) is None
-    broken = [{**row, "status": "oom"} for row in ALL]
-    assert plots.draw(name, broken) is None
-    assert plots.svg(plots.draw(name, ALL)) == plots.svg(plots.draw(name, ALL))  # equal rows, equal bytes
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_no_records_no_figure(name):
+    assert figures.draw(name, []) is None
+    assert figures.draw(name, STEP + INFERENCE) is None
+    broken = [{**record, "status": "oom"} for record in ALL]
+    assert figures.draw(name, broken) is None
+    assert figures.svg(figures.draw(name, ALL)) == figures.svg(figures.draw(name, ALL))  # equal records, equal bytes
 
 
-def test_figures_draw_every_provider_that_has_rows():
+def test_figures_draw_every_provider_that_has_records():
     for name, providers in (("roofline", {"eager", "cpu"}), ("memory", {"eager", "cpu"}), ("time", {"torch"})):
-        text = plots.svg(plots.draw(name, ALL))
+        text = figures.svg(figures.draw(name, ALL))
         assert {p for p in ("eager", "cpu", "torch", "sdpa") if f">{p}</text>" in text} == providers, name
-    assert ">251</text>" in plots.svg(plots.draw("batch", ALL))
+    assert ">251</text>" in figures.svg(figures.draw("batch", ALL))
 
 
 class _Page(HTMLParser):
@@ -144,29 +152,36 @@ class _Page(HTMLParser):
             assert self.open.pop() == tag
 
 
-def test_the_page_needs_nothing_else_and_holds_its_rows(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in ALL))
+def test_the_page_needs_no_other_file_and_holds_its_records(tmp_path):
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in ALL))
     main(["report", str(file), "--html", str(tmp_path / "page.html")])
     text = (tmp_path / "page.html").read_text()
     page = _Page()
     page.feed(text)
     assert page.open == page.outside == []
     assert page.ids >= EVERY
-    assert text.count("<svg") == len(plots.FIGURES)
+    assert text.count("<svg") == len(figures.FIGURES)
     shown = re.search(r"<pre>(.*)</pre>", text, re.DOTALL)[1].replace("&quot;", '"')
     assert [json.loads(line) for line in shown.splitlines()] == json.loads(json.dumps(ALL))
 
 
 def test_update_replaces_sections_and_links_plots(tmp_path):
-    (tmp_path / "rows").mkdir()
-    for row in LOSS:
-        rows.append(tmp_path / "rows" / "a.jsonl", row)
+    (tmp_path / "records").mkdir()
+    for record in LOSS:
+        records.append(tmp_path / "records" / "a.jsonl", record)
     guide = tmp_path / "guide.md"
     guide.write_text(
         "Before.\n<!-- loss:begin -->\nold\n<!-- loss:end -->\n<!-- step:begin -->\nkept\n<!-- step:end -->\n"
     )
-    arguments = ["report", str(tmp_path / "rows"), "--plots", str(tmp_path / "docs" / "plots"), "--update", str(guide)]
+    arguments = [
+        "report",
+        str(tmp_path / "records"),
+        "--plots",
+        str(tmp_path / "docs" / "plots"),
+        "--update",
+        str(guide),
+    ]
     main(arguments)
     text = guide.read_text()
     assert "old" not in text
@@ -181,12 +196,12 @@ def test_update_replaces_sections_and_links_plots(tmp_path):
 
 
 def test_committed_results_are_what_the_guides_show(capsys):
-    """README and docs/benchmarks.md show exactly the tables of the committed rows."""
+    """README and docs show exactly the tables of the committed records."""
     main(["report"])
     printed = capsys.readouterr().out
-    for name, text in report.sections(rows.read([report.RESULTS])).items():
+    for name, text in markdown(records.read([records.RESULTS])).items():
         assert text in printed
         for guide in ("README.md", "docs/benchmarks.md", "docs/cpu.md"):
-            shown = (report.RESULTS.parents[1] / guide).read_text(encoding="utf-8")
+            shown = (records.RESULTS.parents[1] / guide).read_text(encoding="utf-8")
             if f"<!-- {name}:begin -->" in shown:
                 assert text in shown

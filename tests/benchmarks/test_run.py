@@ -1,47 +1,48 @@
-"""The command line measures, every row has every key, and what is wrong, too large or too slow is a row."""
+"""Every record has every key, and a wrong, too large or too slow measurement is a record as well."""
 
 import json
 
 import pytest
 import torch
 
-from benchmarks import providers, roofline, rows
+from benchmarks import roofline
 from benchmarks.__main__ import main
-from benchmarks.allocation import OutOfMemory
-from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.measure import records
+from benchmarks.measure.memory import OutOfMemory
+from benchmarks.measure.workload import Workload
+from benchmarks.providers import BACKENDS, PROVIDERS, Provider
 from benchmarks.suites import accuracy, inference
-from benchmarks.workloads import Workload
 
 SMALL = "2x3x40x8x4"
 
 
 def run(tmp_path, *arguments):
-    out = tmp_path / "rows.jsonl"
+    out = tmp_path / "records.jsonl"
     assert main(["run", "--device", "cpu", "--seconds", "0.01", "--threads", "1", "--out", str(out), *arguments]) == 0
     found = [json.loads(line) for line in out.read_text().splitlines()]
-    assert found == rows.read([out])
-    for row in found:
-        assert tuple(row) == rows.KEYS
-        assert row["status"] in rows.STATUSES
-        assert set(row["shape"]) == {"B", "S", "A", "d_t", "d_s", "relations", "mask"}
-        if row["median_ms"] is not None:  # never a speed without its error
-            assert row["status"] == "ok"
-            assert row["error_value"] is not None
-            assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-            if row["mode"] == "full" and row["provider"] != roofline.NAME:
-                assert row["error_grad"] is not None
-        if row["status"] not in ("ok", "wrong"):
-            assert row["reason"]
+    assert found == records.read([out])
+    for record in found:
+        assert tuple(record) == records.KEYS
+        assert record["status"] in records.STATUSES
+        assert set(record["shape"]) == {"B", "S", "A", "d_t", "d_s", "relations", "mask"}
+        if record["median_ms"] is not None:  # never a speed without its error
+            assert record["status"] == "ok"
+            assert record["error_value"] is not None
+            assert record["p20_ms"] <= record["median_ms"] <= record["p80_ms"]
+            if record["mode"] == "full" and record["provider"] != roofline.NAME:
+                assert record["error_grad"] is not None
+        if record["status"] not in ("ok", "wrong"):
+            assert record["reason"]
     return found
 
 
 def by_provider(found):
-    return {row["provider"]: row for row in found}
+    return {record["provider"]: record for record in found}
 
 
 def test_loss(tmp_path):
     found = run(tmp_path, "--shapes", SMALL, "--providers", "eager", "torch", "cuda", "--modes", "full", "forward")
-    assert [row["provider"] for row in found] == [roofline.NAME, *["eager", "torch", "cuda"] * 2]
+    assert [record["provider"] for record in found] == [roofline.NAME, *["eager", "torch", "cuda"] * 2]
     full = by_provider(found[:4])
     assert full["eager"]["status"] == full["torch"]["status"] == "ok"
     assert full["eager"]["pairs"] == 2 * 3 * 40 * 40
@@ -82,16 +83,16 @@ def test_a_wrong_loss_gets_no_speed(tmp_path, monkeypatch, build, dtype):
 
 
 @pytest.mark.slow
-def test_too_large_and_too_slow_and_broken_are_rows(tmp_path, monkeypatch):
+def test_too_large_too_slow_and_broken_are_records(tmp_path, monkeypatch):
     def fail(inputs):
         raise KeyError("nothing")
 
     monkeypatch.setitem(PROVIDERS, "failing", Provider(fail, "fails on purpose"))
     shape = ("--shapes", "2x16x512x8x4")
     found = run(tmp_path, *shape, "--providers", "eager", "failing", "torch", "--memory", "100MiB")
-    assert [row["status"] for row in found[1:]] == ["oom", "failed", "ok"]
-    (tmp_path / "rows.jsonl").unlink()
-    found = run(tmp_path, *shape, "--providers", "torch", "--cap", "0.001")
+    assert [record["status"] for record in found[1:]] == ["oom", "failed", "ok"]
+    (tmp_path / "records.jsonl").unlink()
+    found = run(tmp_path, *shape, "--providers", "torch", "--timeout", "0.001")
     assert found[1]["status"] == "slow"
     assert found[1]["median_ms"] is None
 
@@ -99,12 +100,12 @@ def test_too_large_and_too_slow_and_broken_are_rows(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_memory(tmp_path):
     arguments = ("--suite", "memory", "--shapes", "1x4x256x8x4", "3x4x256x8x4", "--batches", "1x4x256x8x4")
-    found = run(tmp_path, *arguments, "--providers", "eager", "torch", "--budget", "16MiB", "--most", "4")
+    found = run(tmp_path, *arguments, "--providers", "eager", "torch", "--budget", "16MiB", "--max-batch", "4")
     largest = by_provider(found[:2])
     assert 1 <= largest["eager"]["shape"]["B"] < largest["torch"]["shape"]["B"] <= 4
-    for row in found[:2]:
-        assert row["peak_bytes"] + row["detail"]["inputs_bytes"] <= 16 * 2**20
-    eager = [row for row in found[2:] if row["provider"] == "eager"]
+    for record in found[:2]:
+        assert record["peak_bytes"] + record["detail"]["inputs_bytes"] <= 16 * 2**20
+    eager = [record for record in found[2:] if record["provider"] == "eager"]
     assert eager[0]["saved_bytes"] > 0
     assert eager[1]["saved_bytes"] == pytest.approx(3 * eager[0]["saved_bytes"], rel=0.1)
     assert eager[1]["peak_bytes"] > 1.5 * eager[0]["peak_bytes"]
@@ -114,9 +115,9 @@ def test_memory(tmp_path):
 def test_step(tmp_path):
     arguments = ("--suite", "step", "--shapes", "tiny:3x32", "--masks", "none", "packed")
     found = run(tmp_path, *arguments, "--providers", "eager", "torch")
-    assert [row["status"] for row in found] == ["ok"] * 4
-    for row in found:
-        detail = row["detail"]
+    assert [record["status"] for record in found] == ["ok"] * 4
+    for record in found:
+        detail = record["detail"]
         assert list(detail["stages_ms"]) == ["teacher", "student", "loss", "backward", "optimizer"]
         assert 0 < detail["loss_share"] < 1
         assert detail["recipe_hours"] == pytest.approx(400_000 * 256 * 512 / detail["tokens_per_s"] / 3600)
@@ -128,11 +129,12 @@ def test_a_step_that_does_not_fit_is_measured_at_the_largest_batch_that_does(tmp
     from benchmarks.suites import step
 
     def fit(setting, name, limit):
-        if setting.B > 5:
+        if setting.workload.B > 5:
             raise OutOfMemory("too large")
+        return True
 
     monkeypatch.setattr(step, "isolated", lambda function, *arguments, seconds: function(*arguments))
-    monkeypatch.setattr(step, "_try", fit)
+    monkeypatch.setattr(step, "_run", fit)
     refused, smaller = run(tmp_path, "--suite", "step", "--shapes", "tiny:16x32", "--providers", "eager")
     assert (refused["status"], refused["shape"]["B"], refused["median_ms"]) == ("oom", 16, None)
     assert (smaller["status"], smaller["shape"]["B"]) == ("ok", 5)
@@ -143,25 +145,21 @@ def test_step_trains():
     """The measured step lowers the loss that it measures."""
     from benchmarks.suites.step import Distillation, Setting
 
-    step = Distillation(Setting("tiny", 4, 32, "lengths", "float32", "cpu"), "torch")
-    for group in step._optimizer.param_groups:
+    step = Distillation(Setting.parse("tiny:4x32", "lengths", "float32", "cpu"), "torch")
+    for group in step.optimizer.param_groups:
         group["lr"] = 1e-2
 
-    def loss():
-        student = [x.detach() for x in step._student()]
-        return step.loss(step._inputs(step._teacher(), student))[0].item()
-
-    before = loss()
+    before = step.loss_and_gradients()[0].item()
     for _ in range(20):
         step()
-    assert loss() < 0.7 * before
+    assert step.loss_and_gradients()[0].item() < 0.7 * before
 
 
 def test_inference(tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "students", lambda: {(2, 24): (1.0, None), (1, 24): (2.0, 1)})
     found = run(tmp_path, "--suite", "inference", "--shapes", "2x16")
-    assert [row["provider"] for row in found] == ["2x24", "1x24"]
-    assert all(row["status"] == "ok" and 0 < row["error_value"] < 1e-5 for row in found)
+    assert [record["provider"] for record in found] == ["2x24", "1x24"]
+    assert all(record["status"] == "ok" and 0 < record["error_value"] < 1e-5 for record in found)
     assert found[0]["detail"]["parameters"] > found[1]["detail"]["parameters"]
 
 
@@ -187,17 +185,19 @@ def two_divergences(monkeypatch):
 
 def test_accuracy(tmp_path, two_divergences):
     arguments = ("--suite", "accuracy", "--shapes", "2x2x70x8x4", "--masks", "holes", "packed+prefix")
-    found = run(tmp_path, *arguments, "--dtypes", "bfloat16", "--providers", *providers.backends(), "eager")
-    ours = [row for row in found if row["provider"] in ("cpu", "torch")]
-    assert {row["status"] for row in ours} == {"ok"}
-    judged = [row["shape"] for row in found if "allowed_grad" in row["detail"]]
+    found = run(tmp_path, *arguments, "--dtypes", "bfloat16", "--providers", *BACKENDS, "eager")
+    ours = [record for record in found if record["provider"] in ("cpu", "torch")]
+    assert {record["status"] for record in ours} == {"ok"}
+    judged = [record["shape"] for record in found if "allowed_grad" in record["detail"]]
     assert {(shape["mask"], shape["relations"]) for shape in judged} == {
         (mask, pair) for mask in ("holes", "packed+prefix") for pair in ("qq", "qk")
     }
-    small = [row for row in ours if row["detail"].get("reduction") == "sequence" and row["provider"] == "torch"]
-    found_kl = [row["detail"]["kl"] for row in small]
+    small = [
+        record for record in ours if record["detail"].get("reduction") == "sequence" and record["provider"] == "torch"
+    ]
+    found_kl = [record["detail"]["kl"] for record in small]
     assert found_kl == pytest.approx([1e-2, 1e-5], rel=0.4)
-    assert all(0 < row["error_value"] < 1e-2 for row in small)
+    assert all(0 < record["error_value"] < 1e-2 for record in small)
 
 
 def test_a_backend_beyond_its_tolerance_is_wrong(tmp_path, monkeypatch, two_divergences):
@@ -210,11 +210,11 @@ def test_a_backend_beyond_its_tolerance_is_wrong(tmp_path, monkeypatch, two_dive
     monkeypatch.setitem(PROVIDERS, "torch", Provider(off, "a little wrong"))
     arguments = ("--suite", "accuracy", "--shapes", "2x2x70x8x4", "--masks", "half", "--dtypes", "float16")
     found = run(tmp_path, *arguments, "--providers", "torch")
-    assert "ok" in {row["status"] for row in found}  # half precision allows that much
-    (tmp_path / "rows.jsonl").unlink()
+    assert "ok" in {record["status"] for record in found}  # half precision allows that much
+    (tmp_path / "records.jsonl").unlink()
     found = run(tmp_path, *arguments[:-2], "--relations", "qq", "--providers", "torch")
-    judged = [row for row in found if "allowed_grad" in row["detail"] and row["dtype"] == "float32"]
-    assert {row["status"] for row in judged} == {"wrong"}
+    judged = [record for record in found if "allowed_grad" in record["detail"] and record["dtype"] == "float32"]
+    assert {record["status"] for record in judged} == {"wrong"}
 
 
 @pytest.mark.parametrize(
@@ -236,10 +236,10 @@ def test_bad_options_are_named(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_bad_rows_are_named(tmp_path):
+def test_bad_records_are_named(tmp_path):
     file = tmp_path / "bad.jsonl"
     for text, message in (("nonsense", "line 1: expected a JSON object"), ('{"suite": "loss"}', "lacks provider")):
         file.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            rows.read([file])
-    assert rows.read([tmp_path]) == []  # another tool's lines beside ours
+        for path in (file, tmp_path):
+            with pytest.raises(ValueError, match=message):
+                records.read([path])

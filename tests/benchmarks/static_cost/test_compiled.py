@@ -31,7 +31,7 @@ def cuda() -> dict[tuple[str, str, str], dict]:
 
 @pytest.fixture(scope="module")
 def triton() -> dict[tuple[str, str], dict]:
-    module = "tests.benchmarks.static_cost.triton_kernels"
+    module = "tests.benchmarks.static_cost.sample_kernels"
     result = static("--backends", "triton", "--triton-module", module, "--json", "--arch", *ARCHITECTURES)
     assert result.returncode == 0, result.stderr
     return {(row["arch"], row["phase"]): row for row in json.loads(result.stdout)}
@@ -146,7 +146,7 @@ def test_a_declaration_that_does_not_fit_fails(tmp_path):
 
 @pytest.mark.slow
 def test_table_and_breakdown():
-    module = "tests.benchmarks.static_cost.triton_kernels"
+    module = "tests.benchmarks.static_cost.sample_kernels"
     result = static("--backends", "triton", "--triton-module", module, "--breakdown")
     assert result.returncode == 0, result.stderr
     for words in ("row_sums", "ms B=256", "estimates for H100", "mufu             1.000"):
@@ -190,7 +190,7 @@ def test_a_kernel_that_another_checkout_compiled_is_not_taken(tmp_path):
     for checkout in ("first", "second"):
         folder = tmp_path / checkout
         folder.mkdir()
-        shutil.copy(HERE / "triton_kernels.py", folder / "copied_kernels.py")
+        shutil.copy(HERE / "sample_kernels.py", folder / "copied_kernels.py")
         path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
         result = static(
             "--backends", "triton", "--triton-module", "copied_kernels", "--arch", "sm_90",

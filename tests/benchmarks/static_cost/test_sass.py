@@ -361,8 +361,8 @@ _PRODUCT = "HGMMA.64x16x16.F32.BF16 R56, R24, gdesc[UR8].tnspB, R56, gsb0"
     [
         ("MOV R23, R4", []),
         ("MOV R28, R4", []),
-        ("MOV R27, R4", ["R27"]),  # of the first operand
-        ("@P0 MOV R63, R4", ["R63"]),  # of the result
+        ("MOV R27, R4", ["R27"]),  # the first operand's
+        ("@P0 MOV R63, R4", ["R63"]),  # the result's
         ("MOV R64, R4", []),
         ("LDSM.16.M88.4 R20, [R2]", []),
         ("LDSM.16.M88.4 R22, [R2]", ["R24, R25"]),

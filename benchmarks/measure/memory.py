@@ -1,4 +1,4 @@
-"""Memory: what a step takes at its peak, limits that protect the machine, and the largest batch that fits."""
+"""Memory: the peak of a run, limits that protect the machine, and the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from typing import Any
 import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt
 
 
 class OutOfMemory(Exception):
-    """More than was allowed, or more than there is."""
+    """More memory was needed than the limit allows or the machine has."""
 
 
-def peak_bytes(step: Callable[[], Any], device: str) -> int:
-    """Most memory that one run of `step` holds at once beyond what was held before; run it once before.
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """The most memory that a call of `run` holds at once beyond what was held before; warm it up first.
 
-    CUDA: of PyTorch's allocator. CPU: of PyTorch's allocator, or the rise of the process's resident memory if that is
-    more, since a kernel's own buffers do not pass through the allocator.
+    On CUDA this is the peak of PyTorch's allocator. On a CPU it is that peak or the rise of the process's resident
+    memory, whichever is larger, because buffers of native kernels do not pass through the allocator.
     """
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step()
+        run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with nothing_left_behind():  # only then does the resident memory follow what is held
-        return max(_allocated_peak(step), _resident_rise(step))
+    with freed_memory_returned():  # so that the resident memory follows what is held
+        return max(_allocated_peak(run), _resident_rise(run))
 
 
-def _allocated_peak(step: Callable[[], Any]) -> int:
+def _allocated_peak(run: Callable[[], Any]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
+        run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -53,51 +53,56 @@ def _allocated_peak(step: Callable[[], Any]) -> int:
     return peak
 
 
-def _resident_rise(step: Callable[[], Any]) -> int:
+def _resident_rise(run: Callable[[], Any]) -> int:
     try:
-        _CLEAR.write_text("5", encoding="ascii")  # the peak begins here
+        _CLEAR.write_text("5", encoding="ascii")  # resets the peak
         before = process_bytes("VmRSS")
-        step()
+        run()
         return process_bytes("VmHWM") - before
     except OSError:  # not Linux
         return 0
 
 
 @contextmanager
-def nothing_left_behind() -> Iterator[None]:
-    """Within, blocks above 128 KiB are mapped, and go back to the system when they are freed (C library of GNU).
+def freed_memory_returned() -> Iterator[None]:
+    """Make glibc map blocks above 128 KiB and return them to the system when they are freed; not to be nested.
 
-    Otherwise what was freed stays in the heap, and lends later blocks pages that a process of their own would have to
-    ask the system for: a provider's time would depend on what ran before it. Not to be nested. An allocator that
-    variables MALLOC_… of the environment set up stays as it is.
+    Otherwise freed blocks stay in the heap, and a later provider gets pages that it would have to request if it ran
+    in its own process: its time would depend on the providers before it. If the environment configures an allocator
+    (MALLOC_... variables), nothing is changed.
     """
     c = ctypes.CDLL(None)
-    ours = hasattr(c, "mallopt") and hasattr(c, "malloc_trim")
-    ours = ours and not any(name.startswith("MALLOC_") for name in os.environ)
-    if ours:
+    configurable = hasattr(c, "mallopt") and hasattr(c, "malloc_trim")
+    configurable = configurable and not any(name.startswith("MALLOC_") for name in os.environ)
+    if configurable:
         c.mallopt(_MMAP_THRESHOLD, 2**17)
         c.malloc_trim(0)
     try:
         yield
     finally:
-        if ours:
-            c.mallopt(_MMAP_THRESHOLD, 2**25)  # where it comes to lie by itself
+        if configurable:
+            c.mallopt(_MMAP_THRESHOLD, 2**25)  # the values that glibc's own adaptation ends at
             c.mallopt(_TRIM_THRESHOLD, 2**26)
             c.malloc_trim(0)
 
 
 def process_bytes(name: str) -> int:
+    """A field of /proc/self/status, such as VmRSS."""
     found = re.search(rf"^{name}:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
 
 
 @contextmanager
-def at_most(extra: int | None, device: str) -> Iterator[None]:
-    """Within, allocations beyond `extra` bytes fail; they, and CUDA's own, become OutOfMemory."""
+def memory_limit(extra: int | None, device: str) -> Iterator[None]:
+    """Let allocations fail that need more than `extra` bytes beyond what is held; failures raise OutOfMemory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limited = device == "cpu" and extra is not None and _STATUS.exists()
     if limited:
         resource.setrlimit(resource.RLIMIT_DATA, (process_bytes("VmData") + (extra or 0), hard))
+    if device == "cuda" and extra is not None:
+        torch.cuda.empty_cache()
+        share = (torch.cuda.memory_allocated() + extra) / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -107,15 +112,17 @@ def at_most(extra: int | None, device: str) -> Iterator[None]:
     finally:
         if limited:
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        if device == "cuda" and extra is not None:
+            torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def isolated(function: Callable[..., Any], *arguments: Any, seconds: float | None = None) -> Any:
-    """`function(*arguments)` in a process of its own, so that not even a crash for want of memory reaches this one.
+    """Call `function` in a new process, so that a crash for lack of memory does not reach this one.
 
     Raises what the function raises, OutOfMemory if the process was killed or crashed, TimeoutError after `seconds`.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.candidates", "torch.profiler"])  # seconds, once
+    context.set_forkserver_preload(["benchmarks.measure.correctness", "torch.profiler"])  # imported once, not each time
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(sender, torch.get_num_threads(), function, arguments), daemon=True)
     process.start()
@@ -140,16 +147,13 @@ def isolated(function: Callable[..., Any], *arguments: Any, seconds: float | Non
 def _call(sender: Any, threads: int, function: Callable[..., Any], arguments: tuple) -> None:
     torch.set_num_threads(threads)
     try:
-        answer = function(*arguments), None
+        sender.send((function(*arguments), None))
     except Exception as error:
         sender.send((None, error))
-    else:
-        sender.send(answer)
 
 
 def largest(fits: Callable[[int], bool], guess: int, most: int) -> int:
-    """The largest number from 0 to `most` that fits, where all below one that fits do: outwards from a guess, then
-    bisection."""
+    """The largest number in 0..most that fits, if all smaller ones do: outwards from a guess, then bisection."""
     low, high = 0, most + 1  # low fits, high does not
     trial, step = min(max(guess, 1), most), 1
     while high - low > 1:

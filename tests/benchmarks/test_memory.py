@@ -1,4 +1,4 @@
-"""Memory is measured, limited, and filled to the brim."""
+"""Peaks are measured, limits hold, and the largest batch is found."""
 
 import os
 import signal
@@ -6,18 +6,18 @@ import signal
 import pytest
 import torch
 
-from benchmarks.allocation import (
+from benchmarks.measure.memory import (
     OutOfMemory,
-    at_most,
+    freed_memory_returned,
     isolated,
     largest,
-    nothing_left_behind,
+    memory_limit,
     peak_bytes,
     process_bytes,
 )
+from benchmarks.measure.timed_loss import TimedLoss
+from benchmarks.measure.workload import Workload
 from benchmarks.providers import PROVIDERS
-from benchmarks.steps import Step
-from benchmarks.workloads import Workload
 
 MIB = 2**20
 
@@ -44,31 +44,29 @@ def test_peak_sees_memory_beside_the_allocator():
 
 
 def test_allocations_beyond_the_limit_fail_and_the_limit_ends():
-    with pytest.raises(OutOfMemory), at_most(64 * MIB, "cpu"):
+    with pytest.raises(OutOfMemory), memory_limit(64 * MIB, "cpu"):
         _filled(256)
     _filled(256)
-    with at_most(512 * MIB, "cpu"):
+    with memory_limit(512 * MIB, "cpu"):
         _filled(256)
 
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="size"), at_most(64 * MIB, "cpu"):
+    with pytest.raises(RuntimeError, match="size"), memory_limit(64 * MIB, "cpu"):
         torch.ones(2) + torch.ones(3)
 
 
-def test_saved_bytes_of_a_step():
-    """Dense: at least the relations of both models. Blocked: the gradient, with a little beside it."""
+def test_saved_bytes():
+    """A dense loss saves at least the relations of both models, a blocked one little more than the gradient."""
     inputs = Workload(1, 2, 64, 8, 4).inputs()
     relation, gradient = 2 * 64 * 64 * 4, 64 * 2 * 4 * 4
-    eager, blocked = (
-        Step(PROVIDERS[name].build(inputs), [inputs], "full").saved_bytes() for name in ("eager", "torch")
-    )
+    eager, blocked = (TimedLoss(PROVIDERS[name].build(inputs), [inputs]).saved_bytes() for name in ("eager", "torch"))
     assert 2 * relation <= eager <= 4 * relation
     assert gradient <= blocked <= gradient + 64
 
 
 def _limited():
-    with at_most(64 * MIB, "cpu"):
+    with memory_limit(64 * MIB, "cpu"):
         return _filled(256).sum().item()
 
 
@@ -107,9 +105,9 @@ def test_largest(answer, guess):
     assert len(tried) <= 2 + 2 * 7
 
 
-def test_nothing_is_left_behind():
-    """Blocks that by themselves would lie in the heap, below one that stays, go back to the system."""
-    with nothing_left_behind():
+def test_freed_memory_is_returned():
+    """Blocks that glibc would keep in the heap, below a block that is still held, go back to the system."""
+    with freed_memory_returned():
         before = process_bytes("VmRSS")
         pieces = [_filled(12) for _ in range(8)]
         kept = _filled(1)
