@@ -1,4 +1,4 @@
-"""Triton's interpreter, made fast enough for the suite."""
+"""Makes Triton's interpreter fast enough for the tests."""
 
 import triton.language as tl
 
