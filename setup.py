@@ -63,7 +63,10 @@ class BuildPackage(build_py):
         super().run()
         sources = Path("csrc/cuda/device")
         if sources.is_dir() and not self.editable_mode:
-            shutil.copytree(sources, Path(self.build_lib, "minilm_kernels", "cuda_device"), dirs_exist_ok=True)
+            target = Path(self.build_lib, "minilm_kernels", "cuda_device")
+            shutil.copytree(sources, target, dirs_exist_ok=True)
+            host_only = shutil.ignore_patterns("binding.h")
+            shutil.copytree("csrc/common", target / "common", dirs_exist_ok=True, ignore=host_only)
 
 
 class TaggedWheel(bdist_wheel):
@@ -87,10 +90,11 @@ def extensions() -> list[Extension]:
         names = native.wanted()
     except native.BuildError as error:
         raise SystemExit(f"minilm_kernels: {error}") from None
+    common = list(Path("csrc/common").iterdir())
     return [
         Extension(
             f"minilm_kernels._{name}",
-            sources=sorted(p.as_posix() for p in Path("csrc", name).rglob("*") if p.is_file()),
+            sources=sorted(p.as_posix() for p in [*common, *Path("csrc", name).rglob("*")] if p.is_file()),
             py_limited_api=True,
         )
         for name in names

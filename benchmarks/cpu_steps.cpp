@@ -10,7 +10,7 @@
 #include <random>
 #include <vector>
 
-#include "relation.h"
+#include "driver.h"
 
 namespace cpu = minilm::cpu;
 
@@ -34,11 +34,12 @@ int main(int count, char** arguments) {
       return x;
     };
     std::vector<float> x_t = draw(D_t), x_s = draw(D_s), grad(x_s.size());
-    auto half = [&](const std::vector<float>& x, long width) {
-      cpu::Matrix matrix{x.data(), S * A * width, A * width, width, 1, width, cpu::Type::float32};
-      return cpu::Half{matrix, matrix, 1 / std::sqrt(static_cast<float>(width))};
+    auto operands = [&](const std::vector<float>& x, long width) {
+      minilm::TensorView view{
+          x.data(), S * A * width, A * width, width, 1, static_cast<int32_t>(width), minilm::DType::float32};
+      return minilm::ModelOperands{view, view, 1 / std::sqrt(static_cast<float>(width))};
     };
-    cpu::Relation relation{half(x_t, D_t), half(x_s, D_s), true, grad.data(), nullptr};
+    minilm::Relation relation{operands(x_t, D_t), operands(x_s, D_s), grad.data(), grad.data(), 0, true};
     std::vector<int64_t> tokens, starts{0};
     for (long b = 0; b < B; ++b) {
       for (long i = 0; i < S; ++i) tokens.push_back(i);
@@ -46,23 +47,23 @@ int main(int count, char** arguments) {
     }
     std::vector<float> weights(B, 1.0f / static_cast<float>(B * A * S));
     float value = 0;
-    cpu::Call call{};
-    call.relations = &relation;
+    minilm::Call call{};
     call.num_relations = 1;
     call.num_sequences = B;
     call.num_heads = A;
-    call.positions = S;
+    call.positions = call.max_length = S;
+    call.gradient = true;
     call.tokens = tokens.data();
     call.starts = starts.data();
     call.weights = weights.data();
     call.values = &value;
-    cpu::Threads one{1, [](int64_t n, void (*body)(void*, int64_t), void* context) {
-                       for (int64_t i = 0; i < n; ++i) body(context, i);
-                     }};
+    cpu::ThreadPool one{1, [](int64_t n, void (*body)(void*, int64_t), void* context) {
+                          for (int64_t i = 0; i < n; ++i) body(context, i);
+                        }};
     std::vector<double> times;
     for (int i = 0; i < repetitions; ++i) {
       double begin = thread_seconds();
-      if (const char* error = cpu::run(call, one, instruction_set)) {
+      if (const char* error = cpu::run(call, &relation, one, instruction_set)) {
         std::fprintf(stderr, "%s\n", error);
         return 1;
       }

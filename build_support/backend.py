@@ -1,7 +1,7 @@
-"""The build backend: setuptools, and PyTorch's headers where a native build was asked for and they are not at hand.
+"""The build backend: setuptools, with torch as a build requirement if MINILM_KERNELS_BUILD=native needs it.
 
-The native libraries are compiled against the headers of torch, taken from the environment that is installed into. Where
-that has no torch, torch becomes a build requirement only for MINILM_KERNELS_BUILD=native: it is gigabytes.
+The native libraries are compiled against torch's headers, which are taken from the target environment. If it has no
+torch, torch (gigabytes) becomes a build requirement for MINILM_KERNELS_BUILD=native only.
 """
 
 from __future__ import annotations

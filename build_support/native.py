@@ -1,7 +1,7 @@
-"""What the native libraries are made of, and their build with ninja. Knows nothing of setuptools; see setup.py.
+"""Builds the native libraries with ninja. Independent of setuptools; setup.py calls it.
 
-Adding a library is a function that returns its `Plan` and a row of `PLANS`. PyTorch's headers are read, PyTorch is not
-imported. All errors that a user can mend are `BuildError`s.
+To add a library, write a function that returns its `Plan`, and add it to `PLANS`. The build reads PyTorch's headers and
+does not import PyTorch. Errors that a user can fix are `BuildError`s.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import NamedTuple
 CSRC = Path(__file__).parents[1] / "csrc"
 MODE_VARIABLE = "MINILM_KERNELS_BUILD"
 OLDEST_TORCH = (2, 10)
-COMPILER_MEMORY = 2**29  # bytes that a compiler needs
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # that torch
+COMPILER_MEMORY = 2**29  # bytes per compiler process
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # OLDEST_TORCH
 
-WARNINGS = ["-Wall", "-Wno-unknown-warning-option", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # GCC 12, own headers
-# Messages name a source file by its place in the project, not by where it was built.
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={CSRC.parent}/=", *WARNINGS]
-# No contraction: a sum shall come out the same wherever the compiler meets it.
+WARNINGS = ["-Wall", "-Wno-unknown-warning-option", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # in headers of GCC 12
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}", *WARNINGS]
+CXX_FLAGS += [f"-ffile-prefix-map={CSRC.parent}/="]  # error messages name source files relative to the project
+# Without contraction, a sum has the same result wherever the compiler inlines it.
 CPU_FLAGS = [*CXX_FLAGS, "-ffp-contract=off"]
-# Vector code is compiled per instruction set and chosen at run time; a wheel must run on every processor.
+# Kernels are compiled once per instruction set and chosen at run time, since a wheel must run on every processor.
 INSTRUCTION_SETS = {
     "kernels_avx512.cpp": ["-mavx512f", "-mfma"],
     "kernels_avx2.cpp": ["-mavx2", "-mfma"],
@@ -40,7 +40,7 @@ INSTRUCTION_SETS = {
 
 
 class BuildError(Exception):
-    """Why a native library cannot be built here."""
+    """A native library cannot be built. The message has the reason."""
 
 
 class Torch(NamedTuple):
@@ -49,14 +49,14 @@ class Torch(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A source that becomes an object file."""
+    """A source file with its compiler flags."""
 
     source: Path
     flags: list[str]
 
 
 class Plan(NamedTuple):
-    """All that it takes to build a library."""
+    """Sources and linker flags of a library."""
 
     units: list[Unit]
     link_flags: list[str]
@@ -66,11 +66,11 @@ class Plan(NamedTuple):
 
 
 def wanted() -> list[str]:
-    """The libraries to build, by MINILM_KERNELS_BUILD."""
+    """Names of the libraries to build, according to MINILM_KERNELS_BUILD."""
     mode = os.environ.get(MODE_VARIABLE, "auto")
     if mode not in ("auto", "none", "native"):
         raise BuildError(f"{MODE_VARIABLE}: expected auto, none or native, got {mode!r}")
-    # The CUDA library's host code needs no CUDA; the driver library that it opens is looked for on Linux only.
+    # The CUDA library is host code and needs no CUDA to build. It opens the driver library on Linux only.
     return [] if mode == "none" else ["cpu", "cuda"] if sys.platform == "linux" else ["cpu"]
 
 
@@ -79,9 +79,9 @@ def must_succeed() -> bool:
 
 
 def requirements() -> list[str]:
-    """Build requirements beside those of pyproject.toml: torch, where a library was asked for and torch is not there.
+    """Additional build requirements: torch, if MINILM_KERNELS_BUILD=native and torch is not installed.
 
-    `auto` builds with the torch that is there, and never fetches the gigabytes of another.
+    With `auto`, the build uses an installed torch and never downloads one.
     """
     if not must_succeed():
         return []
@@ -90,7 +90,7 @@ def requirements() -> list[str]:
         if names:
             _cxx()
     except BuildError:
-        return []  # said by the build itself
+        return []  # the build reports it
     try:
         find_torch()
     except BuildError:
@@ -98,13 +98,13 @@ def requirements() -> list[str]:
     return []
 
 
-# --- what is on this machine
+# --- torch, compiler and ninja
 
 
 def find_torch() -> Torch:
     spec = find_spec("torch")
     folders = [] if spec is None or spec.origin is None else [Path(spec.origin).parent]
-    # Under build isolation: the environment that is installed into, and those that it sees.
+    # Under build isolation, also search the target environment and its base environment.
     base = {"base": sys.base_prefix, "platbase": sys.base_prefix}
     user = sysconfig.get_preferred_scheme("user")
     for places in (sysconfig.get_paths(), sysconfig.get_paths(user), sysconfig.get_paths(vars=base)):
@@ -120,9 +120,9 @@ def find_torch() -> Torch:
                 raise BuildError(f"torch {found.version} in {folder} is too old, 2.11 or later is needed")
             return found
     raise BuildError(
-        f"PyTorch's headers were not found in {', '.join(map(str, folders))}; install torch first, and beside it "
-        '"setuptools>=77" and ninja, then this package with pip install --no-build-isolation (a wheel with python -m '
-        f"build --no-isolation); with {MODE_VARIABLE}=native the build fetches a torch of its own"
+        f"PyTorch's headers were not found in {', '.join(map(str, folders))}; install torch first, then "
+        '"setuptools>=77" and ninja, then this package with pip install --no-build-isolation (or build a wheel with '
+        f"python -m build --no-isolation). With {MODE_VARIABLE}=native, the build downloads torch itself"
     )
 
 
@@ -146,14 +146,14 @@ def _ninja() -> str:
 
 
 def jobs(memory_each: int) -> int:
-    """Compilers that run at the same time: MAX_JOBS, or what processors and memory allow, a container's included."""
+    """Number of parallel compilers: MAX_JOBS, or as many as processors and memory (also of a container) allow."""
     asked = os.environ.get("MAX_JOBS")
     if asked:
         if not asked.isdecimal() or int(asked) < 1:
             raise BuildError(f"MAX_JOBS: expected a whole number from 1 on, got {asked!r}")
         return int(asked)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # not in a container, or without a limit
+    with suppress(OSError, ValueError):  # no container, or no limit
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(processors, memory // memory_each))
@@ -163,7 +163,7 @@ def jobs(memory_each: int) -> int:
 
 
 def _cpu(torch: Torch) -> Plan:
-    """csrc/cpu: kernels once per instruction set, a driver, and the binding."""
+    """csrc/cpu: the kernels, once per instruction set, the driver and the binding."""
     if sys.platform == "win32":
         raise BuildError("the CPU library is built on Linux and macOS only")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -171,14 +171,14 @@ def _cpu(torch: Torch) -> Plan:
         Unit(CSRC / "cpu" / name, [*CPU_FLAGS, *more]) for name, more in INSTRUCTION_SETS.items() if x86 or not more
     ]
     units += [
-        Unit(CSRC / "cpu/relation.cpp", CPU_FLAGS),
+        Unit(CSRC / "cpu/driver.cpp", CPU_FLAGS),
         Unit(CSRC / "cpu/binding.cpp", [*CPU_FLAGS, *_torch_flags(torch)]),
     ]
     return Plan(units, _link_torch(torch))
 
 
 def _cuda(torch: Torch) -> Plan:
-    """csrc/cuda/host: the kernels that a call needs, and their launches. They are compiled when they are first used."""
+    """csrc/cuda/host: host code only. The kernels are compiled at run time."""
     units = [
         Unit(source, [*CXX_FLAGS, *(_torch_flags(torch) if source.name == "binding.cpp" else [])])
         for source in sorted((CSRC / "cuda/host").glob("*.cpp"))
@@ -225,7 +225,7 @@ def _ninja_file(plan: Plan, output: Path, folder: Path) -> str:
         return shlex.join([*flags, *shlex.split(os.environ.get(variable, ""))]).replace("$", "$$")
 
     cxx = _cxx()
-    lines = [  # the compiler's own headers in deps (-MD) too: a new torch is a new build
+    lines = [  # -MD also tracks system headers, so that a new torch causes a new build
         f"rule cxx\n  command = {cxx} $flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = {cxx} -shared $in -o $out $flags",
     ]

@@ -1,4 +1,4 @@
-"""`python -m minilm_kernels precompile`: compiles CUDA kernels ahead of their first use, without a GPU."""
+"""Command line: `python -m minilm_kernels precompile` compiles CUDA kernels ahead of time, without a GPU."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def _widths(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(
         re.fullmatch(r"\s*\d{1,5}\s*", part, flags=re.ASCII) and int(part) > 0 for part in parts
     ):
-        raise argparse.ArgumentTypeError(f"expected the head widths of teacher and student, as 16,8; got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected the head widths of teacher and student, such as 16,8; got {text!r}")
     return int(parts[0]), int(parts[1])
 
 
 def _architecture(text: str) -> int:
     number = text.replace(".", "")
     if not re.fullmatch(r"\d{2,3}|\d{1,2}\.\d", text, flags=re.ASCII) or int(number) < OLDEST:
-        raise argparse.ArgumentTypeError(f"expected a compute capability from {OLDEST} on, as 90; got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a compute capability from {OLDEST} on, such as 90; got {text!r}")
     return int(number)
 
 
@@ -36,37 +36,37 @@ def build_parser() -> argparse.ArgumentParser:
     precompile = commands.add_parser(
         "precompile",
         allow_abbrev=False,
-        help="compile the CUDA kernels for given GPUs and head widths into the cache",
-        description="Compiles the kernels of backend cuda into the cache, for machines that cannot or should not do it "
-        "at the first call: containers, clusters without a writable home. No GPU is needed. The machine that runs them "
-        "must have the same version of this package and of NVRTC.",
+        help="compile the CUDA kernels for the given GPUs and head widths into the cache",
+        description="Compiles the kernels of the cuda backend into the cache, so that the first call does not have to: "
+        "for container images, and for clusters whose nodes have no writable home directory. No GPU is needed. The "
+        "machine that runs the kernels needs the same versions of this package and of NVRTC.",
     )
     precompile.add_argument(
-        "--arch", type=_architecture, nargs="+", metavar="CC", help="compute capabilities, as 90 for an H100 or H200"
+        "--arch", type=_architecture, nargs="+", metavar="CC", help="compute capabilities, such as 90 for H100 and H200"
     )
     precompile.add_argument(
         "--widths",
         type=_widths,
         action="append",
         metavar="T,S",
-        help="head widths of teacher and student, as 16,8; may be given several times",
+        help="head widths of teacher and student, such as 16,8; can be repeated",
     )
-    precompile.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the student (default: bfloat16)")
-    precompile.add_argument("--teacher-dtype", choices=_DTYPES, help="of the teacher (default: that of the student)")
-    precompile.add_argument("--cache", type=Path, metavar="FOLDER", help=f"default: {VARIABLE}, or the user's cache")
-    precompile.add_argument("--list", action="store_true", help="list what is in the cache")
+    precompile.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="student's dtype (default: bfloat16)")
+    precompile.add_argument("--teacher-dtype", choices=_DTYPES, help="teacher's dtype (default: the student's)")
+    precompile.add_argument("--cache", type=Path, metavar="FOLDER", help=f"cache folder (default: ${VARIABLE})")
+    precompile.add_argument("--list", action="store_true", help="list the kernels in the cache")
     precompile.add_argument("--clear", action="store_true", help="empty the cache first")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 1 after an error. Wrong options end the process with 2."""
+    """Runs the command line. Returns 0, or 1 after an error; invalid options exit with status 2."""
     parser = build_parser()
     options = parser.parse_args(argv)
     if bool(options.arch) != bool(options.widths):
-        parser.error("precompile takes --arch and --widths together")
+        parser.error("precompile needs --arch and --widths together")
     if not (options.arch or options.list or options.clear):
-        parser.error("precompile takes --arch and --widths, --list or --clear")
+        parser.error("precompile needs --arch and --widths, --list or --clear")
     cache = KernelCache(options.cache)
     try:
         if options.clear:

@@ -1,4 +1,4 @@
-"""The two papers' losses as modules: which relations, how heads are cut, how relations are weighted."""
+"""Losses of MiniLM and MiniLMv2 as modules: which relations they compare, and how relations are weighted."""
 
 from __future__ import annotations
 
@@ -8,13 +8,29 @@ from numbers import Real
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from ._choices import BackendName, Reduction
 from .relation import relation_kl_multi
-from .relation.api import check_kind
+from .relation.api import check_dense
+from .relation.masks import MaskArgs
 
 
 class QKV(NamedTuple):
-    """Projected queries, keys and values of one layer: each (B, S, hidden), or packed (T, hidden)."""
+    """Projected queries, keys and values of one layer, before they are split into heads.
+
+    Args:
+        query: (B, S, hidden), or packed (T, hidden).
+        key: like `query`; grouped-query models have narrower keys.
+        value: like `key`.
+
+    Example:
+        >>> import torch
+        >>> from minilm_kernels import QKV
+        >>> qkv = QKV(torch.zeros(2, 6, 24), torch.zeros(2, 6, 24), torch.zeros(2, 6, 24))
+        >>> qkv.value.shape
+        torch.Size([2, 6, 24])
+    """
 
     query: Tensor
     key: Tensor
@@ -25,14 +41,19 @@ _NAMES = {"q": "query", "k": "key", "v": "value"}
 
 
 class _RelationLoss(nn.Module):
-    """Weighted sum of relation KLs over heads cut from the last axis of Q, K and V."""
+    """Weighted sum of relation KLs over heads that are cut from the last axis of queries, keys and values."""
 
     def __init__(
-        self, argument: str, num_heads: int, relations: Mapping[str, float], reduction: str, backend: str
+        self,
+        heads_argument: str,
+        num_heads: int,
+        relations: Mapping[str, float],
+        reduction: Reduction,
+        backend: BackendName,
     ) -> None:
         super().__init__()
         if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-            raise ValueError(f"{argument}: expected a positive int, got {num_heads!r}")
+            raise ValueError(f"{heads_argument}: expected a positive int, got {num_heads!r}")
         if not isinstance(relations, Mapping) or not relations:
             raise ValueError(f"relations: expected a mapping such as {{'qq': 1.0, 'vv': 1.0}}, got {relations!r}")
         for name, weight in relations.items():
@@ -40,7 +61,7 @@ class _RelationLoss(nn.Module):
                 raise ValueError(f"relations: expected names of two letters of q, k and v, got {name!r}")
             if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight) or weight < 0:
                 raise ValueError(f"relations: expected a finite weight of 0 or more for {name!r}, got {weight!r}")
-        self._argument = argument
+        self._heads_argument = heads_argument
         self.num_heads = num_heads
         self.relations = {name: float(weight) for name, weight in relations.items()}
         self.reduction = reduction
@@ -48,122 +69,145 @@ class _RelationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self._argument}={self.num_heads}, relations={self.relations}, reduction={self.reduction!r}, "
+            f"{self._heads_argument}={self.num_heads}, relations={self.relations}, reduction={self.reduction!r}, "
             f"backend={self.backend!r}"
         )
 
     def forward(
-        self,
-        teacher: QKV,
-        student: QKV,
-        attention_mask: Tensor | None = None,
-        *,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        causal: bool = False,
-        prefix_lens: Tensor | None = None,
+        self, teacher: QKV, student: QKV, attention_mask: Tensor | None = None, **masks: Unpack[MaskArgs]
     ) -> Tensor:
-        """Weighted sum of the relations: a scalar, or with reduction "none" (B, A, S), packed (A, T).
+        """Computes the weighted sum of the relations' KL.
 
         Args:
-            teacher: (B, S, hidden_t) each, or packed (T, hidden_t); must not require grad.
-            student: (B, S, hidden_s) each, or packed (T, hidden_s).
-            attention_mask, cu_seqlens, max_seqlen, causal, prefix_lens: as in `relation_kl`.
+            teacher: tensors of (B, S, hidden_t), or packed (T, hidden_t), that do not require grad.
+            student: tensors of (B, S, hidden_s), or packed (T, hidden_s).
+            attention_mask: (B, S), nonzero on valid tokens; see `relation_kl`.
+            **masks: `cu_seqlens`, `max_seqlen`, `causal` and `prefix_lens` as in `relation_kl`.
+
+        Returns:
+            A scalar, or with reduction "none" (B, A, S), packed (A, T).
 
         Raises:
-            ValueError, TypeError, RuntimeError: as `relation_kl`; also where the heads do not divide a width.
+            TypeError: see `relation_kl`.
+            ValueError: see `relation_kl`; or the number of heads does not divide a width.
+            RuntimeError: see `relation_kl`.
         """
-        components = self.components(
-            teacher,
-            student,
-            attention_mask,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            causal=causal,
-            prefix_lens=prefix_lens,
-        )
+        components = self.components(teacher, student, attention_mask, **masks)
         first, *others = (weight * components[name] for name, weight in self.relations.items())
         return sum(others, first)
 
     def components(
-        self,
-        teacher: QKV,
-        student: QKV,
-        attention_mask: Tensor | None = None,
-        *,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        causal: bool = False,
-        prefix_lens: Tensor | None = None,
+        self, teacher: QKV, student: QKV, attention_mask: Tensor | None = None, **masks: Unpack[MaskArgs]
     ) -> dict[str, Tensor]:
-        """Every relation by itself, unweighted, under its name; arguments and shapes as in `forward`."""
+        """Computes the KL of each relation, unweighted; arguments, shapes and errors are those of `forward`."""
         values = relation_kl_multi(
-            *self._heads(teacher, student, packed=cu_seqlens is not None),
+            *self._split_heads(teacher, student, packed=masks.get("cu_seqlens") is not None),
             [(_NAMES[name[0]], _NAMES[name[1]]) for name in self.relations],
             attention_mask=attention_mask,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            causal=causal,
-            prefix_lens=prefix_lens,
+            **masks,
             reduction=self.reduction,
             backend=self.backend,
         )
         return dict(zip(self.relations, values.unbind(), strict=True))
 
-    def _heads(self, teacher: QKV, student: QKV, packed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The tensors that the relations name, last axis cut into heads: strided views, nothing is copied."""
+    def _split_heads(self, teacher: QKV, student: QKV, packed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Returns the tensors that the relations name, split into heads: views, nothing is copied."""
         used = dict.fromkeys(_NAMES[letter] for name in self.relations for letter in name)
-        sides = []
-        for side, qkv in (("teacher", teacher), ("student", student)):
+        models = []
+        for model, qkv in (("teacher", teacher), ("student", student)):
             if not isinstance(qkv, tuple | list) or len(qkv) != 3:
-                raise TypeError(f"{side}: expected QKV(query, key, value), got {type(qkv).__name__}")
+                raise TypeError(f"{model}: expected QKV(query, key, value), got {type(qkv).__name__}")
             tensors = QKV(*qkv)._asdict()
             for name in used:
                 x = tensors[name]
-                check_kind(f"{side}.{name}", x)
+                check_dense(f"{model}.{name}", x)
                 if x.dim() != (2 if packed else 3):
                     layout = "packed (T, hidden), because cu_seqlens is given" if packed else "(B, S, hidden)"
-                    raise ValueError(f"{side}.{name}: expected shape {layout}, got {tuple(x.shape)}")
-            sides.append({name: tensors[name] for name in used})
-        if any(x.shape[-1] % self.num_heads for tensors in sides for x in tensors.values()):
-            raise ValueError(self._indivisible(sides))
+                    raise ValueError(f"{model}.{name}: expected shape {layout}, got {tuple(x.shape)}")
+            models.append({name: tensors[name] for name in used})
+        if any(x.shape[-1] % self.num_heads for tensors in models for x in tensors.values()):
+            raise ValueError(self._indivisible(models))
         teacher_heads, student_heads = (
-            {name: x.unflatten(-1, (self.num_heads, -1)) for name, x in tensors.items()} for tensors in sides
+            {name: x.unflatten(-1, (self.num_heads, -1)) for name, x in tensors.items()} for tensors in models
         )
         return teacher_heads, student_heads
 
-    def _indivisible(self, sides: list[dict[str, Tensor]]) -> str:
+    def _indivisible(self, models: list[dict[str, Tensor]]) -> str:
+        """Returns the message for a number of heads that does not divide every width."""
         widths = {
-            f"{side}.{name}": x.shape[-1]
-            for side, tensors in zip(("teacher", "student"), sides, strict=True)
+            f"{model}.{name}": x.shape[-1]
+            for model, tensors in zip(("teacher", "student"), models, strict=True)
             for name, x in tensors.items()
         }
         common = math.gcd(*widths.values())
-        legal = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        divisors = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
         found = ", ".join(f"{name} {width}" for name, width in widths.items())
-        return f"{self._argument}: expected a divisor of every width ({found}), one of {legal}; got {self.num_heads}"
+        return (
+            f"{self._heads_argument}: expected a divisor of every width ({found}), one of {divisors}; "
+            f"got {self.num_heads}"
+        )
 
 
 class MiniLMLoss(_RelationLoss):
-    """MiniLM (arXiv 2002.10957, equations 5 to 9): KL of the attention distributions Q-K plus KL of V-V.
+    """MiniLM's loss: KL of the attention relation Q-K plus KL of the value relation V-V.
+
+    Source: Wang et al., MiniLM, arXiv 2002.10957, equations 5 to 9. Teacher and student need the same number of
+    attention heads.
 
     Args:
-        num_heads: attention heads A, of the teacher and of the student alike.
-        reduction, backend: as in `relation_kl`.
+        num_heads: number of attention heads A of teacher and student.
+        reduction: "sequence", "token", "sum" or "none"; see `relation_kl`.
+        backend: "auto", or a name from `backend_status()`.
+
+    Raises:
+        ValueError: `num_heads` is not a positive int.
+
+    Example:
+        >>> import torch
+        >>> from minilm_kernels import QKV, MiniLMLoss
+        >>> _ = torch.manual_seed(0)
+        >>> teacher = QKV(*torch.randn(3, 2, 6, 48))  # each (B, S, hidden_t)
+        >>> student = QKV(*torch.randn(3, 2, 6, 24))  # each (B, S, hidden_s)
+        >>> loss = MiniLMLoss(num_heads=4)
+        >>> f"{loss(teacher, student):.3f}"
+        '1.059'
+        >>> {name: f"{kl:.3f}" for name, kl in loss.components(teacher, student).items()}
+        {'qk': '0.670', 'vv': '0.389'}
     """
 
-    def __init__(self, num_heads: int, *, reduction: str = "sequence", backend: str = "auto") -> None:
+    def __init__(self, num_heads: int, *, reduction: Reduction = "sequence", backend: BackendName = "auto") -> None:
         super().__init__("num_heads", num_heads, {"qk": 1.0, "vv": 1.0}, reduction, backend)
 
 
 class MiniLMv2Loss(_RelationLoss):
-    """MiniLMv2 (arXiv 2012.15828, equations 5 to 8): weighted KL of any relations between Q, K and V.
+    """MiniLMv2's loss: weighted sum of the KL of self-attention relations, by default Q-Q, K-K and V-V.
+
+    Source: Wang et al., MiniLMv2, arXiv 2012.15828, equations 5 to 8. Queries, keys and values are split into relation
+    heads, whose number is independent of the attention heads of teacher and student.
 
     Args:
-        num_relation_heads: A; divides the hidden sizes of teacher and student, whose own head counts do not matter.
-            The paper takes 48 for base-size teachers and 64 for large ones.
-        relations: weight of each relation, by name: "qk" has its rows from Q and its keys from K.
-        reduction, backend: as in `relation_kl`.
+        num_relation_heads: number of relation heads A; it must divide the hidden sizes of teacher and student. The
+            paper uses 48 for base-size teachers and 64 for large ones.
+        relations: weight of each relation by its name, two letters of q, k and v: "qk" has queries as rows and keys as
+            keys. None: {"qq": 1.0, "kk": 1.0, "vv": 1.0}.
+        reduction: "sequence", "token", "sum" or "none"; see `relation_kl`.
+        backend: "auto", or a name from `backend_status()`.
+
+    Raises:
+        ValueError: `num_relation_heads` is not a positive int, or `relations` has an unknown name or a weight that is
+            negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from minilm_kernels import QKV, MiniLMv2Loss
+        >>> _ = torch.manual_seed(0)
+        >>> teacher = QKV(*torch.randn(3, 2, 6, 48))  # each (B, S, hidden_t)
+        >>> student = QKV(*(x.requires_grad_() for x in torch.randn(3, 2, 6, 24)))  # each (B, S, hidden_s)
+        >>> mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+        >>> loss = MiniLMv2Loss(num_relation_heads=12)(teacher, student, attention_mask=mask)
+        >>> loss.backward()
+        >>> f"{loss.item():.3f}"
+        '1.548'
     """
 
     def __init__(
@@ -171,8 +215,8 @@ class MiniLMv2Loss(_RelationLoss):
         num_relation_heads: int,
         *,
         relations: Mapping[str, float] | None = None,
-        reduction: str = "sequence",
-        backend: str = "auto",
+        reduction: Reduction = "sequence",
+        backend: BackendName = "auto",
     ) -> None:
         relations = {"qq": 1.0, "kk": 1.0, "vv": 1.0} if relations is None else relations
         super().__init__("num_relation_heads", num_relation_heads, relations, reduction, backend)

@@ -1,14 +1,14 @@
-"""Makes Triton's interpreter fast enough for the tests."""
+"""Makes Triton's interpreter fast enough for the test suite."""
 
 import triton.language as tl
 
 
 def patch_once() -> None:
-    """Lets a function called by a kernel use the patched language of the kernel's launch.
+    """Makes device functions use the patched `triton.language` of their kernel's launch.
 
-    The interpreter patches the language anew for every call of a `triton.jit` function from another, which takes most
-    of its time. The patches that a launch makes are in place then; what functions of `triton.language` itself need
-    besides (patches of `triton.language.core`) stays once it is made.
+    The interpreter patches `triton.language` for every call of one `triton.jit` function by another, which takes most
+    of its time, although the launch has patched it already. The further patches that functions of `triton.language`
+    itself need are made once and kept.
     """
     from triton.runtime.interpreter import InterpretedFunction
 

@@ -7,12 +7,16 @@ import fnmatch
 import json
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+
+from examples.demo.markers import check_markers, update
 
 from . import cost
 from .machine import MACHINES
 from .variants import CUDA_LISTING, TRITON_MODULE, Variant, cuda_variants, triton_variants
 
+_SECTION = "static"  # name of the markers in a Markdown file
 _NAME = 60  # width of the first column
 _COLUMNS = {  # heading -> key, digits
     "MUFU": ("mufu_per_pair", 2),
@@ -49,11 +53,14 @@ def register(commands) -> None:
     parser.add_argument(
         "--breakdown", action="store_true", help="issue slots a pair by class of instruction and opcode"
     )
+    parser.add_argument("--update", type=Path, metavar="FILE", help="Markdown file whose table is updated")
     parser.set_defaults(main=main)
 
 
 def main(options: argparse.Namespace) -> int:
     """Prints rows as they come, totals behind them; 1 when a kernel could not be accounted for."""
+    if options.update is not None:
+        check_markers(options.update, _SECTION)
     phases: list[dict] = []
     failures: list[str] = []
     if not options.json:
@@ -62,7 +69,7 @@ def main(options: argparse.Namespace) -> int:
     for arch, variant in _declared(options):
         try:
             rows = cost.rows(variant, arch)
-        except Exception as problem:  # of compilers too: the other kernels still count
+        except Exception as problem:  # a compiler may raise anything; the other kernels are still counted
             failures.append(f"{variant.backend} {variant.name} {arch}: {type(problem).__name__}: {problem}")
             continue
         phases += rows
@@ -83,6 +90,8 @@ def main(options: argparse.Namespace) -> int:
                 f"{arch}: bounds are estimates for {machine.name}, {machine.sms} SMs at {machine.clock} GHz; "
                 "A = 48, S = 512, three relations"
             )
+    if options.update is not None and not failures:
+        update(options.update, _SECTION, _markdown(phases + totals))
     for failure in failures + repeated:
         print(failure, file=sys.stderr)
     return 1 if failures or repeated else 0
@@ -101,6 +110,20 @@ def _declared(options: argparse.Namespace) -> Iterator[tuple[str, Variant]]:
             patterns = (options.kernel, options.group, options.dtype, options.widths)
             if all(map(fnmatch.fnmatch, values, patterns)):
                 yield arch, variant
+
+
+def _markdown(rows: list[dict]) -> str:
+    """Returns a Markdown table of the loops and totals, grouped by dtype."""
+    headings = ("architecture", "dtype", "widths", "kernel", "exponentials", "issue slots", "registers", "spill bytes")
+    table = [headings, ("---",) * len(headings)]
+    shown = [row for row in rows if row["phase"] != "outside"]
+    for row in sorted(shown, key=lambda row: (row["arch"], row["dtype"], row["phase"] == "total")):
+        phase = "" if row["phase"] in ("total", row["kernel"]) else f" {row['phase']}"
+        kernel = f"{row['kernel']}{phase} [{row['group']}]".replace("+", " + ")
+        figures = (f"{row['mufu_per_pair']:.2f}", f"{row['issue_slots_per_pair']:.2f}", row["registers"])
+        table.append((row["arch"], row["dtype"], f"{row['d_t']}, {row['d_s']}", kernel, *figures, row["spill_bytes"]))
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in table]
+    return "\n".join([*lines, "", f"Exponentials and issue slots are counted per pair. Triton {version('triton')}."])
 
 
 def _name(row: dict) -> str:

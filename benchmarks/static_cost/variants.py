@@ -22,13 +22,13 @@ from minilm_kernels.relation.backends import cuda_compiler
 
 from . import sass
 
-TRITON_MODULE = "minilm_kernels.relation.backends.triton.config"
+TRITON_MODULE = "benchmarks.static_cost.triton_loops"
 CUDA_LISTING = Path(__file__).parent / "cuda_loops.json"
 
 
 @dataclass(frozen=True)
 class SourceLoop:
-    """What one trip of an inner loop, as written in the source, does for the whole block (or for one warp)."""
+    """The work of one iteration of a source loop for the whole block, or for one warp."""
 
     phase: str  # "lse", "grad", ...: the phases of a group add up to loss and gradient
     pairs: float  # ordered pairs; a tile of unordered pairs counts twice
@@ -102,7 +102,8 @@ def _get(item: Any, name: str, default: Any = _REQUIRED) -> Any:
     return value
 
 
-def build_triton(item: Any, arch: int) -> Built:
+def compile_triton(item: Any, arch: int) -> Any:
+    """Returns the kernel that Triton compiles for an architecture such as 90."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -111,7 +112,7 @@ def build_triton(item: Any, arch: int) -> Built:
     if not isinstance(function, triton.JITFunction):
         raise ValueError(f"{function}: expected a function compiled by triton.jit; unset TRITON_INTERPRET")
     signature = dict(_get(item, "signature"))
-    places: list[tuple[int, ...]] = []  # of an argument, or of each element of a tuple
+    places: list[tuple[int, ...]] = []  # positions of arguments, or of the elements of a tuple
     for name in _get(item, "divisible_by_16", ()):
         number, kind = function.arg_names.index(name), signature[name]
         places += [(number, k) for k in range(len(kind))] if isinstance(kind, tuple) else [(number,)]
@@ -121,7 +122,11 @@ def build_triton(item: Any, arch: int) -> Built:
         # Triton finds a kernel by its text alone; one compiled from another checkout has that one's paths in its lines.
         checkout = hashlib.sha256(str(inspect.getsourcefile(function.fn)).encode()).hexdigest()[:16]
         triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir) / f"static-{checkout}")
-        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(_get(item, "options", {})))
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(_get(item, "options", {})))
+
+
+def build_triton(item: Any, arch: int) -> Built:
+    kernel = compile_triton(item, arch)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])

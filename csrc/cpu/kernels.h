@@ -1,70 +1,67 @@
-// Between the driver (relation.cpp) and the kernels (kernels.inl, compiled once per instruction set).
+// Interface between the driver (driver.cpp) and the kernels (kernels.inl, compiled once per instruction set).
 //
-// A task is one head of one sequence in one relation. Its real tokens are gathered side by side in float32; a matrix
-// of L tokens is stored as blocks of V tokens, V the vector's lanes: x[block][feature][lane]. These take up
-// f = sqrt(|scale| log2 e), so that scores are in units of log 2. Gradients want the student's tokens as they came.
+// A task is one head of one sequence in one relation. Its valid tokens are gathered as float32 into blocks of V tokens,
+// V being the number of lanes of a vector: x[block][feature][lane]. Tokens are multiplied by sqrt(|scale| log2 e), so
+// that scores are in units of log 2. The student's gradients use the unscaled tokens.
 #pragma once
 
-#include "relation.h"
+#include "driver.h"
 
 namespace minilm::cpu {
 
-constexpr float kMostBits = 100.0f;  // the diagonal's exponentials stay within 2^±kMostBits
-constexpr int kStripRows = 8;  // rows that are worked on together
-constexpr int64_t kFlushStrips = 16;  // strips whose sums are added up before they join the total
+constexpr float kMostBits = 100.0f;      // exponentials of the diagonal stay within 2^±kMostBits
+constexpr int kRowBlock = 8;             // rows that are processed together
+constexpr int64_t kFlushRowBlocks = 16;  // row blocks that are summed before they are added to the total
 
-struct Side {
-  const Half* half;
+// One model's tokens, gradients and statistics in a task.
+struct ModelBuffers {
+  const ModelOperands* operands;
   int64_t width;
-  float *keys, *queries;           // the same where the relation is a self relation of positive scale
-  float *key_rows, *query_rows;    // student, where a gradient is wanted: the same token by token (kernels.inl, Chunk)
-  float *key_grads, *query_grads;  // student: `chunks` accumulators each, likewise the same, likewise token by token
-  float* recent_grads;             // student: of the keys, `chunks` again, before they join the others
-  float* norms;                    // self relations: u_ii, then what the diagonal adds to the gradient
-  float *mean, *offsets;           // self relations: of all tokens; what a token adds to its scores (kernels.inl)
+  float *keys, *queries;             // the same memory in a self-relation with a positive scale
+  float *key_tokens, *query_tokens;  // student with gradient: unscaled tokens in the layout of gradients.inl
+  float *key_grads, *query_grads;    // student with gradient: one accumulator per slice, in the same layout
+  float* recent_grads;               // student with gradient: sums that are not yet part of key_grads (TwoStepSum)
+  float* norms;                      // symmetric path: u_ii, later the score gradient of the diagonal
+  float *mean, *offsets;             // symmetric path: mean of all tokens; term of each token in its scores
 };
 
 struct Task {
   const Relation* relation;
   int64_t sequence, head, length, blocks;
   const int64_t* tokens;  // (length,)
-  int64_t prefix;         // rows and keys below it see each other both ways; length: a bidirectional mask
-  Side teacher, student;
-  bool paired;       // products by pairs of features where that may be
-  bool symmetric;    // unordered pairs, which needs a shared scale of all rows; otherwise row by row
-  bool gradient;     // wanted
-  bool exact;        // rows of small KL are wanted to full relative precision
-  float weight;      // of all rows in the gradient
-  const float* row_grads;  // (positions,) or null: weights of single rows
-  float* rows;             // (positions,) or null
-  int64_t chunks;          // strips i, i + chunks, ... make a chunk; chunks run beside each other
-  float* row_sums;    // symmetric: [3][blocks·V]: Σ E_t, Σ E_s, Σ E_t·(u_s − u_t) of the keys before the row
-  float* column_sums; // symmetric: [chunks][2][3][blocks·V]: the same of the keys behind the row
-  float* inverse;     // symmetric: [2][blocks·V]: 1 / Σ E_t, 1 / Σ E_s
-  float* kept;        // symmetric, of a single chunk: exponentials for the second phase
-  int64_t kept_size;  // floats; 0 where there are more chunks
-  double* kl;         // [chunks + 1] sums of KL
-  int64_t head_stride;  // of gradients, from token to token
-  float *query_out, *key_out;  // gradients at position 0 of this sequence and head
-};
-
-struct Range {
-  float low, high;
+  int64_t prefix;         // rows and keys below it see each other; equal to `length` for a bidirectional mask
+  ModelBuffers teacher, student;
+  bool paired;             // multiply features in pairs (scores.inl)
+  bool symmetric;          // take the symmetric path, otherwise the row-wise one
+  bool gradient;           // compute gradients
+  bool exact;              // compute small KL divergences of single rows to full relative precision
+  float weight;            // weight of every row in the gradient
+  const float* row_grads;  // (positions,): weight of each row in the gradient, or null
+  float* row_values;       // (positions,): receives the KL divergence of each row, or null
+  int64_t slices;          // row blocks i, i + slices, ... make a slice; slices run in parallel
+  float* row_sums;     // symmetric path: [3][blocks·V]: Σ E_t, Σ E_s, Σ E_t (u_s - u_t) over the keys before the row
+  float* column_sums;  // symmetric path: [slices][2][3][blocks·V]: the same over the keys after the row
+  float* inverse;      // symmetric path: [2][blocks·V]: 1 / Σ E_t, 1 / Σ E_s
+  float* exp_cache;    // symmetric path with one slice: exponentials for phase 2
+  int64_t exp_cache_size;      // in floats; 0 with more than one slice
+  double* kl;                  // [slices + 1]: partial sums of the KL divergence
+  int64_t head_stride;         // of the gradients, from token to token
+  float *query_out, *key_out;  // gradients of this sequence and head at position 0
 };
 
 struct Kernels {
   int64_t lanes;
-  int64_t panel_floats;  // scratch of a symmetric panel
-  int64_t (*row_floats)(int64_t width);  // of a student's token, token by token
-  void (*gather)(const Task* const* tasks, int64_t heads, int64_t block);  // of neighbouring heads
-  Range (*range)(const float* x, int64_t count);  // NaN unless all are finite
-  void (*center)(const Task&, const Side&);  // tokens become relative to their mean and take up the scale
-  void (*shift)(const Task&, const Side&, float reference);
-  void (*fold)(const Task&, const Side&);    // tokens take up the scale
-  void (*symmetric_sums)(const Task&, int64_t chunk, float* scratch);
-  void (*symmetric_rows)(const Task&);
-  void (*symmetric_gradient)(const Task&, int64_t chunk, float* scratch);
-  void (*strips)(const Task&, int64_t chunk, float* scratch);
+  int64_t panel_floats;                                                    // scratch memory of a panel of scores
+  int64_t (*token_floats)(int64_t width);                                  // floats of a token in key_tokens
+  void (*gather)(const Task* const* tasks, int64_t heads, int64_t block);  // one block of neighbouring heads
+  Range (*range)(const float* x, int64_t count);                           // NaN unless all are finite
+  void (*center)(const Task&, const ModelBuffers&);                        // subtract the mean, apply the scale
+  void (*shift)(const Task&, const ModelBuffers&, float reference);        // change the reference score
+  void (*apply_scale)(const Task&, const ModelBuffers&);                   // multiply tokens by the factor of the scale
+  void (*symmetric_sums)(const Task&, int64_t slice, float* scratch);      // phase 1
+  void (*symmetric_rows)(const Task&);                                     // between the phases
+  void (*symmetric_gradient)(const Task&, int64_t slice, float* scratch);  // phase 2
+  void (*row_wise)(const Task&, int64_t slice, float* scratch);
   void (*scatter)(const Task&, int64_t block);
 };
 

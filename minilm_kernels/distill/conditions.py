@@ -13,7 +13,7 @@ import transformers
 from transformers.utils.hub import cached_file
 
 import minilm_kernels
-from minilm_kernels.relation.backends import native_cpu
+from minilm_kernels.relation.backends import native
 
 from .checkpoint import sha256
 from .models import Pair
@@ -27,7 +27,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
     backends = [name for name, reason in minilm_kernels.backend_status().items() if reason == "ready"]
     instructions = torch.backends.cpu.get_cpu_capability()
     if "cpu" in backends:
-        instructions += f", kernels {native_cpu.instruction_set()}"
+        instructions += f", kernels {native.cpu.instruction_set()}"
     return {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

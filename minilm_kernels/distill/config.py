@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from minilm_kernels.backends import BACKENDS
+from minilm_kernels._choices import BACKENDS
 
 PAIRS = tuple(a + b for a in "qkv" for b in "qkv")
 _RELATIONS = {"qq": 1.0, "kk": 1.0, "vv": 1.0}

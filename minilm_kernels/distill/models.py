@@ -159,7 +159,7 @@ def _make_loss(config: DistillConfig, teacher: Any, student: Any) -> MiniLMLoss 
         for name in ("hidden_size", "num_attention_heads"):
             if not isinstance(getattr(settings, name, None), int):
                 raise ValueError(f"the {side}'s {type(settings).__name__} has no {name}; give a text model")
-    common = {"reduction": config.reduction, "backend": config.backend}
+    common: dict[str, Any] = {"reduction": config.reduction, "backend": config.backend}
     if config.method == "minilm":
         heads_t, heads_s = teacher.num_attention_heads, student.num_attention_heads
         if heads_t != heads_s:

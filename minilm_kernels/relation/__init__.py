@@ -1,6 +1,6 @@
-"""The operator for which everything else exists: KL between teacher and student relations, without S×S matrices."""
+"""KL divergence between attention relations of a teacher and a student, without S×S matrices in memory."""
 
 from .api import relation_kl, relation_kl_multi
-from .ops import backend_status
+from .dispatch import backend_status
 
 __all__ = ["backend_status", "relation_kl", "relation_kl_multi"]

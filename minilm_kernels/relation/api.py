@@ -1,4 +1,4 @@
-"""The public call: validation of everything that comes from outside, then one operator call.
+"""Public functions: validation of their arguments, then one operator call.
 
 `relation_kl` computes one relation, `relation_kl_multi` all relations of a loss at once.
 """
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from .masks import REDUCTIONS, readable
-from .ops import BACKENDS, relation_values
+from minilm_kernels._choices import BACKENDS, REDUCTIONS, BackendName, Reduction
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .masks import host_readable
+from .ops import Options, relation_values
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -34,61 +36,84 @@ def relation_kl(
     prefix_lens: Tensor | None = None,
     teacher_scale: float | None = None,
     student_scale: float | None = None,
-    reduction: str = "sequence",
-    backend: str = "auto",
+    reduction: Reduction = "sequence",
+    backend: BackendName = "auto",
 ) -> Tensor:
-    """KL divergence between a teacher's and a student's attention relation, without an S×S matrix in memory.
+    """Computes KL(teacher ‖ student) between attention relations, without an S×S matrix in memory.
 
-    With R = softmax(scale · X Yᵀ) over the keys that a row sees (MiniLM, arXiv 2002.10957, equations 5 to 8;
-    MiniLMv2, arXiv 2012.15828, equations 6 to 8):
+    With the relation R = softmax(scale · Q Kᵀ), taken over the keys that each query row sees, a row's divergence is
 
         KL[b, a, i] = Σ_j R_t[b, a, i, j] · (log R_t[b, a, i, j] − log R_s[b, a, i, j])
 
-    Differentiable in the student's tensors, once: differentiating the gradient again is an error. The gradient of a
-    scalar reduction is computed in the forward. torch.func.grad and vjp work; vmap and forward mode are refused.
+    (MiniLM, arXiv 2002.10957, equations 5 to 8; MiniLMv2, arXiv 2012.15828, equations 6 to 8).
+
+    The result is differentiable once with respect to the student's tensors. A reduced loss computes its gradient in the
+    forward pass. torch.func.grad and torch.func.vjp are supported; vmap, forward-mode derivatives and double backward
+    raise an error.
 
     Args:
-        teacher_query, teacher_key: (B, S, A, D_t), or packed (T, A, D_t); float16, bfloat16, float32 or float64, any
-            strides. Must not require grad; may come from inference_mode. Key None: the key is the query.
-        student_query, student_key: (B, S, A, D_s), or packed (T, A, D_s), likewise. D_s need not equal D_t, and the
-            student's dtype need not be the teacher's. Where the key is the query on both sides, None, the same tensor
-            or the same view of the same tensor, this is a self relation, which is faster. Of two views the query then
-            has the gradient of both. A traced call sees only that tensors are the same, not that views are.
-        attention_mask: (B, S) bool or integer, nonzero marks real tokens, any pattern; or floats of 0 and 1. The others
-            are neither keys nor rows, and their values never matter, NaN included. Dense inputs only. An additive mask
-            (0 and large negative numbers) and segment numbers (1 1 2 2) are errors where values can be read without
-            waiting: on a CPU, outside torch.compile. Elsewhere floats other than 0 and 1 make the result NaN, and
-            nonzero integers are real tokens, whatever they are.
-        cu_seqlens: (N + 1,) int32, the bounds of the N sequences in a packed batch, from 0 to T. Required for packed
-            inputs. Malformed bounds are a ValueError on a CPU; on a GPU the backends `cuda` and `triton` do not wait
-            for them, and values and gradients are NaN.
-        max_seqlen: length of the longest packed sequence or more; a bound that some backends work faster with. A
-            sequence that is longer is answered as malformed bounds are.
-        causal: row i sees the keys j ≤ i.
-        prefix_lens: (B,), packed (N,), integer: row i sees j < prefix_lens[b] or j ≤ i (UniLM sequence-to-sequence).
-            Positions count from the start of the sequence, padding included. `causal` beside it changes nothing.
-        teacher_scale, student_scale: factor of the scores, a number; None: 1/sqrt(D_t), 1/sqrt(D_s).
-        reduction: "sequence": mean over heads and real rows of each sequence, then over the sequences that have any;
-            "token": mean over heads and real rows of the batch; "sum": sum over heads and rows; "none": every row.
-        backend: "auto", or one of `backend_status()`.
+        teacher_query: (B, S, A, D_t), or packed (T, A, D_t); float16, bfloat16, float32 or float64, with any strides.
+            The teacher's tensors must not require grad; they may be inference tensors.
+        teacher_key: like `teacher_query`. None, in both keys, makes the query the key as well: a self relation.
+        student_query: (B, S, A, D_s), or packed (T, A, D_s). Width and dtype may differ from the teacher's.
+        student_key: like `student_query`; None if and only if `teacher_key` is None. To use the query as key on one
+            side only, pass it as key explicitly. If on both sides the key is the query (the same tensor, or the same
+            view of the same tensor) the call is a self relation too, which is faster. Two such views of a student
+            tensor get one gradient, through the query. Under tracing only identical tensors are recognised, not views.
+        attention_mask: (B, S), nonzero on valid tokens: bool, integers, or floats of 0 and 1. Padding may stand
+            anywhere; its values never matter, not even NaN. For dense inputs only. Additive masks (0 and large negative
+            numbers) and segment numbers (1 1 2 2) raise an error on the CPU outside torch.compile. Elsewhere values
+            are not read: floats other than 0 and 1 make the result NaN, and every nonzero integer marks a valid token.
+        cu_seqlens: (N + 1,) int32, the bounds of N packed sequences, from 0 to T. Required for packed inputs. Malformed
+            bounds raise ValueError on the CPU; on a GPU, where the backends `cuda` and `triton` do not wait for them,
+            they make the result and the gradients NaN.
+        max_seqlen: upper bound of the packed sequences' lengths, which some backends use. A longer sequence is treated
+            like malformed bounds.
+        causal: whether row i sees only the keys j ≤ i.
+        prefix_lens: (B,), or packed (N,), integers: row i of sequence b sees the keys j ≤ i and j < prefix_lens[b]
+            (UniLM's sequence-to-sequence mask). Positions count from the start of the sequence and include padding.
+            `causal` has no further effect beside it.
+        teacher_scale: factor of the teacher's scores. None: 1 / sqrt(D_t).
+        student_scale: factor of the student's scores. None: 1 / sqrt(D_s).
+        reduction: "sequence" averages over heads and valid rows of each sequence, then over the sequences that have
+            valid tokens; "token" averages over heads and valid rows of the batch; "sum" adds up heads and rows; "none"
+            returns every row.
+        backend: "auto", or a name from `backend_status()`.
 
     Returns:
-        Scalar, or with reduction "none" (B, A, S), packed (A, T), with 0 on rows that are not real; in nats, float32,
-        or float64 if an input is float64.
+        A scalar, or with reduction "none" (B, A, S), packed (A, T), with 0 on rows of padding. In nats; float32, or
+        float64 if any input is float64.
 
     Raises:
-        ValueError, TypeError: an argument is not as described; the message names it.
-        RuntimeError: the backend asked for cannot serve the call (the message gives every reason), or a derivative was
-            asked for that there is not.
+        TypeError: an argument has the wrong type or dtype. The message names the argument.
+        ValueError: an argument has a wrong shape or value, or only one key is None. The message names the argument.
+        RuntimeError: the requested backend cannot serve the call (the message gives every reason), or an unsupported
+            derivative is requested.
+
+    Example:
+        >>> import torch
+        >>> from minilm_kernels import relation_kl
+        >>> _ = torch.manual_seed(0)
+        >>> teacher = torch.randn(2, 6, 3, 8)  # B = 2, S = 6, A = 3, D_t = 8
+        >>> student = torch.randn(2, 6, 3, 4, requires_grad=True)  # D_s = 4
+        >>> mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+        >>> loss = relation_kl(teacher, None, student, None, attention_mask=mask)
+        >>> loss.backward()
+        >>> f"{loss.item():.3f}", student.grad.shape
+        ('0.443', torch.Size([2, 6, 3, 4]))
+        >>> relation_kl(teacher, None, student, None, attention_mask=mask, reduction="none").shape
+        torch.Size([2, 3, 6])
     """
+    if (teacher_key is None) != (student_key is None):
+        missing, given = ("teacher", "student") if teacher_key is None else ("student", "teacher")
+        raise ValueError(
+            f"{missing}_key: expected a tensor, because {given}_key is given, got None; pass both keys, or None for "
+            f"both to relate each query to itself. To do so on one side only, pass {missing}_query as {missing}_key"
+        )
     teacher, student = {"query": teacher_query}, {"query": student_query}
     pair = ("query", "query")
-    keys = (
-        teacher_query if teacher_key is None else teacher_key,
-        student_query if student_key is None else student_key,
-    )
-    if keys[0] is not teacher_query or keys[1] is not student_query:
-        teacher["key"], student["key"] = keys
+    if teacher_key is not None and student_key is not None:
+        teacher["key"], student["key"] = teacher_key, student_key
         pair = ("query", "key")
     return relation_kl_multi(
         teacher,
@@ -118,12 +143,42 @@ def relation_kl_multi(
     prefix_lens: Tensor | None = None,
     teacher_scale: float | None = None,
     student_scale: float | None = None,
-    reduction: str = "sequence",
-    backend: str = "auto",
+    reduction: Reduction = "sequence",
+    backend: BackendName = "auto",
 ) -> Tensor:
-    """`relation_kl` of several relations, (query name, key name) into `teacher` and `student`, in one operator call.
+    """Computes `relation_kl` of several relations in one operator call.
 
-    Returns (R,), or with reduction "none" (R, B, A, S), packed (R, A, T); every entry is differentiable by itself.
+    Args:
+        teacher: the teacher's tensors by name, each (B, S, A, D_t) or packed (T, A, D_t). Widths may differ between
+            tensors, but query and key of one relation must have equal widths.
+        student: the student's tensors under the same names, each (B, S, A, D_s) or packed (T, A, D_s).
+        relations: names of query and key tensor of each of the R relations.
+        attention_mask: see `relation_kl`, as for all further arguments.
+        cu_seqlens: see `relation_kl`.
+        max_seqlen: see `relation_kl`.
+        causal: see `relation_kl`.
+        prefix_lens: see `relation_kl`.
+        teacher_scale: see `relation_kl`.
+        student_scale: see `relation_kl`.
+        reduction: see `relation_kl`.
+        backend: see `relation_kl`.
+
+    Returns:
+        (R,), or with reduction "none" (R, B, A, S), packed (R, A, T). Every entry can be differentiated by itself.
+
+    Raises:
+        TypeError: see `relation_kl`.
+        ValueError: see `relation_kl`.
+        RuntimeError: see `relation_kl`.
+
+    Example:
+        >>> import torch
+        >>> from minilm_kernels.relation import relation_kl_multi
+        >>> _ = torch.manual_seed(0)
+        >>> teacher = {name: torch.randn(2, 6, 3, 8) for name in "qkv"}
+        >>> student = {name: torch.randn(2, 6, 3, 4) for name in "qkv"}
+        >>> relation_kl_multi(teacher, student, [("q", "k"), ("v", "v")])  # MiniLM's two relations
+        tensor([0.9393, 0.5509])
     """
     token_shape, device = _check_tensors(teacher, student, relations, packed=cu_seqlens is not None)
     _check_masks(token_shape, device, attention_mask, cu_seqlens, max_seqlen, causal, prefix_lens)
@@ -136,33 +191,33 @@ def relation_kl_multi(
 
     factor = None
     if attention_mask is not None and attention_mask.is_floating_point():
-        if not readable(attention_mask):  # no error can be raised, but the result can say so
+        if not host_readable(attention_mask):  # a wrong mask cannot raise an error, so it makes the result NaN
             zero_or_one = ((attention_mask == 0) | (attention_mask == 1)).all()
             factor = torch.where(zero_or_one, 1.0, torch.nan)
         attention_mask = attention_mask != 0
     pairs = [
         (query, query)
-        if _one_tensor(teacher[query], teacher[key]) and _one_tensor(student[query], student[key])
+        if _same_tensor(teacher[query], teacher[key]) and _same_tensor(student[query], student[key])
         else (query, key)
         for query, key in relations
     ]
     names = list(dict.fromkeys(name for pair in pairs for name in pair))
-    scales = (None if scale is None else float(scale) for scale in (teacher_scale, student_scale))
+    scale_t, scale_s = (None if scale is None else float(scale) for scale in (teacher_scale, student_scale))
     values = relation_values(
         [names.index(name) for pair in pairs for name in pair],
-        (max_seqlen, causal, *scales, reduction, backend),
+        Options(max_seqlen, causal, scale_t, scale_s, reduction, backend),
         attention_mask,
         cu_seqlens,
         prefix_lens,
-        *(side[name] for side in (teacher, student) for name in names),
+        *(model[name] for model in (teacher, student) for name in names),
     )
     return values if factor is None else values * factor
 
 
-def _one_tensor(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are one: the same, or equal views of one memory whose gradients go the same way.
+def _same_tensor(x: Tensor, y: Tensor) -> bool:
+    """Returns whether x and y are one tensor, or equal views of one memory whose gradients take the same path.
 
-    Not asked of traced tensors, which do not say where they lie.
+    Views of traced tensors are not recognised: they have no address.
     """
     if x is y:
         return True
@@ -175,12 +230,12 @@ def _one_tensor(x: Tensor, y: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and x.data_ptr() == y.data_ptr()
         and x.is_neg() == y.is_neg()
-        and (not torch.is_grad_enabled() or _one_graph(x, y))
+        and (not torch.is_grad_enabled() or _same_gradient_path(x, y))
     )
 
 
-def _one_graph(x: Tensor, y: Tensor) -> bool:
-    """Whether autograd leads the gradients of two views, if any, through the same operations to one place."""
+def _same_gradient_path(x: Tensor, y: Tensor) -> bool:
+    """Returns whether autograd takes the gradients of two views, if any, through the same operations to one node."""
     if not x.requires_grad and not y.requires_grad:
         return True
     if any(z._backward_hooks or z.retains_grad for z in (x, y)):
@@ -201,20 +256,20 @@ def _one_graph(x: Tensor, y: Tensor) -> bool:
 
 @cache
 def _saved_names(node: type) -> list[str]:
-    """What a node of autograd keeps: for a view, where it begins and its sizes."""
+    """Returns the names of the arguments that an autograd node saves: for a view, its offset and sizes."""
     return [name for name in dir(node) if name.startswith("_saved_")]
 
 
 def _check_tensors(
     teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], relations: Sequence[tuple[str, str]], packed: bool
 ) -> tuple[tuple[int, ...], torch.device]:
-    """Returns (B, S), or (T,) for packed inputs, and the device."""
+    """Checks the tensors and returns their token shape, (B, S) or packed (T,), and their device."""
     named = {f"teacher_{name}": x for name, x in teacher.items()} | {
         f"student_{name}": x for name, x in student.items()
     }
     for name, x in named.items():
-        check_kind(name, x)
-        if x.dtype not in _DTYPES:
+        check_dense(name, x)
+        if x.dtype not in _FLOATS:
             raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
         layout = (
             "packed (T, A, D), because cu_seqlens is given" if packed else "(B, S, A, D), or packed with cu_seqlens"
@@ -233,65 +288,66 @@ def _check_tensors(
         if x.device != first.device:
             raise ValueError(f"{name}: expected the device of {first_name}, {first.device}, got {x.device}")
     for query, key in relations:
-        for side, tensors in (("teacher", teacher), ("student", student)):
+        for model, tensors in (("teacher", teacher), ("student", student)):
             width, other = tensors[query].shape[-1], tensors[key].shape[-1]
             if width != other:
                 raise ValueError(
-                    f"{side}_{key}: expected the head width of {side}_{query}, {width}, got {other}; a relation needs "
-                    "equal widths (grouped-query models have narrower keys and values: leave out the mixed relations)"
+                    f"{model}_{key}: expected the head width of {model}_{query}, {width}, got {other}; both widths of "
+                    "a relation must be equal (grouped-query models have narrower keys and values: leave out their "
+                    "mixed relations)"
                 )
     for name, x in teacher.items():
         if x.requires_grad:
             raise ValueError(
-                f"teacher_{name}: expected a tensor that does not require grad, got one that does; the teacher gets no "
-                "gradient: run it under torch.no_grad() or pass teacher.detach()"
+                f"teacher_{name}: expected a tensor that does not require grad, got one that does; the teacher is not "
+                "trained: run it under torch.no_grad() or pass teacher.detach()"
             )
     return tuple(first.shape[:-2]), first.device
 
 
-def check_kind(name: str, x: object) -> None:
-    """Refuses what is no tensor, and the kinds of tensors that are not one dense block of numbers on one device."""
+def check_dense(name: str, x: object) -> None:
+    """Raises TypeError unless x is a dense tensor: no nested, sparse, quantized, distributed or masked one."""
     if type(x) is Tensor and x.layout is torch.strided and not x.is_nested and not x.is_quantized:
         return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    found = way_out = None
+    found = conversion = None
     if x.is_nested:
         found = "a nested tensor"
-        way_out = "its values() with cu_seqlens=offsets().int(), both of the layout torch.jagged"
+        conversion = "its values() with cu_seqlens=offsets().int(), both of the layout torch.jagged"
     elif x.layout is not torch.strided:
-        found, way_out = f"one of the layout {x.layout}", "its to_dense()"
+        found, conversion = f"one of the layout {x.layout}", "its to_dense()"
     elif x.is_quantized:
-        found, way_out = "a quantized one", "its dequantize()"
+        found, conversion = "a quantized one", "its dequantize()"
     elif type(x).__name__ == "DTensor":
-        found, way_out = "a DTensor", "its to_local() where batch or heads are sharded, else its full_tensor()"
+        found, conversion = "a DTensor", "its to_local() where batch or heads are sharded, else its full_tensor()"
     elif type(x).__name__ == "MaskedTensor":
-        found, way_out = "a MaskedTensor", "its get_data(), and the mask of tokens as attention_mask"
+        found, conversion = "a MaskedTensor", "its get_data(), and the mask of tokens as attention_mask"
     if found:
-        raise TypeError(f"{name}: expected a dense tensor, got {found}: pass {way_out}")
+        raise TypeError(f"{name}: expected a dense tensor, got {found}: pass {conversion}")
 
 
 def _check_mask_values(mask: Tensor) -> None:
-    """Refuses what is not a mask of 0 and one other number; additive masks and segment numbers by their names."""
-    if mask.dtype == torch.bool or not mask.numel() or not readable(mask):
+    """Raises ValueError unless the mask has 0 and one other value; recognises additive masks and segment numbers."""
+    if mask.dtype == torch.bool or not mask.numel() or not host_readable(mask):
         return
     low, high = (x.item() for x in mask.aminmax())
     if not mask.is_floating_point() and low >= 0 and high <= 1:
         return
-    marks = mask[mask != 0]
-    if mask.is_floating_point() and bool((marks == 1).all()):
+    nonzero = mask[mask != 0]
+    if mask.is_floating_point() and bool((nonzero == 1).all()):
         return
-    if not mask.is_floating_point() and low >= -1 and bool((marks == marks[0]).all()):
+    if not mask.is_floating_point() and low >= -1 and bool((nonzero == nonzero[0]).all()):
         return
     shown = f"numbers from {low} to {high}"
     if low < 0:
-        looks = ", as an additive mask has: pass mask == 0, True on real tokens"
+        hint = ", like an additive mask: pass mask == 0, which is True on valid tokens"
     elif bool((mask == mask.round()).all()):
-        looks = ", as segment numbers are: pack the segments and pass cu_seqlens"
+        hint = ", like segment numbers: pack the segments and pass cu_seqlens"
     else:
-        looks = ""
+        hint = ""
     expected = "floats of 0 and 1" if mask.is_floating_point() else "0 and one other number"
-    raise ValueError(f"attention_mask: expected bool, or {expected}, nonzero on real tokens, got {shown}{looks}")
+    raise ValueError(f"attention_mask: expected bool, or {expected}, nonzero on valid tokens, got {shown}{hint}")
 
 
 def _check_masks(
@@ -309,14 +365,14 @@ def _check_masks(
     for name, mask in masks.items():
         if mask is None:
             continue
-        check_kind(name, mask)
-        floats = _DTYPES if name == "attention_mask" else ()
+        check_dense(name, mask)
+        floats = _FLOATS if name == "attention_mask" else ()
         if mask.dtype not in _INTEGERS and mask.dtype not in floats:
             raise TypeError(f"{name}: expected an integer or bool dtype, got {mask.dtype}")
         if mask.device != device:
             raise ValueError(f"{name}: expected the device of the other tensors, {device}, got {mask.device}")
     if attention_mask is not None and cu_seqlens is not None:
-        raise ValueError("attention_mask: expected None for packed inputs (cu_seqlens says what is real), got a tensor")
+        raise ValueError("attention_mask: expected None for packed inputs, whose tokens are all valid, got a tensor")
     if attention_mask is not None and tuple(attention_mask.shape) != token_shape:
         raise ValueError(f"attention_mask: expected shape (B, S) = {token_shape}, got {tuple(attention_mask.shape)}")
     if attention_mask is not None:
@@ -339,7 +395,7 @@ def _check_masks(
             raise TypeError("prefix_lens: expected integers, got torch.bool")
         if tuple(prefix_lens.shape) != (sequences,):
             raise ValueError(
-                f"prefix_lens: expected one integer a sequence, shape ({sequences},), got {tuple(prefix_lens.shape)}"
+                f"prefix_lens: expected one integer per sequence, shape ({sequences},), got {tuple(prefix_lens.shape)}"
             )
 
 
@@ -347,10 +403,10 @@ def _check_scale(name: str, scale: float | None) -> None:
     if scale is None:
         return
     if isinstance(scale, bool) or not isinstance(scale, Real):
-        way_out = ""
+        conversion = ""
         if isinstance(scale, Tensor):
-            side = name.removesuffix("_scale")
-            way_out = f": pass its .item(); where it is learned, multiply {side}_query by it and give {side}_key too"
-        raise TypeError(f"{name}: expected a number or None, got {type(scale).__name__}{way_out}")
+            model = name.removesuffix("_scale")
+            conversion = f": pass its .item(); to train it, multiply {model}_query by it and pass both keys"
+        raise TypeError(f"{name}: expected a number or None, got {type(scale).__name__}{conversion}")
     if not math.isfinite(scale):
         raise ValueError(f"{name}: expected a finite number, got {scale}")

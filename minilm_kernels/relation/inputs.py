@@ -1,7 +1,7 @@
-"""What a backend receives: the tensors of one call and the relations between them, validated.
+"""Inputs of a backend, and the interface that every backend module implements.
 
-Glossary of the package: B sequences of S positions, or T packed tokens of N sequences; A relation heads; D_t and D_s
-widths of a teacher's and a student's head; R relations; `_t` teacher, `_s` student.
+Letters in the package: B sequences of S positions, or T packed tokens of N sequences; A relation heads; D_t and D_s
+head widths of teacher and student; R relations; `_t` teacher, `_s` student.
 """
 
 from __future__ import annotations
@@ -18,61 +18,72 @@ from .masks import Mask
 
 @dataclass(frozen=True)
 class RelationInputs:
-    """R relations over shared tensors: (m, m) is a self relation; (m, n) takes queries from m and keys from n."""
+    """Validated tensors of one call and the relations between them.
+
+    A relation is a pair of indices into the tensors: (m, m) is a self relation; (m, n) takes queries from tensor m and
+    keys from tensor n.
+    """
 
     teacher: Sequence[Tensor]  # each (B, S, A, D_t) or (T, A, D_t), any strides
     student: Sequence[Tensor]  # each (B, S, A, D_s) or (T, A, D_s), any strides
     relations: Sequence[tuple[int, int]]
     mask: Mask
     teacher_scale: float | None = None  # None: 1 / sqrt(D_t)
-    student_scale: float | None = None
+    student_scale: float | None = None  # None: 1 / sqrt(D_s)
 
     @property
     def heads(self) -> int:
+        """Number of relation heads, A."""
         return self.student[0].shape[-2]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of statistics, results and stored gradients: float32, or float64 when any input is float64."""
+        """Dtype of results and stored gradients: float32, or float64 if any input is float64."""
         return result_dtype(self.teacher, self.student)
 
     def scales(self, relation: tuple[int, int]) -> tuple[float, float]:
-        width_t, width_s = (side[relation[0]].shape[-1] for side in (self.teacher, self.student))
+        """Returns the factors of the teacher's and the student's scores."""
+        width_t, width_s = (model[relation[0]].shape[-1] for model in (self.teacher, self.student))
         scale_t = width_t**-0.5 if self.teacher_scale is None else self.teacher_scale
         scale_s = width_s**-0.5 if self.student_scale is None else self.student_scale
         return scale_t, scale_s
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend finds, when it is called, that it cannot serve after all; `auto` goes on to the next one."""
+    """Raised by a backend that fails to start during a call; `backend="auto"` then tries the next one."""
 
 
 class Backend(Protocol):
-    """A module that computes problems. Gradients come in the order of `grad_buffers`, in `problem.dtype`."""
+    """Interface of a backend module. Gradients are returned in the order of `grad_buffers` and in `inputs.dtype`."""
 
     def unavailable_reason(self) -> str | None:
-        """Why this backend cannot run in this process; None when it can."""
+        """Returns why the backend cannot run in this process, or None if it can."""
 
-    def unsupported_reasons(self, problem: RelationInputs) -> list[str]:
-        """Every reason why it cannot serve this problem; empty when it can."""
+    def unsupported_reasons(self, inputs: RelationInputs) -> list[str]:
+        """Returns every reason why the backend cannot serve these inputs; empty if it can."""
 
-    def forward_reduced(self, problem: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
-        """(R,) sums of KL, rows weighted by their sequence's weight (N,), and with `gradient` their derivatives."""
+    def forward_reduced(self, inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+        """Returns the weighted sum of KL of each relation, (R,), and its gradients if `gradient` is set.
 
-    def forward_none(self, problem: RelationInputs) -> Tensor:
-        """(R, B, A, S) or (R, A, T): KL of every row, 0 on rows that do not take part."""
+        `weights` holds one row weight per sequence, (N,).
+        """
 
-    def backward_none(self, problem: RelationInputs, row_grads: Tensor) -> list[Tensor]:
-        """Derivatives of the rows' sum weighted by `row_grads`, of the shape that `rows` returns."""
+    def forward_none(self, inputs: RelationInputs) -> Tensor:
+        """Returns the KL of every row, (R, B, A, S) or (R, A, T), with 0 on rows of padding."""
+
+    def backward_none(self, inputs: RelationInputs, row_grads: Tensor) -> list[Tensor]:
+        """Returns the gradients of sum(row_grads * forward_none(inputs))."""
 
 
 def result_dtype(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> torch.dtype:
+    """Returns float64 if any input is float64, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in (*teacher, *student)) else torch.float32
 
 
 def grad_buffers(relations: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(relation, student tensor) of each stored gradient: one of a self relation, query then key of a cross relation.
+    """Returns (relation, student tensor) of each stored gradient.
 
-    Relations are kept apart, so that the backward can weigh each by what arrives for its own result.
+    A self relation has one gradient, a cross relation has one of its query and one of its key. Gradients of different
+    relations are stored separately, so that the backward can scale each by its own upstream gradient.
     """
     return [(r, m) for r, (query, key) in enumerate(relations) for m in dict.fromkeys((query, key))]

@@ -1,7 +1,7 @@
-"""The mask vocabulary that every backend shares: which tokens are real, which key a row sees, what a row weighs.
+"""Masks that all backends share: valid tokens, visible keys, and the weight of a row in a reduced loss.
 
-A mask is kept as the caller gave it (a padding mask or cu_seqlens, a causal flag, prefix lengths); nothing of size
-S x S is built here except in `visible`, which serves the dense reference.
+A mask is stored as the caller passes it: a padding mask or cu_seqlens, a causal flag, prefix lengths. Only `Mask.dense`
+builds anything of size S×S, for the reference backend.
 """
 
 from __future__ import annotations
@@ -13,12 +13,22 @@ from math import prod
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
-REDUCTIONS = ("sequence", "token", "sum", "none")
+from minilm_kernels._choices import Reduction
 
 
-def readable(x: Tensor) -> bool:
-    """Whether values can be looked at for nothing: not traced, fake or batched, nor on a device to be waited for."""
+class MaskArgs(TypedDict, total=False):
+    """Keyword arguments, besides `attention_mask`, that describe which keys a row sees; see `relation_kl`."""
+
+    cu_seqlens: Tensor | None
+    max_seqlen: int | None
+    causal: bool
+    prefix_lens: Tensor | None
+
+
+def host_readable(x: Tensor) -> bool:
+    """Returns whether the host can read the values of x without waiting: a CPU tensor, not traced, fake or batched."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu" or torch.jit.is_tracing():
         return False
     modes = torch._C._TorchDispatchModeKey
@@ -28,13 +38,18 @@ def readable(x: Tensor) -> bool:
     return not (functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x))
 
 
+def add_fault(x: Tensor, fault: Tensor | None) -> Tensor:
+    """Adds the fault of `Mask.sanitize_bounds`: x becomes NaN if `cu_seqlens` is malformed, else it is unchanged."""
+    return x if fault is None else x + fault
+
+
 @dataclass(frozen=True)
 class Mask:
-    """Masks of one call. Dense inputs have shape `token_shape` = (B, S), packed inputs (T,) and `cu_seqlens`."""
+    """The masks of one call. `token_shape` is (B, S) for dense inputs and (T,) for packed ones."""
 
     token_shape: tuple[int, ...]
     device: torch.device
-    attention_mask: Tensor | None = None  # (B, S) bool or integer, nonzero = real token
+    attention_mask: Tensor | None = None  # (B, S) bool or integer, nonzero on valid tokens
     cu_seqlens: Tensor | None = None  # (N + 1,) int32
     max_seqlen: int | None = None
     causal: bool = False
@@ -54,38 +69,42 @@ class Mask:
 
     @cached_property
     def valid(self) -> Tensor:
-        """(B, S) or (T,) bool: the tokens that take part."""
+        """Valid tokens: bool of shape `token_shape`."""
         if self.attention_mask is None:
             return torch.ones(self.token_shape, dtype=torch.bool, device=self.device)
         return self.attention_mask != 0
 
     @cached_property
     def lengths(self) -> Tensor:
-        """(N,) int64: real tokens of each sequence."""
+        """Number of valid tokens of each sequence: (N,) int64."""
         if self.cu_seqlens is not None:
             return self.cu_seqlens.diff().long()
         if self.attention_mask is None:
             return torch.full(self.token_shape[:1], self.token_shape[1], device=self.device)
         return self.valid.sum(-1)
 
-    def sequence_and_position(self) -> tuple[Tensor, Tensor]:
-        """Of each token, the index of its sequence and its position there: two int64 tensors of shape `token_shape`."""
+    def sequences_and_positions(self) -> tuple[Tensor, Tensor]:
+        """Returns each token's sequence index and its position in that sequence: two int64 of shape `token_shape`."""
         if self.cu_seqlens is None:
             batch, length = self.token_shape
-            sequence = torch.arange(batch, device=self.device)[:, None].expand(batch, length)
-            return sequence, torch.arange(length, device=self.device).expand(batch, length)
+            sequences = torch.arange(batch, device=self.device)[:, None].expand(batch, length)
+            return sequences, torch.arange(length, device=self.device).expand(batch, length)
         self.check_bounds()
         token = torch.arange(self.token_shape[0], device=self.device)
-        sequence = torch.searchsorted(self.cu_seqlens[1:].long(), token, right=True)
-        return sequence, token - self.cu_seqlens.long()[sequence]
+        sequences = torch.searchsorted(self.cu_seqlens[1:].long(), token, right=True)
+        return sequences, token - self.cu_seqlens.long()[sequences]
 
     def unpad(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Every mask in one form: the real tokens of each sequence side by side, all int64; no host is waited for.
+        """Brings every mask into one form: runs of valid tokens. Does not wait for the device.
 
-        Positions of the real tokens, sequence after sequence, as in `token_shape`, then anything up to B·S or T;
-        (N + 1,) where each sequence starts among them; and (N,), given prefixes, how many of a sequence's real tokens
-        lie in its prefix. Row i of a sequence then sees the gathered tokens j ≤ i and j < prefix, or, with a
-        bidirectional mask, all.
+        In this form row i of a sequence sees the tokens j ≤ i and j < prefix of its run, or, with a bidirectional mask,
+        the whole run.
+
+        Returns:
+            positions: (B·S,) or (T,) int64, the position of each valid token, sequence after sequence; entries after
+                the last valid token are arbitrary.
+            starts: (N + 1,) int64, the bounds of each sequence's run in `positions`.
+            prefixes: (N,) int64, the number of valid tokens in each prefix; None without `prefix_lens`.
         """
         lengths = self.lengths
         if self.cu_seqlens is None:
@@ -93,50 +112,50 @@ class Mask:
         else:
             starts = self.cu_seqlens.long()
         if self.attention_mask is None:
-            tokens = torch.arange(self.token_shape[-1], device=self.device).repeat(prod(self.token_shape[:-1]))
+            positions = torch.arange(self.token_shape[-1], device=self.device).repeat(prod(self.token_shape[:-1]))
         else:
-            real = self.valid
-            total = real.numel()
-            place = torch.where(real, starts[:-1, None] + real.cumsum(-1) - 1, total)  # hidden ones behind the end
-            position = torch.arange(self.token_shape[-1], device=self.device).expand_as(place)
-            tokens = place.new_zeros(total + 1).scatter_(0, place.flatten(), position.flatten())[:total]
+            valid = self.valid
+            total = valid.numel()
+            target = torch.where(valid, starts[:-1, None] + valid.cumsum(-1) - 1, total)  # padding goes to the end
+            position = torch.arange(self.token_shape[-1], device=self.device).expand_as(target)
+            positions = target.new_zeros(total + 1).scatter_(0, target.flatten(), position.flatten())[:total]
         if self.prefix_lens is None:
-            return tokens, starts, None
+            return positions, starts, None
         if self.packed:
-            return tokens, starts, self.prefix_lens.long().clamp(min=0).minimum(lengths)
-        inside = torch.arange(self.token_shape[-1], device=self.device) < self.prefix_lens.long()[:, None]
-        return tokens, starts, (self.valid & inside).sum(-1)
+            return positions, starts, self.prefix_lens.long().clamp(min=0).minimum(lengths)
+        in_prefix = torch.arange(self.token_shape[-1], device=self.device) < self.prefix_lens.long()[:, None]
+        return positions, starts, (self.valid & in_prefix).sum(-1)
 
     def dense(self) -> Tensor:
-        """(B, S, S), or (1, T, T) for packed inputs, bool: row i sees key j. Dense: for the reference only."""
-        real = self.valid
-        sequence, position = self.sequence_and_position()
+        """Returns whether row i sees key j: bool of shape (B, S, S), or (1, T, T) for packed inputs."""
+        valid = self.valid
+        sequence, position = self.sequences_and_positions()
         if self.packed:
-            real, sequence, position = real[None], sequence[None], position[None]
-        see = real[:, :, None] & real[:, None, :] & (sequence[:, :, None] == sequence[:, None, :])
+            valid, sequence, position = valid[None], sequence[None], position[None]
+        visible = valid[:, :, None] & valid[:, None, :] & (sequence[:, :, None] == sequence[:, None, :])
         if self.bidirectional:
-            return see
-        within = position[:, None, :] <= position[:, :, None]
+            return visible
+        allowed = position[:, None, :] <= position[:, :, None]
         if self.prefix_lens is not None:
-            within = within | (position < self.prefix_lens.long()[sequence])[:, None, :]
-        return see & within
+            allowed = allowed | (position < self.prefix_lens.long()[sequence])[:, None, :]
+        return visible & allowed
 
-    def sequence_weights(self, reduction: str, heads: int, dtype: torch.dtype) -> Tensor:
-        """(N,): what one row of each sequence counts in the scalar; a sequence without tokens counts nothing."""
+    def sequence_weights(self, reduction: Reduction, heads: int, dtype: torch.dtype) -> Tensor:
+        """Weight of each query row of a sequence in the reduced loss, (N,); empty sequences have no rows to weigh."""
         lengths = self.lengths
         if reduction == "sum":
             return torch.ones(lengths.shape, dtype=dtype, device=self.device)
         if reduction == "token":
             return (1 / (heads * lengths.sum().clamp(min=1).to(dtype))).expand(lengths.shape)
-        counted = (lengths > 0).sum().clamp(min=1).to(dtype)
-        return 1 / (heads * counted * lengths.clamp(min=1).to(dtype))
+        nonempty = (lengths > 0).sum().clamp(min=1).to(dtype)
+        return 1 / (heads * nonempty * lengths.clamp(min=1).to(dtype))
 
-    def repaired(self) -> tuple[Mask, Tensor | None]:
-        """A mask that kernels can trust where nobody reads `cu_seqlens`, and what belongs on every result of the call.
+    def sanitize_bounds(self) -> tuple[Mask, Tensor | None]:
+        """Returns a mask whose `cu_seqlens` is safe to index with, and a fault for results; does not wait for a device.
 
-        The second is 0 where the packing is well-formed and NaN where it is not; `marked` adds it. The mask then has N
-        sequences of about T / N tokens: every token gets a result, and no access leaves the tensors. The host is not
-        waited for. Dense inputs need no repair: the mask itself, and None.
+        The fault is 0 if `cu_seqlens` is well-formed and NaN if it is malformed; `add_fault` applies it. In the latter
+        case the returned mask has N sequences of about T / N tokens, so that every token gets a (NaN) result and no
+        access leaves the tensors. Dense inputs need neither: they return the mask itself and None.
         """
         if self.cu_seqlens is None or self.num_sequences == 0:
             return self, None
@@ -156,7 +175,7 @@ class Mask:
         return mask, torch.zeros((), dtype=torch.float32, device=self.device).masked_fill(malformed, torch.nan)
 
     def check_packing(self) -> None:
-        """Checks `cu_seqlens`; on an accelerator, where reading their values would stall, no more than the shape."""
+        """Checks `cu_seqlens`: its values on a CPU, its shape alone on an accelerator, where reading would wait."""
         if self.cu_seqlens is None:
             return
         if self.num_sequences == 0 and self.token_shape[0]:
@@ -168,7 +187,7 @@ class Mask:
             self.check_bounds()
 
     def check_bounds(self) -> None:
-        """Checks the values of `cu_seqlens`, for which the host waits where they lie on an accelerator."""
+        """Checks the values of `cu_seqlens`; on an accelerator the host waits for them."""
         if self.cu_seqlens is None:
             return
         bounds, total = self.cu_seqlens.tolist(), self.token_shape[0]
@@ -180,8 +199,3 @@ class Mask:
             raise ValueError(
                 f"max_seqlen: expected at least the longest sequence, {max(lengths)} tokens, got {self.max_seqlen}"
             )
-
-
-def marked(x: Tensor, fault: Tensor | None) -> Tensor:
-    """A result, or what results are multiplied by, with the NaN of a malformed packing (`Mask.repaired`)."""
-    return x if fault is None else x + fault

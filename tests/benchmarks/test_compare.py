@@ -74,7 +74,7 @@ def test_base(tmp_path, monkeypatch, capsys):
         shutil.copy(root / name, repository / name)
     file = repository / "minilm_kernels/relation/backends/blocked.py"
     right = file.read_text(encoding="utf-8")
-    wrong = right.replace("values[r] += _total(kl", "values[r] += 2 * _total(kl")
+    wrong = right.replace("values[r] += _deterministic_sum(", "values[r] += 2 * _deterministic_sum(")
     assert wrong != right
     file.write_text(wrong, encoding="utf-8")
     git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b.c"]

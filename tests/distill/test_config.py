@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from minilm_kernels.backends import BACKENDS
+from minilm_kernels._choices import BACKENDS
 from minilm_kernels.distill import DistillConfig
 from minilm_kernels.distill.cli import build_parser, main
 from minilm_kernels.distill.config import LARGEST_SEED, default_of, flag, read_settings, show, shown

@@ -27,6 +27,7 @@ _LISTS = (relations, models, distillation, native, devices, package)
 MUTANTS: list[Mutant] = [mutant for module in _LISTS for mutant in module.MUTANTS]
 SECONDS = 600  # limit for the tests of a mutant; a mutant that exceeds it counts as found
 _CPU_LIBRARY = Path("minilm_kernels/_cpu.abi3.so")
+_CPU_SOURCES = ("csrc/cpu/", "csrc/common/")
 _BUILD = f"from pathlib import Path; import native; native.build('cpu', Path('{_CPU_LIBRARY}'), Path('build/mutants'))"
 _FAILED, _INTERRUPTED = 1, 2  # pytest's exit status: a test failed; a module could not be imported
 
@@ -93,7 +94,7 @@ class Copy:
         """
         target = self.folder / mutant.file
         text = target.read_text(encoding="utf-8")
-        compiled = mutant.file.startswith("csrc/cpu/")
+        compiled = mutant.file.startswith(_CPU_SOURCES)
         try:
             if applied:
                 target.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
@@ -165,7 +166,7 @@ def run(mutants: Sequence[Mutant], folder: Path, jobs: int) -> int:
         print(f"{'survived' if survived else 'found   '}  {mutant.name}  ({said})", flush=True)
 
     # Mutants of the CPU library come first, so that consecutive builds reuse object files.
-    broken = _share(copies, sorted(mutants, key=lambda mutant: not mutant.file.startswith("csrc/cpu/")), applied)
+    broken = _share(copies, sorted(mutants, key=lambda mutant: not mutant.file.startswith(_CPU_SOURCES)), applied)
     print(*broken, sep="\n", end="\n" if broken else "")
     unexplained = [mutant for mutant in survivors if not mutant.harmless]
     for mutant in survivors:

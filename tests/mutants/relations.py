@@ -14,7 +14,7 @@ _CONTRACT = "tests/relation/test_contract.py"
 _ON_TORCH = f"{_CONTRACT} -k 'torch-'"  # the contract on the backend `torch`
 
 MUTANTS = [
-    # What the public call refuses.
+    # Validation.
     Mutant(
         _API,
         "        if x.requires_grad:\n",
@@ -49,12 +49,12 @@ MUTANTS = [
         "return self.attention_mask != 0",
         "return self.attention_mask > 0",
         _CONTRACT,
-        "an integer mask with −1 counts real tokens as padding",
+        "an integer mask with −1 counts valid tokens as padding",
     ),
     Mutant(
         _MASKS,
-        "counted = (lengths > 0).sum().clamp(min=1)",
-        "counted = (lengths >= 0).sum().clamp(min=1)",
+        "nonempty = (lengths > 0).sum().clamp(min=1)",
+        "nonempty = (lengths >= 0).sum().clamp(min=1)",
         "tests/relation/test_masks.py",
         "sequences without tokens count in the mean: the loss is too small",
     ),
@@ -74,15 +74,15 @@ MUTANTS = [
     ),
     Mutant(
         _MASKS,
-        "within = position[:, None, :] <= position[:, :, None]",
-        "within = position[:, None, :] < position[:, :, None]",
+        "allowed = position[:, None, :] <= position[:, :, None]",
+        "allowed = position[:, None, :] < position[:, :, None]",
         f"{_CONTRACT} -k masks_and_reductions",
         "the reference hides a causal row's own token: the yardstick itself is wrong",
     ),
     Mutant(
         _MASKS,
-        "return tokens, starts, (self.valid & inside).sum(-1)",
-        "return tokens, starts, inside.sum(-1)",
+        "return positions, starts, (self.valid & in_prefix).sum(-1)",
+        "return positions, starts, in_prefix.sum(-1)",
         f"{_CONTRACT} -k masks_and_reductions",
         "a prefix counts its padding: with left padding too many keys are seen",
     ),
@@ -132,8 +132,8 @@ MUTANTS = [
     ),
     Mutant(
         _BLOCKED,
-        "found <= most:",
-        "found <= 2**20:",
+        "threads <= limit:",
+        "threads <= 2**20:",
         "tests/relation/backends/test_blocked.py",
         "backend `torch` gives other bits with other numbers of threads",
     ),
@@ -168,22 +168,22 @@ MUTANTS = [
     ),
     Mutant(
         _BLOCKED,
-        "group.scatter(grad * scale_s, slot)",
-        "group.scatter(grad * scale_t, slot)",
+        "group.scatter(grad * scale_s, buffer)",
+        "group.scatter(grad * scale_t, buffer)",
         _ON_TORCH,
         "gradients of a student narrower than the teacher are too small",
     ),
     Mutant(
         _BLOCKED,
-        "        return row_weights.masked_fill(~real, 0.0)",
+        "        return row_weights.masked_fill(~valid, 0.0)",
         "        return row_weights",
         _ON_TORCH,
         "padding of a group of sequences counts in the loss",
     ),
     Mutant(
         _BLOCKED,
-        "hidden = hidden & (key >= self.prefix[:, None])[:, None]",
-        "hidden = hidden & (key > self.prefix[:, None])[:, None]",
+        "masked = masked & (key >= self.prefix[:, None])[:, None]",
+        "masked = masked & (key > self.prefix[:, None])[:, None]",
         _ON_TORCH,
         "the first key behind a prefix is seen by all rows",
     ),

@@ -1,9 +1,9 @@
-// The CPU kernels without torch and without Python: for other compilers, other processors and emulators.
+// Tests the CPU kernels without PyTorch and Python, for other compilers, processors and emulators.
 //
-// Every instruction set of the processor, every mask, self and cross relations, every dtype, on one thread and on three.
-// The oracle is the definition in double; allowed is twice the error that the definition in float makes, and one
-// rounding. An argument is the longest sequence to try. Ends with the instruction sets, the cases and the failures; the
-// exit status says whether there was one.
+// Runs every instruction set of the processor with every mask, self-relations and cross-relations, every dtype, on one
+// thread and on three. The reference is the definition in double. The tolerance is twice the error of the definition in
+// float, plus one rounding. The optional argument is the longest sequence to test. The last line has the instruction
+// sets, the number of cases and the number of failures; the exit status is 1 if there are failures.
 
 #include <algorithm>
 #include <cmath>
@@ -17,15 +17,16 @@
 #include <thread>
 #include <vector>
 
-#include "relation.h"
+#include "driver.h"
 
 namespace {
 
+using namespace minilm;
 using namespace minilm::cpu;
 
 const float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// float16 of a finite number, and what its bits mean; subnormal numbers included.
+// Conversion of finite numbers to and from float16, subnormal numbers included.
 uint16_t to_half(float x) {
   uint16_t sign = std::signbit(x) ? 0x8000 : 0;
   if (std::isnan(x)) return sign | 0x7e00;
@@ -46,18 +47,18 @@ float from_half(uint16_t h) {
   return h & 0x8000 ? -x : x;
 }
 
-// (N, S, A, D): the numbers, as the kernels get them and as they are.
+// A tensor (N, S, A, D): its exact values, and the view for the kernels.
 struct Numbers {
   std::vector<float> exact;
   std::vector<uint16_t> half;
-  Matrix matrix;
+  TensorView view;
 
-  Numbers(std::vector<float> x, int64_t positions, int64_t heads, int64_t width, Type type) : exact(std::move(x)) {
+  Numbers(std::vector<float> x, int64_t positions, int64_t heads, int64_t width, DType dtype) : exact(std::move(x)) {
     for (float& v : exact) {
-      if (type == Type::float16) {
+      if (dtype == DType::float16) {
         half.push_back(to_half(v));
         v = from_half(half.back());
-      } else if (type == Type::bfloat16) {
+      } else if (dtype == DType::bfloat16) {
         uint32_t bits;
         std::memcpy(&bits, &v, 4);
         half.push_back(static_cast<uint16_t>(bits >> 16));
@@ -65,8 +66,13 @@ struct Numbers {
         std::memcpy(&v, &bits, 4);
       }
     }
-    matrix = {type == Type::float32 ? static_cast<const void*>(exact.data()) : half.data(),
-              positions * heads * width, heads * width, width, 1, width, type};
+    view = {dtype == DType::float32 ? static_cast<const void*>(exact.data()) : half.data(),
+            positions * heads * width,
+            heads * width,
+            width,
+            1,
+            static_cast<int32_t>(width),
+            dtype};
   }
 };
 
@@ -74,7 +80,7 @@ struct Case {
   std::string name;
   int64_t sequences, positions, heads, width_t, width_s;
   bool causal, prefix, holes, cross;
-  Type type;
+  DType dtype;
 };
 
 template <class T>
@@ -90,7 +96,7 @@ struct Inputs {
   float scale_t, scale_s;
 };
 
-// The definition, row by row, with all sums and exponentials in T.
+// The definition, with all sums and exponentials in T.
 template <class T>
 Result<T> define(const Case& c, const Inputs& in) {
   Result<T> out;
@@ -110,8 +116,8 @@ Result<T> define(const Case& c, const Inputs& in) {
           T dot = 0;
           for (int64_t k = 0; k < width; ++k)
             dot += static_cast<T>(query.exact[at(i, width) + k]) * static_cast<T>(key.exact[at(j, width) + k]);
-          bool seen = (!c.causal && !c.prefix) || j <= i || (c.prefix && j < in.prefixes[n]);
-          s[j] = seen ? static_cast<T>(scale) * dot : -std::numeric_limits<T>::infinity();
+          bool visible = (!c.causal && !c.prefix) || j <= i || (c.prefix && j < in.prefixes[n]);
+          s[j] = visible ? static_cast<T>(scale) * dot : -std::numeric_limits<T>::infinity();
           most = std::max(most, s[j]);
         }
         for (int64_t j = 0; j < length; ++j) sum += std::exp(s[j] - most);
@@ -144,36 +150,38 @@ Result<float> compute(const Case& c, const Inputs& in, const char* instruction_s
   out.rows.assign(c.sequences * c.heads * c.positions, 0);
   out.query_grad.assign(in.query_s.exact.size(), 0);
   out.key_grad.assign(in.key_s.exact.size(), 0);
-  Relation relation{{in.query_t.matrix, in.key_t.matrix, in.scale_t},
-                    {in.query_s.matrix, in.key_s.matrix, in.scale_s},
-                    !c.cross,
+  Relation relation{{in.query_t.view, in.key_t.view, in.scale_t},
+                    {in.query_s.view, in.key_s.view, in.scale_s},
                     out.query_grad.data(),
-                    c.cross ? out.key_grad.data() : out.query_grad.data()};
+                    c.cross ? out.key_grad.data() : out.query_grad.data(),
+                    0,
+                    !c.cross};
   Call call{};
-  call.relations = &relation;
   call.num_relations = 1;
   call.num_sequences = c.sequences;
   call.num_heads = c.heads;
-  call.positions = c.positions;
+  call.positions = call.max_length = c.positions;
   call.tokens = in.tokens.data();
   call.starts = in.starts.data();
   call.prefixes = c.prefix ? in.prefixes.data() : nullptr;
   call.causal = c.causal || c.prefix;
   call.weights = in.weights.data();
   call.values = &out.value;
-  Threads pool{threads, [](int64_t count, void (*body)(void*, int64_t), void* context) {
-                 std::vector<std::thread> others;
-                 for (int64_t i = 1; i < count; ++i) others.emplace_back(body, context, i);
-                 if (count) body(context, 0);
-                 for (std::thread& other : others) other.join();
-               }};
-  const char* error = run(call, pool, instruction_set);
-  if (!error) {  // single rows, which are an evaluation of its own
+  call.gradient = true;
+  ThreadPool pool{threads, [](int64_t count, void (*body)(void*, int64_t), void* context) {
+                    std::vector<std::thread> others;
+                    for (int64_t i = 1; i < count; ++i) others.emplace_back(body, context, i);
+                    if (count) body(context, 0);
+                    for (std::thread& other : others) other.join();
+                  }};
+  const char* error = run(call, &relation, pool, instruction_set);
+  if (!error) {  // the KL divergence of single rows, without gradient
     relation.query_grad = relation.key_grad = nullptr;
     call.weights = nullptr;
     call.values = nullptr;
-    call.rows = out.rows.data();
-    error = run(call, pool, instruction_set);
+    call.row_values = out.rows.data();
+    call.gradient = false;
+    error = run(call, &relation, pool, instruction_set);
   }
   if (error) std::printf("%s: %s\n", instruction_set, error);
   return out;
@@ -193,13 +201,21 @@ double error(const std::vector<T>& x, const std::vector<double>& expected) {
 Inputs draw(const Case& c) {
   std::mt19937 bits(static_cast<unsigned>(c.positions * 131 + c.width_s));
   std::normal_distribution<float> normal;
-  Inputs in{{}, {0}, {}, {}, {{}, 0, 0, 1, c.type}, {{}, 0, 0, 1, c.type}, {{}, 0, 0, 1, c.type}, {{}, 0, 0, 1, c.type},
-            1 / std::sqrt(static_cast<float>(c.width_t)), 1 / std::sqrt(static_cast<float>(c.width_s))};
-  std::vector<bool> real;
+  Inputs in{{},
+            {0},
+            {},
+            {},
+            {{}, 0, 0, 1, c.dtype},
+            {{}, 0, 0, 1, c.dtype},
+            {{}, 0, 0, 1, c.dtype},
+            {{}, 0, 0, 1, c.dtype},
+            1 / std::sqrt(static_cast<float>(c.width_t)),
+            1 / std::sqrt(static_cast<float>(c.width_s))};
+  std::vector<bool> valid;
   for (int64_t n = 0; n < c.sequences; ++n) {
     for (int64_t i = 0; i < c.positions; ++i) {
-      real.push_back(!c.holes || bits() % 4 != 0);
-      if (real.back()) in.tokens.push_back(i);
+      valid.push_back(!c.holes || bits() % 4 != 0);
+      if (valid.back()) in.tokens.push_back(i);
     }
     in.starts.push_back(static_cast<int64_t>(in.tokens.size()));
     in.prefixes.push_back((in.starts[n + 1] - in.starts[n]) / (n + 2));
@@ -207,14 +223,14 @@ Inputs draw(const Case& c) {
   }
   auto numbers = [&](int64_t width) {
     std::vector<float> x(c.sequences * c.positions * c.heads * width);
-    for (size_t i = 0; i < x.size(); ++i) x[i] = real[i / (c.heads * width)] ? normal(bits) : kNaN;
-    return Numbers(std::move(x), c.positions, c.heads, width, c.type);
+    for (size_t i = 0; i < x.size(); ++i) x[i] = valid[i / (c.heads * width)] ? normal(bits) : kNaN;
+    return Numbers(std::move(x), c.positions, c.heads, width, c.dtype);
   };
-  // Moving keeps the addresses that the matrices hold.
+  // Moving the vectors keeps the addresses in the views.
   in.query_t = numbers(c.width_t);
-  in.key_t = c.cross ? numbers(c.width_t) : Numbers(in.query_t.exact, c.positions, c.heads, c.width_t, c.type);
+  in.key_t = c.cross ? numbers(c.width_t) : Numbers(in.query_t.exact, c.positions, c.heads, c.width_t, c.dtype);
   in.query_s = numbers(c.width_s);
-  in.key_s = c.cross ? numbers(c.width_s) : Numbers(in.query_s.exact, c.positions, c.heads, c.width_s, c.type);
+  in.key_s = c.cross ? numbers(c.width_s) : Numbers(in.query_s.exact, c.positions, c.heads, c.width_s, c.dtype);
   return in;
 }
 
@@ -222,7 +238,7 @@ int check(const Case& c, const char* instruction_set) {
   Inputs in = draw(c);
   Result<double> expected = define<double>(c, in);
   Result<float> got = compute(c, in, instruction_set, 1), again = compute(c, in, instruction_set, 3);
-  // The yardstick is taken without a mask, and not from a handful of rows, which may come out exact by chance.
+  // The tolerance comes from an unmasked case with enough rows, since a few rows may be exact by chance.
   Case full = c;
   full.causal = full.prefix = full.holes = false;
   full.positions = std::max<int64_t>(c.positions, 37);
@@ -258,15 +274,15 @@ int main(int argc, char** argv) {
     for (bool cross : {false, true})
       for (int mask = 0; mask < 4; ++mask) {
         const char* const masks[] = {"no mask", "causal", "prefix", "holes"};
-        Case c{"", 2, positions, 2, 6, 31, mask == 1, mask == 2, mask == 3, cross, Type::float32};
+        Case c{"", 2, positions, 2, 6, 31, mask == 1, mask == 2, mask == 3, cross, DType::float32};
         if (positions == 131) c.width_t = 16, c.width_s = 8;
         if (positions == 300) c.sequences = c.heads = 1;
-        c.type = positions == 37 ? Type::float16 : positions == 2 ? Type::bfloat16 : Type::float32;
+        c.dtype = positions == 37 ? DType::float16 : positions == 2 ? DType::bfloat16 : DType::float32;
         c.name = std::to_string(positions) + (cross ? " cross, " : " self, ") + masks[mask];
         cases.push_back(c);
       }
-  // Few tasks of many tokens: chunks of one task beside each other.
-  cases.push_back({"520 self, causal", 1, 520, 1, 8, 4, true, false, false, false, Type::float32});
+  // Few tasks with many tokens: the slices of one task run in parallel.
+  cases.push_back({"520 self, causal", 1, 520, 1, 8, 4, true, false, false, false, DType::float32});
   int failures = 0, count = 0;
   for (const char* const* name = instruction_sets(); *name; ++name) {
     for (const Case& c : cases) {

@@ -29,7 +29,7 @@ TORCH = f"torch=={version('torch').partition('+')[0]}"
 _SOURCES = """
 from minilm_kernels.relation.backends import cuda_compiler
 text = cuda_compiler.source(places=True)
-assert "MINILM_FUSED" in text and "struct Fused" in text
+assert "MINILM_SYMMETRIC" in text and "struct SymmetricKernel" in text and "struct TensorView" in text
 print(text.partition('#line 1 "')[2].partition("/kernels.cuh")[0])
 """
 
@@ -179,6 +179,7 @@ def test_wheel(distributions, environment):
         names = archive.namelist()
     device = {file.name for file in (native.CSRC / "cuda/device").iterdir()}
     assert "kernels.cuh" in device
+    device |= {"common/relation.h", "common/numerics.h"}
     wanted = {"_cpu.abi3.so", "_cuda.abi3.so", *(f"cuda_device/{name}" for name in device)}
     assert {f"minilm_kernels/{name}" for name in wanted} <= set(names)
     assert not [name for name in names if name.endswith(".missing")]

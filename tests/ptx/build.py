@@ -1,4 +1,4 @@
-"""Native code for the emulator: compiled once for the same inputs, and kept."""
+"""Native code for the emulator, compiled once for the same inputs and cached."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 NATIVE = Path(__file__).parent / "native"
 LIMIT = 240  # seconds of one compiler
-FOLDER = Path(__file__).parents[2] / "build" / "ptx"  # what is built, unless a command names another folder
+FOLDER = Path(__file__).parents[2] / "build" / "ptx"  # default folder for compiled code
 
 
 def kept(folder: Path, name: str, inputs: Iterable[Path | str], make: Callable[[Path], None]) -> Path:
-    """A folder that `make` has filled; filled anew where the inputs, contents of files and words, are other ones.
+    """Returns a folder filled by `make`, which runs again if the inputs (contents of files, and words) change.
 
-    It appears whole or not at all, so that processes beside one another may build it at the same time.
+    The folder is created atomically, so that several processes can build it at the same time.
     """
     digest = hashlib.sha256()
     for given in inputs:
@@ -31,7 +31,7 @@ def kept(folder: Path, name: str, inputs: Iterable[Path | str], make: Callable[[
             make(fresh)
             fresh.rename(place)
         except OSError:
-            if not place.exists():  # otherwise another process was faster
+            if not place.exists():  # another process was faster
                 raise
         finally:
             shutil.rmtree(fresh, ignore_errors=True)

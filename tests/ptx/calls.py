@@ -25,7 +25,7 @@ REDUCTIONS = ("sequence", "token", "sum", "none")
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 66, 80, 95, 96, 97, 112, 127, 128, 129, 130)
 LAYOUTS = ("contiguous", "contiguous", "heads first", "slice", "odd slice", "strided features", "expanded")
 
-_UNIT = 2.0**-24  # what one rounding to float32 errs by at most, relatively
+_UNIT = 2.0**-24  # largest relative error of one rounding to float32
 
 
 @dataclass
@@ -145,7 +145,7 @@ def _tensor(token_shape, heads: int, width: int, dtype, spread: float, layout: s
 
     if layout == "heads first":
         return new(*token_shape[:-1], heads, token_shape[-1], width).transpose(-2, -3)
-    if layout == "slice":  # of a fused projection, as models have it
+    if layout == "slice":  # a slice of a fused projection, as in models
         return new(*token_shape, 3, heads, width)[..., 1, :, :]
     if layout == "odd slice":  # aligned to nothing
         return new(*token_shape, heads * width + 3)[..., 1 : 1 + heads * width].unflatten(-1, (heads, width))
@@ -194,7 +194,7 @@ def judge(call: Call, backend: str) -> tuple[float, list[str]]:
     rows_at_once = {"sum": number, "none": number**0.5}.get(call.reduction, 1.0)
     checks = [("value", value, expected, 2 * rows + 2 * _UNIT, 3.4 * _UNIT * rows_at_once)]
     upstream = 1.0 if call.upstream is None else call.upstream.abs().max().item()
-    bits = 1.5 * call.spread**2 * widths[1] ** 0.5  # of a score of a token with itself
+    bits = 1.5 * call.spread**2 * widths[1] ** 0.5  # size of a self score
     for k, (got, exact, other) in enumerate(zip(grads, expected_grads, plain, strict=True)):
         allowed = 2 * max(gradient, error(other, exact)) + torch.finfo(DTYPES[call.dtype]).eps
         floor = (17 + 2.1 * bits) * _UNIT * call.spread * exact.numel() ** 0.5 * upstream

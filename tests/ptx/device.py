@@ -1,4 +1,4 @@
-"""The emulated GPU as the stand-in libraries see it: what memory there is, which kernels, and their launches."""
+"""The emulated GPU as the replaced libraries see it: its memory, kernels and launches."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Device:
         self.memory = GlobalMemory()
         self.findings = Findings()
         self.races = races
-        self.errors: list[BaseException] = []  # raised inside of a callback from C, where they would be lost
-        self.kernels: dict[int, Kernel] = {}  # every one that was ever launched
+        self.errors: list[BaseException] = []  # raised inside a callback from C, which would discard them
+        self.kernels: dict[int, Kernel] = {}  # every kernel that was ever launched
         self.launches: list[tuple[str, tuple, int, float]] = []  # kernel, grid, instructions of warps, seconds
 
     def reset(self) -> None:
@@ -32,15 +32,15 @@ class Device:
         self.launches.clear()
 
     def know(self, tensor: torch.Tensor, name: str) -> None:
-        """Makes a tensor's whole storage memory that kernels may touch."""
+        """Allows kernels to access the whole storage of a tensor."""
         storage = tensor.untyped_storage()
         self.memory.add(storage.data_ptr(), storage.nbytes(), name)
 
     def launch(self, kernel: Kernel | None, sizes, shared: int, parameters) -> None:
-        """`parameters`: the address of an array of addresses, as every launch call has it."""
+        """Runs a kernel. `parameters`: address of an array of addresses, as in the driver's launch call."""
         try:
             if kernel is None:
-                raise RuntimeError("a kernel is launched that was not loaded here")
+                raise RuntimeError("the launched kernel was not loaded here")
             values = (ctypes.c_void_p * len(kernel.parameters)).from_address(parameters)
             content = bytearray(kernel.parameter_bytes)
             for parameter, value in zip(kernel.parameters, values, strict=True):
@@ -52,7 +52,7 @@ class Device:
                 machine.Launch(kernel, grid, block, shared, bytes(content), self.memory, self.findings, self.races)
             )
             self.launches.append((kernel.name, grid, executed, time.perf_counter() - begin))
-        except BaseException as error:  # to be raised again by `check`
+        except BaseException as error:  # `check` raises it again
             self.errors.append(error)
 
     def check(self) -> None:
@@ -61,7 +61,7 @@ class Device:
 
 
 class Poisoned(TorchFunctionMode):
-    """Fills the memory of torch.empty and its like with a NaN that the emulator recognises."""
+    """Fills the memory of torch.empty and similar functions with a NaN that the emulator recognizes."""
 
     _FRESH = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
 

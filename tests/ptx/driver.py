@@ -1,4 +1,4 @@
-"""The stand-in for the driver library, native/libcuda.c: a process has one, with its GPUs, modules and launches."""
+"""The replaced driver library, native/libcuda.c. A process has one, with its GPUs, modules and launches."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ _LAUNCH = ctypes.CFUNCTYPE(None, _WORD, ctypes.POINTER(_UNSIGNED), _UNSIGNED, ct
 
 
 def build(folder: Path = FOLDER) -> Path:
-    """The library, which others find by its name once it is loaded with RTLD_GLOBAL."""
+    """Compiles the library. Loaded with RTLD_GLOBAL, other libraries find it by its name."""
     source = NATIVE / "libcuda.c"
 
     def make(place: Path) -> None:
         flags = ["-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
-        compiled(["gcc", *flags, str(source), "-o", str(place / "libcuda.so.1")], "the stand-in of the driver library")
+        compiled(["gcc", *flags, str(source), "-o", str(place / "libcuda.so.1")], "the replaced driver library")
 
     return kept(folder, "libcuda", [source], make) / "libcuda.so.1"
 
 
 class Driver:
-    """What was loaded through the stand-in. Launches run on `device`, or do nothing where that is None."""
+    """Modules and kernels loaded through the library. Launches run on `device`, or do nothing if it is None."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self.ptx: dict[int, Module] = {}
         self.functions: dict[int, tuple[int, str]] = {}  # module, name
-        self.kernels: dict[int, Kernel] = {}  # of modules that are machine code: whoever made them knows their PTX
+        self.kernels: dict[int, Kernel] = {}  # of modules in machine code, whose creator knows their PTX
         self.device: Device | None = None
         self._callbacks = (_LOAD(self._load), _FIND(self._find), _LAUNCH(self._launch))
         self.library.emulator_set_callbacks(*self._callbacks)
 
-    def set_gpu(self, number: int, capability: int, block_shared: int, processor_shared: int) -> None:
-        """`block_shared`, `processor_shared`: bytes of shared memory of a block and of a processor."""
-        self.library.emulator_set_device(number, capability, block_shared, processor_shared)
+    def set_gpu(self, number: int, capability: int, smem_per_block: int, smem_per_sm: int) -> None:
+        """Defines a GPU. `smem_per_block`, `smem_per_sm`: bytes of shared memory."""
+        self.library.emulator_set_device(number, capability, smem_per_block, smem_per_sm)
 
     @contextmanager
     def recorded(self, call: Callable[[str, int, int, int], int | None]) -> Iterator[None]:
-        """Within, `call` gets the driver's calls and three arguments of each, which fails with what it returns."""
+        """Passes each driver call and three of its arguments to `call`, whose result becomes the call's error code."""
         callback = _CALL(lambda name, a, b, c: call(name.decode(), a, b, c) or 0)
         self.library.emulator_set_calls(callback)
         try:
@@ -59,7 +59,7 @@ class Driver:
 
     @contextmanager
     def silent(self) -> Iterator[None]:
-        """Within, nothing comes back to Python: launches cost the driver's side nothing."""
+        """Disables all callbacks to Python, so that launches take no time in the driver library."""
         self.library.emulator_set_callbacks(_LOAD(), _FIND(), _LAUNCH())
         try:
             yield

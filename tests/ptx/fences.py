@@ -1,8 +1,8 @@
-"""Does every wgmma of a PTX text see what was stored to shared memory before it?
+"""Checks that every wgmma of a PTX text sees the stores to shared memory before it.
 
-wgmma reads shared memory through the async proxy; ordinary stores, and the data of cp.async once it has been waited
-for, become visible there by fence.proxy.async alone. The emulator's stores are
-never late, so values cannot show that a fence is missing; the order of instructions can.
+wgmma reads shared memory through the async proxy. Ordinary stores, and the data of cp.async after its wait, become
+visible there only by fence.proxy.async. In the emulator stores are always visible, so a missing fence does not show in
+values; it shows in the order of instructions.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from .parser import Block, Instruction, Kernel
 
 
 def unfenced(kernel: Kernel) -> list[str]:
-    """The wgmma.mma_async that some way through the kernel reaches with stores or copies that no fence has shown.
+    """Returns the wgmma.mma_async that a path through the kernel reaches with unfenced stores or copies.
 
-    Whether the product reads just these is not asked: our kernels store nothing else between a fence and a product.
+    It is not checked that the product reads these stores: the kernels store nothing else between fence and product.
     """
     stale: dict[int, bool] = {0: False}
     pending = [0]

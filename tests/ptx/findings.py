@@ -11,7 +11,7 @@ class Finding:
 
     kind: str
     kernel: str
-    line: int  # of the PTX
+    line: int  # line of the PTX
     text: str
     source: str  # "file:line" of the kernel's source, where the PTX says it
     example: str

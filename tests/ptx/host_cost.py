@@ -1,7 +1,7 @@
-"""python -m tests.ptx.host_cost: host time of a CUDA launch beyond that of an operator that does nothing.
+"""python -m tests.ptx.host_cost: host time of a CUDA launch, minus the time of an operator that does nothing.
 
-Both operators get the same arguments. The package's library launches through the stand-in driver, which does nothing
-either: what is left is the package's own work. Each figure is the least of many medians.
+Both operators get the same arguments. The package's library launches through the replaced driver library, which does
+nothing either. The difference is the package's own work. Each figure is the smallest of many medians.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from pathlib import Path
 
 import torch
 
-from minilm_kernels.relation.backends import native_cuda
+from minilm_kernels.relation.backends import native
 
 from .build import FOLDER, NATIVE, compiled, kept
 from .driver import driver
 
 _GPU = 4
-# Pairs of 0 (query), 1 (key) and 2 (value), and whether sequences are packed.
+# Indices of the relations' tensors, 0 (query), 1 (key) and 2 (value), and whether sequences are packed.
 CALLS = {
     "MiniLMv2, q-q k-k v-v": ([0, 0, 1, 1, 2, 2], False),
     "MiniLM, q-k v-v": ([0, 1, 2, 2], False),
-    "packed, some sequences row by row": ([0, 0, 1, 1, 2, 2], True),
+    "packed, some sequences row-wise": ([0, 0, 1, 1, 2, 2], True),
 }
 
 
@@ -50,8 +50,8 @@ def _arguments(pairs: list[int], packed: bool) -> tuple:
     tokens = torch.arange(token_shape[0]) if packed else torch.arange(128).repeat(8)
     scales = [0.25, 0.35] * len(relations)
     weights, values = torch.ones(starts.numel() - 1), torch.empty(len(relations))
-    return (teacher, student, pairs, scales, tokens, starts, None, False, False, token_shape[-1], weights, None, values,
-            None, grads, 0, _GPU)  # fmt: skip
+    return (teacher, student, pairs, scales, tokens, starts, None, False, weights, None, values, None, grads, False,
+            token_shape[-1], 0, _GPU)  # fmt: skip
 
 
 def _microseconds(call: Callable, arguments: tuple, calls: int = 200) -> float:
@@ -64,10 +64,10 @@ def _microseconds(call: Callable, arguments: tuple, calls: int = 200) -> float:
 
 
 def measure(repeats: int = 50, folder: Path = FOLDER) -> dict[str, tuple[int, float, float]]:
-    """For each of CALLS: launches, and microseconds of the operator and of the one that does nothing."""
+    """Returns for each of CALLS the launches, and the microseconds of the operator and of the one that does nothing."""
     standin = driver(folder)
     standin.set_gpu(_GPU, 90, 232448, 233472)
-    torch.ops.load_library(native_cuda._LIBRARY)
+    torch.ops.load_library(native.cuda.library)
     operators, nothing = torch.ops.minilm_kernels_cuda, _nothing(folder)
     launched: list[int] = []
     results = {}

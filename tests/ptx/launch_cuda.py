@@ -1,14 +1,15 @@
-"""Runs the package's CUDA C++ backend on CPU tensors: everything is real but the GPU.
+"""Runs the package's CUDA C++ backend on CPU tensors. Everything except the GPU is real.
 
-NVRTC compiles the kernels that a call needs to PTX, and the package's library loads and launches them through the
-stand-in of driver.py, which hands every launch to the emulator.
+NVRTC compiles the kernels of a call to PTX. The package's library loads and launches them through the replaced driver
+library (driver.py), which passes every launch to the emulator.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,14 +18,14 @@ from .build import FOLDER
 from .device import Device, poison
 from .driver import driver
 
-# Number of the GPU; bytes of shared memory of a block and of a processor. Short sequences get blocks of one warp on
-# sm_90; where a processor has little room they get several; where a block has little, long sequences go row by row.
+# Number of the GPU, and bytes of shared memory per block and per SM. On sm_90, short sequences get blocks of one warp.
+# With little memory per SM they get several warps; with little per block, long sequences take the row-wise path.
 GPUS = {"sm_90": (1, 232448, 233472), "crowded": (2, 232448, 30000), "small": (3, 16384, 16384)}
-ARCHITECTURE = 80  # its PTX is what newer GPUs translate as well
+ARCHITECTURE = 80  # newer GPUs also translate its PTX
 
 
 class _Scratch(TorchDispatchMode):
-    """Memory that the library allocates becomes known to the device."""
+    """Registers memory that the library allocates with the device."""
 
     def __init__(self, device: Device) -> None:
         super().__init__()
@@ -39,24 +40,25 @@ class _Scratch(TorchDispatchMode):
 
 
 class _Operators:
-    """The library's operators; what they are given becomes known to the device."""
+    """The library's operators, which also register their tensors with the device."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.library = torch.ops.minilm_kernels_cuda
-        self.refusal, self.capability, self.load = self.library.refusal, self.library.capability, self.library.load
+        self.unsupported_reason, self.capability = self.library.unsupported_reason, self.library.capability
+        self.load = self.library.load
 
     def relation_kl(self, *arguments) -> str:
         self.device.memory.clear()
-        names = ("teacher", "student", "", "", "tokens", "starts", "prefixes", "", "", "", "weights", "row_grads",
-                 "values", "rows", "grads", "", "")  # fmt: skip
+        names = ("teacher", "student", "", "", "tokens", "starts", "prefixes", "", "weights", "row_grads", "values",
+                 "rows", "grads", "", "", "", "")  # fmt: skip
         for name, x in zip(names, arguments, strict=True):
             if isinstance(x, torch.Tensor):
                 self.device.know(x, name)
             elif name and isinstance(x, (list, tuple)):
                 for k, tensor in enumerate(x):
                     self.device.know(tensor, f"{name}[{k}]")
-        with _Scratch(self.device):  # which is to see what the operator calls, and not the operator
+        with _Scratch(self.device):  # sees the operator's own calls only
             missing = self.library.relation_kl.default.redispatch(
                 torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *arguments
             )
@@ -66,42 +68,31 @@ class _Operators:
 
 @contextmanager
 def cuda_backend(device: Device, gpu: str, folder: Path = FOLDER):
-    """Within, `backend="cuda"` serves CPU tensors by emulation on one of GPUS; yields the PTX modules loaded so far."""
-    from minilm_kernels.relation import ops
-    from minilm_kernels.relation.backends import cuda_compiler, native_cuda
+    """Emulates `backend="cuda"` for CPU tensors on one of GPUS. Yields the PTX modules loaded so far."""
+    from minilm_kernels.relation.backends import cuda_compiler, native
     from minilm_kernels.relation.backends.cuda_cache import KernelCache
 
-    if not native_cuda._LIBRARY.exists():
+    if not native.cuda.library.exists():
         raise RuntimeError(
-            f"{native_cuda._LIBRARY} is not built: MINILM_KERNELS_BUILD=native python setup.py build_ext --inplace"
+            f"{native.cuda.library} is not built: MINILM_KERNELS_BUILD=native python setup.py build_ext --inplace"
         )
     if reason := cuda_compiler.unavailable_reason():
         raise RuntimeError(reason)
     standin = driver(folder)
     number, *shared = GPUS[gpu]
     standin.set_gpu(number, ARCHITECTURE, *shared)
-    torch.ops.load_library(native_cuda._LIBRARY)
+    torch.ops.load_library(native.cuda.library)
 
-    cache = KernelCache(folder / "kernels")
     as_ptx = partial(cuda_compiler.compile_kernels, target="ptx", line_info=True)
-    replaced = {
-        (native_cuda, "_operators"): _Operators(device),
-        (native_cuda, "_DEVICE"): "cpu",
-        (native_cuda, "_place"): lambda _device: (number, 0),
-        (native_cuda, "_cache"): lambda: cache,
-        (native_cuda, "unavailable_reason"): lambda: None,
-        (cuda_compiler, "compile_kernels"): as_ptx,
-    }
-    before = {(module, name): getattr(module, name) for module, name in replaced}
-    previous, module = standin.device, ops._MODULES["cuda"]
-    for (place, name), value in replaced.items():
-        setattr(place, name, value)
-    ops._MODULES["cuda"] = native_cuda
-    standin.device = device
-    try:
+    with ExitStack() as replaced:
+        for target, name, value in (
+            (native.cuda, "operators", _Operators(device)),
+            (native.cuda, "device_type", "cpu"),
+            (native.cuda, "device", lambda _device: (number, 0)),
+            (native.cuda, "load_error", None),
+            (native.cuda.loader, "cache", KernelCache(folder / "kernels")),
+            (cuda_compiler, "compile_kernels", as_ptx),
+            (standin, "device", device),
+        ):
+            replaced.enter_context(patch.object(target, name, value))
         yield standin.ptx
-    finally:
-        for (place, name), value in before.items():
-            setattr(place, name, value)
-        ops._MODULES["cuda"] = module
-        standin.device = previous

@@ -1,7 +1,7 @@
-"""Runs the package's Triton backend on CPU tensors: everything is real but the GPU.
+"""Runs the package's Triton backend on CPU tensors; only the GPU is emulated.
 
-Triton compiles for the compute capability asked for, chooses specialisations and packs arguments with its own launcher;
-the driver library beneath it is the stand-in of driver.py, which hands every launch to the emulator.
+Triton compiles for the requested compute capability, chooses specialisations and packs arguments with its own launcher.
+The driver library below it is the stand-in of driver.py, which passes every launch to the emulator.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .device import Device
 from .driver import driver as standin_driver
 from .parser import parse
 
-ARCHITECTURES = {80: 166912, 90: 232448}  # compute capability: bytes of shared memory that a block may have
+ARCHITECTURES = {80: 166912, 90: 232448}  # compute capability: largest shared memory of a block
 
 
 def _tensors(arguments, name: str):
@@ -30,20 +30,21 @@ def _tensors(arguments, name: str):
 
 
 def _forget_compiled() -> None:
-    """Kernels that are loaded stay bound to the driver that has loaded them."""
-    from minilm_kernels.relation.backends.triton import kernels as triton_kernels
+    """Unloads compiled kernels, which stay bound to the driver that loaded them."""
+    from minilm_kernels.relation.backends.triton import gradient, row_kl, row_stats
 
-    for kernel in vars(triton_kernels).values():
-        if hasattr(kernel, "device_caches"):
-            kernel.device_caches.clear()
-    gc.collect()  # they are unloaded through the driver that is still there
+    for module in (gradient, row_kl, row_stats):
+        for kernel in vars(module).values():
+            if hasattr(kernel, "device_caches"):
+                kernel.device_caches.clear()
+    gc.collect()  # unloads them through the driver, which still exists
 
 
 @contextmanager
 def triton_backend(device: Device, architecture: int, folder: Path = FOLDER):
-    """Within, `backend="triton"` serves CPU tensors by emulation; `architecture`: 80 (mma.sync) or 90 (wgmma)."""
+    """Makes `backend="triton"` serve CPU tensors by emulation; `architecture` is 80 (mma.sync) or 90 (wgmma)."""
     standin = standin_driver(folder)
-    os.environ["TRITON_LIBCUDA_PATH"] = str(standin.path.parent)  # for good: what Triton builds with it stays loaded
+    os.environ["TRITON_LIBCUDA_PATH"] = str(standin.path.parent)  # not reset: what Triton builds stays loaded
     from triton import knobs
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
     from triton.runtime import driver
@@ -82,7 +83,7 @@ def triton_backend(device: Device, architecture: int, folder: Path = FOLDER):
     replaced = {
         "unavailable_reason": lambda: None,
         "interpreted": lambda: False,
-        "unsupported_reasons": lambda problem: [],
+        "unsupported_reasons": lambda inputs: [],
     }
     before = {name: getattr(backend, name) for name in replaced}
     previous_device, standin.device = standin.device, device

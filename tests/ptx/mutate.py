@@ -1,6 +1,6 @@
-"""python -m tests.ptx.mutate: leaves out one barrier of a CUDA kernel at a time, and says whether that is found.
+"""python -m tests.ptx.mutate: removes one barrier of a CUDA kernel at a time and reports whether that is detected.
 
-A barrier whose absence nobody notices is not needed, not reached by the call, or beyond what the emulator checks.
+A barrier whose absence is not detected is unnecessary, not reached by the call, or not checked by the emulator.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .launch_cuda import cuda_backend
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx.mutate", description=__doc__)
-    parser.add_argument("kernel", help="a kernel, or part of its name, e.g. fused_1_2_1_1_1")
+    parser.add_argument("kernel", help="a kernel, or part of its name, e.g. symmetric_1_2_1_1_1")
     parser.add_argument("--seed", type=int, default=1)
     add_arguments(parser)
     options = parser.parse_args()

@@ -95,7 +95,7 @@ def test_kernels_check_the_bounds_themselves(family, kind, monkeypatch):
     Sequences that overlap may race: two write the rows that they share.
     """
     monkeypatch.setattr(Mask, "check_packing", lambda self: None)
-    monkeypatch.setattr(Mask, "repaired", lambda self: (self, None))
+    monkeypatch.setattr(Mask, "sanitize_bounds", lambda self: (self, None))
     device = Device()
     with _emulated(family, device) as backend, Poisoned():
         malformed(kind, heads=2, dtype=torch.bfloat16).run("sequence", backend)

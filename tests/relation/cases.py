@@ -1,4 +1,4 @@
-"""Inputs for the operator's tests: every mask mode, and the dense PyTorch loss whose error is the yardstick."""
+"""Inputs for the operator's tests: every mask mode, and the dense PyTorch loss to which errors are compared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minilm_kernels.relation import relation_kl
 
-LENGTHS = (19, 7, 23, 1, 0, 12)  # of packed sequences; also the real tokens of the padded ones
+LENGTHS = (19, 7, 23, 1, 0, 12)  # packed sequences; also the number of valid tokens of the padded ones
 B, S = len(LENGTHS), max(LENGTHS)
 
 
@@ -28,7 +28,7 @@ _CU_SEQLENS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
 MASKS: dict[str, dict] = {
     "none": {},
     "right": {"attention_mask": _padding("right")},
-    "left": {"attention_mask": -_padding("left").long()},  # any number but 0 marks a real token
+    "left": {"attention_mask": -_padding("left").long()},  # any value but 0 marks a valid token
     "holes": {"attention_mask": _padding("holes").to(torch.uint8) * 7},
     "causal": {"causal": True},
     "causal-holes": {"causal": True, "attention_mask": _padding("holes")},
@@ -41,7 +41,7 @@ MASKS: dict[str, dict] = {
 }
 
 
-# Packings of 40 tokens that no call may compute with: cu_seqlens, and max_seqlen.
+# Malformed packings of 40 tokens: cu_seqlens and max_seqlen.
 MALFORMED: dict[str, tuple[list[int], int | None]] = {
     "starts late": ([3, 20, 40], None),
     "starts below 0": ([-3, 20, 40], None),
@@ -67,7 +67,7 @@ class Case:
     kwargs: dict
 
     def run(self, reduction: str, backend: str, upstream: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Value and the student's gradients; `upstream` weighs rows (reduction "none") or scales the scalar."""
+        """Returns value and gradients; `upstream` weighs the rows of reduction "none", or scales a reduced loss."""
         leaves = {id(x): x.detach().requires_grad_() for x in self.tensors[2:] if x is not None}
         student = [None if x is None else leaves[id(x)] for x in self.tensors[2:]]
         value = relation_kl(*self.tensors[:2], *student, reduction=reduction, backend=backend, **self.kwargs)
@@ -102,7 +102,7 @@ def make(
     seed: int = 0,
     spread: float = 1.0,
 ) -> Case:
-    """A seeded random case; `mask` names one of MASKS (then batch and length are those of the masks) or is kwargs."""
+    """Returns a seeded random case. `mask` is a name in MASKS, which have the default batch and length, or kwargs."""
     kwargs = MASKS[mask] if isinstance(mask, str) else mask
     generator = torch.Generator().manual_seed(seed)
     token_shape = (int(kwargs["cu_seqlens"][-1]),) if "cu_seqlens" in kwargs else (batch, length)
@@ -117,20 +117,20 @@ def make(
 
 
 def malformed(kind: str, cross: bool = False, **more) -> Case:
-    """A call with one of MALFORMED, which on a CPU is refused."""
+    """Returns a call with a packing of MALFORMED, which raises an error on a CPU."""
     bounds, max_seqlen = MALFORMED[kind]
     case = make({"cu_seqlens": torch.tensor([0, 40])}, cross=cross, widths=(16, 8), **more)
     return replace(case, kwargs={"cu_seqlens": torch.tensor(bounds, dtype=torch.int32), "max_seqlen": max_seqlen})
 
 
 def all_nan(case: Case, reduction: str, backend: str) -> bool:
-    """Whether every value of a call and every entry of its gradients is NaN."""
+    """Returns whether every value of a call and every entry of its gradients is NaN."""
     value, grads = case.run(reduction, backend)
     return bool(value.isnan().all() and all(grad.isnan().all() for grad in grads))
 
 
 def dense(case: Case, upstream: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-    """Rows and gradients of the plain dense loss in the inputs' own dtype, as a careful user of PyTorch writes it.
+    """Returns rows and gradients of the plain dense loss in the dtype of the inputs, as written in eager PyTorch.
 
     Scores, softmax and KL stay in that dtype; only full, dense batches (no masks).
     """
@@ -149,6 +149,6 @@ def dense(case: Case, upstream: Tensor | None = None) -> tuple[Tensor, list[Tens
 
 
 def error(got: Tensor, expected: Tensor) -> float:
-    """Relative error in the Euclidean norm; absolute where the expected value is 0."""
+    """Returns the relative error in the Euclidean norm, or the absolute error if the expected value is 0."""
     difference, norm = (got.double() - expected.double()).norm().item(), expected.double().norm().item()
     return difference / norm if norm else difference

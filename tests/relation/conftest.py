@@ -1,4 +1,4 @@
-"""The CUDA backend on CPU tensors, launching through the stand-in for the driver library of tests/ptx."""
+"""Fixtures that run the CUDA backend on CPU tensors, with the driver library replaced by tests/ptx."""
 
 import itertools
 import sys
@@ -8,31 +8,31 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from minilm_kernels.relation import ops
-from minilm_kernels.relation.backends import native_cuda
+from minilm_kernels.relation import dispatch
+from minilm_kernels.relation.backends import cuda_loader, native
 
 _numbers = itertools.count(10)
 
 
 class GPU:
-    """One that no test has used yet; `calls` are the driver's calls: name and three arguments."""
+    """A GPU that no other test has used. `calls`: calls of the driver, as name and three arguments."""
 
-    def __init__(self, capability: int = 90, block_shared: int = 232448, processor_shared: int = 233472) -> None:
+    def __init__(self, capability: int = 90, smem_per_block: int = 232448, smem_per_sm: int = 233472) -> None:
         from tests.ptx.driver import driver
 
         self.number = next(_numbers)
         self.stream = 0
         self.driver = driver()
-        self.driver.set_gpu(self.number, capability, block_shared, processor_shared)
+        self.driver.set_gpu(self.number, capability, smem_per_block, smem_per_sm)
         self.calls: list[tuple[str, int, int, int]] = []
-        self.failing = ""  # a call of the driver that fails
+        self.failing = ""  # name of a driver call that fails
 
     @property
     def context(self) -> int:
         return 1000 + self.number
 
     def of(self, name: str) -> list[tuple[int, int, int]]:
-        """What each call of a function was given."""
+        """Arguments of each call of a driver function."""
         return [call[1:] for call in self.calls if call[0] == name]
 
     @contextmanager
@@ -47,24 +47,23 @@ class GPU:
 
 @pytest.fixture
 def new_gpu(monkeypatch):
-    """Makes GPUs, each of which serves `backend="cuda"` from then on; kernels do nothing there."""
+    """Creates GPUs. The last one is used by `backend="cuda"`; its kernels do nothing."""
     if sys.platform != "linux":
         pytest.skip("the CUDA library is for Linux")
     if torch.cuda.is_available():
         pytest.skip("beside a real driver library its stand-in is not the one that is found")
-    assert native_cuda._LIBRARY.exists(), "build the library: MINILM_KERNELS_BUILD=native setup.py build_ext --inplace"
+    assert native.cuda.library.exists(), "build the library: MINILM_KERNELS_BUILD=native setup.py build_ext --inplace"
 
-    def make(*limits: int) -> GPU:
-        gpu = GPU(*limits)
-        torch.ops.load_library(native_cuda._LIBRARY)
-        monkeypatch.setattr(native_cuda, "_place", lambda _device: (gpu.number, gpu.stream))
+    def make(*props: int) -> GPU:
+        gpu = GPU(*props)
+        torch.ops.load_library(native.cuda.library)
+        monkeypatch.setattr(native.cuda, "device", lambda _device: (gpu.number, gpu.stream))
         return gpu
 
-    monkeypatch.setattr(native_cuda, "_missing", lambda: None)
-    monkeypatch.setattr(native_cuda, "_broken", None)
-    monkeypatch.setattr(native_cuda, "_loaded", set())
-    monkeypatch.setattr(native_cuda, "_DEVICE", "cpu")
-    ops._warn_once.cache_clear()
+    monkeypatch.setattr(native.cuda, "load_error", None)
+    monkeypatch.setattr(native.cuda, "loader", cuda_loader.KernelLoader())
+    monkeypatch.setattr(native.cuda, "device_type", "cpu")
+    dispatch.warn_once.cache_clear()
     return make
 
 

@@ -1,7 +1,7 @@
-"""What every backend owes: the reference's numbers, in every mask mode, dtype, layout and size.
+"""Contract tests: every backend matches the reference in every mask mode, dtype, layout and size.
 
-Tolerance: a backend may err twice as much as dense PyTorch in the same dtype errs against float64, plus one rounding of
-the result. The yardstick is taken on a full batch of the same distribution.
+The tolerance is twice the error of dense PyTorch in the same dtype against float64, plus one rounding of the result.
+The error of dense PyTorch is measured on a full batch of the same distribution.
 """
 
 from dataclasses import replace
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minilm_kernels import relation_kl
-from minilm_kernels.relation.masks import REDUCTIONS
+from minilm_kernels._choices import REDUCTIONS
 
 from .cases import MALFORMED, MASKS, Case, all_nan, dense, error, make, malformed
 
@@ -21,9 +21,9 @@ def _upstream(case: Case, reduction: str) -> torch.Tensor:
 
 
 def _yardstick(dtype: torch.dtype, cross: bool, widths: tuple[int, int]) -> tuple[float, float]:
-    """Allowed relative errors of rows and gradients: twice the dense loss's own, plus one rounding.
+    """Returns the allowed relative errors of rows and gradients: twice the dense loss's error, plus one rounding.
 
-    Float64 has no more precise oracle: there it is a few dozen roundings, those of the longest sums.
+    For float64 there is no more precise oracle: a few dozen roundings are allowed, as in the longest sums.
     """
     if dtype == torch.float64:
         return 64 * torch.finfo(dtype).eps, 64 * torch.finfo(dtype).eps
@@ -111,7 +111,7 @@ def test_many_short_sequences_among_long_ones(backend, device, reduction):
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_prefixes_of_long_sequences(backend, device, packed, cross):
-    """Prefixes that end within a block of rows, beyond the first one, and with the sequence."""
+    """Prefixes end inside a block of rows, after the first block, and with the sequence."""
     mask = {"prefix_lens": torch.tensor([200, 30, 257])}
     if packed:
         mask["cu_seqlens"] = torch.tensor([0, 257, 514, 771], dtype=torch.int32)
@@ -131,7 +131,7 @@ def test_upstream_gradients_of_either_sign(backend, device, cross):
 @pytest.mark.parametrize("mask", ["none", "prefix-holes", "packed-prefix"])
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16, "meta"], ids=str)
 def test_defaults_of_the_process_change_nothing(backend, device, default, mask):
-    """Code that builds models sets the default dtype or device; what is allocated here names its own."""
+    """The default dtype and device, which code that builds models may change, do not affect the operator."""
     case = make(mask, cross=True, heads=2).on(device)
     upstream = _upstream(case, "none").to(device)
     dtype, default_device = torch.get_default_dtype(), torch.get_default_device()
@@ -210,7 +210,7 @@ def test_self_path_equals_cross_path(backend, device):
 
 
 def test_any_dtype_of_a_mask(backend, device):
-    """0 and 1 in any dtype, and any one other number in an integer one."""
+    """Masks are 0 and 1 in any dtype, or 0 and any other value in an integer dtype."""
     case = make("holes").on(device)
     real = case.kwargs["attention_mask"] != 0
     expected, _ = case.run("sequence", backend)
@@ -220,7 +220,7 @@ def test_any_dtype_of_a_mask(backend, device):
 
 
 def test_one_student_tensor_as_query_and_key(backend, device):
-    """A cross relation of the teacher against a self relation of the student: the gradients add up."""
+    """One student tensor is query and key while the teacher's differ: the gradients of query and key add up."""
     case = make("holes", cross=True).on(device)
     q_t, k_t, q_s, _ = case.tensors
     case = Case((q_t, k_t, q_s, q_s), case.kwargs)
@@ -244,7 +244,7 @@ def test_heads_and_sequences_are_independent(backend, device):
 
 
 def test_strided_views(backend, device):
-    """Heads of a fused projection, a sliced batch, reversed axes and broadcast tensors give what copies give."""
+    """Heads of a fused projection, a sliced batch, reversed axes and broadcast tensors give the results of copies."""
     fused_t, fused_s = torch.randn(4, 30, 3 * 36, device=device), torch.randn(4, 30, 3 * 18, device=device)
     q_t, k_t, _ = fused_t[1:, 5:28].unflatten(-1, (3, 3, 12)).unbind(2)
     q_s, k_s, _ = fused_s[1:, 5:28].unflatten(-1, (3, 3, 6)).unbind(2)
@@ -284,7 +284,7 @@ def test_nothing_to_compare(backend, device, reduction, cross):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_malformed_packings(backend, device, kind, reduction):
-    """Refused where the host may read cu_seqlens; answered with NaN by backends that do not wait for a GPU."""
+    """Malformed cu_seqlens raise an error where the host can read them, and give NaN on backends that do not wait."""
     case = malformed(kind).on(device)
     if device == "cpu" or backend in ("torch", "reference"):
         with pytest.raises(ValueError, match="max_seqlen: " if "max_seqlen" in kind else "cu_seqlens: "):
@@ -304,9 +304,9 @@ def test_equal_models_have_zero_divergence(backend, device):
 
 
 def test_single_rows_near_their_teacher(backend, device):
-    """The KL of a row is then δ²/2 with δ the difference of two log-softmaxes: here about 10⁻⁶ beside sums of 1.
+    """Near its teacher a row's KL is δ²/2, here about 1e-6, where δ ≈ 1e-3 is the difference of two log-softmaxes.
 
-    An error of some roundings in δ ≈ 10⁻³ is less than 1 % of it; Σ (q − p) − Σ p·δ would be off by a rounding of 1.
+    A few rounding errors in δ are less than 1 % of it, but Σ (q − p) − Σ p·δ has the rounding error of a sum near 1.
     """
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(2, 40, 3, 16, generator=generator)
@@ -319,7 +319,7 @@ def test_single_rows_near_their_teacher(backend, device):
 
 @pytest.mark.parametrize("target", [1e-1, 1e-3, 1e-4, 1e-5])
 def test_small_divergences(backend, device, target):
-    """Float32, 12 288 rows: the scalar to 1e-3 down to KL = 1e-5, single rows to 1e-3 down to 1e-4; none negative."""
+    """float32, 12,288 rows: error below 1e-3, of the loss down to KL = 1e-5, of rows down to 1e-4; no row < 0."""
     x = make(batch=16, length=32, heads=24, widths=(8, 8)).tensors[0]
     noise = torch.randn_like(x)
 
@@ -328,7 +328,7 @@ def test_small_divergences(backend, device, target):
         return case, relation_kl(*case.to(torch.float64).tensors, reduction="none", backend="reference")
 
     amplitude = target**0.5
-    for _ in range(3):  # KL is quadratic in the perturbation: a few steps reach the target
+    for _ in range(3):  # KL is quadratic in the perturbation: a few iterations reach the target
         amplitude *= (target / rows_at(amplitude)[1].mean().item()) ** 0.5
     case, rows = rows_at(amplitude)
     assert 0.5 * target < rows.mean() < 2 * target
@@ -348,7 +348,7 @@ def test_small_divergences(backend, device, target):
 
 
 def _large_feature(x):
-    """One feature that all tokens share, ten times the others: what layer norms leave in trained models."""
+    """All tokens share one feature ten times as large as the others, as after the layer norms of trained models."""
     return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
 
 
@@ -357,7 +357,7 @@ def _large_mean(x):
 
 
 def _uneven_tokens(x):
-    """Norms of tokens by a log-normal law: rows of one key beside rows of many."""
+    """Token norms follow a log-normal distribution: rows dominated by one key next to rows of many keys."""
     return x * torch.exp(0.7 * torch.randn(*x.shape[:-1], 1, generator=torch.Generator().manual_seed(3)))
 
 
@@ -378,11 +378,11 @@ def test_tokens_as_models_make_them(request, backend, device, change, widths):
 
 @pytest.mark.parametrize("spread", [4.0, 12.0, 40.0])
 def test_sharp_relations(backend, device, spread):
-    """Scores of tens to thousands: one-hot rows, row maxima far apart; nothing overflows or dies."""
+    """Scores of tens to thousands give one-hot rows and distant row maxima; nothing overflows or underflows to 0."""
     case = make("holes", spread=spread, cross=False).on(device)
     value, (grad,) = case.run("sequence", backend)
     expected, (expected_grad,) = case.oracle("sequence")
-    # A score rounds to eps·|score|, which is the error of log p: relative to a KL of the same size, a few eps.
+    # A score has a rounding error of eps·|score|, and so has log p: a few eps relative to a KL of the same size.
     assert error(value, expected) < 1e-5
     assert error(grad, expected_grad) < 1e-6 * spread**2 + 1e-5
     assert torch.isfinite(grad).all()

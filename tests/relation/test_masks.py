@@ -1,4 +1,4 @@
-"""Masks by themselves: the packings that a call may compute with, and the repair of those that it may not."""
+"""Mask: well-formed and malformed packings, and row weights."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def _mask(bounds: list[int], max_seqlen: int | None, total: int = 40) -> Mask:
 
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_malformed_packings(kind):
-    """Refused where they can be read; otherwise every token gets a sequence that the kernels can trust, and NaN."""
+    """check_packing raises an error; sanitize_bounds returns safe bounds that cover every token, and NaN."""
     mask = _mask(*MALFORMED[kind])
     with pytest.raises(ValueError, match="max_seqlen: " if "max_seqlen" in kind else "cu_seqlens: "):
         mask.check_packing()
-    repaired, fault = mask.repaired()
+    sanitized, fault = mask.sanitize_bounds()
     assert fault.isnan()
-    assert repaired.cu_seqlens.dtype == torch.int32
-    assert repaired.num_sequences == mask.num_sequences
-    repaired.check_bounds()
-    assert repaired.unpad()[1].tolist() == repaired.cu_seqlens.tolist()
+    assert sanitized.cu_seqlens.dtype == torch.int32
+    assert sanitized.num_sequences == mask.num_sequences
+    sanitized.check_bounds()
+    assert sanitized.unpad()[1].tolist() == sanitized.cu_seqlens.tolist()
 
 
 @pytest.mark.parametrize(
@@ -45,24 +45,24 @@ def test_malformed_packings(kind):
 def test_well_formed_packings_stay_as_they_are(bounds, max_seqlen, total):
     mask = _mask(bounds, max_seqlen, total)
     mask.check_packing()
-    repaired, fault = mask.repaired()
+    sanitized, fault = mask.sanitize_bounds()
     assert fault is None or fault == 0
-    assert repaired.cu_seqlens.tolist() == bounds
-    assert repaired.max_seqlen == max_seqlen
+    assert sanitized.cu_seqlens.tolist() == bounds
+    assert sanitized.max_seqlen == max_seqlen
 
 
-def test_a_repair_waits_for_nobody():
-    """Fake tensors have no values: to read one is an error."""
+def test_sanitizing_does_not_wait_for_the_device():
+    """Fake tensors have no values: reading one raises an error."""
     with FakeTensorMode():
         mask = Mask((40,), CPU, cu_seqlens=torch.empty(5, dtype=torch.int32), max_seqlen=12)
-        repaired, fault = mask.repaired()
-        assert repaired.unpad()[1].shape == (5,)
+        sanitized, fault = mask.sanitize_bounds()
+        assert sanitized.unpad()[1].shape == (5,)
         with pytest.raises(Exception, match=r"_local_scalar_dense|[Dd]ata.?[Dd]ependent"):
             fault.item()
 
 
 def test_tokens_without_a_sequence_are_refused_on_every_device():
-    """The shape alone says so."""
+    """The shape of cu_seqlens is enough to find this error."""
     mask = Mask((40,), torch.device("meta"), cu_seqlens=torch.zeros(1, dtype=torch.int32, device="meta"))
     with pytest.raises(
         ValueError, match=r"cu_seqlens: expected the bounds of one sequence or more for 40 packed tokens"

@@ -1,4 +1,4 @@
-"""Nothing of size B·A·S² is ever allocated, and what is kept for the backward is the gradient."""
+"""Memory: no tensor of size B·A·S² is allocated, and only the gradient is saved for the backward."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ MODES = {
 
 
 def _largest_allocation(case: Case, reduction: str, backend: str) -> int:
-    """Bytes of the largest single allocation during forward and backward, as the allocator reports them."""
+    """Returns the bytes of the largest single allocation during forward and backward, as the allocator reports it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         case.run(reduction, backend)
     events = profile.profiler.kineto_results.events()
@@ -38,7 +38,7 @@ def _largest_allocation(case: Case, reduction: str, backend: str) -> int:
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 @pytest.mark.parametrize("mode", MODES)
 def test_no_allocation_of_quadratic_size(backend, mode, cross, reduction):
-    """Not even one byte for each of B·A·S² pairs."""
+    """Allocations stay below one byte for each of the B·A·S² pairs."""
     case = make(MODES[mode], batch=B, length=S, heads=A, widths=(8, 6), cross=cross)
     assert _largest_allocation(case, reduction, backend) < B * A * S * S
 

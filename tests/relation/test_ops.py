@@ -1,4 +1,4 @@
-"""The operator among PyTorch's machinery: opcheck, gradcheck, torch.compile, autocast, GradScaler, autograd's rules."""
+"""The operator within PyTorch: opcheck, gradcheck, torch.compile, autocast, GradScaler, autograd, torch.func."""
 
 import gc
 
@@ -17,7 +17,7 @@ PER_MASK = ["none", "holes", "causal", "prefix-left", "packed", "packed-prefix"]
 
 
 def _arguments(mask: str, cross: bool) -> tuple:
-    """Of the registered operators: tensors, pairs and everything up to the scales."""
+    """Returns the first arguments of the registered operators, from the tensors to the scales."""
     case = make(mask, cross=cross, heads=2)
     q_t, k_t, q_s, k_s = case.tensors
     kwargs = case.kwargs
@@ -119,7 +119,7 @@ def test_autocast_does_not_reach_the_scores(backend, dtype):
 
 
 def test_backward_under_amp_and_grad_scaler(backend):
-    """A projection under fp16 autocast with GradScaler learns as in float32; nothing underflows on the way."""
+    """A projection under fp16 autocast with GradScaler gets the gradients of float32; nothing underflows."""
     torch.manual_seed(1)
     hidden, mask = torch.randn(4, 16, 24), torch.rand(4, 16) < 0.8
     teacher = QKV(*(torch.randn(4, 16, 48) for _ in range(3)))
@@ -146,7 +146,7 @@ def test_backward_under_amp_and_grad_scaler(backend):
 
 
 def test_tiny_float16_gradients_survive_the_loss_scale(backend):
-    """Gradients below float16's range before the loss scale is applied must not be rounded before it."""
+    """The loss scale is applied before gradients that float16 cannot represent are rounded."""
     x = make(batch=64, length=32, heads=4, widths=(8, 8)).tensors[0]
     case = Case((x, None, x + 0.02 * torch.randn_like(x), None), {}).to(torch.float16)
     scale = torch.tensor(2.0**16)
@@ -197,7 +197,7 @@ def test_graph_is_kept_only_as_autograd_promises(backend):
 
 
 def test_the_graph_frees_what_it_keeps():
-    """The gradients kept for the backward are results of the node that keeps them: no cycle for the collector."""
+    """Saved gradients are outputs of the node that saves them: this must not create a reference cycle."""
     gc.collect()
     gc.disable()
     try:
@@ -211,7 +211,7 @@ def test_the_graph_frees_what_it_keeps():
 
 
 def _loss(reduction: str):
-    """Of a student, with a teacher and a mask that are always the same."""
+    """Returns the loss of a student, with a fixed teacher and mask."""
     generator = torch.Generator().manual_seed(0)
     teacher, mask = torch.randn(2, 9, 4, 8, generator=generator), torch.rand(2, 9, generator=generator) < 0.8
 
@@ -231,7 +231,7 @@ def _penalty_backward(loss, student):
 
 
 def _penalty_for_one_input(loss, student):
-    """Here the engine runs only the nodes between the result and the student."""
+    """torch.autograd.grad runs only the nodes between the result and the student."""
     (gradient,) = torch.autograd.grad(loss(student), student, create_graph=True)
     torch.autograd.grad(student.square().sum() + gradient.square().sum(), student)
 
@@ -294,7 +294,7 @@ def test_a_compiled_second_derivative_is_refused(compiler, reduction):
 
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
 def test_a_graph_of_the_gradient_that_is_not_differentiated(reduction):
-    """create_graph=True alone changes no gradient, and penalties on other parts of a graph pass."""
+    """create_graph=True alone changes no gradient, and penalties on other parts of a graph work."""
     loss, student = _loss(reduction), torch.randn(2, 9, 4, 6, requires_grad=True)
     (expected,) = torch.autograd.grad(loss(student), student)
     total = loss(student) + student.pow(3).sum()
@@ -306,7 +306,7 @@ def test_a_graph_of_the_gradient_that_is_not_differentiated(reduction):
 
 
 def test_the_gradient_in_what_weighs_the_loss():
-    """A learned weight of the loss: its derivative of the gradient is the gradient."""
+    """The gradient is differentiable by a learned weight of the loss: that derivative is the gradient itself."""
     loss, student = _loss("sequence"), torch.randn(2, 9, 4, 6, requires_grad=True)
     (expected,) = torch.autograd.grad(loss(student), student)
     weight = torch.ones((), requires_grad=True)
@@ -366,7 +366,7 @@ def test_activation_checkpointing(backend, reduction, reentrant):
 @pytest.mark.parametrize("mask", ["none", "prefix-holes", "packed-prefix"])
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
 def test_inference_tensors(backend, reduction, mask):
-    """Teacher, masks, and what of the student needs no gradient, made under inference_mode."""
+    """Teacher, masks, and student tensors without gradient may be inference tensors."""
     case = make(mask, cross=True)
     expected, (expected_grad, _) = case.run(reduction, backend)
     with torch.inference_mode():
@@ -386,7 +386,7 @@ def test_inference_tensors(backend, reduction, mask):
 
 
 class _Negated(torch.autograd.Function):
-    """A view whose gradient is another: what adversarial training does."""
+    """A view with a different gradient, as in adversarial training."""
 
     @staticmethod
     def forward(ctx, x):
@@ -402,7 +402,7 @@ def _heads(x):
 
 
 def _relations_taken(monkeypatch, call) -> tuple[list[int], torch.Tensor]:
-    """The pairs of tensors that the operator is given, and the result."""
+    """Returns the pairs of tensor indices that the operator receives, and the result."""
     taken = []
 
     def spy(pairs, *arguments):
@@ -423,7 +423,7 @@ def _hooked(x):
     [
         (lambda x: _heads(x), True),
         (lambda x: x.view(2, 9, 4, 6), True),
-        (lambda x: x.view(2, 9, 4, 6).transpose(1, 2).transpose(1, 2), False),  # another way through autograd
+        (lambda x: x.view(2, 9, 4, 6).transpose(1, 2).transpose(1, 2), False),  # a different path through autograd
         (lambda x: _heads(x * 1), False),
         (lambda x: _heads(x.detach()), False),
         (lambda x: _Negated.apply(_heads(x)), False),
@@ -434,7 +434,7 @@ def _hooked(x):
 )
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
 def test_two_views_of_one_tensor_are_a_self_relation(monkeypatch, reduction, key, one):
-    """...if their gradients go the same way; value and gradient are those of a query and a key either way."""
+    """Views count as one tensor if their gradients take the same path; value and gradient are the same either way."""
     teacher, leaf = torch.randn(2, 9, 32), torch.randn(2, 9, 24, requires_grad=True)
     student = leaf * 2
     taken, value = _relations_taken(
@@ -451,7 +451,7 @@ def test_two_views_of_one_tensor_are_a_self_relation(monkeypatch, reduction, key
 
 
 def test_views_of_a_leaf_of_overlapping_memory(monkeypatch):
-    """Rows of one memory, but of other rows of the gradient."""
+    """The views share memory, but their gradients go to different rows."""
     leaf = torch.randn(1, 2, 9, 4, 6).expand(2, -1, -1, -1, -1).requires_grad_()
     teacher = torch.randn(2, 9, 4, 8)
     taken, value = _relations_taken(monkeypatch, lambda: relation_kl(teacher, teacher, leaf[0], leaf[1]))
@@ -461,7 +461,7 @@ def test_views_of_a_leaf_of_overlapping_memory(monkeypatch):
 
 
 class _Normalised(torch.autograd.Function):
-    """A view whose gradients cannot be added before they go through it."""
+    """A view whose backward is not linear: gradients must not be added before it."""
 
     @staticmethod
     def forward(ctx, x):
@@ -526,7 +526,7 @@ def test_two_views_of_one_tensor_keep_one_gradient():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()), lambda t: t):
         MiniLMLoss(4)(QKV(x, x, x), QKV(y, y, torch.randn(2, 9, 24)))
-    assert sum(saved) == y.numel() + y.numel()  # of Q-K, and of V-V
+    assert sum(saved) == y.numel() + y.numel()  # one gradient each for Q-K and V-V
 
 
 def test_only_what_needs_a_gradient_gets_one(backend):

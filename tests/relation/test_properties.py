@@ -1,4 +1,4 @@
-"""Random shapes, masks and values: the properties that hold for all of them."""
+"""Properties that hold for random shapes, masks and values."""
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -37,7 +37,7 @@ def cases(draw) -> Case:
 @anything
 @given(cases(), st.sampled_from(["sequence", "token", "sum", "none"]))
 def test_the_reference_is_met(backend, case, reduction):
-    """A score of size s is off by a few eps·s, and so are log-probabilities, rows and the gradient's coefficients.
+    """A score of size s has an error of a few eps·s, and so have log-probabilities, rows and gradient coefficients.
 
     A row sums terms of size 1 that cancel: it is off by a few eps·max(1, s), however small it is itself.
     """

@@ -1,4 +1,4 @@
-"""Every wrong argument is one clear error that names it, before any work."""
+"""Wrong arguments raise one clear error that names the argument, before any computation."""
 
 import pytest
 import torch
@@ -42,11 +42,29 @@ DENSE_ERRORS = [
     ({"student_query": torch.randn(2, 6, 3, 4)}, ValueError, r"student_query: .*\(2, 5, 3\).*\(2, 6, 3, 4\)"),
     ({"student_query": torch.randn(2, 5, 4, 4)}, ValueError, r"student_query: .*\(2, 5, 3\).*\(2, 5, 4, 4\)"),
     ({"student_query": torch.randn(2, 5, 3, 0)}, ValueError, r"student_query: .*width 1 or more.*\(2, 5, 3, 0\)"),
-    ({"student_key": torch.randn(2, 5, 3, 6)}, ValueError, "student_key: expected the head width .*4, got 6"),
-    ({"teacher_key": torch.randn(2, 5, 3, 6)}, ValueError, "teacher_key: .*8, got 6"),
+    (
+        {"teacher_key": torch.randn(2, 5, 3, 8), "student_key": torch.randn(2, 5, 3, 6)},
+        ValueError,
+        "student_key: expected the head width .*4, got 6",
+    ),
+    (
+        {"teacher_key": torch.randn(2, 5, 3, 6), "student_key": torch.randn(2, 5, 3, 4)},
+        ValueError,
+        "teacher_key: .*8, got 6",
+    ),
+    (
+        {"teacher_key": torch.randn(2, 5, 3, 8)},
+        ValueError,
+        "^student_key: .*teacher_key is given, got None; pass both keys, or None for both .* pass student_query as",
+    ),
+    (
+        {"student_key": torch.randn(2, 5, 3, 4)},
+        ValueError,
+        "^teacher_key: .*student_key is given, got None; pass both keys, or None for both .* pass teacher_query as",
+    ),
     ({"student_query": torch.randn(2, 5, 3, 4, device="meta")}, ValueError, "student_query: .*device.*cpu, got meta"),
     ({"teacher_query": torch.randn(2, 5, 3, 8).requires_grad_()}, ValueError, "teacher_query: .*detach"),
-    # What a module made without no_grad is no leaf.
+    # The output of a teacher run without no_grad is not a leaf.
     ({"teacher_query": torch.randn(2, 5, 3, 8).requires_grad_() * 2}, ValueError, "teacher_query: .*detach"),
     ({"attention_mask": torch.ones(2, 5, dtype=torch.complex64)}, TypeError, "attention_mask: .*integer or bool.*comp"),
     ({"attention_mask": torch.ones(2, 4).bool()}, ValueError, r"attention_mask: .*\(2, 5\), got \(2, 4\)"),
@@ -62,26 +80,26 @@ DENSE_ERRORS = [
     (
         {"student_scale": torch.ones((), requires_grad=True)},
         TypeError,
-        r"student_scale: .*got Tensor: .*item\(\); .*learned, multiply student_query",
+        r"student_scale: .*got Tensor: .*item\(\); to train it, multiply student_query by it and pass both keys",
     ),
     ({"student_scale": float("nan")}, ValueError, "student_scale: .*finite.*nan"),
     ({"reduction": "mean"}, ValueError, "reduction: .*sequence, token, sum, none, got 'mean'"),
     ({"backend": "fast"}, ValueError, "backend: .*auto.*torch.*got 'fast'"),
 ]
-_REAL = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+_VALID = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
 _SEGMENTS = torch.tensor([[1, 1, 2, 2, 0], [1, 1, 1, 2, 2]])
 MASK_ERRORS = [
-    ((1 - _REAL) * -10000, "-10000 to 0, as an additive mask has: pass mask == 0"),
-    ((1 - _REAL) * -10000.0, "-10000.0 to .*additive"),
-    (torch.where(_REAL > 0, 0.0, -torch.inf), "-inf to 0.0, as an additive"),
-    (torch.where(_REAL > 0, 0.0, torch.finfo(torch.float16).min).half(), "additive"),
+    ((1 - _VALID) * -10000, "-10000 to 0, like an additive mask: pass mask == 0"),
+    ((1 - _VALID) * -10000.0, "-10000.0 to .*additive"),
+    (torch.where(_VALID > 0, 0.0, -torch.inf), "-inf to 0.0, like an additive"),
+    (torch.where(_VALID > 0, 0.0, torch.finfo(torch.float16).min).half(), "additive"),
     (torch.full((2, 5), -torch.inf), "additive"),
-    (_SEGMENTS, "0 to 2, as segment numbers are: .*cu_seqlens"),
+    (_SEGMENTS, "0 to 2, like segment numbers: .*cu_seqlens"),
     (_SEGMENTS.to(torch.uint8), "segment numbers"),
     (_SEGMENTS.float(), "segment numbers"),
     (torch.tensor([[1, -1, 0, 0, 0]] * 2), "-1 to 1"),
-    (_REAL * 0.5, "floats of 0 and 1, .* 0.0 to 0.5$"),
-    (_REAL * torch.nan, "nan"),
+    (_VALID * 0.5, "floats of 0 and 1, .* 0.0 to 0.5$"),
+    (_VALID * torch.nan, "nan"),
 ]
 PACKED_ERRORS = [
     ({"attention_mask": torch.ones(2, 5).bool()}, ValueError, "attention_mask: .*packed"),
@@ -120,19 +138,19 @@ def test_masks_that_say_something_else(mask, message):
 
 
 def test_a_float_mask_that_cannot_be_read_makes_nan():
-    """A compiled call, like one on an accelerator, reads no value: another float than 0 and 1 shows in the result."""
+    """A compiled call, like a call on an accelerator, reads no values: floats other than 0 and 1 give NaN."""
     teacher, student = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 3, 4)
 
     def call(mask):
         return relation_kl(teacher, None, student, None, attention_mask=mask)
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(_REAL.float()), call(_REAL))
-    assert compiled((1 - _REAL) * -10000.0).isnan()
+    torch.testing.assert_close(compiled(_VALID.float()), call(_VALID))
+    assert compiled((1 - _VALID) * -10000.0).isnan()
 
 
 def _kinds(x):
-    """Kinds of tensors that are not one dense block, and what the message says of the way out."""
+    """Yields tensors that are not dense, and the conversion that the message names."""
     yield torch.nested.nested_tensor(list(x), layout=torch.jagged), r"nested.*values\(\) with .*offsets\(\).int\(\)"
     yield torch.nested.nested_tensor(list(x)), r"nested.*values\(\)"
     yield x.to_sparse(), r"sparse_coo.*to_dense\(\)"
@@ -145,7 +163,7 @@ def _kinds(x):
 
 @pytest.mark.filterwarnings("ignore")  # prototypes of PyTorch
 def test_tensors_of_other_kinds():
-    """One sentence of ours that names the argument, instead of an error from within PyTorch."""
+    """The error names the argument, instead of coming from within PyTorch."""
     arguments = {"teacher_query": torch.randn(2, 5, 3, 8), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
     for name, x in arguments.items():
         for kind, message in _kinds(x):
@@ -167,7 +185,7 @@ def test_distributed_tensors():
 
 
 def test_mixed_relations_of_a_grouped_query_model():
-    """Keys narrower than queries: equal-width relations are computed, mixed ones refused."""
+    """With keys narrower than queries, relations of equal width are computed and mixed relations raise an error."""
     sides = [{"query": torch.randn(2, 5, 3, width), "key": torch.randn(2, 5, 3, width // 4)} for width in (16, 8)]
     assert relation_kl_multi(*sides, [("query", "query"), ("key", "key")]).shape == (2,)
     with pytest.raises(ValueError, match=r"teacher_key: .*16, got 4.*grouped-query"):
@@ -175,7 +193,7 @@ def test_mixed_relations_of_a_grouped_query_model():
 
 
 def test_validation_reads_no_tensor_values():
-    """Nothing synchronises with a device: under fake tensors, which have no values, a whole call goes through."""
+    """No call waits for a device: it works with fake tensors, which have no values."""
     with FakeTensorMode():
         value = _call(
             attention_mask=torch.ones(2, 5).long(),

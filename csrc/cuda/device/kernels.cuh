@@ -1,27 +1,21 @@
-// The kernels. Each is compiled by itself, for the shape of one call: `fused_1_2_1_1_0` is MINILM_FUSED with the template
-// arguments 1, 2, 1, 1, 0. minilm_kernels/relation/backends/cuda_compiler.py appends that one line and hands the text to NVRTC;
-// host/driver.cpp makes the names.
+// Entry points of the kernels. minilm_kernels/relation/backends/cuda_compiler.py inlines the includes, appends one of
+// these macros for each kernel that a call needs, and compiles the text with NVRTC. `symmetric_1_2_1_1_0` is
+// MINILM_SYMMETRIC with the template arguments 1, 2, 1, 1, 0; host/launch_plan.cpp makes these names.
 #pragma once
 
-#include "fused.cuh"
-#include "rows.cuh"
+#include "row_wise.cuh"
+#include "symmetric.cuh"
 
-#define MINILM_FUSED(name, pieces_s, ...)                                                                     \
-  extern "C" MINILM_KERNEL(32 * minilm::cuda::kFusedWarps[pieces_s], 1) name(const MINILM_PARAMETER minilm::cuda::Batch b) { \
-    minilm::cuda::FusedKernel<pieces_s, __VA_ARGS__>::run(b, minilm::cuda::shared_memory());                   \
+#define MINILM_ENTRY(threads, blocks, name, Params, ...)                                               \
+  extern "C" MINILM_KERNEL(threads, blocks) name(const MINILM_PARAMETER minilm::cuda::Params params) { \
+    minilm::cuda::__VA_ARGS__::run(params, minilm::cuda::shared_memory());                             \
   }
 
-#define MINILM_STATISTICS(name, ...)                                                                          \
-  extern "C" MINILM_KERNEL(32 * minilm::cuda::kRowsWarps, 2) name(const MINILM_PARAMETER minilm::cuda::Batch b) { \
-    minilm::cuda::StatisticsKernel<__VA_ARGS__>::run(b, minilm::cuda::shared_memory());                        \
-  }
-
-#define MINILM_VISIT(name, ...)                                                                               \
-  extern "C" MINILM_KERNEL(32 * minilm::cuda::kRowsWarps, 2) name(const MINILM_PARAMETER minilm::cuda::Batch b) { \
-    minilm::cuda::VisitKernel<__VA_ARGS__>::run(b, minilm::cuda::shared_memory());                             \
-  }
-
-#define MINILM_REDUCE(name, ...)                                                                              \
-  extern "C" MINILM_KERNEL(256, 1) name(const MINILM_PARAMETER minilm::cuda::Reduction r) {                    \
-    minilm::cuda::ReductionKernel::run(r, minilm::cuda::shared_memory());                                      \
-  }
+#define MINILM_SYMMETRIC(name, splits_s, ...)                                       \
+  MINILM_ENTRY(32 * minilm::cuda::kSymmetricWarps[splits_s], 1, name, LaunchParams, \
+               SymmetricKernel<splits_s, __VA_ARGS__>)
+#define MINILM_ROW_STATS(name, ...) \
+  MINILM_ENTRY(32 * minilm::cuda::kRowWiseWarps, 2, name, LaunchParams, RowStatsKernel<__VA_ARGS__>)
+#define MINILM_ROW_WISE(name, ...) \
+  MINILM_ENTRY(32 * minilm::cuda::kRowWiseWarps, 2, name, LaunchParams, RowWiseKernel<__VA_ARGS__>)
+#define MINILM_REDUCE(name) MINILM_ENTRY(256, 1, name, ReduceParams, ReduceKernel)

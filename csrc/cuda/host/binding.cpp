@@ -1,20 +1,9 @@
-// What PyTorch sees of the CUDA backend: private operators, through the stable ABI (any torch from 2.10 on). No symbol of
-// torch's CUDA library is needed: stream and device come in as numbers, and without a GPU the library loads all the same.
-// Tensors on the CPU are served too, as a stand-in for the driver library takes them in tests.
+// Registers the operators of the CUDA backend with PyTorch. No symbol of PyTorch's CUDA library is needed: stream and
+// device are passed as numbers, so that the library also loads without a GPU. Tensors on the CPU are accepted as well,
+// for tests that replace the driver library or the GPU.
 
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <optional>
-#include <string>
-#include <vector>
-
+#include "common/binding.h"
 #include "driver.h"
-#include "gpu.h"
 
 #if defined(MINILM_EMULATED)
 #define MINILM_LIBRARY minilm_kernels_cuda_emulated
@@ -24,150 +13,62 @@
 
 namespace {
 
-using minilm::cuda::Call;
-using minilm::cuda::Limits;
-using minilm::cuda::Matrix;
-using minilm::cuda::Relation;
-using minilm::cuda::Type;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Matrix matrix_of(const Tensor& x) {
-  bool packed = x.dim() == 3;
-  Matrix m;
-  m.data = x.const_data_ptr();
-  m.batch = packed ? 0 : x.stride(0);
-  m.position = x.stride(packed ? 0 : 1);
-  m.head = x.stride(packed ? 1 : 2);
-  m.feature = x.stride(packed ? 2 : 3);
-  m.width = static_cast<int32_t>(x.size(packed ? 2 : 3));
-  switch (x.scalar_type()) {
-    case ScalarType::Float: m.type = Type::float32; break;
-    case ScalarType::Half: m.type = Type::float16; break;
-    case ScalarType::BFloat16: m.type = Type::bfloat16; break;
-    default: STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
-  }
-  return m;
-}
-
-template <class T>
-const T* data_of(const std::optional<Tensor>& x, ScalarType type) {
-  if (!x) return nullptr;
-  STD_TORCH_CHECK(x->scalar_type() == type && x->is_contiguous(), "expected another dtype, or contiguous memory");
-  return static_cast<const T*>(x->const_data_ptr());
-}
-
-float* output_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), "expected contiguous float32 memory");
-  return static_cast<float*>(x.mutable_data_ptr());
-}
-
-std::vector<Relation> relations_of(const std::vector<Tensor>& teacher, const std::vector<Tensor>& student,
-                                   const std::vector<int64_t>& pairs) {
-  std::vector<Relation> relations(pairs.size() / 2);
-  for (size_t r = 0; r < relations.size(); ++r) {
-    int64_t query = pairs[2 * r], key = pairs[2 * r + 1];
-    relations[r] = {};
-    relations[r].teacher = {matrix_of(teacher.at(query)), matrix_of(teacher.at(key)), 1.0f};
-    relations[r].student = {matrix_of(student.at(query)), matrix_of(student.at(key)), 1.0f};
-    relations[r].self = query == key;
-    relations[r].index = static_cast<int32_t>(r);
-  }
-  return relations;
-}
+using namespace minilm;
 
 void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "backend cuda: ", error); }
 
-Limits limits_of(int64_t device, int& capability) {
-  Limits limits{};
-  check(minilm::cuda::find_limits(static_cast<int>(device), limits, capability));
-  return limits;
+cuda::DeviceProps device_props(int64_t device) {
+  cuda::DeviceProps props{};
+  check(cuda::get_device_props(static_cast<int>(device), props));
+  return props;
 }
 
-// See minilm_kernels/relation/backends/native_cuda.py for the arguments. Returns the kernels that have to be loaded first, one a
-// line; then nothing was queued.
-std::string relation_kl(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> pairs,
-                 std::vector<double> scales, Tensor tokens, Tensor starts, std::optional<Tensor> prefixes, bool causal,
-                 bool padded, int64_t longest, std::optional<Tensor> weights, std::optional<Tensor> row_grads,
-                 std::optional<Tensor> values, std::optional<Tensor> rows, std::vector<Tensor> grads, int64_t stream,
-                 int64_t device) {
-  const Tensor& shape = student.at(0);
-  bool packed = shape.dim() == 3;
-  std::vector<Relation> relations = relations_of(teacher, student, pairs);
-  size_t slot = 0;
-  for (size_t r = 0; r < relations.size(); ++r) {
-    Relation& relation = relations[r];
-    relation.teacher.scale = static_cast<float>(scales.at(2 * r));
-    relation.student.scale = static_cast<float>(scales.at(2 * r + 1));
-    relation.query_grad = grads.empty() ? nullptr : output_of(grads.at(slot++));
-    relation.key_grad = grads.empty() || relation.self ? relation.query_grad : output_of(grads.at(slot++));
-  }
-  Call call{};
-  call.relations = relations.data();
-  call.stream = reinterpret_cast<void*>(stream);
-  call.common.num_relations = static_cast<int64_t>(relations.size());
-  call.common.num_sequences = starts.numel() - 1;
-  call.common.num_heads = shape.size(packed ? 1 : 2);
-  call.common.positions = shape.size(packed ? 0 : 1);
-  call.common.longest = longest < call.common.positions ? longest : call.common.positions;
-  call.common.packed = packed;
-  call.common.tokens = data_of<int64_t>(tokens, ScalarType::Long);
-  call.common.starts = data_of<int64_t>(starts, ScalarType::Long);
-  call.common.prefixes = data_of<int64_t>(prefixes, ScalarType::Long);
-  call.common.causal = causal;
-  call.common.padded = padded;
-  call.common.gradient = !grads.empty();
-  call.common.weights = data_of<float>(weights, ScalarType::Float);
-  call.common.row_grads = data_of<float>(row_grads, ScalarType::Float);
-  call.common.values = values ? output_of(*values) : nullptr;
-  call.common.rows = rows ? output_of(*rows) : nullptr;
-
-  int capability = 0;
-  Limits limits = limits_of(device, capability);
-  int64_t bytes = minilm::cuda::scratch_bytes(call, limits);
+// Returns the names of kernels that must be loaded first, one per line. If there are any, nothing has been launched.
+std::string relation_kl(Tensors teacher, Tensors student, std::vector<int64_t> indices, std::vector<double> scales,
+                        Tensor tokens, Tensor starts, OptionalTensor prefixes, bool causal, OptionalTensor weights,
+                        OptionalTensor row_grads, OptionalTensor values, OptionalTensor rows, Tensors grads,
+                        bool padded, int64_t max_length, int64_t stream, int64_t device) {
+  const Tensor& like = student.at(0);
+  std::vector<Relation> relations = relations_of(teacher, student, indices, scales, grads);
+  Call call = call_of(like, relations.size(), tokens, starts, prefixes, causal, weights, row_grads, values, rows,
+                      !grads.empty());
+  call.padded = padded;
+  if (max_length < call.max_length) call.max_length = max_length;
+  const cuda::DeviceProps props = device_props(device);
+  const int64_t bytes = cuda::scratch_bytes(call, relations.data(), props);
   check(bytes < 0 ? "the call has more than 2^31 - 1 thread blocks; split the batch" : nullptr);
-  Tensor scratch = torch::stable::new_empty(shape, {bytes}, ScalarType::Byte);
+  Tensor scratch = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
   std::string missing;
-  check(minilm::cuda::run(call, limits, static_cast<int>(device), scratch.mutable_data_ptr(), missing));
+  check(cuda::run(call, relations.data(), props, static_cast<int>(device), reinterpret_cast<void*>(stream),
+                  scratch.mutable_data_ptr(), missing));
   return missing;
 }
 
-// Loads a kernel, machine code or PTX, of which `image` has the bytes and a zero behind them.
+// Loads a kernel. `image`: machine code or PTX, followed by a zero byte.
 void load(std::string name, Tensor image, int64_t device) {
-  check(minilm::cuda::load(static_cast<int>(device), name, image.const_data_ptr()));
+  check(cuda::load(static_cast<int>(device), name, image.const_data_ptr()));
 }
 
 // The device's compute capability, 90 for 9.0.
-int64_t capability(int64_t device) {
-  int found = 0;
-  limits_of(device, found);
-  return found;
-}
+int64_t capability(int64_t device) { return device_props(device).capability; }
 
-// Why the device cannot serve these tensors; empty: it can.
-std::string refusal(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<int64_t> pairs,
-                    int64_t device) {
-  int capability = 0;
-  Limits limits = limits_of(device, capability);
-  std::vector<Relation> relations = relations_of(teacher, student, pairs);
-  return minilm::cuda::refusal(relations.data(), static_cast<int64_t>(relations.size()), true, limits, capability);
+// Returns the reason why the device cannot compute relations of these tensors, or an empty string.
+std::string unsupported_reason(Tensors teacher, Tensors student, std::vector<int64_t> indices, int64_t device) {
+  return cuda::unsupported_reason(relations_of(teacher, student, indices), true, device_props(device));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(MINILM_LIBRARY, m) {
-  m.def(
-      "relation_kl(Tensor[] teacher, Tensor[] student, int[] pairs, float[] scales, Tensor tokens, Tensor starts, "
-      "Tensor? prefixes, bool causal, bool padded, int longest, Tensor? weights, Tensor? row_grads, "
-      "Tensor(a!)? values, Tensor(b!)? rows, Tensor(c!)[] grads, int stream, int device) -> str");
+  m.def("relation_kl(" MINILM_RELATION_SCHEMA ", bool padded, int max_length, int stream, int device) -> str");
   m.def("load(str name, Tensor image, int device) -> ()");
   m.def("capability(int device) -> int");
-  m.def("refusal(Tensor[] teacher, Tensor[] student, int[] pairs, int device) -> str");
+  m.def("unsupported_reason(Tensor[] teacher, Tensor[] student, int[] indices, int device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MINILM_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("relation_kl", TORCH_BOX(&relation_kl));
   m.impl("load", TORCH_BOX(&load));
   m.impl("capability", TORCH_BOX(&capability));
-  m.impl("refusal", TORCH_BOX(&refusal));
+  m.impl("unsupported_reason", TORCH_BOX(&unsupported_reason));
 }

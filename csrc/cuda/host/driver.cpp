@@ -1,5 +1,5 @@
-// Driver of the CUDA backend: sorts a call's relations into launches and gives each its memory. Waits for nothing and
-// reads nothing from the device, so a call can be captured in a CUDA graph.
+// Driver of the CUDA backend: groups a call's relations into launches and assigns their memory. It never waits for the
+// device and reads nothing from it, so that a call can be captured in a CUDA graph.
 
 #include "driver.h"
 
@@ -7,108 +7,106 @@
 #include <utility>
 #include <vector>
 
-#include "gpu.h"
-#include "plan.h"
+#include "launch_plan.h"
 
 namespace minilm::cuda {
 namespace {
 
-constexpr int64_t kMostBlocks = 0x7fffffff;  // of a launch
+constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a launch
 
-int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+int student_splits(const Relation& relation) { return planes_of(relation).student_splits; }
 
-int student_pieces(const Relation& relation) { return planes_of(relation).student_pieces; }
-
-Planes most(const std::vector<const Relation*>& relations) {
+// Maximum of each number of planes over several relations.
+Planes max_planes(const std::vector<const Relation*>& relations) {
   Planes all{};
   for (const Relation* relation : relations) {
     const Planes one = planes_of(*relation);
     all = {std::max(all.teacher, one.teacher), std::max(all.student, one.student),
-           std::max(all.student_chunks, one.student_chunks), std::max(all.student_pieces, one.student_pieces)};
+           std::max(all.student_chunks, one.student_chunks), std::max(all.student_splits, one.student_splits)};
   }
   return all;
 }
 
-// At most kMostRelations of a call's relations.
+// The launches of up to kMaxRelations relations of a call.
 class Run {
- public:
-  Run(const Call& call, const Limits& limits, int64_t first, int64_t count) : call_(call), limits_(limits) {
-    const Common& common = call.common;
-    total_ = common.packed ? common.positions : common.num_sequences * common.positions;
-    for (int64_t r = first; r < first + count; ++r) {
-      const Relation& relation = call.relations[r];
+public:
+  Run(const Call& call, const Relation* relations, int64_t count, const DeviceProps& props)
+      : call_(call), props_(props) {
+    total_ = call.packed ? call.positions : call.num_sequences * call.positions;
+    for (int64_t r = 0; r < count; ++r) {
+      const Relation& relation = relations[r];
       all_.push_back(&relation);
-      if (may_be_fused(relation)) fused_.push_back(&relation);
+      if (may_be_symmetric(relation)) symmetric_.push_back(&relation);
     }
-    if (!fused_.empty())
-      longest_fused_ = std::min<int64_t>(common.longest, plan_fused(limits, most(fused_), common.longest).tokens);
-    const bool one_length = !common.packed && !common.padded;
-    if (longest_fused_ == 0 || (one_length && longest_fused_ < common.longest)) {
-      fused_.clear();
-      longest_fused_ = 0;
+    if (!symmetric_.empty())
+      max_symmetric_length_ =
+          std::min<int64_t>(call.max_length, plan_symmetric(props, max_planes(symmetric_), call.max_length).tokens);
+    const bool equal_lengths = !call.packed && !call.padded;
+    if (max_symmetric_length_ == 0 || (equal_lengths && max_symmetric_length_ < call.max_length)) {
+      symmetric_.clear();
+      max_symmetric_length_ = 0;
     }
     for (const Relation* relation : all_)
-      if (!is_fused(relation) || longest_fused_ < common.longest) rows_.push_back(relation);
-    rows_plan_ = plan_rows(limits, most(rows_), common.gradient);
-    fused_slots_ = common.num_sequences * common.num_heads;
-    row_blocks_ = rows_.empty() ? 0 : total_ / own() + common.num_sequences;
-    slots_ = fused_slots_ + row_blocks_ * common.num_heads;
+      if (!is_symmetric(relation) || max_symmetric_length_ < call.max_length) row_wise_.push_back(relation);
+    row_wise_plan_ = plan_row_wise(props, max_planes(row_wise_), call.gradient);
+    symmetric_slots_ = call.num_sequences * call.num_heads;
+    row_blocks_ = row_wise_.empty() ? 0 : total_ / own() + call.num_sequences;
+    slots_ = symmetric_slots_ + row_blocks_ * call.num_heads;
   }
 
-  int64_t scratch_bytes() const { return partials_bytes() + statistics_bytes(); }
-  bool too_large() const { return static_cast<int64_t>(all_.size()) * slots_ > kMostBlocks; }  // each block has a slot
+  int64_t scratch_bytes() const { return partials_bytes() + row_stats_bytes(); }
+  bool too_large() const { return static_cast<int64_t>(all_.size()) * slots_ > kMaxBlocks; }  // each block has a slot
 
-  // The launches, in their order.
+  // The launches in order. `scratch`: scratch_bytes() of device memory.
   std::vector<Launch> operator()(char* scratch) const {
-    const Common& common = call_.common;
+    const Call& call = call_;
     double* partials = reinterpret_cast<double*>(scratch);
     std::vector<Launch> launches;
 
-    Batch batch{};
-    batch.common = common;
-    batch.partials = partials - all_[0]->index * slots_;  // relations are counted within this run
-    batch.slots = slots_;
-    batch.statistics = reinterpret_cast<float*>(scratch + partials_bytes()) - all_[0]->index * common.num_heads * total_;
-    batch.statistics_stride = static_cast<int64_t>(all_.size()) * common.num_heads * total_;
+    LaunchParams params{};
+    params.call = call;
+    params.partials = partials - all_[0]->index * slots_;  // relations are indexed within the call
+    params.slots = slots_;
+    params.row_stats = reinterpret_cast<float*>(scratch + partials_bytes()) - all_[0]->index * call.num_heads * total_;
+    params.row_stats_stride = static_cast<int64_t>(all_.size()) * call.num_heads * total_;
 
-    batch.shortest = 1;
-    batch.longest = longest_fused_;
+    params.min_length = 1;
+    params.max_length = max_symmetric_length_;
     for (const auto& [kernel, relations] :
-         by_kernel(fused_, [&](const Relation& r) { return fused_kernel(r, common.causal); })) {
-      const FusedPlan plan = plan_fused(limits_, most(relations), round_up(longest_fused_, kTile));
-      fill(batch, relations);
-      batch.capacity = plan.tokens;
-      const int64_t blocks = batch.num_relations * common.num_sequences * common.num_heads;
-      launches.emplace_back(kernel, batch, blocks, plan.warps * 32, plan.bytes);
+         by_kernel(symmetric_, [&](const Relation& r) { return symmetric_kernel(r, call.causal); })) {
+      const SymmetricPlan plan = plan_symmetric(props_, max_planes(relations), round_up(max_symmetric_length_, kTile));
+      fill(params, relations);
+      params.capacity = plan.tokens;
+      const int64_t blocks = params.num_relations * call.num_sequences * call.num_heads;
+      launches.emplace_back(kernel, params, blocks, plan.warps * 32, plan.bytes);
     }
-    add_rows(batch, launches);
-    if (common.values) launches.push_back(reduction(partials));
+    add_row_wise(params, launches);
+    if (call.values) launches.push_back(reduction(partials));
     return launches;
   }
 
- private:
-  bool may_be_fused(const Relation& relation) const {
-    return relation.self && call_.common.gradient && call_.common.weights && relation.teacher.scale >= 0 &&
+private:
+  bool may_be_symmetric(const Relation& relation) const {
+    return relation.self && call_.gradient && call_.weights && relation.teacher.scale >= 0 &&
            relation.student.scale >= 0;
   }
-  // Rows, evaluation and float32 gradients are to be as good as float32 can be; training in half precision is not.
-  bool needs_exact(const Relation& relation) const {
-    return !call_.common.gradient || student_pieces(relation) == 3;
+  // Accurate exponentials are for float32 students, and for calls without gradient, which report the KL divergence
+  // itself.
+  bool needs_exact(const Relation& relation) const { return !call_.gradient || student_splits(relation) == 3; }
+  bool is_symmetric(const Relation* relation) const {
+    return std::find(symmetric_.begin(), symmetric_.end(), relation) != symmetric_.end();
   }
-  bool is_fused(const Relation* relation) const {
-    return std::find(fused_.begin(), fused_.end(), relation) != fused_.end();
-  }
-  int64_t own() const { return rows_plan_.warps * kTile; }
+  int64_t own() const { return row_wise_plan_.warps * kTile; }
   int64_t partials_bytes() const {
     return round_up(static_cast<int64_t>(all_.size()) * slots_ * static_cast<int64_t>(sizeof(double)), 256);
   }
-  int64_t statistics_bytes() const {
-    return rows_.empty() ? 0 : static_cast<int64_t>(all_.size()) * call_.common.num_heads * total_ * 4 * 4;
+  int64_t row_stats_bytes() const {
+    return row_wise_.empty() ? 0 : static_cast<int64_t>(all_.size()) * call_.num_heads * total_ * 4 * 4;
   }
 
   using Relations = std::vector<const Relation*>;
 
-  // Relations that one launch serves, with the launch's kernel, in the order of their first ones.
+  // Groups relations by the kernel that they need. A group is computed by one launch.
   template <class Name>
   static std::vector<std::pair<std::string, Relations>> by_kernel(const Relations& from, const Name& name_of) {
     std::vector<std::pair<std::string, Relations>> groups;
@@ -121,115 +119,115 @@ class Run {
     return groups;
   }
 
-  static void fill(Batch& batch, const std::vector<const Relation*>& relations) {
-    batch.num_relations = static_cast<int32_t>(relations.size());
-    for (size_t i = 0; i < relations.size(); ++i) batch.relations[i] = *relations[i];
+  static void fill(LaunchParams& params, const std::vector<const Relation*>& relations) {
+    params.num_relations = static_cast<int32_t>(relations.size());
+    for (size_t i = 0; i < relations.size(); ++i) params.relations[i] = *relations[i];
   }
 
-  void add_rows(Batch& batch, std::vector<Launch>& launches) const {
-    if (rows_.empty()) return;
-    const Common& common = call_.common;
-    const int64_t blocks = row_blocks_ * common.num_heads;
-    batch.capacity = rows_plan_.others;
-    batch.longest = common.longest;
-    batch.first_slot = fused_slots_;
+  void add_row_wise(LaunchParams& params, std::vector<Launch>& launches) const {
+    if (row_wise_.empty()) return;
+    const Call& call = call_;
+    const int64_t blocks = row_blocks_ * call.num_heads;
+    params.capacity = row_wise_plan_.streamed;
+    params.max_length = call.max_length;
+    params.first_slot = symmetric_slots_;
     auto add = [&](const std::string& kernel, const Relations& relations) {
-      fill(batch, relations);
-      launches.emplace_back(kernel, batch, blocks * batch.num_relations, rows_plan_.warps * 32, rows_plan_.bytes);
+      fill(params, relations);
+      launches.emplace_back(kernel, params, blocks * params.num_relations, row_wise_plan_.warps * 32,
+                            row_wise_plan_.bytes);
     };
-    // Sequences that the fused kernel has served are left out, of the relations that it serves.
-    for (bool fused : {false, true}) {
+    // Relations of the symmetric kernel come last and without the sequences that it has already processed.
+    for (bool symmetric : {false, true}) {
       Relations some;
-      for (const Relation* relation : rows_)
-        if (is_fused(relation) == fused) some.push_back(relation);
-      batch.shortest = fused ? longest_fused_ + 1 : 1;
-      batch.keys = 0;
+      for (const Relation* relation : row_wise_)
+        if (is_symmetric(relation) == symmetric) some.push_back(relation);
+      params.min_length = symmetric ? max_symmetric_length_ + 1 : 1;
+      params.keys = 0;
       for (const auto& [kernel, relations] :
-           by_kernel(some, [&](const Relation& r) { return statistics_kernel(r, needs_exact(r)); }))
+           by_kernel(some, [&](const Relation& r) { return row_stats_kernel(r, needs_exact(r)); }))
         add(kernel, relations);
       for (const auto& [kernel, relations] :
-           by_kernel(some, [&](const Relation& r) { return visit_kernel(r, common.gradient); })) {
-        batch.keys = 0;
+           by_kernel(some, [&](const Relation& r) { return row_wise_kernel(r, call.gradient); })) {
+        params.keys = 0;
         add(kernel, relations);
         Relations crosses;
         for (const Relation* relation : relations)
           if (!relation->self) crosses.push_back(relation);
-        batch.keys = 1;
-        if (common.gradient && !crosses.empty()) add(kernel, crosses);
+        params.keys = 1;
+        if (call.gradient && !crosses.empty()) add(kernel, crosses);
       }
     }
   }
 
   Launch reduction(const double* partials) const {
-    Reduction reduction{};
-    reduction.common = call_.common;
+    ReduceParams reduction{};
+    reduction.call = call_;
     reduction.partials = partials - all_[0]->index * slots_;
     reduction.slots = slots_;
-    reduction.fused_slots = fused_slots_;
+    reduction.symmetric_slots = symmetric_slots_;
     reduction.num_relations = static_cast<int32_t>(all_.size());
     for (size_t i = 0; i < all_.size(); ++i) {
       reduction.index[i] = all_[i]->index;
-      reduction.fused[i] = is_fused(all_[i]);
-      reduction.rows[i] = std::find(rows_.begin(), rows_.end(), all_[i]) != rows_.end();
+      reduction.symmetric[i] = is_symmetric(all_[i]);
+      reduction.row_wise[i] = std::find(row_wise_.begin(), row_wise_.end(), all_[i]) != row_wise_.end();
     }
     return {reduction_kernel(), reduction, reduction.num_relations, 256, 256};
   }
 
   const Call& call_;
-  const Limits& limits_;
-  std::vector<const Relation*> all_, fused_, rows_;
-  RowsPlan rows_plan_{};
-  int64_t total_ = 0, longest_fused_ = 0, fused_slots_ = 0, row_blocks_ = 0, slots_ = 0;
+  const DeviceProps& props_;
+  std::vector<const Relation*> all_, symmetric_, row_wise_;
+  RowWisePlan row_wise_plan_{};
+  int64_t total_ = 0, max_symmetric_length_ = 0, symmetric_slots_ = 0, row_blocks_ = 0, slots_ = 0;
 };
 
 template <class Body>
-void each_run(const Call& call, const Limits& limits, const Body& body) {
-  for (int64_t first = 0; first < call.common.num_relations; first += kMostRelations) {
-    Run run(call, limits, first, std::min<int64_t>(kMostRelations, call.common.num_relations - first));
-    body(run);
-  }
+void for_each_run(const Call& call, const Relation* relations, const DeviceProps& props, const Body& body) {
+  for (int64_t first = 0; first < call.num_relations; first += kMaxRelations)
+    body(Run(call, relations + first, std::min<int64_t>(kMaxRelations, call.num_relations - first), props));
 }
 
 }  // namespace
 
-std::string refusal(const Relation* relations, int64_t num_relations, bool gradient, const Limits& limits,
-                    int capability) {
-  if (capability < 80)
-    return "it needs a GPU of compute capability 8.0 or more, this one has " + std::to_string(capability / 10) + "." +
-           std::to_string(capability % 10);
+std::string unsupported_reason(const std::vector<Relation>& relations, bool gradient, const DeviceProps& props) {
+  if (props.capability < 80)
+    return "it needs a GPU of compute capability 8.0 or more, this one has " + std::to_string(props.capability / 10) +
+           "." + std::to_string(props.capability % 10);
   std::vector<const Relation*> all;
-  for (int64_t r = 0; r < num_relations; ++r) all.push_back(&relations[r]);
-  const Planes planes = most(all);
-  if (plan_rows(limits, planes, gradient).warps == 0)
-    return "heads of these widths and dtypes need " + std::to_string(rows_bytes(planes, kTile, kTile, gradient)) +
-           " bytes of shared memory, a block of this GPU has " + std::to_string(limits.shared_per_block);
+  for (const Relation& relation : relations) all.push_back(&relation);
+  const Planes planes = max_planes(all);
+  if (plan_row_wise(props, planes, gradient).warps == 0)
+    return "heads of these widths and dtypes need " + std::to_string(row_wise_bytes(planes, kTile, kTile, gradient)) +
+           " bytes of shared memory, a block of this GPU has " + std::to_string(props.smem_per_block);
   return "";
 }
 
-int64_t scratch_bytes(const Call& call, const Limits& limits) {
+int64_t scratch_bytes(const Call& call, const Relation* relations, const DeviceProps& props) {
   int64_t most = 0;
   bool too_large = false;
-  each_run(call, limits, [&](Run& run) {
+  for_each_run(call, relations, props, [&](const Run& run) {
     most = std::max(most, run.scratch_bytes());
     too_large |= run.too_large();
   });
   return too_large ? -1 : most;
 }
 
-const char* run(const Call& call, const Limits& limits, int device, void* scratch, std::string& missing) {
+const char* run(const Call& call, const Relation* relations, const DeviceProps& props, int device, void* stream,
+                void* scratch, std::string& missing) {
   std::vector<Launch> launches;
-  each_run(call, limits, [&](Run& run) {
+  for_each_run(call, relations, props, [&](const Run& run) {
     for (Launch& launch : run(static_cast<char*>(scratch)))
       if (launch.blocks > 0) launches.push_back(std::move(launch));
   });
-  std::vector<std::string> unknown;
+  std::vector<std::string> not_loaded;
   for (const Launch& launch : launches)
-    if (!is_loaded(device, launch.kernel) && std::find(unknown.begin(), unknown.end(), launch.kernel) == unknown.end())
-      unknown.push_back(launch.kernel);
-  for (const std::string& kernel : unknown) missing += (missing.empty() ? "" : "\n") + kernel;
-  if (!unknown.empty()) return nullptr;
+    if (!is_loaded(device, launch.kernel) &&
+        std::find(not_loaded.begin(), not_loaded.end(), launch.kernel) == not_loaded.end())
+      not_loaded.push_back(launch.kernel);
+  for (const std::string& kernel : not_loaded) missing += (missing.empty() ? "" : "\n") + kernel;
+  if (!not_loaded.empty()) return nullptr;
   for (const Launch& one : launches)
-    if (const char* error = launch(device, one, call.stream)) return error;
+    if (const char* error = launch(device, one, stream)) return error;
   return nullptr;
 }
 

@@ -1,21 +1,23 @@
-// The CUDA backend's entry: which kernels a call needs, and their launches. Nothing here knows torch.
+// Entry points of the CUDA backend's host code. Nothing here depends on PyTorch.
 #pragma once
 
 #include <string>
+#include <vector>
 
-#include "../device/relation.h"
+#include "common/relation.h"
+#include "gpu.h"
 
 namespace minilm::cuda {
 
-// Why a device cannot serve these relations; empty: it can.
-std::string refusal(const Relation* relations, int64_t num_relations, bool gradient, const Limits& limits,
-                    int capability);
+// Returns the reason why a device cannot compute these relations, or an empty string.
+std::string unsupported_reason(const std::vector<Relation>& relations, bool gradient, const DeviceProps& props);
 
-// Device memory that `run` needs; −1: the call has more thread blocks than a launch takes.
-int64_t scratch_bytes(const Call& call, const Limits& limits);
+// Bytes of device memory that `run` needs, or -1 if the call has more thread blocks than a launch may have.
+int64_t scratch_bytes(const Call& call, const Relation* relations, const DeviceProps& props);
 
-// Queues everything on the call's stream; returns null, or what went wrong. `scratch`: device memory, 16-byte aligned.
-// Where kernels are not loaded yet, nothing is queued, and `missing` names them, one a line.
-const char* run(const Call& call, const Limits& limits, int device, void* scratch, std::string& missing);
+// Launches the kernels of a call. Returns null, or an error message. `scratch`: device memory, aligned to 16 bytes. If
+// kernels are not loaded yet, launches nothing and lists their names in `missing`, one per line.
+const char* run(const Call& call, const Relation* relations, const DeviceProps& props, int device, void* stream,
+                void* scratch, std::string& missing);
 
 }  // namespace minilm::cuda

@@ -1,5 +1,5 @@
-// See gpu.h. The CUDA driver library is opened at run time, and the few declarations needed of it stand here: this file
-// compiles without CUDA, and one library serves machines with and without it.
+// Implements gpu.h with the CUDA driver library, which is opened at run time. The declarations that are needed are
+// repeated here, so that this file compiles without CUDA, and the library also loads on machines without a GPU.
 
 #include "gpu.h"
 
@@ -12,16 +12,16 @@
 namespace minilm::cuda {
 namespace {
 
-// --- cuda.h, as far as it is needed ---
+// --- declarations of cuda.h ---
 using CUresult = int;
 using CUdevice = int;
 using CUcontext = struct CUctx_st*;
 using CUmodule = struct CUmod_st*;
 using CUfunction = struct CUfunc_st*;
 using CUstream = struct CUstream_st*;
-constexpr int kMultiprocessorShared = 81, kBlockSharedOptin = 97, kMajor = 75, kMinor = 76;  // CUdevice_attribute
-constexpr int kStaticShared = 1, kDynamicShared = 8, kCarveout = 9;                          // CUfunction_attribute
-constexpr int kRelaxed = 2;                                                                  // CUstreamCaptureMode
+constexpr int kSharedPerSm = 81, kBlockSharedOptin = 97, kMajor = 75, kMinor = 76;  // CUdevice_attribute
+constexpr int kStaticShared = 1, kDynamicShared = 8, kCarveout = 9;                 // CUfunction_attribute
+constexpr int kRelaxed = 2;                                                         // CUstreamCaptureMode
 
 struct Library {
   CUresult (*init)(unsigned) = nullptr;
@@ -39,7 +39,7 @@ struct Library {
   CUresult (*set_attribute)(CUfunction, int, int) = nullptr;
   CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void**,
                      void**) = nullptr;
-  std::string missing;  // why it cannot be used
+  std::string missing;  // why the library cannot be used, or empty
 
   std::string text_of(CUresult result) const {
     const char* text = nullptr;
@@ -80,11 +80,11 @@ const Library& library() {
   return opened;
 }
 
-// The message is the calling thread's until its next failure.
+// The message stays valid until the thread's next failure.
 const char* failure(const std::string& text) {
-  thread_local std::string kept;
-  kept = text;
-  return kept.c_str();
+  thread_local std::string message;
+  message = text;
+  return message.c_str();
 }
 
 const char* failure(const char* call, CUresult result) {
@@ -93,12 +93,11 @@ const char* failure(const char* call, CUresult result) {
 
 struct Device {
   CUcontext context = nullptr;
-  Limits limits{};
-  int capability = 0;
+  DeviceProps props{};
   std::map<std::string, CUfunction> kernels;
 };
 
-std::shared_mutex mutex;  // of the map below and of every device's kernels
+std::shared_mutex mutex;  // guards `devices` and the kernels of every device
 std::map<int, Device> devices;
 
 const char* fill(Device& device, int index) {
@@ -106,14 +105,13 @@ const char* fill(Device& device, int index) {
   if (!cuda.missing.empty()) return failure(cuda.missing);
   CUdevice handle = 0;
   if (CUresult r = cuda.device_get(&handle, index)) return failure("cuDeviceGet", r);
-  int block = 0, processor = 0, major = 0, minor = 0;
+  int block = 0, sm = 0, major = 0, minor = 0;
   const std::pair<int, int*> wanted[] = {
-      {kBlockSharedOptin, &block}, {kMultiprocessorShared, &processor}, {kMajor, &major}, {kMinor, &minor}};
+      {kBlockSharedOptin, &block}, {kSharedPerSm, &sm}, {kMajor, &major}, {kMinor, &minor}};
   for (auto [attribute, value] : wanted)
     if (CUresult r = cuda.device_attribute(value, attribute, handle)) return failure("cuDeviceGetAttribute", r);
   if (CUresult r = cuda.retain_context(&device.context, handle)) return failure("cuDevicePrimaryCtxRetain", r);
-  device.limits = {block, processor};
-  device.capability = 10 * major + minor;
+  device.props = {block, sm, 10 * major + minor};
   return nullptr;
 }
 
@@ -133,9 +131,9 @@ const char* find(int index, Device*& device) {
   return nullptr;
 }
 
-// The operands' device need not be the thread's.
+// Makes a device's context current, since the tensors may live on another device than the thread's current one.
 class Current {
- public:
+public:
   explicit Current(const Device& device) {
     CUcontext current = nullptr;
     if (CUresult r = library().current_context(&current)) {
@@ -153,17 +151,16 @@ class Current {
   }
   const char* error = nullptr;
 
- private:
+private:
   bool pushed_ = false;
 };
 
 }  // namespace
 
-const char* find_limits(int index, Limits& limits, int& capability) {
+const char* get_device_props(int index, DeviceProps& props) {
   Device* device = nullptr;
   if (const char* error = find(index, device)) return error;
-  limits = device->limits;
-  capability = device->capability;
+  props = device->props;
   return nullptr;
 }
 
@@ -180,7 +177,7 @@ const char* load(int index, const std::string& name, const void* image) {
   const Library& cuda = library();
   Current current(*device);
   if (current.error) return current.error;
-  int mode = kRelaxed;  // loading allocates: allowed while this thread captures a graph only if it says so
+  int mode = kRelaxed;  // loading allocates memory, which a graph capture permits in this mode only
   if (CUresult r = cuda.capture_mode(&mode)) return failure("cuThreadExchangeStreamCaptureMode", r);
   CUmodule module = nullptr;
   CUfunction function = nullptr;
@@ -191,12 +188,13 @@ const char* load(int index, const std::string& name, const void* image) {
     failed = call;
     return (result = r) == 0;
   };
-  // Shared memory is set once, for the largest block: launches of other lengths on other threads change nothing.
+  // The limit of dynamic shared memory is set once, for the largest block, and not per launch: other threads may launch
+  // the same kernel with another size.
   step("cuModuleLoadData", cuda.module_load(&module, image)) &&
       step("cuModuleGetFunction", cuda.module_function(&function, module, name.c_str())) &&
       step("cuFuncGetAttribute", cuda.get_attribute(&fixed, kStaticShared, function)) &&
       step("cuFuncSetAttribute",
-           cuda.set_attribute(function, kDynamicShared, static_cast<int>(device->limits.shared_per_block) - fixed)) &&
+           cuda.set_attribute(function, kDynamicShared, static_cast<int>(device->props.smem_per_block) - fixed)) &&
       step("cuFuncSetAttribute", cuda.set_attribute(function, kCarveout, 100));
   cuda.capture_mode(&mode);
   if (result) return failure((name + ": " + failed).c_str(), result);
@@ -216,9 +214,9 @@ const char* launch(int index, const Launch& launch, void* stream) {
   Current current(*device);
   if (current.error) return current.error;
   void* parameters[] = {const_cast<char*>(launch.parameters)};
-  CUresult r = library().launch(function, static_cast<unsigned>(launch.blocks), 1, 1,
-                                static_cast<unsigned>(launch.threads), 1, 1, static_cast<unsigned>(launch.shared),
-                                static_cast<CUstream>(stream), parameters, nullptr);
+  CUresult r =
+      library().launch(function, static_cast<unsigned>(launch.blocks), 1, 1, static_cast<unsigned>(launch.threads), 1,
+                       1, static_cast<unsigned>(launch.smem), static_cast<CUstream>(stream), parameters, nullptr);
   return r == 0 ? nullptr : failure((launch.kernel + ": cuLaunchKernel").c_str(), r);
 }
 

@@ -1,12 +1,13 @@
 """Backend `torch`: blocked pure PyTorch on any device and dtype, with O(B·A·S) extra memory.
 
-Every mask becomes one form first: the real tokens of each sequence, gathered side by side (hidden keys are then not
-there at all), with a causal or prefix bound that counts gathered tokens. Rows are worked through in blocks that hold
-all their keys, so a block has its softmax at once: both phases of the computation, loss and gradient, fall into one
-visit with two softmaxes a pair, and no score is computed twice. See docs/mathematics.md.
+Every mask is first brought into one form (`Mask.unpad`): the valid tokens of each sequence are gathered side by side.
+Padding is then never computed, and a causal or prefix bound counts gathered tokens. The rows of a block see all their
+keys at once, so that one pass over its scores with two softmaxes yields the loss and the gradient. The derivation is in
+docs/mathematics.md.
 
-Results on a CPU are the same bits for any number of threads: the blocks do not depend on it, every matrix product
-leaves whole matrices to a thread (`_threads`), and large sums are cut alike (`_total`).
+On a CPU the results have the same bits for any number of threads: the blocks do not depend on it, every thread of a
+batched matrix product computes whole matrices (`_limit_threads`), and long sums are always split alike
+(`_deterministic_sum`).
 """
 
 from __future__ import annotations
@@ -21,84 +22,81 @@ from torch import Tensor
 
 from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
 
-# Scores that one block holds. CPU: the buffers shall stay in the cache, yet every operation on a block shall be worth
-# starting threads for. ns a pair at A = 48, S = 512, (16, 8) for 2**17 to 2**21, the fastest of five turns on two cores
-# that also did other work: 6.1, 5.1, 4.6, 4.7, 5.3. Their medians: 7.0, 5.7, 5.4, 5.8, 6.9.
-# Accelerators: a block must fill the chip, and launches are what costs (an estimate, not measured).
+# Scores in one block. On a CPU the buffers should stay in the cache, and every operation should be large enough to be
+# worth starting threads for. Measured at A = 48, S = 512, widths (16, 8) on two cores, 2**17 to 2**21, in ns per pair:
+# medians 7.0, 5.7, 5.4, 5.8, 6.9. The value for accelerators is an estimate.
 _BLOCK_SCORES_CPU = 2**19
 _BLOCK_SCORES_ACCELERATOR = 2**23
 _BLOCK_ROWS = 128
-_FEWEST_ROWS = 64  # a product over fewer rows costs more
-_FEWEST_ITEMS = 4  # matrices of one product, where there are so many; no more threads than that can share it
-_SUMMED_BY_ONE_THREAD = 2**14
+_MIN_ROWS = 64  # matrix products of fewer rows are slower
+_MIN_MATRICES = 4  # matrices per batched product, if there are that many; no more threads than this can share them
+_SUM_CHUNK = 2**14  # PyTorch sums at most this many elements on one thread
 
 
 def unavailable_reason() -> str | None:
     return None
 
 
-def unsupported_reasons(problem: RelationInputs) -> list[str]:
+def unsupported_reasons(inputs: RelationInputs) -> list[str]:
     return []
 
 
-def forward_reduced(problem: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
-    values = torch.zeros(len(problem.relations), dtype=problem.dtype, device=problem.mask.device)
-    grads = _zero_gradients(problem) if gradient else [[]] * len(problem.relations)
-    for group in _groups(problem):
-        row_weights = weights[group.sequences].repeat_interleave(problem.heads)[:, None].expand(-1, group.length)
+def forward_reduced(inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+    values = torch.zeros(len(inputs.relations), dtype=inputs.dtype, device=inputs.mask.device)
+    grads = _zero_gradients(inputs) if gradient else [[]] * len(inputs.relations)
+    for group in _groups(inputs):
+        row_weights = weights[group.sequences].repeat_interleave(inputs.heads)[:, None].expand(-1, group.length)
         row_weights = group.zero_padding(row_weights)
-        for r in range(len(problem.relations)):
-            kl = _relation(problem, group, r, row_weights, grads[r], exact=not gradient)
-            values[r] += _total(kl * row_weights)
-    return values, [slot for slots in grads for slot in slots]
+        for r in range(len(inputs.relations)):
+            kl = _relation_kl(inputs, group, r, row_weights, grads[r], exact=not gradient)
+            values[r] += _deterministic_sum(kl * row_weights)
+    return values, [buffer for buffers in grads for buffer in buffers]
 
 
-def forward_none(problem: RelationInputs) -> Tensor:
-    shape = (len(problem.relations), *problem.mask.token_shape, problem.heads)
-    out = torch.zeros(shape, dtype=problem.dtype, device=problem.mask.device)
-    for group in _groups(problem):
-        for r in range(len(problem.relations)):
-            group.scatter(_relation(problem, group, r, None, [], exact=True)[..., None], out[r, ..., None])
+def forward_none(inputs: RelationInputs) -> Tensor:
+    shape = (len(inputs.relations), *inputs.mask.token_shape, inputs.heads)
+    out = torch.zeros(shape, dtype=inputs.dtype, device=inputs.mask.device)
+    for group in _groups(inputs):
+        for r in range(len(inputs.relations)):
+            group.scatter(_relation_kl(inputs, group, r, None, [], exact=True)[..., None], out[r, ..., None])
     return out.transpose(-1, -2).contiguous()
 
 
-def backward_none(problem: RelationInputs, row_grads: Tensor) -> list[Tensor]:
-    grads = _zero_gradients(problem)
-    for group in _groups(problem):
-        for r in range(len(problem.relations)):
-            row_weights = group.gather(row_grads[r].transpose(-1, -2)[..., None], problem.dtype)[..., 0]
-            _relation(problem, group, r, group.zero_padding(row_weights), grads[r], exact=False)
-    return [slot for slots in grads for slot in slots]
+def backward_none(inputs: RelationInputs, row_grads: Tensor) -> list[Tensor]:
+    grads = _zero_gradients(inputs)
+    for group in _groups(inputs):
+        for r in range(len(inputs.relations)):
+            row_weights = group.gather(row_grads[r].transpose(-1, -2)[..., None], inputs.dtype)[..., 0]
+            _relation_kl(inputs, group, r, group.zero_padding(row_weights), grads[r], exact=False)
+    return [buffer for buffers in grads for buffer in buffers]
 
 
-def _zero_gradients(problem: RelationInputs) -> list[list[Tensor]]:
-    """Of each relation, its gradient slots."""
-    grads: list[list[Tensor]] = [[] for _ in problem.relations]
-    for r, m in grad_buffers(problem.relations):
-        grads[r].append(
-            torch.zeros_like(problem.student[m], dtype=problem.dtype, memory_format=torch.contiguous_format)
-        )
+def _zero_gradients(inputs: RelationInputs) -> list[list[Tensor]]:
+    """Returns the gradient buffers of each relation, filled with 0."""
+    grads: list[list[Tensor]] = [[] for _ in inputs.relations]
+    for r, m in grad_buffers(inputs.relations):
+        grads[r].append(torch.zeros_like(inputs.student[m], dtype=inputs.dtype, memory_format=torch.contiguous_format))
     return grads
 
 
 @dataclass(frozen=True)
 class _Group:
-    """n sequences of similar length, gathered to (n·A, L, D); rows and keys beyond a sequence's end are padding."""
+    """n sequences of similar length L, gathered to (n·A, L, D); rows and keys after a sequence's end are padding."""
 
     sequences: Tensor  # (n,) int64
-    index: tuple[Tensor, ...]  # of the tokens, (n, L) together, into `token_shape`; padding repeats the last token
+    index: tuple[Tensor, ...]  # indexes a tensor of `token_shape` to (n, L) tokens; padding repeats the last token
     length: int
-    valid: Tensor | None  # (n, L) bool; None when there is no padding
+    valid: Tensor | None  # (n, L) bool; None without padding
     causal: bool
     prefix: Tensor | None  # (n,) int64, in gathered tokens
     longest_prefix: int
 
     def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, S, A, D) or (T, A, D) to (n·A, L, D)."""
+        """Gathers (B, S, A, D) or (T, A, D) to (n·A, L, D)."""
         return x[self.index].transpose(1, 2).to(dtype).flatten(0, 1).contiguous()
 
     def scatter(self, values: Tensor, out: Tensor) -> None:
-        """Writes (n·A, L, D) to the real tokens of `out`, (B, S, A, D) or (T, A, D)."""
+        """Writes (n·A, L, D) to the valid tokens of `out`, (B, S, A, D) or (T, A, D)."""
         values = values.unflatten(0, (len(self.sequences), -1)).transpose(1, 2)  # (n, L, A, D)
         if self.valid is None:
             out[self.index] = values
@@ -106,49 +104,50 @@ class _Group:
             out[tuple(part.expand(self.valid.shape)[self.valid] for part in self.index)] = values[self.valid]
 
     def zero_padding(self, row_weights: Tensor) -> Tensor:
+        """Returns row weights (n·A, L) with 0 on padding."""
         if self.valid is None:
             return row_weights
-        real = self.valid.repeat_interleave(row_weights.shape[0] // self.valid.shape[0], 0)
-        return row_weights.masked_fill(~real, 0.0)
+        valid = self.valid.repeat_interleave(row_weights.shape[0] // self.valid.shape[0], 0)
+        return row_weights.masked_fill(~valid, 0.0)
 
     def num_keys(self, rows_end: int) -> int:
-        """How many keys the rows before `rows_end` can see."""
+        """Returns how many keys the rows before `rows_end` can see."""
         if self.causal:
             return min(self.length, max(rows_end, self.longest_prefix))
         return self.length
 
-    def hidden(self, rows: slice, items: slice, heads: int) -> Tensor | None:
-        """(items or 1, rows, keys) bool: the keys that these rows may not see; None: they see all."""
+    def masked_keys(self, rows: slice, matrices: slice, heads: int) -> Tensor | None:
+        """Returns the keys that these rows do not see, (matrices or 1, rows, keys) bool; None if they see all."""
         key = torch.arange(self.num_keys(rows.stop), device=self.sequences.device)
-        hidden = None
+        masked = None
         if self.causal:
-            hidden = (key > torch.arange(rows.start, rows.stop, device=key.device)[:, None])[None]
+            masked = (key > torch.arange(rows.start, rows.stop, device=key.device)[:, None])[None]
             if self.prefix is not None:
-                hidden = hidden & (key >= self.prefix[:, None])[:, None]
+                masked = masked & (key >= self.prefix[:, None])[:, None]
         if self.valid is not None:
             padding = ~self.valid[:, None, : len(key)]
-            hidden = padding if hidden is None else hidden | padding
-        if hidden is None or hidden.shape[0] == 1:
-            return hidden
-        return hidden[torch.arange(items.start, items.stop, device=key.device) // heads]
+            masked = padding if masked is None else masked | padding
+        if masked is None or masked.shape[0] == 1:
+            return masked
+        return masked[torch.arange(matrices.start, matrices.stop, device=key.device) // heads]
 
 
-def _groups(problem: RelationInputs) -> Iterator[_Group]:
-    """Sequences by falling length; short ones together as far as a block goes, long ones one by one."""
-    mask = problem.mask
+def _groups(inputs: RelationInputs) -> Iterator[_Group]:
+    """Yields groups of sequences, longest first: short sequences share a group as far as one block holds them."""
+    mask = inputs.mask
     tokens, starts, prefixes = mask.unpad()
-    if mask.attention_mask is None and not mask.packed:  # no need to wait for an accelerator
-        first = [n * mask.token_shape[1] for n in range(mask.num_sequences + 1)]
+    if mask.attention_mask is None and not mask.packed:  # the bounds are known without waiting for an accelerator
+        bounds = [n * mask.token_shape[1] for n in range(mask.num_sequences + 1)]
     else:
-        mask.check_bounds()  # the host waits here in any case
-        first = starts.tolist()
-    lengths = [end - start for start, end in pairwise(first)]
+        mask.check_bounds()  # the next line waits for the device in any case
+        bounds = starts.tolist()
+    lengths = [end - start for start, end in pairwise(bounds)]
 
     budget = _block_scores(mask.device)
     order = sorted((n for n in range(mask.num_sequences) if lengths[n]), key=lambda n: -lengths[n])
     while order:
         longest = lengths[order[0]]
-        fit = max(1, budget // (problem.heads * longest * longest))
+        fit = max(1, budget // (inputs.heads * longest * longest))
         members = [n for n in order[:fit] if 2 * lengths[n] > longest]
         order = order[len(members) :]
 
@@ -157,7 +156,7 @@ def _groups(problem: RelationInputs) -> Iterator[_Group]:
 
         sequences, ends = index(members), index([lengths[n] for n in members])[:, None]
         offsets = torch.arange(longest, device=mask.device)
-        position = tokens[index([first[n] for n in members])[:, None] + offsets.minimum(ends - 1)]
+        position = tokens[index([bounds[n] for n in members])[:, None] + offsets.minimum(ends - 1)]
         prefix = None if prefixes is None else prefixes[sequences]
         yield _Group(
             sequences=sequences,
@@ -174,86 +173,89 @@ def _block_scores(device: torch.device) -> int:
     return _BLOCK_SCORES_CPU if device.type == "cpu" else _BLOCK_SCORES_ACCELERATOR
 
 
-def _relation(
-    problem: RelationInputs, group: _Group, r: int, row_weights: Tensor | None, slots: list[Tensor], exact: bool
+def _relation_kl(
+    inputs: RelationInputs, group: _Group, r: int, row_weights: Tensor | None, buffers: list[Tensor], exact: bool
 ) -> Tensor:
-    """(n·A, L): KL of a group's rows in relation r. Writes the gradient of their weighted sum to `slots`, if any."""
-    query, key = relation = problem.relations[r]
-    scale_t, scale_s = problem.scales(relation)
-    k_t, k_s = (group.gather(side[key], problem.dtype) for side in (problem.teacher, problem.student))
+    """Returns the KL of a group's rows in relation r, (n·A, L); writes the gradient of their weighted sum to `buffers`.
+
+    `buffers` holds the gradient buffers of query and key (one of a self relation), or none.
+    """
+    query, key = relation = inputs.relations[r]
+    scale_t, scale_s = inputs.scales(relation)
+    k_t, k_s = (group.gather(model[key], inputs.dtype) for model in (inputs.teacher, inputs.student))
     q_t, q_s = (
         (k_t, k_s)
         if query == key
-        else (group.gather(side[query], problem.dtype) for side in (problem.teacher, problem.student))
+        else (group.gather(model[query], inputs.dtype) for model in (inputs.teacher, inputs.student))
     )
     q_t = q_t * scale_t
-    items, length = q_s.shape[:2]
-    kl = q_s.new_zeros(items, length)
-    grads = [torch.zeros_like(q_s) for _ in slots]  # of the query, then of the key; one for both in a self relation
+    matrices, length = q_s.shape[:2]
+    kl = q_s.new_zeros(matrices, length)
+    grads = [torch.zeros_like(q_s) for _ in buffers]
 
     scores = _block_scores(q_s.device)
-    block_rows = min(length, _BLOCK_ROWS, max(_FEWEST_ROWS, scores // (2 * _FEWEST_ITEMS * length)))
-    wanted = max(_FEWEST_ITEMS, scores // (block_rows * length))
-    blocks = min(-(-items // wanted), max(1, items // _FEWEST_ITEMS))
-    with _threads(items // blocks, q_s.device):
+    block_rows = min(length, _BLOCK_ROWS, max(_MIN_ROWS, scores // (2 * _MIN_MATRICES * length)))
+    block_matrices = max(_MIN_MATRICES, scores // (block_rows * length))
+    blocks = min(-(-matrices // block_matrices), max(1, matrices // _MIN_MATRICES))
+    with _limit_threads(matrices // blocks, q_s.device):
         for block in range(blocks):
-            i = slice(items * block // blocks, items * (block + 1) // blocks)
+            i = slice(matrices * block // blocks, matrices * (block + 1) // blocks)
             for start in range(0, length, block_rows):
                 rows = slice(start, min(start + block_rows, length))
                 keys = slice(group.num_keys(rows.stop))
                 scores_t = torch.bmm(q_t[i, rows], k_t[i, keys].mT)
                 scores_s = torch.bmm(q_s[i, rows] * scale_s, k_s[i, keys].mT)
-                kl[i, rows], excess = _rows_of_block(scores_t, scores_s, group.hidden(rows, i, problem.heads), exact)
+                kl[i, rows], excess = _block_kl(scores_t, scores_s, group.masked_keys(rows, i, inputs.heads), exact)
                 if row_weights is not None and grads:
                     weights = row_weights[i, rows, None]
                     grads[0][i, rows] += torch.bmm(excess, k_s[i, keys]) * weights
                     grads[-1][i, keys] += torch.bmm(excess.mT, q_s[i, rows] * weights)
-    for slot, grad in zip(slots, grads, strict=True):
-        group.scatter(grad * scale_s, slot)
+    for buffer, grad in zip(buffers, grads, strict=True):
+        group.scatter(grad * scale_s, buffer)
     return kl
 
 
 @contextmanager
-def _threads(most: int, device: torch.device) -> Iterator[None]:
-    """At most so many threads on the CPU.
+def _limit_threads(limit: int, device: torch.device) -> Iterator[None]:
+    """Runs with at most `limit` threads on the CPU.
 
-    A product of at least as many matrices as there are threads gives each thread whole matrices; one of fewer is
-    split within the matrices, and then its bits depend on the number of threads.
+    A batched product of at least as many matrices as threads gives each thread whole matrices. With fewer matrices
+    PyTorch splits them, and the bits of the result then depend on the number of threads.
     """
-    found = torch.get_num_threads()
-    if device.type != "cpu" or found <= most:
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads <= limit:
         yield
         return
-    torch.set_num_threads(most)
+    torch.set_num_threads(limit)
     try:
         yield
     finally:
-        torch.set_num_threads(found)
+        torch.set_num_threads(threads)
 
 
-def _total(x: Tensor) -> Tensor:
-    """The sum, in an order that does not depend on threads: PyTorch shares out what is large and has one result."""
+def _deterministic_sum(x: Tensor) -> Tensor:
+    """Returns the sum of x in an order that does not depend on the number of threads."""
     x = x.flatten()
-    while x.numel() > _SUMMED_BY_ONE_THREAD:
-        x = torch.nn.functional.pad(x, (0, -x.numel() % _SUMMED_BY_ONE_THREAD))
-        x = x.unflatten(0, (-1, _SUMMED_BY_ONE_THREAD)).sum(-1)
+    while x.numel() > _SUM_CHUNK:
+        x = torch.nn.functional.pad(x, (0, -x.numel() % _SUM_CHUNK))
+        x = x.unflatten(0, (-1, _SUM_CHUNK)).sum(-1)
     return x.sum()
 
 
-def _rows_of_block(scores_t: Tensor, scores_s: Tensor, hidden: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
-    """(…, rows) KL and (…, rows, keys) q − p, the derivative of the row's KL by its student scores; overwrites scores.
+def _block_kl(scores_t: Tensor, scores_s: Tensor, masked: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+    """Returns the rows' KL, (…, rows), and q − p, its derivative by the student's scores; overwrites the scores.
 
-    With δ = log q − log p, a row is Σ p·(e^δ − 1 − δ) = Σ (q − p) − Σ p·δ: in this form an error of the two
-    log-sum-exps cancels in first order. What rounding is left in q − p matters for single rows of small KL; `exact`
-    takes there, where |δ| < 1/4, the left-hand side.
+    With δ = log q − log p, a row's KL is Σ p·(e^δ − 1 − δ) = Σ (q − p) − Σ p·δ. In this form errors of the two
+    log-sum-exps cancel to first order. The remaining rounding error of q − p matters only for single rows of small KL;
+    `exact` avoids it: where |δ| < 1/4 it takes the left-hand side.
     """
-    if hidden is not None:
-        scores_t.masked_fill_(hidden, -torch.inf)
-        scores_s.masked_fill_(hidden, -torch.inf)
+    if masked is not None:
+        scores_t.masked_fill_(masked, -torch.inf)
+        scores_s.masked_fill_(masked, -torch.inf)
     log_p, log_q = scores_t.log_softmax(-1), scores_s.log_softmax(-1)
     delta = torch.sub(log_q, log_p, out=scores_s)
-    if hidden is not None:
-        delta.masked_fill_(hidden, 0.0)
+    if masked is not None:
+        delta.masked_fill_(masked, 0.0)
     p = log_p.exp_()
     excess = log_q.exp_().sub_(p)
     if exact:

@@ -1,8 +1,8 @@
-"""A folder of compiled kernels: a file each, named by a digest of all that it was compiled from.
+"""On-disk cache of compiled CUDA kernels: one file per kernel, named by a digest of everything it was compiled from.
 
-What is read from it runs on the GPU. So only a folder and files that belong to this user, and that nobody else can
-write to, are used; a file's content is checked by its SHA-256; files appear by a rename, whole or not at all. Whatever
-is wrong with the folder costs time and never a result: kernels are then compiled again, with one warning.
+Cached code runs on the GPU. The cache therefore only uses a folder and files that belong to the current user and that
+no other user can write to, verifies the SHA-256 of each file, and creates files atomically by a rename. If the folder
+cannot be used, kernels are compiled again, with one warning; results never depend on it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _log = logging.getLogger(__name__)
 VARIABLE = "MINILM_KERNELS_CACHE"
 _SUFFIX = ".kernel"
 _TEMPORARY = ".unfinished-"
-_STALE_SECONDS = 3600  # a temporary file of that age was left by a process that died
+_STALE_SECONDS = 3600  # older temporary files were left by processes that died
 _MAGIC = b"minilm_kernels compiled kernel 1\n"
 
 
 def default_folder() -> Path:
-    """$MINILM_KERNELS_CACHE, or minilm_kernels in the user's cache folder."""
+    """Returns $MINILM_KERNELS_CACHE, or `minilm_kernels` in the user's cache folder."""
     if given := os.environ.get(VARIABLE):
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "minilm_kernels"
 
 
 class KernelCache:
-    """Compiled kernels in a folder, by digest. Nothing here raises for a folder that cannot be used."""
+    """Compiled kernels in a folder, by digest. `get` and `put` never raise if the folder cannot be used."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = default_folder() if folder is None else folder
@@ -43,7 +43,7 @@ class KernelCache:
         self._unstored: dict[str, bytes] = {}
 
     def get(self, digest: str) -> bytes | None:
-        """The kernel's code, `None` if it is not there, damaged, or not this user's own."""
+        """Returns a kernel's code, or `None` if it is missing, damaged, or not owned by this user."""
         if digest in self._unstored:
             return self._unstored[digest]
         try:
@@ -56,7 +56,7 @@ class KernelCache:
             return None
 
     def put(self, digest: str, code: bytes, about: dict[str, Any]) -> None:
-        """Stores a kernel's code, with what `entries` tells about it; in memory where the folder cannot be used."""
+        """Stores a kernel's code and its description for `entries`, in memory if the folder cannot be used."""
         temporary = f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
         try:
             with self._opened(create=True) as folder:
@@ -72,7 +72,7 @@ class KernelCache:
             self._warn(f"writing: {error}")
 
     def entries(self) -> list[dict[str, Any]]:
-        """What is known about each usable kernel in the folder, and its `bytes`. Raises `OSError`."""
+        """Returns the description of each usable kernel in the folder, with its size as `bytes`. Raises `OSError`."""
         found = []
         with suppress(FileNotFoundError), self._opened(create=False) as folder:
             for name in sorted(_names(folder)):
@@ -83,7 +83,7 @@ class KernelCache:
         return found
 
     def clear(self) -> int:
-        """Removes all kernels, and what broken writes left; returns how many files. Raises `OSError`."""
+        """Removes all kernels and leftover temporary files. Returns the number of files. Raises `OSError`."""
         removed = 0
         with suppress(FileNotFoundError), self._opened(create=False) as folder:
             for name in _names(folder):
@@ -94,7 +94,7 @@ class KernelCache:
 
     @contextmanager
     def _opened(self, create: bool) -> Iterator[int]:
-        """The folder, held open, so that it cannot be exchanged for another one meanwhile."""
+        """Yields a descriptor of the folder, so that it cannot be replaced during the operation."""
         if create and not self.folder.is_dir():
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
@@ -112,8 +112,8 @@ class KernelCache:
         if not self._warned:
             self._warned = True
             _log.warning(
-                "the cache of compiled CUDA kernels in %s is not used (%s): every process compiles its own; "
-                "%s names another folder",
+                "the cache of compiled CUDA kernels in %s cannot be used (%s): every process compiles its own kernels; "
+                "set %s to use another folder",
                 self.folder,
                 problem,
                 VARIABLE,
@@ -129,21 +129,21 @@ def _check_own(status: os.stat_result, what: str) -> None:
     if status.st_uid != os.geteuid():
         raise PermissionError(f"{what} belongs to another user")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"other users may write to {what}; chmod go-w makes it private")
+        raise PermissionError(f"other users can write to {what}; use chmod go-w to make it private")
 
 
 def _read(name: str, folder: int) -> tuple[dict[str, Any], bytes]:
-    """What is known about a kernel, and its code. Raises `OSError`, or `ValueError` for a damaged file."""
+    """Returns a kernel's description and code. Raises `OSError`, or `ValueError` if the file is damaged."""
     handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     with os.fdopen(handle, "rb") as file:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError("no regular file")
+            raise ValueError("not a regular file")
         _check_own(status, f"the file {name}")
         content = file.read()
     size = len(_MAGIC) + hashlib.sha256().digest_size
     if not content.startswith(_MAGIC) or hashlib.sha256(content[size:]).digest() != content[len(_MAGIC) : size]:
-        raise ValueError("a damaged file, or one of another program")
+        raise ValueError("the file is damaged, or belongs to another program")
     about, _, code = content[size:].partition(b"\n")
     return json.loads(about), code
 
@@ -158,7 +158,7 @@ def _write(name: str, folder: int, code: bytes, about: dict[str, Any]) -> None:
 
 
 def _remove_stale(folder: int) -> None:
-    """Removes what processes left that died while they wrote."""
+    """Removes temporary files of processes that died while writing."""
     for name in _names(folder):
         if name.startswith(_TEMPORARY):
             with suppress(OSError):

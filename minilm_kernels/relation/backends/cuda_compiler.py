@@ -1,7 +1,8 @@
-"""Compiles the kernels of csrc/cuda/device for the shape of a call, by NVRTC, which CUDA builds of PyTorch bring along.
+"""Compiles the kernels of csrc/cuda/device with NVRTC, which is part of every CUDA build of PyTorch.
 
-A kernel's name is its recipe: `fused_1_2_1_1_0` is the template of device/kernels.cuh with these arguments
-(csrc/cuda/host/plan.cpp makes the names). No GPU and no CUDA toolkit is needed to compile; see docs/cuda.md.
+A kernel is compiled for the shape of a call. Its name contains the template arguments: `symmetric_1_2_1_1_0` is the
+template `symmetric` of device/kernels.cuh with the arguments 1, 2, 1, 1, 0 (csrc/cuda/host/launch_plan.cpp makes the
+names). Compiling needs neither a GPU nor a CUDA toolkit; see docs/cuda.md.
 """
 
 from __future__ import annotations
@@ -21,29 +22,29 @@ from typing import Any, NamedTuple
 from .cuda_cache import KernelCache
 
 _log = logging.getLogger(__name__)
-_INSTALLED = Path(__file__).parents[2] / "cuda_device"  # setup.py copies the sources there
+_INSTALLED = Path(__file__).parents[2] / "cuda_device"  # where setup.py copies the sources, csrc/common included
 _CHECKOUT = Path(__file__).parents[3] / "csrc" / "cuda" / "device"
-OLDEST = 80  # compute capability: matrix products of bfloat16
-_NAME = re.compile(r"(?:(?:fused|statistics|visit)(?:_\d+){5}|reduce)")
-_PIECES = {"bfloat16": 1, "float16": 2, "float32": 3}  # bfloat16 terms that a number is split into
+OLDEST = 80  # compute capability: the first with bfloat16 tensor cores
+_NAME = re.compile(r"(symmetric|row_stats|row_wise)((?:_\d+){5})|(reduce)")
+_SPLITS = {"bfloat16": 1, "float16": 2, "float32": 3}  # number of bfloat16 terms that represent a number
 
 
 class CompilerError(RuntimeError):
-    """Kernels cannot be compiled here, and why."""
+    """Kernels cannot be compiled. The message has the reason."""
 
 
 class Kernel(NamedTuple):
-    """A compiled kernel: `code` is machine code, or PTX (text that ends with a zero) which the driver compiles."""
+    """A compiled kernel."""
 
     name: str
-    code: bytes
-    seconds: float  # that it took to compile; 0: it came from the cache
+    code: bytes  # machine code, or zero-terminated PTX, which the driver compiles
+    seconds: float  # compile time; 0 if it came from the cache
 
 
 def unavailable_reason() -> str | None:
-    """Why nothing can be compiled here, with the way out; `None`: it can."""
+    """Returns why kernels cannot be compiled, and how to fix it; `None` if they can."""
     if not (_INSTALLED.is_dir() or _CHECKOUT.is_dir()):
-        return f"the kernels' sources are not in {_INSTALLED}: install the package anew"
+        return f"the kernels' sources are not in {_INSTALLED}: reinstall the package"
     try:
         found = importlib.util.find_spec("cuda.bindings")
     except ModuleNotFoundError:
@@ -66,18 +67,21 @@ def compile_kernels(
     line_info: bool = False,
     each: Callable[[Kernel], None] = lambda kernel: None,
 ) -> dict[str, bytes]:
-    """The code of each kernel, from the cache or from NVRTC, side by side.
+    """Returns the code of each kernel, from the cache or compiled by NVRTC in parallel.
 
     Args:
-        names: of kernels, as csrc/cuda/host/plan.cpp makes them.
+        names: kernel names, as made by csrc/cuda/host/launch_plan.cpp or `kernel_names`.
         architecture: compute capability of the GPU, 90 for 9.0.
-        cache: where compiled kernels are kept; `None`: nowhere.
-        target: "cubin" or "ptx"; `None`: machine code, or PTX for a GPU that is newer than this NVRTC.
-        line_info: keep the places in the sources, for profilers; the code is three times as large.
-        each: called with every kernel that is ready.
+        cache: stores compiled kernels; `None` disables caching.
+        target: "cubin" or "ptx"; `None` means machine code, or PTX if the GPU is newer than NVRTC.
+        line_info: include source line numbers for profilers, which makes the code three times as large.
+        each: called with each kernel as soon as it is ready.
+
+    Returns:
+        The code by kernel name.
 
     Raises:
-        CompilerError: NVRTC cannot be loaded or refuses the source; the message has its log.
+        CompilerError: NVRTC cannot be loaded, or compilation failed; the message has its log.
     """
     if reason := unavailable_reason():
         raise CompilerError(reason)
@@ -117,31 +121,34 @@ def compile_kernels(
 
 
 def kernel_names(width_t: int, width_s: int, dtype_t: str = "bfloat16", dtype_s: str = "bfloat16") -> list[str]:
-    """The kernels that losses of these head widths can need: every mask, gradient or not, any length."""
+    """Names of all kernels that losses with these head widths may need, for any mask and length, and any reduction."""
     chunks_t, chunks_s = (-(-width // 8) for width in (width_t, width_s))
-    pieces_t, pieces_s = _PIECES[dtype_t], _PIECES[dtype_s]
-    shape = f"{chunks_t}_{pieces_t}_{chunks_s}_{pieces_s}"
-    fused = [f"fused_{pieces_s}_{chunks_t}_{pieces_t}_{chunks_s}_{causal}" for causal in (0, 1)]
-    # Training in half precision may round as ex2.approx does; rows, evaluation and float32 may not.
-    statistics = [f"statistics_{exact}_{shape}" for exact in ((1,) if pieces_s == 3 else (0, 1))]
-    return [*fused, *statistics, *(f"visit_{pieces}_{shape}" for pieces in (0, pieces_s)), "reduce"]
+    splits_t, splits_s = _SPLITS[dtype_t], _SPLITS[dtype_s]
+    shape = f"{chunks_t}_{splits_t}_{chunks_s}_{splits_s}"
+    symmetric = [f"symmetric_{splits_s}_{chunks_t}_{splits_t}_{chunks_s}_{causal}" for causal in (0, 1)]
+    # The approximate exponential (exact = 0) is used for training in half precision only.
+    row_stats = [f"row_stats_{exact}_{shape}" for exact in ((1,) if splits_s == 3 else (0, 1))]
+    return [*symmetric, *row_stats, *(f"row_wise_{splits}_{shape}" for splits in (0, splits_s)), "reduce"]
 
 
 @cache
 def source(places: bool = False) -> str:
-    """All device code as one text; with `places`, lines are said to be those of the files where they stand."""
-    folder = _CHECKOUT if _CHECKOUT.is_dir() else _INSTALLED
-    return _inlined(folder, "kernels.cuh", set(), f"{folder}/" if places else "")
+    """All device code as one text. With `places`, line directives name the files by their full path."""
+    folders = [_CHECKOUT, _CHECKOUT.parents[1]] if _CHECKOUT.is_dir() else [_INSTALLED]  # [1] is csrc, for common/
+    return _inlined("kernels.cuh", folders, set(), places)
 
 
-def _inlined(folder: Path, name: str, seen: set[str], prefix: str) -> str:
-    lines = [f'#line 1 "{prefix}{name}"']
-    for number, line in enumerate((folder / name).read_text(encoding="utf-8").splitlines(), 1):
-        include = re.fullmatch(r'#include "([\w.]+)"', line)
-        if include and (folder / include[1]).exists():
+def _inlined(name: str, folders: Sequence[Path], seen: set[str], places: bool) -> str:
+    """A file with its includes replaced by their content, each once."""
+    path = next(folder / name for folder in folders if (folder / name).exists())
+    label = str(path) if places else name
+    lines = [f'#line 1 "{label}"']
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        include = re.fullmatch(r'#include "([\w./]+)"', line)
+        if include and any((folder / include[1]).exists() for folder in folders):
             if include[1] not in seen:
                 seen.add(include[1])
-                lines += [_inlined(folder, include[1], seen, prefix), f'#line {number + 1} "{prefix}{name}"']
+                lines += [_inlined(include[1], folders, seen, places), f'#line {number + 1} "{label}"']
             else:
                 lines.append("")
         else:
@@ -150,13 +157,15 @@ def _inlined(folder: Path, name: str, seen: set[str], prefix: str) -> str:
 
 
 def _entry(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"name: expected a kernel as fused_1_2_1_1_0, got {name!r}")
-    kind, *arguments = name.split("_")
+    """The macro of kernels.cuh that defines a kernel."""
+    parts = _NAME.fullmatch(name)
+    if not parts:
+        raise ValueError(f"name: expected a kernel name such as symmetric_1_2_1_1_0, got {name!r}")
+    kind, arguments = parts[1] or parts[3], (parts[2] or "").split("_")[1:]
     return f"MINILM_{kind.upper()}({', '.join([name, *arguments])})"
 
 
-OPTIONS = ("-std=c++17", "-default-device")  # the latter for lambdas
+OPTIONS = ("-std=c++17", "-default-device")  # -default-device makes lambdas device functions
 
 
 def _digest(name: str, architecture: int, target: str, options: Sequence[str]) -> str:
@@ -170,7 +179,11 @@ def _compile(name: str, architecture: int, target: str, options: Sequence[str]) 
 
 
 def compile_text(text: str, name: str, architecture: int, target: str, options: Sequence[str]) -> bytes:
-    """CUDA C++ as machine code ("cubin") or PTX ("ptx", ends with a zero). Raises `CompilerError` with NVRTC's log."""
+    """Compiles CUDA C++ to machine code ("cubin") or zero-terminated PTX ("ptx").
+
+    Raises:
+        CompilerError: compilation failed; the message has NVRTC's log.
+    """
     nvrtc = _nvrtc()
     kind = "compute" if target == "ptx" else "sm"
     status, program = nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], [])
@@ -197,20 +210,20 @@ def _text(size_of: Any, read: Any, program: Any) -> bytes:
     content = b" " * size
     (failed,) = read(program, content)
     if status.value or failed.value:
-        raise CompilerError(f"NVRTC hands out no result: {status.name}, {failed.name}")
+        raise CompilerError(f"NVRTC returned no result: {status.name}, {failed.name}")
     return content
 
 
 @cache
 def _nvrtc() -> Any:
-    """NVIDIA's bindings of NVRTC, which they find and load."""
+    """NVIDIA's Python bindings of NVRTC, which find and load the library."""
     try:
         from cuda.bindings import nvrtc
 
         nvrtc.nvrtcVersion()
-    except Exception as error:  # of the loader: no library, or one of another major version
+    except Exception as error:  # the library is missing, or has another major version
         raise CompilerError(
-            f"NVRTC, CUDA's compiler library, cannot be loaded ({error}); CUDA builds of PyTorch bring it along, "
+            f"NVRTC, CUDA's compiler library, cannot be loaded ({error}). CUDA builds of PyTorch include it; "
             "otherwise: pip install cuda-bindings nvidia-cuda-nvrtc, of PyTorch's CUDA version"
         ) from error
     return nvrtc
@@ -223,7 +236,7 @@ def _version() -> str:
 
 
 def _target(architecture: int, target: str | None) -> tuple[int, str]:
-    """What to compile for a GPU: its machine code, or PTX of the newest architecture that this NVRTC knows."""
+    """Architecture and target for a GPU: its own machine code, or PTX of the newest architecture NVRTC supports."""
     known = [number for number in _nvrtc().nvrtcGetSupportedArchs()[-1] if number >= OLDEST]
     if architecture in known:
         return architecture, target or "cubin"

@@ -245,7 +245,7 @@ class _Copy:
 
     port: Port
     threads: np.ndarray
-    group: np.ndarray  # of each thread
+    group: np.ndarray  # group of each thread
     index: np.ndarray
     values: np.ndarray
 

@@ -1,12 +1,12 @@
-"""What is particular to backend `torch`: its results are the same bits for any number of threads."""
+"""Backend `torch`: its results have the same bits for any number of threads."""
 
 import random
 
 import pytest
 import torch
 
+from minilm_kernels._choices import REDUCTIONS
 from minilm_kernels.relation.backends import blocked
-from minilm_kernels.relation.masks import REDUCTIONS
 from tests.relation.cases import Case, make
 
 THREADS = (2, 3, 8, 64)
@@ -20,7 +20,7 @@ def threads():
 
 
 def _draw(seed: int, pairs: int) -> tuple[Case, str]:
-    """Any mask, width and dtype, `pairs` pairs at most; often fewer heads than threads."""
+    """Returns a random case of at most `pairs` pairs, often with fewer heads than threads, and a reduction."""
     choose = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     heads = choose.choice([1, 1, 2, 3, 4, 12])
@@ -70,7 +70,7 @@ def test_bits_of_many_calls_do_not_depend_on_threads(shard):
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch", "heads", "length"), [(1, 1, 2500), (1, 5, 2100), (3, 12, 700), (5000, 3, 5)])
 def test_bits_of_large_calls_do_not_depend_on_threads(batch, heads, length):
-    """Blocks of few items, uneven ones, and a sum of more rows than one thread adds up."""
+    """Blocks of few matrices, uneven blocks, and a sum of more rows than one thread adds up."""
     for reduction in REDUCTIONS if length < 10 else ("sequence", "none"):
         _check(make(batch=batch, heads=heads, length=length), reduction)
 
@@ -78,12 +78,12 @@ def test_bits_of_large_calls_do_not_depend_on_threads(batch, heads, length):
 def test_a_sum_over_any_number_of_rows():
     for count in (0, 1, 2**14, 2**14 + 1, 3 * 2**14 + 5, 2**18 + 3):
         x = torch.randint(-8, 8, (count,)).float()
-        assert blocked._total(x) == x.sum()
+        assert blocked._deterministic_sum(x) == x.sum()
     x = torch.rand(7, 2**14 + 3)
-    expected = blocked._total(x)
+    expected = blocked._deterministic_sum(x)
     for threads in THREADS:
         torch.set_num_threads(threads)
-        assert torch.equal(blocked._total(x), expected)
+        assert torch.equal(blocked._deterministic_sum(x), expected)
 
 
 def test_threads_come_back_after_an_error(monkeypatch):
@@ -91,7 +91,7 @@ def test_threads_come_back_after_an_error(monkeypatch):
         raise MemoryError
 
     torch.set_num_threads(8)
-    monkeypatch.setattr(blocked, "_rows_of_block", fail)
+    monkeypatch.setattr(blocked, "_block_kl", fail)
     with pytest.raises(MemoryError):
         make(batch=1, heads=2).run("sequence", "torch")
     assert torch.get_num_threads() == 8

@@ -1,4 +1,4 @@
-"""The cache of compiled kernels: right code or none, whatever has happened to the folder."""
+"""The cache of compiled kernels returns correct code or none, in whatever state the folder is."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from minilm_kernels.relation.backends.cuda_cache import VARIABLE, KernelCache, d
 
 DIGEST = "0" * 64
 CODE = bytes(range(256)) * 40
-ABOUT = {"name": "fused_1_2_1_1_0", "architecture": 90}
+ABOUT = {"name": "symmetric_1_2_1_1_0", "architecture": 90}
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def _file(cache):
 def test_what_was_stored_is_found_again(cache):
     assert cache.get(DIGEST) is None
     assert cache.entries() == []
-    assert not cache.folder.exists()  # looking leaves no trace
+    assert not cache.folder.exists()  # reading does not create it
     cache.put(DIGEST, CODE, ABOUT)
     assert cache.get(DIGEST) == CODE
     assert KernelCache(cache.folder).get(DIGEST) == CODE
@@ -60,7 +60,7 @@ def test_one_changed_bit_is_seen(cache, place, caplog):
     assert cache.get(DIGEST) is None
     assert cache.entries() == []
     assert "damaged" in caplog.text
-    cache.put(DIGEST, CODE, ABOUT)  # compiled anew
+    cache.put(DIGEST, CODE, ABOUT)  # compiled again
     assert cache.get(DIGEST) == CODE
 
 
@@ -107,7 +107,7 @@ def test_a_folder_that_others_may_write_to_is_not_used(cache, mode, caplog):
     assert KernelCache(cache.folder).get("1" * 64) is None
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
-    assert "other users may write to the folder" in warnings[0].getMessage()
+    assert "other users can write to the folder" in warnings[0].getMessage()
     assert VARIABLE in warnings[0].getMessage()
 
 
@@ -131,7 +131,7 @@ def _full(*_, **__):
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir", "open"])
 def test_where_nothing_can_be_written_one_warning_is_all(cache, monkeypatch, caplog, call):
-    """A full disk, a read-only home: the caller has compiled the kernel and goes on."""
+    """A full disk or a read-only folder does not prevent the use of the compiled kernel."""
     real_open = os.open
     if call == "open":
         monkeypatch.setattr(os, "open", lambda path, flags, *a, **k: (
@@ -143,7 +143,7 @@ def test_where_nothing_can_be_written_one_warning_is_all(cache, monkeypatch, cap
     cache.put("1" * 64, CODE, ABOUT)
     monkeypatch.undo()
     assert caplog.text.count("No space left on device") == 1
-    assert cache.get(DIGEST) == CODE  # as long as the process lives
+    assert cache.get(DIGEST) == CODE  # from memory
     assert KernelCache(cache.folder).get(DIGEST) is None
     assert not cache.folder.exists() or list(cache.folder.iterdir()) == []
 
@@ -170,7 +170,7 @@ def test_default_folder(monkeypatch, tmp_path):
 
 
 # The module by itself, without torch: processes start at once.
-_WRITE_FOR_EVER = f"""
+_WRITE_FOREVER = f"""
 import importlib.util, os, pathlib, sys
 spec = importlib.util.spec_from_file_location("cuda_cache", {cuda_cache.__file__!r})
 module = importlib.util.module_from_spec(spec)
@@ -183,8 +183,8 @@ while True:
 
 
 def test_killed_writers_and_readers_beside_them(cache):
-    """Eight processes write one entry for ever and are killed, one after another: it is always whole."""
-    command = [sys.executable, "-c", _WRITE_FOR_EVER, str(cache.folder)]
+    """Eight processes write one entry repeatedly and are killed one by one: the entry is always complete."""
+    command = [sys.executable, "-c", _WRITE_FOREVER, str(cache.folder)]
     writers = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(8)]
     try:
         for writer in writers:
@@ -201,7 +201,7 @@ def test_killed_writers_and_readers_beside_them(cache):
             writer.kill()
             writer.communicate(timeout=30)
     left = [path for path in cache.folder.iterdir() if path != _file(cache)]
-    for path in left:  # an hour later the next writer sweeps them
+    for path in left:  # an hour later, the next writer removes them
         os.utime(path, (time.time() - 4000,) * 2)
     cache.put("1" * 64, CODE, ABOUT)
     assert sorted(path.name for path in cache.folder.iterdir()) == [f"{DIGEST}.kernel", f"{'1' * 64}.kernel"]

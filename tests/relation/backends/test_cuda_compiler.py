@@ -1,4 +1,4 @@
-"""The compiler of the CUDA kernels: what calls need, machine code for every GPU and its cost, the cache, failures."""
+"""Compiling the CUDA kernels: kernels that calls need, machine code for every GPU and its cost, cache, failures."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ import torch
 from minilm_kernels import __main__ as command
 from minilm_kernels import backend_status
 from minilm_kernels.relation.api import relation_kl_multi
-from minilm_kernels.relation.backends import cuda_compiler, native_cuda
+from minilm_kernels.relation.backends import cuda_compiler, native
 from minilm_kernels.relation.backends.cuda_cache import VARIABLE, KernelCache
 from minilm_kernels.relation.backends.cuda_compiler import CompilerError, compile_kernels, kernel_names
 from tests.relation.cases import Case, make
@@ -23,12 +23,12 @@ from tests.relation.cases import Case, make
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NVRTC is for Linux")
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-TINY = "reduce"  # the kernel that compiles at once
+TINY = "reduce"  # the kernel that compiles fastest
 
 
 @pytest.fixture
 def needed(new_gpu, monkeypatch):
-    """`needed(call, *limits)`: the kernels that a call asks for on a new GPU. None is compiled."""
+    """`needed(call, *props)` returns the kernels that a call needs on a new GPU, without compiling them."""
     asked: set[str] = set()
 
     def compile_nothing(names, *_, **__):
@@ -36,10 +36,10 @@ def needed(new_gpu, monkeypatch):
         return dict.fromkeys(names, b"no code\0")
 
     monkeypatch.setattr(cuda_compiler, "compile_kernels", compile_nothing)
-    monkeypatch.setattr(native_cuda, "MOST_KERNELS", 10**6)
+    monkeypatch.setattr(native.cuda.loader, "limit", 10**6)
 
-    def ask(call, *limits) -> set[str]:
-        new_gpu(*limits)
+    def ask(call, *props) -> set[str]:
+        new_gpu(*props)
         asked.clear()
         call()
         return set(asked)
@@ -96,18 +96,18 @@ def _loss(relations: list[tuple[str, str]], kwargs: dict, dtype, reduction: str,
     ],
     ids=["full", "padded", "causal", "packed"],
 )
-@pytest.mark.parametrize("limits", [(90, 232448, 233472), (80, 30000, 31000)], ids=["fused", "row by row"])
-def test_a_loss_of_one_shape_needs_at_most_five_kernels(needed, limits, kwargs, dtype):
+@pytest.mark.parametrize("props", [(90, 232448, 233472), (80, 30000, 31000)], ids=["symmetric", "row-wise"])
+def test_a_loss_of_one_shape_needs_at_most_five_kernels(needed, props, kwargs, dtype):
     for relations in ([("q", "q"), ("k", "k"), ("v", "v")], [("q", "k"), ("v", "v")]):
         for reduction in ("sequence", "none"):
             for gradient in (True, False):
                 call = _loss(relations, kwargs, DTYPES[dtype], reduction, gradient)
-                assert 0 < len(needed(call, *limits)) <= 5
+                assert 0 < len(needed(call, *props)) <= 5
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Of the module: tests look at the same kernels."""
+    """A cache shared by the tests of this module."""
     return KernelCache(tmp_path_factory.mktemp("kernels") / "cache")
 
 
@@ -144,7 +144,7 @@ def test_every_kernel_compiles_without_spills(widths, dtype, architecture, cache
 @pytest.mark.parametrize("widths", [(16, 8), (64, 32), (32, 16), (16, 16)], ids=str)
 def test_fused_kernels_keep_everything_in_registers(widths, architecture, cache, tmp_path):
     pytest.importorskip("triton", reason="its wheel brings the disassembler")
-    names = [name for name in kernel_names(*widths) if name.startswith("fused")]
+    names = [name for name in kernel_names(*widths) if name.startswith("symmetric")]
     assert len(names) == 2
     for name, code in compile_kernels(names, architecture, cache=cache).items():
         function, resources = _sass(name, architecture, code, tmp_path)
@@ -154,10 +154,11 @@ def test_fused_kernels_keep_everything_in_registers(widths, architecture, cache,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("symbol", "bound"), [
-    ("fused_1_2_1_1_0", 17.97), ("fused_1_8_1_4_0", 22.7), ("fused_1_4_1_2_0", 19.6), ("fused_1_2_1_2_0", 19.1),
+    ("symmetric_1_2_1_1_0", 17.97), ("symmetric_1_8_1_4_0", 22.7),
+    ("symmetric_1_4_1_2_0", 19.6), ("symmetric_1_2_1_2_0", 19.1),
 ])  # fmt: skip
 def test_issue_slots_a_pair(symbol, bound):
-    """Loss and gradient of an ordered pair on sm_90, counted in the machine code: docs/static-cost.md."""
+    """Issue slots of loss and gradient per ordered pair on sm_90, counted in the machine code (docs/static-cost.md)."""
     pytest.importorskip("triton", reason="its wheel brings the disassembler")
     from benchmarks.static_cost import cost
     from benchmarks.static_cost.variants import CUDA_LISTING, cuda_variants
@@ -185,13 +186,15 @@ def test_a_gpu_that_cannot_be_served_is_refused(architecture, target):
 
 
 def test_an_error_names_kernel_architecture_and_log():
-    with pytest.raises(CompilerError, match=r"could not compile fused_9_1_1_1_0 for sm_90: NVRTC_ERROR_COMPILATION\n"):
-        compile_kernels(["fused_9_1_1_1_0"], 90)
+    with pytest.raises(
+        CompilerError, match=r"could not compile symmetric_9_1_1_1_0 for sm_90: NVRTC_ERROR_COMPILATION\n"
+    ):
+        compile_kernels(["symmetric_9_1_1_1_0"], 90)
     with pytest.raises(CompilerError, match="error"):
-        compile_kernels(["fused_9_1_1_1_0"], 90)
+        compile_kernels(["symmetric_9_1_1_1_0"], 90)
 
 
-@pytest.mark.parametrize("name", ["", "fused", "fused_1", "fused_1_2_1_1_0; }", "evil_1_2", "reduce_1"])
+@pytest.mark.parametrize("name", ["", "fused", "symmetric_1", "symmetric_1_2_1_1_0; }", "evil_1_2", "reduce_1"])
 def test_what_is_no_kernel_is_not_compiled(name):
     with pytest.raises((ValueError, CompilerError)):
         compile_kernels([name], 90)
@@ -201,14 +204,14 @@ def test_what_is_no_kernel_is_not_compiled(name):
 
 
 def test_compiled_once(tmp_path, caplog, capfd, monkeypatch):
-    """One line at INFO for what is compiled, none for what is in the cache, and nothing is printed."""
+    """Compiling logs one line at INFO. Reading from the cache logs nothing. Neither prints anything."""
     with caplog.at_level(logging.INFO, "minilm_kernels"):
         first = compile_kernels([TINY], 90, cache=KernelCache(tmp_path / "cache"))
     assert len(caplog.records) == 1
     assert caplog.records[0].levelno == logging.INFO
     assert caplog.records[0].getMessage().startswith("compiled reduce for sm_90 in ")
     caplog.clear()
-    monkeypatch.setattr(cuda_compiler, "_compile", None)  # nothing is compiled any more
+    monkeypatch.setattr(cuda_compiler, "_compile", None)  # any compilation would fail
     with caplog.at_level(logging.INFO, "minilm_kernels"):
         assert compile_kernels([TINY], 90, cache=KernelCache(tmp_path / "cache")) == first
     assert caplog.records == []
@@ -239,15 +242,15 @@ def test_a_cache_that_cannot_be_written_is_one_in_memory(tmp_path, caplog, monke
     compiled = []
     monkeypatch.setattr(cuda_compiler, "_compile", lambda name, *_: compiled.append(name) or name.encode())
     for _ in range(2):
-        assert compile_kernels([TINY, "fused_1_2_1_1_0"], 90, cache=cache)[TINY] == b"reduce"
-    assert sorted(compiled) == ["fused_1_2_1_1_0", TINY]
+        assert compile_kernels([TINY, "symmetric_1_2_1_1_0"], 90, cache=cache)[TINY] == b"reduce"
+    assert sorted(compiled) == [TINY, "symmetric_1_2_1_1_0"]
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
     assert VARIABLE in caplog.text
 
 
 def test_a_process_has_one_cache():
-    """A second device finds in memory what the first could not store, and the warning is not repeated."""
-    assert native_cuda._cache() is native_cuda._cache()
+    """A second device finds in memory what could not be stored for the first, without a second warning."""
+    assert native.cuda.loader.cache is native.cuda.loader.cache
 
 
 _COMPILE = """
@@ -255,7 +258,7 @@ import logging, sys
 from minilm_kernels.relation.backends import cuda_compiler
 from minilm_kernels.relation.backends.cuda_cache import KernelCache
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-code = cuda_compiler.compile_kernels(["reduce", "fused_1_1_1_1_0"], 90, cache=KernelCache())
+code = cuda_compiler.compile_kernels(["reduce", "symmetric_1_1_1_1_0"], 90, cache=KernelCache())
 assert all(kernel.startswith(bytes([127]) + b"ELF") for kernel in code.values())
 """
 
@@ -283,7 +286,7 @@ def test_eight_processes_at_once(tmp_path):
     assert any(said)
     assert len(KernelCache(tmp_path / "cache").entries()) == 2
     assert len(list((tmp_path / "cache").iterdir())) == 2
-    assert outcome(start()) == ""  # and the next one compiles nothing
+    assert outcome(start()) == ""  # the next process compiles nothing
 
 
 # --- where something is missing
@@ -299,12 +302,13 @@ def test_auto_goes_on_where_kernels_cannot_be_compiled(new_gpu, monkeypatch, cap
     case = make()
     with pytest.raises(RuntimeError, match=str(error)):
         case.run("sequence", "cuda")
-    monkeypatch.setattr(native_cuda, "_broken", None)
+    monkeypatch.setattr(native.cuda.loader, "error", None)
     with caplog.at_level(logging.INFO, "minilm_kernels"):
         for _ in range(3):
             value, _ = case.run("sequence", "auto")
     torch.testing.assert_close(value, case.run("sequence", "torch")[0])
-    assert [record.getMessage() for record in caplog.records] == [f"another backend than cuda serves: {error}"]
+    warning = f"backend cuda failed, the next one serves the call: {error}"
+    assert [record.getMessage() for record in caplog.records] == [warning]
     assert backend_status()["cuda"] == str(error)
     with pytest.raises(RuntimeError, match=f"backend: 'cuda' cannot serve this call: {error}"):
         case.run("sequence", "cuda")
@@ -312,14 +316,13 @@ def test_auto_goes_on_where_kernels_cannot_be_compiled(new_gpu, monkeypatch, cap
 
 @pytest.fixture
 def with_cuda(monkeypatch):
-    """PyTorch says that there is a GPU."""
+    """PyTorch reports a GPU."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    native_cuda._missing.cache_clear()
+    monkeypatch.setattr(native.cuda, "load_error", native.NOT_LOADED)
     cuda_compiler._nvrtc.cache_clear()
     yield
     monkeypatch.undo()
-    native_cuda._missing.cache_clear()
     cuda_compiler._nvrtc.cache_clear()
 
 
@@ -331,7 +334,7 @@ def test_nothing_is_missing(with_cuda):
     ("pytorch", "this PyTorch is built without CUDA"),
     ("device", "PyTorch finds no CUDA device"),
     ("library", "the package was installed without its CUDA library: no compiler was found"),
-    ("sources", r"the kernels' sources are not in .*/cuda_device: install the package anew"),
+    ("sources", r"the kernels' sources are not in .*/cuda_device: reinstall the package"),
     ("bindings", "NVIDIA's Python bindings are not installed: pip install cuda-bindings"),
     ("nvrtc", r"NVRTC, CUDA's compiler library, cannot be loaded .*pip install cuda-bindings nvidia-cuda-nvrtc"),
 ])  # fmt: skip
@@ -342,8 +345,7 @@ def test_the_reason_says_what_is_missing(with_cuda, missing, reason, monkeypatch
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if missing == "library":
         (tmp_path / "_cuda.missing").write_text("no compiler was found", encoding="utf-8")
-        monkeypatch.setattr(native_cuda, "_LIBRARY", tmp_path / "_cuda.abi3.so")
-        monkeypatch.setattr(native_cuda, "_MISSING", tmp_path / "_cuda.missing")
+        monkeypatch.setattr(native.cuda, "library", tmp_path / "_cuda.abi3.so")
     if missing == "sources":
         monkeypatch.setattr(cuda_compiler, "_INSTALLED", tmp_path / "cuda_device")
         monkeypatch.setattr(cuda_compiler, "_CHECKOUT", tmp_path / "device")
@@ -365,7 +367,7 @@ def test_the_reason_says_what_is_missing(with_cuda, missing, reason, monkeypatch
 
 @pytest.fixture
 def precompile(tmp_path, monkeypatch, capsys):
-    """The exit status and what was printed, for some options; every shape has one small kernel."""
+    """Runs the command with some options and returns its output. Every shape has one small kernel."""
     monkeypatch.setattr(command, "kernel_names", lambda *_: [TINY])
 
     def run(*options: str, status: int = 0) -> tuple[str, str]:
@@ -402,14 +404,14 @@ def test_precompile_fills_lists_and_clears(precompile, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ((), "takes --arch and --widths, --list or --clear"),
-    (("--arch", "90"), "takes --arch and --widths together"),
-    (("--widths", "16,8"), "takes --arch and --widths together"),
-    (("--arch", "75", "--widths", "16,8"), "expected a compute capability from 80 on, as 90; got '75'"),
-    (("--arch", "sm_90", "--widths", "16,8"), "expected a compute capability from 80 on, as 90; got 'sm_90'"),
+    ((), "needs --arch and --widths, --list or --clear"),
+    (("--arch", "90"), "needs --arch and --widths together"),
+    (("--widths", "16,8"), "needs --arch and --widths together"),
+    (("--arch", "75", "--widths", "16,8"), "expected a compute capability from 80 on, such as 90; got '75'"),
+    (("--arch", "sm_90", "--widths", "16,8"), "expected a compute capability from 80 on, such as 90; got 'sm_90'"),
     (("--arch", "9", "--widths", "16,8"), "got '9'"),
     (("--arch", "8.0.0", "--widths", "16,8"), "got '8.0.0'"),
-    (("--arch", "90", "--widths", "16"), "expected the head widths of teacher and student, as 16,8; got '16'"),
+    (("--arch", "90", "--widths", "16"), "expected the head widths of teacher and student, such as 16,8; got '16'"),
     (("--arch", "90", "--widths", "16,0"), "got '16,0'"),
     (("--arch", "90", "--widths", "16,8,4"), "got '16,8,4'"),
     (("--arch", "90", "--widths", "16,8", "--dtype", "float64"), "invalid choice: 'float64'"),

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU, beside the contract's tests: no waiting for the device, graph capture, the same bits."""
+"""The CUDA kernels on a GPU, in addition to the contract tests: no synchronization, graph capture, determinism."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_a_call_can_be_captured_in_a_graph(dtype):
 @pytest.mark.parametrize("length", [40, 512, 1000, 3000])
 @pytest.mark.parametrize("dtype", _DTYPES, ids=str)
 def test_the_same_bits_every_time(dtype, length):
-    """Many blocks at once: a race that the emulation does not meet would show here."""
+    """Many blocks at once, to detect races that the emulation does not reproduce."""
     for cross in (False, True):
         case = make(batch=4, length=length, heads=8, widths=(16, 8), dtype=dtype, cross=cross).on("cuda")
         value, grads = case.run("sequence", "cuda")
@@ -71,7 +71,7 @@ def test_the_same_bits_every_time(dtype, length):
 
 @pytest.mark.parametrize("length", [64, 100, 512, 513, 2049])
 def test_float32_is_as_good_as_it_can_be(length):
-    """The error bounds that the emulation predicts from a pessimistic model of the tensor cores."""
+    """Error bounds that the emulation predicts from a worst-case model of the tensor cores."""
     for cross in (False, True):
         case = make(batch=1, length=length, heads=2, widths=(16, 8), cross=cross)
         expected, expected_grads = case.oracle("sequence")
@@ -101,7 +101,7 @@ def test_tensors_on_the_cpu_are_refused():
 
 
 def test_more_than_two_billion_elements():
-    """Offsets of 64 bits: the last of many sequences in a tensor of more than 2**31 elements."""
+    """64-bit offsets: the last sequence of a tensor with more than 2**31 elements."""
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of device memory")
     heads, width = 48, 16

@@ -1,4 +1,4 @@
-"""Launches of the CUDA backend, and what it asks of the driver library: against the stand-in of tests/ptx."""
+"""Launches of the CUDA backend and its calls of the driver library, which tests/ptx replaces."""
 
 import ctypes
 import logging
@@ -9,7 +9,8 @@ import threading
 import pytest
 import torch
 
-from minilm_kernels.relation.backends import cuda_compiler, native_cuda
+from minilm_kernels.relation.backends import cuda_compiler, native
+from minilm_kernels.relation.inputs import BackendUnavailable
 from tests.relation.cases import make
 
 _SHAPE = {"widths": (16, 8), "dtype": torch.bfloat16, "heads": 2}
@@ -17,7 +18,7 @@ _SHAPE = {"widths": (16, 8), "dtype": torch.bfloat16, "heads": 2}
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch):
-    """Kernels are not compiled: nobody executes them here. Gives the calls of the compiler."""
+    """Replaces the compiler, since these tests execute no kernels. Returns the calls of the compiler."""
     calls = []
 
     def compile_kernels(names, architecture, **_):
@@ -41,9 +42,9 @@ def test_a_kernel_is_loaded_and_given_its_shared_memory_once(gpu):
         for length in (40, 130, 40):
             _run(length=length)
     functions = [function for function, *_ in gpu.of("cuLaunchKernel")]
-    assert _names(gpu, gpu.of("cuLaunchKernel")) == ["fused_1_2_1_1_0", "reduce"] * 3
+    assert _names(gpu, gpu.of("cuLaunchKernel")) == ["symmetric_1_2_1_1_0", "reduce"] * 3
     assert len(set(functions)) == len(gpu.of("cuModuleLoadData")) == 2
-    # The most dynamic shared memory that a block may have, and all of the processor's on-chip memory as shared.
+    # The maximum dynamic shared memory of a block, and all on-chip memory of an SM as shared memory.
     wanted = [call for function in functions[:2] for call in ((function, 8, 232448), (function, 9, 100))]
     assert sorted(gpu.of("cuFuncSetAttribute")) == sorted(wanted)
 
@@ -52,7 +53,7 @@ def test_every_device_gets_its_own_kernels_in_its_own_context(new_gpu, compiled)
     gpus = [new_gpu(90), new_gpu(80, 166912, 167936)]
     launched = []
     for gpu in (*gpus, gpus[0]):
-        native_cuda._place = lambda _device, gpu=gpu: (gpu.number, 0)
+        native.cuda.device = lambda _device, gpu=gpu: (gpu.number, 0)
         gpu.calls.clear()
         with gpu.recorded():
             _run()
@@ -128,12 +129,12 @@ def test_threads_that_miss_the_same_kernels_load_them_once(gpu, compiled):
             thread.start()
         for thread in threads:
             thread.join(60)
-    assert [names for names, _ in compiled] == [["fused_1_2_1_1_0", "reduce"]]
+    assert [names for names, _ in compiled] == [["symmetric_1_2_1_1_0", "reduce"]]
     assert len(gpu.of("cuModuleLoadData")) == 2
     assert len(gpu.of("cuLaunchKernel")) == 8
 
 
-# Where it fails: before the first launch of a process, or in a launch.
+# The call fails before the first launch of a process, or in a launch.
 @pytest.mark.parametrize("call", [
     "cuDeviceGet", "cuDeviceGetAttribute", "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxPushCurrent_v2",
     "cuThreadExchangeStreamCaptureMode", "cuModuleLoadData", "cuModuleGetFunction", "cuFuncGetAttribute",
@@ -143,9 +144,9 @@ def test_an_error_names_the_call(gpu, call, caplog):
     gpu.failing = call
     with gpu.recorded(), pytest.raises(RuntimeError, match=rf"{call.removesuffix('_v2')}: invalid argument"):
         _run()
-    # The library goes on: once the driver does, so do calls.
+    # Calls succeed again as soon as the driver does.
     gpu.failing = ""
-    native_cuda._broken = None
+    native.cuda.loader.error = None
     with gpu.recorded():
         _run()
 
@@ -161,9 +162,9 @@ def test_auto_goes_on_where_the_driver_does_not(gpu, call, caplog):
 
 
 def test_a_launch_that_fails_is_an_error(gpu):
-    """Something that ran before may have failed: no other backend may hide that."""
+    """An earlier kernel may have failed, so no other backend may take over."""
     gpu.failing = "cuLaunchKernel"
-    with gpu.recorded(), pytest.raises(RuntimeError, match="fused_1_2_1_1_0: cuLaunchKernel: invalid argument"):
+    with gpu.recorded(), pytest.raises(RuntimeError, match="symmetric_1_2_1_1_0: cuLaunchKernel: invalid argument"):
         make(**_SHAPE).run("sequence", "auto")
 
 
@@ -174,7 +175,7 @@ def test_loading_is_allowed_while_a_graph_is_captured(gpu, failing):
     with gpu.recorded():
         try:
             _run()
-        except native_cuda.BackendUnavailable:
+        except BackendUnavailable:
             assert failing
     modes = [(new, before) for _, new, before in gpu.of("cuThreadExchangeStreamCaptureMode")]
     assert modes == [(relaxed, 0), (0, relaxed)] * (len(modes) // 2)
@@ -190,15 +191,15 @@ def test_the_stream_is_handed_through(gpu):
 
 
 def test_more_blocks_than_a_launch_takes_are_refused(gpu, compiled):
-    """Before memory is asked for, and before anything is compiled or queued."""
+    """The error occurs before memory is allocated and before anything is compiled or launched."""
     heads = 2**30
     teacher, student = (torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16).expand(1, 1, heads, 8) for _ in range(2))
     values, weights = torch.empty(3), torch.ones(1)
     tokens, starts = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1])
     with gpu.recorded(), pytest.raises(RuntimeError, match="more than 2\\^31 - 1 thread blocks"):
         torch.ops.minilm_kernels_cuda.relation_kl(
-            [teacher], [student], [0, 0] * 3, [1.0] * 6, tokens, starts, None, False, False, 1, weights, None, values,
-            None, [], 0, gpu.number,
+            [teacher], [student], [0, 0] * 3, [1.0] * 6, tokens, starts, None, False, weights, None, values, None,
+            [], False, 1, 0, gpu.number,
         )  # fmt: skip
     assert gpu.of("cuLaunchKernel") == []
 
@@ -212,10 +213,10 @@ def test_a_gpu_of_before_8_0_is_refused(new_gpu, capability):
 
 _ALONE = """
 import ctypes, sys, torch
-from minilm_kernels.relation.backends.native_cuda import _LIBRARY
+from minilm_kernels.relation.backends import native
 if len(sys.argv) > 1:
     ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
-torch.ops.load_library(_LIBRARY)
+torch.ops.load_library(native.cuda.library)
 try:
     torch.ops.minilm_kernels_cuda.capability(0)
 except RuntimeError as error:
@@ -243,7 +244,7 @@ def test_no_driver_library_to_use(gpu, tmp_path, source, expected):
 
 
 def test_a_process_does_not_load_kernels_for_ever(gpu, monkeypatch, caplog):
-    monkeypatch.setattr(native_cuda, "MOST_KERNELS", 3)
+    monkeypatch.setattr(native.cuda.loader, "limit", 3)
     _run()
     _run(dtype=torch.float16)
     with pytest.raises(RuntimeError, match="more than 3 kernels"):
@@ -255,5 +256,5 @@ def test_a_process_does_not_load_kernels_for_ever(gpu, monkeypatch, caplog):
     torch.testing.assert_close(value, case.run("sequence", "torch")[0])
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
     assert len(warnings) == 1
-    assert "another backend than cuda serves" in warnings[0]
-    _run()  # what is loaded still serves
+    assert "backend cuda failed, the next one serves the call" in warnings[0]
+    _run()  # loaded kernels still work

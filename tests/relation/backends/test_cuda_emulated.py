@@ -1,7 +1,7 @@
-"""The CUDA kernels without a GPU: their source, compiled for the host, runs in an emulated thread block.
+"""The CUDA kernels without a GPU: their sources are compiled for the host and run in an emulated thread block.
 
-The contract's tests run on it as they are, the longest ones shortened; then what is particular to these kernels: tiles
-that end anywhere, the guard, sequences beyond shared memory, the order of warps, and malformed input.
+Runs the contract tests (the longest ones shortened), and tests of these kernels: partial tiles, the range of the
+symmetric path, sequences beyond shared memory, the order of warps, and malformed input.
 """
 
 import math
@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from minilm_kernels import relation_kl
-from minilm_kernels.relation import ops
+from minilm_kernels._choices import REDUCTIONS
 from minilm_kernels.relation.api import relation_kl_multi
-from minilm_kernels.relation.backends import native_cuda
+from minilm_kernels.relation.backends import native
 from minilm_kernels.relation.inputs import RelationInputs
-from minilm_kernels.relation.masks import REDUCTIONS, Mask
+from minilm_kernels.relation.masks import Mask
 from tests.relation import test_contract
 from tests.relation.cases import MALFORMED, Case, all_nan, dense, error, make, malformed
 
@@ -36,7 +36,7 @@ _SLOW = {
 
 
 def _slow(test: FunctionType) -> FunctionType:
-    """A copy of a contract's test that is marked as slow; the contract's own is not."""
+    """A copy of a contract test that is marked as slow, without a change of the original."""
     copied = FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__, test.__closure__)
     copied.__dict__ |= test.__dict__ | {"pytestmark": list(getattr(test, "pytestmark", []))}
     return pytest.mark.slow(copied)
@@ -47,8 +47,8 @@ for _name in dir(test_contract):
         _test = getattr(test_contract, _name)
         globals()[_name] = _slow(_test) if _name in _SLOW else _test
 
-_SM_90 = (232448, 233472)  # bytes of shared memory: of a block, of a processor
-_CROWDED = (232448, 30000)  # the same block on a processor with little room: fewer blocks, of more warps
+_SM_90 = (232448, 233472)  # bytes of shared memory per block and per SM
+_CROWDED = (232448, 30000)  # less shared memory per SM: fewer blocks with more warps
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +58,11 @@ def library(made_once):
 
 @pytest.fixture
 def backend(library, monkeypatch):
-    monkeypatch.setattr(native_cuda, "_operators", torch.ops.minilm_kernels_cuda_emulated)
-    monkeypatch.setattr(native_cuda, "_DEVICE", "cpu")
-    monkeypatch.setattr(native_cuda, "_place", lambda _device: (0, 0))
-    monkeypatch.setattr(native_cuda, "unavailable_reason", lambda: None)
-    monkeypatch.setitem(ops._MODULES, "cuda", native_cuda)
-    library.emulated_set_limits(*_CROWDED)
+    monkeypatch.setattr(native.cuda, "operators", torch.ops.minilm_kernels_cuda_emulated)
+    monkeypatch.setattr(native.cuda, "device_type", "cpu")
+    monkeypatch.setattr(native.cuda, "device", lambda _device: (0, 0))
+    monkeypatch.setattr(native.cuda, "load_error", None)
+    library.emulated_set_props(*_CROWDED)
     library.emulated_set_seed(0)
     return "cuda"
 
@@ -74,7 +73,7 @@ def device():
 
 
 def _check(case: Case, reduction: str = "sequence", dtype=torch.float32) -> None:
-    """Twice the error of dense PyTorch on an unmasked batch of this shape and distribution, plus one rounding."""
+    """The limit is twice the error of dense PyTorch on an unmasked batch of this distribution, plus one rounding."""
     cross, widths = case.tensors[1] is not None, (case.tensors[0].shape[-1], case.tensors[2].shape[-1])
     spread = case.tensors[0].float().std().item()
     length = min(131, max(23, case.tensors[0].shape[-3]))
@@ -90,7 +89,7 @@ def _check(case: Case, reduction: str = "sequence", dtype=torch.float32) -> None
         assert error(grad, expected_grad) <= allowed_grad
 
 
-_LONG = {  # long enough for unordered pairs; sequences and prefixes that end inside a tile and between
+_LONG = {  # for the symmetric path: sequences and prefixes that end inside and between tiles
     "none": {},
     "causal": {"causal": True},
     "prefix": {"prefix_lens": torch.tensor([77, 131, 8])},
@@ -118,7 +117,7 @@ def test_widths_of_unordered_pairs(backend, widths, dtype):
 
 @pytest.mark.slow
 def test_every_length_to_600(backend):
-    """Prefixes of every kind among them; shared memory ends at a page that no byte may be read from."""
+    """All lengths, with prefixes of every kind. Shared memory ends at an inaccessible page."""
     lengths = torch.arange(1, 601)
     case = make(
         {
@@ -150,7 +149,7 @@ def test_small_divergences(backend, device, target):
 
 @pytest.mark.parametrize("target", [1e-3, 1e-5])
 def test_small_divergences_of_unordered_pairs(backend, target):
-    """Of teachers and students whose scores differ by a constant as well, which no row sees."""
+    """Scores of teacher and student also differ by a constant, which does not change the softmax."""
     x = make(batch=4, length=96, heads=16, widths=(8, 8)).tensors[0]
     ones = torch.full((4, 96, 16, 1), 3.0)
     student = torch.cat((x + target**0.5 / 2 * torch.randn_like(x), ones), -1)
@@ -172,11 +171,11 @@ def test_many_short_sequences_among_long_ones(backend, reduction):
 
 @pytest.mark.parametrize("spread", [0.05, 2.5, 3.5, 5.0, 8.0, 30.0])
 def test_any_range_of_norms(backend, spread):
-    """Ranges of s_ii from nothing to tens of thousands: through and beyond what one reference can serve."""
+    """Ranges of s_ii from 0 to tens of thousands, on both sides of the limit for one reference score."""
     case = make(batch=2, length=90, heads=2, widths=(8, 8), spread=spread)
     norms = case.tensors[0].square().sum(-1) * 8**-0.5
     ranges = (norms.amax(1) - norms.amin(1)).flatten()
-    assert (ranges.max() < 138) == (spread < 5)  # both sides of the guard are visited
+    assert (ranges.max() < 138) == (spread < 5)  # on both sides of the limit
     _check(case)
 
 
@@ -194,9 +193,9 @@ def test_scales_of_any_sign(backend, scales):
 @pytest.mark.parametrize("mask", ["none", "holes", "prefix"])
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
 def test_sequences_beyond_shared_memory(library, backend, mask, reduction):
-    """Blocks that hold 64 tokens: longer sequences go row by row, beside shorter ones that do not."""
-    library.emulated_set_limits(16384, 16384)
-    tokens, *_ = cuda.plan(library, "fused", (16384, 16384), (6, 3, 1, 3), 131)
+    """Blocks hold 64 tokens. Longer sequences take the row-wise path, shorter ones in the same batch do not."""
+    library.emulated_set_props(16384, 16384)
+    tokens, *_ = cuda.plan(library, "symmetric", (16384, 16384), (6, 3, 1, 3), 131)
     assert tokens == 64
     _check(make(_LONG[mask], batch=3, length=131, heads=1, widths=(16, 8)), reduction)
     if reduction == "sequence":
@@ -205,15 +204,15 @@ def test_sequences_beyond_shared_memory(library, backend, mask, reduction):
 
 
 def test_too_little_shared_memory_is_refused(library, backend):
-    library.emulated_set_limits(8192, 8192)
+    library.emulated_set_props(8192, 8192)
     with pytest.raises(RuntimeError, match="bytes of shared memory, a block of this GPU has 8192"):
         make(widths=(128, 128)).run("sum", backend)
 
 
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 def test_the_order_of_warps_does_not_matter(library, backend, cross):
-    """Bitwise: a barrier that is missing would show."""
-    assert cuda.plan(library, "fused", _CROWDED, _PLANES["bf16 (16, 8)"], 131)[1] == 3
+    """Results are bitwise equal; a missing barrier would change them."""
+    assert cuda.plan(library, "symmetric", _CROWDED, _PLANES["bf16 (16, 8)"], 131)[1] == 3
     case = make(_LONG["prefix"], batch=3, length=131, heads=1, widths=(16, 8), dtype=torch.bfloat16, cross=cross)
     wide = make(batch=1, length=100, heads=1, spread=6.0, cross=cross)
     for some in (case, wide):
@@ -227,7 +226,7 @@ def test_the_order_of_warps_does_not_matter(library, backend, cross):
 
 
 def test_all_relations_in_one_call(backend):
-    """Self and cross relations, widths and dtypes beside each other, and more of them than one launch takes."""
+    """Self-relations and cross-relations of several widths and dtypes, more than one launch can process."""
     draw = torch.Generator().manual_seed(2)
     names = (("q", 8, torch.bfloat16), ("k", 8, torch.float32), ("v", 12, torch.float16))
     teacher = {name: torch.randn(2, 70, 2, width, generator=draw).to(dtype) for name, width, dtype in names}
@@ -246,7 +245,7 @@ def test_all_relations_in_one_call(backend):
 
 
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
-def test_nan_in_a_real_token_is_not_hidden(backend, cross):
+def test_nan_in_a_valid_token_propagates(backend, cross):
     for length in (20, 100):
         for payload in (math.nan, math.inf):
             case = make(batch=2, length=length, heads=1, cross=cross)
@@ -262,7 +261,7 @@ def test_nan_in_a_real_token_is_not_hidden(backend, cross):
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_malformed_packings_give_nan(backend, monkeypatch, kind, cross, reduction):
-    """On a device nobody reads cu_seqlens."""
+    """cu_seqlens on a GPU are not validated by the host."""
     monkeypatch.setattr(Mask, "check_packing", lambda self: None)
     assert all_nan(malformed(kind, cross), reduction, backend)
     assert all_nan(malformed(kind, cross, dtype=torch.bfloat16), reduction, backend)
@@ -271,22 +270,22 @@ def test_malformed_packings_give_nan(backend, monkeypatch, kind, cross, reductio
 @pytest.mark.parametrize("kind", MALFORMED)
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 def test_kernels_check_the_bounds_themselves(backend, monkeypatch, kind, cross):
-    """Without the repair before them: no access leaves the tensors, and where they notice, the value is NaN."""
-    monkeypatch.setattr(Mask, "repaired", lambda self: (self, None))
+    """Kernels without sanitized bounds: no access leaves the tensors, and detected errors yield NaN."""
+    monkeypatch.setattr(Mask, "sanitize_bounds", lambda self: (self, None))
     case = malformed(kind, cross)
     bounds, max_seqlen = case.kwargs["cu_seqlens"], case.kwargs["max_seqlen"]
     mask = Mask((40,), bounds.device, cu_seqlens=bounds, max_seqlen=max_seqlen)
     teacher, student = ([x for x in side if x is not None] for side in (case.tensors[:2], case.tensors[2:]))
     problem = RelationInputs(teacher, student, [(0, int(cross))], mask)
-    values, _ = native_cuda.forward_reduced(problem, mask.sequence_weights("sum", 3, torch.float32), gradient=True)
-    if kind not in ("starts late", "ends early", "empty sequences only"):  # each sequence by itself is in order
+    values, _ = native.cuda.forward_reduced(problem, mask.sequence_weights("sum", 3, torch.float32), gradient=True)
+    if kind not in ("starts late", "ends early", "empty sequences only"):  # each single sequence is valid
         assert values.isnan().all()
-    native_cuda.backward_none(problem, native_cuda.forward_none(problem).nan_to_num())
+    native.cuda.backward_none(problem, native.cuda.forward_none(problem).nan_to_num())
 
 
 @pytest.mark.slow
 def test_half_precision_is_read_exactly(backend):
-    """Numbers of all magnitudes, subnormal ones included: students of width 1 whose other token makes the product 1."""
+    """Numbers of all magnitudes, also subnormal ones: students of width 1, whose second token makes the product 1."""
     for dtype in (torch.float16, torch.bfloat16):
         x = torch.arange(-(2**15), 2**15, 151).to(torch.int16).view(dtype)
         x = x[x.isfinite() & (x != 0) & (x.abs() < 1e5)]
@@ -301,7 +300,7 @@ def test_half_precision_is_read_exactly(backend):
 
 
 def test_the_schedule_visits_each_pair_once(library):
-    """Of all sequences up to 600 tokens and some longer: every pair of tiles once, and no tile twice in a round."""
+    """Every pair of tiles occurs once, and no tile twice in a round, for up to 600 tokens and some longer sequences."""
     import ctypes
 
     out = (ctypes.c_int * 2)()
@@ -351,21 +350,23 @@ _PLANES = {
         ("sm_120", "bf16 (64, 32)", 512, (288, 5, 1, 94720)),
     ],
 )
-def test_plan_of_fused_blocks(library, device, planes, longest, expected):
-    """(tokens, warps, blocks on a processor, bytes)."""
-    assert tuple(cuda.plan(library, "fused", _DEVICES[device], _PLANES[planes], longest)) == expected
+def test_plan_of_symmetric_blocks(library, device, planes, longest, expected):
+    """expected: (tokens, warps, blocks per SM, bytes)."""
+    assert tuple(cuda.plan(library, "symmetric", _DEVICES[device], _PLANES[planes], longest)) == expected
 
 
 @pytest.mark.parametrize("device", _DEVICES)
 def test_plans_fit_their_device(library, device):
     block, processor = _DEVICES[device]
-    for pieces_t in (1, 2, 3):
-        for pieces_s in (1, 2, 3):
+    for splits_t in (1, 2, 3):
+        for splits_s in (1, 2, 3):
             for chunks_t in (1, 2, 4, 8, 16):
                 for chunks_s in (1, 2, 4, 8, 16):
-                    planes = (chunks_t * pieces_t, chunks_s * pieces_s, chunks_s, pieces_s)
+                    planes = (chunks_t * splits_t, chunks_s * splits_s, chunks_s, splits_s)
                     for longest in (1, 33, 512, 5000):
-                        tokens, warps, blocks, size = cuda.plan(library, "fused", (block, processor), planes, longest)
+                        tokens, warps, blocks, size = cuda.plan(
+                            library, "symmetric", (block, processor), planes, longest
+                        )
                         if tokens == 0:
                             assert device == "sm_120"
                             continue
@@ -373,9 +374,9 @@ def test_plans_fit_their_device(library, device):
                         assert tokens <= (longest + 31) // 32 * 32
                         assert size <= block
                         assert blocks * (size + 1024) <= processor
-                        assert 1 <= warps * blocks <= {1: 12, 2: 12, 3: 8}[pieces_s]
-                    warps, others, size, _ = cuda.plan(library, "rows", (block, processor), planes, 1)
+                        assert 1 <= warps * blocks <= {1: 12, 2: 12, 3: 8}[splits_s]
+                    warps, others, size, _ = cuda.plan(library, "row_wise", (block, processor), planes, 1)
                     assert size <= block
-                    # Only float32 heads of 128 on both sides do not fit a small GPU.
+                    # Only float32 teachers and students of width 128 do not fit.
                     assert (warps == 0) == (device == "sm_120" and planes[:2] == (48, 48))
                     assert warps == 0 or others % 32 == 0

@@ -1,22 +1,21 @@
-"""What is particular to the C++ kernels: every instruction set, both paths, threads, memory, and what they refuse."""
+"""Tests of the CPU kernels: every instruction set, both paths, threads, memory and refused calls."""
 
 import subprocess
 import sys
 import threading
 import warnings
-from functools import cache
 
 import pytest
 import torch
 
 from minilm_kernels import backend_status, relation_kl
+from minilm_kernels._choices import REDUCTIONS
 from minilm_kernels.relation.api import relation_kl_multi
-from minilm_kernels.relation.backends import native_cpu
-from minilm_kernels.relation.masks import REDUCTIONS
+from minilm_kernels.relation.backends import native
 from tests.relation.cases import MASKS, Case, dense, error, make
 
 pytestmark = pytest.mark.skipif(backend_status()["cpu"] != "ready", reason=str(backend_status()["cpu"]))
-INSTRUCTION_SETS = native_cpu.instruction_sets() if backend_status()["cpu"] == "ready" else []
+INSTRUCTION_SETS = native.cpu.instruction_sets() if backend_status()["cpu"] == "ready" else []
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
@@ -27,14 +26,14 @@ def instruction_set(request, monkeypatch) -> str:
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads; the number found comes back after the test."""
+    """Sets the number of threads and restores it after the test."""
     found = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(found)
 
 
 def _check(case: Case, reduction: str = "sequence") -> None:
-    """Twice the error of dense PyTorch on an unmasked batch of this shape and distribution, plus one rounding."""
+    """The limit is twice the error of dense PyTorch on an unmasked batch of this distribution, plus one rounding."""
     cross, widths = case.tensors[1] is not None, (case.tensors[0].shape[-1], case.tensors[2].shape[-1])
     spread = case.tensors[0].float().nan_to_num(0, 0, 0).std().item()
     full = make(cross=cross, widths=widths, length=min(257, max(23, case.tensors[0].shape[-3])), spread=spread, seed=7)
@@ -56,7 +55,7 @@ def test_masks(instruction_set, mask, reduction):
     _check(make(mask, cross=True), reduction)
 
 
-_LONG = {  # long enough for unordered pairs; lengths and prefixes that end inside a strip, a block, and between
+_LONG = {  # for the symmetric path: lengths and prefixes that end inside and between row blocks and key blocks
     "none": {},
     "causal": {"causal": True},
     "prefix": {"prefix_lens": torch.tensor([77, 130, 8])},
@@ -78,7 +77,7 @@ def test_lengths(instruction_set, length):
 
 
 def test_all_relations_in_one_call(instruction_set):
-    """Self and cross relations beside each other, their widths apart."""
+    """Self-relations and cross-relations of different widths in one call."""
     draw = torch.Generator().manual_seed(2)
     teacher = {name: torch.randn(2, 70, 3, width, generator=draw) for name, width in (("q", 8), ("k", 8), ("v", 12))}
     student = {name: torch.randn(2, 70, 3, width, generator=draw) for name, width in (("q", 4), ("k", 4), ("v", 6))}
@@ -101,22 +100,22 @@ def test_all_relations_in_one_call(instruction_set):
 
 @pytest.mark.parametrize("spread", [0.05, 2.5, 3.5, 5.0, 8.0, 30.0])
 def test_any_range_of_norms(instruction_set, spread):
-    """Ranges of s_ii from nothing to tens of thousands: through and beyond what one reference can serve."""
+    """Ranges of s_ii from 0 to tens of thousands, on both sides of the limit for one reference score."""
     case = make(batch=2, length=90, heads=2, widths=(8, 8), spread=spread)
     norms = case.tensors[0].square().sum(-1) * 8**-0.5
     ranges = (norms.amax(1) - norms.amin(1)).flatten()
-    assert (ranges.max() < 83) == (spread < 3)  # both sides of the guard are visited
+    assert (ranges.max() < 83) == (spread < 3)  # on both sides of the limit
     _check(case)
 
 
 def test_equal_norms_beyond_the_range_of_exp(instruction_set):
-    """Tokens v and −v of one large norm: their range is 0, yet no row may be taken relative to 0."""
+    """Tokens v and −v with a large norm: the range of norms is 0, but 0 is no suitable reference score."""
     signs = torch.where(torch.rand(2, 90, 2, 1, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
     for length in (30, 90):
         x, y = (signs[:, :length] * size * torch.ones(width) for size, width in ((9.0, 8), (11.0, 6)))
         case = Case((x, None, y, None), {})
         norms = torch.cat((x.square().sum(-1) * 8**-0.5, y.square().sum(-1) * 6**-0.5))
-        assert norms.min() > 89  # e^89 is beyond float32
+        assert norms.min() > 89  # e^89 overflows float32
         for reduction in ("sum", "none"):
             value, (grad,) = case.run(reduction, "cpu")
             expected, (expected_grad,) = case.oracle(reduction)
@@ -125,7 +124,7 @@ def test_equal_norms_beyond_the_range_of_exp(instruction_set):
 
 
 def test_gradients_of_rows_that_see_almost_only_themselves(instruction_set):
-    """Of one-hot rows q_ii − p_ii is what p and q leave to the others: 1 − 1e-6 has no digits for it."""
+    """In one-hot rows, q_ii − p_ii must be computed from the other probabilities: both are rounded close to 1."""
     length, size, generator = 96, 4.0 * 32**0.25, torch.Generator().manual_seed(0)
 
     def of_one_size(x):
@@ -138,7 +137,7 @@ def test_gradients_of_rows_that_see_almost_only_themselves(instruction_set):
     _, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / (4 * length)))
     _, (grad,) = case.run("sequence", "cpu")
     assert error(dense_grad, expected) > 4e-3
-    # The others' exponentials of teacher and student differ by some 1e-3 and are known to 1e-7.
+    # The other exponentials of teacher and student differ by about 1e-3 and have errors of 1e-7.
     assert error(grad, expected) < 4e-4
 
 
@@ -154,7 +153,7 @@ def test_scales_of_any_sign(instruction_set, scales):
 
 
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
-def test_nan_in_a_real_token_is_not_hidden(instruction_set, cross):
+def test_nan_in_a_valid_token_propagates(instruction_set, cross):
     for length in (20, 100):
         for payload in (float("nan"), float("inf")):
             case = make(batch=2, length=length, heads=1, cross=cross)
@@ -171,7 +170,7 @@ def test_nan_in_a_real_token_is_not_hidden(instruction_set, cross):
     [
         (3, 40, 5, {}),
         (2, 150, 12, {"attention_mask": torch.rand(2, 150, generator=torch.Generator().manual_seed(4)) < 0.5}),
-        (1, 1037, 1, {}),  # few tasks: chunks of one task beside each other
+        (1, 1037, 1, {}),  # few tasks: the slices of one task run in parallel
         (1, 1037, 2, {"causal": True}),
         (1, 8200, 1, {"prefix_lens": torch.tensor([5000])}),
     ],
@@ -191,14 +190,14 @@ def test_bits_do_not_depend_on_threads(instruction_set, threads, batch, length, 
             assert all(torch.equal(a, g) for a, g in zip(again_grads, grads, strict=True))
 
 
-def test_chunks_of_one_task(instruction_set):
+def test_slices_of_one_task(instruction_set):
     case = make({"causal": True}, batch=1, length=1037, heads=1, widths=(16, 8))
     _check(case)
     _check(make(batch=1, length=1037, heads=1, widths=(8, 4), cross=True))
 
 
 def test_half_precision_is_read_exactly(instruction_set):
-    """Every finite float16 and bfloat16 number, subnormal ones included, as a student of width 1 on one token pair."""
+    """Every finite float16 and bfloat16 number, subnormal numbers included, in students of width 1 with two tokens."""
     for dtype in (torch.float16, torch.bfloat16):
         x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
         x = x[x.isfinite() & (x.abs() < 1e4)][: 65024 // 8 * 8]
@@ -213,7 +212,7 @@ def test_half_precision_is_read_exactly(instruction_set):
 
 @pytest.fixture
 def poisoned():
-    """Memory that nobody wrote is NaN."""
+    """Fills uninitialized memory with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -222,27 +221,27 @@ def poisoned():
 @pytest.mark.parametrize("length", [21, 700], ids=["by one thread", "by all threads"])
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
 def test_all_of_a_gradient_is_written(poisoned, threads, length, reduction):
-    """Zeros where a token is not real: before, between and behind the others, and in sequences without any."""
+    """Gradients of padding are 0: before, between and after valid tokens, and in sequences without valid tokens."""
     threads(2)
-    real = torch.rand(4, length, generator=torch.Generator().manual_seed(3)) < 0.5
-    real[0, 0] = real[1, -1] = True
-    real[2] = False
+    valid = torch.rand(4, length, generator=torch.Generator().manual_seed(3)) < 0.5
+    valid[0, 0] = valid[1, -1] = True
+    valid[2] = False
     x, y = (torch.randn(4, length, 3, width).requires_grad_(width == 12) for width in (16, 12))
     values = relation_kl_multi(
         {"q": x, "k": x + 1},
         {"q": y, "k": y.square()},
         [("q", "q"), ("q", "k")],
-        attention_mask=real,
+        attention_mask=valid,
         reduction=reduction,
         backend="cpu",
     )
     (grad,) = torch.autograd.grad(values.sum(), y)
-    assert not grad[~real].any()
-    assert grad[real].all()
+    assert not grad[~valid].any()
+    assert grad[valid].all()
 
 
 def test_the_lock_of_python_is_released():
-    """A thread inside the kernel lets others run: with an endless switch interval they run only if it gives way."""
+    """Other threads run while a kernel runs. With an endless switch interval, that requires it to release the lock."""
     x, y = torch.randn(1, 4096, 8, 16), torch.randn(1, 4096, 8, 8)  # long enough for another thread to be scheduled
     entered, finished = threading.Event(), []
     values, grad = torch.empty(1), torch.zeros_like(y)
@@ -251,7 +250,7 @@ def test_the_lock_of_python_is_released():
     def work():
         entered.set()
         torch.ops.minilm_kernels_cpu.relation_kl(
-            [x], [y], [0, 0], [0.25, 0.35], *arguments, native_cpu.instruction_sets()[0]
+            [x], [y], [0, 0], [0.25, 0.35], *arguments, native.cpu.instruction_sets()[0]
         )
         finished.append(True)
 
@@ -294,7 +293,7 @@ print(status("VmHWM") - before - sum(x.numel() * 4 for x in student) / 2**20)
     [(512, 24, False, 2), (2048, 16, False, 2), (16384, 1, True, 2), (4096, 48, False, 64)],
 )
 def test_peak_memory(length, heads, cross, threads):
-    """Beyond the gradient at most 32 MiB, whatever S and however many threads there are."""
+    """At most 32 MiB in addition to the gradient, for any S and any number of threads."""
     script = _PEAK.format(length=length, heads=heads, cross=cross, threads=threads)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=200)
     assert 0 < float(result.stdout) <= 32
@@ -309,18 +308,22 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
 
 
 @pytest.fixture
-def elsewhere(monkeypatch, tmp_path):
-    """A folder in whose package the library is looked for; returns the answer of a first look there."""
+def elsewhere(tmp_path):
+    """A function that looks for the library in an otherwise empty package folder and returns the backend's reason."""
     package = tmp_path / "minilm_kernels"
     package.mkdir()
-    monkeypatch.setattr(native_cpu, "_LIBRARY", package / "_cpu.abi3.so")
-    monkeypatch.setattr(native_cpu, "_MISSING", package / "_cpu.missing")
-    return native_cpu.unavailable_reason.__wrapped__
+
+    def look() -> str | None:
+        backend = native.CPUBackend()
+        backend.library = package / "_cpu.abi3.so"
+        return backend.unavailable_reason()
+
+    return look
 
 
 def test_an_installation_without_the_library_says_why(elsewhere, tmp_path, recwarn):
     assert elsewhere() == "the package was installed without its CPU library"
-    assert not recwarn  # it was asked to leave it out
+    assert not recwarn  # the library was left out on request
     (tmp_path / "minilm_kernels/_cpu.missing").write_text("no C++ compiler was found", encoding="utf-8")
     with pytest.warns(UserWarning, match="slower backend `torch` serves.*no C\\+\\+ compiler"):
         assert "no C++ compiler was found" in elsewhere()
@@ -339,11 +342,10 @@ def test_a_source_tree_without_the_library_says_the_way_out(elsewhere, tmp_path)
 
 
 def test_a_slow_fallback_is_said_once(monkeypatch, tmp_path):
-    """However many calls there are, and whatever is asked about backends before."""
+    """One warning, regardless of the number of calls and of earlier queries of backends."""
     (tmp_path / "csrc/cpu").mkdir(parents=True)
-    monkeypatch.setattr(native_cpu, "_LIBRARY", tmp_path / "minilm_kernels/_cpu.abi3.so")
-    monkeypatch.setattr(native_cpu, "_MISSING", tmp_path / "minilm_kernels/_cpu.missing")
-    monkeypatch.setattr(native_cpu, "unavailable_reason", cache(native_cpu.unavailable_reason.__wrapped__))
+    monkeypatch.setattr(native.cpu, "library", tmp_path / "minilm_kernels/_cpu.abi3.so")
+    monkeypatch.setattr(native.cpu, "load_error", native.NOT_LOADED)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""The specification itself against a definition in scalar loops, and by known values."""
+"""The reference backend against a definition in scalar loops, and against known values."""
 
 import math
 from itertools import pairwise
@@ -11,7 +11,7 @@ from tests.relation.cases import MASKS, Case, make
 
 
 def _loops(case: Case) -> torch.Tensor:
-    """Rows by the definition, one score at a time."""
+    """Returns the rows by the definition, one score at a time."""
     kwargs = case.kwargs
     q_t, k_t, q_s, k_s = (None if x is None else x.double() for x in case.tensors)
     k_t, k_s = (q_t if k_t is None else k_t), (q_s if k_s is None else k_s)
@@ -78,7 +78,7 @@ def test_reductions_follow_from_the_rows(mask):
 def test_two_keys_by_hand():
     x_t = torch.tensor([[0.0], [1.0]], dtype=torch.float64).view(1, 2, 1, 1)
     x_s = torch.tensor([[0.0], [2.0]], dtype=torch.float64).view(1, 2, 1, 1)
-    # Row 0 scores 0, 0 on both sides; row 1: teacher 0, 1, student 0, 4.
+    # Row 0 has the scores 0, 0 in both models; row 1 has 0, 1 in the teacher and 0, 4 in the student.
     p, q = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-4))
     expected = [0.0, p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))]
     rows = relation_kl(x_t, None, x_s, None, reduction="none", backend="reference")

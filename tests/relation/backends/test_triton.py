@@ -1,4 +1,4 @@
-"""The Triton backend without a GPU: the contract suite in the interpreter, compilation for GPUs, waiting, tile maps."""
+"""The Triton backend without a GPU: contract tests in the interpreter, compilation for GPUs, tile maps."""
 
 import os
 import re
@@ -18,14 +18,15 @@ from tests.ptx.parser import parse
 
 triton = pytest.importorskip("triton", reason="Triton is not built for this platform")
 
+from benchmarks.static_cost.triton_loops import variants, variants_of  # noqa: E402
+from benchmarks.static_cost.variants import compile_triton  # noqa: E402
 from minilm_kernels.relation.backends.triton import launch as triton_backend  # noqa: E402
-from minilm_kernels.relation.backends.triton.config import compile_variant, variants, variants_of  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 
-# What the interpreter runs, in a process of its own. It takes half a second for a call, so where a test is repeated for
-# cases that differ in nothing that the kernels do differently, one is taken; and it multiplies bfloat16 wrongly: that
-# dtype is compiled below and computed on a device.
+# Tests that run in the interpreter, each shard in a subprocess. A call takes half a second, so cases that are equal for
+# the kernels run once. The interpreter multiplies bfloat16 matrices incorrectly: bfloat16 is compiled below, and run in
+# the PTX emulator and on a GPU.
 _CONTRACT = "tests/relation/test_contract.py"
 _MASKS = "test_masks or test_padding"
 _LEFT_OUT = """not (bfloat16 or test_teacher_and_student_dtypes)
@@ -33,14 +34,14 @@ _LEFT_OUT = """not (bfloat16 or test_teacher_and_student_dtypes)
     and not (float16 and (6 or 17 or 32))
     and not (test_small_divergences and (0.1 or 0.001))
     and not (test_defaults and (float16 or -none or packed)) and not test_any_dtype""".replace("\n", " ")
-SHARDS = {  # what runs, and how many tests these are at least
+SHARDS = {  # arguments of pytest, and the least number of tests
     "sample": ([_CONTRACT, "-k", "test_masks and (holes-self or packed-prefix-cross) and (sequence or none)"], 8),
     "masks": ([_CONTRACT, "-k", f"({_MASKS}) and {_LEFT_OUT}"], 60),
     "contract": ([_CONTRACT, "-k", f"not ({_MASKS}) and {_LEFT_OUT}"], 46),
     "kernels": (["tests/relation/backends/test_triton_kernels.py"], 5),
     "operator": (["tests/relation/test_ops.py", "-k", "opcheck and (none or holes) or inductor or upstream"], 5),
 }
-SECONDS = 1800  # of one shard, on a machine that does much else
+SECONDS = 1800  # limit of one shard, on a busy machine
 
 
 @pytest.mark.timeout(SECONDS)
@@ -58,7 +59,7 @@ def test_in_the_interpreter(shard):
 
 
 def _usage(compiled) -> dict[str, int]:
-    """What ptxas says of a compiled kernel: registers, spills to the stack, local and shared memory."""
+    """Returns the resources of a compiled kernel by ptxas: registers, stack (spills), local and shared memory."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -81,23 +82,23 @@ def _usage(compiled) -> dict[str, int]:
     ],
 )
 def test_variants_compile_without_spills(arch, dtype, every):
-    """0 bytes of stack: nothing is spilled, and no array is indexed at run time."""
+    """Kernels use 0 bytes of stack: no register is spilled, and no array is indexed at run time."""
     chosen = [variant for variant in variants(arch) if variant.dtype == dtype]
     assert len(chosen) > 20
     for variant in chosen[::every]:
-        compiled = compile_variant(variant, arch)
+        compiled = compile_triton(variant, arch)
         usage = _usage(compiled)
         label = (variant.kernel, variant.group, variant.d_t, variant.d_s, usage)
         assert usage["STACK"] == usage["LOCAL"] == 0, label
         if arch == 90:
             assert unfenced(parse(compiled.asm["ptx"])[compiled.metadata.name]) == [], label
-        assert compiled.metadata.shared <= 99 * 1024, label  # what the smallest of these architectures gives a block
+        assert compiled.metadata.shared <= 99 * 1024, label  # limit of a block on the smallest of these architectures
 
 
 def test_wgmma_sees_what_was_copied():
-    """The everyday lse: its tiles come by cp.async where the compiler fences that, elsewhere by ordinary stores."""
-    variant = next(v for v in variants_of("bfloat16", 16, 8, "self") if v.kernel == "lse")
-    compiled = compile_variant(variant, 90)
+    """row_stats loads its tiles by cp.async if the compiler fences it, else it uses ordinary stores."""
+    variant = next(v for v in variants_of("bfloat16", 16, 8, "self") if v.kernel == "row_stats")
+    compiled = compile_triton(variant, 90)
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert ("cp.async" in ptx) == (variant.options["num_stages"] > 1)
@@ -106,7 +107,7 @@ def test_wgmma_sees_what_was_copied():
 
 @pytest.mark.parametrize("block", [16, 64, 128])
 def test_tile_map(block):
-    """Every tile of every sequence is in the grid once; what is left over belongs to no sequence."""
+    """Every tile of every sequence is in the grid once; leftover tiles belong to no sequence."""
     generator = torch.Generator().manual_seed(0)
     for count in (1, 2, 7, 60):
         lengths = torch.randint(0, 3 * block, (count,), generator=generator)
@@ -140,7 +141,7 @@ def test_tile_map_of_malformed_sequences_stays_inside(values):
     ids=lambda mask: "-".join(mask) or "none",
 )
 def test_the_host_never_waits(mask, monkeypatch):
-    """On a GPU nothing that the host does depends on values: fake tensors have none, and reading one is an error."""
+    """The host reads no values: fake tensors have none, and reading one raises an error."""
     launches = []
     monkeypatch.setattr(triton_backend._Group, "_start", lambda self, kernel, *_: launches.append(kernel.__name__))
     with FakeTensorMode():
@@ -158,10 +159,10 @@ def test_the_host_never_waits(mask, monkeypatch):
         triton_backend.backward_none(problem, rows)
         with pytest.raises(Exception, match=r"_local_scalar_dense|[Dd]ata.?[Dd]ependent"):
             values[0].item()
-    # Three self relations share their launches, two cross relations theirs; a cross relation has two gradients.
-    assert launches.count("lse_kernel") == 2 * 4
+    # Three self relations share their launches, and so do two cross relations, which have two gradients each.
+    assert launches.count("row_stats_kernel") == 2 * 4
     assert launches.count("gradient_kernel") == 3 * 2
-    assert launches.count("rows_kernel") == 2 * 2
+    assert launches.count("row_kl_kernel") == 2 * 2
 
 
 def test_auto_leaves_cpu_tensors_to_the_others():

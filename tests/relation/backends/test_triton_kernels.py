@@ -1,4 +1,4 @@
-"""What is particular to the Triton kernels, on whatever runs them: a GPU, or the interpreter (see test_triton.py)."""
+"""Cases particular to the Triton kernels, on a GPU or in the interpreter (see test_triton.py)."""
 
 import math
 
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def on() -> str:
-    """Where the kernels run."""
+    """The device type on which the kernels run."""
     return "cpu" if triton_backend.interpreted() else "cuda"
 
 
 @pytest.mark.parametrize("mask", ["holes", "causal", "prefix-left", "packed"])
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
-def test_scores_beyond_one_base(on, mask, cross):
-    """Scores of hundreds of bits: sums overflow, the online maximum and the wide gradient branch take over."""
+def test_scores_beyond_one_pivot(on, mask, cross):
+    """With scores of hundreds of bits sums overflow: the running maximum and the pivots of single rows are used."""
     case = make(mask, cross=cross, spread=14.0, heads=2).on(on)
     value, grads = case.run("sequence", "triton")
     expected, expected_grads = case.oracle("sequence")
@@ -39,8 +39,8 @@ def test_scores_beyond_one_base(on, mask, cross):
 
 
 @pytest.mark.parametrize("wide", ["teacher", "student"])
-def test_one_model_beyond_one_base(on, wide):
-    """Scores with itself from almost 0 to 300 bits in one model: from the middle of these, small rows sum up to 0."""
+def test_one_model_beyond_one_pivot(on, wide):
+    """One model's self scores range from almost 0 to 300 bits: a shared pivot would make the sums of small rows 0."""
     case = make("right", heads=2)
     tensors = [None if x is None else torch.nn.functional.normalize(x, dim=-1) for x in case.tensors]
     x = tensors[0 if wide == "teacher" else 2]
@@ -53,7 +53,7 @@ def test_one_model_beyond_one_base(on, wide):
 
 
 def test_a_wide_head_does_not_disturb_others(on):
-    """One head of one sequence far out of range: all others have the very bits that they have without it."""
+    """One head with a wide range changes no bit of the other heads."""
     case = make("right", heads=3).on(on)
     value, (grad,) = case.run("none", "triton")
     wide = [None if x is None else x.clone() for x in case.tensors]
@@ -67,7 +67,7 @@ def test_a_wide_head_does_not_disturb_others(on):
 
 
 def test_negative_scales(on):
-    """Scores with itself are the smallest then, no base bounds the others."""
+    """Self scores are the smallest with negative scales, so no pivot is shared."""
     base = make("holes").on(on)
     case = Case(base.tensors, base.kwargs | {"teacher_scale": -0.5, "student_scale": -2.0})
     value, (grad,) = case.run("sum", "triton")
@@ -78,7 +78,7 @@ def test_negative_scales(on):
 
 @pytest.mark.parametrize("mask", ["prefix-holes", "packed-prefix", "causal"])
 def test_tiles_of_every_kind(on, mask):
-    """Sequences of many tiles, whose prefixes and ends lie within tiles and at their borders."""
+    """Prefixes and ends of long sequences lie inside tiles and at their bounds."""
     lengths = {"prefix-holes": 150, "causal": 97}.get(mask)
     if mask == "packed-prefix":
         kwargs = {
@@ -108,15 +108,15 @@ def test_tiles_of_every_kind(on, mask):
     ],
 )
 def test_malformed_packings_give_nan(on, monkeypatch, kind, cross, reduction):
-    """On a device nobody reads cu_seqlens."""
+    """As on a GPU, cu_seqlens is not checked before the launch."""
     monkeypatch.setattr(Mask, "check_packing", lambda self: None)
     assert all_nan(malformed(kind, cross).on(on), reduction, "triton")
 
 
 @pytest.mark.parametrize("kind", ["overlapping", "negative", "beyond T in the middle", "extreme", "decreasing"])
 def test_kernels_check_the_bounds_themselves(on, monkeypatch, kind):
-    """Without the repair before them: nothing outside the tensors is read."""
-    monkeypatch.setattr(Mask, "repaired", lambda self: (self, None))
+    """Without sanitized bounds the kernels still read nothing outside the tensors."""
+    monkeypatch.setattr(Mask, "sanitize_bounds", lambda self: (self, None))
     total, room = 40, 256
     sides = []
     for width in (16, 8):
@@ -133,7 +133,7 @@ def test_kernels_check_the_bounds_themselves(on, monkeypatch, kind):
 
 
 def test_a_scalar_is_the_sum_of_its_relations(on):
-    """Relations that share launches, self and cross, and tensors with strides of their own."""
+    """Self and cross relations share launches; their tensors have different strides."""
     student = QKV(*(torch.randn(2, 21, 24, device=on, requires_grad=True) for _ in range(3)))
     teacher = QKV(torch.randn(2, 21, 48, device=on), *torch.randn(2, 21, 96, device=on).chunk(2, -1))
     relations = {"qq": 1.0, "vv": 0.5, "qk": 2.0, "vq": 1.0, "kk": 1.0}
@@ -162,7 +162,7 @@ def test_features_that_are_not_side_by_side(on):
 
 @pytest.mark.parametrize("upstream", [1e-6, 1e4])
 def test_float16_row_gradients_of_any_size(on, upstream):
-    """Row weights far from 1 neither underflow nor overflow in the float16 products."""
+    """Row weights far from 1 neither underflow nor overflow in float16 products."""
     case = make("holes", dtype=torch.float16).on(on)
     weights = upstream * torch.rand(case.row_shape(), device=on)
     weights[0] = 0
@@ -184,7 +184,7 @@ def _step(case: Case, reduction: str):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 def test_captured_in_a_graph_without_synchronization(mask, dtype):
-    """Recorded once, replayed on other values: the bits of eager mode; nothing waits for the device on the way."""
+    """A CUDA graph replayed on other values gives the bits of eager mode; the host does not wait for the device."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     for reduction in ("sequence", "none"):
@@ -210,7 +210,7 @@ def test_captured_in_a_graph_without_synchronization(mask, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 def test_repeated_runs_at_size(cross):
-    """Many programs at once, in whatever order: the same bits."""
+    """Many concurrent programs give the same bits in every run."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     case = make("none", cross=cross, batch=16, heads=48, length=512, widths=(16, 8), dtype=torch.bfloat16).on("cuda")

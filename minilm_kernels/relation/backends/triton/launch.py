@@ -1,7 +1,7 @@
-"""Backend `triton`: the kernels of triton_kernels.py on every GPU that Triton serves, for sequences of any length.
+"""Backend `triton`: runs on every GPU that Triton supports, for sequences of any length and head widths up to 128.
 
-All relations of one head width share a launch; a loss is one such group. The host is never waited for. On CPU tensors
-the kernels run in Triton's interpreter, where TRITON_INTERPRET=1 asks for it: a means of testing. See docs/triton.md.
+Relations of equal kind (self or cross), width and scale share each launch. The host never waits for the GPU. With
+TRITON_INTERPRET=1 the kernels run on CPU tensors in Triton's interpreter, for tests. See docs/triton.md.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
-from minilm_kernels.relation.masks import marked
+from minilm_kernels.relation.masks import add_fault
 
-from .config import BASE_BLOCK, FUSION, INTERPRETED, INTERPRETED_LONG, LINK_BLOCK, blocks, in_parts, padded
+from .config import FINALIZE_BLOCK, FUSION, PIVOT_BLOCK, LaunchConfig, padded_width, sliced
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_WIDEST = 128
-_MOST_RELATIONS = 15  # of a launch: 4 bits of an int64 each
+_MAX_WIDTH = 128
+_MAX_RELATIONS = 15  # per launch: an int64 holds 4 bits for each
 _LOG2_E = math.log2(math.e)
 
 
@@ -33,133 +33,131 @@ def unavailable_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if not interpreted() and not torch.cuda.is_available():
-        return "no GPU is present (with TRITON_INTERPRET=1 the kernels run on the CPU, very slowly, for tests)"
+        return "no GPU is present (for tests, TRITON_INTERPRET=1 runs the kernels on the CPU, very slowly)"
     return None
 
 
 @cache
 def interpreted() -> bool:
-    """The kernels run in Triton's interpreter."""
+    """Returns whether the kernels run in Triton's interpreter."""
     from triton import knobs
 
     return knobs.runtime.interpret
 
 
-def unsupported_reasons(problem: RelationInputs) -> list[str]:
+def unsupported_reasons(inputs: RelationInputs) -> list[str]:
     reasons = []
-    device = problem.mask.device.type
-    tensors = (*problem.teacher, *problem.student)
+    device = inputs.mask.device.type
+    tensors = (*inputs.teacher, *inputs.student)
     if device != ("cpu" if interpreted() else "cuda"):
-        where = "in Triton's interpreter, on the CPU" if interpreted() else "on a GPU"
-        reasons.append(f"it computes {where}, the tensors are on {problem.mask.device}")
+        expected = "CPU tensors, in Triton's interpreter" if interpreted() else "GPU tensors"
+        reasons.append(f"it takes {expected}, but the tensors are on {inputs.mask.device}")
     if others := {x.dtype for x in tensors} - set(_DTYPES):
-        reasons.append(
-            f"it computes in float32 for float32, float16 and bfloat16, not for {', '.join(map(str, others))}"
-        )
+        reasons.append(f"it takes float32, float16 and bfloat16, not {', '.join(map(str, others))}")
     if interpreted() and any(x.dtype == torch.bfloat16 for x in tensors):
-        reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
-    if (widest := max(x.shape[-1] for x in tensors)) > _WIDEST:
-        reasons.append(f"it serves head widths up to {_WIDEST}, got {widest}")
+        reasons.append("Triton's interpreter multiplies bfloat16 matrices incorrectly")
+    if (widest := max(x.shape[-1] for x in tensors)) > _MAX_WIDTH:
+        reasons.append(f"it supports head widths up to {_MAX_WIDTH}, got {widest}")
     return reasons
 
 
-def forward_reduced(problem: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
-    call = _Call(problem)
-    weights = marked(weights, call.fault)
-    values: list[Tensor] = [weights] * len(problem.relations)  # all of them to be replaced
+def forward_reduced(inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+    call = _Call(inputs)
+    weights = add_fault(weights, call.fault)
+    values: list[Tensor] = [weights] * len(inputs.relations)  # placeholders; every group replaces its own
     grads = call.new_gradients() if gradient else {}
-    for group in call.groups() if call.tiles else []:
-        kl_rows = group.new_statistics()
-        group.lse(kl_rows if gradient else None)
+    for group in call.groups() if call.has_tiles else []:
+        kl_rows = group.new_row_stats()
+        group.row_stats(kl_rows if gradient else None)
         if not gradient:
-            group.rows(kl_rows, None)
-        sums = group.link(kl_rows, gradient)
+            group.row_kl(kl_rows, None)
+        sums = group.finalize(kl_rows, gradient)
         if gradient:
             group.gradients(weights.contiguous(), False, grads)
         for value, r in zip(sums, group.relations, strict=True):
             values[r] = value
-    if not call.tiles:
-        return marked(call.new((len(values),)).zero_(), call.fault), list(grads.values())
+    if not call.has_tiles:
+        return add_fault(call.new((len(values),)).zero_(), call.fault), list(grads.values())
     return (torch.stack(values).sum(-1) * weights).sum(-1).clamp_(min=0.0), list(grads.values())
 
 
-def forward_none(problem: RelationInputs) -> Tensor:
-    call = _Call(problem)
-    *batch, positions = problem.mask.token_shape
-    out = call.new((len(problem.relations), *batch, problem.heads, positions), covered=True)
-    for group in call.groups() if call.tiles else []:
-        group.lse(None)
-        group.rows(None, tuple(out[r] for r in group.relations))
-    return marked(out, call.fault)
+def forward_none(inputs: RelationInputs) -> Tensor:
+    call = _Call(inputs)
+    *batch, positions = inputs.mask.token_shape
+    out = call.new((len(inputs.relations), *batch, inputs.heads, positions), covered=True)
+    for group in call.groups() if call.has_tiles else []:
+        group.row_stats(None)
+        group.row_kl(None, tuple(out[r] for r in group.relations))
+    return add_fault(out, call.fault)
 
 
-def backward_none(problem: RelationInputs, row_grads: Tensor) -> list[Tensor]:
-    call = _Call(problem)
-    row_grads = marked(row_grads.float(), call.fault).contiguous()
+def backward_none(inputs: RelationInputs, row_grads: Tensor) -> list[Tensor]:
+    call = _Call(inputs)
+    row_grads = add_fault(row_grads.float(), call.fault).contiguous()
     grads = call.new_gradients()
-    for group in call.groups() if call.tiles else []:
-        weights = group.new_statistics()
-        group.lse(None)
-        group.link(None, True, tuple(row_grads[r] for r in group.relations), weights)
+    for group in call.groups() if call.has_tiles else []:
+        weights = group.new_row_stats()
+        group.row_stats(None)
+        group.finalize(None, True, tuple(row_grads[r] for r in group.relations), weights)
         group.gradients(weights, True, grads)
     return list(grads.values())
 
 
 @dataclass
 class _Call:
-    """One problem as the kernels see it: how its sequences lie, and what its groups share."""
+    """The inputs of one call as the kernels take them: where its sequences lie, and the arguments that groups share."""
 
-    problem: RelationInputs  # with its mask repaired
-    fault: Tensor | None = field(init=False)  # see Mask.repaired
+    inputs: RelationInputs  # with a sanitized mask
+    fault: Tensor | None = field(init=False)  # see Mask.sanitize_bounds
     sequences: int = field(init=False)
-    positions: int = field(init=False)  # of a sequence; packed: T
-    total: int = field(init=False)  # B·S or T
-    tiles: bool = field(init=False)  # there is something to do
-    masks: dict[str, Any] = field(init=False)  # arguments of the kernels
-    modes: dict[str, Any] = field(init=False)
+    positions: int = field(init=False)  # per sequence; packed: T
+    total: int = field(init=False)  # B * S or T
+    has_tiles: bool = field(init=False)  # False: there are no tokens, nothing is launched
+    mask_arguments: dict[str, Any] = field(init=False)
+    mask_constants: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        from . import kernels
+        from .primitives import BIDIRECTIONAL, CAUSAL, PREFIX
 
-        mask, self.fault = self.problem.mask.repaired()
-        self.problem = replace(self.problem, mask=mask)
+        mask, self.fault = self.inputs.mask.sanitize_bounds()
+        self.inputs = replace(self.inputs, mask=mask)
         self.sequences = mask.num_sequences
         self.positions = mask.token_shape[-1]
         self.total = math.prod(mask.token_shape)
-        self.tiles = self.total > 0 and self.sequences > 0
-        tokens, starts, prefixes = None, mask.cu_seqlens, mask.prefix_lens
+        self.has_tiles = self.total > 0 and self.sequences > 0
+        indices, starts, prefixes = None, mask.cu_seqlens, mask.prefix_lens
         if mask.attention_mask is not None:
-            tokens, starts, prefixes = mask.unpad()
-        self.masks = {
-            "tokens": tokens,
+            indices, starts, prefixes = mask.unpad()
+        self.mask_arguments = {
+            "indices": indices,
             "starts": starts if starts is None else starts.contiguous(),
             "prefixes": prefixes if prefixes is None else prefixes.long().contiguous(),
         }
-        order = kernels.BIDIRECTIONAL if mask.bidirectional else kernels.CAUSAL if prefixes is None else kernels.PREFIX
-        self.modes = {"PACKED": mask.packed, "LIST": tokens is not None, "MASK": order.value}
+        kind = BIDIRECTIONAL if mask.bidirectional else CAUSAL if prefixes is None else PREFIX
+        self.mask_constants = {"PACKED": mask.packed, "HAS_INDICES": indices is not None, "MASK": kind.value}
 
     def new(self, shape: tuple[int, ...], covered: bool = False) -> Tensor:
-        """float32. `covered`: the kernels write every real token's part, other tokens keep zeros."""
-        empty = covered and (not self.tiles or self.problem.mask.attention_mask is not None)
-        return (torch.zeros if empty else torch.empty)(shape, dtype=torch.float32, device=self.problem.mask.device)
+        """Allocates float32. `covered`: the kernels write the entries of all valid tokens, the others must be 0."""
+        zeros = covered and (not self.has_tiles or self.inputs.mask.attention_mask is not None)
+        return (torch.zeros if zeros else torch.empty)(shape, dtype=torch.float32, device=self.inputs.mask.device)
 
     def new_gradients(self) -> dict[tuple[int, int], Tensor]:
-        slots = grad_buffers(self.problem.relations)
-        return {(r, m): self.new(tuple(self.problem.student[m].shape), covered=True) for r, m in slots}
+        buffers = grad_buffers(self.inputs.relations)
+        return {(r, m): self.new(tuple(self.inputs.student[m].shape), covered=True) for r, m in buffers}
 
     def groups(self) -> Iterator[_Group]:
-        """Relations of one kind, width and scale, as many as a launch takes."""
-        members: dict[tuple, list[int]] = {}
-        for r, (query, key) in enumerate(self.problem.relations):
-            widths = tuple(side[query].shape[-1] for side in (self.problem.teacher, self.problem.student))
+        """Yields the relations of equal kind, width and scale, as many as one launch takes."""
+        members: dict[tuple[bool, tuple[int, ...]], list[int]] = {}
+        for r, (query, key) in enumerate(self.inputs.relations):
+            widths = tuple(model[query].shape[-1] for model in (self.inputs.teacher, self.inputs.student))
             members.setdefault((query == key, widths), []).append(r)
         for (self_relation, _), relations in members.items():
-            for first in range(0, len(relations), _MOST_RELATIONS):
-                yield _Group(self, relations[first : first + _MOST_RELATIONS], self_relation)
+            for first in range(0, len(relations), _MAX_RELATIONS):
+                yield _Group(self, relations[first : first + _MAX_RELATIONS], self_relation)
 
-    def tile_map(self, block: int) -> tuple[int, Tensor | None]:
-        """How many tiles of `block` own tokens the grid has a head and, packed, the sequence of each."""
-        cu_seqlens = self.problem.mask.cu_seqlens
+    def tile_grid(self, block: int) -> tuple[int, Tensor | None]:
+        """Returns the number of tiles of `block` tokens per head and, packed, the sequence of each tile."""
+        cu_seqlens = self.inputs.mask.cu_seqlens
         if cu_seqlens is None:
             return -(-self.positions // block), None
         sequences = tile_map(cu_seqlens, self.total, block)
@@ -167,17 +165,17 @@ class _Call:
 
 
 class _Group:
-    """The relations of one launch."""
+    """The relations of one launch, their operands and their statistics."""
 
     def __init__(self, call: _Call, relations: list[int], self_relation: bool) -> None:
         self.call, self.relations, self.self_relation = call, relations, self_relation
-        problem = call.problem
-        pairs = [problem.relations[r] for r in relations]
+        inputs = call.inputs
+        pairs = [inputs.relations[r] for r in relations]
         used = sorted({m for pair in pairs for m in pair})
-        self.scale_t, self.scale_s = problem.scales(pairs[0])
-        self.teacher, strides_t, align_t = _side([problem.teacher[m] for m in used])
-        self.student, strides_s, align_s = _side([problem.student[m] for m in used])
-        self.inputs: dict[str, Any] = {
+        self.scale_t, self.scale_s = inputs.scales(pairs[0])
+        self.teacher, strides_t, align_t = _aligned([inputs.teacher[m] for m in used])
+        self.student, strides_s, align_s = _aligned([inputs.student[m] for m in used])
+        self.operands: dict[str, Any] = {
             "teacher": self.teacher,
             "teacher_strides": strides_t,
             "student": self.student,
@@ -186,151 +184,153 @@ class _Group:
             "scale_s": self.scale_s * _LOG2_E,
             "D_T": self.teacher[0].shape[-1],
             "D_S": self.student[0].shape[-1],
-            "DP_T": padded(self.teacher[0].shape[-1]),
-            "DP_S": padded(self.student[0].shape[-1]),
+            "DP_T": padded_width(self.teacher[0].shape[-1]),
+            "DP_S": padded_width(self.student[0].shape[-1]),
             "ALIGN_T": align_t,
             "ALIGN_S": align_s,
             "PRECISION": "ieee",
         }
-        # Packed sequences have their statistics side by side, the others each from a multiple of 16 on.
-        self.span16 = -(-call.positions // 16)
-        self.rows16 = self.span16 if call.problem.mask.packed else call.sequences * self.span16
+        # Rows of packed sequences are adjacent; each dense sequence begins at a multiple of 16 rows.
+        seq_stride16 = -(-call.positions // 16)
+        self.head_stride16 = seq_stride16 if inputs.mask.packed else call.sequences * seq_stride16
         self.sizes = {
-            "queries": _codes([used.index(query) for query, _ in pairs]),
-            "keys": _codes([used.index(key) for _, key in pairs]),
-            "heads": problem.heads,
+            "query_codes": _encode([used.index(query) for query, _ in pairs]),
+            "key_codes": _encode([used.index(key) for _, key in pairs]),
+            "heads": inputs.heads,
             "sequences": call.sequences,
             "positions": call.positions,
             "total": call.total,
-            "rows16": self.rows16,
-            "span16": self.span16,
+            "stats_head_stride16": self.head_stride16,
+            "stats_seq_stride16": seq_stride16,
         }
+        self.stats = {name: self.new_row_stats() for name in ("sum_t", "sum_s", "pivot_t", "pivot_s")}
+        # (R, N, A, 4): teacher's pivot, student's pivot, 1 if they are shared, largest row weight.
+        self.head_stats = call.new((len(relations), call.sequences, inputs.heads, 4))
 
-        self.sums = {name: self.new_statistics() for name in ("sum_t", "sum_s")}
-        self.bases = {name: self.new_statistics() for name in ("base_t", "base_s")}
-        self.links = call.new((len(relations), call.sequences, problem.heads, 4))
+    def new_row_stats(self) -> Tensor:
+        """Allocates one float32 per row, (R, A, rows)."""
+        return self.call.new((len(self.relations), self.call.inputs.heads, self.head_stride16 * 16))
 
-    def new_statistics(self) -> Tensor:
-        return self.call.new((len(self.relations), self.call.problem.heads, self.rows16 * 16))
-
-    def lse(self, kl_rows: Tensor | None) -> None:
-        from .kernels import base_kernel
+    def row_stats(self, kl_rows: Tensor | None) -> None:
+        """Fills the statistics of all rows and, if given, `kl_rows` with the training form of KL."""
+        from .row_stats import pivot_kernel, row_stats_kernel
 
         if self.self_relation:
-            self._launch_heads(base_kernel, BASE_BLOCK, **self.inputs)
-        self._launch(
-            "lse",
-            links=self.links,
-            **self.sums,
-            **self.bases,
+            self._launch_heads(pivot_kernel, PIVOT_BLOCK, **self.operands)
+        self._launch_tiles(
+            row_stats_kernel,
+            "row_stats",
+            head_stats=self.head_stats,
             kl_rows=kl_rows,
             SELF_RELATION=self.self_relation,
-            VALUE=kl_rows is not None,
+            COMPUTE_KL=kl_rows is not None,
         )
 
-    def rows(self, kl_rows: Tensor | None, out: tuple[Tensor, ...] | None) -> None:
-        self._launch("rows", **self.sums, **self.bases, kl_rows=kl_rows, out=out, RESULT=out is not None)
+    def row_kl(self, kl_rows: Tensor | None, out: tuple[Tensor, ...] | None) -> None:
+        """Writes the exact KL of every row to `out` or to `kl_rows`."""
+        from .row_kl import row_kl_kernel
 
-    def link(
+        self._launch_tiles(row_kl_kernel, "row_kl", kl_rows=kl_rows, out=out, TO_OUTPUT=out is not None)
+
+    def finalize(
         self,
         kl_rows: Tensor | None,
         gradient: bool,
         row_grads: tuple[Tensor, ...] | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """(R, N, A) sums of the rows' KL; leaves the sums and `links` as the gradient kernel takes them."""
-        from .kernels import link_kernel
+        """Returns (R, N, A) sums of `kl_rows`; prepares the statistics for the gradient kernel."""
+        from .row_stats import finalize_kernel
 
-        values = torch.empty_like(self.links[..., 0])
+        values = torch.empty_like(self.head_stats[..., 0])
         self._launch_heads(
-            link_kernel,
-            LINK_BLOCK,
-            **self.sums,
-            **self.bases,
+            finalize_kernel,
+            FINALIZE_BLOCK,
+            **self.stats,
             kl_rows=kl_rows,
             values=values,
             row_grads=row_grads,
             weights=weights,
             SELF_RELATION=self.self_relation,
-            VALUE=kl_rows is not None,
+            COMPUTE_KL=kl_rows is not None,
             GRADIENT=gradient,
-            ROWS=row_grads is not None,
+            ROW_WEIGHTS=row_grads is not None,
             SHIFT=self._shift,
         )
         return values
 
     def gradients(self, weights: Tensor, row_weights: bool, grads: dict[tuple[int, int], Tensor]) -> None:
-        from .kernels import KEY, QUERY, SELF
+        """Fills the gradient buffers of the group's relations."""
+        from .gradient import KEY, QUERY, SELF, gradient_kernel
 
         for role in (SELF,) if self.self_relation else (QUERY, KEY):
-            ends = (self.call.problem.relations[r][role.value == KEY.value] for r in self.relations)
-            self._launch(
+            owned = (self.call.inputs.relations[r][role.value == KEY.value] for r in self.relations)
+            self._launch_tiles(
+                gradient_kernel,
                 "gradient",
-                **self.sums,
-                **self.bases,
-                links=self.links,
+                head_stats=self.head_stats,
                 weights=weights,
-                out=tuple(grads[r, m] for r, m in zip(self.relations, ends, strict=True)),
+                out=tuple(grads[r, m] for r, m in zip(self.relations, owned, strict=True)),
                 ROLE=role.value,
-                ROWS=row_weights,
+                ROW_WEIGHTS=row_weights,
                 gradient_scale=self.scale_s * 2.0**-self._shift,
             )
 
     @property
     def _shift(self) -> float:
-        """Bits that keep the gradient's float16 operands, of size 1 / L but at most 2, within float16's range."""
+        """Exponent that keeps the gradient's float16 operands, about 1 / length and at most 2, in float16's range."""
         return 14.0 if self.student[0].dtype == torch.float16 else 0.0
 
     def _launch_heads(self, kernel: Any, block: int, **arguments: Any) -> None:
-        """A kernel of which one program serves a head of a sequence in a relation, `block` rows at a time."""
-        self._start(kernel, self.links[..., 0].numel(), arguments | {"links": self.links, "BLOCK": block} | FUSION)
+        """Launches one program per head of a sequence in a relation; it takes `block` rows at a time."""
+        programs = self.head_stats[..., 0].numel()
+        self._start(kernel, programs, arguments | {"head_stats": self.head_stats, "BLOCK": block} | FUSION)
 
-    def _launch(self, name: str, **arguments: Any) -> None:
-        """A kernel of which one program owns a tile of rows."""
-        from . import kernels as triton_kernels
+    def _launch_tiles(self, kernel: Any, name: str, **arguments: Any) -> None:
+        """Launches one program per tile of tokens."""
+        from .primitives import PREFIX
 
-        kernel = {
-            "lse": triton_kernels.lse_kernel,
-            "rows": triton_kernels.rows_kernel,
-            "gradient": triton_kernels.gradient_kernel,
-        }[name]
+        call = self.call
         itemsize_t, itemsize_s = self.teacher[0].itemsize, self.student[0].itemsize
         if interpreted():
-            chosen = INTERPRETED if self.call.positions <= 300 or self.call.modes["PACKED"] else INTERPRETED_LONG
+            config = LaunchConfig.for_interpreter(call.positions, call.mask_constants["PACKED"])
         else:
-            modes = self.call.modes
-            crowded = modes["LIST"] and modes["MASK"] == triton_kernels.PREFIX.value
-            width = max(self.inputs["DP_T"], self.inputs["DP_S"])
-            chosen = blocks(name, width, max(itemsize_t, itemsize_s), crowded)
-        tiles, tile_map = self.call.tile_map(chosen.block_m)
-        sequences = 1 if tile_map is not None else self.call.sequences
+            config = LaunchConfig.choose(
+                name,
+                max(self.operands["DP_T"], self.operands["DP_S"]),
+                max(itemsize_t, itemsize_s),
+                call.mask_constants["HAS_INDICES"] and call.mask_constants["MASK"] == PREFIX.value,
+            )
+        tiles, sequence_of_tile = call.tile_grid(config.block_m)
+        sequences = 1 if sequence_of_tile is not None else call.sequences
         arguments |= {
-            **self.inputs,
-            "PARTS_T": in_parts(self.inputs["DP_T"], itemsize_t),
-            "PARTS_S": in_parts(self.inputs["DP_S"], itemsize_s),
+            **self.operands,
+            **self.stats,
+            "SLICED_T": sliced(self.operands["DP_T"], itemsize_t),
+            "SLICED_S": sliced(self.operands["DP_S"], itemsize_s),
             "tiles": tiles,
-            "tile_map": tile_map,
-            "BLOCK_M": chosen.block_m,
-            "BLOCK_N": chosen.block_n,
-            "num_warps": chosen.num_warps,
-            "num_stages": chosen.num_stages,
+            "tile_map": sequence_of_tile,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
             **FUSION,
         }
-        self._start(kernel, self.call.problem.heads * tiles * sequences * len(self.relations), arguments)
+        self._start(kernel, call.inputs.heads * tiles * sequences * len(self.relations), arguments)
 
     def _start(self, kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
-        """Passes on what of the arguments, and of those that all kernels share, the kernel has."""
-        given = {**self.sizes, **self.call.masks, **self.call.modes, **arguments}
+        """Launches a kernel with those of the arguments that it declares."""
+        available = {**self.sizes, **self.call.mask_arguments, **self.call.mask_constants, **arguments}
         names = {*kernel.arg_names, "num_warps", "num_stages", *FUSION}
-        with _device(self.links):
-            kernel[(programs,)](**{name: value for name, value in given.items() if name in names})
+        with _device_of(self.head_stats):
+            kernel[(programs,)](**{name: value for name, value in available.items() if name in names})
 
 
 def tile_map(cu_seqlens: Tensor, total: int, block: int) -> Tensor:
-    """The sequence of each tile of `block` tokens, as many tiles as `total` tokens can fill: the host waits for none.
+    """Returns the sequence of each tile of `block` tokens, without waiting for the device.
 
-    A sequence that starts at token c has its tiles from c // block + its number on: no two share one, there are enough
-    for any lengths, and nothing has to be summed up.
+    Sequence n, which starts at token c, has its tiles from c // block + n on. No two sequences share a tile, and
+    total // block + N tiles suffice for any lengths.
     """
     sequences = cu_seqlens.numel() - 1
     ends = cu_seqlens[1:] // block + torch.arange(1, sequences + 1, device=cu_seqlens.device)
@@ -338,20 +338,21 @@ def tile_map(cu_seqlens: Tensor, total: int, block: int) -> Tensor:
     return torch.searchsorted(ends, tiles, right=True).clamp_(max=sequences - 1)
 
 
-def _side(tensors: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...], int]:
-    """Tensors of one dtype, features side by side; strides of batches, tokens and heads, and the strides' unit."""
+def _aligned(tensors: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...], int]:
+    """Returns tensors of one dtype whose last stride is 1, their other strides, and the unit of these strides."""
     dtype = tensors[0].dtype
     for x in tensors:
         dtype = torch.promote_types(dtype, x.dtype)
     aligned = tuple(x.to(dtype) if x.stride(-1) == 1 or x.shape[-1] == 1 else x.to(dtype).contiguous() for x in tensors)
-    strides = [s for x in aligned for s in ((0,) * (4 - x.dim()) + x.stride())[:3]]
+    strides = [s for x in aligned for s in ((0,) * (4 - x.dim()) + x.stride())[:3]]  # batch, token, head
     unit = math.gcd(16 // dtype.itemsize, *strides)
     return aligned, tuple(s // unit for s in strides), unit
 
 
-def _codes(indices: list[int]) -> int:
+def _encode(indices: list[int]) -> int:
+    """Packs tensor indices into an integer, 4 bits each."""
     return sum(index << 4 * k for k, index in enumerate(indices))
 
 
-def _device(x: Tensor) -> contextlib.AbstractContextManager:
+def _device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda compiled for the host, with a thread block emulated: for tests without a GPU."""
+"""The kernels of csrc/cuda compiled for the host, with an emulated thread block, for tests without a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parents[3] / "csrc" / "cuda"
+SOURCES = HERE.parents[3] / "csrc"
 COMPILER = next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
 _FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-ffp-contract=off", "-Wall", "-Werror"]
 _FLAGS += ["-DMINILM_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{HERE}", f"-I{SOURCES}"]
@@ -22,7 +22,7 @@ def build(folder: Path) -> None:
     import ninja
 
     torch_folder = Path(torch.__file__).parent
-    host = (path for path in sorted(SOURCES.glob("host/*.cpp")) if path.name != "gpu.cpp")
+    host = (path for path in sorted(SOURCES.glob("cuda/host/*.cpp")) if path.name != "gpu.cpp")
     units = [*host, *sorted(HERE.glob("*.cpp"))]
     flags = " ".join([*_FLAGS, "-isystem", str(torch_folder / "include")])
     objects = [f"{unit.name}.o" for unit in units]
@@ -39,20 +39,20 @@ def build(folder: Path) -> None:
 
 
 def load(folder: Path) -> ctypes.CDLL:
-    """Loads what `build` made; its operators are `torch.ops.minilm_kernels_cuda_emulated`."""
+    """Loads the library; its operators are `torch.ops.minilm_kernels_cuda_emulated`."""
     library = folder / "emulated.so"
     torch.ops.load_library(library)
     loaded = ctypes.CDLL(str(library))
-    loaded.emulated_set_limits.argtypes = (ctypes.c_int64, ctypes.c_int64)
+    loaded.emulated_set_props.argtypes = (ctypes.c_int64, ctypes.c_int64)
     loaded.emulated_set_seed.argtypes = (ctypes.c_uint64,)
     return loaded
 
 
-def plan(library: ctypes.CDLL, kind: str, limits: tuple[int, int], planes: tuple[int, ...], last: int) -> list[int]:
-    """`plan_fused` (last: the longest sequence) or `plan_rows` (last: whether a gradient is wanted)."""
+def plan(library: ctypes.CDLL, kind: str, smem: tuple[int, int], planes: tuple[int, ...], last: int) -> list[int]:
+    """Calls `plan_symmetric` (last: the longest sequence) or `plan_row_wise` (last: with gradient or not)."""
     out = (ctypes.c_int64 * 4)()
-    last_type = ctypes.c_int64 if kind == "fused" else ctypes.c_int
+    last_type = ctypes.c_int64 if kind == "symmetric" else ctypes.c_int
     function = getattr(library, f"emulated_plan_{kind}")
     function.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.POINTER(ctypes.c_int), last_type, ctypes.c_void_p)
-    function(*limits, (ctypes.c_int * 4)(*planes), last, out)
+    function(*smem, (ctypes.c_int * 4)(*planes), last, out)
     return list(out)

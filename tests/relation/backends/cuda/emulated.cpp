@@ -1,10 +1,9 @@
-// What the emulated library has in place of a GPU: its one thread block, and the limits of the GPU that a test names.
+// Implements host/gpu.h with the emulated thread block, and exports functions for tests.
 
 #include "emulated.h"
 
-#include "device/schedule.h"
-#include "host/gpu.h"
-#include "host/plan.h"
+#include "cuda/device/schedule.cuh"
+#include "cuda/host/launch_plan.h"
 #include "kernels.h"
 
 namespace minilm::cuda {
@@ -16,13 +15,12 @@ Machine machine;
 
 namespace {
 
-int64_t per_block = 232448, per_processor = 233472;  // those of sm_90
+DeviceProps device_props{232448, 233472, 90};  // sm_90
 
 }  // namespace
 
-const char* find_limits(int, Limits& limits, int& capability) {
-  limits = {per_block, per_processor};
-  capability = 90;
+const char* get_device_props(int, DeviceProps& props) {
+  props = device_props;
   return nullptr;
 }
 
@@ -32,23 +30,22 @@ const char* load(int, const std::string&, const void*) { return nullptr; }
 
 const char* launch(int, const Launch& launch, void*) {
   const char* error = nullptr;
-  if (launch_fused(launch, error) || launch_rows(launch, error)) return error;
+  if (launch_symmetric(launch, error) || launch_row_wise(launch, error)) return error;
   return "the emulation has no such kernel";
 }
 
 }  // namespace minilm::cuda
 
-extern "C" __attribute__((visibility("default"))) void emulated_set_limits(int64_t block, int64_t processor) {
-  minilm::cuda::per_block = block;
-  minilm::cuda::per_processor = processor;
+extern "C" __attribute__((visibility("default"))) void emulated_set_props(int64_t smem_per_block, int64_t smem_per_sm) {
+  minilm::cuda::device_props = {smem_per_block, smem_per_sm, 90};
 }
 
-// 0: warps take turns in order; otherwise in an order drawn from the seed.
+// Seed 0 runs warps in order; other seeds in a random order.
 extern "C" __attribute__((visibility("default"))) void emulated_set_seed(uint64_t seed) {
   minilm::cuda::emulation::machine.seed = seed;
 }
 
-// Host functions of csrc/cuda that the tests ask directly.
+// Host functions of csrc/cuda that tests call directly.
 
 extern "C" __attribute__((visibility("default"))) int emulated_rounds(int tiles) {
   return minilm::cuda::rounds_of(tiles);
@@ -64,25 +61,25 @@ extern "C" __attribute__((visibility("default"))) void emulated_tile_pair(int ti
   out[1] = tile.column;
 }
 
-// planes: teacher, student, student's chunks, student's pieces; out: tokens, warps, blocks a processor, bytes.
-extern "C" __attribute__((visibility("default"))) void emulated_plan_fused(int64_t block, int64_t processor,
-                                                                           const int* planes, int64_t longest,
-                                                                           int64_t* out) {
-  minilm::cuda::FusedPlan plan =
-      minilm::cuda::plan_fused({block, processor}, {planes[0], planes[1], planes[2], planes[3]}, longest);
+// planes: the fields of Planes. out: tokens, warps, blocks per SM, bytes.
+extern "C" __attribute__((visibility("default"))) void emulated_plan_symmetric(int64_t block, int64_t processor,
+                                                                               const int* planes, int64_t max_length,
+                                                                               int64_t* out) {
+  minilm::cuda::SymmetricPlan plan =
+      minilm::cuda::plan_symmetric({block, processor}, {planes[0], planes[1], planes[2], planes[3]}, max_length);
   out[0] = plan.tokens;
   out[1] = plan.warps;
   out[2] = plan.blocks;
   out[3] = plan.bytes;
 }
 
-// out: warps, other tokens, bytes.
-extern "C" __attribute__((visibility("default"))) void emulated_plan_rows(int64_t block, int64_t processor,
-                                                                          const int* planes, int gradient,
-                                                                          int64_t* out) {
-  minilm::cuda::RowsPlan plan =
-      minilm::cuda::plan_rows({block, processor}, {planes[0], planes[1], planes[2], planes[3]}, gradient != 0);
+// out: warps, streamed tokens, bytes.
+extern "C" __attribute__((visibility("default"))) void emulated_plan_row_wise(int64_t block, int64_t processor,
+                                                                              const int* planes, int gradient,
+                                                                              int64_t* out) {
+  minilm::cuda::RowWisePlan plan =
+      minilm::cuda::plan_row_wise({block, processor}, {planes[0], planes[1], planes[2], planes[3]}, gradient != 0);
   out[0] = plan.warps;
-  out[1] = plan.others;
+  out[1] = plan.streamed;
   out[2] = plan.bytes;
 }

@@ -1,10 +1,11 @@
-// A thread block on the host: the functions of csrc/cuda/device.cuh for kernels compiled by a plain C++ compiler.
+// A thread block emulated on the host: the functions of csrc/cuda/device/ptx.cuh for kernels compiled by a C++
+// compiler.
 //
-// Every CUDA thread is a fiber. Instructions of a whole warp (matrix loads, products, shuffles) wait for its 32 lanes and
-// fail where they disagree on the instruction. Warps take turns in an order drawn from `seed`, so that a missing barrier
-// shows as different bits. Shared memory is filled with NaN, ends at an inaccessible page and is no larger than planned.
-// Numerics are at the pessimistic end of what is documented: ex2.approx errs by up to 2^-22, and products add up eight
-// at a time, cut off (not rounded) at 24 bits below the largest term.
+// Each CUDA thread is a fiber. Warp-wide instructions (ldmatrix, mma, shuffles) wait for all 32 lanes and fail if the
+// lanes execute different instructions. Warps run in a random order drawn from `seed`, so that a missing barrier
+// changes the result. Shared memory is filled with NaN, ends at an inaccessible page and has exactly the planned size.
+// The numerics are the worst case of the documentation: ex2.approx has errors of up to 2^-22, and mma adds eight
+// products at a time, truncated 24 bits below the largest.
 #pragma once
 
 #include <setjmp.h>
@@ -20,11 +21,13 @@
 #include <cstring>
 #include <vector>
 
+#include "common/numerics.h"
+
 #define MINILM_DEVICE inline
 #define MINILM_KERNEL(threads, blocks) void
 #define MINILM_PARAMETER
-#define MINILM_UNROLL
-#define MINILM_NO_UNROLL
+#define MINILM_UNROLL_FOR(...) for (__VA_ARGS__)
+#define MINILM_NO_UNROLL_FOR(...) for (__VA_ARGS__)
 
 namespace minilm::cuda {
 namespace emulation {
@@ -38,7 +41,7 @@ struct Fiber {
   jmp_buf registers;
   ucontext_t start;
   char* stack = nullptr;
-  const int* waits_for = nullptr;  // until this is no longer `seen`
+  const int* waits_for = nullptr;  // blocked as long as this equals `seen`
   int seen = 0;
   bool started = false, done = true;
 };
@@ -103,7 +106,8 @@ inline void run_block(int64_t block, int threads) {
   for (int t = 0; t < threads; ++t) {
     Fiber& fiber = machine.fibers[t];
     if (!fiber.stack) {
-      fiber.stack = static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+      fiber.stack =
+          static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
       if (fiber.stack == MAP_FAILED) fail("no memory for stacks");
     }
     getcontext(&fiber.start);
@@ -118,7 +122,7 @@ inline void run_block(int64_t block, int threads) {
   const int warps = threads / 32;
   std::vector<int> order(warps);
   for (int w = 0; w < warps; ++w) order[w] = w;
-  // With a seed, warps run one after the other as far as they get, in another order between any two barriers.
+  // With a seed, each warp runs until it blocks, and the order of warps changes between any two barriers.
   auto step = [](int warp, bool& alive) {
     bool moved = false;
     for (int lane = 0; lane < 32; ++lane) {
@@ -147,7 +151,7 @@ inline void run_block(int64_t block, int threads) {
   }
 }
 
-// What a warp executes as one instruction: `compute` gets all lanes' operands and fills all results.
+// Executes a warp-wide instruction: `compute` receives the operands of all lanes and fills their results.
 template <class Out, class In, class Compute>
 Out together(const char* instruction, const In& in, const Compute& compute) {
   static_assert(sizeof(In) <= 64 && sizeof(Out) <= 64, "");
@@ -172,18 +176,8 @@ Out together(const char* instruction, const In& in, const Compute& compute) {
   return out;
 }
 
-inline float to_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-inline uint32_t to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-inline float low(uint32_t pair) { return to_float(pair << 16); }
-inline float high(uint32_t pair) { return to_float(pair & 0xffff0000u); }
+inline float low(uint32_t packed) { return as_float(packed << 16); }
+inline float high(uint32_t packed) { return as_float(packed & 0xffff0000u); }
 
 inline int exponent(double x) {
   uint64_t bits;
@@ -198,7 +192,7 @@ inline double power_of_two(int exponent) {
   return x;
 }
 
-// c + Σ_k a[k] b[k], 8 products.
+// c + Σ_k a[k] b[k] over 8 products, truncated.
 inline float accumulate(float c, const float* a, const float* b) {
   double term[9], most = 0.0;
   term[8] = c;
@@ -211,7 +205,7 @@ inline float accumulate(float c, const float* a, const float* b) {
   const double unit = power_of_two(top - 23), inverse = power_of_two(23 - top);
   int64_t sum = 0;
   for (double x : term) sum += static_cast<int64_t>(x * inverse);  // towards zero
-  // The sum may have more than 24 bits: cut off again.
+  // The sum may have more than 24 bits, so truncate it again.
   double result = static_cast<double>(sum) * unit;
   float rounded = static_cast<float>(result);
   if (std::fabs(static_cast<double>(rounded)) > std::fabs(result)) rounded = std::nextafterf(rounded, 0.0f);
@@ -227,7 +221,7 @@ struct Accumulator {
 };
 
 template <int kK>
-void multiply_all(const Product* in, Accumulator* out) {
+void mma(const Product* in, Accumulator* out) {
   float a[16][kK], b[8][kK];
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
@@ -256,7 +250,7 @@ inline int thread_count() { return emulation::machine.threads; }
 inline int64_t block_index() { return emulation::machine.block; }
 inline char* shared_memory() { return emulation::machine.shared; }
 
-inline void sync_block() {
+inline void syncthreads() {
   auto& machine = emulation::machine;
   if (++machine.arrived == machine.threads) {
     machine.arrived = 0;
@@ -265,8 +259,8 @@ inline void sync_block() {
     emulation::yield(&machine.generation);
   }
 }
-inline void sync_warp() {
-  emulation::together<int>("sync_warp", 0, [](const int*, int* out) { std::fill(out, out + 32, 0); });
+inline void syncwarp() {
+  emulation::together<int>("syncwarp", 0, [](const int*, int* out) { std::fill(out, out + 32, 0); });
 }
 template <class T>
 T shuffle_xor(T x, int mask) {
@@ -281,7 +275,7 @@ T shuffle_xor(T x, int mask) {
 
 inline float exp2_fast(float x) {
   if (std::isnan(x)) return x;
-  uint32_t hash = emulation::to_bits(x) * 2654435761u;
+  uint32_t hash = as_bits(x) * 2654435761u;
   hash ^= hash >> 15;
   const double error = (static_cast<double>(hash % 2001u) - 1000.0) / 1000.0 * 0x1p-22;
   float y = static_cast<float>(std::exp2(static_cast<double>(x)) * (1.0 + error));
@@ -290,12 +284,9 @@ inline float exp2_fast(float x) {
 inline float add(float x, float y) { return x + y; }
 inline float sub(float x, float y) { return x - y; }
 inline float mul(float x, float y) { return x * y; }
-inline float as_float(uint32_t bits) { return emulation::to_float(bits); }
-inline uint32_t as_bits(float x) { return emulation::to_bits(x); }
-
 inline uint32_t pack_bfloat16(float low, float high) {
   auto round = [](float x) -> uint32_t {
-    uint32_t bits = emulation::to_bits(x);
+    uint32_t bits = as_bits(x);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
     return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   };
@@ -303,18 +294,18 @@ inline uint32_t pack_bfloat16(float low, float high) {
 }
 
 namespace emulation {
-struct Matrices {
+struct MatrixRegisters {
   uint32_t r[4];
 };
-inline Matrices load_matrices(const void* row, bool transposed) {
+inline MatrixRegisters ldmatrix_x4(const void* row, bool transposed) {
   if (reinterpret_cast<uintptr_t>(row) % 16) fail("a row of a matrix is not aligned");
-  const char* instruction = transposed ? "load_matrices_transposed" : "load_matrices";
-  auto direct = [](const void* const* in, Matrices* out) {
+  const char* instruction = transposed ? "ldmatrix_x4_trans" : "ldmatrix_x4";
+  auto direct = [](const void* const* in, MatrixRegisters* out) {
     for (int lane = 0; lane < 32; ++lane)
       for (int m = 0; m < 4; ++m)
         std::memcpy(&out[lane].r[m], static_cast<const char*>(in[8 * m + lane / 4]) + lane % 4 * 4, 4);
   };
-  auto mirrored = [](const void* const* in, Matrices* out) {
+  auto mirrored = [](const void* const* in, MatrixRegisters* out) {
     for (int lane = 0; lane < 32; ++lane)
       for (int m = 0; m < 4; ++m) {
         uint16_t x[2];
@@ -323,20 +314,21 @@ inline Matrices load_matrices(const void* row, bool transposed) {
         out[lane].r[m] = x[0] | static_cast<uint32_t>(x[1]) << 16;
       }
   };
-  return transposed ? together<Matrices>(instruction, row, mirrored) : together<Matrices>(instruction, row, direct);
+  return transposed ? together<MatrixRegisters>(instruction, row, mirrored)
+                    : together<MatrixRegisters>(instruction, row, direct);
 }
 }  // namespace emulation
 
-inline void load_matrices(uint32_t (&r)[4], const void* row) {
-  auto out = emulation::load_matrices(row, false);
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  auto out = emulation::ldmatrix_x4(row, false);
   std::copy(out.r, out.r + 4, r);
 }
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
-  auto out = emulation::load_matrices(row, true);
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  auto out = emulation::ldmatrix_x4(row, true);
   std::copy(out.r, out.r + 4, r);
 }
-inline uint32_t transpose_matrix(uint32_t x) {
-  return emulation::together<uint32_t>("transpose_matrix", x, [](const uint32_t* in, uint32_t* out) {
+inline uint32_t movmatrix(uint32_t x) {
+  return emulation::together<uint32_t>("movmatrix", x, [](const uint32_t* in, uint32_t* out) {
     for (int lane = 0; lane < 32; ++lane) {
       uint32_t pair = 0;
       for (int e = 0; e < 2; ++e) {  // element (lane / 4, 2 (lane % 4) + e) of the transpose
@@ -347,40 +339,40 @@ inline uint32_t transpose_matrix(uint32_t x) {
     }
   });
 }
-inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+inline void mma_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
   auto out = emulation::together<emulation::Accumulator>(
-      "multiply k8", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, 0, 0}, {b0, 0}},
-      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::multiply_all<8>(in, result); });
+      "mma_m16n8k8", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, 0, 0}, {b0, 0}},
+      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::mma<8>(in, result); });
   std::copy(out.c, out.c + 4, c);
 }
-inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+inline void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   auto out = emulation::together<emulation::Accumulator>(
-      "multiply k16", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, a2, a3}, {b0, b1}},
-      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::multiply_all<16>(in, result); });
+      "mma_m16n8k16", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, a2, a3}, {b0, b1}},
+      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::mma<16>(in, result); });
   std::copy(out.c, out.c + 4, c);
 }
 
-struct Words {
+struct Uint4 {
   uint32_t word[4];
 };
-inline Words load_words(const void* from) {
+inline Uint4 load_uint4(const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % 16) emulation::fail("16 bytes are not aligned");
-  Words x;
+  Uint4 x;
   std::memcpy(&x, from, 16);
   return x;
 }
-inline void store_words(void* to, const Words& x) {
+inline void store_uint4(void* to, const Uint4& x) {
   if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("16 bytes are not aligned");
   std::memcpy(to, &x, 16);
 }
-struct Pair {
+struct Float2 {
   float x, y;
 };
-inline Pair load_pair(const float* from) {
+inline Float2 load_float2(const float* from) {
   if (reinterpret_cast<uintptr_t>(from) % 8) emulation::fail("8 bytes are not aligned");
   return {from[0], from[1]};
 }
-inline void store_pair(float* to, float x, float y) {
+inline void store_float2(float* to, float x, float y) {
   if (reinterpret_cast<uintptr_t>(to) % 8) emulation::fail("8 bytes are not aligned");
   to[0] = x;
   to[1] = y;
@@ -394,8 +386,8 @@ const char* emulate(void (*kernel)(const Parameters), const char* given, int64_t
   if (threads % 32 || threads > kMostThreads) fail("no whole number of warps");
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   const size_t pages = (static_cast<size_t>(shared) + page - 1) / page * page;
-  char* memory = static_cast<char*>(
-      mmap(nullptr, pages + 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  char* memory =
+      static_cast<char*>(mmap(nullptr, pages + 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   if (memory == MAP_FAILED) return "no memory";
   mprotect(memory, page, PROT_NONE);
   mprotect(memory + page + pages, page, PROT_NONE);

@@ -1,0 +1,162 @@
+"""Declares the Triton kernels for the static cost: every compilation to look at, and the loops it contains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from minilm_kernels.relation.backends.triton import gradient, primitives, row_kl, row_stats
+from minilm_kernels.relation.backends.triton.config import (
+    FINALIZE_BLOCK,
+    FUSION,
+    PIVOT_BLOCK,
+    LaunchConfig,
+    padded_width,
+    sliced,
+)
+
+from .variants import SourceLoop
+
+_DTYPES = {"bfloat16": ("*bf16", 2), "float16": ("*fp16", 2), "float32": ("*fp32", 4)}
+
+
+@dataclass(frozen=True)
+class TritonVariant:
+    """One compilation of a kernel."""
+
+    kernel: str
+    fn: Any
+    signature: dict[str, Any]
+    constants: dict[str, Any]
+    divisible_by_16: tuple[str, ...]
+    options: dict[str, Any]
+    dtype: str
+    d_t: int
+    d_s: int
+    loops: tuple[SourceLoop, ...]
+    group: str
+
+
+def variants(arch: int = 90) -> Iterator[TritonVariant]:
+    """Yields the variants of each dtype: narrow and wide heads, each mask, self and cross relations."""
+    for dtype in _DTYPES:
+        yield from variants_of(dtype, 16, 8, "self", arch, per_head_kernels=True)
+        for widths in ((12, 6), (64, 32), (128, 128)):
+            yield from variants_of(dtype, *widths, "self", arch)
+        for group in ("self rows", "self packed causal", "self padded prefix", "cross", "cross padded prefix rows"):
+            yield from variants_of(dtype, 16, 8, group, arch)
+
+
+def variants_of(
+    dtype: str, d_t: int, d_s: int, group: str, arch: int = 90, per_head_kernels: bool = False
+) -> Iterator[TritonVariant]:
+    """Yields the kernels of one loss with its gradient.
+
+    Args:
+        dtype: dtype of teacher and student.
+        d_t: head width of the teacher.
+        d_s: head width of the student.
+        group: words that describe the call: "self" or "cross", "packed", "padded", "causal", "prefix", and "rows" for
+            `reduction="none"`.
+        arch: compute capability, such as 90.
+        per_head_kernels: also yield the kernels whose work does not grow with the number of pairs.
+    """
+    pointer, itemsize = _DTYPES[dtype]
+    words = group.split()
+    packed, padded, rows, self_relation = (word in words for word in ("packed", "padded", "rows", "self"))
+    mask = primitives.BIDIRECTIONAL
+    if "prefix" in words:
+        mask = primitives.PREFIX
+    elif "causal" in words:
+        mask = primitives.CAUSAL
+    constants = {
+        "D_T": d_t,
+        "D_S": d_s,
+        "DP_T": padded_width(d_t),
+        "DP_S": padded_width(d_s),
+        "ALIGN_T": math.gcd(16 // itemsize, d_t),
+        "ALIGN_S": math.gcd(16 // itemsize, d_s),
+        "SLICED_T": sliced(padded_width(d_t), itemsize),
+        "SLICED_S": sliced(padded_width(d_s), itemsize),
+        "PRECISION": "ieee",
+        "PACKED": packed,
+        "HAS_INDICES": padded,
+        "MASK": mask.value,
+        "SHIFT": 14.0 if dtype == "float16" else 0.0,
+        "ROW_WEIGHTS": rows,
+        "SELF_RELATION": self_relation,
+    }
+    if not padded:
+        constants["indices"] = None
+    if not padded and not packed:
+        constants["starts"] = None
+    if mask != primitives.PREFIX:
+        constants["prefixes"] = None
+    if not packed:
+        constants["tile_map"] = None
+    signature = {
+        **dict.fromkeys(("teacher", "student"), (pointer,) * 3),
+        **dict.fromkeys(("teacher_strides", "student_strides"), ("i32",) * 9),
+        **dict.fromkeys(("scale_t", "scale_s", "gradient_scale"), "fp32"),
+        **{name: "i32" for name in primitives.SIZES if not name.endswith("strides")},
+        **dict.fromkeys(("sum_t", "sum_s", "pivot_t", "pivot_s"), "*fp32"),
+        **dict.fromkeys(("kl_rows", "values", "head_stats", "weights"), "*fp32"),
+        **dict.fromkeys(("row_grads", "out"), ("*fp32",) * 3),
+        **dict.fromkeys(("indices", "prefixes", "tile_map"), "*i64"),
+        "starts": "*i32" if packed else "*i64",
+    }
+
+    def variant(
+        name: str, fn: Any, given: dict[str, Any], options: dict[str, Any], loops: tuple[SourceLoop, ...] = ()
+    ) -> TritonVariant:
+        values = {n: v for n, v in {**constants, **given}.items() if n in fn.arg_names}
+        arguments = {n: "constexpr" if n in values else signature[n] for n in fn.arg_names}
+        pointers = tuple(n for n in arguments if "*" in str(arguments[n]))
+        return TritonVariant(
+            kernel=name,
+            fn=fn,
+            signature=arguments,
+            constants=values,
+            divisible_by_16=pointers,
+            options={**options, **FUSION},
+            dtype=dtype,
+            d_t=d_t,
+            d_s=d_s,
+            loops=loops,
+            group=group,
+        )
+
+    def tile_variant(name: str, fn: Any, kernel: str, **given: Any) -> TritonVariant:
+        config = LaunchConfig.choose(
+            kernel, padded_width(max(d_t, d_s)), itemsize, padded and mask == primitives.PREFIX
+        )
+        pairs = config.block_m * config.block_n
+        features = padded_width(d_t) + padded_width(d_s) * (2 if kernel == "gradient" else 1)
+        loop = SourceLoop(
+            phase=name,
+            pairs=pairs,
+            exponentials=2 * pairs,
+            tensor_macs=0 if dtype == "float32" else pairs * features,
+            marker=kernel,
+            trips=512 / config.block_n,
+            # With a causal or prefix mask a self relation's gradient has one loop below and one above the diagonal.
+            copies=2 if name == "gradient" and mask != primitives.BIDIRECTIONAL else 1,
+        )
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        return variant(name, fn, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **given}, options, (loop,))
+
+    if per_head_kernels:
+        yield variant("pivot", row_stats.pivot_kernel, {"BLOCK": PIVOT_BLOCK}, {})
+    training_kl = {"COMPUTE_KL": not rows} | ({"kl_rows": None} if rows else {})
+    yield tile_variant("row_stats", row_stats.row_stats_kernel, "row_stats", **training_kl)
+    if rows:
+        yield tile_variant("row_kl", row_kl.row_kl_kernel, "row_kl", TO_OUTPUT=True, kl_rows=None)
+    if per_head_kernels or rows:
+        absent = {} if rows else {"row_grads": None, "weights": None}
+        given = {**training_kl, **absent, "GRADIENT": True, "BLOCK": FINALIZE_BLOCK}
+        yield variant("finalize", row_stats.finalize_kernel, given, {})
+    roles = {"gradient of query": gradient.QUERY, "gradient of key": gradient.KEY}
+    for name, role in ({"gradient": gradient.SELF} if self_relation else roles).items():
+        yield tile_variant(name, gradient.gradient_kernel, "gradient", ROLE=role.value)

@@ -1,0 +1,122 @@
+// Helpers of both bindings: PyTorch tensors become the structs of relation.h. Uses PyTorch's stable ABI only, so that
+// one build works with every PyTorch from 2.10 on.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/relation.h"
+
+// Arguments that both libraries' `relation_kl` operators begin with; see minilm_kernels/relation/backends/native.py.
+#define MINILM_RELATION_SCHEMA                                                                                \
+  "Tensor[] teacher, Tensor[] student, int[] indices, float[] scales, Tensor tokens, Tensor starts, "         \
+  "Tensor? prefixes, bool causal, Tensor? weights, Tensor? row_grads, Tensor(a!)? values, Tensor(b!)? rows, " \
+  "Tensor(c!)[] grads"
+
+namespace minilm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    default: STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
+  }
+}
+
+inline TensorView view_of(const Tensor& x) {
+  const int first = x.dim() == 3 ? 0 : 1;  // the dimension of positions
+  TensorView view;
+  view.data = x.const_data_ptr();
+  view.batch_stride = first == 0 ? 0 : x.stride(0);
+  view.position_stride = x.stride(first);
+  view.head_stride = x.stride(first + 1);
+  view.feature_stride = x.stride(first + 2);
+  view.width = static_cast<int32_t>(x.size(first + 2));
+  view.dtype = dtype_of(x);
+  return view;
+}
+
+template <class T>
+const T* input_data(const OptionalTensor& x, ScalarType dtype) {
+  if (!x) return nullptr;
+  STD_TORCH_CHECK(x->scalar_type() == dtype && x->is_contiguous(), "expected another dtype, or contiguous memory");
+  return static_cast<const T*>(x->const_data_ptr());
+}
+
+inline float* output_data(const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), "expected contiguous float32 memory");
+  return static_cast<float*>(x.mutable_data_ptr());
+}
+
+// Relation r takes its queries from tensor indices[2r] and its keys from tensor indices[2r + 1]. Scales are 1,
+// gradients null.
+inline std::vector<Relation> relations_of(const Tensors& teacher, const Tensors& student,
+                                          const std::vector<int64_t>& indices) {
+  std::vector<Relation> relations(indices.size() / 2);
+  for (size_t r = 0; r < relations.size(); ++r) {
+    const int64_t query = indices[2 * r], key = indices[2 * r + 1];
+    Relation& relation = relations[r];
+    relation = {};
+    relation.teacher = {view_of(teacher.at(query)), view_of(teacher.at(key)), 1.0f};
+    relation.student = {view_of(student.at(query)), view_of(student.at(key)), 1.0f};
+    relation.self = query == key;
+    relation.index = static_cast<int32_t>(r);
+  }
+  return relations;
+}
+
+// The same with scales (teacher, student of each relation) and gradients (one of a self-relation, two of a
+// cross-relation, or none at all).
+inline std::vector<Relation> relations_of(const Tensors& teacher, const Tensors& student,
+                                          const std::vector<int64_t>& indices, const std::vector<double>& scales,
+                                          const Tensors& grads) {
+  std::vector<Relation> relations = relations_of(teacher, student, indices);
+  size_t next = 0;
+  for (size_t r = 0; r < relations.size(); ++r) {
+    Relation& relation = relations[r];
+    relation.teacher.scale = static_cast<float>(scales.at(2 * r));
+    relation.student.scale = static_cast<float>(scales.at(2 * r + 1));
+    if (grads.empty()) continue;
+    relation.query_grad = output_data(grads.at(next++));
+    relation.key_grad = relation.self ? relation.query_grad : output_data(grads.at(next++));
+  }
+  return relations;
+}
+
+// `like`: a student tensor.
+inline Call call_of(const Tensor& like, size_t num_relations, const Tensor& tokens, const Tensor& starts,
+                    const OptionalTensor& prefixes, bool causal, const OptionalTensor& weights,
+                    const OptionalTensor& row_grads, const OptionalTensor& values, const OptionalTensor& rows,
+                    bool gradient) {
+  Call call{};
+  call.packed = like.dim() == 3;
+  call.num_relations = static_cast<int64_t>(num_relations);
+  call.num_sequences = starts.numel() - 1;
+  call.num_heads = like.size(call.packed ? 1 : 2);
+  call.positions = call.max_length = like.size(call.packed ? 0 : 1);
+  call.tokens = input_data<int64_t>(tokens, ScalarType::Long);
+  call.starts = input_data<int64_t>(starts, ScalarType::Long);
+  call.prefixes = input_data<int64_t>(prefixes, ScalarType::Long);
+  call.causal = causal;
+  call.weights = input_data<float>(weights, ScalarType::Float);
+  call.row_grads = input_data<float>(row_grads, ScalarType::Float);
+  call.values = values ? output_data(*values) : nullptr;
+  call.row_values = rows ? output_data(*rows) : nullptr;
+  call.gradient = gradient;
+  return call;
+}
+
+}  // namespace minilm

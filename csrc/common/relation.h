@@ -1,0 +1,53 @@
+// The inputs and outputs of one call, as raw pointers. The bindings fill these structs in, drivers and kernels read
+// them. Nothing here depends on PyTorch or CUDA.
+//
+// Shapes: N sequences of S positions, or T packed tokens; A relation heads; D features of a head; R relations.
+#pragma once
+
+#include "common/numerics.h"
+
+namespace minilm {
+
+enum class DType : int32_t { float32, float16, bfloat16 };
+
+// A tensor (N, S, A, D) or (T, A, D). Strides are counted in elements; packed tensors have batch_stride 0.
+struct TensorView {
+  const void* data;
+  int64_t batch_stride, position_stride, head_stride, feature_stride;
+  int32_t width;  // D
+  DType dtype;
+};
+
+// Queries and keys of one model, and the scale of their scores. In a self-relation, key == query.
+struct ModelOperands {
+  TensorView query, key;
+  float scale;
+};
+
+struct Relation {
+  ModelOperands teacher, student;
+  float* query_grad;  // contiguous float32 in the shape of the student's query, or null
+  float* key_grad;    // the same for the key; in a self-relation it is query_grad and receives both gradients
+  int32_t index;      // position among the call's relations
+  bool self;
+};
+
+// Everything that the relations of a call share.
+struct Call {
+  int64_t num_relations, num_sequences, num_heads;
+  int64_t positions;        // S, or T
+  int64_t max_length;       // upper bound on the length of a sequence
+  const int64_t* tokens;    // positions of the valid tokens, one sequence after the other, ascending in each
+  const int64_t* starts;    // (N + 1,): offset of each sequence in `tokens`
+  const int64_t* prefixes;  // (N,): number of valid tokens in each prefix, or null
+  const float* weights;     // (N,): weight of each sequence's rows in `values` and in the gradient, or null
+  const float* row_grads;   // (R, N, A, S) or (R, A, T): weight of each row in the gradient, or null
+  float* values;            // (R,): weighted sums of the KL divergence, or null
+  float* row_values;        // (R, N, A, S) or (R, A, T): KL divergence of each valid row, or null
+  bool packed;
+  bool causal;    // row i sees the keys j <= i and the prefix; otherwise every key
+  bool padded;    // some tokens may be padding
+  bool gradient;  // the relations' query_grad and key_grad are to be written
+};
+
+}  // namespace minilm

@@ -1,0 +1,519 @@
+// The row-wise path, with a running maximum per row, for every call that the symmetric path does not support:
+// cross-relations, reduction "none" and its gradient, losses without gradient, negative scales, and sequences that
+// exceed shared memory.
+//
+// A warp owns 32 tokens and streams the tokens of the other side past them, tile by tile. The first kernel computes the
+// log-sum-exp of each row. The second recomputes the scores and yields the KL divergence and the gradient of the own
+// tokens. A cross-relation launches it a second time, with the keys as own tokens. No two warps write to the same
+// memory, and the scratch memory is O(S).
+#pragma once
+
+#include "tile.cuh"
+
+namespace minilm::cuda {
+
+// 2^x by a polynomial, with an error of about one unit in the last place; or by ex2.approx, with an error of two units.
+template <bool kExact>
+MINILM_DEVICE float exp2_of(float x) {
+  if (!kExact) return exp2_fast(x);
+  const float shift = 0x1.8p23f + 127.0f;
+  float shifted = add(fminf(fmaxf(x, -126.0f), 127.0f), shift);
+  float r = sub(x, sub(shifted, shift));
+  float p = fmaf(kExp2C6, r, kExp2C5);
+  p = fmaf(p, r, kExp2C4);
+  p = fmaf(p, r, kExp2C3);
+  p = fmaf(p, r, kExp2C2);
+  p = fmaf(p, r, kExp2C1);
+  p = fmaf(p, r, 1.0f);
+  return x < -126.0f ? 0.0f : p * as_float(as_bits(shifted) << 23);
+}
+
+// log2 Σ 2^u of each row, as max + log2_sum. With kExact, max is the largest u and is stored separately: u - max is
+// small where it matters, and a row that sees a single key gets p = 1 exactly. Otherwise max is 0 and not stored.
+struct RowStats {
+  float *log2_sum_t, *log2_sum_s, *max_t, *max_s;
+};
+
+// Tokens of one side of a tile, with their row statistics and weights.
+struct TileOperands {
+  Tokens teacher, student;
+  RowStats rows;
+  const float* weights;  // of the rows in the gradient; null: all 1
+};
+MINILM_DEVICE TileOperands at(const TileOperands& x, int token) {
+  const RowStats& rows = x.rows;
+  return {at(x.teacher, token),
+          at(x.student, token),
+          {rows.log2_sum_t + token, rows.log2_sum_s + token, rows.max_t + token, rows.max_s + token},
+          x.weights ? x.weights + token : nullptr};
+}
+
+// First own token and first token of the other side of a tile.
+struct TileOrigin {
+  int own, other;
+};
+
+// A value for each of the 4 own rows of a lane: [m][e / 2].
+using PerRow = float[2][2];
+
+MINILM_DEVICE int own_row(int m, int half) { return 16 * m + 8 * half + lane_index() / 4; }
+MINILM_DEVICE int other_column(int n, int e) { return 8 * n + lane_index() % 4 * 2 + e % 2; }
+
+// Updates the running maxima, and the sums of 2^(u - maximum), with a tile of scores. Each lane handles its own
+// columns.
+template <bool kExact>
+MINILM_DEVICE void add_row_stats(PerRow& maximum, PerRow& total, const float (&score)[2][4][4], float scale,
+                                 const Sequence& sequence, TileOrigin origin) {
+  MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
+    MINILM_UNROLL_FOR (int half = 0; half < 2; ++half) {
+      int visible = bound_of(sequence, origin.own + own_row(m, half)) - origin.other;
+      float max = maximum[m][half];
+      MINILM_UNROLL_FOR (int n = 0; n < 4; ++n)
+        MINILM_UNROLL_FOR (int e = 0; e < 2; ++e)
+          if (other_column(n, e) < visible) max = fmaxf(max, mul(score[m][n][2 * half + e], scale));
+      float sum = total[m][half] * exp2_of<kExact>(maximum[m][half] - max);
+      MINILM_UNROLL_FOR (int n = 0; n < 4; ++n)
+        MINILM_UNROLL_FOR (int e = 0; e < 2; ++e) {
+          float x = exp2_of<kExact>(sub(mul(score[m][n][2 * half + e], scale), max));
+          sum += other_column(n, e) < visible ? x : 0.0f;
+        }
+      maximum[m][half] = max;
+      total[m][half] = sum;
+    }
+}
+
+// Combines the four lanes of each row and writes log2 Σ 2^u of the warp's own rows below `end`.
+template <bool kExact>
+MINILM_DEVICE void write_row_stats(float* log2_sum, float* row_max, const PerRow& maximum, const PerRow& total,
+                                   int end) {
+  MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
+    MINILM_UNROLL_FOR (int half = 0; half < 2; ++half) {
+      float max = maximum[m][half], sum = total[m][half];
+      MINILM_UNROLL_FOR (int mask = 1; mask <= 2; mask *= 2) {
+        float other = shuffle_xor(max, mask), other_sum = shuffle_xor(sum, mask);
+        float next = fmaxf(max, other);
+        sum = sum * exp2_of<kExact>(max - next) + other_sum * exp2_of<kExact>(other - next);
+        max = next;
+      }
+      const int row = own_row(m, half);
+      if (lane_index() % 4 == 0 && row < end) {
+        log2_sum[row] = kExact ? log2f(sum) : max + log2f(sum);
+        if (kExact) row_max[row] = max;
+      }
+    }
+}
+
+// p (e^δ - 1 - δ) with δ = log q - log p, given in units of log 2. Never negative, and free of cancellation for small
+// δ.
+MINILM_DEVICE float exact_term(float p, float q, float bits) {
+  float delta = bits * kLn2;
+  float series = 1.9841270e-4f;  // 1/7!, 1/6!, ...
+  series = fmaf(series, delta, 1.3888889e-3f);
+  series = fmaf(series, delta, 8.3333333e-3f);
+  series = fmaf(series, delta, 4.1666667e-2f);
+  series = fmaf(series, delta, 1.6666667e-1f);
+  series = fmaf(series, delta, 0.5f);
+  float small = p * delta * delta * series;
+  float large = fmaf(-p, delta, q - p);
+  return fabsf(delta) < 0.25f ? small : large;
+}
+
+template <bool kExact>
+MINILM_DEVICE float log2_of(float score, float scale, float log2_sum, const float* max) {
+  return kExact ? sub(sub(mul(score, scale), *max), log2_sum) : fmaf(score, scale, -log2_sum);
+}
+
+// Replaces the student's scores of half a tile by score gradients. kForward: the own tokens are rows, and their KL
+// divergence is added to kl. kBackward: the own tokens are keys of the other tokens' rows.
+template <bool kExact, bool kForward, bool kBackward>
+MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&score_s)[2][2][4], float scale_t,
+                                   float scale_s, const Sequence& sequence, TileOrigin origin, const TileOperands& own,
+                                   const TileOperands& other, PerRow& kl) {
+  MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
+    MINILM_UNROLL_FOR (int c = 0; c < 2; ++c) {
+      const int column = other_column(n, c);
+      float other_t = 0.0f, other_s = 0.0f, max_t = 0.0f, max_s = 0.0f, other_weight = 1.0f;
+      int visible_to_other = 0;
+      if (kBackward) {
+        other_t = other.rows.log2_sum_t[column];
+        other_s = other.rows.log2_sum_s[column];
+        if (kExact) {
+          max_t = other.rows.max_t[column];
+          max_s = other.rows.max_s[column];
+        }
+        if (other.weights) other_weight = other.weights[column];
+        visible_to_other = bound_of(sequence, origin.other + column) - origin.own;
+      }
+      MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
+        MINILM_UNROLL_FOR (int half = 0; half < 2; ++half) {
+          const int row = own_row(m, half), e = 2 * half + c;
+          const float x_t = score_t[m][n][e], x_s = score_s[m][n][e];
+          float grad = 0.0f;
+          if (kForward) {
+            float log_p = log2_of<kExact>(x_t, scale_t, own.rows.log2_sum_t[row], own.rows.max_t + row);
+            float log_q = log2_of<kExact>(x_s, scale_s, own.rows.log2_sum_s[row], own.rows.max_s + row);
+            float p = exp2_of<kExact>(log_p), q = exp2_of<kExact>(log_q);
+            bool visible = origin.other + column < bound_of(sequence, origin.own + row);
+            kl[m][half] += visible ? exact_term(p, q, log_q - log_p) : 0.0f;
+            float weight = own.weights ? own.weights[row] : 1.0f;
+            grad = visible ? weight * (q - p) : 0.0f;
+          }
+          if (kBackward) {
+            float p = exp2_of<kExact>(log2_of<kExact>(x_t, scale_t, other_t, &max_t));
+            float q = exp2_of<kExact>(log2_of<kExact>(x_s, scale_s, other_s, &max_s));
+            grad += row < visible_to_other ? other_weight * (q - p) : 0.0f;
+          }
+          score_s[m][n][e] = grad;
+        }
+    }
+}
+
+// One tile: adds to the KL divergence of the own rows and, if kSplits > 0, to the gradient of the own tokens.
+template <int kSplits, bool kExact, bool kForward, bool kBackward>
+MINILM_DEVICE void row_wise_tile(const TileOperands& own, const TileOperands& other, int chunks_t, int splits_t,
+                                 int chunks_s, int splits_s, float scale_t, float scale_s, const Sequence& sequence,
+                                 TileOrigin origin, PerRow& kl, float* sums, int plane) {
+  MINILM_NO_UNROLL_FOR (int half = 0; half < 2; ++half) {
+    const TileOperands columns = at(other, 16 * half);
+    float score_t[2][2][4], score_s[2][2][4];
+    scores(score_t, own.teacher, columns.teacher, chunks_t, splits_t);
+    scores(score_s, own.student, columns.student, chunks_s, splits_s);
+    add_score_grads<kExact, kForward, kBackward>(score_t, score_s, scale_t, scale_s, sequence,
+                                                 {origin.own, origin.other + 16 * half}, own, columns, kl);
+    if constexpr (kSplits > 0)
+      add_gradients<kSplits, false>(score_s, sums, nullptr, plane, own.student, columns.student, chunks_s);
+  }
+}
+
+// ---- Kernels ----------------------------------------------------------------------------------------------------
+
+// Layout of a block's shared memory; row_wise_bytes in launch_plan.h computes its size.
+struct RowWiseLayout {
+  Tokens own_t, own_s, other_t, other_s;
+  RowStats own_rows, other_rows;
+  float *grads, *own_weights, *other_weights;
+  double* scratch;
+  int own;
+
+  MINILM_DEVICE RowWiseLayout(char* memory, int own_tokens, int streamed, int planes_t, int planes_s, int grad_chunks)
+      : own(own_tokens) {
+    char* next = memory;
+    auto tokens = [&](int count, int planes) {
+      Tokens x{next, count * 16};
+      next += planes * count * 16;
+      return x;
+    };
+    auto floats = [&](int count) {
+      float* x = reinterpret_cast<float*>(next);
+      next += count * 4;
+      return x;
+    };
+    own_t = tokens(own, planes_t);
+    own_s = tokens(own, planes_s);
+    other_t = tokens(streamed, planes_t);
+    other_s = tokens(streamed, planes_s);
+    grads = floats(grad_chunks * own * 8);
+    own_rows = {floats(own), floats(own), floats(own), floats(own)};
+    own_weights = floats(own);
+    other_rows = {floats(streamed), floats(streamed), floats(streamed), floats(streamed)};
+    other_weights = floats(streamed);
+    scratch = reinterpret_cast<double*>(next);
+  }
+};
+
+// The work of a block: its own tokens are those from token `first` of the sequence on.
+struct RowWork {
+  const Relation* relation;
+  Sequence sequence;
+  int64_t n, head;
+  int first;
+  bool empty;
+};
+
+// Sequence n begins at block ⌊starts[n] / own⌋ + n. It then has at least as many blocks as it needs, and a block finds
+// its sequence by a binary search in `starts`, without any other data.
+MINILM_DEVICE RowWork find_row_work(const LaunchParams& params, int own, double** partial) {
+  const Call& call = params.call;
+  int64_t block = block_index();
+  RowWork work;
+  work.head = block % call.num_heads;
+  block /= call.num_heads;
+  const int64_t total = call.packed ? call.positions : call.num_sequences * call.positions;
+  const int64_t blocks = total / own + call.num_sequences;
+  work.relation = &params.relations[block / blocks];
+  block %= blocks;
+  int64_t low = 0, high = call.num_sequences - 1;
+  while (low < high) {
+    int64_t middle = (low + high + 1) / 2;
+    if (call.starts[middle] / own + middle <= block)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  work.n = low;
+  bool valid = find_sequence(call, low, work.sequence);
+  int64_t first = (block - call.starts[low] / own - low) * own;
+  work.empty = !valid || first < 0 || first >= work.sequence.length || work.sequence.length < params.min_length ||
+               work.sequence.length > params.max_length;
+  work.first = work.empty ? 0 : static_cast<int>(first);
+  *partial =
+      params.partials + work.relation->index * params.slots + params.first_slot + block * call.num_heads + work.head;
+  return work;
+}
+
+// Offset of the row statistics of a sequence in scratch memory.
+MINILM_DEVICE int64_t first_row_stats(const LaunchParams& params, const RowWork& work) {
+  const Call& call = params.call;
+  const int64_t total = call.packed ? call.positions : call.num_sequences * call.positions;
+  return (work.relation->index * call.num_heads + work.head) * total + work.sequence.first;
+}
+
+MINILM_DEVICE RowStats at(const LaunchParams& params, int64_t row) {
+  const int64_t all = params.row_stats_stride;
+  float* first = params.row_stats + row;
+  return {first, first + all, first + 2 * all, first + 3 * all};
+}
+
+// Offset of the rows of a sequence in (R, N, A, S) or (R, A, T).
+MINILM_DEVICE int64_t first_row(const LaunchParams& params, const RowWork& work) {
+  const Call& call = params.call;
+  const int64_t matrices = call.packed ? 1 : call.num_sequences;
+  return ((work.relation->index * matrices + work.sequence.batch) * call.num_heads + work.head) * call.positions;
+}
+
+// Tokens of the other side that an own token sees (forward), or whose rows see an own token (backward): [first, end).
+struct TokenRange {
+  int first, end;
+};
+MINILM_DEVICE TokenRange find_streamed(const Sequence& sequence, int first, int own, bool forward, bool backward) {
+  int last = min_of(first + own, sequence.length) - 1;
+  TokenRange seen{0, bound_of(sequence, last)};
+  TokenRange seeing{first < sequence.prefix ? 0 : first / kTile * kTile, sequence.length};
+  if (!backward) return seen;
+  if (!forward) return seeing;
+  return {0, sequence.length};
+}
+
+// Chunks and splits of both models' tokens. Template arguments that are 0 (in the emulation) are replaced by the
+// relation's.
+template <int kChunksT, int kSplitsT, int kChunksS, int kSplitsS>
+struct Shape {
+  int given_chunks_t, given_splits_t, given_chunks_s, given_splits_s;
+
+  MINILM_DEVICE explicit Shape(const Relation& relation)
+      : given_chunks_t(chunks_of(relation.teacher.key.width)),
+        given_splits_t(max_of(splits_of(relation.teacher.query.dtype), splits_of(relation.teacher.key.dtype))),
+        given_chunks_s(chunks_of(relation.student.key.width)),
+        given_splits_s(max_of(splits_of(relation.student.query.dtype), splits_of(relation.student.key.dtype))) {}
+  MINILM_DEVICE int chunks_t() const { return kChunksT ? kChunksT : given_chunks_t; }
+  MINILM_DEVICE int splits_t() const { return kSplitsT ? kSplitsT : given_splits_t; }
+  MINILM_DEVICE int chunks_s() const { return kChunksS ? kChunksS : given_chunks_s; }
+  MINILM_DEVICE int splits_s() const { return kSplitsS ? kSplitsS : given_splits_s; }
+};
+
+// kExact: see exp2_of; RowWiseKernel uses the same.
+template <bool kExact, int kChunksT, int kSplitsT, int kChunksS, int kSplitsS>
+struct RowStatsKernel {
+  static MINILM_DEVICE void run(const LaunchParams& params, char* memory) {
+    const int own = thread_count(), warp = warp_index() * kTile;
+    double* partial;
+    const RowWork work = find_row_work(params, own, &partial);
+    if (work.empty) return;
+    const Sequence& sequence = work.sequence;
+    const Relation& relation = *work.relation;
+    const Shape<kChunksT, kSplitsT, kChunksS, kSplitsS> shape(relation);
+    const int chunks_t = shape.chunks_t(), splits_t = shape.splits_t();
+    const int chunks_s = shape.chunks_s(), splits_s = shape.splits_s();
+    const RowWiseLayout shared(memory, own, params.capacity, chunks_t * splits_t, chunks_s * splits_s, 0);
+    load_tokens(relation.teacher.query, sequence, work.head, work.first, own, writable(shared.own_t),
+                shared.own_t.plane, chunks_t, splits_t);
+    load_tokens(relation.student.query, sequence, work.head, work.first, own, writable(shared.own_s),
+                shared.own_s.plane, chunks_s, splits_s);
+    const TokenRange streamed = find_streamed(sequence, work.first, own, true, false);
+    const float scale_t = relation.teacher.scale * kLog2e, scale_s = relation.student.scale * kLog2e;
+
+    PerRow max_t, max_s, total_t, total_s;
+    MINILM_UNROLL_FOR (int i = 0; i < 4; ++i) {
+      max_t[i / 2][i % 2] = max_s[i / 2][i % 2] = kNegInf;
+      total_t[i / 2][i % 2] = total_s[i / 2][i % 2] = 0.0f;
+    }
+    MINILM_NO_UNROLL_FOR (int first = streamed.first; first < streamed.end; first += params.capacity) {
+      syncthreads();
+      load_tokens(relation.teacher.key, sequence, work.head, first, params.capacity, writable(shared.other_t),
+                  shared.other_t.plane, chunks_t, splits_t);
+      load_tokens(relation.student.key, sequence, work.head, first, params.capacity, writable(shared.other_s),
+                  shared.other_s.plane, chunks_s, splits_s);
+      syncthreads();
+      MINILM_NO_UNROLL_FOR (int tile = 0; tile < params.capacity; tile += kTile) {
+        const TileOrigin origin{work.first + warp, first + tile};
+        float score[2][4][4];
+        scores(score, at(shared.own_t, warp), at(shared.other_t, tile), chunks_t, splits_t);
+        add_row_stats<kExact>(max_t, total_t, score, scale_t, sequence, origin);
+        scores(score, at(shared.own_s, warp), at(shared.other_s, tile), chunks_s, splits_s);
+        add_row_stats<kExact>(max_s, total_s, score, scale_s, sequence, origin);
+      }
+    }
+    const RowStats out = at(params, first_row_stats(params, work) + work.first + warp);
+    const int end = sequence.length - work.first - warp;
+    write_row_stats<kExact>(out.log2_sum_t, out.max_t, max_t, total_t, end);
+    write_row_stats<kExact>(out.log2_sum_s, out.max_s, max_s, total_s, end);
+  }
+};
+
+// The own tokens are 1: rows, 2: keys, 3: both.
+template <int kDirection>
+struct Direction {
+  static constexpr int value = kDirection;
+};
+
+// kSplits: splits of the student's tokens and of the score gradients; 0: no gradient.
+template <int kSplits, int kChunksT, int kSplitsT, int kChunksS, int kSplitsS>
+struct RowWiseKernel {
+  static constexpr bool kExact = kSplits == 0 || kSplits == 3;
+
+  static MINILM_DEVICE void run(const LaunchParams& params, char* memory) {
+    const Call& call = params.call;
+    const int own_tokens = thread_count(), warp = warp_index() * kTile;
+    double* partial;
+    const RowWork work = find_row_work(params, own_tokens, &partial);
+    if (work.empty) {
+      if (thread_index() == 0 && call.values && !params.keys) *partial = 0.0;
+      return;
+    }
+    const Sequence& sequence = work.sequence;
+    const Relation& relation = *work.relation;
+    const bool forward = !params.keys, backward = kSplits > 0 && (params.keys || relation.self);
+    const TensorView& own_x_t = params.keys ? relation.teacher.key : relation.teacher.query;
+    const TensorView& own_x_s = params.keys ? relation.student.key : relation.student.query;
+    const TensorView& other_x_t = params.keys ? relation.teacher.query : relation.teacher.key;
+    const TensorView& other_x_s = params.keys ? relation.student.query : relation.student.key;
+    const Shape<kChunksT, kSplitsT, kChunksS, kSplits ? kSplits : kSplitsS> shape(relation);
+    const int chunks_t = shape.chunks_t(), splits_t = shape.splits_t();
+    const int chunks_s = shape.chunks_s(), splits_s = shape.splits_s();
+    const RowWiseLayout shared(memory, own_tokens, params.capacity, chunks_t * splits_t, chunks_s * splits_s,
+                               kSplits ? chunks_s : 0);
+    const int64_t row_stats_at = first_row_stats(params, work), row_at = first_row(params, work);
+
+    load_tokens(own_x_t, sequence, work.head, work.first, own_tokens, writable(shared.own_t), shared.own_t.plane,
+                chunks_t, splits_t);
+    load_tokens(own_x_s, sequence, work.head, work.first, own_tokens, writable(shared.own_s), shared.own_s.plane,
+                chunks_s, splits_s);
+    load_row_stats(params, sequence, row_stats_at, row_at, work.first, own_tokens, shared.own_rows, shared.own_weights);
+    if (kSplits)
+      for (int i = thread_index(); i < chunks_s * own_tokens * 8; i += thread_count()) shared.grads[i] = 0.0f;
+    const TokenRange streamed = find_streamed(sequence, work.first, own_tokens, forward, backward);
+    const float scale_t = relation.teacher.scale * kLog2e, scale_s = relation.student.scale * kLog2e;
+    const TileOperands own = at(TileOperands{shared.own_t, shared.own_s, shared.own_rows, shared.own_weights}, warp);
+    const TileOperands all{shared.other_t, shared.other_s, shared.other_rows, shared.other_weights};
+
+    PerRow kl = {};
+    MINILM_NO_UNROLL_FOR (int first = streamed.first; first < streamed.end; first += params.capacity) {
+      syncthreads();
+      load_tokens(other_x_t, sequence, work.head, first, params.capacity, writable(shared.other_t),
+                  shared.other_t.plane, chunks_t, splits_t);
+      load_tokens(other_x_s, sequence, work.head, first, params.capacity, writable(shared.other_s),
+                  shared.other_s.plane, chunks_s, splits_s);
+      load_row_stats(params, sequence, row_stats_at, row_at, first, params.capacity, shared.other_rows,
+                     shared.other_weights);
+      syncthreads();
+      MINILM_NO_UNROLL_FOR (int tile = 0; tile < params.capacity; tile += kTile) {
+        const TileOrigin origin{work.first + warp, first + tile};
+        const TileOperands other = at(all, tile);
+        float* sums = shared.grads + warp * 8;
+        auto process = [&](auto direction) {
+          row_wise_tile<kSplits, kExact, (direction.value != 2), (direction.value != 1)>(
+              own, other, chunks_t, splits_t, chunks_s, splits_s, scale_t, scale_s, sequence, origin, kl, sums,
+              own_tokens * 8);
+        };
+        if (kSplits == 0 || !backward)
+          process(Direction<1>{});
+        else if (forward)
+          process(Direction<kSplits ? 3 : 1>{});
+        else
+          process(Direction<kSplits ? 2 : 1>{});
+      }
+    }
+
+    if (forward) write_rows(params, work, kl, row_at, warp, shared.scratch, partial);
+    if (kSplits) {
+      syncthreads();
+      write_gradient(params, work, own_x_s.width, chunks_s, shared);
+    }
+  }
+
+  static MINILM_DEVICE void load_row_stats(const LaunchParams& params, const Sequence& sequence, int64_t row_stats_at,
+                                           int64_t row_at, int first, int count, const RowStats& rows, float* weights) {
+    const float* given = params.call.row_grads;
+    const RowStats from = at(params, row_stats_at + first);
+    for (int i = thread_index(); i < count; i += thread_count()) {
+      const bool valid = first + i < sequence.length;
+      rows.log2_sum_t[i] = valid ? from.log2_sum_t[i] : 0.0f;
+      rows.log2_sum_s[i] = valid ? from.log2_sum_s[i] : 0.0f;
+      if (kExact) {
+        rows.max_t[i] = valid ? from.max_t[i] : 0.0f;
+        rows.max_s[i] = valid ? from.max_s[i] : 0.0f;
+      }
+      weights[i] = !valid ? 0.0f : given ? given[row_at + sequence.tokens[first + i]] : 1.0f;
+    }
+  }
+
+  static MINILM_DEVICE void write_rows(const LaunchParams& params, const RowWork& work, PerRow& kl, int64_t row_at,
+                                       int warp, double* scratch, double* partial) {
+    const Call& call = params.call;
+    double value = 0.0;
+    MINILM_UNROLL_FOR (int i = 0; i < 4; ++i) {
+      float row = kl[i / 2][i % 2];
+      row += shuffle_xor(row, 1);
+      row += shuffle_xor(row, 2);
+      row = row < 0.0f ? 0.0f : row;
+      const int token = work.first + warp + own_row(i / 2, i % 2);
+      if (lane_index() % 4 == 0 && token < work.sequence.length) {
+        if (call.row_values) call.row_values[row_at + work.sequence.tokens[token]] = row;
+        value += row;
+      }
+    }
+    if (call.values) {
+      value = block_sum(value, scratch);
+      if (thread_index() == 0) *partial = call.weights[work.n] * value;
+    }
+  }
+
+  static MINILM_DEVICE void write_gradient(const LaunchParams& params, const RowWork& work, int width, int chunks,
+                                           const RowWiseLayout& shared) {
+    const Call& call = params.call;
+    const Relation& relation = *work.relation;
+    const float factor = relation.student.scale * (call.weights ? call.weights[work.n] : 1.0f);
+    float* out = (params.keys ? relation.key_grad : relation.query_grad) +
+                 (work.sequence.batch * call.positions * call.num_heads + work.head) * width;
+    for (int item = thread_index(); item < shared.own * chunks; item += thread_count()) {
+      const int slot = item / chunks, chunk = item % chunks;
+      if (work.first + slot < work.sequence.length)
+        write_chunk(out + work.sequence.tokens[work.first + slot] * call.num_heads * width, width, chunk,
+                    shared.grads + (chunk * shared.own + slot) * 8, factor);
+    }
+  }
+};
+
+// Adds up the partial sums of all blocks. Losses are NaN if `starts` is malformed: cu_seqlens on a GPU are not
+// validated by the host, which would have to wait for the device.
+struct ReduceKernel {
+  static MINILM_DEVICE void run(const ReduceParams& reduction, char* memory) {
+    const Call& call = reduction.call;
+    const int r = static_cast<int>(block_index());
+    const double* partials = reduction.partials + reduction.index[r] * reduction.slots;
+    const int64_t first = reduction.symmetric[r] ? 0 : reduction.symmetric_slots;
+    const int64_t end = reduction.row_wise[r] ? reduction.slots : reduction.symmetric_slots;
+    double value = 0.0, broken = 0.0;
+    for (int64_t i = first + thread_index(); i < end; i += thread_count()) value += partials[i];
+    for (int64_t n = thread_index(); n < call.num_sequences; n += thread_count()) {
+      Sequence sequence;
+      if (!find_sequence(call, n, sequence)) broken = 1.0;
+    }
+    value = block_sum(value, reinterpret_cast<double*>(memory));
+    broken = block_sum(broken, reinterpret_cast<double*>(memory));
+    if (thread_index() == 0)
+      call.values[reduction.index[r]] = broken > 0.0 ? as_float(0x7fc00000u) : static_cast<float>(value);
+  }
+};
+
+}  // namespace minilm::cuda

@@ -1,0 +1,414 @@
+// The symmetric path: reduced losses of self-relations, with gradient. A block keeps one (sequence, head, relation) in
+// shared memory and computes the loss and the gradient in two phases. With one reference score for all rows,
+// exponentials are symmetric (E_ij = E_ji), and each phase computes them once. docs/cuda.md has the derivation and
+// cost.
+#pragma once
+
+#include "row_wise.cuh"
+#include "schedule.cuh"
+
+namespace minilm::cuda {
+
+// Widest range of s_ii in bits. With the reference in its middle and u_ij = s_ij - reference, every 2^u_ii lies within
+// 2^±100 and every 2^u_ij below 2^100. Sequences with a wider range take the row-wise path in the same block.
+constexpr float kMaxNormRange = 200.0f;
+
+// Shorter sequences take the row-wise path: the rounding errors of so few rows do not average out.
+constexpr int kMinSymmetricTokens = 64;
+
+// The work of a block. It is read from shared memory for every tile, which saves registers.
+struct BlockState {
+  Sequence sequence;
+  const Relation* relation;
+  int64_t n, head;
+  int capacity, tiles, chunks_t, splits_t, chunks_s;
+  int bound;  // the mirrored pairs of rows below it are visible
+  float scale_t, scale_s, reference_t, reference_s;
+};
+static_assert(sizeof(BlockState) <= kBlockStateBytes, "");
+
+// Layout of a block's shared memory; symmetric_bytes in launch_plan.h computes its size. Template arguments that are 0
+// (in the emulation) are replaced by the values in the block's state.
+template <int kSplits, int kChunksT, int kSplitsT, int kChunksS>
+struct SymmetricLayout {
+  char* memory;
+
+  MINILM_DEVICE BlockState& state() const { return *reinterpret_cast<BlockState*>(memory); }
+  MINILM_DEVICE double* scratch() const { return reinterpret_cast<double*>(memory + kBlockStateBytes); }
+  MINILM_DEVICE int chunks_t() const { return kChunksT ? kChunksT : state().chunks_t; }
+  MINILM_DEVICE int splits_t() const { return kSplitsT ? kSplitsT : state().splits_t; }
+  MINILM_DEVICE int chunks_s() const { return kChunksS ? kChunksS : state().chunks_s; }
+  MINILM_DEVICE int plane() const { return state().capacity * 16; }
+  MINILM_DEVICE char* planes() const { return memory + kBlockStateBytes + kScratchBytes; }
+  MINILM_DEVICE Tokens teacher(int token) const { return {planes() + token * 16, plane()}; }
+  MINILM_DEVICE Tokens student(int token) const {
+    return {planes() + chunks_t() * splits_t() * plane() + token * 16, plane()};
+  }
+  MINILM_DEVICE float* grads(int token) const {  // [chunk][token][8]
+    return reinterpret_cast<float*>(planes() + (chunks_t() * splits_t() + chunks_s() * kSplits) * plane()) + token * 8;
+  }
+  MINILM_DEVICE int grads_plane() const { return state().capacity * 8; }
+  // Σ E of each row in phase 1, 1 / Σ E in phase 2.
+  MINILM_DEVICE float* sums_t() const { return grads(0) + chunks_s() * grads_plane(); }
+  MINILM_DEVICE float* sums_s() const { return sums_t() + state().capacity; }
+  MINILM_DEVICE RowStats row_stats() const {  // the maxima exist with 3 splits only
+    const int capacity = state().capacity;
+    float* first = sums_t();
+    return {first, first + capacity, first + 2 * capacity, first + 3 * capacity};
+  }
+};
+
+MINILM_DEVICE Range block_range(Range x, double* scratch) {
+  float* bounds = reinterpret_cast<float*>(scratch);
+  MINILM_UNROLL_FOR (int mask = 16; mask > 0; mask /= 2) {
+    x.low = fminf(x.low, shuffle_xor(x.low, mask));
+    x.high = fmaxf(x.high, shuffle_xor(x.high, mask));
+  }
+  syncthreads();
+  if (lane_index() == 0) {
+    bounds[2 * warp_index()] = x.low;
+    bounds[2 * warp_index() + 1] = x.high;
+  }
+  syncthreads();
+  x = {bounds[0], bounds[1]};
+  for (int w = 1; w < thread_count() / 32; ++w) {
+    x.low = fminf(x.low, bounds[2 * w]);
+    x.high = fmaxf(x.high, bounds[2 * w + 1]);
+  }
+  return x;
+}
+
+// Range of s_ii in bits, +-3e38 if one of them is not finite.
+MINILM_DEVICE Range range_of_norms(const Tokens& x, int length, int chunks, int splits, float scale, double* scratch) {
+  Range range{3e38f, -3e38f};
+  for (int i = thread_index(); i < length; i += thread_count()) {
+    float norm = 0.0f;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      float value[8] = {};
+      for (int split = 0; split < splits; ++split) {
+        Uint4 words = load_uint4(x.planes + (split * chunks + chunk) * x.plane + i * 16);
+        MINILM_UNROLL_FOR (int d = 0; d < 4; ++d) {
+          value[2 * d] += low_of(words.word[d]);
+          value[2 * d + 1] += high_of(words.word[d]);
+        }
+      }
+      MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) norm = fmaf(value[d], value[d], norm);
+    }
+    norm *= scale;
+    bool finite = norm < 3e38f;
+    range.low = finite ? fminf(range.low, norm) : -3e38f;
+    range.high = finite ? fmaxf(range.high, norm) : 3e38f;
+  }
+  return block_range(range, scratch);
+}
+
+// First row and first column of a tile. Rows are at or after the columns. Pairs (row, column) and mirrored pairs
+// (column, row) are computed together; the mirrored pairs of rows below `bound`, the end of the prefix, are visible.
+struct PairTile {
+  int rows, columns;
+};
+
+// Sums x[k] over a group of kCount lanes, whose indices differ in the bits from `bit` on. Each lane of the group
+// receives the sum of one k: the k that these bits of its index spell.
+template <int kCount>
+MINILM_DEVICE float distributed_sums(float (&x)[kCount], int bit) {
+  MINILM_UNROLL_FOR (int count = kCount / 2; count > 0; count /= 2) {
+    bool upper = (lane_index() & (bit * count)) != 0;
+    MINILM_UNROLL_FOR (int k = 0; k < count; ++k) {
+      float keep = upper ? x[count + k] : x[k], give = upper ? x[k] : x[count + k];
+      x[k] = keep + shuffle_xor(give, bit * count);
+    }
+  }
+  return x[0];
+}
+
+// Phase 1 for one model: adds the exponentials of a tile to the sums of its rows and, for mirrored pairs, of its
+// columns. No other warp accesses these rows and columns in the same round (schedule.cuh).
+template <bool kMasked, bool kCausal>
+MINILM_DEVICE void add_sums(float* sums, const float (&score)[2][4][4], float scale, float reference,
+                            const PairTile& tile, int bound) {
+  float row[4] = {}, column[8] = {};
+  const int lane = lane_index();
+  MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
+    MINILM_UNROLL_FOR (int n = 0; n < 4; ++n)
+      MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) {
+        float x = exp2_fast(fmaf(score[m][n][e], scale, -reference));
+        float mirror = x;
+        if (kMasked) {
+          int i = tile.rows + own_row(m, e / 2), j = tile.columns + other_column(n, e);
+          if (j > i) x = 0.0f;
+          if (j >= i || i >= bound) mirror = 0.0f;
+        }
+        row[2 * m + e / 2] += x;
+        column[2 * n + e % 2] += mirror;
+      }
+  float row_sum = distributed_sums(row, 1);
+  float* row_at = sums + tile.rows + lane % 4 * 8 + lane / 4;
+  *row_at += row_sum;
+  if (!kCausal || tile.rows < bound) {
+    float column_sum = distributed_sums(column, 4);
+    if (kMasked) syncwarp();  // on the diagonal, rows and columns are the same
+    float* column_at = sums + tile.columns + lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2;
+    *column_at += column_sum;
+  }
+}
+
+// Phase 2 for half a tile: replaces the student's scores by the score gradients M_ij = q_ij + q_ji - p_ij - p_ji, and
+// returns the half tile's contribution to the loss.
+template <bool kMasked, bool kCausal>
+MINILM_DEVICE float find_score_grads(const float (&score_t)[2][2][4], float (&score_s)[2][2][4], float scale_t,
+                                     float scale_s, float reference_t, float reference_s, const float* inverse_t,
+                                     const float* inverse_s, const PairTile& tile, int half, int bound) {
+  float row_t[2][2], row_s[2][2];
+  MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
+    MINILM_UNROLL_FOR (int h = 0; h < 2; ++h) {
+      row_t[m][h] = inverse_t[tile.rows + own_row(m, h)];
+      row_s[m][h] = inverse_s[tile.rows + own_row(m, h)];
+    }
+  float total_grad = 0.0f, divergence = 0.0f;
+  MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) {
+    const int column = tile.columns + 16 * half + other_column(n, 0);
+    Float2 column_t = load_float2(inverse_t + column), column_s = load_float2(inverse_s + column);
+    if (kCausal && tile.rows >= bound) column_t = column_s = {0.0f, 0.0f};
+    MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
+      MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) {
+        float u_t = fmaf(score_t[m][n][e], scale_t, -reference_t);
+        float u_s = fmaf(score_s[m][n][e], scale_s, -reference_s);
+        float factor_t = row_t[m][e / 2], factor_s = row_s[m][e / 2];
+        float mirrored_t = e % 2 ? column_t.y : column_t.x, mirrored_s = e % 2 ? column_s.y : column_s.x;
+        if (kMasked) {
+          int i = tile.rows + own_row(m, e / 2), j = column + e % 2;
+          if (j > i) factor_t = factor_s = 0.0f;
+          if (j >= i || i >= bound) mirrored_t = mirrored_s = 0.0f;
+        }
+        float p = exp2_fast(u_t) * (factor_t + mirrored_t);
+        float x = fmaf(exp2_fast(u_s), factor_s + mirrored_s, -p);
+        total_grad += x;
+        divergence = fmaf(p, u_s - u_t, divergence);
+        score_s[m][n][e] = x;
+      }
+  }
+  return fmaf(-kLn2, divergence, total_grad);
+}
+
+MINILM_DEVICE float log2_of_ratio(float x, float y) {
+  float ratio = x / y;
+  return ratio > 1e-30f && ratio < 1e30f ? log2f(ratio) : log2f(x) - log2f(y);
+}
+
+// kSplits: splits of the student's tokens and of the score gradients. kCausal: causal mask, with or without a prefix.
+template <int kSplits, int kChunksT, int kSplitsT, int kChunksS, bool kCausal>
+struct SymmetricKernel {
+  using Shared = SymmetricLayout<kSplits, kChunksT, kSplitsT, kChunksS>;
+  static constexpr bool kExact = kSplits == 3;
+
+  static MINILM_DEVICE void run(const LaunchParams& params, char* memory) {
+    const Shared shared{memory};
+    BlockState& state = shared.state();
+    if (thread_index() == 0) find_work(params, state);
+    syncthreads();
+    if (state.sequence.length == 0) return;
+
+    load(params, shared);
+    const Range range_t = range_of_norms(shared.teacher(0), state.sequence.length, shared.chunks_t(), shared.splits_t(),
+                                         state.scale_t, shared.scratch());
+    const Range range_s = range_of_norms(shared.student(0), state.sequence.length, shared.chunks_s(), kSplits,
+                                         state.scale_s, shared.scratch());
+    if (thread_index() == 0) {
+      state.reference_t = range_t.low + (range_t.high - range_t.low) / 2;
+      state.reference_s = range_s.low + (range_s.high - range_s.low) / 2;
+    }
+    syncthreads();
+    const bool shares_reference = state.sequence.length >= kMinSymmetricTokens &&
+                                  range_t.high - range_t.low <= kMaxNormRange &&
+                                  range_s.high - range_s.low <= kMaxNormRange;
+    double value = shares_reference ? symmetric(shared) : row_wise(shared);
+    write(params, shared, block_sum(value, shared.scratch()));
+  }
+
+  // Sequences that are empty, malformed or excluded from this launch get length 0 and loss 0.
+  static MINILM_DEVICE void find_work(const LaunchParams& params, BlockState& state) {
+    const Call& call = params.call;
+    int64_t block = block_index();
+    state.head = block % call.num_heads;
+    block /= call.num_heads;
+    state.n = block % call.num_sequences;
+    const Relation& relation = params.relations[block / call.num_sequences];
+    state.relation = &relation;
+    bool valid = find_sequence(call, state.n, state.sequence);
+    if (!valid || state.sequence.length < params.min_length || state.sequence.length > params.max_length) {
+      state.sequence.length = state.sequence.prefix = 0;
+      *partial_of(params, state) = 0.0;
+    }
+    state.capacity = params.capacity;
+    state.tiles = (state.sequence.length + kTile - 1) / kTile;
+    state.bound = state.sequence.prefix;
+    state.chunks_t = chunks_of(relation.teacher.key.width);
+    state.splits_t = splits_of(relation.teacher.key.dtype);
+    state.chunks_s = chunks_of(relation.student.key.width);
+    state.scale_t = relation.teacher.scale * kLog2e;
+    state.scale_s = relation.student.scale * kLog2e;
+  }
+
+  static MINILM_DEVICE double* partial_of(const LaunchParams& params, const BlockState& state) {
+    return params.partials + state.relation->index * params.slots + state.n * params.call.num_heads + state.head;
+  }
+
+  static MINILM_DEVICE void load(const LaunchParams& params, const Shared& shared) {
+    const BlockState& state = shared.state();
+    const int tokens = state.tiles * kTile;
+    load_tokens(state.relation->teacher.key, state.sequence, state.head, 0, tokens, writable(shared.teacher(0)),
+                shared.plane(), shared.chunks_t(), shared.splits_t());
+    load_tokens(state.relation->student.key, state.sequence, state.head, 0, tokens, writable(shared.student(0)),
+                shared.plane(), shared.chunks_s(), kSplits);
+    for (int i = thread_index(); i < tokens; i += thread_count()) {
+      shared.sums_t()[i] = shared.sums_s()[i] = 0.0f;
+      for (int chunk = 0; chunk < shared.chunks_s(); ++chunk) {
+        float* grad = shared.grads(i) + chunk * shared.grads_plane();
+        store_uint4(grad, Uint4{});
+        store_uint4(grad + 4, Uint4{});
+      }
+    }
+    syncthreads();
+  }
+
+  static MINILM_DEVICE void write(const LaunchParams& params, const Shared& shared, double value) {
+    const Call& call = params.call;
+    const BlockState& state = shared.state();
+    const Sequence& sequence = state.sequence;
+    const float weight = call.weights[state.n];
+    if (thread_index() == 0) *partial_of(params, state) = weight * (value < 0.0 ? 0.0 : value);
+    const float factor = state.relation->student.scale * weight;
+    const int width = state.relation->student.key.width, chunks = shared.chunks_s();
+    const int64_t stride = call.num_heads * width;
+    float* out = state.relation->query_grad + (sequence.batch * call.positions * call.num_heads + state.head) * width;
+    for (int item = thread_index(); item < sequence.length * chunks; item += thread_count()) {
+      int i = item / chunks, chunk = item % chunks;
+      write_chunk(out + sequence.tokens[i] * stride, width, chunk, shared.grads(i) + chunk * shared.grads_plane(),
+                  factor);
+    }
+  }
+
+  static MINILM_DEVICE double symmetric(const Shared& shared) {
+    const BlockState& state = shared.state();
+    for (int round = -1; round < rounds_of(state.tiles); ++round) {
+      for (int k = warp_index(); k < pairs_of(state.tiles, round); k += thread_count() / 32) {
+        const TilePair pair = tile_pair(state.tiles, round, k);
+        if (pair.row < 0) continue;
+        const PairTile tile{pair.row * kTile, pair.column * kTile};
+        if (is_masked(tile, state.bound)) {
+          add_tile_sums<true>(shared, tile);
+        } else {
+          // static: begin sums
+          add_tile_sums<false>(shared, tile);
+          // static: end sums
+        }
+      }
+      syncthreads();
+    }
+
+    CompensatedSum value;
+    for (int i = thread_index(); i < state.tiles * kTile; i += thread_count()) {
+      const bool valid = i < state.sequence.length;
+      float &l_t = shared.sums_t()[i], &l_s = shared.sums_s()[i];
+      if (valid) value += kLn2 * log2_of_ratio(l_s, l_t);
+      l_t = valid ? 1.0f / l_t : 0.0f;
+      l_s = valid ? 1.0f / l_s : 0.0f;
+    }
+    syncthreads();
+
+    for (int round = -1; round < rounds_of(state.tiles); ++round) {
+      for (int k = warp_index(); k < pairs_of(state.tiles, round); k += thread_count() / 32) {
+        const TilePair pair = tile_pair(state.tiles, round, k);
+        if (pair.row < 0) continue;
+        const PairTile tile{pair.row * kTile, pair.column * kTile};
+        if (is_masked(tile, state.bound)) {
+          value += add_tile_gradients<true>(shared, tile);
+        } else {
+          // static: begin gradient
+          value += add_tile_gradients<false>(shared, tile);
+          // static: end gradient
+        }
+      }
+      syncthreads();
+    }
+    return static_cast<double>(value.sum) + value.rest;
+  }
+
+  // Tiles on the diagonal, and tiles among whose rows the sequence or the prefix ends, need a mask per pair. Rows
+  // beyond the end of the sequence are at or above the bound, and their own sums are ignored.
+  static MINILM_DEVICE bool is_masked(const PairTile& tile, int bound) {
+    return tile.rows == tile.columns || (tile.rows < bound && tile.rows + kTile > bound);
+  }
+
+  template <bool kMasked>
+  static MINILM_DEVICE void add_tile_sums(const Shared& shared, const PairTile& tile) {
+    const BlockState& state = shared.state();
+    float score[2][4][4];
+    scores(score, shared.teacher(tile.rows), shared.teacher(tile.columns), shared.chunks_t(), shared.splits_t());
+    add_sums<kMasked, kCausal>(shared.sums_t(), score, state.scale_t, state.reference_t, tile, state.bound);
+    scores(score, shared.student(tile.rows), shared.student(tile.columns), shared.chunks_s(), kSplits);
+    add_sums<kMasked, kCausal>(shared.sums_s(), score, state.scale_s, state.reference_s, tile, state.bound);
+  }
+
+  template <bool kMasked>
+  static MINILM_DEVICE float add_tile_gradients(const Shared& shared, const PairTile& tile) {
+    const BlockState& state = shared.state();
+    float value = 0.0f;
+    MINILM_NO_UNROLL_FOR (int half = 0; half < 2; ++half) {
+      const int columns = tile.columns + 16 * half;
+      float score_t[2][2][4], score_s[2][2][4];
+      scores(score_t, shared.teacher(tile.rows), shared.teacher(columns), shared.chunks_t(), shared.splits_t());
+      scores(score_s, shared.student(tile.rows), shared.student(columns), shared.chunks_s(), kSplits);
+      value += find_score_grads<kMasked, kCausal>(score_t, score_s, state.scale_t, state.scale_s, state.reference_t,
+                                                  state.reference_s, shared.sums_t(), shared.sums_s(), tile, half,
+                                                  state.bound);
+      add_gradients<kSplits, true>(score_s, shared.grads(tile.rows), shared.grads(columns), shared.grads_plane(),
+                                   shared.student(tile.rows), shared.student(columns), shared.chunks_s());
+    }
+    return value;
+  }
+
+  // Fallback with a maximum per row, for short sequences and for ranges of s_ii that are too wide for one reference.
+  static MINILM_DEVICE double row_wise(const Shared& shared) {
+    const BlockState& state = shared.state();
+    const int warps = thread_count() / 32;
+    for (int tile = warp_index(); tile < state.tiles; tile += warps) {
+      MINILM_NO_UNROLL_FOR (int student = 0; student < 2; ++student) {
+        PerRow maximum, total;
+        MINILM_UNROLL_FOR (int i = 0; i < 4; ++i) {
+          maximum[i / 2][i % 2] = kNegInf;
+          total[i / 2][i % 2] = 0.0f;
+        }
+        MINILM_NO_UNROLL_FOR (int other = 0; other < state.tiles; ++other) {
+          float score[2][4][4];
+          const Tokens rows = student ? shared.student(tile * kTile) : shared.teacher(tile * kTile);
+          const Tokens columns = student ? shared.student(other * kTile) : shared.teacher(other * kTile);
+          scores(score, rows, columns, student ? shared.chunks_s() : shared.chunks_t(),
+                 student ? kSplits : shared.splits_t());
+          add_row_stats<kExact>(maximum, total, score, student ? state.scale_s : state.scale_t, state.sequence,
+                                {tile * kTile, other * kTile});
+        }
+        const RowStats rows = shared.row_stats();
+        write_row_stats<kExact>((student ? rows.log2_sum_s : rows.log2_sum_t) + tile * kTile,
+                                (student ? rows.max_s : rows.max_t) + tile * kTile, maximum, total, kTile);
+      }
+    }
+    syncthreads();
+    double value = 0.0;
+    for (int tile = warp_index(); tile < state.tiles; tile += warps) {
+      PerRow kl = {};
+      MINILM_NO_UNROLL_FOR (int other = 0; other < state.tiles; ++other) {
+        const TileOperands all{shared.teacher(0), shared.student(0), shared.row_stats(), nullptr};
+        row_wise_tile<kSplits, kExact, true, true>(at(all, tile * kTile), at(all, other * kTile), shared.chunks_t(),
+                                                   shared.splits_t(), shared.chunks_s(), kSplits, state.scale_t,
+                                                   state.scale_s, state.sequence, {tile * kTile, other * kTile}, kl,
+                                                   shared.grads(tile * kTile), shared.grads_plane());
+      }
+      MINILM_UNROLL_FOR (int i = 0; i < 4; ++i) value += kl[i / 2][i % 2];
+    }
+    return value;
+  }
+};
+
+}  // namespace minilm::cuda

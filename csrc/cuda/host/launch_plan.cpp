@@ -1,0 +1,102 @@
+// Sizes correspond to SymmetricLayout (symmetric.cuh) and RowWiseLayout (row_wise.cuh).
+
+#include "launch_plan.h"
+
+#include <algorithm>
+#include <initializer_list>
+
+namespace minilm::cuda {
+namespace {
+
+constexpr int kMaxStreamed = 64;
+constexpr int64_t kReservedBytes = 1024;  // shared memory that CUDA reserves in every block
+
+int chunks_of(const ModelOperands& half) { return (half.key.width + 7) / 8; }
+
+int splits_of(const ModelOperands& half) {
+  auto splits = [](DType dtype) { return dtype == DType::bfloat16 ? 1 : dtype == DType::float16 ? 2 : 3; };
+  return std::max(splits(half.query.dtype), splits(half.key.dtype));
+}
+
+std::string name(const char* kind, std::initializer_list<int> arguments) {
+  std::string name = kind;
+  for (int argument : arguments) name += "_" + std::to_string(argument);
+  return name;
+}
+
+}  // namespace
+
+Planes planes_of(const Relation& relation) {
+  const ModelOperands &teacher = relation.teacher, &student = relation.student;
+  return {chunks_of(teacher) * splits_of(teacher), chunks_of(student) * splits_of(student), chunks_of(student),
+          splits_of(student)};
+}
+
+std::string symmetric_kernel(const Relation& relation, bool causal) {
+  const ModelOperands &teacher = relation.teacher, &student = relation.student;
+  return name("symmetric", {splits_of(student), chunks_of(teacher), splits_of(teacher), chunks_of(student), causal});
+}
+
+std::string row_stats_kernel(const Relation& relation, bool exact) {
+  const ModelOperands &teacher = relation.teacher, &student = relation.student;
+  return name("row_stats", {exact, chunks_of(teacher), splits_of(teacher), chunks_of(student), splits_of(student)});
+}
+
+std::string row_wise_kernel(const Relation& relation, bool gradient) {
+  const ModelOperands &teacher = relation.teacher, &student = relation.student;
+  return name("row_wise", {gradient ? splits_of(student) : 0, chunks_of(teacher), splits_of(teacher),
+                           chunks_of(student), splits_of(student)});
+}
+
+int64_t symmetric_bytes(const Planes& planes, int tokens) {
+  // Per token: 16 bytes per plane, 8 float32 gradients per chunk, and the row statistics, whose maxima exist with 3
+  // splits only.
+  int64_t token = 16 * (planes.teacher + planes.student) + 32 * planes.student_chunks;
+  token += planes.student_splits == 3 ? 16 : 8;
+  return kBlockStateBytes + kScratchBytes + tokens * token;
+}
+
+SymmetricPlan plan_symmetric(const DeviceProps& props, const Planes& planes, int64_t max_length) {
+  const int64_t token = symmetric_bytes(planes, 1) - symmetric_bytes(planes, 0);
+  const int64_t fit = (props.smem_per_block - symmetric_bytes(planes, 0)) / token / kTile * kTile;
+  SymmetricPlan plan{};
+  plan.tokens = static_cast<int>(std::max<int64_t>(0, std::min(fit, round_up(max_length, kTile))));
+  if (plan.tokens == 0) return plan;
+  plan.bytes = symmetric_bytes(planes, plan.tokens);
+  // Choose the number of warps per block that keeps most warps of an SM busy: resident warps, times the balance of a
+  // round's tile pairs among the warps of a block. On a tie the smaller block wins, since its barriers are cheaper.
+  const int tile_pairs = (plan.tokens / kTile + 1) / 2;
+  const int64_t room = std::max<int64_t>(1, props.smem_per_sm / (plan.bytes + kReservedBytes));
+  const int most = kSymmetricWarps[planes.student_splits];
+  double best = 0.0;
+  for (int warps = 1; warps <= std::min(tile_pairs, most); ++warps) {
+    const int blocks = static_cast<int>(std::min<int64_t>(room, most / warps));
+    const int turns = (tile_pairs + warps - 1) / warps;
+    const double busy = static_cast<double>(blocks) * tile_pairs / turns;
+    if (busy > best) {
+      best = busy;
+      plan.warps = warps;
+      plan.blocks = blocks;
+    }
+  }
+  return plan;
+}
+
+int64_t row_wise_bytes(const Planes& planes, int own, int streamed, bool gradient) {
+  int64_t bytes = 16 * (planes.teacher + planes.student) * (own + streamed) + 20 * (own + streamed) + kScratchBytes;
+  if (gradient) bytes += 32 * planes.student_chunks * own;
+  return round_up(bytes, 128);
+}
+
+RowWisePlan plan_row_wise(const DeviceProps& props, const Planes& planes, bool gradient) {
+  // More own tokens per block reduce the loads of the other side; two streamed tiles halve the number of barriers.
+  for (int streamed = kMaxStreamed; streamed >= kTile; streamed /= 2)
+    for (int warps = kRowWiseWarps; warps >= 1; warps /= 2) {
+      if (warps == 1 && streamed > kTile) continue;
+      int64_t bytes = row_wise_bytes(planes, warps * kTile, streamed, gradient);
+      if (bytes <= props.smem_per_block) return {warps, streamed, bytes};
+    }
+  return {};
+}
+
+}  // namespace minilm::cuda

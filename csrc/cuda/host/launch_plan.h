@@ -1,0 +1,41 @@
+// Launch configurations: tokens, warps and shared memory of a block, and kernel names. Plain C++, tested without a GPU.
+#pragma once
+
+#include <string>
+
+#include "cuda/device/launch_params.h"
+#include "gpu.h"
+
+namespace minilm::cuda {
+
+// Numbers of planes in shared memory. A plane holds one chunk (8 features) of one bf16 split of every token.
+struct Planes {
+  int teacher, student, student_chunks, student_splits;
+};
+Planes planes_of(const Relation& relation);
+
+// Names of the kernels that a relation needs. The name contains the template arguments; see device/kernels.cuh.
+std::string symmetric_kernel(const Relation& relation, bool causal);
+std::string row_stats_kernel(const Relation& relation, bool exact);
+std::string row_wise_kernel(const Relation& relation, bool gradient);
+inline const char* reduction_kernel() { return "reduce"; }
+
+struct SymmetricPlan {
+  int tokens;  // capacity of a block; longer sequences take the row-wise path. 0: not even one tile fits
+  int warps;
+  int blocks;  // resident blocks per SM
+  int64_t bytes;
+};
+SymmetricPlan plan_symmetric(const DeviceProps& props, const Planes& planes, int64_t max_length);
+
+struct RowWisePlan {
+  int warps;     // each owns a tile; 0: a block does not fit
+  int streamed;  // tokens of the other side in shared memory
+  int64_t bytes;
+};
+RowWisePlan plan_row_wise(const DeviceProps& props, const Planes& planes, bool gradient);
+
+int64_t symmetric_bytes(const Planes& planes, int tokens);
+int64_t row_wise_bytes(const Planes& planes, int own, int streamed, bool gradient);
+
+}  // namespace minilm::cuda

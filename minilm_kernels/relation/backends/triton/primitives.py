@@ -1,0 +1,347 @@
+"""Device functions that the Triton kernels share: the work of a program, loads, score tiles, masks.
+
+Every sequence is a run of `length` valid tokens, whether it was dense, padded or packed. Row i sees the keys j <= i and
+j < prefix, or all keys. A program owns BLOCK_M tokens of one sequence in one head and relation and loops over tiles of
+BLOCK_N tokens: full tiles, which need no mask, and partial tiles, which cross a mask bound or the sequence's end.
+
+Scores are in bits: log2(e) is folded into the scale, so that a softmax needs exp2 alone. Row statistics are float32 of
+shape (relation, head, row); `row_offset` locates them. docs/triton.md has the derivations.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+# Values of the constexpr argument MASK.
+BIDIRECTIONAL, CAUSAL, PREFIX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+# Integer arguments whose values must not trigger a recompilation.
+SIZES = (
+    "teacher_strides", "student_strides", "query_codes", "key_codes", "heads", "sequences", "positions", "total",
+    "tiles", "stats_head_stride16", "stats_seq_stride16",
+)  # fmt: skip
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Program(NamedTuple):
+    """The work of one program. A NamedTuple carries run-time values only: constexprs in it would become tensors."""
+
+    relation: Any
+    sequence: Any
+    head: Any
+    first: Any  # first token of the sequence in a packed tensor, else 0
+    indices_start: Any  # first entry of the sequence in the list of token indices, else 0
+    length: Any  # valid tokens of the sequence
+    prefix: Any  # prefix length among them, 0 without a prefix mask
+    start: Any  # first token that the program owns
+
+
+class Operands(NamedTuple):
+    """One model's tensors in a program: q holds the tokens that it owns, k those that it loops over."""
+
+    q: Any  # pointer to the sequence's position 0
+    q_stride: Any
+    k: Any
+    k_stride: Any
+    q_tile: Any  # [BLOCK_M, DP]
+    scale: Any
+
+
+@triton.jit
+def select_pointer(pointers, index):
+    """Returns pointers[index] of a tuple, for an index that is known only at run time."""
+    chosen = pointers[0]
+    for k in tl.static_range(1, len(pointers)):
+        if index == k:
+            chosen = pointers[k]
+    return chosen
+
+
+@triton.jit
+def decode_relation(codes, relation):
+    """Returns the tensor index of a relation: `codes` holds 4 bits for each relation."""
+    return (codes >> (4 * relation)) & 15
+
+
+@triton.jit
+def sequence_bounds(
+    sequence, positions, total, starts, prefixes, PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, MASK: tl.constexpr
+):
+    """Returns first, indices_start, length and prefix of a sequence; see `Program`.
+
+    Malformed cu_seqlens are clamped: no address beyond the `total` tokens is formed.
+    """
+    first = tl.cast(0, tl.int64)
+    indices_start = first
+    length = tl.cast(positions, tl.int32)
+    if PACKED:
+        first = tl.minimum(tl.maximum(tl.load(starts + sequence), 0), total).to(tl.int64)
+        length = tl.maximum(tl.minimum(tl.load(starts + sequence + 1), total), first.to(tl.int32)) - first.to(tl.int32)
+    if HAS_INDICES:
+        indices_start = tl.load(starts + sequence)
+        length = (tl.load(starts + sequence + 1) - indices_start).to(tl.int32)
+    prefix = tl.cast(0, tl.int32)
+    if MASK == PREFIX:
+        prefix = tl.minimum(tl.maximum(tl.load(prefixes + sequence), 0), length.to(tl.int64)).to(tl.int32)
+    return first, indices_start, length, prefix
+
+
+@triton.jit
+def tile_program(
+    heads, sequences, positions, total, tiles, starts, prefixes, tile_map,
+    BLOCK: tl.constexpr, PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Returns the `Program` of a grid with one program for each tile of BLOCK tokens."""
+    pid = tl.program_id(0)
+    head = pid % heads
+    tile = pid // heads % tiles
+    rest = pid // heads // tiles
+    if PACKED:
+        relation = rest
+        sequence = tl.load(tile_map + tile).to(tl.int32)
+        tile -= tl.load(starts + sequence) // BLOCK + sequence  # the sequence's first tile, see launch.tile_map
+    else:
+        relation = rest // sequences
+        sequence = rest % sequences
+    first, indices_start, length, prefix = sequence_bounds(
+        sequence, positions, total, starts, prefixes, PACKED, HAS_INDICES, MASK
+    )
+    start = tile * BLOCK
+    start = tl.where(start < 0, length, start)  # a tile before its sequence: cu_seqlens is malformed
+    return Program(relation, sequence, head, first, indices_start, length, prefix, start)
+
+
+@triton.jit
+def head_program(
+    heads, sequences, positions, total, starts, prefixes,
+    PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Returns the `Program` of a grid with one program for each head of a sequence in a relation."""
+    pid = tl.program_id(0)
+    head = pid % heads
+    sequence = pid // heads % sequences
+    relation = pid // heads // sequences
+    first, indices_start, length, prefix = sequence_bounds(
+        sequence, positions, total, starts, prefixes, PACKED, HAS_INDICES, MASK
+    )
+    return Program(relation, sequence, head, first, indices_start, length, prefix, 0)
+
+
+@triton.jit
+def row_offset(program, heads, stats_head_stride16, stats_seq_stride16, PACKED: tl.constexpr):
+    """Returns the offset of a sequence's row 0 among the row statistics (R, A, rows); strides count 16 floats."""
+    head_start = (program.relation * heads + program.head).to(tl.int64) * stats_head_stride16 * 16
+    return head_start + (program.first if PACKED else program.sequence.to(tl.int64) * stats_seq_stride16 * 16)
+
+
+@triton.jit
+def head_offset(program, heads, sequences):
+    """Returns the offset of a head's four values among the head statistics (R, N, A, 4)."""
+    return ((program.relation * sequences + program.sequence) * heads + program.head) * 4
+
+
+@triton.jit
+def output_offset(program, heads, positions, total, PACKED: tl.constexpr):
+    """Returns the offset of a sequence's position 0 in a tensor (B, A, S) or (A, T)."""
+    if PACKED:
+        return program.head.to(tl.int64) * total + program.first
+    return (program.sequence.to(tl.int64) * heads + program.head) * positions
+
+
+@triton.jit
+def head_pointer(tensors, strides, index, program, ALIGN: tl.constexpr, PACKED: tl.constexpr):
+    """Returns a pointer to a sequence's position 0 in one head of tensors[index], and the stride of its tokens.
+
+    `strides` holds batch, token and head stride of each tensor, in units of ALIGN elements.
+    """
+    x = tensors[0]
+    batch_stride = tl.cast(strides[0], tl.int64)
+    token_stride = tl.cast(strides[1], tl.int64)
+    head_stride = tl.cast(strides[2], tl.int64)
+    for k in tl.static_range(1, len(tensors)):
+        if index == k:
+            x = tensors[k]
+            batch_stride = tl.cast(strides[3 * k], tl.int64)
+            token_stride = tl.cast(strides[3 * k + 1], tl.int64)
+            head_stride = tl.cast(strides[3 * k + 2], tl.int64)
+    offset = program.first * token_stride if PACKED else program.sequence.to(tl.int64) * batch_stride
+    return x + (offset + program.head.to(tl.int64) * head_stride) * ALIGN, token_stride
+
+
+@triton.jit
+def token_positions(indices, start, length, BLOCK: tl.constexpr, HAS_INDICES: tl.constexpr, FULL: tl.constexpr):
+    """Returns the positions of BLOCK valid tokens from the `start`-th on; FULL: all of them exist."""
+    position = start + tl.arange(0, BLOCK)  # [BLOCK]
+    if HAS_INDICES:
+        in_bounds = position < length
+        position = tl.load(indices + position) if FULL else tl.load(indices + position, mask=in_bounds, other=0)
+    return position
+
+
+@triton.jit
+def load_tile(
+    x, position, stride, start, length,
+    BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, FULL: tl.constexpr, begin=0,
+):  # fmt: skip
+    """Loads DP features, from `begin` on, of BLOCK tokens; `start` is the index of the first token.
+
+    Tokens from `length` on and features from D on are 0. FULL: all tokens exist.
+    """
+    feature = begin + tl.arange(0, DP)[None, :]
+    address = x + (position * stride)[:, None] * ALIGN + feature  # [BLOCK, DP]
+    if FULL:
+        if D % DP == 0:
+            return tl.load(address)
+        return tl.load(address, mask=feature < D, other=0.0)
+    in_bounds = (start + tl.arange(0, BLOCK) < length)[:, None]
+    return tl.load(address, mask=in_bounds & (feature < D), other=0.0)
+
+
+@triton.jit
+def load_operands(
+    tensors, strides, scale, q_index, k_index, program, q_position,
+    LAYOUT: tl.constexpr, PACKED: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Returns the `Operands` of one model. LAYOUT is (D, DP, ALIGN, SLICED)."""
+    q, q_stride = head_pointer(tensors, strides, q_index, program, LAYOUT[2], PACKED)
+    k, k_stride = head_pointer(tensors, strides, k_index, program, LAYOUT[2], PACKED)
+    q_tile = load_tile(
+        q, q_position, q_stride, program.start, program.length, BLOCK_M, LAYOUT[0], LAYOUT[1], LAYOUT[2], False
+    )
+    return Operands(q, q_stride, k, k_stride, q_tile, scale)
+
+
+@triton.jit
+def load_models(
+    teacher, teacher_strides, student, student_strides, scale_t, scale_s, query_codes, key_codes, program, indices,
+    LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, PACKED: tl.constexpr, HAS_INDICES: tl.constexpr,
+    OWNS_KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Returns the owned tokens' positions [BLOCK_M] and the `Operands` of teacher and student.
+
+    A program owns rows of the relation's query and loops over its key or, with OWNS_KEYS, the other way round.
+    """
+    query = decode_relation(query_codes, program.relation)
+    key = decode_relation(key_codes, program.relation)
+    q_index = key if OWNS_KEYS else query
+    k_index = query if OWNS_KEYS else key
+    q_position = token_positions(indices, program.start, program.length, BLOCK_M, HAS_INDICES, False)
+    t = load_operands(
+        teacher, teacher_strides, scale_t, q_index, k_index, program, q_position, LAYOUT_T, PACKED, BLOCK_M
+    )
+    s = load_operands(
+        student, student_strides, scale_s, q_index, k_index, program, q_position, LAYOUT_S, PACKED, BLOCK_M
+    )
+    return q_position, t, s
+
+
+@triton.jit
+def load_k_tile(x, position, start, length, LAYOUT: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
+    """Loads [BLOCK, DP]: the tile of looped tokens that begins with the `start`-th."""
+    return load_tile(x.k, position, x.k_stride, start, length, BLOCK, LAYOUT[0], LAYOUT[1], LAYOUT[2], FULL)
+
+
+@triton.jit
+def score_tile(
+    x, k_tile, program, q_position, k_position, k_start,
+    LAYOUT: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Returns [BLOCK_M, BLOCK_N]: products of the owned tile and a looped tile, not scaled.
+
+    SLICED (the last entry of LAYOUT) loads both tiles again, 16 features at a time: wide float32 rows are multiplied
+    by ordinary multiply-adds, for which a thread would otherwise keep whole rows in registers. All kernels multiply in
+    the same order, so that a score is the same number in every phase.
+    """
+    D: tl.constexpr = LAYOUT[0]
+    DP: tl.constexpr = LAYOUT[1]
+    ALIGN: tl.constexpr = LAYOUT[2]
+    SLICED: tl.constexpr = LAYOUT[3]
+    if not SLICED:
+        dot = tl.dot(x.q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    else:
+        length = program.length
+        dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for begin in range(0, DP, 16):
+            q_slice = load_tile(
+                x.q, q_position, x.q_stride, program.start, length, BLOCK_M, D, 16, ALIGN, False, begin
+            )  # [BLOCK_M, 16]
+            k_slice = load_tile(
+                x.k, k_position, x.k_stride, k_start, length, BLOCK_N, D, 16, ALIGN, FULL, begin
+            )  # [BLOCK_N, 16]
+            dot = tl.dot(q_slice, tl.trans(k_slice), dot, input_precision=PRECISION)
+    return dot
+
+
+@triton.jit
+def score_tiles(
+    t, s, program, q_position, indices, k_start,
+    LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, PRECISION: tl.constexpr, HAS_INDICES: tl.constexpr,
+    FULL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Returns the score tiles of teacher and student, each [BLOCK_M, BLOCK_N] and not scaled.
+
+    The student's tile is loaded after the teacher's product: loaded before, `row_kl_kernel` spills in float32 on sm_90.
+    """
+    k_position = token_positions(indices, k_start, program.length, BLOCK_N, HAS_INDICES, FULL)
+    k_tile_t = load_k_tile(t, k_position, k_start, program.length, LAYOUT_T, FULL, BLOCK_N)
+    dot_t = score_tile(
+        t, k_tile_t, program, q_position, k_position, k_start, LAYOUT_T, PRECISION, FULL, BLOCK_M, BLOCK_N
+    )
+    k_tile_s = load_k_tile(s, k_position, k_start, program.length, LAYOUT_S, FULL, BLOCK_N)
+    dot_s = score_tile(
+        s, k_tile_s, program, q_position, k_position, k_start, LAYOUT_S, PRECISION, FULL, BLOCK_M, BLOCK_N
+    )
+    return dot_t, dot_s
+
+
+@triton.jit
+def rowwise_dot(x, y):
+    """Returns [BLOCK]: x · y of each token, the same bits in all threads that hold the token.
+
+    float32 products are rounded before they are added. A product contracted with the first addition across threads
+    would be rounded differently in the two threads, and `floor` of the two sums could differ by 1.
+    """
+    if x.dtype == tl.float32:
+        return tl.sum(tl.fma(x, y, 0.0), 1)
+    return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
+
+
+@triton.jit
+def sees(i, j, prefix):
+    """Returns whether row i sees key j under a causal or prefix mask."""
+    return (j <= i) | (j < prefix)
+
+
+@triton.jit
+def visible_keys(i, k_start, length, prefix, MASK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Returns which keys of the tile at `k_start` the rows i see: [BLOCK_M, BLOCK_N], or [1, BLOCK_N]."""
+    j = (k_start + tl.arange(0, BLOCK_N))[None, :]
+    visible = j < length
+    if MASK != BIDIRECTIONAL:
+        visible = visible & sees(i[:, None], j, prefix)
+    return visible
+
+
+@triton.jit
+def key_tiles(start, length, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr):
+    """Returns how many key tiles are full for the rows from `start` on, and where their key tiles end."""
+    if MASK == BIDIRECTIONAL:
+        return length // BLOCK_N, tl.cdiv(length, BLOCK_N)
+    full = tl.minimum(tl.maximum(start + 1, prefix), length)
+    end = tl.minimum(tl.maximum(start + BLOCK_M, prefix), length)
+    return full // BLOCK_N, tl.cdiv(end, BLOCK_N)
+
+
+@triton.jit
+def partial_sums(x, WIDTH: tl.constexpr):
+    """Reduces [M, N] to [M, WIDTH]; the remaining sum is taken once, after the loop.
+
+    In the layout of tensor-core tiles each of 8 sums of a row stays within one thread.
+    """
+    if WIDTH == 1:
+        return tl.sum(x, 1, keep_dims=True)
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // WIDTH, WIDTH]), 1)

@@ -1,0 +1,79 @@
+"""Chooses the backend of a call: the order of "auto", availability, and the errors of calls that cannot be served.
+
+To add a backend, write a module with the functions of `inputs.Backend`, add its name to `minilm_kernels/_choices.py`,
+and add the module to `MODULES`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
+
+from minilm_kernels._choices import AUTO_BACKENDS, BACKENDS, BackendName
+
+from .backends import blocked, native, reference
+from .backends.triton import launch as triton
+from .inputs import Backend, BackendUnavailable, RelationInputs
+
+_log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+MODULES: dict[BackendName, Backend] = dict(
+    zip(BACKENDS, (native.cuda, triton, native.cpu, blocked, reference), strict=True)
+)
+
+
+def backend_status() -> dict[str, str]:
+    """Returns the state of every backend in this process.
+
+    Returns:
+        A dict from each backend's name to `"ready"`, or to the reason why the backend cannot run here. The order is
+        that in which `backend="auto"` tries the backends; `"reference"`, the last one, is never chosen by `"auto"`.
+
+    Example:
+        >>> from minilm_kernels import backend_status
+        >>> status = backend_status()
+        >>> list(status)
+        ['cuda', 'triton', 'cpu', 'torch', 'reference']
+        >>> status["torch"]
+        'ready'
+    """
+    return {name: module.unavailable_reason() or "ready" for name, module in MODULES.items()}
+
+
+def run(name: BackendName, inputs: RelationInputs, call: Callable[[Backend], _Result]) -> _Result:
+    """Returns `call(backend)` for the backend that is asked for or, with "auto", the first that can serve the call.
+
+    Raises:
+        RuntimeError: the backend cannot serve the call; the message gives every reason.
+    """
+    if name != "auto":
+        reasons = _unsupported_reasons(name, inputs)
+        if reasons:
+            usable = ", ".join(n for n, status in backend_status().items() if status == "ready")
+            raise RuntimeError(f"backend: {name!r} cannot serve this call: {'; '.join(reasons)}. Usable here: {usable}")
+        return call(MODULES[name])
+    for candidate in AUTO_BACKENDS:
+        if not _unsupported_reasons(candidate, inputs):
+            try:
+                return call(MODULES[candidate])
+            except BackendUnavailable as failure:
+                warn_once(f"backend {candidate} failed, the next one serves the call: {failure}")
+    raise RuntimeError("backend: none can serve this call")
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Logs a warning unless the same one was logged before."""
+    _log.warning(message)
+
+
+def _unsupported_reasons(name: BackendName, inputs: RelationInputs) -> list[str]:
+    """Returns every reason why a backend cannot serve the call, and logs them at level DEBUG."""
+    unavailable = MODULES[name].unavailable_reason()
+    reasons = [unavailable] if unavailable else MODULES[name].unsupported_reasons(inputs)
+    if reasons:
+        _log.debug("backend %s does not serve: %s", name, "; ".join(reasons))
+    return reasons

@@ -1,0 +1,38 @@
+// The emulated symmetric kernel.
+
+#include "cuda/device/symmetric.cuh"
+
+#include <cstdio>
+
+#include "kernels.h"
+
+namespace minilm::cuda {
+namespace {
+
+template <int kSplits, int kChunksT, int kSplitsT, int kChunksS, bool kCausal>
+void symmetric(const LaunchParams params) {
+  SymmetricKernel<kSplits, kChunksT, kSplitsT, kChunksS, kCausal>::run(params, shared_memory());
+}
+
+template <bool kCausal>
+void (*kernel_of(const std::string& name, int splits))(const LaunchParams) {
+  if (name.find("symmetric_1_2_1_1_") == 0) return symmetric<1, 2, 1, 1, kCausal>;
+  if (name.find("symmetric_1_8_1_4_") == 0) return symmetric<1, 8, 1, 4, kCausal>;
+  return splits == 1   ? symmetric<1, 0, 0, 0, kCausal>
+         : splits == 2 ? symmetric<2, 0, 0, 0, kCausal>
+                       : symmetric<3, 0, 0, 0, kCausal>;
+}
+
+}  // namespace
+
+bool launch_symmetric(const Launch& launch, const char*& error) {
+  int splits, chunks_t, splits_t, chunks_s, causal;
+  if (std::sscanf(launch.kernel.c_str(), "symmetric_%d_%d_%d_%d_%d", &splits, &chunks_t, &splits_t, &chunks_s,
+                  &causal) != 5)
+    return false;
+  auto kernel = causal ? kernel_of<true>(launch.kernel, splits) : kernel_of<false>(launch.kernel, splits);
+  error = emulate(kernel, launch.parameters, launch.blocks, launch.threads, launch.smem);
+  return true;
+}
+
+}  // namespace minilm::cuda
