@@ -1,6 +1,6 @@
-"""Refuses layers in which a row does not see every token that it may: windows, chunks, sparse and linear attention.
+"""Refuses layers with partial attention: windows, chunks, sparse and linear attention.
 
-The relations are softmax distributions over all tokens, so Q and K of such a layer do not form the attention it uses.
+The relations are softmax distributions over all tokens. In such a layer, they are not the attention that it computes.
 """
 
 import re
@@ -9,32 +9,39 @@ from typing import Any
 
 from torch import nn
 
-# Classes of models, layers or attention modules that never compute the whole softmax.
+# Classes of models, layers or attention modules that never compute the full softmax.
 _CLASSES = re.compile(
     "Longformer|LEDEncoder|BlockSparse|Local(Self)?Attention|TransientGlobal|GlobalLocal|ProbSparse|LSH|Reformer"
     "|Nystromformer|Yoso|^Mra|Funnel|FNet|Fourier|Doge|Delta(Net|Attention)|Linear(Self)?Attention|Performer|Linformer"
     "|Swin|xLSTM|Mamba|Rwkv|RetNet"
 )
-# Words of `attention_type`, `layer_type` and the like.
+# Words in the values of `attention_type`, `layer_type` and similar settings.
 _KINDS = re.compile("local|sliding|window|chunk|sparse|linear|prob|lsh|indexed|compress|recurrent|mamba|conv|hybrid")
-# Names of numbers that bound what a row sees, and names that look like them.
+# Names of settings that limit attention to a window, and similar names of other settings.
 _WINDOWS = re.compile("window|local_attention|local_radius|attention_chunk")
 _NO_WINDOWS = re.compile("^use_|max_window_layers|pattern|kernel|conv|dropout|prob|ind(ex|ices)|_ids?$|positional")
-_OF_ENCODERS = {"attention_window", "local_radius"}  # LED and LongT5, whose decoders see everything
+_OF_ENCODERS = {"attention_window", "local_radius"}  # LED and LongT5, whose decoders have full attention
 _FULL = {"full_attention", "attention", "global"}
-_IGNORES_LAYER_TYPES = {"minimax"}  # its sliding_window narrows the layers that layer_types calls full
+_IGNORES_LAYER_TYPES = {"minimax"}  # its sliding_window applies to the layers that layer_types calls full
 
 
 def nearest_config(root: nn.Module, path: str) -> Any:
-    """The config of the innermost module on the path that has one: a model of several towers has several."""
+    """The config of the innermost module on the path that has one. Models with several towers have several configs."""
     configs = [module.config for module in _modules_on(root, path) if hasattr(module, "config")]
     return configs[-1] if configs else None
 
 
 def check_full_attention(root: nn.Module, template: str, layer: int, count: int) -> None:
-    """Raises a ValueError that lists the legal layers if the attention module of the 1-based layer is not full.
+    """Checks that the attention of a layer is full.
 
-    `template` is the attention module's path below `root`, with {i} for the layer's index, over `count` layers.
+    Args:
+        root: the base model.
+        template: path of the attention module in `root`, with {i} for the index of the layer.
+        layer: the layer, from 1.
+        count: number of layers.
+
+    Raises:
+        ValueError: the attention is partial. The message lists the layers with full attention.
     """
     paths = [template.replace("{i}", str(i)) for i in range(count)]
     partial = [_partial_attention(root, path, i, count) for i, path in enumerate(paths)]
@@ -42,13 +49,13 @@ def check_full_attention(root: nn.Module, template: str, layer: int, count: int)
         exists = [len(_modules_on(root, path)) == path.count(".") + 2 for path in paths]
         full = ", ".join(str(i + 1) for i in range(count) if exists[i] and partial[i] is None)
         raise ValueError(
-            f"layer={layer} has {partial[layer - 1]}: its rows do not see what the relations are taken over; "
+            f"layer={layer} has {partial[layer - 1]}, so its attention is not a relation over all tokens; "
             f"layers with full attention: {full or 'none'}"
         )
 
 
 def _modules_on(root: nn.Module, path: str) -> list[nn.Module]:
-    """The root and the modules down to the one at the path, as far as they exist: hybrid models differ by layer."""
+    """The root and the modules on the path, as far as they exist, because layers of hybrid models differ."""
     modules = [root]
     for name in path.split("."):
         module = getattr(modules[-1], name, None)
@@ -59,7 +66,7 @@ def _modules_on(root: nn.Module, path: str) -> list[nn.Module]:
 
 
 def _partial_attention(root: nn.Module, path: str, index: int, count: int) -> str | None:
-    """What narrows the attention at the path, or None where nothing does."""
+    """Describes the partial attention at the path; None for full attention."""
     modules = _modules_on(root, path)
     config = nearest_config(root, path)
     types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)

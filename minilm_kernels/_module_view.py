@@ -1,4 +1,4 @@
-"""Copies of modules that share parameters, buffers and hooks with the originals: how a layer is cut out of a model."""
+"""Copies of modules that share parameters, buffers and hooks with the originals, to run a part of a model."""
 
 import contextlib
 import copy
@@ -16,12 +16,12 @@ _FORWARDS = ("forward", "_old_forward", "_original_forward")  # the last two are
 
 
 def shell(module: nn.Module) -> nn.Module:
-    """A copy with its own attributes and table of children; parameters, buffers and hooks stay in shared tables.
+    """A copy with its own attributes and children. Parameters, buffers and hooks remain shared.
 
-    What is bound to the module is bound to the copy. A `forward` that was put on the instance and reaches the module
-    otherwise, as in a closure, is left out: the copy then runs the forward of its class. `has_own_forward` tells.
+    Methods bound to the module are bound to the copy. If the instance has a replaced `forward` that refers to the
+    module in another way, such as a closure, the copy runs the forward of its class (see `has_own_forward`).
     """
-    twin = object.__new__(type(module))  # copy.copy would call what wrapping classes define for it
+    twin = object.__new__(type(module))  # copy.copy would call methods that wrapper classes define
     attributes = {name: _rebound(value, module, twin) for name, value in vars(module).items()}
     for name in _FORWARDS:
         if name in attributes and (attributes[name] is vars(module)[name] or _holds(attributes[name], module)):
@@ -34,18 +34,18 @@ def shell(module: nn.Module) -> nn.Module:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a `forward` was put on the instance."""
+    """True if the instance has a replaced `forward`."""
     return "forward" in vars(module) and compiled_original(module) is module
 
 
 def switches(module: nn.Module, names: Iterable[str]) -> list[tuple[Any, str]]:
-    """The copies that `shell` made in a module, each with those of the attributes that it has."""
+    """The copies that `shell` created in a module, each with the names of those attributes that it has."""
     copies = [inner for inner in module.modules() if "_original" in vars(inner)]
     return [(twin, name) for twin in copies for name in names if name in vars(twin)]
 
 
 def follow(switches: Iterable[tuple[Any, str]]) -> None:
-    """Sets attributes of copies to the values that the originals have now."""
+    """Sets attributes of copies to the current values of the originals."""
     for twin, name in switches:
         value = getattr(twin._original, name)
         if getattr(twin, name) != value:
@@ -53,7 +53,7 @@ def follow(switches: Iterable[tuple[Any, str]]) -> None:
 
 
 def graft(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy in which other modules stand at the given paths; what is not on a path is shared."""
+    """A copy with the modules at the given paths replaced. Modules that are not on a path are shared."""
     if "" in replaced:
         return replaced[""]
     module = compiled_original(module)
@@ -68,7 +68,7 @@ def graft(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def cut(root: nn.Module, layers: str, layer: int, replaced: Mapping[str, nn.Module]) -> nn.Module:
-    """The grafted model without the later layers. Its last layer ends by an exception, so it is not checkpointed."""
+    """`graft`, without the layers after `layer`. Gradient checkpointing is off in the last one, which raises."""
     view = graft(root, replaced)
     kept = view.get_submodule(layers)._modules
     for name in list(kept)[layer:]:
@@ -81,16 +81,16 @@ def cut(root: nn.Module, layers: str, layer: int, replaced: Mapping[str, nn.Modu
 def register_only(module: nn.Module, reached: set[int]) -> nn.Module:
     """The module if all its parameters are reached; otherwise a copy in which the others are plain attributes.
 
-    They stay attributes because an unreached module may be executed, as MPNet's position bias before its first layer.
+    They remain attributes because their module may run, such as MPNet's position bias before the first layer.
     """
     if all(id(p) in reached for p in module.parameters()):
         return module
     module = compiled_original(module)
     twin = shell(module)
-    hidden = {name: p for name, p in module._parameters.items() if p is not None and id(p) not in reached}
-    if hidden:
-        twin.__dict__["_parameters"] = {name: p for name, p in module._parameters.items() if name not in hidden}
-        twin.__dict__.update(hidden)
+    others = {name: p for name, p in module._parameters.items() if p is not None and id(p) not in reached}
+    if others:
+        twin.__dict__["_parameters"] = {name: p for name, p in module._parameters.items() if name not in others}
+        twin.__dict__.update(others)
     for name, child in module._modules.items():
         if child is not None:
             twin._modules[name] = register_only(child, reached)
@@ -98,7 +98,7 @@ def register_only(module: nn.Module, reached: set[int]) -> nn.Module:
 
 
 def pinned(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """A copy of the module and all below it in evaluation mode, which no call to the originals changes."""
+    """A copy of the module and its submodules in evaluation mode, independent of the mode of the originals."""
     module = compiled_original(module)
     if id(module) not in made:
         twin = made[id(module)] = shell(module)
@@ -110,10 +110,10 @@ def pinned(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
 
 
 def private(module: nn.Module, aliases: dict[int, nn.Parameter]) -> nn.Module:
-    """A copy for the dry run: evaluation mode, no hooks, own buffers, and trainable parameters over shared storage.
+    """A copy for the dry run: evaluation mode, no hooks, own buffers, and trainable aliases of the parameters.
 
-    Hooks that make a weight out of parameters (pruning, weight norm) are kept: such a module has the weight as a plain
-    tensor among its attributes.
+    Hooks that compute a weight from parameters (pruning, weight norm) are kept. Modules with such hooks are recognized
+    by the weight, which is a plain tensor among their attributes.
     """
     module = compiled_original(module)
     twin = shell(module)
@@ -154,7 +154,7 @@ def leaves(outputs: Iterable[torch.Tensor]) -> set[int]:
 
 
 def with_attention(attention: nn.Module, implementation: str) -> nn.Module:
-    """A copy of an attention module whose own copy of the config names another attention implementation."""
+    """A copy of an attention module whose config (a copy, too) selects another attention implementation."""
     config: Any = copy.deepcopy(attention.config)
     config._attn_implementation = implementation
     twin = shell(attention)
@@ -163,7 +163,7 @@ def with_attention(attention: nn.Module, implementation: str) -> nn.Module:
 
 
 def _usable(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that autograd takes: those of inference mode are copied."""
+    """The tensor, or a copy of an inference tensor, which autograd does not accept."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
@@ -176,7 +176,7 @@ def _rebound(value: Any, module: nn.Module, twin: nn.Module) -> Any:
 
 
 def _holds(function: Callable, module: nn.Module) -> bool:
-    """Whether a function has the module, or what is bound to it, as an argument or in a closure."""
+    """True if a function refers to the module, or to something bound to it, by an argument or a closure."""
     pending: list[Any] = [function]
     seen: set[int] = set()
     while pending:

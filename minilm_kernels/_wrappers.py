@@ -1,4 +1,4 @@
-"""Takes a transformers model out of what other packages put around it, or says why that cannot be done."""
+"""Removes the wrappers that other packages put around a model, or raises an error with a remedy."""
 
 import sys
 from typing import Any
@@ -11,17 +11,23 @@ from torch.optim.swa_utils import AveragedModel
 _OWN_FORWARD = {"XLORA", "POLY"}  # PEFT methods that do part of their work in the forward of the PeftModel
 
 
+def is_pretrained_model(module: nn.Module) -> bool:
+    """True for models of transformers. transformers is not imported, because such a model exists only after that."""
+    loaded: Any = sys.modules.get("transformers.modeling_utils")
+    return loaded is not None and isinstance(module, loaded.PreTrainedModel)
+
+
 def compiled_original(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile(module)` was given; other modules are returned as they are."""
+    """The original of a module that `torch.compile` returned; other modules are returned unchanged."""
     return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, PEFT, sentence-transformers and AveragedModel, however they are nested.
+    """The model inside of (nested) torch.compile, PEFT, sentence-transformers and AveragedModel wrappers.
 
     Raises:
-        ValueError: a wrapper around the model, or sharded or offloaded parameters, that a part of the model cannot be
-            run without. The message says what to do instead.
+        ValueError: a part of the model cannot run without the wrapper, or the parameters are sharded or offloaded. The
+            message tells what to do instead.
     """
     while (inner := _inside(model)) is not model:
         model = inner
@@ -42,38 +48,36 @@ def _refuse_sharded(model: nn.Module) -> None:
 
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
-            "model: FullyShardedDataParallel holds flattened shards in place of its parameters. Make the extractor of "
+            "model: FullyShardedDataParallel has flattened shards instead of its parameters. Create the extractor from "
             "the unwrapped model and shard the extractor"
         )
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ValueError(
-            "model: fully_shard has been applied to it. Make the extractor first, then shard what it runs: "
+            "model: fully_shard has been applied to it. Create the extractor first, then shard its parts: "
             "fully_shard(layer) for each layer but the last in the list of extractor.base, then fully_shard(extractor)"
         )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError(
-            "model: its parameters are sharded (DTensor). Load it without a tensor-parallel plan and make the "
-            "extractor before anything shards the model"
+            "model: its parameters are sharded (DTensor). Load it without a tensor-parallel plan and create "
+            "the extractor before the model is sharded"
         )
 
 
 def _inside(model: nn.Module) -> nn.Module:
-    """One wrapper taken off, or the model itself."""
+    """The model without its outermost wrapper, or the model itself."""
     name = type(model).__name__
     if isinstance(model, DistributedDataParallel):
         raise ValueError(
-            "model: DistributedDataParallel synchronises gradients only in its own forward. Make the extractor of "
+            "model: DistributedDataParallel synchronizes gradients only in its own forward. Create the extractor from "
             "model.module and wrap the extractor: DistributedDataParallel(QKVExtractor(model.module))"
         )
     if isinstance(model, DataParallel):
         raise ValueError(
-            "model: DataParallel runs copies of the model in threads, which an extractor cannot serve. Make the "
-            "extractor of model.module and wrap the extractor in DistributedDataParallel"
+            "model: DataParallel runs copies of the model in threads, which an extractor does not support. Create "
+            "the extractor from model.module and wrap the extractor in DistributedDataParallel"
         )
     if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            f"model: the code of a {name} is compiled and cannot be cut. Give the model that it was made of"
-        )
+        raise ValueError(f"model: the code of a {name} is compiled and cannot be divided. Give the original model")
     if isinstance(model, torch._dynamo.OptimizedModule):
         return model._orig_mod
     if isinstance(model, AveragedModel):
@@ -84,7 +88,7 @@ def _inside(model: nn.Module) -> nn.Module:
     if "sentence_transformers" in sys.modules and type(model).__module__.partition(".")[0] == "sentence_transformers":
         return _inside_sentence_transformers(model)
     if not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
-        raise ValueError(f"model: {name} is a wrapper. Make the extractor of model.module")
+        raise ValueError(f"model: {name} is a wrapper. Create the extractor from model.module")
     return model
 
 
@@ -93,7 +97,7 @@ def _inside_peft(model: Any) -> nn.Module:
         method = getattr(config.peft_type, "value", config.peft_type)
         if config.is_prompt_learning or method in _OWN_FORWARD or getattr(config, "alora_invocation_tokens", None):
             raise ValueError(
-                f"model: adapter {name!r} ({method}) works in the forward of {type(model).__name__}, which an "
+                f"model: adapter {name!r} ({method}) acts in the forward of {type(model).__name__}, which an "
                 "extractor does not run. Merge the adapter (merge_and_unload), or use one that changes modules only, "
                 "such as LoRA"
             )
@@ -101,13 +105,13 @@ def _inside_peft(model: Any) -> nn.Module:
 
 
 def _inside_sentence_transformers(model: Any) -> nn.Module:
-    """The first module of a SentenceTransformer, and the model in that (`auto_model` in older versions)."""
+    """The first module of a SentenceTransformer, or the model in such a module (`auto_model` in older versions)."""
     if isinstance(model, nn.Sequential) and len(model):
         return model[0]
     for name in ("model", "auto_model"):
         if isinstance(inner := getattr(model, name, None), nn.Module):
             return inner
     raise ValueError(
-        f"model: {type(model).__name__} of sentence-transformers holds no single transformers model. Give the model of "
-        "the module that has one, as in st[0].model"
+        f"model: {type(model).__name__} of sentence-transformers has no single transformers model. Give the model of "
+        "the module that has one, such as st[0].model"
     )

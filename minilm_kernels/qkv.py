@@ -1,9 +1,9 @@
-"""The queries, keys and values of one Transformer layer, computed without the rest of the model.
+"""`QKVExtractor`: the queries, keys and values of one Transformer layer, computed without the rest of the model.
 
-`QKVExtractor` runs a *view* of the model: a copy of the containers from the base model down to the chosen layer's
-attention, sharing every other module and every parameter with the model. In the view, a probe stands in the place of
-each projection; the first one reached raises a private exception with its input, and the extractor applies the three
-projections to it. The model itself gets no hook and no new attribute, and a call keeps no state.
+The extractor runs a *view* of the model: a copy of the containers from the base model down to the attention of the
+chosen layer, which shares every other module and every parameter with the model. In the view, probes replace the three
+projections. The first probe that is reached raises a private exception with its input, and the extractor applies the
+three projections to that input. The model itself is not changed, and calls keep no state.
 """
 
 import inspect
@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
 
 from minilm_kernels._full_attention import check_full_attention, nearest_config
 from minilm_kernels._module_view import (
@@ -28,7 +27,7 @@ from minilm_kernels._module_view import (
     switches,
     with_attention,
 )
-from minilm_kernels._wrappers import unwrap
+from minilm_kernels._wrappers import is_pretrained_model, unwrap
 from minilm_kernels.losses import QKV
 
 __all__ = ["QKV", "QKVExtractor", "layer_path", "resolve_layer"]
@@ -59,33 +58,33 @@ _PROJECTIONS: dict[str, tuple[str, ...]] = {
     "mpnet": tuple(f"encoder.layer.{{i}}.attention.attn.{name}" for name in "qkv"),
 }
 
-# Batch entries that tokenizers, collators and sentence-transformers make for others. Dropped where the base model does
-# not take them.
+# Batch entries that tokenizers, collators and sentence-transformers add for other consumers. They are ignored if the
+# base model does not take them.
 _FOR_OTHERS = {"labels", "label", "label_ids", "next_sentence_label", "start_positions", "end_positions"}
 _FOR_OTHERS |= {"num_items_in_batch", "token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
 _FOR_OTHERS |= {"overflow_to_sample_mapping", "modality", "prompt_length", "task"}
-# Batch entries that describe flattened batches. Most attention functions ignore them and mix the sequences.
+# Batch entries of flattened batches, which most attention functions ignore, so that the sequences mix.
 _FLATTENED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
-# Attributes of PEFT's layers that switch adapters; the copies follow the originals in them.
+# Attributes of PEFT's layers that switch adapters. Copies take over their values from the originals.
 _ADAPTERS = ("_disable_adapters", "_active_adapter")
 
 _CAPTURE = "minilm_kernels_capture"
 
 
 class _Reached(Exception):
-    """Ends the model's forward; carries the projections' input, or (rotary="after") query, key and value."""
+    """Ends the forward. Its arguments are the input of the projections, or query, key and value (rotary="after")."""
 
 
 class _Probe(nn.Module):
-    """Stands in a projection's place and hands its input to the extractor."""
+    """Replaces a projection and passes its input to the extractor."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         raise _Reached(input)
 
 
 class _Recorder(nn.Module):
-    """Stands in a projection's place during the dry run: applies it and notes its arguments and output."""
+    """Replaces a projection during the dry run: applies it and records its arguments and output."""
 
     def __init__(self, projection: nn.Module, calls: list):
         super().__init__()
@@ -98,77 +97,95 @@ class _Recorder(nn.Module):
 
 
 def _capture(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any):
-    """An attention function that ends the forward with its (B, heads, S, head width) operands as (B, S, hidden)."""
+    """An attention function that ends the forward with its operands, (B, heads, S, head width) to (B, S, hidden)."""
     raise _Reached(*(x.transpose(1, 2).flatten(2) for x in (query, key, value)))
 
 
-AttentionInterface.register(_CAPTURE, _capture)
+def _register_capture() -> None:
+    """Makes `_capture` known to transformers as an attention implementation."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_CAPTURE, _capture)
 
 
 class QKVExtractor(nn.Module):
-    """The query, key and value projections of one layer: `extractor(**batch) -> QKV`.
+    """Computes the queries, keys and values of one Transformer layer, without running the rest of the model.
 
-    Works for BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet and families that share BERT's module names (the error
-    for other families lists them), as base models or below a task head (the head is not run). With `projections` it
-    works for any other model whose self-attention has three projection modules.
+    BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet and families that share BERT's module names are supported directly
+    (the error for other families lists them), as base models or with a task head, which is not run. With `projections`,
+    any other model works whose self-attention has three projection modules.
+
+    The model stays as it is: it gets no hooks, no new attributes and no copied weights. Only the modules before the
+    projections run, so only their parameters receive gradients, and `parameters()` returns exactly these and the
+    parameters of the three projections. The extractor therefore trains under `DistributedDataParallel` without
+    `find_unused_parameters`, provided that the loss uses all three outputs. Wrap the extractor instead of the model:
+    `DistributedDataParallel(QKVExtractor(model))`. For FSDP2, create the extractor first, then apply `fully_shard` to
+    the layers in `extractor.base` and to the extractor. Gradient checkpointing, autocast and
+    `torch.compile(fullgraph=True, dynamic=True)` are supported, and calls from several threads are independent.
+
+    The extractor shares its modules and parameters with the model. Moving or casting either of them affects both.
+    `extractor.train()` and `extractor.eval()` act on the whole model, and `model.train()` and `model.eval()` on the
+    extractor. Replacing a module of the model does *not* reach an existing extractor: create a new one after
+    `resize_token_embeddings`, a change of the attention implementation, adding adapters or pruning. A deep copy or a
+    pickle of the extractor contains its model. A module that registers both the student and its extractor has every
+    parameter twice, which safetensors refuses to save: register one of them. transformers' Trainer trains an extractor
+    with `remove_unused_columns=False`; `extractor.model.save_pretrained` saves the student.
 
     Args:
-        model: the model. It is left as it is: no hooks, no new attributes, no copied weights. The model is taken out of
-            `torch.compile`, PEFT, sentence-transformers and AveragedModel; `extractor.model` is the one inside.
-        layer: 1-based; negative counts from the last, so the default is the last layer.
-        frozen: for teachers. The extractor always runs in evaluation mode and without gradient, and has no parameters,
-            buffers or submodules, so that a module which holds it neither trains nor saves the teacher. The model
-            itself keeps its mode and its `requires_grad`.
-        projections: for other models, the names of the query, key and value modules, as in `model.named_modules()`,
-            with `{i}` for the layer's index in its list (0 for layer 1):
+        model: the model. torch.compile, PEFT, sentence-transformers and AveragedModel wrappers are removed;
+            `extractor.model` is the model inside.
+        layer: the layer, counted from 1. Negative numbers count from the last layer; -1 is the last.
+        frozen: use the extractor as a teacher. It always runs in evaluation mode and without gradient, and has no
+            parameters, buffers or submodules, so that a module which contains it neither trains nor saves the teacher.
+            The mode and `requires_grad` of the model itself do not change.
+        projections: for other models, the names of the query, key and value modules as in `model.named_modules()`,
+            with `{i}` for the index of the layer in its list (0 for layer 1). The prefix of a base model ("model.")
+            may be left out. A module that computes queries, keys and values in one product cannot be used.
+        rotary: "before" returns the output of the projections. "after", for models with rotary embeddings only,
+            returns queries and keys after the rotation (and after the query and key norms, where the model has them).
+        example: the batch of a dry run that determines the reached parameters, by default two tokens of id 0. Required
+            for models that take no `input_ids`.
 
-                QKVExtractor(llama, projections=[f"layers.{{i}}.self_attn.{p}_proj" for p in "qkv"])
-
-            A base model's name in front ("model." here) may be given or left out. Modules that compute query, key and
-            value in one product cannot be named.
-        rotary: "before" gives the projections' output. "after", for models with rotary embeddings only, gives query
-            and key as they enter the score product, that is after the model's own rotation (and its query and key
-            norms, where it has them), heads side by side as the model lays them out.
-        example: the batch of a dry run that finds the reached parameters, two tokens of id 0 by default. Needed for
-            models that take no `input_ids`.
-
-    Calling: keyword arguments of the base model's forward, usually `input_ids` and `attention_mask`, both (B, S).
-    Entries meant for others (`labels`, `token_type_ids` where the model knows none, ...) are ignored, any other unknown
-    name is a TypeError, because a misspelt `attention_mask` would go unnoticed. Returns QKV of (B, S, hidden) tensors
-    in the projections' dtype; with grouped-query attention key and value are narrower: (B, S, key heads x head width).
-
-    Only the modules before the projections are run, so only their parameters get a gradient. The extractor's
-    `parameters()` are exactly these and the three projections', frozen ones included: it trains under
-    DistributedDataParallel without `find_unused_parameters`, provided the loss uses all three outputs.
-    `unused_parameters()` names the others. Gradient checkpointing, autocast and `torch.compile(fullgraph=True,
-    dynamic=True)` work. Calls from several threads do not disturb each other.
-
-    Wrap the extractor, not the model: `DistributedDataParallel(QKVExtractor(model))`. For FSDP2 make the extractor
-    first, then `fully_shard` the layers in `extractor.base` and the extractor. Modules that are re-parametrised
-    (pruning, weight norm, spectral norm) train through the parameters behind their weights.
-
-    Modules and parameters are shared with the model: what changes a parameter in either is seen in both, as is moving
-    or casting (`to`, `half`, ...), and `extractor.to()` and `extractor.train()`/`eval()` act on the whole model.
-    `model.train()` and `model.eval()` decide about dropout in the extractor too: the last call counts. A module that
-    registers both the student and its extractor holds every parameter twice, which safetensors refuses to save:
-    register one of them. transformers' Trainer trains an extractor with `remove_unused_columns=False`, and resumes from
-    its own checkpoints; `extractor.model.save_pretrained` saves the student itself.
-    Replacing a module does *not* reach an extractor that exists: after `resize_token_embeddings`, a change of attention
-    implementation, adapters or pruning, make a new one. A deep copy or a pickle of the extractor contains its model.
+    Attributes:
+        model: the model without wrappers.
+        layer: the layer, counted from 1.
+        base: the part of the model that runs.
+        projections: the query, key and value modules.
 
     Raises:
-        TypeError: `model` is no module, `layer` no integer; calls with names that the model does not take.
-        ValueError: a layer that does not exist (the message names the legal ones); a wrapper that cannot be taken off,
-            sharded or offloaded parameters (it says what to do); an unknown architecture or wrong names (it shows how
-            to name them); a layer with windowed, chunked, sparse, linear or other non-full attention, whose rows do
-            not see what the relations are taken over; projections that do not share one input, are applied several
-            times in one forward (layers that share their modules), or do not return (B, S, hidden); rotary="after"
-            without rotary embeddings.
-        RuntimeError: the dry run failed, or a forward that passed by the projections; a `forward` that was put on one
-            of the model's modules and computes something else than that of the class.
+        TypeError: `model` is no module, or `layer` no integer.
+        ValueError: the layer does not exist; a wrapper cannot be removed, or parameters are sharded or offloaded; the
+            architecture is unknown or a name is wrong; the layer has windowed, sparse, linear or other partial
+            attention, so that its rows do not attend to all tokens over which the relations are defined; the
+            projections have different inputs, run several times in one forward, or do not return (B, S, hidden);
+            `rotary="after"` without rotary embeddings. The message names the valid choices or a remedy.
+        RuntimeError: the dry run failed or did not reach the projections, or a module of the model has a replaced
+            `forward` with other results than that of its class.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertModel
+        >>> from minilm_kernels import QKVExtractor
+        >>> sizes = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)
+        >>> student = BertModel(BertConfig(vocab_size=100, **sizes))
+        >>> extractor = QKVExtractor(student, layer=2)
+        >>> qkv = extractor(input_ids=torch.ones(2, 5, dtype=torch.long))
+        >>> qkv.query.shape, qkv.query.requires_grad
+        (torch.Size([2, 5, 24]), True)
+        >>> extractor.unused_parameters()[0]
+        'encoder.layer.1.attention.output.dense.weight'
+
+        Modules of other models are named:
+
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> llama = LlamaModel(LlamaConfig(vocab_size=100, num_key_value_heads=2, **sizes))
+        >>> names = [f"layers.{{i}}.self_attn.{p}_proj" for p in "qkv"]
+        >>> teacher = QKVExtractor(llama, frozen=True, projections=names)
+        >>> teacher(input_ids=torch.ones(2, 5, dtype=torch.long)).key.shape
+        torch.Size([2, 5, 24])
     """
 
-    # Without it transformers' Trainer takes **batch for loss arguments and does not divide by its accumulation steps.
+    # Otherwise transformers' Trainer mistakes **batch for loss arguments and does not divide by the accumulation steps.
     accepts_loss_kwargs = False
 
     model: nn.Module
@@ -197,16 +214,16 @@ class QKVExtractor(nn.Module):
         templates = _templates(model, root, projections)
         layers = templates[0].partition(".{i}.")[0]
         count = len(_submodule(root, layers)._modules)
-        self.layer = resolve_layer(layer, count)  # 1-based
-        self.frozen = frozen
+        self.layer = resolve_layer(layer, count)  # from 1
+        self.frozen, self._rotary = frozen, rotary
         paths = [template.replace("{i}", str(self.layer - 1)) for template in templates]
         check_full_attention(root, templates[0].rpartition(".")[0], self.layer, count)
         modules = {path: _submodule(root, path) for path in paths}
 
         names = list(inspect.signature(type(root).forward).parameters.values())[1:]  # without self
         self._accepted = frozenset(p.name for p in names if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
-        takes_any = isinstance(root, PreTrainedModel) and any(p.kind is p.VAR_KEYWORD for p in names)
-        # A cache would be filled, and recorded outputs would install hooks in the model.
+        takes_any = is_pretrained_model(root) and any(p.kind is p.VAR_KEYWORD for p in names)
+        # Without these, a cache would be filled, and recording outputs would install hooks in the model.
         self._fixed = {
             name: False
             for name in ("use_cache", "output_attentions", "output_hidden_states")
@@ -225,7 +242,7 @@ class QKVExtractor(nn.Module):
         found = leaves(outputs)
         reached = {original for original, alias in aliases.items() if id(alias) in found}
 
-        self.__dict__["model"] = model  # unregistered: its other parameters are not the extractor's
+        self.__dict__["model"] = model  # not registered, because its other parameters are not the extractor's
         base = register_only(view, reached)
         applied = [modules[path] for path in paths] if rotary == "before" else []
         if frozen:
@@ -240,13 +257,26 @@ class QKVExtractor(nn.Module):
         self._switches = switches(self.base, followed) + switches(self.projections, followed)
 
     def forward(self, *positional: Any, **batch: Any) -> QKV:
+        """Computes queries, keys and values.
+
+        Args:
+            batch: keyword arguments of the base model's forward, usually `input_ids` and `attention_mask`, (B, S).
+                Entries for others (`labels`, `token_type_ids` where the model has none, ...) are ignored.
+
+        Returns:
+            Query, key and value, (B, S, hidden) in the dtype of the projections. With grouped-query attention, key and
+            value are narrower: (B, S, key heads x head width).
+
+        Raises:
+            TypeError: an argument that the model does not take, such as a misspelt `attention_mask`.
+        """
         if positional:
             raise TypeError("batch: give its entries by name, as in extractor(**batch)")
         unknown = [name for name in batch if name not in self._accepted and name not in _FOR_OTHERS]
         if flattened := [name for name in batch if name in _FLATTENED]:
             raise TypeError(
                 f"batch: {', '.join(flattened)} describe a flattened batch, in which most attention functions mix the "
-                "sequences; give (B, S) input_ids and attention_mask"
+                "sequences; give input_ids and attention_mask of shape (B, S)"
             )
         if unknown:
             raise TypeError(f"batch: unknown {', '.join(unknown)}; the model takes {', '.join(sorted(self._accepted))}")
@@ -270,26 +300,34 @@ class QKVExtractor(nn.Module):
         return QKV(query(found[0]), key(found[0]), value(found[0]))
 
     def unused_parameters(self) -> list[str]:
-        """Names, in `model.named_parameters()`, of the parameters that query, key and value do not depend on."""
+        """Names of the model's parameters on which query, key and value do not depend.
+
+        The names are those of `extractor.model.named_parameters()`. Distillation does not train these parameters.
+        """
         reached = {id(p) for module in (self.base, self.projections) for p in module.parameters()}
         return [name for name, p in self.model.named_parameters() if id(p) not in reached]
 
     def train(self, mode: bool = True) -> "QKVExtractor":
-        """Sets the mode of the extractor and of the whole model; a frozen extractor stays in evaluation mode."""
+        """Sets the mode of the extractor and of the whole model. A frozen extractor remains in evaluation mode."""
         if self.frozen:
             return self
         self.model.train(mode)
         return super().train(mode)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Calls the model's method of this name; transformers' Trainer looks for it."""
+        """Calls the method of the model. transformers' Trainer uses it."""
         model: Any = self.model
         model.activation_checkpointing_enable(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Calls the model's method of this name; older versions of transformers' Trainer look for it."""
+        """Calls the method of the model. Older versions of transformers' Trainer use it."""
         model: Any = self.model
         model.gradient_checkpointing_enable(*args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._rotary == "after":  # unpickled, maybe in another process
+            _register_capture()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QKVExtractor":
         self.model._apply(fn, recurse)
@@ -299,11 +337,11 @@ class QKVExtractor(nn.Module):
         return f"layer={self.layer}" + (", frozen=True" if self.frozen else "")
 
     def _example(self, root: nn.Module, example: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The batch of the dry run, of tensors that autograd takes."""
+        """The batch of the dry run, without inference tensors, which autograd does not accept."""
         if example is None:
             if "input_ids" not in self._accepted:
                 raise ValueError(
-                    f"example: {type(root).__name__} takes no input_ids, so give a small batch of what it takes: "
+                    f"example: {type(root).__name__} takes no input_ids; give a small batch of its arguments: "
                     f"{', '.join(sorted(self._accepted))}"
                 )
             ids = torch.zeros(1, 2, dtype=torch.long, device=next(root.parameters()).device)
@@ -315,9 +353,10 @@ class QKVExtractor(nn.Module):
     def _dry_run(
         self, root: nn.Module, modules: Mapping[str, nn.Module], example: Mapping[str, Any]
     ) -> tuple[list[torch.Tensor], dict[int, nn.Parameter]]:
-        """The checked outputs of the projections for one small batch, and the parameters that they depend on.
+        """Runs the whole model on a small batch, to check that the projections run once and fit each other.
 
-        Runs beyond the projections, to see whether they are applied again.
+        Returns:
+            The outputs of the projections, and the parameters of the run: id of the original to its alias.
         """
         calls: dict[str, list] = {path: [] for path in modules}
         aliases: dict[int, nn.Parameter] = {}
@@ -326,13 +365,13 @@ class QKVExtractor(nn.Module):
             with torch.enable_grad():
                 trial(**example)
         except Exception as error:
-            if not all(calls.values()):  # later errors do not matter: an encoder may run without its decoder's inputs
+            if not all(calls.values()):  # later errors do not matter, such as missing decoder inputs
                 raise RuntimeError(
-                    f"the dry run over {type(root).__name__} failed ({error}); if the batch is the reason, give a "
-                    "small one that the model takes as example=..."
+                    f"the dry run of {type(root).__name__} failed ({error}); if the batch is the reason, give a small "
+                    "valid one as example=..."
                 ) from error
         if not all(calls.values()):
-            raise RuntimeError(f"the forward of {type(root).__name__} passed by the named projections")
+            raise RuntimeError(f"the forward of {type(root).__name__} did not run the named projections")
         inputs = []
         for path, found in calls.items():
             arguments, output = found[0]
@@ -355,23 +394,26 @@ class QKVExtractor(nn.Module):
                 )
             inputs.append(arguments[0])
         if any(x is not inputs[0] and (x.shape != inputs[0].shape or not torch.equal(x, inputs[0])) for x in inputs):
-            raise ValueError(f"projections: {', '.join(calls)} do not get one input: this is no self-attention")
+            raise ValueError(f"projections: {', '.join(calls)} have different inputs: this is no self-attention")
         return [found[0][1] for found in calls.values()], aliases
 
     def _dry_run_after(self, view: nn.Module, example: Mapping[str, Any]) -> tuple[list[torch.Tensor], dict]:
-        """The same for rotary="after", where queries and keys may depend on further parameters, as of a norm."""
+        """The dry run for rotary="after", where queries and keys may depend on more parameters, such as a norm's."""
         aliases: dict[int, nn.Parameter] = {}
         try:
             with torch.enable_grad():
                 private(view, aliases)(**example)
         except _Reached as reached:
             return list(reached.args), aliases
-        raise RuntimeError(f'rotary="after": {type(view).__name__} passed by the attention function of its config')
+        raise RuntimeError(f'rotary="after": {type(view).__name__} did not run the attention function of its config')
 
     def _compare(self, root: nn.Module, view: nn.Module, projection: nn.Module, example: Mapping[str, Any]) -> None:
-        """Holds the view to the model where modules of the model have a `forward` of their own.
+        """Compares the view with the model, for models with a replaced `forward` on some module.
 
-        The model itself is run as far as the projection, in evaluation mode; its modes and hooks are put back.
+        The model runs up to the projection in evaluation mode. Its modes and hooks are restored.
+
+        Raises:
+            RuntimeError: the inputs of the projection differ.
         """
 
         def stop(_: nn.Module, arguments: tuple) -> None:
@@ -396,14 +438,13 @@ class QKVExtractor(nn.Module):
         if not close or not torch.allclose(found[0], found[1], rtol=1e-5, atol=1e-6):
             names = [name or "the model" for name, module in root.named_modules() if has_own_forward(module)]
             raise RuntimeError(
-                f"model: the forward that was put on {', '.join(names[:3])} reaches the projections of layer "
-                f"{self.layer} with other values than the forward of the class; make the extractor before it is put "
-                "there, or remove it"
+                f"model: the replaced forward of {', '.join(names[:3])} changes the inputs of the projections of layer "
+                f"{self.layer}; create the extractor before the forward is replaced, or restore it"
             )
 
 
 def resolve_layer(layer: int, count: int) -> int:
-    """The 1-based number of a layer that is given 1-based or, negative, counted from the last."""
+    """Converts a layer number, from 1 or negative from the last layer, to one from 1."""
     if not isinstance(layer, int) or isinstance(layer, bool):
         raise TypeError(f"layer: expected an int, got {layer!r}")
     if layer == 0 or abs(layer) > count:
@@ -412,16 +453,17 @@ def resolve_layer(layer: int, count: int) -> int:
 
 
 def layer_path(model: nn.Module, projections: Sequence[str] | None = None) -> str:
-    """The name of the list of layers below the base model, as "encoder.layer"; `projections` as `QKVExtractor`'s."""
+    """The name of the list of layers in the base model, such as "encoder.layer"."""
     return _templates(model, _base_model(model), projections)[0].partition(".{i}.")[0]
 
 
 def _base_model(model: nn.Module) -> nn.Module:
-    return model.base_model if isinstance(model, PreTrainedModel) else model
+    base: Any = model.base_model if is_pretrained_model(model) else model
+    return base
 
 
 def _templates(model: nn.Module, root: nn.Module, projections: Sequence[str] | None) -> list[str]:
-    """The checked templates of the three projections, relative to the base model."""
+    """The names of the three projections in the base model, with `{i}` for the layer's index, after validation."""
     model_type = getattr(getattr(root, "config", None), "model_type", None)
     if projections is None:
         if model_type in _PROJECTIONS:
@@ -429,10 +471,10 @@ def _templates(model: nn.Module, root: nn.Module, projections: Sequence[str] | N
         linear = [name for name, module in root.named_modules() if isinstance(module, nn.Linear)]
         candidates = dict.fromkeys(re.sub(r"\.\d+\.", ".{i}.", name, count=1) for name in linear)
         raise ValueError(
-            f"model: {type(model).__name__} (model type {model_type!r}) is none of {', '.join(_PROJECTIONS)}. Name its "
-            'three projection modules, as projections=["layers.{i}.self_attn.q_proj", "layers.{i}.self_attn.k_proj", '
-            '"layers.{i}.self_attn.v_proj"], where {i} stands for the layer\'s index. Its linear modules: '
-            + ", ".join(candidates)
+            f"model: {type(model).__name__} (model type {model_type!r}) is none of {', '.join(_PROJECTIONS)}. Give the "
+            'names of its three projection modules, such as projections=["layers.{i}.self_attn.q_proj", '
+            '"layers.{i}.self_attn.k_proj", "layers.{i}.self_attn.v_proj"], '
+            "where {i} stands for the layer's index. Its linear modules: " + ", ".join(candidates)
         )
     if isinstance(projections, str) or len(projections) != 3:
         raise ValueError(f"projections: expected the names of query, key and value, got {projections!r}")
@@ -447,9 +489,9 @@ def _templates(model: nn.Module, root: nn.Module, projections: Sequence[str] | N
             f"{list(projections)}"
         )
     if len(set(projections)) == 1:
-        raise ValueError(f"projections: {projections[0]} is named three times; a fused projection cannot be used")
+        raise ValueError(f"projections: {projections[0]} is given three times; a fused projection cannot be used")
     if not all(name.isdecimal() for name in _submodule(root, lists.pop())._modules):
-        raise ValueError(f"projections: {projections[0].partition('.{i}.')[0]} is no list of layers")
+        raise ValueError(f"projections: {projections[0].partition('.{i}.')[0]} is not a list of layers")
     return list(projections)
 
 
@@ -461,9 +503,10 @@ def _submodule(root: nn.Module, path: str) -> nn.Module:
 
 
 def _capturing_attention(root: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    """The attention module of the layer, with the capturing function as its attention implementation."""
+    """A copy of the layer's attention module with `_capture` as its attention implementation, by its path."""
     path = paths[0].rpartition(".")[0]
     attention = root.get_submodule(path)
     if getattr(nearest_config(root, path), "rope_parameters", None) is None or not hasattr(attention, "config"):
         raise ValueError(f'rotary="after": {type(root).__name__} has no rotary embedding that can be applied')
+    _register_capture()
     return {path: with_attention(attention, _CAPTURE)}

@@ -1,4 +1,4 @@
-"""Students: their configs, their initialisation, and the students of the two papers as presets."""
+"""Student models: configs, initialization, and the students of the two papers as presets."""
 
 import contextlib
 import copy
@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from minilm_kernels._extras import optional_imports
 from minilm_kernels.qkv import layer_path, resolve_layer
+
+with optional_imports("hf", "minilm_kernels.students"):
+    from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 __all__ = [
     "PRESETS",
@@ -23,14 +26,14 @@ __all__ = [
     "student_config",
 ]
 
-# The width of the feed-forward layers, by the names that configs give it.
+# Names of the width of the feed-forward layers in configs.
 _INTERMEDIATE = ("intermediate_size", "hidden_dim", "ffn_dim", "ffn_hidden_size", "d_ff", "d_inner", "n_inner")
-# Settings that follow the sizes where they agree with them in the teacher, by the ends of their names.
+# Endings of the names of settings that follow the sizes if they are equal to them in the teacher.
 _HEAD_WIDTH = re.compile(r"head_(dim|size)$|^d_(kv|head)$|^kv_channels$")
 _KEY_HEADS = re.compile(r"(key_value|kv)_heads?$|num_query_groups$")
 _HEADS = re.compile(rf"attention_heads$|{_KEY_HEADS.pattern}")
 _WIDTH = re.compile(r"(embed|embedding|proj|lru|model|attention|hidden)_?(size|dim|width)$")
-_PLACE = re.compile(r"(idx|index|_id|number)$|^training$")
+_POSITION = re.compile(r"(idx|index|_id|number)$|^training$")
 _NOT_PER_LAYER = frozenset(PreTrainedConfig().to_dict()) | {"languages"}
 
 
@@ -43,27 +46,38 @@ def student_config(
     intermediate_size: int | None = None,
     **overrides: Any,
 ) -> PreTrainedConfig:
-    """The config of a student: the teacher's, with other layers and widths. The teacher's config stays as it is.
+    """Creates the config of a student from the teacher's config and other sizes.
 
-    Type, vocabulary, maximal positions, dropout and everything else are the teacher's, except for what depends on the
-    sizes. Settings with an entry for each layer (`layer_types`, ...) get the student's depth: a pattern that repeats
-    goes on, other entries are taken evenly. Head width, key heads and embedding size follow where they were hidden size
-    over heads, the heads and the hidden size in the teacher. The model is built without memory, to see that it can be.
+    Type, vocabulary, number of positions, dropout and all other settings are those of the teacher, except for settings
+    that depend on the sizes. Settings with an entry per layer (`layer_types`, ...) are adapted to the student's depth:
+    a repeating pattern is continued, other entries are selected evenly. Head width, number of key heads and embedding
+    size follow the sizes if the teacher's do. The model is built and run on the meta device to verify the config. The
+    teacher's config is not changed.
 
     Args:
-        teacher_config: a config that has hidden and intermediate sizes, layers and attention heads, under the names of
-            its own type (DistilBERT: `dim`, `hidden_dim`, `n_layers`, `n_heads`).
-        num_hidden_layers: layers of the student.
+        teacher_config: config of the teacher. Sizes may have the names of its type (DistilBERT: `dim`, `n_layers`).
+        num_hidden_layers: number of layers of the student.
         hidden_size: hidden size of the student, a multiple of `num_attention_heads`.
-        num_attention_heads: as many as the teacher's for MiniLM; any number for MiniLMv2. The papers' students have 12.
-        intermediate_size: width of the feed-forward layers, by default 4 x `hidden_size`.
-        overrides: further attributes of the config, such as `hidden_dropout_prob=0.0`.
+        num_attention_heads: number of attention heads. MiniLM needs as many as the teacher has; MiniLMv2 allows any
+            number. The papers' students have 12.
+        intermediate_size: width of the feed-forward layers, by default 4 * `hidden_size`.
+        overrides: other attributes of the config, such as `hidden_dropout_prob=0.0`.
+
+    Returns:
+        A config of the same class.
 
     Raises:
-        TypeError: `teacher_config` is no config, or a size is no integer.
-        ValueError: a size below 1, heads that do not divide the hidden size or key heads that do not divide the heads
-            (the message lists those that do), an override that this type of config does not know, a config of several
-            models or of an encoder and a decoder, or sizes with which a model of this type cannot be built or run.
+        TypeError: `teacher_config` is not a config, or a size is not an integer.
+        ValueError: a size is below 1; the heads do not divide the hidden size, or the key heads the heads (the message
+            lists valid numbers); the config has no attribute of an override's name; the config is one of several models
+            or of an encoder-decoder; or a model with these sizes cannot be built or run.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> from minilm_kernels import student_config
+        >>> config = student_config(BertConfig(), num_hidden_layers=6, hidden_size=384)
+        >>> config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size
+        (6, 384, 1536, 30522)
     """
     if not isinstance(teacher_config, PreTrainedConfig):
         hint = "; give model.config" if hasattr(teacher_config, "config") else ""
@@ -94,12 +108,12 @@ def student_config(
     overrides = {teacher_config.attribute_map.get(name, name): value for name, value in overrides.items()}
     try:
         config = _resized(teacher_config, own, overrides)
-    except Exception as error:  # the classes check themselves with errors of their own
+    except Exception as error:  # config classes raise exceptions of their own
         raise ValueError(f"no {type(teacher_config).__name__} has these sizes: {one_line(error)}") from error
     for name in sizes.keys() - {"intermediate_size"}:
         if getattr(config, name) != overrides.get(config.attribute_map.get(name, name), sizes[name]):
             raise ValueError(
-                f"{name}={sizes[name]}: {type(config).__name__} makes {getattr(config, name)} of it; change its config"
+                f"{name}={sizes[name]}: {type(config).__name__} changes it to {getattr(config, name)}; use another size"
             )
     _check_student(config, teacher_config)
     return config
@@ -110,7 +124,7 @@ def _divisors(number: int) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception of another library says, short, with its class where that is needed to understand it."""
+    """The message of an exception in one line, shortened, with its class if the message alone may be unclear."""
     text = " ".join(str(error).split())
     named = (
         text if text and isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: {text}"
@@ -119,17 +133,17 @@ def one_line(error: BaseException) -> str:
 
 
 def _check_single_stack(config: Any) -> None:
-    """Refuses configs whose layers and widths do not describe one stack of layers."""
+    """Raises `ValueError` for configs that do not describe one stack of layers."""
     kind = type(config).__name__
     parts = [name for name in config.sub_configs if getattr(config, name, None) is not None]
     if parts:
-        raise ValueError(f"teacher_config: {kind} is made of {', '.join(parts)}; give the one of its text model")
+        raise ValueError(f"teacher_config: {kind} contains {', '.join(parts)}; give the config of its text model")
     if config.is_encoder_decoder:
         raise ValueError(
-            f"teacher_config.is_encoder_decoder: {kind} describes an encoder and a decoder, a student is one stack"
+            f"teacher_config.is_encoder_decoder: {kind} describes an encoder-decoder, but a student is a single stack"
         )
     if getattr(config, "is_heterogeneous", False):
-        raise ValueError("teacher_config.per_layer_config: layers with settings of their own cannot be resized")
+        raise ValueError("teacher_config.per_layer_config: layers with individual settings cannot be resized")
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
         size = getattr(config, name, None)
         if not isinstance(size, int):
@@ -138,7 +152,7 @@ def _check_single_stack(config: Any) -> None:
 
 
 def _own_names(config: Any, sizes: dict[str, int], intermediate_given: bool) -> dict[str, Any]:
-    """The sizes under the names of the config's own type."""
+    """The sizes by their names in the config's type."""
     own: dict[str, Any] = dict(sizes)
     intermediate = own.pop("intermediate_size")
     names = [name for name in _INTERMEDIATE if hasattr(config, name)]
@@ -151,10 +165,11 @@ def _own_names(config: Any, sizes: dict[str, int], intermediate_given: bool) -> 
 
 
 def _resized(teacher: Any, sizes: dict[str, Any], overrides: dict[str, Any]) -> Any:
-    """The teacher's config with other sizes and everything that depends on them.
+    """The teacher's config with other sizes, and with the settings that depend on them.
 
-    Settings that the class derives from the sizes (kinds of layers, head width) are derived anew: the student is built
-    from the fewest settings that give the teacher. Settings that the class does not change are resized by their value.
+    Settings that the class derives from the sizes (types of layers, head width) must be derived again. They are found
+    by leaving out settings of the teacher: what the class restores by itself is derived. Other settings are resized by
+    their value.
     """
 
     def made(settings: dict[str, Any]) -> Any:
@@ -166,7 +181,7 @@ def _resized(teacher: Any, sizes: dict[str, Any], overrides: dict[str, Any]) -> 
     if made(before).to_dict() == before:
         for name in [name for name, value in kept.items() if isinstance(value, (int, list, dict))]:
             fewer = {key: value for key, value in kept.items() if key != name}
-            with contextlib.suppress(Exception):  # a setting that the class cannot do without
+            with contextlib.suppress(Exception):  # the class requires the setting
                 if made(fewer | own).to_dict() == before:
                     kept = fewer
     basic = [
@@ -187,7 +202,7 @@ def _resized(teacher: Any, sizes: dict[str, Any], overrides: dict[str, Any]) -> 
 
 
 def _resize(name: str, value: Any, old: Sequence[int], new: Sequence[int]) -> Any:
-    """One setting of a teacher of (layers, hidden size, heads) `old` for a student of `new`."""
+    """Resizes a setting of a teacher with (layers, hidden size, heads) `old` for a student with `new`."""
     (depth, width, heads), (new_depth, new_width, new_heads) = old, new
     if isinstance(value, int) and not isinstance(value, bool):
         if _HEAD_WIDTH.search(name) and value == width // heads:
@@ -203,7 +218,7 @@ def _resize(name: str, value: Any, old: Sequence[int], new: Sequence[int]) -> An
 
 @dataclass(frozen=True)
 class _Pick:
-    """Applies `choose` to what a setting holds for each of `depth` layers; returns other settings as they are."""
+    """Applies `choose` to settings that have an entry for each of `depth` layers, and returns others unchanged."""
 
     depth: int
     choose: Callable[[Sequence[Any]], list[Any]]
@@ -220,7 +235,9 @@ class _Pick:
             if len(value) == self.depth:
                 return self.choose(value)
             if all(isinstance(run, (list, tuple)) and list(map(type, run)) == [list, int] for run in value):
-                kinds = [kind for pattern, times in value for kind in pattern * times]  # as [[["global", "local"], 12]]
+                kinds = [
+                    kind for pattern, times in value for kind in pattern * times
+                ]  # such as [[["global", "local"], 12]]
                 return [[self.choose(kinds), 1]] if len(kinds) == self.depth else value
             if "layer" in name and all(type(layer) is int and layer in layers for layer in value):
                 chosen = self.choose([layer in value for layer in layers])
@@ -229,7 +246,7 @@ class _Pick:
 
 
 def _per_layer(values: Sequence[Any], count: int) -> list[Any]:
-    """Entries for `count` layers: a pattern that repeats goes on, others are taken evenly from first to last."""
+    """Entries for `count` layers: a repeating pattern is continued, other entries are selected evenly."""
     length = len(values)
     for period in range(1, length // 2 + 1):
         if all(values[i] == values[i % period] for i in range(length)):
@@ -238,10 +255,10 @@ def _per_layer(values: Sequence[Any], count: int) -> list[Any]:
 
 
 def _check_student(config: Any, teacher_config: Any) -> None:
-    """A `ValueError` for sizes with which the model could not be built, run or saved."""
+    """Raises `ValueError` if a model with this config cannot be built, run or saved."""
     heads = config.num_attention_heads
     for name, value in config.to_dict().items():
-        own = _KEY_HEADS.search(name) and name.startswith(("num_", "n_"))  # not those of another kind of layer
+        own = _KEY_HEADS.search(name) and name.startswith(("num_", "n_"))  # excludes settings of other types of layers
         if own and isinstance(value, int) and (value < 1 or heads % value):
             raise ValueError(
                 f"{name}={value} does not divide num_attention_heads={heads}; give {name} too, "
@@ -252,7 +269,7 @@ def _check_student(config: Any, teacher_config: Any) -> None:
         if type(config) not in MODEL_MAPPING:
             return
         failure = _failed_forward(_without_memory(config))
-        if failure is not None:  # it may have needed a value, and there are none without memory
+        if failure is not None:  # it may need values, which the meta device does not have
             failure = _failed_forward(random_student(config))
     except Exception as error:
         raise ValueError(f"{_described(config)} cannot be built: {one_line(error)}") from error
@@ -262,7 +279,7 @@ def _check_student(config: Any, teacher_config: Any) -> None:
         expected = _failed_forward(_without_memory(teacher_config))
     except Exception as error:
         expected = error
-    if str(failure) != str(expected):  # a model that takes more than tokens fails with the teacher's sizes too
+    if str(failure) != str(expected):  # models with other inputs than tokens fail with the teacher's sizes, too
         raise ValueError(f"{_described(config)} cannot run: {one_line(failure)}") from failure
 
 
@@ -279,7 +296,7 @@ def _without_memory(config: Any) -> PreTrainedModel:
 
 
 def _failed_forward(model: PreTrainedModel) -> Exception | None:
-    """What keeps the model from running over a few tokens."""
+    """The exception of a forward over a few tokens; None if it succeeds."""
     try:
         with torch.no_grad():
             model.eval()(input_ids=torch.zeros(1, 8, dtype=torch.long, device=model.device))
@@ -289,33 +306,67 @@ def _failed_forward(model: PreTrainedModel) -> Exception | None:
 
 
 def random_student(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
-    """A base model of the config with the random initialisation of its type, in float32 on the CPU.
+    """Creates a base model with random weights, in float32 on the CPU.
 
-    Equal seeds give equal weights; no global random state is changed.
+    The weights have the initialization of the model's type. Equal seeds give equal weights, and the global random state
+    is not changed.
+
+    Args:
+        config: config of the model, for example from `student_config`.
+        seed: seed of the weights.
+
+    Returns:
+        The model, without a task head.
+
+    Raises:
+        ValueError: transformers has no base model for the type of config.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> from minilm_kernels import random_student, student_config
+        >>> teacher_config = BertConfig(vocab_size=100)
+        >>> student = random_student(student_config(teacher_config, num_hidden_layers=2, hidden_size=24))
+        >>> type(student).__name__, student.num_parameters()
+        ('BertModel', 29832)
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.random.default_generator.manual_seed(seed)
-        return AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32)  # it writes into the config
+        return AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32)  # from_config modifies the config
 
 
 def copied_student(
     teacher: PreTrainedModel, layers: Sequence[int], *, projections: Sequence[str] | None = None
 ) -> PreTrainedModel:
-    """A student of some of the teacher's layers, in float32 on the CPU: its embeddings and pooler are copied too.
+    """Creates a student from some layers of the teacher, in float32 on the CPU.
 
-    Training the student does not change the teacher. A pooler that the teacher lacks gets the initialisation of
-    `random_student(config, seed=0)`; a task head of the teacher is left out.
+    Embeddings and pooler are copied, too; a task head is left out. If the teacher has no pooler, the student's pooler
+    is initialized as in `random_student(config, seed=0)`. Training the student does not change the teacher.
 
     Args:
-        teacher: a model of an architecture that `QKVExtractor` knows, with or without a task head, or any other whose
-            layers are one list, with `projections`.
-        layers: the teacher's layer for each of the student's, 1-based, negative counted from the last: `[1, 3, 5]`.
-        projections: for other models, the names of the teacher's projections as `QKVExtractor` takes them.
+        teacher: a model of an architecture that `QKVExtractor` supports, or any other model with a single list of
+            layers and `projections`.
+        layers: the teacher's layer for each layer of the student, counted from 1, or from -1 backwards.
+        projections: for other models, the names of the teacher's projections, see `QKVExtractor`.
+
+    Returns:
+        The student, without a task head.
 
     Raises:
-        TypeError: `teacher` is no transformers model, or a layer no integer.
-        ValueError: an unknown architecture without `projections`, no layers, one that the teacher does not have, or one
-            that cannot stand where it would come to stand in the student.
+        TypeError: `teacher` is not a transformers model, or a layer is not an integer.
+        ValueError: the architecture is unknown and there are no `projections`; there are no layers, or a layer does not
+            exist; or a layer cannot be used at its position in the student.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> from minilm_kernels import copied_student
+        >>> sizes = dict(hidden_size=24, num_hidden_layers=6, num_attention_heads=2, intermediate_size=48)
+        >>> teacher = BertModel(BertConfig(vocab_size=100, **sizes))
+        >>> student = copied_student(teacher, layers=[2, 4, 6])
+        >>> student.config.num_hidden_layers
+        3
+        >>> teacher_layer = teacher.encoder.layer[5].attention.self.query.weight
+        >>> bool((student.encoder.layer[2].attention.self.query.weight == teacher_layer).all())
+        True
     """
     if not isinstance(teacher, PreTrainedModel):
         raise TypeError(f"teacher: expected a transformers model, got {type(teacher).__name__}")
@@ -341,15 +392,15 @@ def copied_student(
             if source_name in given:
                 tensor.copy_(given[source_name])
             elif name.startswith(f"{path}."):
-                raise ValueError(f"teacher: it has no {source_name}; merge adapters and undo other changes first")
+                raise ValueError(f"teacher: it has no {source_name}; merge adapters and revert other changes first")
     return student
 
 
 def _picked_config(teacher_config: Any, sources: Sequence[int], count: int) -> Any:
-    """The teacher's config with the entries of the layers at `sources` (from 0) of its `count` layers."""
+    """The teacher's config with only the layers `sources`, counted from 0, of its `count` layers."""
     kind = type(teacher_config).__name__
     if getattr(teacher_config, "is_heterogeneous", False):
-        raise ValueError(f"teacher: {kind} has a per_layer_config, whose layers cannot be picked")
+        raise ValueError(f"teacher: {kind} has a per_layer_config, whose layers cannot be selected")
     if getattr(teacher_config, "num_hidden_layers", None) != count:
         found = getattr(teacher_config, "num_hidden_layers", "no")
         raise ValueError(f"teacher: {kind} says {found} num_hidden_layers, its list of layers has {count}")
@@ -360,14 +411,14 @@ def _picked_config(teacher_config: Any, sources: Sequence[int], count: int) -> A
     try:
         config = type(teacher_config).from_dict(settings, attn_implementation=teacher_config._attn_implementation)
         config.validate()
-    except Exception as error:  # the classes check themselves with errors of their own
+    except Exception as error:  # config classes raise exceptions of their own
         raise ValueError(f"no {kind} has these layers: {one_line(error)}") from error
     config.name_or_path = ""
     return config
 
 
 def _check_same_layer(student: Any, teacher: Any, at: str, source: str) -> None:
-    """A `ValueError` if the student's layer `at` computes something else than the teacher's layer `source`."""
+    """Raises `ValueError` if the student's layer `at` computes something else than the teacher's layer `source`."""
     mine, theirs = (
         {name: _plain_settings(module) for name, module in model.get_submodule(path).named_modules()}
         for model, path in ((student, at), (teacher, source))
@@ -381,33 +432,45 @@ def _check_same_layer(student: Any, teacher: Any, at: str, source: str) -> None:
 
 
 def _plain_settings(module: torch.nn.Module) -> dict[str, Any]:
-    """Class, tensors and what a module keeps of its config (window, kind of attention, ...), without its place."""
+    """Class, shapes and settings of a module (window, type of attention, ...), without its position."""
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     settings = {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, (str, int, float)) and not name.startswith("_") and not _PLACE.search(name)
+        if isinstance(value, (str, int, float)) and not name.startswith("_") and not _POSITION.search(name)
     }
     return {"class": type(module), **shapes, **settings}
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A published student and how it was distilled. None: the papers' figure is not known here."""
+    """A published student, and how it was distilled.
 
-    method: str  # "minilm" or "minilmv2"
-    teacher: str  # "assistant": a 12 x 384 model that a base model was distilled into before
-    family: str  # model type, which also gives the vocabulary
+    Attributes:
+        method: "minilm" or "minilmv2".
+        teacher: name of the teacher; "assistant" is a 12 x 384 model that was distilled from a base model before.
+        family: model type, which also determines the vocabulary.
+        teacher_layers: number of layers of the teacher.
+        teacher_layer: the distilled layer, counted from 1.
+        relation_heads: number of relation heads; for MiniLM, of attention heads.
+        num_hidden_layers, hidden_size: sizes of the student.
+        million_parameters: as published, see `parameter_count`; None if not published.
+        speedup: of inference over a 12 x 768 base model, as published.
+    """
+
+    method: str
+    teacher: str
+    family: str
     teacher_layers: int
-    teacher_layer: int  # 1-based: the layer that is distilled
-    relation_heads: int  # for MiniLM the attention heads
+    teacher_layer: int
+    relation_heads: int
     num_hidden_layers: int
     hidden_size: int
-    million_parameters: int | None  # as published; `parameter_count` says what it counts
-    speedup: float  # of inference, over a 12 x 768 base model, as published for these layers and this hidden size
+    million_parameters: int | None
+    speedup: float
 
 
-# Of the published checkpoints, what a student inherits. Max positions of RoBERTa and XLM-R include the padding offset.
+# Settings of the published checkpoints. The positions of RoBERTa and XLM-R include the offset of the padding index.
 _ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 _FAMILIES: dict[str, dict[str, Any]] = {
     "bert": {"vocab_size": 30522, "max_position_embeddings": 512},
@@ -420,7 +483,7 @@ _MILLIONS = {
     "roberta": {(6, 768): 81, (12, 384): 41, (6, 384): 30},
     "xlm-roberta": {(12, 384): 117, (6, 384): 107},
 }
-# Method, teacher, family, its layers, the distilled one, relation heads, (layers, hidden size) of the students.
+# Method, teacher, family, its layers, the distilled layer, relation heads, (layers, hidden size) of the students.
 _PUBLISHED: list[tuple[str, str, str, int, int, int, list[tuple[int, int]]]] = [
     ("minilm", "bert-base", "bert", 12, 12, 12, [(6, 768), (6, 384), (4, 384), (3, 384)]),
     ("minilm", "in-house-base", "bert", 12, 12, 12, [(12, 384)]),
@@ -444,28 +507,50 @@ def _presets() -> dict[str, Preset]:
 
 
 PRESETS: dict[str, Preset] = _presets()
-"""The papers' students by name, such as "minilmv2-l6-h384-roberta-large"."""
+"""The students of the papers by name, such as "minilmv2-l6-h384-roberta-large"."""
 
 
 def preset_config(name: str) -> PreTrainedConfig:
-    """The config of a published student, made without any download: 12 attention heads, intermediate size 4 x hidden.
+    """Creates the config of a published student, without any download.
+
+    Args:
+        name: a key of `PRESETS`.
+
+    Returns:
+        A config with 12 attention heads and an intermediate size of 4 * hidden size.
 
     Raises:
-        ValueError: no such preset; the message lists the names.
+        ValueError: there is no such preset. The message lists the names.
+
+    Example:
+        >>> from minilm_kernels.students import preset_config
+        >>> config = preset_config("minilmv2-l6-h384-roberta-large")
+        >>> config.model_type, config.num_hidden_layers, config.hidden_size
+        ('roberta', 6, 384)
     """
     if name not in PRESETS:
-        raise ValueError(f"name={name!r}: no such preset; there are {', '.join(PRESETS)}")
+        raise ValueError(f"name={name!r}: no such preset; the presets are {', '.join(PRESETS)}")
     preset = PRESETS[name]
     family = AutoConfig.for_model(preset.family, **_FAMILIES[preset.family])
     return student_config(family, preset.num_hidden_layers, preset.hidden_size)
 
 
 def parameter_count(config: PreTrainedConfig) -> int:
-    """The number of parameters in the word embeddings and the Transformer layers of a model with this config.
+    """Counts the parameters of the word embeddings and the Transformer layers, without allocating them.
 
-    The other embeddings (positions, token types, their LayerNorm) and the pooler are not counted: counted so, every
-    preset rounds to the papers' figure in millions. Counted whole without the pooler, 6 x 384 with BERT's and 6 x 768
-    with RoBERTa's vocabulary have 22.57 and 81.53 million, where 22 and 81 are published. Nothing is allocated.
+    Other embeddings (positions, token types, their LayerNorm) and the pooler are not counted. Counted like this, every
+    preset rounds to the number of millions that the papers give.
+
+    Args:
+        config: config of the model.
+
+    Returns:
+        The number of parameters.
+
+    Example:
+        >>> from minilm_kernels.students import parameter_count, preset_config
+        >>> parameter_count(preset_config("minilmv2-l6-h384-roberta-large"))
+        29948544
     """
     model = _without_memory(config)
     counted = [model.get_input_embeddings(), model.get_submodule(layer_path(model))]

@@ -1,4 +1,4 @@
-"""Layers whose rows do not see every token are refused, under every name that models have for them."""
+"""Layers with partial attention are refused, whatever their models call it."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_windows_and_chunks_of_decoders(model_type, overrides, refused, legal, m
 
 
 def test_windows_beside_layer_types():
-    """MiniMax narrows every layer by sliding_window, also those that layer_types calls full."""
+    """sliding_window of MiniMax applies to all layers, including those that layer_types calls full."""
     layer_types = ["full_attention", "linear_attention", "full_attention"]
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": layer_types}
     check(make_rotary("minimax", **experts, sliding_window=4), LLAMA, {1, 3}, set(), "sliding_attention")
@@ -87,7 +87,7 @@ def test_local_layers_of_gpt_neo(kinds):
 
 
 def test_the_text_tower_of_a_model_of_several_towers():
-    """The config that counts is the tower's own, not that of the whole model."""
+    """The config of the tower is used, not that of the whole model."""
     sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
     text = sizes | {"vocab_size": 200, "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 4}
     text["layer_types"] = ["sliding_attention", "full_attention"]
@@ -151,7 +151,7 @@ def test_full_attention_of_families_that_have_other_kinds_too():
 
 
 class Windowed(nn.Module):
-    """A model of one's own: the same names of numbers that bound what a row sees, in a config or in a module."""
+    """Custom models are recognized by the same names of windows, in a config or in a module."""
 
     class Layer(nn.Module):
         def __init__(self, **attributes):

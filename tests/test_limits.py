@@ -1,4 +1,4 @@
-"""The suite about itself: nothing in it waits for a process or a thread without a limit."""
+"""The tests never wait for a process or a thread without a limit."""
 
 import ast
 import os
@@ -15,7 +15,7 @@ WAITS = {"communicate", "wait", "join", "result", "acquire"}
 
 
 def without_limit(source: str) -> list[int]:
-    """The lines of calls that may wait forever."""
+    """The line numbers of calls that may wait forever."""
     lines = []
     for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
@@ -66,7 +66,7 @@ def test_in_python():
 def test_in_c():
     library, mutex = ctypes.PyDLL(None), (ctypes.c_char * 256)()
     library.pthread_mutex_lock(mutex)
-    library.pthread_mutex_lock(mutex)  # for ever, holding Python's lock: no signal handler runs
+    library.pthread_mutex_lock(mutex)  # forever, with Python's lock, so that no signal handler runs
 
 def test_after_them():
     pass

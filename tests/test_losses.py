@@ -1,4 +1,4 @@
-"""The losses against the formulas of the papers, and their arguments."""
+"""The losses compared with the formulas of the papers, and their arguments."""
 
 import math
 
@@ -18,7 +18,7 @@ def _qkv(hidden: int, *leading: int, dtype=torch.float64) -> QKV:
 
 
 def _paper(teacher: QKV, student: QKV, pair: str, heads: int, mask: torch.Tensor) -> torch.Tensor:
-    """Returns one relation as in the papers: heads cut from the last axis, softmax(X Yᵀ/√d), mean KL."""
+    """A relation as in the papers: heads from the last axis, softmax(X Yᵀ/√d), mean KL over heads and rows."""
     losses = []
     for b in range(mask.shape[0]):
         logs = []
@@ -30,7 +30,7 @@ def _paper(teacher: QKV, student: QKV, pair: str, heads: int, mask: torch.Tensor
 
 
 def test_minilm(backend):
-    """MiniLM: the student has the teacher's number of heads; Q-K and V-V have weight 1."""
+    """MiniLM: as many heads as the teacher, with Q-K and V-V of weight 1."""
     teacher, student = _qkv(HIDDEN_T), _qkv(HIDDEN_S)
     loss = MiniLMLoss(4)
     expected = {pair: _paper(teacher, student, pair, 4, MASK) for pair in ("qk", "vv")}
@@ -118,9 +118,9 @@ def test_losses_are_modules_without_state():
 
 
 def test_heads_are_views():
-    """Heads are views: no tensor is copied before the operator."""
+    """The inputs reach the operator without a copy."""
     student = _qkv(HIDDEN_S)
-    _, heads = MiniLMv2Loss(6)._split_heads(_qkv(HIDDEN_T), student, packed=False)
+    _, heads = MiniLMv2Loss(6)._heads(_qkv(HIDDEN_T), student, packed=False)
     assert heads["key"].data_ptr() == student.key.data_ptr()
     assert heads["key"].shape == (B, S, 6, 2)
 
@@ -178,7 +178,7 @@ def test_float_masks():
 
 
 def test_only_the_named_projections_must_fit():
-    """The keys and values of a grouped-query teacher are narrower; Q-Q alone does not use them."""
+    """Keys and values of a grouped-query teacher are narrower, which does not matter for Q-Q."""
     teacher = QKV(torch.randn(2, 5, 24), torch.randn(2, 5, 7), torch.randn(2, 5, 7))
     student = _qkv(HIDDEN_S, 2, 5, dtype=torch.float32)
     value = MiniLMv2Loss(6, relations={"qq": 1.0})(teacher, student)

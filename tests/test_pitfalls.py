@@ -1,6 +1,6 @@
-"""What public implementations get wrong. Each test holds for this package and fails for the wrong variant beside it.
+"""Pitfalls of public implementations. Each test passes for this package and fails for a wrong variant.
 
-Pitfall 18, rotary and sliding-window models, belongs to tests/test_qkv.py.
+Pitfall 18, rotary and sliding-window models, is tested in tests/test_qkv.py.
 """
 
 import pytest
@@ -28,7 +28,7 @@ def _scores(x: torch.Tensor, scale: float | None = None) -> torch.Tensor:
 def _naive(
     teacher, student, mask=RIGHT, *, fill=-torch.inf, keys=None, rows=None, kl=None, scale=None, probability=None
 ):
-    """The dense loss with one place to go wrong in: the averages are those of reduction "token"."""
+    """A dense loss with one replaceable part. The means are those of reduction "token"."""
     keys, rows = (mask if keys is None else keys), (mask if rows is None else rows)
     logs = [
         _scores(x, scale).masked_fill(~keys[:, None, None], fill).log_softmax(-1).masked_fill(~keys[:, None, None], 0.0)
@@ -67,7 +67,7 @@ def _reversed(p, q, log_p, log_q):
 
 
 def test_masks_that_models_take_but_mean_something_else():
-    """Additive masks and segment numbers, read as "nonzero is real", hide the wrong tokens or join the segments."""
+    """Additive masks and segment numbers, read as "nonzero is valid", mask the wrong tokens or join segments."""
     teacher, student = _inputs()
     additive = (1 - RIGHT.long()) * -10000
     assert not _agree(_naive(teacher, student, additive != 0), _naive(teacher, student), 0.01)
@@ -112,7 +112,7 @@ def test_another_value(mistake):
 
 @pytest.mark.parametrize("kind", ["left", "holes"])
 def test_5_any_padding_side(kind):
-    """The wrong variant cuts each row to its number of real tokens, which is right for right padding only."""
+    """The wrong variant trims each sequence to its number of valid tokens, which requires right padding."""
     teacher, student = _inputs()
     mask = RIGHT.flip(1) if kind == "left" else RIGHT[:, torch.randperm(S, generator=torch.Generator().manual_seed(1))]
     cut = torch.arange(S) < mask.sum(1, keepdim=True)
@@ -124,7 +124,7 @@ def test_5_any_padding_side(kind):
 
 
 def test_6_no_dropout_on_relations():
-    """In training mode equal models still have divergence 0; dropout on the probabilities destroys that."""
+    """Equal models in training mode have divergence 0, unless dropout is applied to the probabilities."""
     qkv = QKV(*(torch.randn(2, 16, 24) for _ in range(3)))
     for loss in (MiniLMv2Loss(4).train(), MiniLMLoss(4).train()):
         assert loss(qkv, qkv) < 1e-6
@@ -134,7 +134,7 @@ def test_6_no_dropout_on_relations():
 
 
 def test_7_the_gradient_lives_where_the_student_is_most_wrong():
-    """The student gives e^-60 to the key that the teacher is sure of: log(p + eps) has no gradient left there."""
+    """If the student gives e^-60 to the teacher's key, log(p + eps) has no gradient."""
     query, teacher_key = torch.ones(1, 1, 1, 1), torch.tensor([8.0, -8.0]).view(1, 2, 1, 1)
     student_key = torch.tensor([-30.0, 30.0]).view(1, 2, 1, 1)
 
@@ -159,7 +159,7 @@ def test_7_the_gradient_lives_where_the_student_is_most_wrong():
 
 @pytest.mark.parametrize("fill", [-torch.inf, -1e9])
 def test_8_rows_without_keys_and_half_precision(fill):
-    """A sequence without tokens makes −inf fills NaN; −1e9 does not exist in float16."""
+    """Masks of −inf give NaN for a sequence without tokens, and −1e9 does not exist in float16."""
     teacher, student = _inputs()
     mask = RIGHT.clone()
     mask[1] = False
@@ -193,7 +193,7 @@ def test_9_bf16_scores_make_negative_divergences():
 
 
 def test_11_heads_are_cut_within_a_token():
-    """From (B, A, S, d), re-splitting without transposing back mixes tokens."""
+    """Splitting (B, A, S, d) again without transposing it back mixes tokens."""
     teacher, student = (torch.randn(B, A, S, d) for d in (D_T, D_S))
     right = [QKV(*[x.transpose(1, 2).reshape(B, S, -1)] * 3) for x in (teacher, student)]
     wrong = [QKV(*[x.reshape(B, S, -1)] * 3) for x in (teacher, student)]
@@ -206,7 +206,7 @@ def test_11_heads_are_cut_within_a_token():
 
 
 def _roberta() -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """A small RoBERTa and what its tokenizer makes: a batch without token_type_ids."""
+    """A small RoBERTa and a batch of its tokenizer, which has no token_type_ids."""
     sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
     model = AutoModel.from_config(AutoConfig.for_model("roberta", vocab_size=50, **sizes)).eval()
     ids = torch.randint(5, 50, (2, 7))
@@ -214,7 +214,7 @@ def _roberta() -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
 
 
 def test_12_layers_are_counted_from_one():
-    """Layer 2 projects what layer 1 put out; a 0-based number takes the projections one layer too late."""
+    """Layer 2 projects the output of layer 1; a layer counted from 0 would be one too late."""
     model, batch = _roberta()
     with torch.no_grad():
         hidden = model(**batch, output_hidden_states=True).hidden_states  # embeddings first
@@ -236,7 +236,7 @@ def test_13_token_types_are_not_required():
 
 
 def test_14_no_synchronisation():
-    """Under fake tensors, which have no values, `.item()` is impossible; the loss goes through, forward and back."""
+    """Fake tensors have no values, so `.item()` is impossible; forward and backward of the loss work."""
 
     def per_sample(teacher, student, mask):
         lengths = [mask[b].sum().item() for b in range(mask.shape[0])]
@@ -253,7 +253,7 @@ def test_14_no_synchronisation():
 
 
 def test_15_chunks_are_not_saved():
-    """A loop over chunks of heads that autograd records keeps every chunk; this operator keeps the gradient alone."""
+    """Autograd keeps every chunk of a loop over chunks of heads; this operator keeps only the gradient."""
     teacher, student = torch.randn(1, 256, A, D_T), torch.randn(1, 256, A, D_S, requires_grad=True)
 
     def chunked():
@@ -281,7 +281,7 @@ def _naive_chunk(teacher, student):
 
 
 def test_16_the_loss_holds_no_teacher():
-    """A module that owns the teacher puts it into checkpoints and into DDP's buckets."""
+    """A module that registers the teacher adds it to checkpoints and to the buckets of DDP."""
 
     class Wrong(torch.nn.Module):
         def __init__(self, teacher):
@@ -298,7 +298,7 @@ def test_16_the_loss_holds_no_teacher():
 
 
 def test_17_grouped_query_models():
-    """Keys and values narrower than queries: equal-width relations only, and never by broadcasting."""
+    """If keys and values are narrower than queries, only relations of equal width work, without broadcasting."""
     teacher = QKV(torch.randn(2, 6, 32), torch.randn(2, 6, 8), torch.randn(2, 6, 8))
     student = QKV(*(torch.randn(2, 6, 16) for _ in range(3)))
     components = MiniLMv2Loss(4).components(teacher, student)
@@ -310,5 +310,5 @@ def test_17_grouped_query_models():
 
 
 def test_19_no_preset_is_the_layer_dropped_model():
-    """Every second layer of a 12-layer student is not a distilled 6-layer student: it is no baseline of ours."""
+    """Every second layer of a 12-layer student is not the same as a distilled 6-layer student."""
     assert not any("nreimers" in name.lower() for name in PRESETS)

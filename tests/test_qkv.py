@@ -1,9 +1,11 @@
-"""QKVExtractor: values, what is run, what is registered, and that the model stays as it was."""
+"""QKVExtractor: values, modules that run, registered parameters, and the unchanged model."""
 
 import copy
 import gc
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -33,7 +35,7 @@ from minilm_kernels.qkv import QKV, QKVExtractor
 from minilm_kernels.students import copied_student, student_config
 
 BERT = ("encoder.layer", "attention.self", ("query", "key", "value"))
-# Written down apart from the package's own table: list of layers, attention module, projections.
+# List of layers, attention module and projections, independent of the package's table.
 PARTS = {
     "bert": BERT,
     "roberta": BERT,
@@ -43,7 +45,7 @@ PARTS = {
     "mpnet": ("encoder.layer", "attention.attn", ("q", "k", "v")),
 }
 KNOWN = list(PARTS)
-# Families with BERT's module names, and what their small configs need.
+# Families with BERT's module names, and settings for their small configs.
 LIKE_BERT = {
     "camembert": {},
     "data2vec-text": {},
@@ -72,7 +74,7 @@ def make_rotary(model_type: str = "llama", layers: int = 3, attention: str = "sd
 
 
 def batch_of(size: int = 3, length: int = 11) -> dict[str, torch.Tensor]:
-    """Ragged, padded left and right, with a hole."""
+    """A batch with left padding, right padding, and padding in between."""
     mask = torch.ones(size, length, dtype=torch.long)
     mask[0, length // 2 :] = 0
     mask[1, :3] = 0
@@ -115,7 +117,7 @@ def test_values_are_those_recomputed_from_the_hidden_states(model_type, hidden):
         assert_equal(QKVExtractor(model)(**batch), found[3], 0)
         assert_equal(QKVExtractor(model, -2)(**batch), found[2], 0)
         assert_equal(QKVExtractor(model, -3)(**batch), found[1], 0)
-    # Layers counted from 0, or the padding mask lost on the way, would not go unnoticed here.
+    # Detects layers counted from 0, and a lost padding mask.
     assert (found[1].query - found[2].query).abs().max() > 0.01
     with torch.no_grad():
         unmasked = QKVExtractor(model)(input_ids=batch["input_ids"])
@@ -169,7 +171,7 @@ BERT_LIKE = {
 
 @pytest.mark.parametrize("model_type", KNOWN)
 def test_gradients_are_those_recomputed_from_the_hidden_states(model_type):
-    """Of query, key and value each by itself: every one of them trains the layers below."""
+    """Query, key and value each train the layers before them."""
     model, batch = make(model_type, 2), batch_of()
     extractor = QKVExtractor(model)
     parameters = list(extractor.parameters())
@@ -184,7 +186,7 @@ def test_gradients_are_those_recomputed_from_the_hidden_states(model_type):
 
 @pytest.mark.parametrize("model_type", BERT_LIKE)
 def test_values_are_those_of_the_whole_model(model_type):
-    """Architectures with BERT's names, against hooks in a run of the whole model."""
+    """Architectures with BERT's names, compared with hooks in the whole model."""
     shape = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 64}
     config = AutoConfig.for_model(
         model_type, vocab_size=200, max_position_embeddings=40, **shape, **BERT_LIKE[model_type]
@@ -235,7 +237,7 @@ def test_entries_for_others_are_ignored(name):
     assert_equal(extractor(**batch, **{name: object()}), extractor(**batch), 0)
 
 
-# What is run
+# Modules that run
 
 
 def executed(model: nn.Module, call) -> set[str]:
@@ -268,7 +270,7 @@ def test_nothing_behind_the_projections_is_run(model_type, layer):
     assert len(extractor.base.get_submodule(layers)) == layer
 
 
-# What is registered
+# Registered parameters
 
 
 @pytest.mark.parametrize("model_type", KNOWN)
@@ -296,7 +298,7 @@ def test_frozen_parameters_stay_frozen_and_registered():
 
 
 def snapshot(model: PreTrainedModel) -> dict:
-    """Every attribute of every module by identity, tables by their entries, tensors by value, and the config."""
+    """Every attribute of every module, with tables by entries, tensors by value, and the config."""
     attributes = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
@@ -317,7 +319,7 @@ def test_the_model_is_left_as_it_was(model_type, rotary):
         model, options = make(model_type), {}
     batch = batch_of()
     model.train()
-    next(iter(model.children())).eval()  # a mixed mode, to be kept
+    next(iter(model.children())).eval()  # a mixed mode, which must be kept
     next(model.parameters()).requires_grad_(False)
     model.config.output_hidden_states = True  # transformers would install hooks to record them
     hooked = []
@@ -399,7 +401,9 @@ def test_autocast():
     assert model.embeddings.word_embeddings.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")  # its successor is not in 5.17
+@pytest.mark.filterwarnings(
+    "ignore:.gradient_checkpointing_enable:FutureWarning"
+)  # its replacement does not exist in 5.17
 @pytest.mark.parametrize("model_type", [*(m for m in KNOWN if m != "mpnet"), "llama"])  # MPNet has no checkpointing
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("enabled_first", [True, False])
@@ -434,10 +438,27 @@ def test_moving_and_casting_are_seen_on_both_sides():
     assert_equal(extractor(**batch), by_hand(model, 1, batch), 1e-12)
     assert extractor(**batch).query.dtype == torch.float64
     extractor.to(torch.float32)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}  # the unreached ones too
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # also the parameters that are not reached
     assert_equal(extractor(**batch), by_hand(model, 1, batch))
     extractor.to("meta")
     assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"meta"}
+
+
+@pytest.mark.slow
+def test_a_pickle_with_rotary_after_works_in_another_process(tmp_path):
+    """Its attention function is registered with transformers when it is unpickled."""
+    config = AutoConfig.for_model("llama", vocab_size=20, hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
+    extractor = QKVExtractor(AutoModel.from_config(config).eval(), rotary="after", projections=LLAMA)
+    ids = torch.arange(6)[None]
+    expected = [x.detach() for x in extractor(input_ids=ids)]
+    (tmp_path / "extractor.pkl").write_bytes(pickle.dumps((extractor, expected)))
+    code = """
+import pickle, sys, torch
+extractor, expected = pickle.load(open(sys.argv[1], "rb"))
+assert all(map(torch.equal, extractor(input_ids=torch.arange(6)[None]), expected))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "extractor.pkl")]
+    subprocess.run(command, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])
@@ -460,7 +481,7 @@ def test_copies_are_whole_and_independent(copied, rotary):
 
 
 def test_modes_of_containers_follow_the_model():
-    """BART's encoder and layers apply dropout themselves, by the mode of containers that the view has copies of."""
+    """BART's encoder and layers apply dropout by the mode of containers, of which the view has copies."""
     sizes = {
         "d_model": 48,
         "encoder_layers": 2,
@@ -483,7 +504,7 @@ def test_modes_of_containers_follow_the_model():
 
 
 class Distiller(nn.Module):
-    """A module as users write it: teacher and student inside, whatever a trainer does to it reaches both."""
+    """A module with teacher and student, as users write it."""
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, whole_teacher: bool = False):
         super().__init__()
@@ -554,7 +575,7 @@ def test_a_frozen_teacher_is_no_part_of_what_is_trained_and_saved(tmp_path):
     assert {p.dtype for p in teacher.parameters()} == {torch.float64}
     assert distiller.teacher(**batch).query.dtype == torch.float64
     with torch.no_grad():
-        teacher.embeddings.LayerNorm.bias.add_(1)  # weights are shared: a change is seen
+        teacher.embeddings.LayerNorm.bias.add_(1)  # weights are shared, so the extractor uses the change
     assert not torch.equal(distiller.teacher(**batch).query.float(), target.query)
 
 
@@ -579,7 +600,7 @@ def test_inference_mode():
 
 
 def trained_by_trainer(folder, size: int, accumulation: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and changes of the weights in two steps of 32 sequences, with labels as masked-LM collators make them."""
+    """Losses and weight changes in two steps of 32 sequences, with labels as from masked-LM collators."""
     torch.manual_seed(0)
     teacher, student = make("bert", 2), make("bert", 1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     target, before = QKVExtractor(teacher, frozen=True), copy.deepcopy(student.state_dict())
@@ -604,19 +625,21 @@ def trained_by_trainer(folder, size: int, accumulation: int) -> tuple[list[float
 def test_accumulation_in_the_trainer_of_transformers(tmp_path):
     losses, moved = trained_by_trainer(tmp_path, 32, 1)
     accumulated, others = trained_by_trainer(tmp_path, 8, 4)
-    assert accumulated == pytest.approx(losses, rel=1e-3)  # the log rounds
+    assert accumulated == pytest.approx(losses, rel=1e-3)  # the log is rounded
     assert moved["embeddings.word_embeddings.weight"].abs().max() > 1e-3
     torch.testing.assert_close(others, moved, rtol=1e-3, atol=1e-6)  # a float32 weight near 1 has steps of 1e-7
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")  # its successor is not in 5.17
+@pytest.mark.filterwarnings(
+    "ignore:.gradient_checkpointing_enable:FutureWarning"
+)  # its replacement does not exist in 5.17
 def test_checkpointing_can_be_enabled_on_the_extractor():
     model = make("bert")
     QKVExtractor(model).gradient_checkpointing_enable({"use_reentrant": False})
     assert model.encoder.layer[0].gradient_checkpointing
 
 
-# Re-parametrised modules
+# Reparametrized modules
 
 REPARAMETRISATIONS = {
     "pruned": lambda module: prune.l1_unstructured(module, "weight", 0.5),
@@ -660,7 +683,7 @@ def test_compiles_to_one_graph_with_dynamic_shapes(model_type):
     else:
         model, options = make_rotary(layers=layers), {"projections": LLAMA, "rotary": "after"}
     extractor = QKVExtractor(model, **options)
-    # The tracing is what can go wrong here; a code generator would only add its compile time.
+    # Only tracing can fail here; a code generator would add compile time.
     backend = "aot_eager" if model_type == "bert" else "eager"
     compiled = torch.compile(extractor, fullgraph=True, dynamic=True, backend=backend)
     for length, stance in ((11, "default"), (19, "fail_on_recompile")):
@@ -685,11 +708,11 @@ def test_frozen_compiles_to_one_graph():
         assert_equal(compiled(**batch), frozen(**batch), 0)
 
 
-DISTRIBUTED = {"bert": 2, "mpnet": 1}  # model type: the layer
+DISTRIBUTED = {"bert": 2, "mpnet": 1}  # model type -> layer
 
 
 def distributed_worker(rank: int, folder: str) -> None:
-    """Ends its process without Python's shutdown, in which what is left of a process group can wait for itself."""
+    """Ends the process without Python's shutdown, in which a process group can deadlock."""
     try:
         train_distributed(rank, folder)
         gc.collect()
@@ -719,7 +742,7 @@ def train_distributed(rank: int, folder: str) -> None:
     sharded = QKVExtractor(model)
     for part in (*list(sharded.base.encoder.layer)[:-1], sharded):
         fully_shard(part, mesh=mesh)
-    with pytest.raises(ValueError, match="Make the extractor first"):
+    with pytest.raises(ValueError, match="Create the extractor first"):
         QKVExtractor(model)
     loss_of(sharded(**{name: x[3 * rank : 3 * rank + 3] for name, x in batch.items()})).backward()
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
@@ -730,7 +753,7 @@ def train_distributed(rank: int, folder: str) -> None:
     with pytest.raises(ValueError, match="wrap the extractor"):
         QKVExtractor(parallel(model))
     whole = QKVExtractor(model, layer)
-    whole.register_module("everything", model)  # the wrong variant, which the steps above would have reported
+    whole.register_module("everything", model)  # the wrong variant, which the steps above would report
     wrong = parallel(whole)
     loss_of(wrong(**batch)).backward()
     with pytest.raises(RuntimeError, match="not used in producing loss"):
@@ -813,7 +836,7 @@ def test_rotary_after_gives_the_operands_of_the_model_s_own_scores(model_type):
 
 
 class Plain(nn.Module):
-    """A model that is not of transformers: embeddings, two layers, projections taking inputs of choice."""
+    """A plain PyTorch model with embeddings, two layers, and projections with configurable inputs."""
 
     class Layer(nn.Module):
         def __init__(self, offset: float):
@@ -852,14 +875,14 @@ def test_a_model_of_one_s_own():
     assert extractor.unused_parameters() == ["blocks.1.out.weight", "blocks.1.out.bias"]
     with pytest.raises(RuntimeError, match="without reaching"):
         extractor(tokens=TOKENS, skip=True)
-    with pytest.raises(RuntimeError, match="passed by"):
+    with pytest.raises(RuntimeError, match="did not run"):
         QKVExtractor(model, projections=PLAIN, example={"tokens": TOKENS, "skip": True})
     with pytest.raises(RuntimeError, match="dry run"):
         QKVExtractor(model, projections=PLAIN, example={"tokens": TOKENS + 100})
 
 
 def test_projections_of_different_inputs_are_refused():
-    with pytest.raises(ValueError, match="one input"):
+    with pytest.raises(ValueError, match="have different inputs"):
         QKVExtractor(Plain(offset=1.0), projections=PLAIN, example={"tokens": TOKENS})
 
 
@@ -902,7 +925,7 @@ def test_a_layer_that_a_loop_applies_again_is_refused():
 
 def test_shared_modules():
     model = Plain()
-    model.blocks[1].k = model.blocks[1].q  # query and key in one, and one layer's value in the other
+    model.blocks[1].k = model.blocks[1].q  # a fused query and key, and a value of another layer
     model.blocks[1].v = model.blocks[0].v
     extractor = QKVExtractor(model, projections=PLAIN, example={"tokens": TOKENS})
     hidden = model.blocks[1].norm(model.blocks[0](model.embed(TOKENS)))

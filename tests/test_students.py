@@ -1,4 +1,4 @@
-"""Students: configs, the two initialisations, and the presets against the papers' figures."""
+"""Students: configs, both initializations, and the presets compared with the papers."""
 
 import contextlib
 import copy
@@ -18,7 +18,7 @@ from minilm_kernels.students import (
     student_config,
 )
 
-# Model type: the names of layers, hidden size, heads and intermediate size in its own config.
+# Model type -> names of layers, hidden size, heads and intermediate size in its config.
 OWN_NAMES = {
     "bert": ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"),
     "roberta": ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"),
@@ -31,7 +31,7 @@ KNOWN = list(OWN_NAMES)
 
 
 def teacher_config(model_type: str, **overrides) -> PreTrainedConfig:
-    """A teacher whose vocabulary, positions and dropout are not the type's defaults."""
+    """A teacher with other vocabulary, positions and dropout than the type's defaults."""
     dropout = "dropout" if model_type == "distilbert" else "hidden_dropout_prob"
     sizes = dict(zip(OWN_NAMES[model_type], (6, 48, 4, 96), strict=True))
     return AutoConfig.for_model(
@@ -62,7 +62,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def made_and_reloaded(config, folder) -> PreTrainedModel:
-    """The model of a config after a forward, saved and loaded again with the same weights."""
+    """Builds and runs the model of a config, and checks that saving and loading preserves it."""
     torch.manual_seed(0)
     model = AutoModel.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_kinds_of_layers_repeat_their_pattern_or_are_taken_evenly(types, layers,
 
 
 def test_what_the_class_derives_is_derived_anew():
-    """ModernBERT: every third layer sees all, from the first on; a cut of a list of 4 would not say so for 7."""
+    """Every third layer of ModernBERT has global attention; truncating a list of 4 would not give 7 entries."""
     teacher = AutoConfig.for_model("modernbert", **SIZES, pad_token_id=0)
     types = student_config(teacher, 7, 24, num_attention_heads=4).layer_types
     assert [i for i, kind in enumerate(types) if kind == FULL] == [0, 3, 6]
@@ -157,7 +157,7 @@ def test_key_heads_follow_or_must_divide(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lambda: AutoConfig.for_model("clip"), "CLIPConfig is made of .*text_config"),
+        (lambda: AutoConfig.for_model("clip"), "CLIPConfig contains .*text_config"),
         (lambda: AutoConfig.for_model("t5"), "is_encoder_decoder: T5Config"),
         (lambda: AutoConfig.for_model("resnet"), "num_hidden_layers: ResNetConfig has no such attribute"),
         (lambda: AutoConfig.for_model("mobilebert"), "MobileBertConfig of num_hidden_layers=2, .* cannot run"),
@@ -174,7 +174,7 @@ def test_what_cannot_be_resized_is_refused_at_once(config, message):
 
 
 def small_config(model_type: str) -> PreTrainedConfig:
-    """The type's own default config, made small under the names that its class uses."""
+    """The default config of a type with small sizes, under the names of its class."""
     config = AutoConfig.for_model(model_type)
     wanted = {**DECODER, "head_dim": 12, "embedding_size": 48, "num_experts_per_tok": 2, "moe_k": 2}
     wanted |= dict.fromkeys(("hidden_dim", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size"), 96)
@@ -208,7 +208,7 @@ def is_small(config: PreTrainedConfig) -> bool:
 
 
 def runs(config: PreTrainedConfig, folder) -> None:
-    """Builds, runs, saves and reloads; the library's own exception where it cannot."""
+    """Builds, runs, saves and reloads a model, and raises the exceptions of the library."""
     torch.manual_seed(0)
     model = AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
     ids = torch.arange(5, 13)[None]
@@ -227,12 +227,12 @@ TYPES = sorted({config.model_type for config in MODEL_MAPPING})
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(16))
 def test_every_family_of_transformers_makes_students_or_refuses(part, tmp_path):
-    """A student of every model type runs, is saved and is loaded, or `student_config` has refused it."""
+    """A student of every model type runs and can be saved and loaded, unless `student_config` refuses it."""
     failures, made = {}, 0
     for model_type in TYPES[part::16]:
         try:
             teacher = small_config(model_type)
-        except Exception:  # a type whose class has rules about its sizes
+        except Exception:  # a type with rules for its sizes
             continue
         for layers, hidden, heads in ((2, 24, 4), (6, 24, 4), (3, 48, 6)):
             try:
@@ -245,7 +245,7 @@ def test_every_family_of_transformers_makes_students_or_refuses(part, tmp_path):
                 runs(student, tmp_path)
                 made += 1
             except Exception as error:
-                with contextlib.suppress(Exception):  # nor does the teacher: it takes more than tokens
+                with contextlib.suppress(Exception):  # neither does the teacher, which has more inputs than tokens
                     runs(teacher, tmp_path)
                     failures[model_type, layers, hidden, heads] = repr(error)
     assert not failures
@@ -310,7 +310,7 @@ def test_random_student_is_seeded_and_leaves_the_global_state(model_type):
     weight = first.get_input_embeddings().weight
     assert not torch.equal(weight, other.get_input_embeddings().weight)
     assert {p.dtype for p in first.parameters()} == {torch.float32}
-    assert weight[5:].std().item() == pytest.approx(config.initializer_range, rel=0.1)  # the type's own initialisation
+    assert weight[5:].std().item() == pytest.approx(config.initializer_range, rel=0.1)  # the initialization of the type
     assert config.to_dict() == before
 
 
@@ -333,7 +333,7 @@ def test_copied_student_holds_the_layers_asked_for(model_type, auto):
     assert student.config.num_hidden_layers == 3
     assert base.config.num_hidden_layers == 6
 
-    # The student's first two layers are the teacher's first and third: with those moved up, the teacher agrees.
+    # The student has the teacher's first and third layers: reduced to these, the teacher agrees.
     batch = {"input_ids": torch.randint(5, 211, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
     stack = base.get_submodule(layers)
     kept = [stack[i] for i in (0, 2, 5)]
@@ -369,7 +369,7 @@ MIXED = {"head_dim": 12, "layer_types": [FULL, SLIDING, SLIDING, FULL], "use_sli
 )
 @pytest.mark.parametrize("layers", [[2, 3], [4, 1, 2]])
 def test_layers_are_copied_from_any_list_with_their_settings(model_type, options, stack, modules, layers):
-    """The teacher with its list cut to the same layers computes the same; windows and kinds came along."""
+    """The student computes the same as the teacher reduced to these layers, with their windows and types."""
     teacher = AutoModel.from_config(AutoConfig.for_model(model_type, **options)).eval()
     modules = modules or [f"attn.attention.{x}_proj" for x in "qkv"]
     projections = None if model_type == "camembert" else [f"{stack}.{{i}}.{module}" for module in modules]
@@ -390,7 +390,7 @@ def test_layers_are_copied_from_any_list_with_their_settings(model_type, options
 
 
 def test_a_layer_that_cannot_stand_elsewhere_is_refused():
-    """DeepSeek's first layers are dense and the others are not, DiffLlama's layers know their number."""
+    """Only the first layers of DeepSeek are dense, and layers of DiffLlama depend on their index."""
     shape = {**DECODER, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8}
     shape |= {"qk_rope_head_dim": 4, "v_head_dim": 12, "n_routed_experts": 8, "n_group": 1, "topk_group": 1}
     shape |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
@@ -446,7 +446,7 @@ def test_a_teacher_that_cannot_be_copied_is_an_error():
         copied_student(AutoModel.from_config(llama), [1])
 
 
-# What the papers publish: vocabulary, layers, hidden size -> millions of parameters.
+# Published: (vocabulary, layers, hidden size) -> millions of parameters.
 PUBLISHED = {
     (30522, 6, 768): 66,
     (30522, 12, 384): 33,
@@ -470,7 +470,7 @@ def test_presets_have_the_published_parameter_counts(name):
         assert shape in {(4, 384), (3, 384)}
     else:
         assert round(count / 1e6) == published
-    # The count by formula: word embeddings, and per layer four square projections, the feed-forward, two LayerNorms.
+    # By formula: word embeddings, and per layer four square projections, the feed-forward and two LayerNorms.
     layer = 4 * (shape[1] ** 2 + shape[1]) + 8 * shape[1] ** 2 + 5 * shape[1] + 4 * shape[1]
     assert count == config.vocab_size * shape[1] + shape[0] * layer
 

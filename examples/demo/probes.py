@@ -1,7 +1,7 @@
-"""What an encoder's frozen features are worth: topic accuracy of a ridge probe and agreement with human similarity.
+"""Evaluates the frozen features of an encoder: topic accuracy of a ridge probe, and agreement with human similarity.
 
-Features are the mean of `last_hidden_state` over the real tokens. They run through the whole model, so through the tail
-of a distilled student's last layer too, which distillation does not reach: fine-tuning begins with the same tensors.
+Features are the mean of `last_hidden_state` over the valid tokens. They depend on the whole model, including the part
+of a distilled student's last layer that distillation does not train.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,14 @@ def mean_pooled(
     max_tokens: int = MAX_TOKENS,
     batch_size: int = 64,
 ) -> torch.Tensor:
-    """Attention-mask mean of `last_hidden_state`, (texts, hidden) float32 on the CPU; the model's mode is restored.
+    """Mean of `last_hidden_state` over the valid tokens of each text. The mode of the model is restored.
 
-    Texts are cut at `max_tokens` tokens and batched by length, so that little is padding.
+    Args:
+        max_tokens: texts are truncated to this number of tokens.
+        batch_size: texts per batch; batches are sorted by length to reduce padding.
+
+    Returns:
+        (texts, hidden) float32 on the CPU.
     """
     encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
     by_length = sorted(range(len(texts)), key=lambda index: len(encoded[index]))
@@ -49,12 +54,19 @@ def mean_pooled(
 
 
 def ridge_accuracy(features: torch.Tensor, labels: Sequence[str]) -> float:
-    """Accuracy of a ridge classifier on (texts, hidden) features: five-fold cross-validation, repeated.
+    """Accuracy of a ridge classifier in repeated five-fold cross-validation.
 
-    The folds are random but fixed; five rounds of them take most of the luck of one split out of the comparison of two
-    models. Each fold is one closed-form solve with centred one-hot targets and argmax over the classes. Features are
-    standardised by the fold's training texts. The ridge strength is the number of those texts: a standardised feature
-    then has as much prior as data. A third of it, or three times as much, moves the accuracy by a point at most.
+    The random folds are fixed, and repeated five times to reduce the noise of a single split. Each fold is a
+    closed-form solve with centered one-hot targets and argmax over the classes, on features standardized by the
+    training texts. The ridge strength is the number of training texts; a third or three times of it changes the
+    accuracy by at most one point.
+
+    Args:
+        features: (texts, hidden).
+        labels: the class of each text.
+
+    Raises:
+        ValueError: not one label for each feature, or fewer than five.
     """
     if len(features) != len(labels) or len(labels) < _FOLDS:
         raise ValueError(f"labels: expected one for each of {_FOLDS} or more features, got {len(labels)}")
@@ -75,7 +87,12 @@ def ridge_accuracy(features: torch.Tensor, labels: Sequence[str]) -> float:
 
 
 def similarity_correlation(features: torch.Tensor, similarity: torch.Tensor) -> float:
-    """Pearson r between the cosine similarity of (documents, hidden) features and `similarity`, all pairs i < j."""
+    """Pearson correlation between the cosine similarity of the features and the human similarity, over all i < j.
+
+    Args:
+        features: (documents, hidden).
+        similarity: (documents, documents).
+    """
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     i, j = torch.triu_indices(len(unit), len(unit), offset=1)
     return torch.corrcoef(torch.stack([(unit[i] * unit[j]).sum(1), similarity[i, j].double()]))[0, 1].item()
@@ -84,7 +101,7 @@ def similarity_correlation(features: torch.Tensor, similarity: torch.Tensor) -> 
 def probe(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, news: LabelledTexts, rated: RatedDocuments
 ) -> dict[str, float]:
-    """`{"bbc_accuracy": ..., "lee_r": ...}` of an encoder's frozen features."""
+    """Evaluates a model. Returns `{"bbc_accuracy": ..., "lee_r": ...}`."""
     return {
         "bbc_accuracy": ridge_accuracy(mean_pooled(model, tokenizer, news.texts), news.labels),
         "lee_r": similarity_correlation(mean_pooled(model, tokenizer, rated.documents), rated.similarity),

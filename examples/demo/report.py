@@ -1,13 +1,13 @@
-"""The demo's table, made from its result rows alone."""
+"""Formats the results of the demo as a Markdown table."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_FIGURES = {  # result row: (line of the table, decimals)
-    "heldout_kl": ("held-out relation KL", 3),
-    "heldout_kl_qq": ("– Q-Q", 3),
-    "heldout_kl_kk": ("– K-K", 3),
-    "heldout_kl_vv": ("– V-V", 3),
+_FIGURES = {  # key of a result: (title of the line, decimals)
+    "eval_kl": ("eval relation KL", 3),
+    "eval_kl_qq": ("– Q-Q", 3),
+    "eval_kl_kk": ("– K-K", 3),
+    "eval_kl_vv": ("– V-V", 3),
     "bbc_accuracy": ("BBC accuracy", 3),
     "lee_r": ("Lee r", 3),
     "training_seconds": ("training, s", 0),
@@ -17,11 +17,13 @@ Row = Mapping[str, Any]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown table: a column for each row's model, a line for each figure, losses also as a share of the first row's.
+    """Formats results as a Markdown table with a column per model and a line per figure.
+
+    Losses are also given as a ratio to those of the first model.
 
     Args:
-        rows: `{"model": title of the column, figure: value, ...}`, the student before training first. A figure that a
-            row lacks is a dash.
+        rows: one mapping per model, with its title as `model` and its figures. The first is the student before
+            training. Missing figures are shown as a dash.
     """
     lines = [["", *(row["model"] for row in rows)]]
     for name, (title, decimals) in _FIGURES.items():
@@ -36,20 +38,21 @@ def table(rows: Sequence[Row]) -> str:
 def _cell(row: Row, name: str, decimals: int, before: Row) -> str:
     if row.get(name) is None:
         return "–"
-    share = f" ({row[name] / before[name]:.2f} ×)" if name.startswith("heldout") and row is not before else ""
+    share = f" ({row[name] / before[name]:.2f} ×)" if name.startswith("eval") and row is not before else ""
     return f"{row[name]:.{decimals}f}{share}"
 
 
 def section(record: Mapping[str, Any], arguments: str) -> str:
-    """The table of a results.json with the settings it was made with and the command that makes it again."""
+    """The table of a results.json, followed by its settings and the command that reproduces it."""
     settings, versions = record["settings"], record["versions"]
     layers = ", ".join(map(str, settings["copy_layers"]))
     lines = [
         table(record["rows"]),
-        f"The student begins as layers {layers} of the teacher and trains for {settings['steps']} steps",
-        f"of {settings['batch_size']} × {settings['seq_len']} tokens, with {settings['relation_heads']} relation heads",
-        f"and learning rate {settings['lr']:g}, on {versions['threads']} CPU threads",
+        f"The student starts with layers {layers} of the teacher and is trained for {settings['max_steps']} steps",
+        f"of {settings['total_batch_size']} × {settings['max_seq_length']} tokens,",
+        f"with {settings['relation_heads']} relation heads and learning rate {settings['learning_rate']:g},",
+        f"on {versions['threads']} CPU threads",
         f"(torch {versions['torch']}, transformers {versions['transformers']}).",
-        f"`python -m examples.demo {arguments}` makes this table.",
+        f"`python -m examples.demo {arguments}` reproduces this table.",
     ]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""Wikipedia dump to plain paragraphs: the prose of each article, without markup, tables, lists, captions, references.
+"""Converts a Wikipedia dump to plain text: the prose of each article, without markup, tables, lists and references.
 
-Small on purpose: a full wikitext parser still leaves captions, categories and cell texts to be picked out afterwards.
+A full wikitext parser would not help, because captions, categories and cells would have to be removed afterwards.
 """
 
 import bz2
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-_MIN_WORDS = 12  # shorter lines are mostly what is left of tables and infoboxes
+_MIN_WORDS = 12  # shorter lines are mostly remains of tables and infoboxes
 
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _BLOCK = re.compile(
@@ -18,7 +18,7 @@ _BLOCK = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 _TAG = re.compile(r"</?[a-z][^<>]*>", re.IGNORECASE)
-# Innermost brackets first, so that nesting of any depth unwinds.
+# Innermost brackets first, so that nesting of any depth is resolved.
 _TEMPLATE = re.compile(r"\{\{((?:[^{}]|\{(?!\{)|\}(?!\}))*)\}\}")
 _TABLE = re.compile(r"\{\|(?:(?!\{\||\|\}).)*\|\}", re.DOTALL)
 _LINK = re.compile(r"\[\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\]")
@@ -33,7 +33,7 @@ _NOT_PROSE = ("*", "#", ":", ";", "|", "!", "{", "}", "=", "<", "__")
 
 
 def articles(dump: Path) -> Iterator[tuple[str, list[str]]]:
-    """Title and paragraphs of every article of a bz2-packed MediaWiki XML dump; redirects and others are left out."""
+    """Yields the title and the paragraphs of each article of a bz2-compressed MediaWiki XML dump, without redirects."""
     with bz2.open(dump) as stream:
         for _, page in ElementTree.iterparse(stream):
             if page.tag.rpartition("}")[2] != "page":
@@ -46,7 +46,7 @@ def articles(dump: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def clean(wikitext: str) -> list[str]:
-    """Paragraphs of prose, in order, up to the first of the closing sections (references, see also, ...)."""
+    """The paragraphs of prose before the closing sections (references, see also, ...)."""
     text = _BLOCK.sub("", _COMMENT.sub("", wikitext))
     text = _unwind(_TEMPLATE, _template_text, text)
     text = _unwind(_TABLE, lambda table: "", text)
@@ -75,7 +75,7 @@ def _unwind(pattern: re.Pattern[str], replace: Callable[[re.Match[str]], str], t
 
 
 def _template_text(template: re.Match[str]) -> str:
-    """Quantities and foreign words belong to the sentence; any other template does not."""
+    """The text of a template: quantities and foreign words are part of the sentence, other templates are not."""
     name, *values = (value.strip() for value in template[1].split("|"))
     if name.lower() in ("convert", "cvt") and len(values) >= 2:
         return " ".join(values[:2])

@@ -1,6 +1,8 @@
-"""The distillation loop as a library: `distill(DistillConfig(...))`, and the command line `minilm-distill`."""
+"""Distillation of a whole model: `distill(DistillConfig(...))`, or `minilm-distill` on the command line."""
 
 from typing import TYPE_CHECKING, Any
+
+from minilm_kernels._extras import optional_imports
 
 from .config import DistillConfig
 
@@ -11,9 +13,10 @@ __all__ = ["DistillConfig", "DistillResult", "distill"]
 
 
 def __getattr__(name: str) -> Any:
-    """The loop needs transformers, which takes seconds to import: `--help` and wrong options do not wait for it."""
+    """Imports the loop on first use, because it imports torch and transformers, which takes seconds."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import loop
+    with optional_imports("distill", "minilm_kernels.distill"):
+        from . import loop
 
     return getattr(loop, name)

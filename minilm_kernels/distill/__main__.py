@@ -1,4 +1,4 @@
-"""`python -m minilm_kernels.distill`, the form that torchrun takes."""
+"""`python -m minilm_kernels.distill`, for torchrun."""
 
 import sys
 

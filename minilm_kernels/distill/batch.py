@@ -1,4 +1,4 @@
-"""One batch of rows as the tensors that the two models and the loss take."""
+"""A batch of samples as the tensors that the two models and the loss take."""
 
 from __future__ import annotations
 
@@ -12,48 +12,53 @@ from torch import Tensor
 
 from minilm_kernels.losses import QKV
 
-from .data import PADDING, Rows
+from .packing import PADDING, Samples
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Documents (that is, pieces of them) and tokens, padding left out: the weights of an exact average."""
+class LossWeights:
+    """Number of documents (pieces of documents) and of valid tokens, which weight the losses of parts of a batch."""
 
     documents: int
     tokens: int
 
     @classmethod
-    def of(cls, rows: Rows) -> Counts:
-        return cls(int((rows.positions == 0).sum()), int((rows.positions != PADDING).sum()))
+    def of(cls, samples: Samples) -> LossWeights:
+        """Counts the documents and tokens of samples."""
+        return cls(int((samples.positions == 0).sum()), int((samples.positions != PADDING).sum()))
 
-    def weight(self, reduction: str, total: Counts) -> float:
-        """Factor of this part's loss so that the parts of `total` sum to the loss of all of it."""
+    def weight(self, reduction: str, total: LossWeights) -> float:
+        """Factor of this part's loss. The weighted losses of all parts add up to the loss of `total`."""
         if reduction == "sequence":
             return self.documents / total.documents
         return self.tokens / total.tokens if reduction == "token" else 1.0
 
 
-def prefix_lengths(rows: Rows, low: float, high: float, seed: tuple[int, ...]) -> np.ndarray:
-    """Prefix of every document, (documents,) int64: its length times a share drawn from [low, high)."""
-    starts = rows.positions.ravel() == 0
-    real = rows.positions.ravel() != PADDING
-    lengths = np.bincount(np.cumsum(starts)[real] - 1, minlength=int(starts.sum()))
+def prefix_lengths(samples: Samples, low: float, high: float, seed: tuple[int, ...]) -> np.ndarray:
+    """Prefix length of every document, (documents,) int64: its length times a share drawn from [low, high)."""
+    starts = samples.positions.ravel() == 0
+    valid = samples.positions.ravel() != PADDING
+    lengths = np.bincount(np.cumsum(starts)[valid] - 1, minlength=int(starts.sum()))
     return np.rint(lengths * np.random.default_rng(seed).uniform(low, high, len(lengths))).astype(np.int64)
 
 
 class Batch:
-    """Rows on a device, ready for both models and the loss.
+    """Samples on a device, as inputs of both models and of the loss.
 
     Args:
-        rows: B rows of S tokens; rows that hold one document each are trimmed to the longest.
-        prefixes: for the prefix mask, (documents,) prefix lengths.
-        causal: for the causal mask.
-        packed: rows may hold several documents; the loss then takes their tokens flat, (T, hidden).
+        samples: B samples of S tokens. Without packing they are trimmed to the longest.
+        packed: samples may have several documents. The loss then takes the valid tokens of all of them, (T, hidden).
+        causal: use the causal mask.
+        prefixes: prefix lengths for the prefix mask, (documents,).
+
+    Attributes:
+        ids: token ids, (B, S) int64.
+        positions: positions in the documents, (B, S) int64.
     """
 
     def __init__(
         self,
-        rows: Rows,
+        samples: Samples,
         device: torch.device,
         *,
         packed: bool,
@@ -61,32 +66,32 @@ class Batch:
         prefixes: np.ndarray | None = None,
     ) -> None:
         if not packed:
-            rows = Rows(*(part[:, : int((rows.positions != PADDING).sum(1).max())] for part in rows))
-        positions = rows.positions.ravel()
-        real = positions != PADDING
-        starts = np.flatnonzero(positions[real] == 0)
-        lengths = np.diff(np.append(starts, int(real.sum())))
+            samples = Samples(*(part[:, : int((samples.positions != PADDING).sum(1).max())] for part in samples))
+        positions = samples.positions.ravel()
+        valid = positions != PADDING
+        starts = np.flatnonzero(positions[valid] == 0)
+        lengths = np.diff(np.append(starts, int(valid.sum())))
 
-        self.ids = torch.from_numpy(rows.ids.astype(np.int64)).to(device, non_blocking=True)  # (B, S)
-        self.positions = torch.from_numpy(rows.positions.astype(np.int64)).to(device, non_blocking=True)  # (B, S)
+        self.ids = torch.from_numpy(samples.ids.astype(np.int64)).to(device, non_blocking=True)
+        self.positions = torch.from_numpy(samples.positions.astype(np.int64)).to(device, non_blocking=True)
         self.causal = causal
         self.prefixes = None if prefixes is None else torch.from_numpy(prefixes).to(device)  # (documents,)
         self._packed = packed
-        self._real = None if real.all() else torch.from_numpy(np.flatnonzero(real)).to(device)  # (T,)
-        self._borders = torch.from_numpy(np.append(starts, int(real.sum())).astype(np.int32)).to(device)  # (N + 1,)
+        self._valid = None if valid.all() else torch.from_numpy(np.flatnonzero(valid)).to(device)  # (T,)
+        self._cu_seqlens = torch.from_numpy(np.append(starts, int(valid.sum())).astype(np.int32)).to(device)  # (N + 1,)
         self._longest = int(lengths.max())
-        self._visible: Tensor | None = None
+        self._mask: Tensor | None = None
 
     def model_inputs(self, position_offset: int, additive: bool) -> dict[str, Any]:
-        """Arguments of a model's forward.
+        """Arguments for the forward of a model.
 
         Args:
             position_offset: position id of a document's first token.
-            additive: the model adds its mask to the scores (eager attention) and cannot take a boolean one.
+            additive: the model adds its mask to the scores (eager attention) and does not accept a boolean one.
         """
         mask: Tensor
         if self._packed or self.causal or self.prefixes is not None:
-            mask = self._visible_pairs()
+            mask = self._attention_mask()
             if additive:
                 mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, torch.finfo(torch.float16).min)
         else:
@@ -97,14 +102,17 @@ class Batch:
             "position_ids": self.positions.clamp(min=0) + position_offset,
         }
 
-    def _visible_pairs(self) -> Tensor:
-        """(B, 1, S, S) bool: whether row i sees j. Padding sees padding, so that no row is without any."""
-        if self._visible is None:
+    def _attention_mask(self) -> Tensor:
+        """(B, 1, S, S) bool, True if position i attends to position j.
+
+        Padding attends to padding, so that no softmax is over an empty set.
+        """
+        if self._mask is None:
             starts = self.positions == 0
-            # Padding after the row's documents counts as one more of them.
+            # Padding at the end of a sample forms a document of its own.
             first_padding = (self.positions == PADDING) & (self.positions.roll(1, 1) != PADDING)
-            document = (starts | first_padding).cumsum(1)  # (B, S), from 1 in every row
-            visible = document[:, :, None] == document[:, None, :]
+            document = (starts | first_padding).cumsum(1)  # (B, S), from 1 in every sample
+            mask = document[:, :, None] == document[:, None, :]
             if self.causal or self.prefixes is not None:
                 order = torch.arange(self.ids.shape[1], device=self.ids.device)
                 earlier = order[None, :, None] >= order[None, None, :]
@@ -112,20 +120,20 @@ class Batch:
                     number = (starts.reshape(-1).cumsum(0) - 1).view_as(starts)
                     inside = (self.positions < self.prefixes[number]) & (self.positions != PADDING)  # (B, S)
                     earlier = earlier | inside[:, None, :]
-                visible = visible & earlier
-            self._visible = visible[:, None]
-        return self._visible
+                mask = mask & earlier
+            self._mask = mask[:, None]
+        return self._mask
 
     def for_loss(self, qkv: QKV) -> QKV:
-        """Projections (B, S, hidden) as the loss takes them: packed, (T, hidden) without padding."""
+        """Projections (B, S, hidden) in the layout of the loss: (T, hidden) without padding if the batch is packed."""
         if not self._packed:
             return qkv
         flat = (x.flatten(0, 1) for x in qkv)
-        return QKV(*flat) if self._real is None else QKV(*(x.index_select(0, self._real) for x in flat))
+        return QKV(*flat) if self._valid is None else QKV(*(x.index_select(0, self._valid) for x in flat))
 
     def loss_arguments(self) -> Mapping[str, Any]:
-        """The loss's mask arguments."""
+        """Mask arguments of the loss."""
         arguments: dict[str, Any] = {"causal": self.causal, "prefix_lens": self.prefixes}
         if self._packed:
-            return {**arguments, "cu_seqlens": self._borders, "max_seqlen": self._longest}
+            return {**arguments, "cu_seqlens": self._cu_seqlens, "max_seqlen": self._longest}
         return {**arguments, "attention_mask": self.positions != PADDING}

@@ -1,8 +1,8 @@
-"""Checkpoints and folders that are either whole or not there: written beside, synced, renamed; removed the same way.
+"""Checkpoints, and atomic writes of files and folders.
 
-A folder becomes visible by one rename, after every byte of it is on disk. Its manifest holds size and SHA-256 of every
-file, as they were handed to the disk, so a damaged one is told from a whole one and the previous is used. Tensors are
-safetensors, all else JSON.
+A folder is written under a temporary name, synced to disk and then renamed, so that it is either complete or does not
+exist. The manifest of a checkpoint has the size and SHA-256 of every file. If the newest checkpoint is damaged, the
+previous one is used. Tensors are stored as safetensors, everything else as JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .console import say
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TEMPORARY = ".unfinished-"
@@ -35,7 +35,7 @@ DAMAGED = "damaged-"
 _STEP = re.compile(r"step-([0-9]+)")
 _ASIDE = re.compile(rf"{DAMAGED}step-[0-9]+(\.[0-9]+)?")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# What file systems answer that cannot sync a folder (CIFS, FUSE), or not one that may be written but not listed.
+# Errors of file systems that cannot sync folders (CIFS, FUSE), or cannot sync a folder without read permission.
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES}
 _DAMAGE = (
     ValueError,
@@ -53,27 +53,32 @@ _DAMAGE = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that a run continues from.
+    """The state of a run.
 
     Attributes:
-        step: optimizer steps done.
-        numbers: JSON state (settings, data position, counters).
-        tensors: file name without suffix to named tensors, on any device: model, optimizer, data, RNG.
-        folder, digest: where it was read, and what identifies its content.
+        step: number of finished optimizer steps.
+        state: JSON state (settings, position in the text, counters).
+        tensors: file name without suffix to named tensors on any device (model, optimizer, data, random state).
+        folder: the folder from which it was read.
+        digest: SHA-256 that identifies its content.
     """
 
     step: int
-    numbers: dict[str, Any]
+    state: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
     folder: Path | None = None
     digest: str = ""
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Makes the folder `target` of what `fill` writes into the empty folder it is given. An empty `target` is replaced.
+    """Creates a folder atomically. An empty folder of the same name is replaced.
+
+    Args:
+        target: the folder.
+        fill: writes the content into the empty folder that it is called with.
 
     Raises:
-        OSError: the disk is full or cannot be written, or `fill` failed; nothing of it is left.
+        OSError: the disk is full or cannot be written, or `fill` failed. Nothing is left behind.
     """
     temporary = target.parent / f"{TEMPORARY}{target.name}"
     try:
@@ -92,13 +97,13 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     except BaseException as error:
         with suppress(OSError):
             remove(temporary)
-        if isinstance(error, Exception):  # tokenizers raises plain ones
-            raise explained(error, target) from error
+        if isinstance(error, Exception):  # tokenizers raises plain exceptions
+            raise write_error(error, target) from error
         raise
 
 
 def write_file(target: Path, content: bytes) -> None:
-    """Replaces a small file, whole or not at all. Raises `OSError` as `write_folder` does."""
+    """Replaces a small file atomically. Raises `OSError` as `write_folder` does."""
     temporary = target.parent / f"{TEMPORARY}{target.name}"
     try:
         remove(temporary)
@@ -109,12 +114,12 @@ def write_file(target: Path, content: bytes) -> None:
         with suppress(OSError):
             remove(temporary)
         if isinstance(error, OSError):
-            raise explained(error, target) from error
+            raise write_error(error, target) from error
         raise
 
 
 def _write(path: Path, content: bytes) -> None:
-    """A new file, on disk when this returns: an error of the disk meets the handle that wrote."""
+    """Writes a new file and syncs it, so that errors of the disk are raised here."""
     with path.open("xb") as file:
         file.write(content)
         file.flush()
@@ -122,15 +127,15 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _share(path: Path, mode: int) -> None:
-    """Gives a file the mode of its neighbours: safetensors makes some that only their owner can read."""
+    """Sets the permissions of a file, because safetensors creates files that only their owner can read."""
     if stat.S_IMODE(path.stat().st_mode) & 0o666 != mode:
-        with suppress(PermissionError):  # a file system without modes
+        with suppress(PermissionError):  # a file system without permissions
             path.chmod(mode)
 
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """Opens a regular file to read. Raises `ValueError` for anything else, which could be read without end."""
+    """Opens a regular file for reading. Raises `ValueError` for anything else, which might never end."""
     with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError(f"{path} is not a regular file")
@@ -144,7 +149,7 @@ def read_file(path: Path) -> bytes:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and its missing parents, each on disk when this returns."""
+    """Creates a folder and its missing parents, and syncs them to disk."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -152,7 +157,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's names, are on disk; passes over folders that cannot be synced."""
+    """Waits until the content of a file, or the names in a folder, are on disk. Ignores folders without support."""
     folder = path.is_dir()
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -166,7 +171,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link (never what it points to), or a folder with all in it; a missing one is no error."""
+    """Removes a file, a link (but not its target) or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -174,7 +179,7 @@ def remove(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what broken writes and removals left in `folder`."""
+    """Removes the temporary files of interrupted writes and removals from `folder`."""
     for path in folder.glob(f"{TEMPORARY}*"):
         try:
             remove(path)
@@ -183,13 +188,18 @@ def remove_unfinished(folder: Path) -> None:
 
 
 class Checkpoints:
-    """The checkpoints `step-...` in one folder, of which the newest `keep` whole ones are kept."""
+    """The checkpoints `step-NUMBER` of a run.
+
+    Args:
+        folder: contains the checkpoints.
+        keep: number of complete checkpoints to keep.
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
 
     def names(self) -> list[Path]:
-        """The folders `step-NUMBER`, oldest first; links, files and other names are not ours."""
+        """The folders `step-NUMBER`, oldest first. Links, files and other names are ignored."""
         return self._folders(_STEP)
 
     def _folders(self, pattern: re.Pattern[str]) -> list[Path]:
@@ -201,7 +211,7 @@ class Checkpoints:
         return [self.folder / name for name in sorted(found, key=lambda name: (_step_of(name), name))]
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Writes one, then removes those beyond `keep`. Raises `OSError` if it cannot; the older ones stay whole."""
+        """Writes a checkpoint, then removes old ones. Raises `OSError`; the older checkpoints then remain complete."""
 
         def fill(folder: Path) -> None:
             files = {}
@@ -212,7 +222,7 @@ class Checkpoints:
 
             for name, tensors in checkpoint.tensors.items():
                 add(f"{name}.safetensors", save(_plain(tensors)))
-            add(STATE, json.dumps({"step": checkpoint.step, **checkpoint.numbers}).encode())
+            add(STATE, json.dumps({"step": checkpoint.step, **checkpoint.state}).encode())
             _write(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
 
         target = self.folder / f"step-{checkpoint.step:09d}"
@@ -222,52 +232,53 @@ class Checkpoints:
         self.rotate()
 
     def rotate(self) -> None:
-        """Removes what is older than the newest `keep` whole ones: first its name, then its files."""
+        """Removes checkpoints that are older than the newest `keep` complete ones."""
         remove_unfinished(self.folder)
         names = self.names()
-        kept = [folder for folder in names if _looks_whole(folder)][-self.keep :]
+        kept = [folder for folder in names if _looks_complete(folder)][-self.keep :]
         for old in names:
             if kept and _step_of(old.name) < _step_of(kept[0].name):
-                hidden = old.with_name(TEMPORARY + old.name)
+                # Renamed first, so that no incomplete checkpoint has a checkpoint's name.
+                temporary = old.with_name(TEMPORARY + old.name)
                 try:
-                    old.rename(hidden)
+                    old.rename(temporary)
                     sync(self.folder)
-                    remove(hidden)
-                except OSError as error:  # the new one is on disk; this one is tried again after the next
+                    remove(temporary)
+                except OSError as error:  # tried again after the next checkpoint
                     say(f"checkpoint {old} could not be removed: {error}")
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint, `None` if there is none.
+        """Reads the newest complete checkpoint; `None` if there is no checkpoint.
 
-        Damaged ones above it are reported and set aside.
+        Newer ones that are damaged are reported and renamed to `damaged-...`.
 
         Raises:
-            ValueError: all of them are damaged, those set aside before included.
-            OSError: one cannot be read, which says nothing about its content.
+            ValueError: all checkpoints are damaged, including those that were renamed before.
+            OSError: the disk cannot read a checkpoint, which may be intact.
         """
-        wrong: dict[Path, ValueError] = {}
+        errors: dict[Path, ValueError] = {}
         for folder in reversed(self.names()):
             try:
                 found = read_checkpoint(folder)
             except ValueError as error:
-                wrong[folder] = error
+                errors[folder] = error
                 continue
-            for path, reason in wrong.items():
+            for path, reason in errors.items():
                 aside = self._set_aside(path)
-                say(f"{reason}; set aside as {aside.name}, using {folder.name} instead")
+                say(f"{reason}; renamed to {aside.name}, using {folder.name} instead")
             return found
-        for reason in wrong.values():
+        for reason in errors.values():
             say(str(reason))
-        unusable = [*reversed(self._folders(_ASIDE)), *wrong]
+        unusable = [*reversed(self._folders(_ASIDE)), *errors]
         if unusable:
             raise ValueError(
                 f"no checkpoint in {self.folder} can be used: {', '.join(path.name for path in unusable)} are damaged; "
-                "begin again in another --output"
+                "start again in another --output-dir"
             )
         return None
 
     def _set_aside(self, path: Path) -> Path:
-        """Renames what cannot be used, so that it neither counts nor blocks its name."""
+        """Renames a damaged checkpoint, so that its name is free and it does not count as one."""
         for number in itertools.count(1):
             aside = path.with_name(f"{DAMAGED}{path.name}" + (f".{number}" if number > 1 else ""))
             if not os.path.lexists(aside):
@@ -276,16 +287,16 @@ class Checkpoints:
             path.rename(aside)
             sync(self.folder)
         except OSError as error:
-            raise explained(error, aside) from error
+            raise write_error(error, aside) from error
         return aside
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads and checks one checkpoint; loads nothing that its manifest does not list.
+    """Reads and verifies a checkpoint. Files that its manifest does not list are ignored.
 
     Raises:
-        ValueError: its content is wrong; the message names what is damaged.
-        OSError: the disk does not give its content.
+        ValueError: the checkpoint is damaged. The message names the problem.
+        OSError: the disk cannot read it.
     """
     try:
         manifest = read_file(folder / MANIFEST)
@@ -296,8 +307,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 raise ValueError(f"{name} has {size} bytes, expected {expected['bytes']}")
             if digest != expected["sha256"]:
                 raise ValueError(f"{name} has a wrong checksum")
-        numbers = json.loads(read_file(folder / STATE))
-        step = numbers.pop("step")
+        state = json.loads(read_file(folder / STATE))
+        step = state.pop("step")
         if type(step) is not int or step != _step_of(folder.name):
             raise ValueError(f"{STATE} is of step {step!r}")
         names = [Path(name) for name in files if name != STATE]
@@ -308,17 +319,17 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise OSError(
             error.errno, f"checkpoint {folder} cannot be read: {error}; nothing was changed, try again later"
         ) from error
-    return Checkpoint(step, numbers, tensors, folder, hashlib.sha256(manifest).hexdigest())
+    return Checkpoint(step, state, tensors, folder, hashlib.sha256(manifest).hexdigest())
 
 
 def damaged(folder: Path | None, error: Exception) -> ValueError:
-    """The error of a checkpoint whose content is wrong."""
+    """The exception for a checkpoint with wrong content."""
     reason = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
     return ValueError(f"checkpoint {folder} is damaged: {reason}")
 
 
 def _listed(manifest: bytes) -> dict[str, dict[str, Any]]:
-    """Files of a manifest, by name. Raises one of `_DAMAGE` if it is not one of this version."""
+    """The files of a manifest, by name. Raises one of `_DAMAGE` if the manifest is invalid or of another version."""
     content = json.loads(manifest)
     if content["format"] != FORMAT:
         raise ValueError(f"written in format {content['format']}, this version reads {FORMAT}")
@@ -329,8 +340,8 @@ def _listed(manifest: bytes) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _looks_whole(folder: Path) -> bool:
-    """Whether all files are there in their sizes; the content is not read."""
+def _looks_complete(folder: Path) -> bool:
+    """True if all files exist and have the right size. The content is not read."""
     try:
         files = _listed(read_file(folder / MANIFEST))
         return all((folder / name).stat().st_size == expected["bytes"] for name, expected in files.items())
@@ -360,7 +371,7 @@ def _step_of(name: str) -> int:
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no storage, as safetensors wants them."""
+    """Contiguous tensors that share no storage, as safetensors requires."""
     plain, storages = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous()
@@ -372,15 +383,15 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def explained(error: Exception, target: Path) -> OSError:
-    """A failed write with what to do about it; safetensors and tokenizers give the system's error only as text."""
+def write_error(error: Exception, target: Path) -> OSError:
+    """The exception for a failed write, with advice. safetensors and tokenizers report the system's error as text."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (match := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(match[1])
     if number in _FULL:
         return OSError(
             number,
-            f"the disk is full: {target} could not be written. Nothing saved before is lost: make room, then continue "
-            f"with --resume ({error})",
+            f"the disk is full: {target} could not be written. Earlier checkpoints are intact: make room and continue "
+            f"with --resume-from-checkpoint ({error})",
         )
     return OSError(number or errno.EIO, f"{target} could not be written: {error}")

@@ -1,6 +1,6 @@
 """`minilm-distill`: the command line of `distill`, generated from the fields of `DistillConfig`.
 
-Nothing here imports torch before all options are read and checked.
+torch is imported after the options are parsed and checked, so that `--help` and errors appear at once.
 """
 
 from __future__ import annotations
@@ -15,32 +15,37 @@ from typing import NoReturn
 
 from minilm_kernels import __version__
 
-from .config import DistillConfig, advice, default_of, flag, read_settings, show, shown
+from .config import DistillConfig, advice
+from .config_values import default_of, flag, show, shown
 from .console import flush, say
 
 _HELP = "minilm-distill --help lists the options"
-_LONGEST = 4000  # characters of an error; other libraries' may be pages
+_LONGEST = 4000  # characters of an error message; those of other libraries may fill pages
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Ends with the error first, then the way to help, without pages of usage."""
+        """Prints the error and how to get help, without the long usage text, and exits."""
         say(f"error: {message}\n{_HELP}")
         raise SystemExit(2)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """One argument an option; values stay text, which `DistillConfig` reads and checks."""
+    """Creates a parser with one argument per option. Values remain text; `DistillConfig` converts and checks them."""
     parser = _Parser(
         prog="minilm-distill",
-        description="Distil the self-attention relations of a teacher into a student (MiniLM, MiniLMv2).",
-        epilog="Several processes: torchrun --nproc-per-node N -m minilm_kernels.distill OPTIONS.",
+        description="Distill the self-attention relations of a teacher into a student (MiniLM, MiniLMv2).",
+        epilog="Several GPUs: torchrun --nproc-per-node N -m minilm_kernels.distill OPTIONS.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the versions of the package and of torch")
-    parser.add_argument("--debug", action="store_true", help="print the traceback of an error too")
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with these options; the command line wins")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of errors")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML or JSON file with these options; command-line options take precedence",
+    )
     for option in fields(DistillConfig):
         default = default_of(option)
         shown = "required" if default is MISSING else f"default: {'none' if default in (None, ()) else show(default)}"
@@ -55,10 +60,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; an error is a message on standard error, with --debug after its traceback.
+    """Runs `minilm-distill`. Errors are printed on standard error, with a traceback if `--debug` is given.
 
-    Returns 0; 1 for an error, 2 for wrong options, 128 + signal number if stopped by one. --help and what cannot be
-    parsed end in `SystemExit` of 0 and 2, as argparse has it.
+    Args:
+        argv: command-line arguments, by default those of the process.
+
+    Returns:
+        0 for success, 1 for an error, 2 for invalid options, and 128 + the signal number for a run that was stopped by
+        a signal.
+
+    Raises:
+        SystemExit: `--help` (0), or arguments that cannot be parsed (2), as in argparse.
     """
     debug, status = False, 2
     try:
@@ -73,11 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"minilm-distill {__version__}, torch {_torch_version()}")
             return 0
         file = options.pop("config", None)
-        settings = {} if file is None else read_settings(file)
+        settings = {}
+        if file is not None:
+            from .config_file import read_settings  # imports yaml
+
+            settings = read_settings(file)
         config = DistillConfig.from_mapping({**settings, **options}, "options" if file is None else f"--config {file}")
 
         status = 1
-        from .loop import distill  # imports torch and transformers: seconds
+        from minilm_kernels.distill import distill  # imports torch and transformers, which takes seconds
 
         result = distill(config)
         return 0 if result.stopped_by is None else 128 + result.stopped_by
@@ -95,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _torch_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version  # imports sockets and mail, for --version alone
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, and only --version needs it
 
     try:
         return version("torch")
@@ -104,8 +120,8 @@ def _torch_version() -> str:
 
 
 def _message(error: Exception) -> str:
-    """The message of an error that `distill` promises; any other, in a line, with its type."""
+    """The message of an exception that `distill` documents; others in one line, with their type."""
     text = str(error)
     if not isinstance(error, (ValueError, TypeError, RuntimeError, ImportError, OSError)) or not text:
-        text = f"{' '.join(f'{type(error).__name__}: {text}'.split())} (--debug shows where)"
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … (--debug shows all)"
+        text = f"{' '.join(f'{type(error).__name__}: {text}'.split())} (--debug prints the traceback)"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … (--debug prints all of it)"

@@ -1,4 +1,4 @@
-"""What the last bits of a run depend on beside its settings: recorded in every checkpoint, compared on `--resume`."""
+"""The environment on which the bits of a run depend: recorded in every checkpoint, and compared when it is resumed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import minilm_kernels
 from minilm_kernels.relation.backends import native
 
 from .checkpoint import sha256
-from .models import Pair
+from .models import TeacherStudent
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
-    """Machine and versions, as JSON; the keys are words for a message."""
+    """Machine and versions as JSON. The keys appear in messages."""
     backends = [name for name, reason in minilm_kernels.backend_status().items() if reason == "ready"]
     instructions = torch.backends.cpu.get_cpu_capability()
     if "cpu" in backends:
@@ -40,20 +40,21 @@ def conditions(device: torch.device) -> dict[str, Any]:
     }
 
 
-def broken_promises(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for each condition that is not as it was."""
+def condition_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Returns a warning for each condition that has changed."""
     return [
-        f"no longer bit for bit the run that was not interrupted: {name} was {before.get(name)}, is {now.get(name)}"
+        f"results may differ in their last bits from an uninterrupted run: {name} was {before.get(name)}, "
+        f"is {now.get(name)}"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
 
 
-def teacher_digests(pair: Pair) -> dict[str, str]:
-    """SHA-256 of the files that the teacher and its tokenizer were loaded from, by name."""
-    name = pair.teacher.model.name_or_path
-    revision = getattr(pair.teacher.model.config, "_commit_hash", None)
-    names = {"config.json", _WEIGHTS, *_TOKENIZER, "tokenizer.json", *pair.tokenizer.vocab_files_names.values()}
+def teacher_digests(models: TeacherStudent) -> dict[str, str]:
+    """SHA-256 of the files of the teacher and its tokenizer, by name."""
+    name = models.teacher.model.name_or_path
+    revision = getattr(models.teacher.model.config, "_commit_hash", None)
+    names = {"config.json", _WEIGHTS, *_TOKENIZER, "tokenizer.json", *models.tokenizer.vocab_files_names.values()}
     files = {file: _find(name, file, revision) for file in sorted(names)}
     if files[_WEIGHTS] is None and (index := _find(name, _INDEX, revision)) is not None:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -62,7 +63,7 @@ def teacher_digests(pair: Pair) -> dict[str, str]:
 
 
 def _find(name: str, file: str, revision: str | None) -> Path | None:
-    """A file of a local folder or of the hub's cache, which loading has filled."""
+    """A file of a local folder, or of the hub's cache after the model was loaded."""
     if Path(name).is_dir():
         path = Path(name) / file
         return path if path.exists() else None
@@ -79,7 +80,7 @@ def _find(name: str, file: str, revision: str | None) -> Path | None:
 
 
 def _processor() -> str:
-    """The CPU's model, by which its libraries choose their code."""
+    """Model of the CPU, by which libraries choose their code."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

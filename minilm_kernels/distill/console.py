@@ -1,4 +1,4 @@
-"""Lines of a run on standard output and error. A stream that is closed, full or read by nobody never ends a run."""
+"""Messages of a run on standard output and error. A closed or full stream never ends a run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from typing import Any, TextIO
 
 
 def say(message: str) -> None:
-    """A line of its own on standard error, above a progress bar."""
-    from tqdm import tqdm  # the command line says some things before it imports anything
+    """Prints a line on standard error, above a progress bar if there is one."""
+    if sys.stderr is None:
+        return
+    line = f"minilm-distill: {message}"
+    with suppress(OSError, ValueError):
+        if sys.modules.get("tqdm"):  # otherwise there is no progress bar
+            from tqdm import tqdm
 
-    if sys.stderr is not None:
-        with suppress(OSError, ValueError):
-            tqdm.write(f"minilm-distill: {message}", file=sys.stderr)
+            tqdm.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr)
 
 
 def flush(*streams: TextIO | None) -> None:
-    """Writes what is buffered. A stream that cannot be written is turned to the null device: the interpreter would
-    complain of it at its end (a reader that has gone, as in `| head`)."""
+    """Flushes streams. One that fails is redirected to the null device, so that the interpreter does not report it at
+    exit, for example after `| head`."""
     for stream in filter(None, streams):
         try:
             stream.flush()
@@ -31,7 +36,7 @@ def flush(*streams: TextIO | None) -> None:
 
 
 class _Forgiving:
-    """A text stream that loses what it cannot write."""
+    """A text stream that ignores write errors."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -56,7 +61,7 @@ class _Forgiving:
 
 @contextmanager
 def forgiving_streams() -> Iterator[None]:
-    """While entered, nothing that writes to `sys.stdout` or `sys.stderr` fails, progress bars of libraries included."""
+    """Makes writes to `sys.stdout` and `sys.stderr`, including those of progress bars, succeed inside the block."""
     before = sys.stdout, sys.stderr
     with Path(os.devnull).open("w") as nowhere:
         sys.stdout, sys.stderr = (_Forgiving(stream or nowhere) for stream in before)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those of torchrun (gloo on CPU, nccl on CUDA), and what they agree on."""
+"""`DistContext`: rank, device and collectives of a run, alone or under torchrun (gloo on CPU, NCCL on CUDA)."""
 
 from __future__ import annotations
 
@@ -17,31 +17,36 @@ T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1
 
 
-class Processes:
-    """This process's rank, device and collectives; used as a context, it starts and ends the process group."""
+class DistContext:
+    """Rank, device and collectives of this process. Entering it creates the process group, leaving it destroys it.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+
+    Attributes:
+        world_size: number of processes.
+        rank, local_rank: number of this process, among all and on its machine.
+        device: device of this process.
+
+    Raises:
+        RuntimeError: "cuda" without a CUDA device.
+        ValueError: the environment variables WORLD_SIZE, RANK and LOCAL_RANK are inconsistent.
+    """
 
     def __init__(self, device: str) -> None:
-        """
-        Args:
-            device: "auto", "cpu" or "cuda".
-
-        Raises:
-            RuntimeError: "cuda" where there is none.
-            ValueError: WORLD_SIZE, RANK or LOCAL_RANK of the environment do not fit.
-        """
-        self.count, self.rank = _from_environment("WORLD_SIZE", 1), _from_environment("RANK", 0)
+        self.world_size, self.rank = _from_environment("WORLD_SIZE", 1), _from_environment("RANK", 0)
         self.local_rank = _from_environment("LOCAL_RANK", 0)
-        if not 0 <= self.rank < self.count:
+        if not 0 <= self.rank < self.world_size:
             raise ValueError(
-                f"environment: RANK is {self.rank} and WORLD_SIZE {self.count}, expected 0 <= RANK < WORLD_SIZE"
+                f"environment: RANK is {self.rank} and WORLD_SIZE {self.world_size}, expected 0 <= RANK < WORLD_SIZE"
             )
         if device == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("--device cuda: torch finds no CUDA device here; use --device cpu")
+            raise RuntimeError("--device cuda: torch finds no CUDA device; use --device cpu")
         if device != "cpu" and torch.cuda.is_available():
             if not 0 <= self.local_rank < torch.cuda.device_count():
                 raise ValueError(
                     f"environment: LOCAL_RANK is {self.local_rank}, but there are {torch.cuda.device_count()} CUDA "
-                    "devices; start at most one process a device, or use --device cpu"
+                    "devices; start at most one process per device, or use --device cpu"
                 )
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
@@ -51,17 +56,17 @@ class Processes:
         self._control: dist.ProcessGroup | None = None
 
     @property
-    def main(self) -> bool:
-        """Whether this is the process that writes."""
+    def is_main(self) -> bool:
+        """True on rank 0, which writes the files."""
         return self.rank == 0
 
-    def __enter__(self) -> Processes:
+    def __enter__(self) -> DistContext:
         _end_with_torchrun()
-        if self.count > 1:
+        if self.world_size > 1:
             if not dist.is_initialized():
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
                 self._started = True
-            # Flags and RNG states travel on the CPU, so that they never wait for the device.
+            # Flags and RNG states are exchanged on the CPU, so that they never wait for the device.
             self._control = dist.new_group(backend="gloo")
         return self
 
@@ -70,45 +75,49 @@ class Processes:
             dist.destroy_process_group()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sums a tensor on the device over the processes, in place."""
-        if self.count > 1:
+        """Sums a tensor on the device over all processes, in place."""
+        if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def largest(self, value: int) -> int:
-        """The largest of the processes' values."""
-        if self.count == 1:
+    def max(self, value: int) -> int:
+        """The maximum of `value` over all processes."""
+        if self.world_size == 1:
             return value
         flag = torch.tensor(value)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._control)
         return int(flag)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """A CPU tensor of every process, in the order of ranks."""
-        if self.count == 1:
+        """The CPU tensors of all processes, in the order of ranks."""
+        if self.world_size == 1:
             return [tensor]
-        parts = [torch.empty_like(tensor) for _ in range(self.count)]
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor, group=self._control)
         return parts
 
-    def gather_values(self, value: Any) -> list[Any]:
-        """A small value of every process, in the order of ranks."""
-        if self.count == 1:
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The (small) values of all processes, in the order of ranks."""
+        if self.world_size == 1:
             return [value]
-        values = [None] * self.count
+        values = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._control)
         return values
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Runs `action` on the main process and gives its (small) result to all; where it fails, every process fails.
+        """Runs `action` on the main process and returns its (small) result on all processes.
 
         `action` must not communicate.
+
+        Raises:
+            Exception: on the main process, the exception of `action`.
+            RuntimeError: on the other processes, if `action` failed.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return action()
         error: Exception | None = None
         reply: list[Any] = [False, None]
-        if self.main:
+        if self.is_main:
             try:
                 reply = [True, action()]
             except Exception as failure:
@@ -118,19 +127,19 @@ class Processes:
             raise error
         done, result = reply
         if not done:
-            raise RuntimeError("the main process failed; its message says why")
+            raise RuntimeError("the main process failed; see its error message")
         return result
 
-    def together(self, action: Callable[[], T]) -> T:
-        """Runs `action` on every process; where it fails on one, every process fails, and none waits for another.
+    def on_all(self, action: Callable[[], T]) -> T:
+        """Runs `action` on every process. If it fails on one process, all of them raise, and none waits for another.
 
         `action` must not communicate.
 
         Raises:
-            Exception: what `action` raised here.
-            RuntimeError: it succeeded here and failed on another process; the message names process and error.
+            Exception: the exception of `action` on this process.
+            RuntimeError: `action` succeeded here and failed on another process, which the message names.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return action()
         error: Exception | None = None
         result: Any = None
@@ -138,17 +147,17 @@ class Processes:
             result = action()
         except Exception as failure:
             error = failure
-        if self.largest(int(error is not None)):
-            errors = self.gather_values(None if error is None else f"{type(error).__name__}: {error}")
+        if self.max(int(error is not None)):
+            errors = self.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
             if error is not None:
                 raise error
             rank = next(rank for rank, text in enumerate(errors) if text is not None)
             raise RuntimeError(f"process {rank} failed: {errors[rank]}")
         return result
 
-    def agree(self, value: Any, what: str) -> None:
-        """Raises `RuntimeError` on every process if their values differ; `None` agrees with all."""
-        values = self.gather_values(value)
+    def check_equal(self, value: Any, what: str) -> None:
+        """Raises `RuntimeError` on every process if their values differ. A `None` is equal to all."""
+        values = self.gather_objects(value)
         known = [value for value in values if value is not None]
         if any(value != known[0] for value in known):
             listed = "; ".join(f"process {rank}: {value}" for rank, value in enumerate(values))
@@ -156,7 +165,7 @@ class Processes:
 
 
 def _from_environment(name: str, default: int) -> int:
-    """A launcher's number; an empty variable counts as missing."""
+    """An integer that the launcher has set; an empty variable counts as missing."""
     text = os.environ.get(name, "").strip()
     try:
         return int(text) if text else default
@@ -165,9 +174,9 @@ def _from_environment(name: str, default: int) -> int:
 
 
 def _end_with_torchrun() -> None:
-    """Asks Linux for a SIGTERM when torchrun dies: a killed launcher cannot end its workers itself."""
+    """Asks Linux for a SIGTERM when torchrun dies, because a killed launcher cannot end its workers."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform.startswith("linux"):
         parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-        if os.getppid() != parent:  # it died in between
+        if os.getppid() != parent:  # it has died before the call
             os.kill(os.getpid(), signal.SIGTERM)

@@ -1,64 +1,53 @@
-"""The held-out relation KL: an exact average over the held-out rows, without dropout and without gradients."""
+"""The evaluation loss: an exact mean over the evaluation samples, without dropout and without gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from .batch import Batch, Counts, prefix_lengths
+from .batch import LossWeights
 from .config import DistillConfig
-from .data import Rows
-from .distributed import Processes
-from .models import Pair
+from .distributed import DistContext
+from .models import TeacherStudent
+from .packing import Samples
+from .step import loss_vector, make_batch
 
 
-def make_batch(config: DistillConfig, rows: Rows, device: torch.device, seed: tuple[int, ...], part: slice) -> Batch:
-    """The `part` of `rows` as a batch; prefixes are drawn for all rows, so that they do not depend on the part."""
-    prefixes = None
-    if config.mask == "prefix":
-        before = Counts.of(rows.part(slice(0, part.start))).documents
-        count = Counts.of(rows.part(part)).documents
-        prefixes = prefix_lengths(rows, *config.prefix_range, seed)[before : before + count]
-    causal = config.mask == "causal"
-    return Batch(rows.part(part), device, packed=config.packing, causal=causal, prefixes=prefixes)
-
-
-def heldout_loss(
-    config: DistillConfig, pair: Pair, rows: Rows, micro: int, processes: Processes, stopped: Callable[[], int]
+def evaluate(
+    config: DistillConfig,
+    models: TeacherStudent,
+    samples: Samples,
+    micro_batch: int,
+    dist: DistContext,
+    stopped: Callable[[], int],
 ) -> dict[str, float] | None:
-    """The loss, and each relation by itself and unweighted, over all held-out rows; `None` if it was stopped.
+    """Measures the loss over all evaluation samples.
 
     Args:
-        rows: (rows, seq_len); every process measures its share of the micro-batches of `micro` rows.
-        stopped: asked before each micro-batch; where one process stops, all do.
+        samples: (samples, max_seq_length). Every process evaluates its share of the micro-batches.
+        micro_batch: samples of a micro-batch.
+        stopped: called before each micro-batch; a result other than 0 stops the evaluation on all processes.
+
+    Returns:
+        `eval_loss`, and the unweighted loss of each relation (`eval_qq`, ...); `None` if it was stopped.
     """
-    total = Counts.of(rows)
-    names = list(pair.loss.relations)
-    sums = torch.zeros(len(names), dtype=torch.float64, device=processes.device)
-    training = pair.student.model.training
-    pair.student.model.eval()
-    starts = range(0, len(rows.ids), micro)
-    for start in starts[processes.rank :: processes.count]:
+    total = LossWeights.of(samples)
+    relations = models.loss.relations
+    sums = torch.zeros(len(relations), dtype=torch.float64, device=dist.device)
+    training = models.student.model.training
+    models.student.model.eval()
+    starts = range(0, len(samples.ids), micro_batch)
+    for start in starts[dist.rank :: dist.world_size]:
         if stopped():
             break
-        part = slice(start, start + micro)
-        batch = make_batch(config, rows, processes.device, (config.seed, 2), part)
-        values = components(config, pair, batch, gradient=False)
-        weight = Counts.of(rows.part(part)).weight(config.reduction, total)
-        sums += weight * torch.stack([values[name] for name in names]).double()
-    pair.student.model.train(training)
-    if processes.largest(stopped()):
+        part = slice(start, start + micro_batch)
+        batch = make_batch(config, samples, dist.device, (config.seed, 2), part)
+        weight = LossWeights.of(samples.part(part)).weight(config.reduction, total)
+        sums += weight * loss_vector(config, models, batch, requires_grad=False).double()
+    models.student.model.train(training)
+    if dist.max(stopped()):
         return None
-    measured = dict(zip(names, processes.sum(sums).tolist(), strict=True))
-    return {"loss": sum(weight * measured[name] for name, weight in pair.loss.relations.items()), **measured}
-
-
-def components(config: DistillConfig, pair: Pair, batch: Batch, *, gradient: bool) -> dict[str, Tensor]:
-    """Every relation's loss of a batch, unweighted; differentiable in the student if `gradient`."""
-    with torch.set_grad_enabled(gradient):
-        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            teacher = pair.teacher.project(batch)
-            student = pair.student.project(batch)
-        return pair.loss.components(teacher, student, **batch.loss_arguments())
+    measured = dict(zip(relations, dist.sum(sums).tolist(), strict=True))
+    loss = sum(weight * measured[name] for name, weight in relations.items())
+    return {"eval_loss": loss, **{f"eval_{name}": value for name, value in measured.items()}}

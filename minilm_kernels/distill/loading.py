@@ -1,4 +1,4 @@
-"""Loads models and tokenizers from folders and the hub. Nothing that comes from outside is executed or unpickled."""
+"""Loads models and tokenizers from folders and the hub, without running code or unpickling data from them."""
 
 from __future__ import annotations
 
@@ -20,66 +20,73 @@ from transformers import AutoModel, AutoTokenizer
 
 from minilm_kernels.students import one_line
 
-# A config may ask for any number of layers. What is built is bounded by what the weights' files hold.
+# A config can ask for any number of layers. The size of the model is bounded by the size of the weight files.
 _MOST_LAYERS = 10_000
-_MOST_MODULES = 200_000  # of a model whose files are not known before it is loaded
+_MOST_MODULES = 200_000  # for models of the hub, whose files are not known before they are loaded
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.spm", "tekken*")
 _POINTER = b"version https://git-lfs"
 
 
-def source_of(name: str, option: str) -> str:
-    """The folder or hub name that a model or tokenizer is loaded from, for the value of --teacher or --student.
+def resolve_source(name: str, option: str) -> str:
+    """Returns the folder or hub name to load a model or tokenizer from.
 
-    The folder of a finished run stands for its student. What is not there at once is said on standard error, because
-    the hub may take a minute to answer.
+    For the folder of a finished run, this is the folder of its student. A message on standard error tells when the hub
+    is asked, because it may take a minute to answer.
+
+    Args:
+        name: the value of `--teacher` or `--student`.
+        option: the option, for messages.
 
     Raises:
-        FileNotFoundError: neither a folder nor a name that the hub could know.
-        ValueError: a file, or the folder of a run without a student.
+        FileNotFoundError: there is no such folder, and the name is not valid on the hub.
+        ValueError: the name is a file, or the folder of a run without a student.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "config.json").exists() or not (path / "settings.json").exists():
             return str(path)
         if not (path / "student" / "config.json").exists():
-            raise ValueError(f"{option}: {name} is the folder of a run that has no finished student yet")
-        _say(f"{option}: {name} is the folder of a run; its student is taken, {path / 'student'}")
+            raise ValueError(f"{option}: {name} is the folder of a run that has not finished its student")
+        _say(f"{option}: {name} is the folder of a run; using its student {path / 'student'}")
         return str(path / "student")
     if path.exists():
-        raise ValueError(f"{option}: {name} is a file; give the folder that holds the model and its tokenizer")
+        raise ValueError(f"{option}: {name} is a file; give the folder that contains the model and its tokenizer")
     try:
         validate_repo_id(name)
     except HFValidationError:
         raise FileNotFoundError(f"{option}: there is no folder {name}") from None
-    _say(f"{option}: there is no folder {name} here; asking the Hugging Face hub for a model of this name")
+    _say(f"{option}: there is no folder {name}; looking for a model of this name on the Hugging Face hub")
     return name
 
 
 def load_tokenizer(source: str, option: str) -> Any:
-    """The tokenizer of a `source_of`. Raises `ValueError` that names the option."""
-    with _door(source, option, "tokenizer"):
+    """Loads the tokenizer of a resolved source. Raises `ValueError` that names the option."""
+    with _loading_errors(source, option, "tokenizer"):
         if Path(source).is_dir():
             _check_files(Path(source), _TOKENIZER_FILES)
             if not has_tokenizer(source):
-                raise ValueError("it holds no file of a tokenizer, such as tokenizer.json or vocab.txt")
+                raise ValueError("it has no tokenizer file, such as tokenizer.json or vocab.txt")
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        tokenizer("a")  # some damage shows when it is first used
+        tokenizer("a")  # some errors appear on first use
         return tokenizer
 
 
 def has_tokenizer(source: str) -> bool:
-    """Whether a tokenizer can be expected there; where there are no files of one, transformers makes one up."""
+    """True if the source has files of a tokenizer. transformers invents a tokenizer for a folder without them."""
     folder = Path(source)
     return not folder.is_dir() or any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES)
 
 
 def load_model(source: str, option: str) -> tuple[Any, dict[str, Any]]:
-    """The base model of a `source_of`, float32 on the CPU, and transformers' loading info: `missing_keys` and others.
+    """Loads the base model of a resolved source in float32 on the CPU.
+
+    Returns:
+        The model, and the loading info of transformers (`missing_keys`, `unexpected_keys`, ...).
 
     Raises:
-        ValueError: whatever is wrong with the files, named with the option and the folder.
+        ValueError: the files cannot be loaded. The message names the option, the folder and the problem.
     """
-    with _door(source, option, "model as safetensors"):
+    with _loading_errors(source, option, "safetensors model"):
         tensors, size = None, 0
         if Path(source).is_dir():
             _check_files(Path(source), ("*.safetensors*",))
@@ -92,44 +99,46 @@ def load_model(source: str, option: str) -> tuple[Any, dict[str, Any]]:
                 trust_remote_code=False,
                 dtype=torch.float32,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are listed, for a message of our own
+                ignore_mismatched_sizes=True,  # reported below instead
             )
         if info["mismatched_keys"]:
             name, held, wanted = min(info["mismatched_keys"])
             raise ValueError(
-                f"its weights have other shapes than its config.json says, for example {name} {list(held)} where "
-                f"{list(wanted)} is expected"
+                f"the shapes of its weights contradict its config.json, for example {name} has {list(held)}, expected "
+                f"{list(wanted)}"
             )
         return model, info
 
 
 @contextmanager
-def _door(source: str, option: str, what: str) -> Iterator[None]:
-    """Every exception of the libraries that read foreign files becomes one sentence."""
+def _loading_errors(source: str, option: str, what: str) -> Iterator[None]:
+    """Converts every exception of the loading libraries to a `ValueError` with a message of one sentence."""
     try:
         yield
-    except BaseException as error:  # a panic of tokenizers is no Exception
+    except BaseException as error:  # a panic in Rust code is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        where = "folder" if Path(source).is_dir() else "hub name (there is no such folder here)"
+        where = "folder" if Path(source).is_dir() else "hub name (there is no such folder)"
         raise ValueError(f"{option}: no {what} could be loaded from the {where} {source}: {one_line(error)}") from error
 
 
 def _check_files(folder: Path, patterns: Sequence[str]) -> None:
-    """Refuses files that were never fetched, settings that no machine can build, and those that name code."""
+    """Raises `ValueError` for Git LFS pointers, absurd numbers of layers, and settings that refer to code."""
     for file in (file for pattern in ("config.json", *patterns) for file in folder.glob(pattern)):
         if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(_POINTER):
-            raise ValueError(f"{file.name} is a Git LFS pointer, not the file itself; fetch it with git lfs pull")
+            raise ValueError(f"{file.name} is a Git LFS pointer instead of the file; fetch the file with git lfs pull")
     if (folder / "config.json").exists():
         for name, value in _entries(_json(folder / "config.json")):
             if isinstance(value, int) and "layer" in name and value > _MOST_LAYERS:
                 raise ValueError(f"config.json says {name} = {value}")
             if isinstance(value, str) and name.endswith("_implementation") and "/" in value:
-                raise ValueError(f"config.json says {name} = {value}, which is code of the hub; take the line out")
+                raise ValueError(
+                    f"config.json says {name} = {value}, which refers to code on the hub; remove that line"
+                )
 
 
 def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested objects, each with its key."""
+    """Yields (key, value) of all members of nested objects."""
     if isinstance(value, dict):
         for key, entry in value.items():
             yield from _entries(entry, str(key))
@@ -138,10 +147,10 @@ def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files that transformers will read; a `ValueError` if one of them is not a safetensors file of the folder."""
+    """The weight files that transformers will read. Raises `ValueError` for other files than safetensors."""
     if (folder / "adapter_config.json").exists():
         raise ValueError(
-            "it holds an adapter, not a whole model; merge it (peft's merge_and_unload) and save the result"
+            "it contains an adapter instead of a model; merge it (merge_and_unload in PEFT) and save the result"
         )
     config = _json(folder / "config.json") if (folder / "config.json").exists() else {}
     named = config.get("transformers_weights") or next(
@@ -150,27 +159,27 @@ def _weights(folder: Path) -> list[Path]:
     if named is None:
         others = [file.name for pattern in ("*.bin", "*.pt", "*.h5", "*.msgpack") for file in folder.glob(pattern)]
         found = f"only {', '.join(others)}; convert it with save_pretrained" if others else "no weights"
-        raise ValueError(f"it holds {found}")
+        raise ValueError(f"it contains {found}")
     names = [str(named)]
     if names[0].endswith(".index.json"):
         names = sorted({str(name) for name in _json(_inside(folder, names[0]))["weight_map"].values()})
     wrong = [name for name in names if not name.endswith(".safetensors")]
     if wrong:
-        raise ValueError(f"{wrong[0]} is named as a file of its weights and is no .safetensors file")
+        raise ValueError(f"{wrong[0]} is listed as one of its weight files, but is no .safetensors file")
     return [_inside(folder, name) for name in names]
 
 
 def _inside(folder: Path, name: str) -> Path:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{name} is named as a file of its weights and lies outside the folder")
+        raise ValueError(f"{name} is listed as one of its weight files, but is outside of the folder")
     return folder / name
 
 
 def _json(file: Path) -> dict[str, Any]:
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError(f"{file.name} holds {type(content).__name__}, expected an object")
+        raise ValueError(f"{file.name} contains {type(content).__name__}, expected an object")
     return content
 
 
@@ -181,9 +190,14 @@ def _tensors(file: Path) -> int:
 
 @contextmanager
 def _bounded(tensors: int | None, size: int) -> Iterator[None]:
-    """Ends the building of a model that is far larger than its weights: `tensors` in files of `size` bytes."""
+    """Stops the creation of a model that is far larger than its weight files.
+
+    Args:
+        tensors: number of tensors in the files; `None` if unknown.
+        size: bytes of the files.
+    """
     most_modules = _MOST_MODULES if tensors is None else 1_000 + 10 * tensors
-    most_elements = None if tensors is None else 1_000_000 + 8 * size  # weights of 4 bits have 2 elements a byte
+    most_elements = None if tensors is None else 1_000_000 + 8 * size  # 4-bit weights have 2 elements per byte
     modules, elements = 0, 0
     counted: set[tuple[int, str]] = set()
 
@@ -201,8 +215,8 @@ def _bounded(tensors: int | None, size: int) -> Iterator[None]:
         elements += parameter.numel()
         if elements > most_elements:
             raise ValueError(
-                f"its config.json describes a model of more than {most_elements} elements, its weights have {size} "
-                "bytes"
+                f"its config.json describes a model of more than {most_elements} elements, but its weights have only "
+                f"{size} bytes"
             )
 
     handles = [

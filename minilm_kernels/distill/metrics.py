@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, and a progress bar, or a line now and then where nobody watches."""
+"""metrics.jsonl, and the progress of a run: a bar on a terminal, otherwise a line from time to time."""
 
 from __future__ import annotations
 
@@ -10,57 +10,60 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .checkpoint import explained, read_file, sync, write_file
+from .checkpoint import read_file, sync, write_error, write_file
 from .console import say
 
-QUIET_SECONDS = 30.0  # between two lines where standard error is no terminal
+QUIET_SECONDS = 30.0  # between two lines if standard error is no terminal
 
-HeldOutRecords = tuple[dict[str, Any], dict[str, Any]] | None
+EvalRecords = tuple[dict[str, Any], dict[str, Any]] | None
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, with `step` and `split` ("train" or "heldout")."""
+    """metrics.jsonl: one JSON object per line, with `step` and `split` ("train" or "eval").
 
-    def __init__(self, path: Path, step: int, *, measured: bool = True) -> None:
-        """Drops the lines after `step`, the held-out line of `step` itself unless `measured`, and a cut last line.
+    When a run is resumed, lines after its step are removed, as is an incomplete last line. Other lines that cannot be
+    read are reported and kept.
 
-        Any other line that cannot be read is reported and stays as it is.
-        """
+    Args:
+        path: the file.
+        step: number of steps that are done; 0 starts a new file.
+        evaluated: the run has been evaluated at `step`. Otherwise the eval line of `step` is removed too.
+    """
+
+    def __init__(self, path: Path, step: int, *, evaluated: bool = True) -> None:
         self.path = path
         kept = []
         for number, line, record in _lines(path) if step else []:
             if isinstance(record, str):
-                say(f"{path}, line {number}: {record}; the line stays as it is")
-            elif record["step"] > step or (
-                record["step"] == step and record.get("split") == "heldout" and not measured
-            ):
+                say(f"{path}, line {number}: {record}; the line is kept")
+            elif record["step"] > step or (record["step"] == step and record.get("split") == "eval" and not evaluated):
                 continue
             kept.append(line + b"\n")
         write_file(path, b"".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends one line. Raises `OSError` if the disk is full."""
+        """Appends a line. Raises `OSError` if the disk is full."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise explained(error, self.path) from error
+            raise write_error(error, self.path) from error
 
     def sync(self) -> None:
         """Waits until the lines are on disk."""
         try:
             sync(self.path)
         except OSError as error:
-            raise explained(error, self.path) from error
+            raise write_error(error, self.path) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The readable lines of a metrics.jsonl, none if there is no such file."""
+    """The readable lines of a metrics.jsonl; empty if there is no such file."""
     return [record for _, _, record in _lines(path) if isinstance(record, dict)]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | str]]:
-    """(number, line, its record or what is wrong with it); without the end that a killed run left half written."""
+    """Yields (line number, line, record or error), without the incomplete last line of a killed run."""
     try:
         *lines, rest = read_file(path).split(b"\n")
     except FileNotFoundError:
@@ -72,7 +75,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | str]]:
 
 
 def _record(line: bytes) -> dict[str, Any] | str:
-    """The record in a line of metrics.jsonl, or what is wrong with the line."""
+    """The record of a line, or a description of the error in it."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -80,43 +83,53 @@ def _record(line: bytes) -> dict[str, Any] | str:
     except (ValueError, RecursionError) as error:
         return f"not JSON ({error})"
     if not isinstance(record, dict) or type(record.get("step")) is not int:
-        return "not an object with a whole number as step"
+        return "not an object with an integer step"
     return record
 
 
-def heldout_records(path: Path) -> HeldOutRecords:
-    """The first and the last held-out record of a metrics.jsonl, `None` if it has none."""
-    records = [record for record in read_metrics(path) if record.get("split") == "heldout"]
+def eval_records(path: Path) -> EvalRecords:
+    """The first and the last eval record of a metrics.jsonl; `None` if it has none."""
+    records = [record for record in read_metrics(path) if record.get("split") == "eval"]
     return (records[0], records[-1]) if records else None
 
 
 class Progress:
-    """A bar with loss, tokens/s and time left on a terminal; elsewhere one line in `QUIET_SECONDS`."""
+    """A progress bar with loss, tokens/s and remaining time; a line every `QUIET_SECONDS` where there is no terminal.
 
-    def __init__(self, step: int, steps: int, shown: bool) -> None:
-        self._shown, self._steps = shown, steps
-        self._bar = tqdm(total=steps, initial=step, unit="step", disable=None if shown else True, dynamic_ncols=True)
+    Args:
+        step: number of steps that are done.
+        max_steps: number of steps of the run.
+        shown: print anything at all.
+    """
+
+    def __init__(self, step: int, max_steps: int, shown: bool) -> None:
+        self._shown, self._max_steps = shown, max_steps
+        self._bar = tqdm(
+            total=max_steps, initial=step, unit="step", disable=None if shown else True, dynamic_ncols=True
+        )
         self._first, self._began, self._last = step, time.monotonic(), 0.0
 
     def advance(self) -> None:
-        """One step is done."""
+        """Counts a step."""
         self._bar.update()
 
     def train(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Shows the latest training loss."""
         self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
         now = time.monotonic()
-        if self._bar.disable and (now - self._last >= QUIET_SECONDS or step == self._steps):
+        if self._bar.disable and (now - self._last >= QUIET_SECONDS or step == self._max_steps):
             self._last = now
-            left = (now - self._began) / (step - self._first) * (self._steps - step)
+            left = (now - self._began) / (step - self._first) * (self._max_steps - step)
             time_left = tqdm.format_interval(left)
-            self.say(f"step {step}/{self._steps}, loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, {time_left} left")
+            self.say(
+                f"step {step}/{self._max_steps}, loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, {time_left} left"
+            )
 
     def say(self, message: str) -> None:
-        """A line of its own."""
+        """Prints a line above the bar."""
         if self._shown:
             say(message)
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Removes the bar."""
         self._bar.close()

@@ -1,10 +1,11 @@
-"""The folder that a finished run leaves: the student as `AutoModel` loads it, and how it was made."""
+"""The folder of a finished student: model, tokenizer, settings, metrics and a model card."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -13,89 +14,120 @@ import minilm_kernels
 
 from .checkpoint import write_folder
 from .config import DistillConfig
-from .metrics import HeldOutRecords
-from .models import Pair
+from .metrics import EvalRecords
+from .models import TeacherStudent
 
 
-def write_result(
+def write_student(
     target: Path,
     config: DistillConfig,
-    pair: Pair,
+    models: TeacherStudent,
     metrics: Path,
-    heldout: HeldOutRecords,
+    evaluations: EvalRecords,
     processes: int,
 ) -> None:
-    """Writes model, tokenizer, settings.json, metrics.jsonl and README.md, all or nothing.
+    """Writes the folder of the finished student, which either is complete or does not exist.
 
     Args:
-        heldout: held-out losses before the first step and after the last, if they were measured.
-        processes: how many made it.
+        target: the folder.
+        metrics: the metrics.jsonl of the run, which is copied.
+        evaluations: the first and the last eval record, if there are any.
+        processes: number of processes of the run.
 
     Raises:
         OSError: the folder cannot be written.
     """
 
     def fill(folder: Path) -> None:
-        pair.student.model.save_pretrained(folder)
-        pair.tokenizer.save_pretrained(folder)
+        models.student.model.save_pretrained(folder)
+        models.tokenizer.save_pretrained(folder)
         (folder / "settings.json").write_text(json.dumps(config.as_dict(), indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_readme(config, pair, heldout, processes), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(config, models, evaluations, processes), encoding="utf-8")
         shutil.copy(metrics, folder / "metrics.jsonl")
 
     write_folder(target, fill)
 
 
-def _readme(config: DistillConfig, pair: Pair, heldout: HeldOutRecords, processes: int) -> str:
-    trained = pair.trained()
-    untrained = [name for name, _ in pair.student.model.named_parameters() if name not in trained]
-    student, teacher = pair.student.model.config, pair.teacher.model.config
-    parameters = sum(parameter.numel() for parameter in pair.student.model.parameters())
-    relations = ", ".join(f"{name} (weight {weight:g})" for name, weight in pair.loss.relations.items())
+def model_card(config: DistillConfig, models: TeacherStudent, evaluations: EvalRecords, processes: int) -> str:
+    """The model card in Markdown, with the YAML front matter that the Hugging Face hub reads."""
+    trained = models.trained()
+    untrained = [name for name, _ in models.student.model.named_parameters() if name not in trained]
+    student, teacher = models.student.model.config, models.teacher.model.config
+    parameters = sum(parameter.numel() for parameter in models.student.model.parameters())
+    relations = ", ".join(f"{name} (weight {weight:g})" for name, weight in models.loss.relations.items())
     lines = [
+        *_front_matter(config),
         "# Distilled student",
         "",
-        f"{student.num_hidden_layers} layers, hidden size {student.hidden_size}, {parameters:,} parameters; teacher "
-        f"`{config.teacher}` ({teacher.num_hidden_layers} layers, hidden size {teacher.hidden_size}).",
+        f"A student of {student.num_hidden_layers} layers, hidden size {student.hidden_size} and {parameters:,} "
+        f"parameters, distilled from `{config.teacher}` ({teacher.num_hidden_layers} layers, hidden size "
+        f"{teacher.hidden_size}).",
         "",
         "```python",
         "from transformers import AutoModel, AutoTokenizer",
         "",
-        'student = AutoModel.from_pretrained("path/of/this/folder")',
-        'tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")',
+        'student = AutoModel.from_pretrained("path/to/this/folder")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
         "```",
         "",
-        "## How it was made",
+        "## Training",
         "",
-        f"Method {config.method}: relations {relations}; {pair.loss.num_heads} heads; teacher layer "
-        f"{pair.teacher.extractor.layer}, student layer {pair.student.extractor.layer}; {config.mask} mask; "
-        f"{config.steps} steps of {config.batch_size} rows of at most {config.seq_len} tokens.",
+        f"Method {config.method} with relations {relations} and {models.loss.num_heads} heads, from teacher layer "
+        f"{models.teacher.extractor.layer} to student layer {models.student.extractor.layer}, {config.mask} mask; "
+        f"{config.max_steps} steps of {config.total_batch_size} samples of up to {config.max_seq_length} tokens.",
         "",
         "```",
         config.command(processes),
         "```",
         "",
-        "`settings.json` holds every setting; `minilm-distill --config settings.json --output FOLDER` repeats the run.",
-        "`metrics.jsonl` holds the losses.",
-        f"Made with minilm_kernels {minilm_kernels.__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}.",
+        "`settings.json` contains all settings: `minilm-distill --config settings.json --output-dir FOLDER` repeats",
+        "the run. `metrics.jsonl` contains the losses.",
+        "",
+        f"Versions: minilm_kernels {minilm_kernels.__version__}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}.",
         "",
     ]
-    if heldout is not None:
-        before, after = heldout
-        lines += ["| held-out relation KL | before | after |", "|---|---|---|"]
+    if evaluations is not None:
+        before, after = evaluations
+        lines += ["## Evaluation", "", "| relation KL | before | after |", "|---|---|---|"]
         numeric = (int, float)
-        both = [name for name in ("loss", *pair.loss.relations) if isinstance(before.get(name), numeric)]
-        names = [name for name in both if isinstance(after.get(name), numeric)]
-        lines += [f"| {name} | {before[name]:.4f} | {after[name]:.4f} |" for name in names]
+        for name in ("loss", *models.loss.relations):
+            values = before.get(f"eval_{name}"), after.get(f"eval_{name}")
+            if all(isinstance(value, numeric) for value in values):
+                lines.append(f"| {name} | {values[0]:.4f} | {values[1]:.4f} |")
         lines.append("")
-    lines += ["## Tensors that distillation did not reach", ""]
+    lines += ["## Untrained tensors", ""]
     if untrained:
         lines += [
-            "The loss is taken at the projections of the student's layer, so nothing after them was trained.",
-            "These tensors keep their initial values; fine-tuning trains them:",
+            "The loss depends on the projections of the student's layer, so the tensors after them were not trained.",
+            "They have their initial values, and fine-tuning trains them:",
             "",
             *[f"- `{name}`" for name in untrained],
         ]
     else:
         lines.append("None.")
     return "\n".join(lines) + "\n"
+
+
+def _front_matter(config: DistillConfig) -> list[str]:
+    """YAML metadata. The license is left out, because it depends on the teacher and the text."""
+    base_model = [] if Path(config.teacher).exists() else [f"base_model: {_quoted(config.teacher)}"]
+    dataset = config.dataset_name is not None and not Path(config.dataset_name).exists()
+    datasets = ["datasets:", f"- {_quoted(config.dataset_name)}"] if dataset else []
+    tags = ["knowledge-distillation", config.method, "minilm_kernels"]
+    return [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: feature-extraction",
+        *base_model,
+        *datasets,
+        "tags:",
+        *[f"- {tag}" for tag in tags],
+        "---",
+        "",
+    ]
+
+
+def _quoted(value: Any) -> str:
+    """A YAML string: JSON strings are valid YAML."""
+    return json.dumps(value)

@@ -1,4 +1,4 @@
-"""What is checked before the first step: weights, the tokenizer against the text, and that the student can be saved."""
+"""Checks before the first step: the weights, the tokenizer against the text, and saving of the student."""
 
 from __future__ import annotations
 
@@ -18,26 +18,29 @@ from transformers import AutoModel, AutoTokenizer
 from minilm_kernels.qkv import QKV, QKVExtractor
 from minilm_kernels.students import one_line
 
-from .checkpoint import TEMPORARY, explained
-from .data import READ_CHARACTERS, READ_DOCUMENTS, Tokenizer
+from .checkpoint import TEMPORARY, write_error
+from .tokenization import DocumentTokenizer
 
-# Text in a language of the tokenizer has a few per cent of unknown tokens, text in another one nearly 100. From half
-# on, most relations are between tokens that say nothing.
+CHECKED_DOCUMENTS, CHECKED_CHARACTERS = 256, 1 << 18  # the first documents of the text, up to these limits
+# Text in a language of the tokenizer has a few per cent of unknown tokens, text in another language nearly 100.
 MOST_UNKNOWN = 0.5
-# Rows that no token uses are padding to a round number or reserves; with more of them it is another's embedding.
+# Embeddings have some unused rows, as padding to a round number or in reserve. With more, the tokenizer is another one.
 MOST_ROWS_A_TOKEN, MOST_PADDING = 2, 128
-# A tokenizer without an unknown token drops what it does not know. No text has words of this length throughout.
+# A tokenizer without an unknown token drops unknown words. No text has words of this length throughout.
 MOST_CHARACTERS_A_TOKEN = 64
 
 
 def check_weights(extractor: QKVExtractor, info: Mapping[str, Any], option: str, *, teacher: bool) -> None:
-    """A `ValueError` if Q, K and V depend on tensors that the checkpoint lacks or that are not finite.
+    """Checks the weights on which Q, K and V depend.
 
     Args:
-        extractor: of a model that was loaded; what is behind its Q, K and V may be missing.
-        info: the loading info of transformers, `missing_keys` and `unexpected_keys`.
-        option: what the user gave, for the message.
-        teacher: projections that are all zero, as placeholders of sharded training are, are an error too.
+        extractor: the extractor of a loaded model. Weights after its Q, K and V may be missing.
+        info: the loading info of transformers with `missing_keys` and `unexpected_keys`.
+        option: the option and its value, for messages.
+        teacher: refuse projections that are all zero, such as placeholders of sharded training.
+
+    Raises:
+        ValueError: the checkpoint lacks a tensor, or a tensor is not finite.
     """
     tensors = _reached(extractor)
     missing, unexpected = set(info["missing_keys"]), sorted(info["unexpected_keys"])
@@ -54,17 +57,17 @@ def check_weights(extractor: QKVExtractor, info: Mapping[str, Any], option: str,
         )
     broken = [name for name, tensor in tensors.items() if not all(map(math.isfinite, _range(tensor)))]
     if broken:
-        raise ValueError(f"{option}: its weights are not finite: {_some(broken)} hold NaN or infinity")
+        raise ValueError(f"{option}: its weights are not finite: {_some(broken)} contain NaN or infinity")
     if not all(all(map(math.isfinite, _range(output))) for output in _run(extractor)):
         raise ValueError(f"{option}: its weights are finite, but Q, K and V of layer {extractor.layer} are not")
     projections = {id(p) for projection in extractor.projections for p in projection.parameters() if p.dim() > 1}
     zero = [name for name, t in tensors.items() if id(t) in projections and _range(t) == (0.0, 0.0)]
     if teacher and zero:
-        raise ValueError(f"{option}: its weights {_some(zero)} are all zero, so its relations say nothing")
+        raise ValueError(f"{option}: its weights {_some(zero)} are all zero, so its relations are meaningless")
 
 
 def _prefix(missing: Set[str], unexpected: Iterable[str]) -> str:
-    """What stands before names of the checkpoint that the model knows without it, as "module."; "" if nothing does."""
+    """The prefix of the checkpoint's names that the model's names lack, for example "module."; "" if there is none."""
     for name in unexpected:
         parts = name.split(".")
         for i in range(1, len(parts)):
@@ -74,7 +77,7 @@ def _prefix(missing: Set[str], unexpected: Iterable[str]) -> str:
 
 
 def _reached(extractor: QKVExtractor) -> dict[str, Tensor]:
-    """The parameters and the saved buffers that Q, K and V depend on, by name in the model's state dict."""
+    """The parameters and persistent buffers on which Q, K and V depend, by their name in the state dict."""
     model = extractor.model
     unreached = set(extractor.unused_parameters())
     reached = {id(p) for name, p in model.named_parameters() if name not in unreached}
@@ -86,7 +89,7 @@ def _reached(extractor: QKVExtractor) -> dict[str, Tensor]:
 
 
 def _used_buffers(extractor: QKVExtractor) -> set[int]:
-    """The ids of the buffers of every module that runs before Q, K and V."""
+    """The ids of the buffers of all modules that run before Q, K and V."""
     used: set[int] = set()
     handle = register_module_forward_pre_hook(
         lambda module, inputs: used.update(map(id, module.buffers(recurse=False)))
@@ -106,7 +109,7 @@ def _run(extractor: QKVExtractor) -> QKV:
 
 
 def _range(tensor: Tensor) -> tuple[float, float]:
-    """The least and the largest value, NaN if there is one; no copy is made."""
+    """The smallest and the largest value, or NaN, computed without a copy."""
     if not tensor.numel() or not tensor.is_floating_point():
         return 1.0, 1.0
     low, high = torch.aminmax(tensor.detach())
@@ -119,7 +122,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def embedding_rows(model: Any) -> int | None:
-    """How many token ids the model knows, `None` if it has no table of them."""
+    """Number of rows of the token embedding; `None` if the model has none."""
     try:
         return model.get_input_embeddings().weight.shape[0]
     except (AttributeError, NotImplementedError):
@@ -127,7 +130,7 @@ def embedding_rows(model: Any) -> int | None:
 
 
 def check_ids(tokenizer: Any, teacher: Any, student: Any) -> None:
-    """A `ValueError` if the tokenizer has ids beyond an embedding, or too few for the teacher's."""
+    """Raises `ValueError` if token ids exceed an embedding, or are too few for the teacher's embedding."""
     ids = set(tokenizer.get_vocab().values())
     for name, model in (("teacher", teacher), ("student", student)):
         rows = embedding_rows(model)
@@ -140,15 +143,18 @@ def check_ids(tokenizer: Any, teacher: Any, student: Any) -> None:
     if rows is not None and rows > len(ids) * MOST_ROWS_A_TOKEN + MOST_PADDING:
         raise ValueError(
             f"--teacher: its tokenizer has {len(ids)} tokens, its embedding {rows} rows: they do not belong together "
-            "(if they do, cut the embedding with resize_token_embeddings)"
+            "(if they do, shrink the embedding with resize_token_embeddings)"
         )
 
 
-def check_text(tokenizer: Tokenizer, texts: Iterable[str], teacher: Any, student: Any) -> None:
-    """A `ValueError` if the tokenizer does not know the words of the first documents, or gives ids beyond a model.
+def check_text(tokenizer: DocumentTokenizer, texts: Iterable[str], teacher: Any, student: Any) -> None:
+    """Checks the tokenizer against the first documents.
 
     Args:
-        texts: the training documents; the first few are read.
+        texts: the training documents, of which a few are read.
+
+    Raises:
+        ValueError: the tokenizer does not know most of the words, or token ids exceed an embedding.
     """
     first = list(_first(texts))
     if not first:
@@ -157,25 +163,27 @@ def check_text(tokenizer: Tokenizer, texts: Iterable[str], teacher: Any, student
     characters = sum(len("".join(text.split())) for text in first)
     if len(ids) * MOST_CHARACTERS_A_TOKEN < characters:
         raise ValueError(
-            f"--teacher: its tokenizer gives {len(ids)} tokens for the first {characters} characters of the text: it "
-            "does not know them"
+            f"--teacher: its tokenizer returns {len(ids)} tokens for the first {characters} characters of the text: it "
+            "does not know this language"
         )
     strange = ids.count(tokenizer.unknown) if tokenizer.unknown is not None else 0
     if strange > MOST_UNKNOWN * len(ids):
         raise ValueError(
             f"--teacher: its tokenizer does not know the text: {strange} of the first {len(ids)} tokens are its "
-            "unknown token; is it this model's tokenizer, and does the model know this language?"
+            "unknown token; check that the tokenizer belongs to the model, and that the model knows this language"
         )
     largest = max([*ids, *map(int, tokenizer.prefix), *map(int, tokenizer.suffix), tokenizer.pad])
     for name, model in (("teacher", teacher), ("student", student)):
         rows = embedding_rows(model)
         if rows is not None and largest >= rows:
-            raise ValueError(f"the teacher's tokenizer gives id {largest}, the {name}'s embedding has only {rows} rows")
+            raise ValueError(
+                f"the teacher's tokenizer returns id {largest}, the {name}'s embedding has only {rows} rows"
+            )
 
 
 def _first(texts: Iterable[str]) -> Iterator[str]:
-    room = READ_CHARACTERS
-    for text in islice(texts, READ_DOCUMENTS):
+    room = CHECKED_CHARACTERS
+    for text in islice(texts, CHECKED_DOCUMENTS):
         yield text[:room]
         room -= len(text)
         if room <= 0:
@@ -183,12 +191,12 @@ def _first(texts: Iterable[str]) -> Iterator[str]:
 
 
 def check_saving(student: Any, tokenizer: Any, output: Path) -> None:
-    """Saves student and tokenizer below `output`, loads them again and compares; nothing stays there.
+    """Saves student and tokenizer in a temporary folder below `output`, loads them and compares.
 
-    The second student is smaller than the optimizer's state, which is made later.
+    The second copy of the student needs less memory than the optimizer, which is created later.
 
     Raises:
-        ValueError: they cannot be saved, or come back as others.
+        ValueError: they cannot be saved or loaded, or change when they are.
         OSError: the disk is full or cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}trial-", dir=output, ignore_cleanup_errors=True) as folder:
@@ -196,8 +204,8 @@ def check_saving(student: Any, tokenizer: Any, output: Path) -> None:
             student.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         except Exception as error:
-            if isinstance(error, OSError) or "os error" in str(error):  # the text of safetensors and tokenizers
-                raise explained(error, output) from error
+            if isinstance(error, OSError) or "os error" in str(error):  # safetensors and tokenizers
+                raise write_error(error, output) from error
             raise ValueError(f"the student could not be saved: {one_line(error)}") from error
         try:
             again = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
@@ -217,10 +225,10 @@ def check_saving(student: Any, tokenizer: Any, output: Path) -> None:
         if words != tokenizer.get_vocab():
             lost.append("the tokenizer's vocabulary")
         if lost:
-            raise ValueError(f"the student would not be saved as it is: {_some(sorted(lost))} come back changed")
+            raise ValueError(f"the student changes when it is saved and loaded: {_some(sorted(lost))}")
 
 
 def _settings(config: Any) -> dict[str, str]:
-    """The settings that the config's class knows, as JSON; others do not change the model."""
+    """The settings that the config's class declares, as JSON. Others have no effect on the model."""
     known = getattr(type(config), "__dataclass_fields__", config.to_dict()).keys() - {"architectures", "dtype"}
     return {key: json.dumps(value, default=str) for key, value in config.to_dict().items() if key in known}

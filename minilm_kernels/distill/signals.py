@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop after its step, so that nothing is lost."""
+"""Signals that stop a run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-# Ctrl-C, schedulers, a closed session; the warnings of batch systems before they kill.
+# Ctrl-C, schedulers and closed terminals; batch systems send the last two as a warning before they kill a job.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
-# The others come twice by themselves: from the shell and the terminal, or once a second beyond a limit.
+# A second signal of these aborts the run. The others may arrive twice without intent: SIGHUP from both the shell and
+# the terminal, SIGXCPU once a second above the limit.
 ABORTING = (signal.SIGINT, signal.SIGTERM)
-# Nobody's unless a program makes them its own.
+# Left alone where the program has a handler for them.
 _FREE = (signal.SIGUSR1, signal.SIGXCPU)
-# torchrun passes on a signal that its workers may have had from the terminal already.
+# torchrun forwards signals that the terminal may have sent to the workers already.
 ECHO_SECONDS = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
 
 class StopSignals:
-    """While entered, `received` is the number of the first signal, else 0; the second SIGINT or SIGTERM aborts.
+    """Context manager that records the first stop signal; a second SIGINT or SIGTERM aborts the process.
 
-    A signal that is ignored stays so (nohup), and SIGUSR1 and SIGXCPU are left to the program that has handlers for
-    them. Only a main thread can catch signals.
+    Signals that are ignored on entry, as under nohup, remain ignored. SIGUSR1 and SIGXCPU are left alone if the program
+    has handlers for them. Outside of the main thread no signal is caught.
+
+    Attributes:
+        received: number of the first signal, 0 if there was none.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        self._first: dict[int, float] = {}  # when each came
+        self._first: dict[int, float] = {}  # signal -> time of arrival
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:

@@ -16,7 +16,7 @@ from .tiny import make_texts, save_model
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny operators are slower on several threads; the number is put back."""
+    """Runs tests on one thread, which is faster for tiny operators, and restores the number of threads."""
     found = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,7 +25,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of 2 layers, hidden size 48, vocabulary of 65 words, 40 positions."""
+    """A BERT with 2 layers, hidden size 48, 65 tokens and 40 positions."""
     return save_model(tmp_path_factory.mktemp("teacher"))
 
 
@@ -39,32 +39,32 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(teacher_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., DistillConfig]:
-    """Settings of a run of a few steps; arguments replace or add to them."""
+    """Creates the settings of a short run. Arguments replace defaults or are added."""
 
     def make(**changes: Any) -> DistillConfig:
         base = {
             "teacher": str(teacher_folder),
-            "output": str(tmp_path / "run"),
+            "output_dir": str(tmp_path / "run"),
             "text": [str(text_file)],
-            "student_layers": 1,
-            "student_hidden": 24,
-            "student_heads": 4,
+            "student_num_hidden_layers": 1,
+            "student_hidden_size": 24,
+            "student_num_attention_heads": 4,
             "relation_heads": 12,
-            "seq_len": 32,
-            "batch_size": 8,
-            "steps": 6,
-            "lr": 1e-3,
-            "heldout_fraction": 0.1,
-            "heldout_rows": 12,
-            "shuffle_rows": 40,
-            "log_every": 1,
-            "eval_every": 3,
-            "checkpoint_every": 3,
+            "max_seq_length": 32,
+            "total_batch_size": 8,
+            "max_steps": 6,
+            "learning_rate": 1e-3,
+            "eval_fraction": 0.1,
+            "eval_samples": 12,
+            "shuffle_buffer_size": 40,
+            "logging_steps": 1,
+            "eval_steps": 3,
+            "save_steps": 3,
             "device": "cpu",
         }
         merged = {**base, **changes}
         if "student" in changes or "copy_layers" in changes:
-            merged |= {"student_layers": None, "student_hidden": None}
+            merged |= {"student_num_hidden_layers": None, "student_hidden_size": None}
         return DistillConfig(**merged)
 
     return make

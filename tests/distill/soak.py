@@ -1,14 +1,15 @@
-"""Strikes a small run of `minilm-distill` at its operations on files, continues it, and compares with one left alone.
+"""Interrupts a small run of `minilm-distill` at its file operations, resumes it, and compares the results.
 
     python -m tests.distill.soak [--modes kill,half,...] [--keep 1,2] [--ranks 1,2] [--resume-too] [--damage]
                                  [--first N] [--last N] [--every N] [--seconds S]
 
-A library that is preloaded (strike.c, compiled here with `cc`) counts every open, write, sync, rename, removal and new
-folder below the run's output, and at the n-th kills the process, before it or half-way, lets it fail, or sends a
-signal. The run is then continued with `--resume`. It survives if no half checkpoint was ever visible, none that was
-whole was lost, and in the end student, metrics and list of files are those of the run that was left alone. Linux only.
+A preloaded library (strike.c, compiled here with `cc`) counts every open, write, sync, rename, removal and new folder
+below the run's output folder. At the n-th operation it kills the process, before or during the operation, makes the
+operation fail, or sends a signal. The run is then continued with `--resume-from-checkpoint`. It survives if no partial
+checkpoint was ever visible, no complete one was lost, and student, metrics and list of files are finally those of an
+undisturbed run. Linux only.
 
-Without options it goes round all kinds of runs, coarse points first, and ends within five minutes.
+Without options it tests all kinds of runs, with coarse steps first, and ends within five minutes.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ STEPS, STOPPED_AT = 6, 4
 
 @dataclass
 class Scenario:
-    """A kind of run, what it does on the disk, and how it ends when it is left alone."""
+    """A kind of run, with its file operations and its result when it is not disturbed."""
 
     keep: int
     ranks: int
@@ -56,7 +57,7 @@ class Scenario:
 
 
 class Soak:
-    """Runs in child processes of this one, which has imported all that they need."""
+    """Runs in forked child processes, so that imports happen only once."""
 
     def __init__(self, work: Path) -> None:
         from tests.distill.tiny import make_texts, save_model
@@ -70,14 +71,15 @@ class Soak:
 
     def words(self, keep: int, resume: bool) -> list[str]:
         return shlex.split(
-            f"--teacher {self.work}/teacher --text {self.work}/text.txt --output {self.output} --student-layers 1 "
-            "--student-hidden 24 --student-heads 4 --relation-heads 12 --seq-len 16 --batch-size 4 --lr 1e-3 "
-            f"--steps {STEPS} --dropout 0.1 --heldout-fraction 0.1 --heldout-rows 4 --shuffle-rows 20 --log-every 1 "
-            f"--eval-every 3 --checkpoint-every 2 --keep-checkpoints {keep} --device cpu"
-        ) + (["--resume"] if resume else [])
+            f"--teacher {self.work}/teacher --text {self.work}/text.txt --output-dir {self.output} "
+            "--student-num-hidden-layers 1 --student-hidden-size 24 --student-num-attention-heads 4 "
+            f"--relation-heads 12 --max-seq-length 16 --total-batch-size 4 --learning-rate 1e-3 --max-steps {STEPS} "
+            "--dropout 0.1 --eval-fraction 0.1 --eval-samples 4 --shuffle-buffer-size 20 --logging-steps 1 "
+            f"--eval-steps 3 --save-steps 2 --save-total-limit {keep} --device cpu"
+        ) + (["--resume-from-checkpoint"] if resume else [])
 
     def run(self, scenario: Scenario, *, resume: bool, at: int = 0, how: int = 0, stop: bool = False) -> list[int]:
-        """Exit statuses of the ranks; the first is struck. `stop`: it is asked to stop in step `STOPPED_AT`."""
+        """Exit statuses of the ranks. The first rank is interrupted; with `stop`, by a signal in step `STOPPED_AT`."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -104,14 +106,14 @@ class Soak:
             from minilm_kernels.distill import cli, loop
 
             if stop:
-                real = loop._Run._step
+                real = loop.TrainingLoop._step
 
                 def step(run: Any) -> None:
-                    if run.step == STOPPED_AT - 1 and rank == 0:
+                    if run.state.step == STOPPED_AT - 1 and rank == 0:
                         os.kill(os.getpid(), signal.SIGTERM)
                     real(run)
 
-                loop._Run._step = step  # type: ignore[method-assign]
+                loop.TrainingLoop._step = step  # type: ignore[method-assign]
             if rank == 0:
                 self.strike(os.fsencode(self.output), at, how, os.fsencode(self.journal))
             status = cli.main(self.words(scenario.keep, resume))
@@ -126,7 +128,7 @@ class Soak:
         return "".join(Path(f"{self.log}.{rank}").read_text(errors="replace") for rank in range(scenario.ranks))
 
     def prepare(self, scenario: Scenario) -> None:
-        """Leaves the folder as the run to be struck finds it."""
+        """Prepares the output folder for the run."""
         shutil.rmtree(self.output, ignore_errors=True)
         if scenario.resumed:
             name = f"stopped-{max(2, scenario.keep) if scenario.damaged else scenario.keep}-{scenario.ranks}"
@@ -141,7 +143,7 @@ class Soak:
                 file.write_bytes(file.read_bytes()[:-1] + b"?")
 
     def measure(self, scenario: Scenario) -> None:
-        """The run that is left alone."""
+        """Measures the undisturbed run."""
         self.prepare(scenario)
         ends = self.run(scenario, resume=scenario.resumed)
         assert ends == [0] * scenario.ranks, self.said(scenario)
@@ -150,7 +152,7 @@ class Soak:
         scenario.expected = self.outcome()
 
     def outcome(self) -> dict[str, Any]:
-        """What must be the same in the end: every file of the run, without what depends on the clock."""
+        """Everything that must be equal in the end: all files of the run, without timings."""
         found: dict[str, Any] = {}
         for path in self.output.rglob("*"):
             name = str(path.relative_to(self.output))
@@ -160,13 +162,13 @@ class Soak:
                 records = [json.loads(line) for line in path.read_text().splitlines()]
                 found[name] = [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in records]
             elif path.name == "settings.json":
-                found[name] = {**json.loads(path.read_text()), "resume": None}
+                found[name] = {**json.loads(path.read_text()), "resume_from_checkpoint": None}
             else:
                 found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         return {name: value for name, value in found.items() if "/damaged-" not in name}
 
     def trial(self, scenario: Scenario, mode: str, at: int) -> str | None:
-        """What went wrong, if anything did."""
+        """Runs a trial. Returns a description of the failure; None for success."""
         from minilm_kernels.distill.checkpoint import Checkpoints, read_checkpoint
 
         self.prepare(scenario)
@@ -180,7 +182,7 @@ class Soak:
         if mode in ("kill", "half") and ends[0] != right:
             return f"ended with {ends} instead of {right}:\n{said}"
 
-        # Whole when the strike came: what was renamed before it, or was there from the start.
+        # Checkpoints that were complete before the interruption: renamed before, or there from the start.
         steps = [int(path.rpartition("-")[2]) for what, path in scenario.journal[: at - 1] if _is_whole(what, path)]
         if scenario.resumed:
             steps.append(STOPPED_AT // 2 if scenario.damaged else STOPPED_AT)
@@ -197,9 +199,9 @@ class Soak:
         ends = self.run(scenario, resume=True)
         said = self.said(scenario)
         if ends != [0] * scenario.ranks:
-            return f"--resume ended with {ends}:\n{said}"
+            return f"--resume-from-checkpoint ended with {ends}:\n{said}"
         outcome, expected = self.outcome(), scenario.expected
-        if mode in ("term", "interrupt2"):  # the run has saved one more checkpoint, in place of an older one
+        if mode in ("term", "interrupt2"):  # the run has saved another checkpoint instead of an older one
             outcome, expected = _without_older(outcome), _without_older(expected)
         other = sorted(
             name
@@ -210,7 +212,7 @@ class Soak:
 
 
 def _without_older(outcome: dict[str, Any]) -> dict[str, Any]:
-    """An outcome with no more of the older checkpoints than their number."""
+    """An outcome with the number of older checkpoints instead of their names."""
     older = [name for name in outcome if name.startswith("checkpoints/") and f"step-{STEPS:09d}" not in name]
     return {**{name: value for name, value in outcome.items() if name not in older}, "older": len(older)}
 
@@ -220,7 +222,7 @@ def _is_whole(what: str, path: str) -> bool:
 
 
 def _wait(child: int, patience: float) -> int:
-    """The child's wait status; one that does not end is killed, and told from others by SIGALRM."""
+    """The wait status of a child. A child that does not end is killed, and its status is SIGALRM."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -233,13 +235,13 @@ def _wait(child: int, patience: float) -> int:
 
 
 def _points(scenario: Scenario, first: int, last: int, every: int) -> list[int]:
-    """Numbers of operations, coarse ones first: in the order of their reversed bits."""
+    """Numbers of operations in coarse steps first, by sorting their reversed bits."""
     points = range(max(1, first), min(last or len(scenario.journal), len(scenario.journal)) + 1, every)
     return [points[i] for i in sorted(range(len(points)), key=lambda i: f"{i:020b}"[::-1])]
 
 
 def _trials(soak: Soak, options: argparse.Namespace) -> Iterator[list[tuple[Scenario, str, int]]]:
-    """For each scenario and mode its trials."""
+    """Yields the trials of each scenario and mode."""
     resumed = [(False, False)]
     if options.resume_too or options.all:
         resumed.append((True, False))
@@ -254,7 +256,7 @@ def _trials(soak: Soak, options: argparse.Namespace) -> Iterator[list[tuple[Scen
 
 
 def soak(options: argparse.Namespace, work: Path) -> bool:
-    """Runs all trials that fit into the time; returns whether all survived."""
+    """Runs trials until the time is over. Returns True if all survived."""
     ending = time.monotonic() + options.seconds
     course = Soak(work)
     rounds = itertools.zip_longest(*_trials(course, options))
@@ -268,8 +270,8 @@ def soak(options: argparse.Namespace, work: Path) -> bool:
         survived += wrong is None
         if wrong:
             what, path = scenario.journal[at - 1]
-            place = Path(path).relative_to(course.output)
-            print(f"{scenario}: {mode} at operation {at} ({what} {place}): {wrong}", flush=True)
+            where = Path(path).relative_to(course.output)
+            print(f"{scenario}: {mode} at operation {at} ({what} {where}): {wrong}", flush=True)
     left = f"; {len(trials) - tried} of {len(trials)} points left out for want of time" if tried < len(trials) else ""
     print(f"survived {survived} of {tried}{left}")
     return survived == tried > 0
@@ -298,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := set(options.modes) - set(MODES):
         parser.error(f"--modes: {', '.join(unknown)}: expected some of {', '.join(MODES)}")
 
-    if LIBRARY not in os.environ:  # begin again with the library preloaded
+    if LIBRARY not in os.environ:  # start again with the library preloaded
         with tempfile.TemporaryDirectory(prefix="soak-") as folder:
             library = Path(folder) / "strike.so"
             source = Path(__file__).with_name("strike.c")

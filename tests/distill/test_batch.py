@@ -1,4 +1,4 @@
-"""Documents packed into rows give the losses, and the gradients, that they give one by one."""
+"""Losses and gradients of packed documents are those of the single documents."""
 
 from __future__ import annotations
 
@@ -10,50 +10,51 @@ import pytest
 import torch
 
 from minilm_kernels.distill import DistillConfig
-from minilm_kernels.distill.batch import Batch, Counts, prefix_lengths
-from minilm_kernels.distill.data import PADDING, Packer, Rows, Tokenizer, stack
-from minilm_kernels.distill.evaluation import make_batch
-from minilm_kernels.distill.models import Side, position_range
+from minilm_kernels.distill.batch import Batch, LossWeights, prefix_lengths
+from minilm_kernels.distill.models import LayerModel, position_range
+from minilm_kernels.distill.packing import PADDING, Packer, Samples, stack
+from minilm_kernels.distill.step import make_batch
+from minilm_kernels.distill.tokenization import DocumentTokenizer
 from minilm_kernels.losses import MiniLMv2Loss
 
 from .tiny import ARCHITECTURES, make_model, make_texts, make_tokenizer
 
 SEQ_LEN = 32
 CPU = torch.device("cpu")
-TOKENIZER = Tokenizer(make_tokenizer())
+TOKENIZER = DocumentTokenizer(make_tokenizer())
 
 
-def pack(texts: list[str], packing: bool = True) -> Rows:
+def pack(texts: list[str], packing: bool = True) -> Samples:
     packer = Packer(TOKENIZER, SEQ_LEN, packing)
     for text in texts:
         packer.add(TOKENIZER(text))
     packer.flush()
-    return stack(packer.rows, SEQ_LEN)
+    return stack(packer.samples, SEQ_LEN)
 
 
-def documents(rows: Rows) -> list[np.ndarray]:
-    """The tokens of every document (piece), special ones included."""
+def documents(samples: Samples) -> list[np.ndarray]:
+    """The tokens of every piece of a document, with special tokens."""
     found = []
-    for ids, positions in zip(*rows, strict=True):
-        real = positions != PADDING
-        found += np.split(ids[real], np.flatnonzero(positions[real] == 0)[1:])
+    for ids, positions in zip(*samples, strict=True):
+        valid = positions != PADDING
+        found += np.split(ids[valid], np.flatnonzero(positions[valid] == 0)[1:])
     return found
 
 
-def sides(architecture: str) -> tuple[Side, Side]:
+def sides(architecture: str) -> tuple[LayerModel, LayerModel]:
     teacher, student = (make_model(architecture, seed).double().eval() for seed in (0, 1))
-    return Side(teacher.requires_grad_(False), -1, None, "teacher"), Side(student, -1, None, "student")
+    return LayerModel(teacher.requires_grad_(False), -1, None, "teacher"), LayerModel(student, -1, None, "student")
 
 
-def loss_of(batch: Batch, pair: tuple[Side, Side], reduction: str) -> torch.Tensor:
+def loss_of(batch: Batch, models: tuple[LayerModel, LayerModel], reduction: str) -> torch.Tensor:
     loss = MiniLMv2Loss(12, reduction=reduction)
     with torch.no_grad():
-        teacher = pair[0].project(batch)
-    return loss(teacher, pair[1].project(batch), **batch.loss_arguments())
+        teacher = models[0].project(batch)
+    return loss(teacher, models[1].project(batch), **batch.loss_arguments())
 
 
 def alone(model: Any, document: np.ndarray, mask: str, prefix: int) -> Any:
-    """Q, K and V of one document by the model itself: its own positions, no padding, the mask written out."""
+    """Q, K and V of a single document, without padding and with an explicit mask."""
     order = torch.arange(len(document))
     visible = torch.ones(len(document), len(document), dtype=torch.bool)
     if mask != "bidirectional":
@@ -68,23 +69,23 @@ def alone(model: Any, document: np.ndarray, mask: str, prefix: int) -> Any:
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_packed_losses_are_those_of_the_documents_alone(architecture: str, packing: bool, mask: str) -> None:
-    rows = pack(make_texts(9, seed=3, longest=20), packing)
-    assert (rows.positions == PADDING).any()
+    samples = pack(make_texts(9, seed=3, longest=20), packing)
+    assert (samples.positions == PADDING).any()
     if packing:
-        assert ((rows.positions == 0).sum(1) > 1).any()
-    pair = sides(architecture)
-    prefixes = prefix_lengths(rows, 0.2, 0.8, (0,)) if mask == "prefix" else None
-    batch = Batch(rows, CPU, packed=packing, causal=mask == "causal", prefixes=prefixes)
-    found = loss_of(batch, pair, "sequence")
+        assert ((samples.positions == 0).sum(1) > 1).any()
+    models = sides(architecture)
+    prefixes = prefix_lengths(samples, 0.2, 0.8, (0,)) if mask == "prefix" else None
+    batch = Batch(samples, CPU, packed=packing, causal=mask == "causal", prefixes=prefixes)
+    found = loss_of(batch, models, "sequence")
     found.backward()
-    name, weight = next((n, p) for n, p in pair[1].model.named_parameters() if "word_embeddings" in n)
+    name, weight = next((n, p) for n, p in models[1].model.named_parameters() if "word_embeddings" in n)
     gradient, weight.grad = weight.grad, None
 
     loss, total = MiniLMv2Loss(12), torch.zeros((), dtype=torch.float64)
-    pieces = documents(rows)
+    pieces = documents(samples)
     for number, piece in enumerate(pieces):
         prefix = 0 if prefixes is None else int(prefixes[number])
-        teacher, student = (alone(side, piece, mask, prefix) for side in pair)
+        teacher, student = (alone(side, piece, mask, prefix) for side in models)
         prefix_lens = None if prefixes is None else torch.tensor([prefix])
         total = total + loss(teacher, student, causal=mask == "causal", prefix_lens=prefix_lens) / len(pieces)
     total.backward()
@@ -94,12 +95,12 @@ def test_packed_losses_are_those_of_the_documents_alone(architecture: str, packi
 
 
 def test_a_token_of_another_document_changes_nothing() -> None:
-    rows = pack(make_texts(6, seed=3, longest=12))
+    samples = pack(make_texts(6, seed=3, longest=12))
     side = sides("bert")[0]
-    before = side.extractor(**Batch(rows, CPU, packed=True).model_inputs(0, additive=False)).query[0]
-    second = int(np.flatnonzero(rows.positions[0] == 0)[1])
-    rows.ids[0, second:] = 7
-    after = side.extractor(**Batch(rows, CPU, packed=True).model_inputs(0, additive=False)).query[0]
+    before = side.extractor(**Batch(samples, CPU, packed=True).model_inputs(0, additive=False)).query[0]
+    second = int(np.flatnonzero(samples.positions[0] == 0)[1])
+    samples.ids[0, second:] = 7
+    after = side.extractor(**Batch(samples, CPU, packed=True).model_inputs(0, additive=False)).query[0]
     assert torch.equal(before[:second], after[:second])
     assert not torch.equal(before[second:], after[second:])
 
@@ -107,23 +108,23 @@ def test_a_token_of_another_document_changes_nothing() -> None:
 @pytest.mark.parametrize("reduction", ["sequence", "token", "sum"])
 @pytest.mark.parametrize("packing", [True, False])
 def test_weighted_parts_sum_to_the_whole(reduction: str, packing: bool) -> None:
-    rows = pack(make_texts(12, seed=5, longest=25), packing)
-    pair = sides("bert")
-    whole = loss_of(Batch(rows, CPU, packed=packing), pair, reduction).item()
-    total, parts = Counts.of(rows), 0.0
-    for part in (slice(0, 1), slice(1, 4), slice(4, len(rows.ids))):
-        value = loss_of(Batch(rows.part(part), CPU, packed=packing), pair, reduction).item()
-        parts += value * Counts.of(rows.part(part)).weight(reduction, total)
+    samples = pack(make_texts(12, seed=5, longest=25), packing)
+    models = sides("bert")
+    whole = loss_of(Batch(samples, CPU, packed=packing), models, reduction).item()
+    total, parts = LossWeights.of(samples), 0.0
+    for part in (slice(0, 1), slice(1, 4), slice(4, len(samples.ids))):
+        value = loss_of(Batch(samples.part(part), CPU, packed=packing), models, reduction).item()
+        parts += value * LossWeights.of(samples.part(part)).weight(reduction, total)
     assert parts == pytest.approx(whole, rel=1e-12)
 
 
 def test_counts_and_prefixes() -> None:
     positions = np.array([[0, 1, 2, 0, 1, PADDING], [0, 0, 1, 2, 3, 4]], np.int32)
-    rows = Rows(np.zeros_like(positions), positions)
-    assert Counts.of(rows) == Counts(documents=4, tokens=11)
-    assert prefix_lengths(rows, 1.0, 1.0, (0,)).tolist() == [3, 2, 1, 5]
-    assert prefix_lengths(rows, 0.0, 0.0, (0,)).tolist() == [0, 0, 0, 0]
-    wide = Rows(np.zeros((500, 101)), np.tile(np.arange(101), (500, 1)))
+    samples = Samples(np.zeros_like(positions), positions)
+    assert LossWeights.of(samples) == LossWeights(documents=4, tokens=11)
+    assert prefix_lengths(samples, 1.0, 1.0, (0,)).tolist() == [3, 2, 1, 5]
+    assert prefix_lengths(samples, 0.0, 0.0, (0,)).tolist() == [0, 0, 0, 0]
+    wide = Samples(np.zeros((500, 101)), np.tile(np.arange(101), (500, 1)))
     drawn = prefix_lengths(wide, 0.25, 0.75, (1, 2))
     assert np.array_equal(drawn, prefix_lengths(wide, 0.25, 0.75, (1, 2)))
     assert not np.array_equal(drawn, prefix_lengths(wide, 0.25, 0.75, (1, 3)))
@@ -134,15 +135,15 @@ def test_counts_and_prefixes() -> None:
 @pytest.mark.parametrize("packing", [True, False])
 def test_parts_have_the_prefixes_of_the_whole(packing: bool, settings: Callable[..., DistillConfig]) -> None:
     config = settings(mask="prefix", packing=packing)
-    rows = pack(make_texts(40), packing)
+    samples = pack(make_texts(40), packing)
 
     def prefixes(part: slice) -> list[int]:
-        found = make_batch(config, rows, CPU, (0,), part).prefixes
+        found = make_batch(config, samples, CPU, (0,), part).prefixes
         assert found is not None
         return found.tolist()
 
-    parts = [prefixes(slice(start, start + 3)) for start in range(0, len(rows.ids), 3)]
-    assert [prefix for part in parts for prefix in part] == prefixes(slice(0, len(rows.ids)))
+    parts = [prefixes(slice(start, start + 3)) for start in range(0, len(samples.ids), 3)]
+    assert [prefix for part in parts for prefix in part] == prefixes(slice(0, len(samples.ids)))
     assert parts[0] != parts[1]
 
 
@@ -152,6 +153,6 @@ def test_positions_of_every_architecture() -> None:
 
 
 def test_rows_of_one_document_are_trimmed() -> None:
-    rows = pack(["w0 w1 w2", "w0 w1 w2 w3 w4"], packing=False)
-    assert Batch(rows, CPU, packed=False).ids.shape == (2, 7)
-    assert Batch(rows, CPU, packed=True).ids.shape == (2, SEQ_LEN)
+    samples = pack(["w0 w1 w2", "w0 w1 w2 w3 w4"], packing=False)
+    assert Batch(samples, CPU, packed=False).ids.shape == (2, 7)
+    assert Batch(samples, CPU, packed=True).ids.shape == (2, SEQ_LEN)

@@ -1,4 +1,4 @@
-"""Checkpoints under full disks, kills and damage: what was saved stays, what is broken is refused."""
+"""Checkpoints with full disks, kills and damage."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def make(step: int, size: int = 1000) -> Checkpoint:
         "model": {"a": shared, "tied": shared, "turned": torch.arange(6.0).view(2, 3).T, "part": shared[3:5]},
         "progress": {"rng": torch.arange(5, dtype=torch.uint8), "empty": torch.empty(0, 4)},
     }
-    return Checkpoint(step, {"data": {"place": [0, [12, 3]], "note": "größe"}}, tensors)
+    return Checkpoint(step, {"data": {"cursor": [0, [12, 3]], "note": "größe"}}, tensors)
 
 
 def check(found: Checkpoint | None, step: int) -> None:
     assert found is not None
     expected = make(step)
-    assert (found.step, found.numbers) == (step, expected.numbers)
+    assert (found.step, found.state) == (step, expected.state)
     for name, tensors in expected.tensors.items():
         assert found.tensors[name].keys() == tensors.keys()
         for key, tensor in tensors.items():
@@ -65,12 +65,12 @@ def listed(folder: Path) -> list[str]:
 
 
 class Killed(BaseException):
-    """What a kill is to the code: nothing after it runs, no handler of `Exception` sees it."""
+    """Simulates a kill: no later code runs, and no handler of `Exception` catches it."""
 
 
 @contextmanager
 def failing(count: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Fails the `count`-th action on the disk (half-way for tensors); yields the actions that were seen."""
+    """Makes the `count`-th file operation fail (half-way for tensors). Yields the operations so far."""
     seen: list[str] = []
 
     def wrap(owner: Any, name: str) -> None:
@@ -107,7 +107,7 @@ def actions(write: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
     damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # hundreds of them
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # would be called hundreds of times
     folder = tmp_path / "count"
     Checkpoints(folder, 1).write(make(1))
     moments = actions(lambda: Checkpoints(folder, 1).write(make(2)), monkeypatch)
@@ -117,7 +117,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
         folder = tmp_path / str(moment)
         checkpoints = Checkpoints(folder, keep=1)
         checkpoints.write(make(1))
-        if damaged:  # a broken folder already has the name of the one to write
+        if damaged:  # a damaged folder has the name of the checkpoint to write
             (folder / "step-000000002").mkdir()
             (folder / "step-000000002" / "rest").touch()
         with failing(moment, Killed(), monkeypatch), suppress(Killed):
@@ -126,10 +126,10 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
         assert found is not None
         check(found, found.step)
         outcomes.add(found.step)
-        for path in folder.glob("step-*"):  # half of one is never seen under its name, but for the one that was damaged
+        for path in folder.glob("step-*"):  # no partial checkpoint is visible, except for the damaged one
             if not (damaged and (path / "rest").exists()):
                 check(read_checkpoint(path), int(path.name[5:]))
-        checkpoints.rotate()  # as a run does when it begins
+        checkpoints.rotate()  # as at the start of a run
         assert [path.name for path in checkpoints.names()] == [f"step-{found.step:09d}"]
         checkpoints.write(make(3))
         kept = {"step-000000003", *(["damaged-step-000000002"] if damaged else [])}
@@ -138,7 +138,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
 
 
 def test_a_failure_of_any_write_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # hundreds of them
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # would be called hundreds of times
     folder = tmp_path / "count"
     Checkpoints(folder, 1).write(make(1))
     moments = actions(lambda: Checkpoints(folder, 1).write(make(2)), monkeypatch)
@@ -149,17 +149,17 @@ def test_a_failure_of_any_write_is_one_clear_error(tmp_path: Path, monkeypatch: 
         checkpoints.write(make(1))
         with (
             failing(moment, full, monkeypatch),
-            pytest.raises(OSError, match=r"disk is full.*make room.*--resume") as caught,
+            pytest.raises(OSError, match=r"disk is full.*make room.*--resume-from-checkpoint") as caught,
         ):
             checkpoints.write(make(2))
         assert caught.value.errno == errno.ENOSPC
         check(checkpoints.newest(), 1)
-        assert not list(checkpoints.folder.glob(f"{TEMPORARY}*"))  # it also gives the room back
+        assert not list(checkpoints.folder.glob(f"{TEMPORARY}*"))  # it also frees its space
 
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """The system itself refuses to write files beyond `size`."""
+    """Limits the size of files by the operating system."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -204,7 +204,7 @@ def manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def replace(folder: Path, name: str, content: bytes) -> None:
-    """A file of other content under a manifest that fits it."""
+    """Replaces the content of a file and adapts the manifest."""
     (folder / name).write_bytes(content)
     listed = {"bytes": len(content), "sha256": module.sha256(folder / name)}
     manifest(folder, lambda files: files.update({name: listed}))
@@ -249,14 +249,14 @@ def test_a_damaged_one_is_reported_and_the_previous_used(
     check(checkpoints.newest(), 1)
     said = capsys.readouterr().err
     assert message in said
-    assert "set aside as damaged-step-000000002, using step-000000001 instead" in said
+    assert "renamed to damaged-step-000000002, using step-000000001 instead" in said
     assert listed(tmp_path) == ["damaged-step-000000002", "step-000000001"]
     flip_a_bit(tmp_path / "step-000000001")
     for _ in range(2):
-        with pytest.raises(ValueError, match="damaged-step-000000002, step-000000001 are damaged; begin again in"):
+        with pytest.raises(ValueError, match="damaged-step-000000002, step-000000001 are damaged; start again in"):
             checkpoints.newest()
     assert listed(tmp_path) == ["damaged-step-000000002", "step-000000001"]
-    checkpoints.write(make(2))  # the name is free for a new one, and the damaged one does not count
+    checkpoints.write(make(2))  # the name is free, and the damaged checkpoint does not count
     assert listed(tmp_path) == ["damaged-step-000000002", "step-000000001", "step-000000002"]
     check(checkpoints.newest(), 2)
 
@@ -283,7 +283,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_only_our_own_folders_count(tmp_path: Path) -> None:
-    """Names that sort behind ours neither push one out, nor are they taken for the newest, nor removed."""
+    """Other names, even if they sort after checkpoints, are ignored and kept."""
     folder = tmp_path / "checkpoints"
     checkpoints = Checkpoints(folder, keep=1)
     for step in (9, 10):
@@ -313,7 +313,7 @@ def test_damaged_ones_do_not_push_a_whole_one_out(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 3):
         checkpoints.write(make(step))
-    (tmp_path / "step-000000003" / "model.safetensors").unlink()  # half removed, as rmtree leaves it
+    (tmp_path / "step-000000003" / "model.safetensors").unlink()  # partly removed, as by an interrupted rmtree
     checkpoints.rotate()
     assert [path.name for path in checkpoints.names()] == ["step-000000002", "step-000000003"]
     checkpoints.write(make(4))
@@ -358,7 +358,7 @@ def test_files_that_the_manifest_does_not_list_are_not_loaded(tmp_path: Path) ->
 
 
 def test_the_manifest_is_of_what_was_handed_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that takes other bytes than it was given is found out, not written down as right."""
+    """A disk that stores other bytes than were written is detected."""
     real = module._write
 
     def careless(path: Path, content: bytes) -> None:
@@ -371,7 +371,7 @@ def test_the_manifest_is_of_what_was_handed_to_the_disk(tmp_path: Path, monkeypa
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]) -> list[tuple[str, str]]:
-    """(what, name of the file or folder) of every sync, rename and removal, in order."""
+    """Records (operation, name) of every sync, rename and removal."""
     seen: list[tuple[str, str]] = []
     fsync, rename, replace, rmtree = os.fsync, Path.rename, Path.replace, shutil.rmtree
 
@@ -395,7 +395,7 @@ def test_everything_is_on_disk_before_it_is_seen_and_before_the_old_one_goes(
     folder = tmp_path / "parent" / "checkpoints"
     checkpoints = Checkpoints(folder, keep=1)
     seen = recorded(monkeypatch, lambda: checkpoints.write(make(1)))
-    assert seen[:2] == [("sync", tmp_path.name), ("sync", "parent")]  # the folders that were made
+    assert seen[:2] == [("sync", tmp_path.name), ("sync", "parent")]  # the new folders
     seen = recorded(monkeypatch, lambda: checkpoints.write(make(2)))
     files = {("sync", path.name) for path in (folder / "step-000000002").iterdir()}
     assert len(files) == 4
@@ -476,7 +476,7 @@ def test_a_folder_that_cannot_be_synced_is_no_error(
 def test_an_error_that_is_no_system_error_is_explained_too(tmp_path: Path) -> None:
     def fill(folder: Path) -> None:
         (folder / "a").touch()
-        raise Exception("No space left on device (os error 28)")  # as tokenizers says it
+        raise Exception("No space left on device (os error 28)")  # the message of tokenizers
 
     with pytest.raises(OSError, match="disk is full") as caught:
         write_folder(tmp_path / "result", fill)

@@ -1,4 +1,4 @@
-"""Real processes: a kill -9, torchrun with two gloo processes, signals, and an error on one of several ranks."""
+"""Tests with real processes: kill -9, torchrun with two gloo processes, signals, and errors on one rank."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PATIENCE = 120.0
 
 @contextlib.contextmanager
 def started(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """A process of its own, with its output, that does not outlive the test."""
+    """Starts a process, and kills it and its children at the end of the test."""
     process = subprocess.Popen(
         [sys.executable, *command],
         env={**ENVIRONMENT, **environment},
@@ -43,7 +43,7 @@ def started(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]
     try:
         yield process
     finally:
-        # torchrun's workers are sessions of their own, and hold the pipe that is read below.
+        # The workers of torchrun have their own sessions, and keep the pipe open that is read below.
         for group in (process.pid, *children(process.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
@@ -51,7 +51,7 @@ def started(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]
 
 
 def children(parent: int) -> list[int]:
-    """The processes below one, by /proc."""
+    """The descendants of a process, from /proc."""
     with contextlib.suppress(OSError):
         below = [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
         return [*below, *(deeper for child in below for deeper in children(child))]
@@ -72,18 +72,18 @@ def options(config: DistillConfig) -> list[str]:
 
 
 def test_a_run_killed_at_a_random_step_continues_to_the_same_bits(settings: Settings, tmp_path: Path) -> None:
-    """300 steps; kill -9 at a random moment, checkpoints often enough that some kills meet one being written."""
+    """Kills a run of 300 steps at a random moment, with so many checkpoints that some kills interrupt one."""
     changes: dict[str, Any] = {
-        "steps": 300,
-        "seq_len": 16,
-        "batch_size": 2,
+        "max_steps": 300,
+        "max_seq_length": 16,
+        "total_batch_size": 2,
         "relation_heads": 2,
-        "heldout_rows": 4,
-        "shuffle_rows": 20,
-        "eval_every": 100,
-        "checkpoint_every": 5,
+        "eval_samples": 4,
+        "shuffle_buffer_size": 20,
+        "eval_steps": 100,
+        "save_steps": 5,
     }
-    whole = distill(settings(output=tmp_path / "whole", **changes))
+    whole = distill(settings(output_dir=tmp_path / "whole", **changes))
     assert whole.student is not None
 
     seed = random.SystemRandom().randrange(2**32)
@@ -97,13 +97,16 @@ def test_a_run_killed_at_a_random_step_continues_to_the_same_bits(settings: Sett
         assert process.wait(PATIENCE) == -signal.SIGKILL
     assert not (tmp_path / "run" / "student").exists()
 
-    continued = distill(settings(**changes, resume=True))
+    continued = distill(settings(**changes, resume_from_checkpoint=True))
     assert continued.student is not None
     files = {path.name for path in whole.student.iterdir()}
     assert files == {path.name for path in continued.student.iterdir()}
     assert (continued.student / "model.safetensors").read_bytes() == (whole.student / "model.safetensors").read_bytes()
     losses = [
-        [(record["step"], record["split"], record["loss"]) for record in read_metrics(result.metrics)]
+        [
+            (record["step"], record["split"], record.get("loss", record.get("eval_loss")))
+            for record in read_metrics(result.metrics)
+        ]
         for result in (whole, continued)
     ]
     assert losses[0] == losses[1]
@@ -113,9 +116,15 @@ def test_a_run_killed_at_a_random_step_continues_to_the_same_bits(settings: Sett
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(settings: Settings, tmp_path: Path) -> None:
-    """Also: a signal to torchrun stops both after the same step, and both continue."""
-    changes: dict[str, Any] = {"steps": 40, "dropout": 0.0, "accumulation": 2, "checkpoint_every": 100, "lr": 3e-4}
-    one = distill(settings(output=tmp_path / "one", **changes))
+    """A signal to torchrun also stops both after the same step, and both continue."""
+    changes: dict[str, Any] = {
+        "max_steps": 40,
+        "dropout": 0.0,
+        "gradient_accumulation_steps": 2,
+        "save_steps": 100,
+        "learning_rate": 3e-4,
+    }
+    one = distill(settings(output_dir=tmp_path / "one", **changes))
     config = settings(**changes)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "minilm_kernels.distill"]
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -126,11 +135,11 @@ def test_two_processes_take_the_steps_of_one(settings: Settings, tmp_path: Path)
     [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
     stopped = int(checkpoint.name.removeprefix("step-"))
     generators = read_checkpoint(checkpoint).tensors["progress"]
-    assert not torch.equal(generators["cpu.0"], generators["cpu.1"])  # each process drops out by itself
+    assert not torch.equal(generators["cpu.0"], generators["cpu.1"])  # each process has its own dropout
     assert f"stopped at step {stopped}; continue with\n  torchrun --nproc-per-node 2" in said
     with pytest.raises(ValueError, match="processes: 2 before, 1 now"):
-        distill(settings(**changes, resume=True))
-    with started(*torchrun, *options(config), "--resume") as process:
+        distill(settings(**changes, resume_from_checkpoint=True))
+    with started(*torchrun, *options(config), "--resume-from-checkpoint") as process:
         said = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, said
 
@@ -138,7 +147,9 @@ def test_two_processes_take_the_steps_of_one(settings: Settings, tmp_path: Path)
     assert [(r["step"], r["split"]) for r in lines[0]] == [(r["step"], r["split"]) for r in lines[1]]
     for single, double in zip(*lines, strict=True):
         assert double["tokens"] == single["tokens"]
-        for name in ("loss", "qq", "kk", "vv", *(["grad_norm"] if "grad_norm" in single else [])):
+        prefix = "eval_" if single["split"] == "eval" else ""
+        names = [prefix + name for name in ("loss", "qq", "kk", "vv")]
+        for name in [*names, *(["grad_norm"] if "grad_norm" in single else [])]:
             assert double[name] == pytest.approx(single[name], rel=2e-5), (single, double)
     assert one.student is not None
     models = [load_file(path / "model.safetensors") for path in (one.student, tmp_path / "run" / "student")]
@@ -148,12 +159,12 @@ def test_two_processes_take_the_steps_of_one(settings: Settings, tmp_path: Path)
 
 
 def alone(module: Any, code: str) -> list[str]:
-    """A command that runs `code` with the names of one module, without the seconds that the package takes to import."""
+    """A command that runs `code` with the names of one module, without importing the package, which takes seconds."""
     return ["-c", f"import runpy\nglobals().update(runpy.run_path({module.__file__!r}))\n{code}"]
 
 
 def two_ranks(*command: str) -> list[tuple[int, str]]:
-    """Exit status and output of each of two processes of one group."""
+    """Exit status and output of two processes in one group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -169,21 +180,21 @@ def test_an_error_on_one_process_ends_all(failing: int) -> None:
 def fail():
     raise ValueError("no room")
 def fail_on_one():
-    if together.rank == {failing}:
+    if context.rank == {failing}:
         fail()
-with Processes("cpu") as together:
-    assert together.on_main(lambda: f"from {{together.rank}}") == "from 0"
-    assert together.together(lambda: together.rank) == together.rank
-    together.agree("the same", "nothing")
-    together.agree(None if together.rank else "known to one", "nothing")
+with DistContext("cpu") as context:
+    assert context.on_main(lambda: f"from {{context.rank}}") == "from 0"
+    assert context.on_all(lambda: context.rank) == context.rank
+    context.check_equal("the same", "nothing")
+    context.check_equal(None if context.rank else "known to one", "nothing")
     try:
-        together.agree(together.rank, "their ranks")
+        context.check_equal(context.rank, "their ranks")
     except RuntimeError as error:
         print(error, flush=True)
     if {failing}:
-        together.together(fail_on_one)
+        context.on_all(fail_on_one)
     else:
-        together.on_main(fail)
+        context.on_main(fail)
     print("went on", flush=True)
 """
     ends = two_ranks(*alone(distributed, code))
@@ -197,7 +208,7 @@ with Processes("cpu") as together:
 
 @pytest.mark.slow
 def test_a_checkpoint_that_one_process_cannot_read_ends_all(settings: Settings, tmp_path: Path) -> None:
-    """None continues from another step than the others, and none waits for them."""
+    """No process continues from another step than the others, and none waits for them."""
     distill(settings())
     (tmp_path / "run" / "student").rename(tmp_path / "student")
     code = """
@@ -209,7 +220,7 @@ if os.environ["RANK"] == "1":
     loop.read_checkpoint = broken
 sys.exit(cli.main(sys.argv[1:]))
 """
-    ends = two_ranks("-c", code, *options(settings()), "--resume")
+    ends = two_ranks("-c", code, *options(settings()), "--resume-from-checkpoint")
     assert [status for status, _ in ends] == [1, 1], ends
     assert "error: process 1 failed: OSError: [Errno 5] Input/output error" in ends[0][1]
     assert "error: [Errno 5] Input/output error" in ends[1][1]
@@ -228,8 +239,8 @@ def test_a_missing_or_empty_variable_is_one_process(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    found = distributed.Processes("cpu")
-    assert (found.count, found.rank) == (count, rank)
+    found = distributed.DistContext("cpu")
+    assert (found.world_size, found.rank) == (count, rank)
 
 
 @pytest.mark.parametrize(
@@ -248,16 +259,16 @@ def test_variables_that_do_not_fit_are_named(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"environment: .*{message}"):
-        distributed.Processes("cpu")
+        distributed.DistContext("cpu")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_workers_end_with_a_killed_launcher() -> None:
-    """A SIGTERM, so that the run stops after its step. The end of the worker closes its output."""
+    """The worker receives a SIGTERM, so that the run stops after its step."""
     worker = f"""
 import runpy, signal, time
 signal.signal(signal.SIGTERM, lambda number, frame: (print("asked to stop", flush=True), exit(0)))
-with runpy.run_path({processes.__file__!r})["Processes"]("cpu"):
+with runpy.run_path({processes.__file__!r})["DistContext"]("cpu"):
     print("ready", flush=True)
     time.sleep(600)
 """
@@ -305,7 +316,7 @@ with StopSignals() as signals:
 
 
 def test_torchruns_echo_does_not_abort() -> None:
-    """The terminal sends SIGINT to all processes, and torchrun passes its own on."""
+    """The terminal sends SIGINT to all processes, and torchrun forwards its own."""
     code = """
 import time
 with StopSignals() as signals:
@@ -326,7 +337,7 @@ with StopSignals() as signals:
 def test_signals_that_come_again_by_themselves_never_abort(number: signal.Signals) -> None:
     code = f"""
 with StopSignals() as signals:
-    for another in (3 * [{number.value}]) + [signal.SIGTERM]:  # SIGTERM is not the second of the first
+    for another in (3 * [{number.value}]) + [signal.SIGTERM]:  # SIGTERM is another signal than the first
         os.kill(os.getpid(), another)
     print("goes on", signals.received, flush=True)
 """
@@ -351,7 +362,7 @@ def test_what_is_ignored_or_used_by_others_stays_so() -> None:
 
 
 def test_a_signal_without_standard_error_writes_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it was closed at the start, its number is that of the first file opened: a checkpoint's, say."""
+    """If standard error was closed at the start, the first opened file, such as a checkpoint, has its number."""
 
     def write(handle: int, content: bytes) -> int:
         raise BrokenPipeError

@@ -1,4 +1,4 @@
-"""Model files from outside: every damaged or hostile folder ends in one sentence, and nothing in it is executed."""
+"""Damaged and hostile model folders: an error of one sentence, without executing code."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM
 
 from minilm_kernels.distill import DistillConfig
-from minilm_kernels.distill.loading import load_model, load_tokenizer, source_of
-from minilm_kernels.distill.models import Pair, load_pair
+from minilm_kernels.distill.loading import load_model, load_tokenizer, resolve_source
+from minilm_kernels.distill.models import TeacherStudent, load_models
 
 from .tiny import make_model
 
@@ -29,7 +29,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
 class Payload:
-    """Leaves a file behind where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -119,15 +119,15 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "no layers": (settings_of(num_hidden_layers=0), "layer"),
     "no heads": (settings_of(num_attention_heads=0), "ZeroDivisionError"),
     "heads that do not divide": (settings_of(num_attention_heads=5), "5"),
-    "no width": (settings_of(hidden_size=0), "model as safetensors"),
+    "no width": (settings_of(hidden_size=0), "no safetensors model"),
     "endless width": (settings_of(hidden_size=10**9), "more than .* elements"),
     "endless vocabulary": (settings_of(vocab_size=10**12), "more than .* elements"),
-    "vocabulary below 0": (settings_of(vocab_size=-5), "model as safetensors"),
+    "vocabulary below 0": (settings_of(vocab_size=-5), "no safetensors model"),
     "endless positions": (settings_of(max_position_embeddings=10**9), "more than .* elements"),
     "text for a number": (settings_of(hidden_size="x"), "hidden_size"),
     "null for a number": (settings_of(hidden_size=None), "hidden_size"),
-    "another width": (settings_of(intermediate_size=64), r"other shapes .* \[96.*\[64"),
-    "a list": (written("config.json", "[1]"), "config.json holds list"),
+    "another width": (settings_of(intermediate_size=64), r"shapes of its weights .* \[96.*\[64"),
+    "a list": (written("config.json", "[1]"), "config.json contains list"),
     "an empty config": (written("config.json", ""), "no tokenizer"),
     "half a config": (written("config.json", "{"), "no tokenizer"),
     "a deep config": (written("config.json", "[" * 50_000 + "]" * 50_000), "recursion"),
@@ -137,11 +137,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "padding beyond the vocabulary": (settings_of(pad_token_id=9999), "AssertionError"),
     "labels of another kind": (settings_of(id2label=7), "no tokenizer"),
     "layers of their own": (settings_of(per_layer_config={"0": {"intermediate_size": 3}}), "per-layer"),
-    "attention from the hub": (settings_of(attn_implementation="someone/kernel"), "code of the hub"),
-    "quantized": (settings_of(quantization_config={"quant_method": "gptq", "bits": 4}), "model as safetensors"),
-    "no config": (without("config.json"), "model as safetensors"),
+    "attention from the hub": (settings_of(attn_implementation="someone/kernel"), "code on the hub"),
+    "quantized": (settings_of(quantization_config={"quant_method": "gptq", "bits": 4}), "no safetensors model"),
+    "no config": (without("config.json"), "no safetensors model"),
     # Weights
-    "weights outside": (settings_of(transformers_weights="../outside.safetensors"), "outside the folder"),
+    "weights outside": (settings_of(transformers_weights="../outside.safetensors"), "outside of the folder"),
     "weights that are an adapter's pickle": (settings_of(transformers_weights="adapter_model.bin"), "no .safetensors"),
     "empty weights": (written("model.safetensors", b""), "SafetensorError"),
     "one byte": (written("model.safetensors", b"\1"), "SafetensorError"),
@@ -151,18 +151,18 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "an endless header": (written("model.safetensors", struct.pack("<Q", 2**62) + b"{}"), "SafetensorError"),
     "no tensors": (written("model.safetensors", struct.pack("<Q", 2) + b"{}"), "lack 27 tensors.* and 23 more"),
     "a folder": (lambda f: [(f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()], "safetensors"),
-    "no weights": (without("*.safetensors"), "it holds no weights"),
+    "no weights": (without("*.safetensors"), "it contains no weights"),
     "pickled": (pickled, "only pytorch_model.bin"),
     "an adapter": (written("adapter_config.json", '{"peft_type": "LORA"}'), "merge it"),
-    "index outside": (shards("../outside.safetensors"), "outside the folder"),
-    "index at the root": (shards("/outside.safetensors"), "outside the folder"),
+    "index outside": (shards("../outside.safetensors"), "outside of the folder"),
+    "index at the root": (shards("/outside.safetensors"), "outside of the folder"),
     "index of a pickle": (shards("payload.bin"), "no .safetensors file"),
     "index of a disguised pickle": (shards("payload.safetensors"), "SafetensorError"),
     "index of nothing": (shards("nothing.safetensors"), "nothing.safetensors"),
-    "index that is a list": (index([]), "holds list"),
+    "index that is a list": (index([]), "contains list"),
     "index without names": (index({}), "KeyError"),
     # Tokenizer
-    "no tokenizer": (without("*token*"), "no file of a tokenizer"),
+    "no tokenizer": (without("*token*"), "no tokenizer file"),
     "tokenizer pointer": (written("tokenizer.json", POINTER), "tokenizer.json is a Git LFS pointer"),
     "tokenizer of another kind": (vocabulary(type="SomethingNew"), "no tokenizer"),
     "no unknown token": (vocabulary(unk_token="[NONE]"), "Missing"),
@@ -183,7 +183,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 @pytest.fixture
 def folder(tmp_path: Path, teacher_folder: Path) -> Path:
-    """A whole model folder, to be damaged by the test."""
+    """A complete model folder for the test to damage."""
     return Path(shutil.copytree(teacher_folder, tmp_path / "model"))
 
 
@@ -192,7 +192,7 @@ def test_a_damaged_or_hostile_folder_is_one_sentence(name: str, folder: Path, se
     damage, message = DAMAGES[name]
     damage(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        load_pair(settings(teacher=str(folder)), CPU)
+        load_models(settings(teacher=str(folder)), CPU)
     assert "teacher" in str(caught.value)
     assert len(str(caught.value)) < 900
     assert not (folder.parent / "executed").exists()
@@ -201,23 +201,23 @@ def test_a_damaged_or_hostile_folder_is_one_sentence(name: str, folder: Path, se
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("half downloaded", "--student: no model as safetensors"),
+        ("half downloaded", "--student: no safetensors model"),
         ("no tensors", "--student .* lack 27 tensors"),
-        ("some thousand layers", "--student: no model"),
+        ("some thousand layers", "--student: no safetensors model"),
         ("tokenizer of another kind", "--student: no tokenizer"),
         ("tokenizer pointer", "--student: no tokenizer"),
-        ("index of a pickle", "--student: no model"),
+        ("index of a pickle", "--student: no safetensors model"),
     ],
 )
 def test_the_student_s_folder_is_held_to_the_same(name: str, message: str, folder: Path, settings: Settings) -> None:
     DAMAGES[name][0](folder)
     with pytest.raises(ValueError, match=message):
-        load_pair(settings(student=str(folder)), CPU)
+        load_models(settings(student=str(folder)), CPU)
 
 
 def test_a_student_without_a_tokenizer_takes_the_teacher_s(folder: Path, settings: Settings) -> None:
     without("*token*")(folder)
-    assert isinstance(load_pair(settings(student=str(folder)), CPU), Pair)
+    assert isinstance(load_models(settings(student=str(folder)), CPU), TeacherStudent)
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
@@ -231,7 +231,7 @@ def test_an_interruption_stays_one(kind: type[BaseException], folder: Path, monk
 
 
 def test_a_panic_of_the_tokenizer_library_is_a_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rust panics come as a class of their own that is no Exception."""
+    """Rust panics have a class that is no subclass of Exception."""
     panic = type("PanicException", (BaseException,), {})
 
     def panicked(*_: Any, **__: Any) -> None:
@@ -243,7 +243,7 @@ def test_a_panic_of_the_tokenizer_library_is_a_sentence(folder: Path, monkeypatc
 
 
 def test_what_is_no_model_costs_nothing_afterwards(folder: Path) -> None:
-    """The bound on what is built ends with the loading."""
+    """The limit on the size of models ends with the loading."""
     settings_of(num_hidden_layers=5000)(folder)
     with pytest.raises(ValueError, match="more than"):
         load_model(str(folder), "--teacher")
@@ -251,16 +251,16 @@ def test_what_is_no_model_costs_nothing_afterwards(folder: Path) -> None:
 
 
 def test_a_checkpoint_with_a_head_in_shards_is_accepted(tmp_path: Path, folder: Path, settings: Settings) -> None:
-    """Saved from a task model: other names, no pooler, several files."""
+    """A task model is saved with other names, without a pooler, and in several files."""
     bert = make_model("bert")
     whole = BertForMaskedLM(bert.config)
     whole.bert.load_state_dict({k: v for k, v in bert.state_dict().items() if not k.startswith("pooler")})
     (folder / "model.safetensors").unlink()
     whole.save_pretrained(folder, max_shard_size="60KB")
     assert (folder / "model.safetensors.index.json").exists()
-    pair = load_pair(settings(teacher=str(folder)), CPU)
+    models = load_models(settings(teacher=str(folder)), CPU)
     expected = bert.get_submodule("encoder.layer.1.attention.self.query").weight
-    assert torch.equal(pair.teacher.model.get_submodule("encoder.layer.1.attention.self.query").weight, expected)
+    assert torch.equal(models.teacher.model.get_submodule("encoder.layer.1.attention.self.query").weight, expected)
 
 
 def test_the_folder_of_a_run_stands_for_its_student(
@@ -269,24 +269,29 @@ def test_the_folder_of_a_run_stands_for_its_student(
     run = tmp_path / "before"
     run.mkdir()
     (run / "settings.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"--teacher: .*before is the folder of a run that has no finished student"):
-        source_of(str(run), "--teacher")
+    with pytest.raises(
+        ValueError, match=r"--teacher: .*before is the folder of a run that has not finished its student"
+    ):
+        resolve_source(str(run), "--teacher")
     folder.rename(run / "student")
-    assert source_of(str(run), "--teacher") == str(run / "student")
-    assert "its student is taken" in capsys.readouterr().err
-    assert load_pair(settings(teacher=str(run)), CPU).teacher.extractor.layer == 2
+    assert resolve_source(str(run), "--teacher") == str(run / "student")
+    assert "using its student" in capsys.readouterr().err
+    assert load_models(settings(teacher=str(run)), CPU).teacher.extractor.layer == 2
 
 
 @pytest.mark.parametrize("name", ["./models/x", "/models/x", "~/models/x", "a/b/c", "models/x y", "-a/b", "a..b"])
 def test_what_the_hub_cannot_know_fails_at_once(name: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"--teacher: there is no folder "):
-        source_of(name, "--teacher")
+        resolve_source(name, "--teacher")
 
 
 @pytest.mark.parametrize("name", ["someone/a-model", "a-model"])
 def test_the_hub_is_named_before_it_is_asked(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert source_of(name, "--student") == name
-    assert f"--student: there is no folder {name} here; asking the Hugging Face hub" in capsys.readouterr().err
+    assert resolve_source(name, "--student") == name
+    assert (
+        f"--student: there is no folder {name}; looking for a model of this name on the Hugging Face hub"
+        in capsys.readouterr().err
+    )
 
 
 def test_names_below_a_prefix_are_explained(folder: Path, settings: Settings) -> None:
@@ -294,4 +299,4 @@ def test_names_below_a_prefix_are_explained(folder: Path, settings: Settings) ->
     for prefix in ("module.", "_orig_mod.", "student.model."):
         save_file({prefix + k: v for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match=f'lack 27 tensors.*its names begin with "{prefix}"'):
-            load_pair(settings(teacher=str(folder)), CPU)
+            load_models(settings(teacher=str(folder)), CPU)

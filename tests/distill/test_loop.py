@@ -1,4 +1,4 @@
-"""Runs of the loop: exact averages, exact continuation, what is trained, what is left behind, what is refused."""
+"""Runs of the training loop: exact means, exact resuming, trained parameters, results and refused input."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ from minilm_kernels.distill import (
 )
 from minilm_kernels.distill.batch import Batch
 from minilm_kernels.distill.checkpoint import Checkpoint, Checkpoints, read_checkpoint
-from minilm_kernels.distill.data import RowStream
-from minilm_kernels.distill.evaluation import components
 from minilm_kernels.distill.metrics import Metrics, read_metrics
+from minilm_kernels.distill.run_folder import output_folder
+from minilm_kernels.distill.sample_stream import SampleStream
+from minilm_kernels.distill.step import loss_components
 from minilm_kernels.students import copied_student
 
 from .tiny import make_model, make_texts, make_tokenizer, save_model
@@ -52,7 +53,7 @@ TIMED = {"tokens_per_second"}
 
 
 def records(result: DistillResult, split: str = "train") -> list[dict[str, Any]]:
-    """The metrics of one kind, without what depends on the clock."""
+    """The metrics of one split, without timings."""
     lines = [record for record in read_metrics(result.metrics) if record["split"] == split]
     return [{key: value for key, value in record.items() if key not in TIMED} for record in lines]
 
@@ -67,30 +68,30 @@ def losses(result: DistillResult) -> list[float]:
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
-    """Sends this process a signal in the middle of a step, as a user or a scheduler does."""
-    real = loop._Run._step
+    """Sends this process a signal in the middle of a step, as users and schedulers do."""
+    real = loop.TrainingLoop._step
 
     def signalled(run: Any) -> None:
-        if run.step == step - 1:
+        if run.state.step == step - 1:
             os.kill(os.getpid(), number)
         real(run)
 
-    monkeypatch.setattr(loop._Run, "_step", signalled)
+    monkeypatch.setattr(loop.TrainingLoop, "_step", signalled)
 
 
 def test_a_stopped_run_continues_to_the_same_bits(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # Dropout draws random numbers, the text runs through several epochs, and the stop falls between two log lines.
+    # With dropout, several epochs, and a stop between two lines of metrics.
     options = {
-        "steps": 40,
-        "accumulation": 2,
+        "max_steps": 40,
+        "gradient_accumulation_steps": 2,
         "dropout": 0.2,
-        "log_every": 4,
-        "eval_every": 9,
-        "checkpoint_every": 1000,
+        "logging_steps": 4,
+        "eval_steps": 9,
+        "save_steps": 1000,
     }
-    whole = distill(settings(output=tmp_path / "whole", **options))
+    whole = distill(settings(output_dir=tmp_path / "whole", **options))
     assert records(whole)[-1]["epoch"] >= 1
     with monkeypatch.context() as patch:
         stop_at(26, patch)
@@ -98,17 +99,17 @@ def test_a_stopped_run_continues_to_the_same_bits(
     assert (stopped.stopped_by, stopped.step, stopped.student) == (signal.SIGTERM, 26, None)
     said = capfd.readouterr()
     assert "continue with\n  minilm-distill" in said.out
-    assert "--resume" in said.out
+    assert "--resume-from-checkpoint" in said.out
     assert "the same signal again aborts at once" in said.err
 
     torch.manual_seed(99)
-    continued = distill(settings(**options, resume=True))
+    continued = distill(settings(**options, resume_from_checkpoint=True))
     assert records(continued) == records(whole)
-    assert records(continued, "heldout") == records(whole, "heldout")
+    assert records(continued, "eval") == records(whole, "eval")
     assert weights(continued) == weights(whole)
     assert continued.stopped_by is None
 
-    again = distill(settings(**options, resume=True))  # nothing left to do
+    again = distill(settings(**options, resume_from_checkpoint=True))  # nothing left to do
     assert (again.step, again.student) == (40, continued.student)
     assert weights(again) == weights(whole)
 
@@ -116,15 +117,15 @@ def test_a_stopped_run_continues_to_the_same_bits(
 def test_lines_after_the_checkpoint_are_dropped(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = distill(settings(output=tmp_path / "whole"))
+    whole = distill(settings(output_dir=tmp_path / "whole"))
 
     def die(run: Any) -> None:
-        if run.step == 5:
+        if run.state.step == 5:
             raise KeyboardInterrupt
         real(run)
 
-    real = loop._Run._step
-    monkeypatch.setattr(loop._Run, "_step", die)
+    real = loop.TrainingLoop._step
+    monkeypatch.setattr(loop.TrainingLoop, "_step", die)
     with pytest.raises(KeyboardInterrupt):
         distill(settings())
     monkeypatch.undo()
@@ -132,36 +133,36 @@ def test_lines_after_the_checkpoint_are_dropped(
     assert [record["step"] for record in read_metrics(metrics)] == [0, 1, 2, 3, 3, 4, 5]
     with metrics.open("a") as file:
         file.write('{"step": 6, "spl')
-    continued = distill(settings(resume=True))
+    continued = distill(settings(resume_from_checkpoint=True))
     assert records(continued) == records(whole)
-    assert records(continued, "heldout") == records(whole, "heldout")
+    assert records(continued, "eval") == records(whole, "eval")
     assert weights(continued) == weights(whole)
 
 
 def test_resume_before_any_checkpoint_begins(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = distill(settings(output=tmp_path / "whole", steps=3))
-    fresh = distill(settings(steps=3, resume=True))
+    whole = distill(settings(output_dir=tmp_path / "whole", max_steps=3))
+    fresh = distill(settings(max_steps=3, resume_from_checkpoint=True))
     assert weights(fresh) == weights(whole)
     assert "no checkpoint" not in capsys.readouterr().err
     for name in ("student", "checkpoints"):
         shutil.rmtree(tmp_path / "run" / name)
-    again = distill(settings(steps=3, resume=True))
+    again = distill(settings(max_steps=3, resume_from_checkpoint=True))
     assert "there is no checkpoint in" in (said := capsys.readouterr().err)
-    assert "beginning again, without the 5 lines of" in said
+    assert "starting from the beginning and removing the 5 lines of" in said
     assert weights(again) == weights(whole)
 
 
 def test_an_error_of_the_text_saves_the_steps_before_it(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the middle of a step's rows, from a shuffled buffer: the rows drawn already must come again."""
-    whole = distill(settings(output=tmp_path / "whole"))
-    real = RowStream._draw
+    """The error occurs between the samples of a step: samples that were drawn already must be used again."""
+    whole = distill(settings(output_dir=tmp_path / "whole"))
+    real = SampleStream._draw
     draws = 0
 
-    def broken(stream: RowStream) -> Any:
+    def broken(stream: SampleStream) -> Any:
         nonlocal draws
         draws += 1
         if draws == 4 * 8 + 3:
@@ -169,11 +170,11 @@ def test_an_error_of_the_text_saves_the_steps_before_it(
         return real(stream)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RowStream, "_draw", broken)
+        patch.setattr(SampleStream, "_draw", broken)
         with pytest.raises(OSError, match="the text cannot be read"):
-            distill(settings(checkpoint_every=1000))
+            distill(settings(save_steps=1000))
     assert "saved step 4 before the error" in capsys.readouterr().err
-    continued = distill(settings(resume=True))
+    continued = distill(settings(resume_from_checkpoint=True))
     assert records(continued) == records(whole)
     assert weights(continued) == weights(whole)
 
@@ -181,25 +182,25 @@ def test_an_error_of_the_text_saves_the_steps_before_it(
 def test_rows_of_a_step_that_failed_elsewhere_come_again(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This process has read the rows, another could not."""
-    whole = distill(settings(output=tmp_path / "whole"))
-    real = loop.Processes.together
+    """This process has read its samples, but another process has failed."""
+    whole = distill(settings(output_dir=tmp_path / "whole"))
+    real = loop.DistContext.on_all
     calls = 0
 
-    def failed_elsewhere(processes: Any, action: Callable[[], Any]) -> Any:
+    def failed_elsewhere(dist: Any, action: Callable[[], Any]) -> Any:
         nonlocal calls
-        result = real(processes, action)
+        result = real(dist, action)
         calls += 1
-        if calls == 1 + 5:  # after the preparation: the fifth step
+        if calls == 1 + 5:  # the fifth step after the preparation
             raise RuntimeError("process 1 failed: no text")
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Processes, "together", failed_elsewhere)
+        patch.setattr(loop.DistContext, "on_all", failed_elsewhere)
         with pytest.raises(RuntimeError, match="process 1 failed"):
-            distill(settings(checkpoint_every=1000))
+            distill(settings(save_steps=1000))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000004"]
-    continued = distill(settings(resume=True))
+    continued = distill(settings(resume_from_checkpoint=True))
     assert records(continued) == records(whole)
     assert weights(continued) == weights(whole)
 
@@ -208,31 +209,31 @@ def test_rows_of_a_step_that_failed_elsewhere_come_again(
 def test_a_signal_cuts_the_held_out_loss_short(
     step: int, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is measured when the run continues, once, and the result is the same."""
-    whole = distill(settings(output=tmp_path / "whole", heldout_rows=20, dropout=0.2))
-    real = evaluation.components
+    """The evaluation is repeated when the run continues, and the results are the same."""
+    whole = distill(settings(output_dir=tmp_path / "whole", eval_samples=20, dropout=0.2))
+    real = evaluation.loss_vector
     counts: list[int] = []
 
-    def signalled(*arguments: Any, gradient: bool) -> Any:
-        counts[-1] += not gradient
+    def signalled(*arguments: Any, requires_grad: bool) -> Any:
+        counts[-1] += not requires_grad
         if len(counts) == 1 + step // 3 and counts[-1] == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments, gradient=gradient)
+        return real(*arguments, requires_grad=requires_grad)
 
     def counted(*arguments: Any) -> Any:
         counts.append(0)
-        return heldout_loss(*arguments)
+        return evaluate(*arguments)
 
-    heldout_loss = loop.heldout_loss
+    evaluate = loop.evaluate
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "heldout_loss", counted)
-        patch.setattr(evaluation, "components", signalled)
-        stopped = distill(settings(heldout_rows=20, dropout=0.2))
+        patch.setattr(loop, "evaluate", counted)
+        patch.setattr(evaluation, "loss_vector", signalled)
+        stopped = distill(settings(eval_samples=20, dropout=0.2))
     assert (stopped.step, stopped.stopped_by, stopped.student) == (step, signal.SIGTERM, None)
-    assert counts[-1] == 1  # the first of several micro-batches was the last
-    assert [record["step"] for record in records(stopped, "heldout")] == list(range(0, step, 3))
-    continued = distill(settings(heldout_rows=20, dropout=0.2, resume=True))
-    for split in ("train", "heldout"):
+    assert counts[-1] == 1  # evaluation stopped after the first of several micro-batches
+    assert [record["step"] for record in records(stopped, "eval")] == list(range(0, step, 3))
+    continued = distill(settings(eval_samples=20, dropout=0.2, resume_from_checkpoint=True))
+    for split in ("train", "eval"):
         assert records(continued, split) == records(whole, split)
     assert weights(continued) == weights(whole)
 
@@ -240,9 +241,9 @@ def test_a_signal_cuts_the_held_out_loss_short(
 def test_a_line_after_an_unmeasured_checkpoint_is_not_kept_twice(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after the late held-out loss was logged, before the student was written."""
-    whole = distill(settings(output=tmp_path / "whole"))
-    real = loop.heldout_loss
+    """The run is killed after the repeated evaluation was logged, before the student was written."""
+    whole = distill(settings(output_dir=tmp_path / "whole"))
+    real = loop.evaluate
 
     def at_the_end(*arguments: Any) -> Any:
         if (tmp_path / "run" / "checkpoints" / "step-000000003").exists():
@@ -250,13 +251,13 @@ def test_a_line_after_an_unmeasured_checkpoint_is_not_kept_twice(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "heldout_loss", at_the_end)
+        patch.setattr(loop, "evaluate", at_the_end)
         assert distill(settings()).step == 6
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "finish", lambda run, target: 1 / 0)
+        patch.setattr(loop.TrainingLoop, "write_student", lambda run, target: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            distill(settings(resume=True))
-    assert records(distill(settings(resume=True)), "heldout") == records(whole, "heldout")
+            distill(settings(resume_from_checkpoint=True))
+    assert records(distill(settings(resume_from_checkpoint=True)), "eval") == records(whole, "eval")
 
 
 def test_a_signal_before_the_first_step_ends_at_once(
@@ -267,13 +268,13 @@ def test_a_signal_before_the_first_step_ends_at_once(
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(600)
 
-    for name in ("load_pair", "collect_heldout"):
+    for name in ("load_models", "collect_eval_set"):
         with monkeypatch.context() as patch:
             patch.setattr(loop, name, slow)
             with pytest.raises(KeyboardInterrupt):
                 distill(settings())
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
-    assert distill(settings(steps=1)).step == 1
+    assert distill(settings(max_steps=1)).step == 1
 
 
 def test_a_damaged_checkpoint_falls_back(
@@ -283,7 +284,7 @@ def test_a_damaged_checkpoint_falls_back(
     expected = weights(whole)
     shutil.rmtree(tmp_path / "run" / "student")
     os.truncate(tmp_path / "run" / "checkpoints" / "step-000000006" / "optimizer.safetensors", 10)
-    again = distill(settings(resume=True))
+    again = distill(settings(resume_from_checkpoint=True))
     assert "step-000000006 is damaged: optimizer.safetensors has 10 bytes" in capsys.readouterr().err
     assert weights(again) == expected
     assert [record["step"] for record in records(again)] == [1, 2, 3, 4, 5, 6]
@@ -294,20 +295,20 @@ def test_a_damaged_checkpoint_falls_back(
 def test_one_keeps_the_newest_when_a_damaged_one_lies_above(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With --keep-checkpoints 1 a damaged later one must not push out the one that the stopped run has just saved."""
-    whole = distill(settings(output=tmp_path / "whole"))
+    """With --save-total-limit 1, a damaged later checkpoint must not replace the one that was just saved."""
+    whole = distill(settings(output_dir=tmp_path / "whole"))
     distill(settings())
     shutil.rmtree(tmp_path / "run" / "student")
     os.truncate(tmp_path / "run" / "checkpoints" / "step-000000006" / "model.safetensors", 10)
     with monkeypatch.context() as patch:
         stop_at(5, patch)
-        assert distill(settings(resume=True, keep_checkpoints=1)).step == 5
-    again = distill(settings(resume=True, keep_checkpoints=1))
+        assert distill(settings(resume_from_checkpoint=True, save_total_limit=1)).step == 5
+    again = distill(settings(resume_from_checkpoint=True, save_total_limit=1))
     assert weights(again) == weights(whole)
 
 
 def rewrite(folder: Path, changes: dict[str, Any]) -> None:
-    """Gives a checkpoint other content under right checksums; `...` takes a part away."""
+    """Changes the content of a checkpoint, with valid checksums. `...` removes a part."""
     found = read_checkpoint(folder)
     shutil.rmtree(folder)
 
@@ -315,53 +316,56 @@ def rewrite(folder: Path, changes: dict[str, Any]) -> None:
         return {name: value for name, value in {**part, **change}.items() if value is not ...}
 
     tensors = {name: changed(part, changes.get(name, {})) for name, part in found.tensors.items()}
-    numbers = changed(found.numbers, changes.get("numbers", {}))
-    Checkpoints(folder.parent, keep=9).write(Checkpoint(changes.get("step", found.step), numbers, tensors))
+    state = changed(found.state, changes.get("state", {}))
+    Checkpoints(folder.parent, keep=9).write(Checkpoint(changes.get("step", found.step), state, tensors))
 
 
 def test_a_checkpoint_of_another_run_is_refused(settings: Settings, tmp_path: Path) -> None:
     distill(settings())
-    distill(settings(output=tmp_path / "other", seed=5))
+    distill(settings(output_dir=tmp_path / "other", seed=5))
     shutil.rmtree(tmp_path / "run" / "student")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     shutil.copytree(tmp_path / "other" / "checkpoints", tmp_path / "run" / "checkpoints")
     with pytest.raises(ValueError, match="--seed: 5 before, 0 now"):
-        distill(settings(resume=True))
+        distill(settings(resume_from_checkpoint=True))
 
 
 def test_something_else_in_the_place_of_checkpoints_is_refused(settings: Settings, tmp_path: Path) -> None:
-    distill(settings(steps=1))
+    distill(settings(max_steps=1))
     folder = tmp_path / "run" / "checkpoints"
     shutil.rmtree(tmp_path / "run" / "student")
     for make in (lambda: folder.write_text("mine"), lambda: folder.symlink_to("nowhere")):
         checkpoint.remove(folder)
         make()
-        with pytest.raises(ValueError, match="checkpoints is no folder; move it away"):
-            distill(settings(steps=1, resume=True))
+        with pytest.raises(ValueError, match="checkpoints is not a folder; move it away"):
+            distill(settings(max_steps=1, resume_from_checkpoint=True))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"step": 10**9}, "step 1000000000 is not among the 6 of --steps"),
+        ({"step": 10**9}, "step 1000000000 is not among the 6 --max-steps"),
         ({"step": 0}, "step 0 is not among"),
-        ({"numbers": {"tokens": ...}}, "KeyError: 'tokens'"),
-        ({"numbers": {"tokens": "many"}}, "tokens is 'many'"),
-        ({"numbers": {"data": []}}, r"data is \[\]"),
-        ({"numbers": {"settings": 1}}, "AttributeError"),
-        ({"numbers": {"teacher": []}}, "AttributeError"),
-        ({"numbers": {"conditions": 3}}, "TypeError|AttributeError"),
+        ({"state": {"tokens": ...}}, "KeyError: 'tokens'"),
+        ({"state": {"tokens": "many"}}, "tokens is 'many'"),
+        ({"state": {"data": []}}, r"data is \[\]"),
+        ({"state": {"settings": 1}}, "AttributeError"),
+        ({"state": {"teacher": []}}, "AttributeError"),
+        ({"state": {"conditions": 3}}, "TypeError|AttributeError"),
         ({"model": {"pooler.dense.bias": ...}}, "RuntimeError: .*pooler.dense.bias"),
         ({"model": {"pooler.dense.bias": torch.zeros(3)}}, "RuntimeError: .*size mismatch"),
-        ({"optimizer": {"embeddings.LayerNorm.weight.exp_avg": ...}}, "optimizer's state does not fit"),
-        ({"optimizer": {"embeddings.LayerNorm.weight.exp_avg": torch.zeros(7)}}, "optimizer's state does not fit"),
-        ({"progress": {"window": torch.zeros(2)}}, r"window is \(2,\)"),
+        ({"optimizer": {"embeddings.LayerNorm.weight.exp_avg": ...}}, "state of the optimizer does not fit"),
+        ({"optimizer": {"embeddings.LayerNorm.weight.exp_avg": torch.zeros(7)}}, "state of the optimizer does not fit"),
+        ({"progress": {"window": torch.zeros(2)}}, r"window has shape \(2,\)"),
         ({"progress": {"cpu.0": ...}}, "KeyError: 'cpu.0'"),
         ({"progress": {"cpu.0": torch.zeros(4, dtype=torch.uint8)}}, "RuntimeError"),
-        ({"data": {"buffer.ids": torch.full((1, 32), 65, dtype=torch.int32)}}, "buffer is no text of this tokenizer"),
-        ({"data": {"open.ids": torch.zeros(2)}}, "open is no text of this tokenizer"),
+        (
+            {"data": {"buffer.ids": torch.full((1, 32), 65, dtype=torch.int32)}},
+            "buffer has no token ids of this tokenizer",
+        ),
+        ({"data": {"open.ids": torch.zeros(2)}}, "open has no token ids of this tokenizer"),
         ({"data": {"drawn.ids": ...}}, "KeyError: 'drawn.ids'"),
-        ({"data": {"heldout.ids": torch.full((1, 32), -1, dtype=torch.int32)}}, "heldout is no text of this tokenizer"),
+        ({"data": {"eval.ids": torch.full((1, 32), -1, dtype=torch.int32)}}, "eval has no token ids of this tokenizer"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -375,7 +379,7 @@ def test_a_checkpoint_of_wrong_content_is_one_message(
     rewrite(folder / "step-000000006", changes)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
     with pytest.raises(ValueError, match=rf"(?s)checkpoint .*step-0*{changes.get('step', 6)} is damaged: .*{message}"):
-        distill(settings(resume=True))
+        distill(settings(resume_from_checkpoint=True))
     assert before.items() <= {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}.items()
 
 
@@ -385,11 +389,11 @@ def test_a_teacher_that_was_exchanged_is_refused(settings: Settings, teacher_fol
     distill(settings(teacher=teacher))
     shutil.rmtree(tmp_path / "run" / "student")
     (teacher / "README.md").write_text("not a part of the model")
-    distill(settings(teacher=teacher, resume=True))
+    distill(settings(teacher=teacher, resume_from_checkpoint=True))
     shutil.rmtree(tmp_path / "run" / "student")
     make_model("bert", seed=5).save_pretrained(teacher)
     with pytest.raises(ValueError, match=r"--teacher .*teacher has changed since .*\(model\.safetensors\)"):
-        distill(settings(teacher=teacher, resume=True))
+        distill(settings(teacher=teacher, resume_from_checkpoint=True))
 
 
 def test_other_conditions_are_said_with_what_they_break(
@@ -397,13 +401,13 @@ def test_other_conditions_are_said_with_what_they_break(
 ) -> None:
     distill(settings())
     shutil.rmtree(tmp_path / "run" / "student")
-    distill(settings(resume=True))
-    assert "bit for bit" not in capsys.readouterr().err
+    distill(settings(resume_from_checkpoint=True))
+    assert "last bits" not in capsys.readouterr().err
     shutil.rmtree(tmp_path / "run" / "student")
     torch.set_num_threads(2)
     monkeypatch.setattr(conditions.transformers, "__version__", "5.0.0")
-    distill(settings(resume=True))
-    said = [line for line in capsys.readouterr().err.splitlines() if "no longer bit for bit" in line]
+    distill(settings(resume_from_checkpoint=True))
+    said = [line for line in capsys.readouterr().err.splitlines() if "last bits" in line]
     assert len(said) == 2
     assert said[0].endswith("threads was 1, is 2")
     assert "transformers was" in said[1]
@@ -411,7 +415,7 @@ def test_other_conditions_are_said_with_what_they_break(
 
 
 class Broken(io.TextIOBase):
-    """A stream on a full disk, of a closed pipe, or closed."""
+    """A stream that cannot be written."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -434,14 +438,14 @@ def test_a_run_outlives_its_output(
         monkeypatch.setattr(sys, name, error and Broken(error))
     result = distill(settings())
     assert result.student is not None
-    assert distill(settings(resume=True)).student is not None  # "finished already"
+    assert distill(settings(resume_from_checkpoint=True)).student is not None  # "already finished"
 
 
 def test_ranks_read_what_the_main_one_chose(settings: Settings, tmp_path: Path) -> None:
-    """Even where this one could read a newer one."""
+    """This process could read a newer one."""
 
-    class Second(loop.Processes):
-        count, rank, local_rank, device = 2, 1, 1, torch.device("cpu")  # type: ignore[assignment]
+    class Second(loop.DistContext):
+        world_size, rank, local_rank, device = 2, 1, 1, torch.device("cpu")  # type: ignore[assignment]
         agreed: list[Any]
 
         def __init__(self) -> None:
@@ -450,46 +454,53 @@ def test_ranks_read_what_the_main_one_chose(settings: Settings, tmp_path: Path) 
         def on_main(self, action: Any) -> Any:
             return "step-000000003"
 
-        def together(self, action: Any) -> Any:
+        def on_all(self, action: Any) -> Any:
             return action()
 
-        def agree(self, value: Any, what: str) -> None:
+        def check_equal(self, value: Any, what: str) -> None:
             self.agreed.append(value)
 
     distill(settings())
-    processes = Second()
-    run = loop._Run.__new__(loop._Run)
-    run.processes, run.checkpoints = processes, Checkpoints(tmp_path / "run" / "checkpoints", 2)
-    found = run._choose()
+    dist = Second()
+    run = loop.TrainingLoop.__new__(loop.TrainingLoop)
+    run.dist, run.checkpoints = dist, Checkpoints(tmp_path / "run" / "checkpoints", 2)
+    found = run._choose_checkpoint()
     assert found is not None
     assert found.step == 3
-    assert processes.agreed == [f"step 3, SHA-256 {found.digest}"]
+    assert dist.agreed == [f"step 3, SHA-256 {found.digest}"]
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(FileNotFoundError, match="disk that all processes share"):
-        run._choose()
+        run._choose_checkpoint()
 
 
 def test_other_settings_are_refused_with_their_differences(settings: Settings, tmp_path: Path) -> None:
-    distill(settings(steps=3))
+    distill(settings(max_steps=3))
     shutil.rmtree(tmp_path / "run" / "student")
-    with pytest.raises(ValueError, match=r"(?s)--steps: 3 before, 9 now.*--lr: 0.001 before, 0.01 now"):
-        distill(settings(steps=9, lr=0.01, resume=True))
-    with pytest.raises(ValueError, match=r"another run \(settings.json, metrics.jsonl, checkpoints\).*--resume"):
-        distill(settings(steps=3))
-    assert distill(settings(steps=3, log_every=2, eval_every=7, keep_checkpoints=1, resume=True)).step == 3
+    with pytest.raises(ValueError, match=r"(?s)--max-steps: 3 before, 9 now.*--learning-rate: 0.001 before, 0.01 now"):
+        distill(settings(max_steps=9, learning_rate=0.01, resume_from_checkpoint=True))
+    with pytest.raises(
+        ValueError, match=r"another run \(settings.json, metrics.jsonl, checkpoints\).*--resume-from-checkpoint"
+    ):
+        distill(settings(max_steps=3))
+    assert (
+        distill(
+            settings(max_steps=3, logging_steps=2, eval_steps=7, save_total_limit=1, resume_from_checkpoint=True)
+        ).step
+        == 3
+    )
 
 
 def test_a_start_that_fails_leaves_the_folder_free(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--teacher-layer"):
         distill(settings(teacher_layer=9))
-    assert distill(settings(steps=1)).step == 1
+    assert distill(settings(max_steps=1)).step == 1
     file = tmp_path / "run" / "settings.json"
     contents = [partial(Path.write_bytes, data=text) for text in (b"[]", b"\xff", b"{")]
     for make in (lambda file: None, os.mkfifo, Path.mkdir, *contents):
         checkpoint.remove(file)
         make(file)
         with pytest.raises(ValueError, match=r"without readable settings.json"):
-            distill(settings(steps=1, resume=True))
+            distill(settings(max_steps=1, resume_from_checkpoint=True))
 
 
 def test_text_may_change_behind_the_place_only(settings: Settings, text_file: Path, tmp_path: Path) -> None:
@@ -499,16 +510,16 @@ def test_text_may_change_behind_the_place_only(settings: Settings, text_file: Pa
     shutil.rmtree(tmp_path / "run" / "student")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000000006")
     text.write_text(text_file.read_text() + "\n\nw1 w2")
-    assert distill(settings(text=[text], resume=True)).step == whole.step
+    assert distill(settings(text=[text], resume_from_checkpoint=True)).step == whole.step
     shutil.rmtree(tmp_path / "run" / "student")
     text.write_text("w0" + text_file.read_text()[2:])
     assert text.stat().st_size == text_file.stat().st_size
-    with pytest.raises(ValueError, match=r"--resume: .*text has changed.*text\.txt differs"):
-        distill(settings(text=[text], resume=True))
+    with pytest.raises(ValueError, match=r"--resume-from-checkpoint: .*text has changed.*text\.txt differs"):
+        distill(settings(text=[text], resume_from_checkpoint=True))
 
 
 def late(folder: Path, line: str) -> Path:
-    """300 documents, the last one given."""
+    """300 documents, with `line` as the last one."""
     records = [json.dumps({"text": text}) for text in make_texts(299, seed=3, longest=15)]
     file = folder / "late.jsonl"
     file.write_text("\n".join([*records, line]) + "\n")
@@ -518,8 +529,13 @@ def late(folder: Path, line: str) -> Path:
 def test_a_bad_document_is_skipped_and_counted(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"text": [late(tmp_path, '{"text": "w1 w2')], "steps": 30, "shuffle_rows": 1, "checkpoint_every": 1000}
-    whole = distill(settings(output=tmp_path / "whole", **options))
+    options = {
+        "text": [late(tmp_path, '{"text": "w1 w2')],
+        "max_steps": 30,
+        "shuffle_buffer_size": 1,
+        "save_steps": 1000,
+    }
+    whole = distill(settings(output_dir=tmp_path / "whole", **options))
     said = capfd.readouterr()
     assert said.err.count(f"minilm-distill: skipped a document: {tmp_path / 'late.jsonl'}, line 300: not JSON") == 1
     last = records(whole)[-1]
@@ -529,25 +545,25 @@ def test_a_bad_document_is_skipped_and_counted(
     with monkeypatch.context() as patch:
         stop_at(27, patch)
         distill(settings(**options))
-    continued = distill(settings(**options, resume=True))
+    continued = distill(settings(**options, resume_from_checkpoint=True))
     assert records(continued) == records(whole)
     assert weights(continued) == weights(whole)
 
     late(tmp_path, '{"text": null}')
-    nulls = records(distill(settings(output=tmp_path / "nulls", **options)))[-1]
+    nulls = records(distill(settings(output_dir=tmp_path / "nulls", **options)))[-1]
     assert (nulls["bad_documents"], nulls["null_documents"]) == (0, last["bad_documents"])
 
 
 def test_a_run_that_a_bad_document_ended_continues_after_the_repair(settings: Settings, tmp_path: Path) -> None:
-    options = {"steps": 30, "shuffle_rows": 1, "checkpoint_every": 5, "heldout_fraction": 0}
+    options = {"max_steps": 30, "shuffle_buffer_size": 1, "save_steps": 5, "eval_fraction": 0}
     repaired = '{"text": "w1 w2 and more than was cut off"}'
-    whole = distill(settings(text=[late(tmp_path, repaired)], output=tmp_path / "whole", **options))
+    whole = distill(settings(text=[late(tmp_path, repaired)], output_dir=tmp_path / "whole", **options))
     bad = late(tmp_path, '{"text": "w1 w2')
     with pytest.raises(ValueError, match=r"late\.jsonl, line 300: not JSON"):
         distill(settings(text=[bad], bad_documents="error", **options))
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
     late(tmp_path, repaired)
-    continued = distill(settings(text=[bad], bad_documents="skip", resume=True, **options))
+    continued = distill(settings(text=[bad], bad_documents="skip", resume_from_checkpoint=True, **options))
     assert records(continued) == records(whole)
     assert weights(continued) == weights(whole)
 
@@ -560,44 +576,51 @@ def test_what_a_folder_holds_besides_is_named(
     shutil.copy(text_file, folder)
     (folder / "table.csv").write_text("n,text\n" + "".join(f'{n},"{text}"\n' for n, text in enumerate(make_texts(20))))
     (folder / "more.txt.zst").write_bytes(b"")
-    distill(settings(text=[folder], heldout_text=[folder / "table.csv"], steps=1))
-    [line] = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
-    assert line.startswith(f"minilm-distill: --text: left out of folder {folder}: 1 files")
+    distill(settings(text=[folder], eval_text=[folder / "table.csv"], max_steps=1))
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert line.startswith(f"minilm-distill: --text: skipped 1 files of folder {folder}")
     assert "(more.txt.zst)" in line
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_size": 64}, {"shuffle_rows": 1}, {"packing": False}, {"steps": 40}])
+@pytest.mark.parametrize(
+    "options", [{}, {"total_batch_size": 64}, {"shuffle_buffer_size": 1}, {"packing": False}, {"max_steps": 40}]
+)
 @pytest.mark.parametrize("documents", [2, 5])
 def test_small_corpora_train(documents: int, options: dict[str, Any], settings: Settings, tmp_path: Path) -> None:
     text = tmp_path / "small.txt"
     text.write_text("\n\n".join(f"w{i} w{i + 1}" for i in range(documents)))
-    result = distill(settings(text=[text], **{"heldout_fraction": 0.01, "steps": 4, **options}))
+    result = distill(settings(text=[text], **{"eval_fraction": 0.01, "max_steps": 4, **options}))
     assert result.student is not None
-    assert result.heldout_after is not None
+    assert result.eval_after is not None
 
 
 def test_one_line_without_end_trains(settings: Settings, tmp_path: Path) -> None:
     text = tmp_path / "line.txt"
     text.write_text(" ".join(f"w{i % 50}" for i in range(400_000)))
     assert text.stat().st_size > 1 << 20
-    assert distill(settings(text=[text], heldout_fraction=0.01, steps=2)).student is not None
+    assert distill(settings(text=[text], eval_fraction=0.01, max_steps=2)).student is not None
 
 
 def test_one_word_without_end_is_unknown(settings: Settings, tmp_path: Path) -> None:
     text = tmp_path / "line.txt"
     text.write_text("w7" * 600_000)
-    with pytest.raises(ValueError, match="gives 1 tokens for the first 262144 characters"):
-        distill(settings(text=[text], heldout_fraction=0.01, steps=2))
+    with pytest.raises(ValueError, match="returns 1 tokens for the first 262144 characters"):
+        distill(settings(text=[text], eval_fraction=0.01, max_steps=2))
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
 @pytest.mark.parametrize("packing", [True, False])
 def test_accumulation_is_the_exact_average(reduction: str, packing: bool, settings: Settings, tmp_path: Path) -> None:
-    """Micro-batches of unequal numbers of documents and tokens give the steps of one big batch."""
+    """Micro-batches with different numbers of documents and tokens give the same steps as one batch."""
     runs = [
         distill(
             settings(
-                output=tmp_path / str(k), accumulation=k, reduction=reduction, packing=packing, dropout=0.0, lr=1e-4
+                output_dir=tmp_path / str(k),
+                gradient_accumulation_steps=k,
+                reduction=reduction,
+                packing=packing,
+                dropout=0.0,
+                learning_rate=1e-4,
             )
         )
         for k in (1, 4)
@@ -606,24 +629,32 @@ def test_accumulation_is_the_exact_average(reduction: str, packing: bool, settin
         assert four["loss"] == pytest.approx(one["loss"], rel=2e-6)
         assert four["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-5)
         assert four["tokens"] == one["tokens"]
-    for split in ("train", "heldout"):
+    for split in ("train", "eval"):
         assert [r["step"] for r in records(runs[0], split)] == [r["step"] for r in records(runs[1], split)]
-    for one, four in zip(records(runs[0], "heldout"), records(runs[1], "heldout"), strict=True):
-        assert four["loss"] == pytest.approx(one["loss"], rel=2e-6)
+    for one, four in zip(records(runs[0], "eval"), records(runs[1], "eval"), strict=True):
+        assert four["eval_loss"] == pytest.approx(one["eval_loss"], rel=2e-6)
 
 
 @pytest.mark.parametrize("clip", [0.01, 1e3])
 def test_steps_are_those_of_plain_pytorch(clip: float, settings: Settings, tmp_path: Path) -> None:
-    """AdamW, decay groups, warm-up and decay of the rate, clipping: written again with torch's own parts."""
-    config = settings(steps=8, warmup_steps=3, lr=0.02, clip=clip, weight_decay=0.5, betas=(0.8, 0.9), dropout=0.0)
+    """Optimizer, weight decay, schedule and clipping are those of a plain PyTorch loop."""
+    config = settings(
+        max_steps=8,
+        warmup_steps=3,
+        learning_rate=0.02,
+        max_grad_norm=clip,
+        weight_decay=0.5,
+        adam_betas=(0.8, 0.9),
+        dropout=0.0,
+    )
     result = distill(config)
     assert result.student is not None
     norms = [record["grad_norm"] for record in records(result)]
-    assert (min(norms) > clip) if clip < 1 else (max(norms) < clip)  # every step is clipped, or none
+    assert (min(norms) > clip) if clip < 1 else (max(norms) < clip)  # all steps are clipped, or none
 
-    processes = loop.Processes("cpu")
-    with closing(loop._Run(config, processes, tmp_path)) as run:
-        model = run.pair.student.model
+    dist = loop.DistContext("cpu")
+    with closing(loop.TrainingLoop(config, dist, tmp_path)) as run:
+        model = run.models.student.model
         groups: dict[float, list[torch.nn.Parameter]] = {0.5: [], 0.0: []}
         for name, parameter in model.named_parameters():
             parameter.grad = None
@@ -638,11 +669,11 @@ def test_steps_are_those_of_plain_pytorch(clip: float, settings: Settings, tmp_p
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[step])
         model.train()
         for norm in norms:
-            batch = Batch(run.stream.take(8), processes.device, packed=True)
+            batch = Batch(run.stream.take(8), dist.device, packed=True)
             with torch.no_grad():
-                teacher = run.pair.teacher.project(batch)
+                teacher = run.models.teacher.project(batch)
             optimizer.zero_grad()
-            run.pair.loss(teacher, run.pair.student.project(batch), **batch.loss_arguments()).backward()
+            run.models.loss(teacher, run.models.student.project(batch), **batch.loss_arguments()).backward()
             assert torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item() == pytest.approx(norm, rel=1e-4)
             optimizer.step()
             schedule.step()
@@ -654,48 +685,50 @@ def test_steps_are_those_of_plain_pytorch(clip: float, settings: Settings, tmp_p
 @pytest.mark.parametrize("gradient", [True, False])
 def test_only_the_student_has_gradients(gradient: bool, settings: Settings, tmp_path: Path) -> None:
     config = settings()
-    processes = loop.Processes("cpu")
-    with closing(loop._Run(config, processes, tmp_path)) as run:
-        batch = Batch(run.stream.take(2), processes.device, packed=True)
-        values = components(config, run.pair, batch, gradient=gradient)
+    dist = loop.DistContext("cpu")
+    with closing(loop.TrainingLoop(config, dist, tmp_path)) as run:
+        batch = Batch(run.stream.take(2), dist.device, packed=True)
+        values = loss_components(run.models, batch, bf16=config.bf16, requires_grad=gradient)
         assert {value.requires_grad for value in values.values()} == {gradient}
-        assert not any(parameter.requires_grad for parameter in run.pair.teacher.model.parameters())
+        assert not any(parameter.requires_grad for parameter in run.models.teacher.model.parameters())
 
 
 def test_measuring_does_not_disturb_training(settings: Settings, tmp_path: Path) -> None:
-    often = distill(settings(output=tmp_path / "often", eval_every=1, checkpoint_every=1, dropout=0.3))
-    never = distill(settings(output=tmp_path / "never", eval_every=99, checkpoint_every=99, dropout=0.3, log_every=6))
+    often = distill(settings(output_dir=tmp_path / "often", eval_steps=1, save_steps=1, dropout=0.3))
+    never = distill(settings(output_dir=tmp_path / "never", eval_steps=99, save_steps=99, dropout=0.3, logging_steps=6))
     assert weights(often) == weights(never)
     assert records(never)[-1]["loss"] == pytest.approx(sum(losses(often)) / 6)
-    assert len(records(often, "heldout")) == 7
+    assert len(records(often, "eval")) == 7
 
 
 def test_the_loss_falls_and_the_student_is_usable(
     settings: Settings, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = distill(settings(steps=60, lr=5e-3, log_every=5, eval_every=60, relations="qq:1,kk:1,vv:0.5"))
-    before, after = result.heldout_before, result.heldout_after
+    result = distill(
+        settings(max_steps=60, learning_rate=5e-3, logging_steps=5, eval_steps=60, relations="qq:1,kk:1,vv:0.5")
+    )
+    before, after = result.eval_before, result.eval_after
     assert before is not None
     assert after is not None
     assert result.student is not None
     assert (before["step"], after["step"]) == (0, 60)
-    assert after["loss"] < 0.7 * before["loss"]
-    assert after["loss"] == pytest.approx(after["qq"] + after["kk"] + 0.5 * after["vv"])
+    assert after["eval_loss"] < 0.7 * before["eval_loss"]
+    assert after["eval_loss"] == pytest.approx(after["eval_qq"] + after["eval_kk"] + 0.5 * after["eval_vv"])
     *_, last = records(result)
     assert last["loss"] == pytest.approx(last["qq"] + last["kk"] + 0.5 * last["vv"])
-    assert last["lr"] == pytest.approx(5e-3 / 54)
+    assert last["learning_rate"] == pytest.approx(5e-3 / 54)
 
     student, tokenizer = (kind.from_pretrained(result.student) for kind in (AutoModel, AutoTokenizer))
     assert (student.config.num_hidden_layers, student.config.hidden_size) == (1, 24)
     assert student(**tokenizer("w1 w2 w3", return_tensors="pt")).last_hidden_state.isfinite().all()
     assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
     again = DistillConfig.from_mapping(json.loads((result.student / "settings.json").read_text()))
-    assert again.steps == 60
+    assert again.max_steps == 60
     assert (result.student / "metrics.jsonl").read_text() == result.metrics.read_text()
     assert {path.suffix for path in result.student.iterdir()} <= {".json", ".safetensors", ".jsonl", ".md"}
     readme = (result.student / "README.md").read_text()
     assert again.command() in readme
-    assert f"| qq | {before['qq']:.4f} | {after['qq']:.4f} |" in readme
+    assert f"| qq | {before['eval_qq']:.4f} | {after['eval_qq']:.4f} |" in readme
     assert "step 60/60" in capsys.readouterr().err
 
 
@@ -703,7 +736,7 @@ def test_the_loss_falls_and_the_student_is_usable(
 def test_the_readme_names_exactly_the_tensors_left_alone(
     relations: str, untrained: tuple[str, ...], settings: Settings
 ) -> None:
-    """Weight decay must not shrink what the loss does not reach."""
+    """Weight decay must not change tensors on which the loss does not depend."""
     result = distill(settings(copy_layers=(2, 1), relations=relations, weight_decay=0.5, dropout=0.0))
     assert result.student is not None
     first = copied_student(make_model("bert"), [2, 1]).state_dict()
@@ -724,27 +757,27 @@ def test_the_readme_names_exactly_the_tensors_left_alone(
         {"method": "minilm", "relation_heads": None},
         {"mask": "causal", "teacher_layer": 1},
         {"mask": "prefix", "packing": False},
-        {"mask": "prefix", "heldout_fraction": 0.0},
-        {"precision": "bfloat16", "clip": 0.0},
+        {"mask": "prefix", "eval_fraction": 0.0},
+        {"bf16": True, "max_grad_norm": 0.0},
         {"reduction": "sum", "relations": "qk,kv"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_every_mode_trains(options: dict[str, Any], settings: Settings) -> None:
-    result = distill(settings(steps=20, lr=3e-3, dropout=0.0, **options))
+    result = distill(settings(max_steps=20, learning_rate=3e-3, dropout=0.0, **options))
     values = losses(result)
     assert sum(values[-5:]) < 0.98 * sum(values[:5])
-    assert (result.heldout_after is None) == ("heldout_fraction" in options)
+    assert (result.eval_after is None) == ("eval_fraction" in options)
 
 
 def test_the_student_may_be_any_folder(settings: Settings, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "student", seed=7)
-    separate = tmp_path / "heldout.jsonl"
+    separate = tmp_path / "eval.jsonl"
     separate.write_text("\n".join(json.dumps({"body": text}) for text in make_texts(10, seed=8)))
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"body": text}) for text in make_texts(50, seed=9)))
     result = distill(
-        settings(student=folder, student_layer=1, text=[text], heldout_text=[separate], text_field="body", steps=4)
+        settings(student=folder, student_layer=1, text=[text], eval_text=[separate], text_column="body", max_steps=4)
     )
     assert result.student is not None
     first, last = load_file(folder / "model.safetensors"), load_file(result.student / "model.safetensors")
@@ -759,33 +792,33 @@ def test_other_architectures_name_their_projections(settings: Settings, tmp_path
     LlamaModel(LlamaConfig(vocab_size=65, max_position_embeddings=40, **shape)).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     names = [f"layers.{{i}}.self_attn.{letter}_proj" for letter in "qkv"]
-    common = {"teacher": folder, "teacher_projections": names, "mask": "causal", "steps": 20, "lr": 3e-3}
+    common = {"teacher": folder, "teacher_projections": names, "mask": "causal", "max_steps": 20, "learning_rate": 3e-3}
     values = losses(distill(settings(student_projections=names, **common)))
     assert sum(values[-5:]) < 0.98 * sum(values[:5])
     with pytest.raises(ValueError, match=r"--student-projections: .*LlamaModel"):
-        distill(settings(output=tmp_path / "other", **common))
+        distill(settings(output_dir=tmp_path / "other", **common))
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = distill(settings(output=tmp_path / "whole"))
+    whole = distill(settings(output_dir=tmp_path / "whole"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    real = loop._Run._save
+    real = loop.TrainingLoop._save
 
     def save(run: Any) -> None:
-        if run.step > 3:
+        if run.state.step > 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         try:
             real(run)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    monkeypatch.setattr(loop._Run, "_save", save)
-    with pytest.raises(OSError, match=r"disk is full.*make room.*--resume"):
+    monkeypatch.setattr(loop.TrainingLoop, "_save", save)
+    with pytest.raises(OSError, match=r"disk is full.*make room.*--resume-from-checkpoint"):
         distill(settings())
     monkeypatch.undo()
-    continued = distill(settings(resume=True))
+    continued = distill(settings(resume_from_checkpoint=True))
     assert weights(continued) == weights(whole)
     assert records(continued) == records(whole)
 
@@ -804,16 +837,16 @@ def test_a_full_disk_is_named_for_metrics_too(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_ends_the_run(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop._Run._step
+    real = loop.TrainingLoop._step
 
     def poisoned(run: Any) -> None:
-        if run.step == 4:
-            next(iter(run.parameters.values())).data.fill_(float("nan"))
+        if run.state.step == 4:
+            next(iter(run.state.parameters.values())).data.fill_(float("nan"))
         real(run)
 
-    monkeypatch.setattr(loop._Run, "_step", poisoned)
-    with pytest.raises(RuntimeError, match=r"not finite at step 5.*--lr"):
-        distill(settings(log_every=6))
+    monkeypatch.setattr(loop.TrainingLoop, "_step", poisoned)
+    with pytest.raises(RuntimeError, match=r"not finite at step 5.*--learning-rate"):
+        distill(settings(logging_steps=6))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000003"]
 
 
@@ -821,11 +854,11 @@ def test_one_run_a_folder_at_a_time(settings: Settings, tmp_path: Path) -> None:
     config = settings()
     holder = re.escape(f"(host {socket.gethostname()}, process {os.getpid()})")
     with (
-        loop.Processes("cpu") as processes,
-        loop._output_folder(config, processes),
+        loop.DistContext("cpu") as dist,
+        output_folder(config, dist),
         pytest.raises(RuntimeError, match=rf"another process is running in .*run {holder}"),
     ):
-        distill(settings(resume=True))
+        distill(settings(resume_from_checkpoint=True))
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, 524])
@@ -836,11 +869,11 @@ def test_a_file_system_without_locks_is_said(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    assert distill(settings(steps=1)).student is not None
+    assert distill(settings(max_steps=1)).student is not None
     assert "has no file locks" in capsys.readouterr().err
     number = errno.EIO
-    with pytest.raises(OSError, match=r"--output: .*\.lock cannot be locked") as caught:
-        distill(settings(steps=1, resume=True))
+    with pytest.raises(OSError, match=r"--output-dir: .*\.lock cannot be locked") as caught:
+        distill(settings(max_steps=1, resume_from_checkpoint=True))
     assert caught.value.errno == errno.EIO
 
 
@@ -851,7 +884,9 @@ def test_a_lock_that_is_no_file_of_ours_is_left_alone(settings: Settings, tmp_pa
     lock.parent.mkdir()
     for make in (lambda: lock.symlink_to(mine), lambda: lock.symlink_to("nowhere"), lambda: os.mkfifo(lock)):
         make()
-        with pytest.raises(ValueError, match=r"--output: .*\.lock is (a symbolic link|not a regular file); remove it"):
+        with pytest.raises(
+            ValueError, match=r"--output-dir: .*\.lock is (a symbolic link|not a regular file); remove it"
+        ):
             distill(settings())
         lock.unlink()
     assert mine.read_text() == "mine"
@@ -871,7 +906,7 @@ def test_folders_that_cannot_be_synced_are_passed_over(settings: Settings, monke
 
 
 def test_only_a_student_is_finished(settings: Settings, tmp_path: Path) -> None:
-    result = distill(settings(steps=3))
+    result = distill(settings(max_steps=3))
     student = result.student
     assert student is not None
     assert {path.stat().st_mode & 0o777 for path in student.iterdir()} == {student.stat().st_mode & 0o666}
@@ -886,28 +921,30 @@ def test_only_a_student_is_finished(settings: Settings, tmp_path: Path) -> None:
     ):
         checkpoint.remove(student)
         make()
-        with pytest.raises(ValueError, match=r"--output: .*student is neither a finished student nor an empty folder"):
-            distill(settings(steps=3, resume=True))
-        with pytest.raises(ValueError, match="holds another run"):
-            distill(settings(steps=3))
+        with pytest.raises(
+            ValueError, match=r"--output-dir: .*student is neither a finished student nor an empty folder"
+        ):
+            distill(settings(max_steps=3, resume_from_checkpoint=True))
+        with pytest.raises(ValueError, match="contains another run"):
+            distill(settings(max_steps=3))
     assert (other / "notes.txt").read_text() == "mine"
     checkpoint.remove(student)
     student.mkdir()
-    assert weights(distill(settings(steps=3, resume=True)))
+    assert weights(distill(settings(max_steps=3, resume_from_checkpoint=True)))
 
 
 def test_a_disk_that_is_full_for_the_tokenizer_is_explained(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save(*arguments: Any, **options: Any) -> None:
-        raise Exception("No space left on device (os error 28)")  # tokenizers knows no class of its own
+        raise Exception("No space left on device (os error 28)")  # tokenizers raises plain exceptions
 
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedTokenizerFast, "save_pretrained", save)
-        with pytest.raises(OSError, match=r"disk is full.*--resume"):
+        with pytest.raises(OSError, match=r"disk is full.*--resume-from-checkpoint"):
             distill(settings())
     assert not list((tmp_path / "run").glob(".unfinished*"))
-    assert distill(settings(resume=True)).student is not None
+    assert distill(settings(resume_from_checkpoint=True)).student is not None
 
 
 def other_tokenizer(folder: Path) -> str:
@@ -950,28 +987,34 @@ def mixed_folder(path: Path) -> list[str]:
     [
         ({"teacher": "./no/such/teacher"}, r"--teacher: there is no folder \./no/such/teacher"),
         ({"teacher": lambda p: p}, "--teacher: no tokenizer could be loaded from the folder"),
-        ({"teacher": pickled_teacher}, "--teacher: no model as safetensors could be loaded"),
+        ({"teacher": pickled_teacher}, "--teacher: no safetensors model could be loaded"),
         ({"teacher_layer": 3}, "--teacher-layer, .*: layer=3: expected 1 to 2"),
         ({"student_layer": 2}, "--student-layer, .*: layer=2: expected 1 to 1"),
         ({"copy_layers": (1, 3)}, "--copy-layers: layer=3: expected 1 to 2"),
         ({"relation_heads": 7}, "--relation-heads 7 .* 1, 2, 3, 4, 6, 8, 12, 24$"),
         ({"relation_heads": None}, "--relation-heads 48 does not divide"),
         (
-            {"method": "minilm", "relation_heads": None, "student_heads": 3},
+            {"method": "minilm", "relation_heads": None, "student_num_attention_heads": 3},
             r"heads in the student \(3\).*teacher \(4\)",
         ),
-        ({"seq_len": 41}, "--seq-len 41 exceeds the 40 positions"),
+        ({"max_seq_length": 41}, "--max-seq-length 41 exceeds the 40 positions"),
         ({"student": other_tokenizer}, "tokenizers of --teacher .* differ, for example in .*'w"),
         ({"text": ["./nowhere.txt"]}, "--text: there is no file or folder nowhere.txt"),
         ({"text": empty_file}, "training text is empty"),
-        ({"text": one_document}, r"holds 1 document, .*--documents line, if each of its 3 lines"),
-        ({"text": utf_16}, r"--text: .*text is not plain UTF-8 text but UTF-16 without a mark.*iconv"),
-        ({"heldout_text": utf_16}, r"--heldout-text: .*text is not plain UTF-8 text but UTF-16 without a mark.*iconv"),
+        ({"text": one_document}, r"has 1 document, .*--documents line, if each of its 3 lines"),
+        ({"text": utf_16}, r"--text: .*text is not plain UTF-8 text but UTF-16 without a byte order mark.*iconv"),
+        (
+            {"eval_text": utf_16},
+            r"--eval-text: .*text is not plain UTF-8 text but UTF-16 without a byte order mark.*iconv",
+        ),
         ({"text": ["/dev/zero"]}, "--text: /dev/zero is a device"),
-        ({"text": mixed_folder}, r"--text: folder .*text holds no text.*it holds a\.txt\.zst, b\.html"),
-        ({"text": empty_file, "heldout_fraction": 0}, "training text is empty"),
-        ({"heldout_text": empty_file}, "--heldout-text holds no text"),
-        ({"batch_size": 9, "accumulation": 3, "output": empty_file}, "is a file, expected a folder"),
+        ({"text": mixed_folder}, r"--text: folder .*text has no text files.*it has a\.txt\.zst, b\.html"),
+        ({"text": empty_file, "eval_fraction": 0}, "training text is empty"),
+        ({"eval_text": empty_file}, "--eval-text has no text"),
+        (
+            {"total_batch_size": 9, "gradient_accumulation_steps": 3, "output_dir": empty_file},
+            "is a file, expected a folder",
+        ),
         ({"backend": "abacus"}, "backend"),
     ],
 )
@@ -979,8 +1022,8 @@ def test_bad_input_is_one_clear_error(
     options: dict[str, Any], message: str, settings: Settings, tmp_path: Path
 ) -> None:
     made = {name: value(tmp_path / name) if callable(value) else value for name, value in options.items()}
-    if isinstance(made.get("output"), list):
-        [made["output"]] = made["output"]
+    if isinstance(made.get("output_dir"), list):
+        [made["output_dir"]] = made["output_dir"]
     if options.get("teacher") and made["teacher"] == tmp_path / "teacher":
         made["teacher"].mkdir()
     with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -1,4 +1,4 @@
-"""Checks before the first step: weights, tokenizer and text, and that the student comes back from disk."""
+"""Checks before the first step: weights, tokenizer and text, and saving of the student."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from minilm_kernels.distill import DistillConfig, distill, preflight
-from minilm_kernels.distill.data import Tokenizer as Tokens
-from minilm_kernels.distill.models import _with_dropout, load_pair
+from minilm_kernels.distill.models import _with_dropout, load_models
+from minilm_kernels.distill.tokenization import DocumentTokenizer
 from minilm_kernels.qkv import QKVExtractor
 
 from .tiny import SIZES, WORDS, make_model, make_texts, make_tokenizer, save_model
@@ -63,7 +63,7 @@ def test_what_q_k_v_depend_on_must_be_there(part: str, layer: int, side: str, fo
     drop(folder, part)
     options: dict[str, Any] = {side: str(folder), f"{side}_layer": layer}
     with pytest.raises(ValueError, match=rf"--{side} .*lack 1 tensors .*{part}"):
-        load_pair(settings(**options), CPU)
+        load_models(settings(**options), CPU)
 
 
 @pytest.mark.parametrize(
@@ -71,20 +71,20 @@ def test_what_q_k_v_depend_on_must_be_there(part: str, layer: int, side: str, fo
 )
 def test_what_lies_behind_may_be_missing(part: str, layer: int, folder: Path, settings: Settings) -> None:
     drop(folder, part)
-    load_pair(settings(teacher=str(folder), teacher_layer=layer), CPU)
-    load_pair(settings(student=str(folder), student_layer=layer), CPU)
+    load_models(settings(teacher=str(folder), teacher_layer=layer), CPU)
+    load_models(settings(student=str(folder), student_layer=layer), CPU)
 
 
 def test_layers_that_the_weights_do_not_have(folder: Path, settings: Settings) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     with pytest.raises(ValueError, match=r"lack \d+ tensors .*layer 4 .*encoder\.layer\.2"):
-        load_pair(settings(teacher=str(folder)), CPU)
-    load_pair(settings(teacher=str(folder), teacher_layer=2), CPU)
+        load_models(settings(teacher=str(folder)), CPU)
+    load_models(settings(teacher=str(folder), teacher_layer=2), CPU)
 
 
 def test_saved_buffers_count_where_they_are_used() -> None:
-    """A scale in front of the projections, and one in the pooler."""
+    """A scale before the projections, and one in the pooler."""
     model = make_model("bert").eval()
     model.embeddings.LayerNorm.register_buffer("offset", torch.ones(48))
     model.pooler.register_buffer("offset", torch.ones(48))
@@ -96,7 +96,7 @@ def test_saved_buffers_count_where_they_are_used() -> None:
     with pytest.raises(ValueError, match=r"embeddings\.LayerNorm\.offset"):
         preflight.check_weights(extractor, info, "--teacher", teacher=True)
     model.embeddings.LayerNorm.offset.fill_(math.inf)
-    with pytest.raises(ValueError, match=r"LayerNorm\.offset hold NaN"):
+    with pytest.raises(ValueError, match=r"LayerNorm\.offset contain NaN"):
         preflight.check_weights(extractor, {"missing_keys": (), "unexpected_keys": ()}, "--teacher", teacher=True)
 
 
@@ -105,26 +105,26 @@ def test_saved_buffers_count_where_they_are_used() -> None:
 def test_weights_that_are_not_finite_are_named(value: float, side: str, folder: Path, settings: Settings) -> None:
     def poison(weights: dict[str, torch.Tensor]) -> None:
         weights["encoder.layer.0.output.dense.weight"][3, 5] = value
-        weights["encoder.layer.1.output.dense.weight"][:] = value  # behind the last layer's projections
+        weights["encoder.layer.1.output.dense.weight"][:] = value  # after the projections of the last layer
 
     change(folder, poison)
-    with pytest.raises(ValueError, match=rf"--{side} .*not finite: encoder\.layer\.0\.output\.dense\.weight hold"):
-        load_pair(settings(**{side: str(folder)}), CPU)
-    load_pair(settings(**{side: str(folder), f"{side}_layer": 1}), CPU)
+    with pytest.raises(ValueError, match=rf"--{side} .*not finite: encoder\.layer\.0\.output\.dense\.weight contain"):
+        load_models(settings(**{side: str(folder)}), CPU)
+    load_models(settings(**{side: str(folder), f"{side}_layer": 1}), CPU)
 
 
 def test_a_teacher_that_computes_nan_is_named(folder: Path, settings: Settings) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "layer_norm_eps": math.nan}))
     with pytest.raises(ValueError, match=r"--teacher .* Q, K and V of layer 2 are not"):
-        load_pair(settings(teacher=str(folder)), CPU)
+        load_models(settings(teacher=str(folder)), CPU)
 
 
 def test_a_teacher_of_zeros_is_named(folder: Path, settings: Settings) -> None:
     change(folder, lambda weights: weights["encoder.layer.1.attention.self.key.weight"].zero_())
     with pytest.raises(ValueError, match=r"--teacher .*self\.key\.weight are all zero"):
-        load_pair(settings(teacher=str(folder)), CPU)
-    load_pair(settings(student=str(folder)), CPU)
+        load_models(settings(teacher=str(folder)), CPU)
+    load_models(settings(student=str(folder)), CPU)
 
 
 # The tokenizer
@@ -136,12 +136,12 @@ def one_word(*words: str) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.7, 1.0])
 def test_unknown_words(share: float, settings: Settings, tmp_path: Path) -> None:
-    """A few per cent are a text of any language; more than half is a text of another one."""
+    """A few per cent of unknown tokens are normal; more than half mean another language."""
     text = tmp_path / "text.txt"
     known = round(60 * (1 - share))
     words = [f"w{i}" if i < known else f"strange{i}" for i in range(60)]
     text.write_text("\n\n".join([" ".join(words)] * 30))
-    config = settings(text=[text], steps=1, heldout_fraction=0)
+    config = settings(text=[text], max_steps=1, eval_fraction=0)
     if share < 0.5:
         assert distill(config).student is not None
     else:
@@ -155,7 +155,7 @@ def test_unknown_words(share: float, settings: Settings, tmp_path: Path) -> None
 def check(tokenizer: PreTrainedTokenizerFast, texts: list[str], rows: int = 300) -> None:
     table = AutoModel.from_config(AutoConfig.for_model("bert", **{**SIZES, "vocab_size": rows}, **TINY))
     preflight.check_ids(tokenizer, table, table)
-    preflight.check_text(Tokens(tokenizer), iter(texts), table, table)
+    preflight.check_text(DocumentTokenizer(tokenizer), iter(texts), table, table)
 
 
 TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
@@ -173,15 +173,15 @@ def test_tokenizers_of_bytes_and_characters_know_every_text() -> None:
 
 
 def test_words_that_are_dropped_are_unknown_too() -> None:
-    """BPE without bytes and without an unknown token gives nothing at all for other letters."""
+    """BPE without bytes and unknown token returns nothing for unknown letters."""
     dropping = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])))
     check(dropping, ["abba baab"] * 40, rows=3)
-    with pytest.raises(ValueError, match="gives 0 tokens for the first 1440 characters"):
+    with pytest.raises(ValueError, match="returns 0 tokens for the first 1440 characters"):
         check(dropping, ["привет, мир и все остальные, здравствуйте"] * 40, rows=3)
 
 
 def test_a_tokenizer_far_smaller_than_the_embedding_is_another_s() -> None:
-    check(make_tokenizer(), make_texts(20), rows=258)  # reserves, and padding to a round number
+    check(make_tokenizer(), make_texts(20), rows=258)  # reserved rows, and padding to a round number
     with pytest.raises(ValueError, match="--teacher: its tokenizer has 65 tokens, its embedding 259 rows"):
         check(make_tokenizer(), make_texts(20), rows=259)
 
@@ -198,12 +198,12 @@ def test_the_largest_id_counts_and_not_the_number_of_tokens() -> None:
 
 
 def test_ids_that_only_the_special_tokens_have() -> None:
-    """A post-processor may name any id, in the vocabulary or not."""
+    """A post-processor may use ids that are not in the vocabulary."""
     tokenizer = make_tokenizer()
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["post_processor"]["special_tokens"]["[SEP]"]["ids"] = [777]
     odd = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), unk_token="[UNK]")
-    with pytest.raises(ValueError, match="gives id 777, the teacher's embedding has only 65 rows"):
+    with pytest.raises(ValueError, match="returns id 777, the teacher's embedding has only 65 rows"):
         check(odd, make_texts(20), rows=65)
 
 
@@ -215,7 +215,7 @@ def test_the_student_s_rows_are_held_to_the_ids_too(folder: Path, settings: Sett
     for file in folder.glob("token*"):
         file.unlink()
     with pytest.raises(ValueError, match="ids up to 64, the student's embedding only 60 rows"):
-        load_pair(settings(student=str(folder)), CPU)
+        load_models(settings(student=str(folder)), CPU)
 
 
 # Saving
@@ -235,7 +235,7 @@ def test_a_student_that_cannot_be_saved_fails_before_training(
 
 def test_a_full_disk_is_named_before_training(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise Exception("No space left on device (os error 28)")  # as tokenizers says it
+        raise Exception("No space left on device (os error 28)")  # the message of tokenizers
 
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", fail)
     with pytest.raises(OSError, match="the disk is full"):
@@ -243,7 +243,7 @@ def test_a_full_disk_is_named_before_training(settings: Settings, monkeypatch: p
 
 
 def test_nothing_of_the_trial_stays(settings: Settings, tmp_path: Path) -> None:
-    distill(settings(steps=1))
+    distill(settings(max_steps=1))
     assert not list((tmp_path / "run").glob(".unfinished-*"))
 
 
@@ -252,11 +252,11 @@ def test_a_student_that_comes_back_changed_is_refused(tmp_path: Path, monkeypatc
     preflight.check_saving(model, tokenizer, tmp_path)
     twin = make_model("bert", seed=1)
     monkeypatch.setattr("minilm_kernels.distill.preflight.AutoModel.from_pretrained", lambda *_, **__: twin)
-    with pytest.raises(ValueError, match=r"would not be saved as it is: embeddings.*come back changed"):
+    with pytest.raises(ValueError, match=r"changes when it is saved and loaded: embeddings"):
         preflight.check_saving(model, tokenizer, tmp_path)
     monkeypatch.undo()
-    model.config.layer_norm_eps, model.config.to_diff_dict = 0.25, dict  # a config that loses what it says
-    with pytest.raises(ValueError, match=r"could be saved, but not loaded|come back changed"):
+    model.config.layer_norm_eps, model.config.to_diff_dict = 0.25, dict  # a config that does not save its settings
+    with pytest.raises(ValueError, match=r"could be saved, but not loaded|changes when it is saved"):
         preflight.check_saving(model, tokenizer, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -272,7 +272,7 @@ def test_tied_and_transposed_weights_come_back(tmp_path: Path) -> None:
     preflight.check_saving(albert, make_tokenizer(), tmp_path)
 
 
-# The pair
+# Both models
 
 
 def test_copied_layers_take_the_teacher_s_projections(settings: Settings, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_copied_layers_take_the_teacher_s_projections(settings: Settings, tmp_pa
     make_tokenizer().save_pretrained(folder)
     names = [f"layers.{{i}}.self_attn.{letter}_proj" for letter in "qkv"]
     options = {"teacher": folder, "teacher_projections": names, "mask": "causal", "copy_layers": (1, 3)}
-    result = distill(settings(**options, steps=2))
+    result = distill(settings(**options, max_steps=2))
     assert result.student is not None
     assert len(AutoModel.from_pretrained(result.student).layers) == 2
 
@@ -303,5 +303,5 @@ def test_dropout_reaches_every_name_of_it() -> None:
 def test_save_model_gives_a_whole_teacher(tmp_path: Path, settings: Settings) -> None:
     for architecture in ("roberta", "mpnet", "distilbert"):
         folder = save_model(tmp_path / architecture, architecture)
-        layers = {"teacher": str(folder), "seq_len": 30}
-        assert load_pair(settings(**layers), CPU).teacher.extractor.layer == 2
+        layers = {"teacher": str(folder), "max_seq_length": 30}
+        assert load_models(settings(**layers), CPU).teacher.extractor.layer == 2

@@ -1,4 +1,4 @@
-"""A few points of the soak (soak.py); `make soak` goes through all for some minutes."""
+"""A few trials of soak.py. `make soak` runs many more."""
 
 from __future__ import annotations
 

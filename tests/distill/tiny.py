@@ -25,7 +25,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [f"w{i}" for i in range(60)]
 SIZES = {"vocab_size": len(SPECIAL) + len(WORDS), "max_position_embeddings": 40}
 LAYERS = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96}
-# RoBERTa's padding index is 1, so that its positions begin at 2.
+# The padding index of RoBERTa is 1, so its positions begin at 2.
 ROBERTA = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "type_vocab_size": 1}
 DISTIL = {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 96}
 ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
@@ -37,7 +37,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
-    """A random model whose weights are large enough for attention to be far from uniform."""
+    """A random model with such large weights that attention is far from uniform."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = ARCHITECTURES[architecture]()
@@ -49,7 +49,7 @@ def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
 
 
 def make_tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
-    """One token a word, between [CLS] and [SEP]."""
+    """A tokenizer with one token per word, between [CLS] and [SEP]."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -1,4 +1,4 @@
-"""Mutants of the extractor and of the students."""
+"""Mutants of the extractor and the students."""
 
 from . import Mutant
 
@@ -13,7 +13,7 @@ MUTANTS = [
         "return layer if layer > 0 else count + 1 + layer",
         "return layer if layer > 0 else count + layer",
         f"tests/test_qkv.py {_QUICK}",
-        "the last layer asked for is the last but one",
+        "the last layer is the one before it",
     ),
     Mutant(
         _QKV,
@@ -27,7 +27,7 @@ MUTANTS = [
         "        self.model.train(mode)\n",
         "",
         f"tests/test_qkv.py {_QUICK}",
-        "train() and eval() leave the model as it is",
+        "train() and eval() do not reach the model",
     ),
     Mutant(
         _QKV,
@@ -41,7 +41,7 @@ MUTANTS = [
         "        if self.frozen:\n            return self\n",
         "",
         f"tests/test_qkv.py {_QUICK}",
-        "train() on a module that holds a frozen teacher turns the teacher's dropout on",
+        "train() on a module with a frozen teacher enables the teacher's dropout",
     ),
     Mutant(
         _QKV,
@@ -55,7 +55,7 @@ MUTANTS = [
         "    for name in list(kept)[layer:]:\n        del kept[name]\n",
         "",
         f"tests/test_qkv.py {_QUICK}",
-        "modules behind the layer stay in the extractor and are moved, trained and pickled with it",
+        "modules after the layer remain in the extractor, and are moved, trained and pickled with it",
     ),
     Mutant(
         _VIEW,
@@ -69,7 +69,7 @@ MUTANTS = [
         "        tensors,\n        training=False,",
         "        tensors,",
         f"tests/test_qkv.py {_QUICK}",
-        "the dry run draws random numbers for dropout: the run after it is another one",
+        "the dry run uses random numbers for dropout, which changes the following run",
     ),
     Mutant(
         "minilm_kernels/_full_attention.py",
@@ -83,14 +83,14 @@ MUTANTS = [
         "sources = [resolve_layer(layer, count) - 1 for layer in layers]",
         "sources = [resolve_layer(layer, count) % count for layer in layers]",
         "tests/test_students.py",
-        "each copied layer is the one behind the layer asked for",
+        "each copied layer is the one after the requested layer",
     ),
     Mutant(
         _STUDENTS,
         "4 * hidden_size if intermediate_size is None",
         "3 * hidden_size if intermediate_size is None",
         "tests/test_students.py",
-        "other students than the papers'",
+        "students differ from those of the papers",
     ),
     Mutant(
         _STUDENTS,

@@ -137,7 +137,7 @@ class NativeBackend:
         raise NotImplementedError
 
     def _sanitized(self, inputs: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
-        """A inputs whose mask the kernels can trust, and the tensor for `add_fault` (see `Mask.sanitize_bounds`)."""
+        """Returns inputs whose mask is safe to index with, and the fault to add; see `Mask.sanitize_bounds`."""
         raise NotImplementedError
 
     def _call(self, inputs: RelationInputs, arguments: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Wheels are fetched by pip from a local folder here: what is pinned, checked, unzipped, cached, and refused."""
+"""Download, verification, extraction and caching of wheels, from a local folder."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ FILES = {"small_set/__init__.py": b"raise SystemExit('executed')", "small_set/da
 
 
 def build(folder: Path, files: dict[str, bytes]) -> Wheel:
-    """A wheel of `files` in `folder`, pinned by its sha256, of which small_set/data/ is wanted."""
+    """Creates a pinned wheel with `files` in `folder`, and small_set/data/ as its members."""
     info = "small_set-1.0.dist-info"
     metadata = b"Metadata-Version: 2.1\nName: small-set\nVersion: 1.0\nRequires-Dist: torch\n"
     tags = b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -29,14 +29,14 @@ def build(folder: Path, files: dict[str, bytes]) -> Wheel:
     file = folder / "small_set-1.0-py3-none-any.whl"
     with zipfile.ZipFile(file, "w") as archive:
         for name, data in {**files, f"{info}/RECORD": record.encode()}.items():
-            archive.writestr(zipfile.ZipInfo(name), data)  # without the time: the same bytes again
+            archive.writestr(zipfile.ZipInfo(name), data)  # without a time, so that the bytes are reproducible
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     return Wheel("small-set", "1.0", file.name, sha256, 0, ("small_set/data/",))
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache, and no index: pip sees the folder `index` alone."""
+    """An empty cache, and the folder `index` as the only source of pip."""
     monkeypatch.setenv("MINILM_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -47,7 +47,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def local(tmp_path, monkeypatch):
-    """Copies instead of downloading with pip, which takes a second each time."""
+    """Replaces pip by a copy, which is faster."""
 
     def copy(wheel, folder):
         print("copied")
@@ -100,7 +100,7 @@ def test_a_member_that_points_outside_is_refused(tmp_path, cache, name):
 def test_a_changed_cache_is_noticed(tmp_path, damage):
     wheel = build(tmp_path / "index", FILES)
     damage(fetch(wheel) / "small_set/data/a.txt")
-    assets._check.cache_clear()  # as another process would
+    assets._check.cache_clear()  # as in another process
     with pytest.raises(RuntimeError, match="missing or was changed: delete"):
         fetch(wheel)
 
@@ -133,7 +133,7 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("local")
 def test_callers_at_once_fetch_once(tmp_path, capsys):
     wheel = build(tmp_path / "index", FILES)
-    with ThreadPoolExecutor(4) as pool:  # the lock is one of files: it holds between processes as between threads
+    with ThreadPoolExecutor(4) as pool:  # a file lock works between threads as well as between processes
         folders = set(pool.map(lambda _: fetch(wheel), range(4)))
     assert len(folders) == 1
     assert capsys.readouterr().out == "copied\n"

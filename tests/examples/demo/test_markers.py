@@ -1,4 +1,4 @@
-"""The generated part of a Markdown file is replaced, and nothing else."""
+"""Replacement of the generated part of a Markdown file."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The figure is written, and what it shows depends on the curves."""
+"""The figure is written and shows the curves."""
 
 from matplotlib.image import imread
 

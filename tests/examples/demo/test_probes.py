@@ -1,4 +1,4 @@
-"""Probes on data whose answer is known."""
+"""The probes on data with known results."""
 
 from itertools import product
 
@@ -51,7 +51,7 @@ def test_ridge_separates_what_is_separable_and_nothing_else():
     labels = [f"class {n}" for n in number]
     centres = torch.randn(4, 16, generator=generator)
     noise = torch.randn(400, 16, generator=generator)
-    scale = 10.0 ** torch.arange(-8, 8)  # standardised away
+    scale = 10.0 ** torch.arange(-8, 8)  # removed by the standardization
     assert ridge_accuracy((centres[number] + 0.1 * noise) * scale, labels) == 1.0
     assert 0.1 < ridge_accuracy(noise, labels) < 0.4  # chance is 0.25
 
@@ -66,7 +66,7 @@ def test_ridge_matches_a_plain_solution():
     for fold, k in product(folds, range(5)):
         train, test = fold != k, fold == k
         x = (features - features[train].mean(0)) / features[train].std(0, ddof=1)
-        # Ridge as least squares on rows that are appended to the data, the intercept unpenalised.
+        # Ridge regression as least squares with additional rows, without a penalty on the intercept.
         rows = np.block([[x[train], np.ones((train.sum(), 1))], [np.sqrt(train.sum()) * np.eye(5), np.zeros((5, 1))]])
         targets = np.vstack([np.eye(3)[labels[train]], np.zeros((5, 3))])
         weight = np.linalg.lstsq(rows, targets, rcond=None)[0]

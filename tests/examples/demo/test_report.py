@@ -1,9 +1,9 @@
-"""The table says what the rows say."""
+"""The table has the figures of its rows."""
 
 from examples.demo.report import table
 
-BEFORE = {"model": "before", "heldout_kl": 2.0, "bbc_accuracy": 0.5, "lee_r": -0.25}
-AFTER = {"model": "seed 3", "heldout_kl": 0.5, "bbc_accuracy": 0.75, "lee_r": 0.125, "training_seconds": 61.6}
+BEFORE = {"model": "before", "eval_kl": 2.0, "bbc_accuracy": 0.5, "lee_r": -0.25}
+AFTER = {"model": "seed 3", "eval_kl": 0.5, "bbc_accuracy": 0.75, "lee_r": 0.125, "training_seconds": 61.6}
 
 
 def cells(text):
@@ -13,7 +13,7 @@ def cells(text):
 def test_table_holds_the_rows():
     lines = cells(table([BEFORE, AFTER]))
     assert lines[""] == ["before", "seed 3"]
-    assert lines["held-out relation KL"] == ["2.000", "0.500 (0.25 ×)"]
+    assert lines["eval relation KL"] == ["2.000", "0.500 (0.25 ×)"]
     assert lines["BBC accuracy"] == ["0.500", "0.750"]
     assert lines["Lee r"] == ["-0.250", "0.125"]
     assert lines["training, s"] == ["–", "62"]

@@ -1,4 +1,4 @@
-"""Prose stays, markup goes, whatever the nesting."""
+"""Prose is kept and markup is removed, at any depth of nesting."""
 
 import bz2
 

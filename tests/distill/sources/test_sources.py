@@ -1,4 +1,4 @@
-"""Documents from files and data sets: what is read, from any place on, and what is said about unreadable input."""
+"""Documents of files and data sets: reading from any cursor, and messages about unreadable input."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from minilm_kernels.distill import sources
-from minilm_kernels.distill.sources import HubDataset, Prefix, Source, open_sources
-
-from .tiny import make_texts
+from minilm_kernels.distill.sources import HubDataset, ReadPrefix, Source, delimited, open_sources
+from minilm_kernels.distill.sources import lines as line_files
+from minilm_kernels.distill.sources import parquet as parquet_files
+from tests.distill.tiny import make_texts
 
 TEXTS = [text + " größe €" for text in make_texts(25, longest=8)]
 
@@ -143,14 +143,14 @@ def words(text: str | None) -> list[str]:
 
 
 @pytest.mark.parametrize("make", ALL)
-def test_every_place_continues_where_it_was_taken(make: Make, tmp_path: Path) -> None:
+def test_every_cursor_continues_where_it_was_taken(make: Make, tmp_path: Path) -> None:
     source = make(tmp_path, TEXTS)
     expected = [words(text) for text in (TEXTS if make is not hub else TEXTS[::2] + TEXTS[1::2])]
-    prefix = Prefix()
+    prefix = ReadPrefix()
     read, prefixes = [], []
     for document in source.read(None, prefix):
         assert not document.problem
-        read.append((words(document.text), json.loads(json.dumps(document.place))))
+        read.append((words(document.text), json.loads(json.dumps(document.cursor))))
         prefixes.append(prefix.copy())
     assert [text for text, _ in read if text] == expected
     for number in range(0, len(read), 6 if make is hub else 1):
@@ -158,9 +158,9 @@ def test_every_place_continues_where_it_was_taken(make: Make, tmp_path: Path) ->
         assert again.digest() == prefixes[number].digest()
         rest = list(source.read(read[number][1], again))
         assert [words(document.text) for document in rest] == [text for text, _ in read[number + 1 :]]
-        if make is not hub:  # whose states may differ where reading was begun elsewhere
-            places = [json.loads(json.dumps(document.place)) for document in rest]
-            assert places == [place for _, place in read[number + 1 :]]
+        if make is not hub:  # its states may depend on where reading began
+            cursors = [json.loads(json.dumps(document.cursor)) for document in rest]
+            assert cursors == [cursor for _, cursor in read[number + 1 :]]
         assert again.digest() == prefix.digest()
         assert [document.where for document in rest] == [d.where for d in list(source.read())[number + 1 :]]
 
@@ -168,12 +168,12 @@ def test_every_place_continues_where_it_was_taken(make: Make, tmp_path: Path) ->
 def test_reading_on_does_not_read_again(tmp_path: Path) -> None:
     source = lines(tmp_path, TEXTS)
     *_, last = source.read()
-    assert last.place[0] >= vars(source)["path"].stat().st_size - 2
-    assert list(source.read(last.place)) == []
+    assert last.cursor[0] >= vars(source)["path"].stat().st_size - 2
+    assert list(source.read(last.cursor)) == []
 
 
 def test_a_line_of_any_length_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LARGEST_DOCUMENT", 64)
+    monkeypatch.setattr(line_files, "LARGEST_DOCUMENT", 64)
     file = tmp_path / "long.txt"
     text = " ".join(f"wörd{i}" for i in range(100))
     file.write_text(text, "utf-8")
@@ -182,15 +182,15 @@ def test_a_line_of_any_length_is_read_in_parts(tmp_path: Path, monkeypatch: pyte
     assert max(len((part.text or "").encode()) for part in parts) <= 2 * 64
     assert "".join(part.text or "" for part in parts).split() == text.split()  # no word is cut
     for number, part in enumerate(parts):
-        assert list(opened(file).read(part.place)) == parts[number + 1 :]
+        assert list(opened(file).read(part.cursor)) == parts[number + 1 :]
         assert part.where.endswith("line 1")
 
-    file.write_text("€" * 100, "utf-8")  # three bytes each, and no space to cut at
+    file.write_text("€" * 100, "utf-8")  # three bytes per character, and no spaces
     assert "".join(part.text or "" for part in opened(file).read()) == "€" * 100
 
 
 def test_a_document_of_any_length_is_cut_at_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LARGEST_DOCUMENT", 64)
+    monkeypatch.setattr(line_files, "LARGEST_DOCUMENT", 64)
     file = tmp_path / "long.txt"
     file.write_text("\n".join(["some words in a line"] * 20))
     parts = [document.text or "" for document in opened(file).read()]
@@ -200,16 +200,19 @@ def test_a_document_of_any_length_is_cut_at_a_line(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("make", [jsonl, packed, array, array_in_one_line, comma_separated, tab_separated, parquet])
 def test_a_record_beyond_the_bound_is_bad(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LARGEST_RECORD", 200)
-    monkeypatch.setattr(sources, "READ_BYTES", 64)
+    for module in (line_files, delimited, parquet_files):
+        monkeypatch.setattr(module, "LARGEST_RECORD", 200)
+    monkeypatch.setattr(line_files, "READ_BYTES", 64)
     source = make(tmp_path, ["w1 a b", "w2 " * 1000, "w3 a b", "w4 " * 20, "w5 a b"])
     documents = [document for document in source.read() if document.text or document.problem]
     assert [words(document.text)[:1] for document in documents if document.text] == [["w1"], ["w3"], ["w4"], ["w5"]]
     long = [document for document in documents if document.problem]
-    assert len(long) == (2 if make is comma_separated else 1)  # its lines, since the quote does not end in time
+    assert len(long) == (
+        2 if make is comma_separated else 1
+    )  # one per line, because the quote does not end within the limit
     assert all("200 bytes" in document.problem for document in long)
     for number, document in enumerate(documents):
-        rest = [document for document in source.read(document.place) if document.text or document.problem]
+        rest = [document for document in source.read(document.cursor) if document.text or document.problem]
         assert rest == documents[number + 1 :]
 
 
@@ -226,7 +229,7 @@ def test_folders_are_searched_in_a_stable_order(tmp_path: Path) -> None:
     kinds = ["TextFile", "DelimitedFile", "JsonLines", "TextFile", "TextFile"]
     assert [type(source).__name__ for source in found] == kinds
     [line] = said
-    assert "left out" in line
+    assert "skipped" in line
     assert all(name in line for name in ("a/picture.png", "pipe.txt", "plain"))
     assert "hidden" not in line
 
@@ -239,19 +242,19 @@ GOOD = b'{"text": "good"}'
     [
         ("a.txt", b"one\ntwo \xff\n\ngood", "line 2", r"not UTF-8 \(byte 0xff at 4\)"),
         ("a.jsonl", GOOD + b'\n{"text": \n', "line 2", "not JSON"),
-        ("a.jsonl", GOOD + b'\n\n{"body": "b", "n": 1}\n', "line 3", "no field 'text'.*has body, n"),
+        ("a.jsonl", GOOD + b'\n\n{"body": "b", "n": 1}\n', "line 3", "no column 'text'.*has body, n"),
         ("a.jsonl", b'["text"]\n' + GOOD, "line 1", "it is an array, expected an object"),
-        ("a.jsonl", b'{"text": 3}\n' + GOOD, "line 1", "field 'text' is a number"),
-        ("a.jsonl", b'{"text": NaN}\n' + GOOD, "line 1", "field 'text' is a number"),
-        ("a.jsonl", b'{"text": ["a"]}\n' + GOOD, "line 1", "field 'text' is an array"),
+        ("a.jsonl", b'{"text": 3}\n' + GOOD, "line 1", "column 'text' is a number"),
+        ("a.jsonl", b'{"text": NaN}\n' + GOOD, "line 1", "column 'text' is a number"),
+        ("a.jsonl", b'{"text": ["a"]}\n' + GOOD, "line 1", "column 'text' is an array"),
         ("a.jsonl", b"[" * 100_000 + b"\n" + GOOD, "line 1", "not JSON"),
         ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n" + GOOD, "line 1", "not JSON"),
         ("a.jsonl", GOOD + b'\n{"text": "\xe9"}', "line 2", "not UTF-8"),
-        ("a.json", b"[" + GOOD + b',\n{"text": 3}]', "line 2, element 2", "field 'text' is a number"),
+        ("a.json", b"[" + GOOD + b',\n{"text": 3}]', "line 2, element 2", "column 'text' is a number"),
         ("a.json", b"[" + GOOD + b',\n{"text": }]', "line 2, element 2", "not JSON"),
         ("a.json", b"[" + GOOD + b", \xe9]", "line 1, element 2", "not UTF-8"),
         ("a.json", b'[{"text": "x", ' + GOOD + b"]", "line 1, element 1", "an object does not end before the next"),
-        ("a.json", b'[\n{"text": "x},\n ' + GOOD + b"]", "line 2, element 1", "a quote does not end in its line"),
+        ("a.json", b'[\n{"text": "x},\n ' + GOOD + b"]", "line 2, element 1", "a quote does not end on its line"),
         ("a.json", b'[\n["x"},\n ' + GOOD + b"]", "line 2, element 1", "brackets do not match"),
         ("a.json", b"[" + GOOD + b', {"text": "x"', "line 1, element 2", "do not end; the rest of the file cannot"),
         ("a.json", b"[" + GOOD + b", " + GOOD, "line 1, element 2", "not end"),
@@ -275,8 +278,8 @@ def test_a_bad_document_is_named_and_the_others_are_read(
     assert re.search(problem, bad.problem)
     good = [(document.text or "").strip() for document in documents if not document.problem]
     assert good == ["good"]
-    place = json.loads(json.dumps(bad.place))
-    assert list(opened(tmp_path / name).read(place)) == documents[documents.index(bad) + 1 :]
+    cursor = json.loads(json.dumps(bad.cursor))
+    assert list(opened(tmp_path / name).read(cursor)) == documents[documents.index(bad) + 1 :]
 
 
 @pytest.mark.parametrize("make", [jsonl, json_lines, array, parquet])
@@ -336,8 +339,8 @@ def test_bad_cells_and_damaged_pages_of_parquet(tmp_path: Path) -> None:
     assert [document.text for document in documents if document.text] == texts[:20] + texts[30:]
     [bad] = [document for document in documents if document.problem]
     assert (bad.where, bad.documents) == (f"{file}, rows 21 to 30", 10)
-    assert list(opened(file).read(bad.place)) == documents[21:]
-    assert list(opened(file).read(documents[9].place)) == documents[10:]
+    assert list(opened(file).read(bad.cursor)) == documents[21:]
+    assert list(opened(file).read(documents[9].cursor)) == documents[10:]
 
 
 @pytest.mark.parametrize(
@@ -355,27 +358,27 @@ def test_damaged_compression_loses_the_rest_of_the_file(
     content = "\n".join(f'{{"text": "{chance.random()}"}}' for _ in range(8_000)).encode()
     file = tmp_path / f"a.jsonl{suffix}"
     file.write_bytes(pack(content)[:-1000])
-    prefix = Prefix()
+    prefix = ReadPrefix()
     *good, bad = opened(file).read(None, prefix)
     assert len(good) > 1000
     assert opened(file).prefix(prefix.size).digest() == prefix.digest()
     assert opened(file).prefix(prefix.size + 10**6).digest() != prefix.digest()
     assert all(document.text for document in good)
-    assert "rest of the file cannot be unpacked" in bad.problem
-    assert list(opened(file).read(bad.place)) == []
+    assert "rest of the file cannot be decompressed" in bad.problem
+    assert list(opened(file).read(bad.cursor)) == []
     file.write_bytes(pack(content)[:1000])
-    with pytest.raises(ValueError, match=r"a\.jsonl\..* cannot be unpacked"):
+    with pytest.raises(ValueError, match=r"a\.jsonl\..* cannot be decompressed"):
         opened(file)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"body;n\nx;1\n", "--text-field.*separated by ',' it has 'body;n'"),
+        ("a.csv", b"body;n\nx;1\n", "--text-column.*separated by ',' it has 'body;n'"),
         ("a.csv", b"text,text\nx,1\n", "one column 'text'"),
         ("a.tsv", b"text,n\nx,1\n", r"separated by '\\t' it has 'text,n'"),
         ("a.parquet", b"PAR1 no", r"a\.parquet: not a readable Parquet file"),
-        ("a.parquet.gz", b"", "unpack it first"),
+        ("a.parquet.gz", b"", "decompress it first"),
     ],
 )
 def test_files_that_cannot_hold_the_text_are_refused_at_once(
@@ -387,26 +390,26 @@ def test_files_that_cannot_hold_the_text_are_refused_at_once(
 
 
 def test_missing_input_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"--heldout-text: there is no file or folder .*nowhere"):
-        open_sources([str(tmp_path / "nowhere")], option="--heldout-text")
+    with pytest.raises(FileNotFoundError, match=r"--eval-text: there is no file or folder .*nowhere"):
+        open_sources([str(tmp_path / "nowhere")], option="--eval-text")
     with pytest.raises(ValueError, match="empty path"):
         open_sources([""])
-    with pytest.raises(ValueError, match="holds no text"):
+    with pytest.raises(ValueError, match="has no text files"):
         open_sources([str(tmp_path)])
     (tmp_path / "a.txt.zst").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"holds no text.*it holds a\.txt\.zst"):
+    with pytest.raises(ValueError, match=r"has no text files.*it has a\.txt\.zst"):
         open_sources([str(tmp_path)])
     file = vars(parquet(tmp_path, TEXTS))["path"]
-    with pytest.raises(ValueError, match=r"no column 'body'.*it has text, n"):
-        opened(file, text_field="body")
+    with pytest.raises(ValueError, match=r"expected one column 'body'.*has text, n"):
+        opened(file, text_column="body")
     with pytest.raises(ValueError, match=r"column 'n'.*int64, expected text"):
-        opened(file, text_field="n")
+        opened(file, text_column="n")
     pq.write_table(pa.table({"text": [["a list"]]}), tmp_path / "list.parquet")
     with pytest.raises(ValueError, match=r"column 'text'.*list.*, expected text"):
         opened(tmp_path / "list.parquet")
-    with pytest.raises(ValueError, match=r"--dataset .*nowhere"):
+    with pytest.raises(ValueError, match=r"--dataset-name .*nowhere"):
         list(HubDataset(str(tmp_path / "nowhere"), None, "train", "text").read())
-    with pytest.raises(ValueError, match=r"no field 'body'.*it has text"):
+    with pytest.raises(ValueError, match=r"no column 'body'.*it has text"):
         list(HubDataset(str(vars(hub(tmp_path, TEXTS))["name"]), None, "train", "body").read())
 
 
@@ -414,5 +417,5 @@ def test_missing_input_is_named(tmp_path: Path) -> None:
 def test_a_missing_library_is_named(module: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make(tmp_path, TEXTS)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r"pip install minilm_kernels\[data\]"):
+    with pytest.raises(ImportError, match=r'pip install "minilm_kernels\[data\]"'):
         list(source.read())

@@ -1,4 +1,4 @@
-"""Files that are no text: refused before anything is trained, by suffix, by kind, by content."""
+"""Refusal of files that are not text, by suffix, type and content."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from minilm_kernels.distill.file_kinds import REFUSED
 from minilm_kernels.distill.sources import open_sources
+from minilm_kernels.distill.sources.file_kinds import REFUSED
 
 ENGLISH = "Some words in a line, and more of them.\n\n" * 40
 GERMAN = "Größe, Straße, Übung und Äpfel: schöne Wörter.\n\n" * 40
@@ -63,7 +63,7 @@ def test_suffixes_that_are_no_text_are_refused(suffix: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda: gzip.compress(ENGLISH.encode()), "gzip; unpack it"),
+        (lambda: gzip.compress(ENGLISH.encode()), "gzip; decompress it"),
         (lambda: bz2.compress(ENGLISH.encode()), "bzip2"),
         (lambda: lzma.compress(ENGLISH.encode()), "xz"),
         (zipped, "zip archive"),
@@ -123,7 +123,7 @@ def test_some_bad_lines_do_not_make_another_encoding(tmp_path: Path) -> None:
     (tmp_path / "few.txt").write_bytes(b"\n\n".join(lines))
     assert len(list(filter(None, texts(tmp_path / "few.txt")))) == 281
     lines[5:105] = [b"bad \xff\xfe words"] * 100
-    lines[0] = "größe".encode()  # so it is UTF-8, a third of it damaged
+    lines[0] = "größe".encode()  # so the file is UTF-8, with a third of it damaged
     (tmp_path / "many.txt").write_bytes(b"\n\n".join(lines))
     assert len(list(filter(None, texts(tmp_path / "many.txt")))) == 200
     records = [json.dumps({"text": "words of a record"}).encode()] * 300
@@ -141,7 +141,7 @@ def test_markup_without_a_suffix_is_refused(content: str, tmp_path: Path) -> Non
 
 def test_what_is_no_regular_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
-    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket.txt")
         (tmp_path / "link.txt").symlink_to(tmp_path / "pipe.txt")
@@ -152,5 +152,5 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path, monkeypatch: pytest.
             "/dev/zero": "a device",
             "/dev/null": "a device",
         }.items():
-            with pytest.raises(ValueError, match=f"--heldout-text: {path} is {kind}, expected a file or folder"):
-                open_sources([path], option="--heldout-text")
+            with pytest.raises(ValueError, match=f"--eval-text: {path} is {kind}, expected a file or folder"):
+                open_sources([path], option="--eval-text")

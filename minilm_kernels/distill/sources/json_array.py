@@ -1,7 +1,7 @@
-"""The elements of a JSON array in a file, one by one, so that the array need not fit into memory.
+"""Splits a JSON array in a file into its elements, so that the array need not fit into memory.
 
-Only the structure is looked at: strings, brackets, commas. Where it is broken, reading continues with the next element
-that can be told: at a `{` where an object's key should be, else at the next line that begins with one.
+Only the structure is parsed: strings, brackets and commas. After broken structure, reading continues at the next
+recognizable element: at a `{` where an object's key is expected, otherwise at the next line that begins with `{`.
 """
 
 from __future__ import annotations
@@ -12,28 +12,30 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
 BLOCK = 1 << 20
-DEEPEST = 900  # brackets in brackets; Python's parser takes few more
+DEEPEST = 900  # levels of nested brackets, slightly below the limit of Python's parser
 
 _OUTSIDE = re.compile(rb'["{}\[\],]')
-_INSIDE = re.compile(rb'["\\\n]')  # of a string, which a newline cannot be part of
+_INSIDE = re.compile(rb'["\\\n]')  # inside a string; newlines are not allowed there
 _BETWEEN = re.compile(rb"[ \t\r\n,]*")
 _NEXT_OBJECT = re.compile(rb"\n[ \t\r]*(?=\{)")
 _OPENER = {ord("}"): ord("{"), ord("]"): ord("[")}
 
 
 class Element(NamedTuple):
-    """One element.
+    """An element of the array.
 
     Attributes:
-        raw: its JSON; `None` for a broken or too long one, of which `problem` says more.
-        line, number: where it begins, and the how many-th it is, both from 1.
-        place: `elements` continues after it from there; `None`: the rest of the file cannot be read.
+        raw: its JSON; `None` for a broken or too long element.
+        line: the line on which it begins, from 1.
+        number: its number in the array, from 1.
+        cursor: `elements` continues here, after the element; `None` if the rest of the file cannot be read.
+        problem: description of a broken or too long element.
     """
 
     raw: bytes | None
     line: int
     number: int
-    place: list[int] | None
+    cursor: list[int] | None
     problem: str = ""
 
 
@@ -45,12 +47,12 @@ class _Broken(Exception):
 
 
 class _Reader:
-    """A window of the file that grows at its end and shrinks at its begin."""
+    """A window of the file that grows at its end and shrinks at its start."""
 
     def __init__(self, file: BinaryIO, offset: int, line: int, consumed: Callable[[bytes], None]) -> None:
         file.seek(offset)
         self._file, self._consumed = file, consumed
-        self.offset, self.line = offset, line  # of the window's begin; lines count from 1
+        self.offset, self.line = offset, line  # at the start of the window; lines count from 1
         self.window = bytearray()
 
     def grow(self) -> bool:
@@ -59,7 +61,7 @@ class _Reader:
         return bool(block)
 
     def drop(self, size: int) -> bytes:
-        """Takes `size` bytes from the begin."""
+        """Removes and returns the first `size` bytes."""
         taken = bytes(self.window[:size])
         del self.window[:size]
         self._consumed(taken)
@@ -68,7 +70,7 @@ class _Reader:
         return taken
 
     def skip(self, pattern: re.Pattern[bytes]) -> bool:
-        """Drops what `pattern` matches at the begin; False at the end of the file."""
+        """Drops the match of `pattern` at the start. Returns False at the end of the file."""
         while True:
             match = pattern.match(self.window)
             assert match is not None
@@ -80,18 +82,19 @@ class _Reader:
 
 
 def elements(
-    file: BinaryIO, place: list[int] | None, consumed: Callable[[bytes], None], largest: int
+    file: BinaryIO, cursor: list[int] | None, consumed: Callable[[bytes], None], largest: int
 ) -> Iterator[Element]:
-    """Elements from `place` on (`None`: from the start).
+    """Yields the elements of the array.
 
     Args:
-        file: positioned anywhere; a mark of UTF-8 may come first.
-        consumed: is given the bytes between one element's place and the next one's, before that is yielded.
-        largest: bytes of the longest element that is kept.
+        file: at any position. It may begin with a byte order mark.
+        cursor: the cursor of an element to continue after; `None` starts at the beginning.
+        consumed: is called with the bytes up to an element's cursor before the element is yielded.
+        largest: elements longer than this many bytes are not kept.
     """
-    offset, line, number = place or (0, 1, 0)
+    offset, line, number = cursor or (0, 1, 0)
     reader = _Reader(file, offset, line, consumed)
-    if place is None:
+    if cursor is None:
         reader.grow()
         if reader.window.startswith(codecs.BOM_UTF8):
             reader.drop(len(codecs.BOM_UTF8))
@@ -124,9 +127,9 @@ def elements(
 
 
 def _element(reader: _Reader, largest: int) -> bytes | None:
-    """Takes one element; `None` if it is too long. Raises `_Broken`."""
+    """Reads an element; `None` if it is too long. Raises `_Broken`."""
     position, kept = 0, True
-    stack = bytearray()  # brackets that are open
+    stack = bytearray()  # open brackets
     in_string, previous = False, 0
     while True:
         match = (_INSIDE if in_string else _OUTSIDE).search(reader.window, position)
@@ -146,7 +149,7 @@ def _element(reader: _Reader, largest: int) -> bytes | None:
             if token == ord("\\"):
                 position += 1
             elif token == ord("\n"):
-                raise _Broken("a quote does not end in its line", at)
+                raise _Broken("a quote does not end on its line", at)
             else:
                 in_string = False
             continue
@@ -169,7 +172,7 @@ def _element(reader: _Reader, largest: int) -> bytes | None:
 
 
 def _resume(reader: _Reader, position: int) -> bool:
-    """Drops what is broken, up to the next object; False if there is none."""
+    """Drops everything up to the next object. Returns False if there is none."""
     if reader.window[position : position + 1] == b"{" and position:
         reader.drop(position)
         return True
@@ -179,7 +182,7 @@ def _resume(reader: _Reader, position: int) -> bool:
             reader.drop(match.end())
             return True
         newline = reader.window.rfind(b"\n")
-        begins = newline >= 0 and not reader.window[newline:].strip()  # an object may, in the next block
+        begins = newline >= 0 and not reader.window[newline:].strip()  # an object may follow in the next block
         reader.drop(newline if begins else len(reader.window))
         position = 0
         if not reader.grow():

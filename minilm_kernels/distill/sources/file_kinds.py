@@ -1,4 +1,4 @@
-"""Which files can be read as text: by their suffix and, before anything is trained, by their first bytes."""
+"""Recognizes files that can be read as text, by their suffix and their first bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARQUET_SUFFIXES = (".parquet",)
 LINE_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, ".json", *DELIMITERS)
 PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
-_UNPACK = "unpack it first"
+_UNPACK = "decompress it first"
 _EXTRACT = "extract its text into a .txt or .jsonl file first"
 _EXPORT = "export its text into a .txt, .jsonl or .parquet file first"
 REFUSED = {
@@ -33,10 +33,10 @@ REFUSED = {
     **dict.fromkeys((".sqlite", ".exe", ".so", ".o", ".png", ".jpg", ".jpeg", ".gif", ".mp3", ".mp4"), _EXPORT),
 }
 _SIGNATURES = {
-    b"\x1f\x8b": ("something compressed with gzip", "unpack it, or let its name end in .gz"),
-    b"BZh": ("something compressed with bzip2", "unpack it, or let its name end in .bz2"),
-    b"\xfd7zXZ\x00": ("something compressed with xz", "unpack it, or let its name end in .xz"),
-    b"\x28\xb5\x2f\xfd": ("something compressed with zstd", _UNPACK),
+    b"\x1f\x8b": ("data compressed with gzip", "decompress it, or give it the suffix .gz"),
+    b"BZh": ("data compressed with bzip2", "decompress it, or give it the suffix .bz2"),
+    b"\xfd7zXZ\x00": ("data compressed with xz", "decompress it, or give it the suffix .xz"),
+    b"\x28\xb5\x2f\xfd": ("data compressed with zstd", _UNPACK),
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", _UNPACK),
     b"PK\x03\x04": ("a zip archive (so are .docx, .pt and .npz files)", _EXPORT),
     b"PK\x05\x06": ("an empty zip archive", _EXPORT),
@@ -45,7 +45,7 @@ _SIGNATURES = {
     b"%!PS": ("a PostScript document", _EXTRACT),
     b"{\\rtf": ("an RTF document", _EXTRACT),
     b"\xd0\xcf\x11\xe0": ("an old Office document", _EXTRACT),
-    b"PAR1": ("a Parquet file", "let its name end in .parquet"),
+    b"PAR1": ("a Parquet file", "give it the suffix .parquet"),
     b"ARROW1": ("an Arrow file", _EXPORT),
     b"SQLite format 3": ("an SQLite database", _EXPORT),
     b"\x93NUMPY": ("a NumPy array", _EXPORT),
@@ -57,29 +57,29 @@ _SIGNATURES = {
     b"GIF8": ("a picture", _EXPORT),
 }
 _MARKUP = (b"<!doctype html", b"<html", b"<?xml")
-_MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
+_BYTE_ORDER_MARKS = {  # UTF-32 first, because its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-_CONTROL = re.compile(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f]")  # those that text files do hold are not among them
-_HEAD = 1 << 16  # bytes that are looked at
-_PART = 200  # characters; a line, or so much of it, is decodable or not
-_FEW, _MANY = 3, 20  # undecodable parts, from which on a file may be of another encoding
+_CONTROL = re.compile(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f]")  # without those that occur in text files
+_HEAD = 1 << 16  # number of first bytes that are examined
+_PART = 200  # characters: the unit in which undecodable text is counted, at most a line
+_FEW, _MANY = 3, 20  # thresholds of undecodable parts, see _other_encoding
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 
 def suffixes(path: Path) -> tuple[str, str]:
-    """What the content is, and how it is compressed ("": not), in lower case: (".txt", ".gz")."""
+    """The suffixes of content and compression in lower case, for example (".txt", ".gz") or (".txt", "")."""
     last = path.suffix.lower()
     return (Path(path.stem).suffix.lower(), last) if last in PACKED else (last, "")
 
 
 def refuse_special(path: Path, option: str) -> None:
-    """Raises `ValueError` for what is neither file nor folder: reading it might never end."""
+    """Raises `ValueError` if the path is neither a file nor a folder, because reading it might never end."""
     mode = path.stat().st_mode
     kinds = {
         "a FIFO": stat.S_ISFIFO(mode),
@@ -92,7 +92,7 @@ def refuse_special(path: Path, option: str) -> None:
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """The (unpacked) bytes of a file; where lines end in carriage returns alone, newlines in their place."""
+    """Opens a file for reading, decompressed. Carriage returns become newlines if they alone end the lines."""
     opener = PACKED.get(path.suffix.lower())
     file: BinaryIO = path.open("rb") if opener is None else opener(path, "rb")
     try:
@@ -107,7 +107,7 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 class _CarriageReturns(io.RawIOBase):
-    """A file whose carriage returns are read as newlines; sizes and places stay the same."""
+    """A file whose carriage returns are read as newlines; sizes and offsets stay the same."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -135,14 +135,14 @@ class _CarriageReturns(io.RawIOBase):
 
 
 def read_head(path: Path, option: str) -> bytes:
-    """The first (unpacked) bytes. Raises `ValueError` that names the file if they are not UTF-8 text."""
+    """The first (decompressed) bytes. Raises `ValueError` that names the file if they are not UTF-8 text."""
     try:
         with open_bytes(path) as file:
             head = file.read(_HEAD)
     except (*DAMAGED, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise ValueError(f"{option}: {path} cannot be unpacked: {error}") from error
+        raise ValueError(f"{option}: {path} cannot be decompressed: {error}") from error
     found = _not_text(head, suffixes(path)[0])
     if found:
         kind, advice = found
@@ -151,8 +151,8 @@ def read_head(path: Path, option: str) -> bytes:
 
 
 def _not_text(head: bytes, suffix: str) -> tuple[str, str] | None:
-    """What a file that begins so is, and what to do about it; `None` for text."""
-    for mark, name in _MARKS.items():
+    """Returns (kind of file, advice) for a file with these first bytes; `None` for text."""
+    for mark, name in _BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
             return name, f"convert it first: iconv -f {name} -t UTF-8"
     for signature, found in _SIGNATURES.items():
@@ -162,24 +162,27 @@ def _not_text(head: bytes, suffix: str) -> tuple[str, str] | None:
         return "a safetensors file", _EXPORT
     if suffix not in LINE_SUFFIXES and head.lstrip()[:16].lower().startswith(_MARKUP):
         return "markup", _EXTRACT
-    # In UTF-16 and UTF-32 every other byte, or three of four, is a control character or NUL; such text may be valid
-    # UTF-8 by accident. A stray one is none of our business.
+    # In UTF-16 and UTF-32, every second byte or three of four bytes are NUL or control characters, and such text may
+    # be valid UTF-8 by accident. Single control characters are allowed.
     controls = len(_CONTROL.findall(head))
     if controls > 1 and controls * 10 >= len(head):
         name = "UTF-32" if head.count(0) * 2 > len(head) + 2 else "UTF-16"
-        return f"{name} without a mark, or binary", f"convert it first: iconv -f {name}LE (or {name}BE) -t UTF-8"
+        return (
+            f"{name} without a byte order mark, or binary",
+            f"convert it first: iconv -f {name}LE (or {name}BE) -t UTF-8",
+        )
     return _other_encoding(head)
 
 
 def _other_encoding(head: bytes) -> tuple[str, str] | None:
-    # Bytes that are no UTF-8 become characters that nothing else becomes.
+    # Invalid bytes become characters that no other input becomes.
     text = (
         head[:-4].decode("utf-8", "surrogateescape") if len(head) == _HEAD else head.decode("utf-8", "surrogateescape")
     )
     parts = [line[i : i + _PART] for line in text.splitlines() if line.strip() for i in range(0, len(line), _PART)]
     bad = sum(_ESCAPED.search(part) is not None for part in parts)
-    # A few bad parts are damage, to be skipped one by one. Most of them, or many without one right character beyond
-    # ASCII, are another encoding.
+    # A few bad parts are damage, and their documents are skipped. If most parts are bad, or many are and the text has
+    # no valid character beyond ASCII, the file has another encoding.
     some_right = any(character > "\x7f" and not _ESCAPED.match(character) for character in set(text))
     if (bad >= _FEW and bad * 2 > len(parts)) or (bad >= _MANY and bad * 10 > len(parts) and not some_right):
         return (

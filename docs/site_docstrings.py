@@ -1,0 +1,12 @@
+"""Extension of griffe: a docstring's section `Example:` is shown as code, as `Examples:` is."""
+
+import re
+from typing import Any
+
+import griffe
+
+
+class ExampleSections(griffe.Extension):
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)

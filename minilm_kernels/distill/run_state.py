@@ -1,0 +1,178 @@
+"""`RunState`: everything that changes during a run, and how it is saved in a checkpoint and restored from one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoint, damaged
+from .conditions import condition_changes
+from .config import DistillConfig
+from .console import say
+from .distributed import DistContext
+from .models import TeacherStudent
+from .run_folder import refuse_differences
+from .sample_stream import SampleStream
+
+
+@dataclass
+class RunState:
+    """The state of a run on one process.
+
+    Attributes:
+        parameters: the student's trained parameters by name, in the order of the optimizer's groups.
+        teacher_digests: SHA-256 of the teacher's files; `None` on processes that do not compute it.
+        conditions: machine and versions, see `conditions`.
+        step: number of finished steps.
+        tokens: number of tokens in these steps.
+        eval_pending: the student has not been evaluated at `step`.
+        window: for each step since the last line of metrics, the loss of each relation and the norm of the gradient,
+            (relations + 1,).
+    """
+
+    config: DistillConfig
+    dist: DistContext
+    models: TeacherStudent
+    stream: SampleStream
+    optimizer: torch.optim.AdamW
+    parameters: dict[str, nn.Parameter]
+    teacher_digests: dict[str, str] | None
+    conditions: dict[str, Any]
+    step: int = 0
+    tokens: int = 0
+    eval_pending: bool = True
+    window: list[Tensor] = field(default_factory=list)
+
+    def finite_window(self) -> Tensor:
+        """The window as one tensor, (steps, relations + 1) float32 on the CPU.
+
+        Raises:
+            RuntimeError: a loss or a gradient was not finite.
+        """
+        columns = len(self.models.loss.relations) + 1
+        window = torch.stack(self.window).cpu() if self.window else torch.empty(0, columns)
+        if not window.isfinite().all():
+            bad = self.step - len(window) + 1 + int((~window.isfinite()).any(1).nonzero()[0])
+            raise RuntimeError(
+                f"loss or gradient was not finite at step {bad}, and no checkpoint was written since; start again in "
+                "another --output-dir with a lower --learning-rate, a longer --warmup-steps or without --bf16"
+            )
+        return window
+
+    def checkpoint(self) -> Checkpoint:
+        """The state as a checkpoint. All processes must call it, because it gathers their random states."""
+        data_state, data = self.stream.state()
+        rng = {f"cpu.{rank}": state for rank, state in enumerate(self.dist.gather(torch.get_rng_state()))}
+        if self.dist.device.type == "cuda":
+            states = self.dist.gather(torch.cuda.get_rng_state(self.dist.device))
+            rng |= {f"cuda.{rank}": state for rank, state in enumerate(states)}
+        moments = {
+            f"{name}.{key}": torch.as_tensor(value)
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        return Checkpoint(
+            self.step,
+            {
+                "settings": self.config.as_dict(),
+                "world_size": self.dist.world_size,
+                "tokens": self.tokens,
+                "eval_pending": self.eval_pending,
+                "teacher": self.teacher_digests,
+                "conditions": self.conditions,
+                "data": data_state,
+            },
+            {
+                "model": self.models.student.model.state_dict(),
+                "optimizer": moments,
+                "data": data,
+                "progress": {"window": self.finite_window(), **rng},
+            },
+        )
+
+    def load(self, saved: Checkpoint) -> None:
+        """Restores the state of a checkpoint.
+
+        Raises:
+            ValueError: the checkpoint is damaged, of a run with other settings, or the teacher or the text has changed.
+        """
+        try:
+            self._load(saved)
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise damaged(saved.folder, error) from error
+
+    def _load(self, saved: Checkpoint) -> None:
+        # The folder may contain a checkpoint of another run.
+        refuse_differences(self.config, self.config.differences(saved.state["settings"]))
+        before = saved.state["teacher"]
+        if self.teacher_digests is not None and before != self.teacher_digests:
+            now = self.teacher_digests
+            changed = sorted(file for file in {*before, *now} if before.get(file) != now.get(file))
+            raise ValueError(
+                f"--resume-from-checkpoint: --teacher {self.config.teacher} has changed since the checkpoint "
+                f"({', '.join(changed)}); restore the teacher, or start again in another --output-dir"
+            )
+        if self.dist.is_main:
+            for warning in condition_changes(saved.state["conditions"], self.conditions):
+                say(warning)
+        self._check(saved)
+        self.step = saved.step
+        self.tokens = saved.state["tokens"]
+        self.eval_pending = saved.state["eval_pending"]
+        self.models.student.model.load_state_dict(saved.tensors["model"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        index = {
+            id(value): i for i, value in enumerate(p for group in self.optimizer.param_groups for p in group["params"])
+        }
+        for key, tensor in saved.tensors["optimizer"].items():
+            name, _, moment = key.rpartition(".")
+            # Cloned, because tensors of the file have another alignment than torch's, which can change the last bits.
+            moments.setdefault(index[id(self.parameters[name])], {})[moment] = tensor.clone()
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.stream.load_state(saved.state["data"], saved.tensors["data"])
+        progress = saved.tensors["progress"]
+        self.window = list(progress["window"].to(self.dist.device))
+        torch.set_rng_state(progress[f"cpu.{self.dist.rank}"])
+        if self.dist.device.type == "cuda" and f"cuda.{self.dist.rank}" in progress:  # absent if the run was on a CPU
+            torch.cuda.set_rng_state(progress[f"cuda.{self.dist.rank}"], self.dist.device)
+
+    def _check(self, saved: Checkpoint) -> None:
+        """Raises `ValueError` if the content of the checkpoint does not fit this run."""
+        config = self.config
+
+        def expect(right: bool, problem: str) -> None:
+            if not right:
+                raise damaged(saved.folder, ValueError(problem))
+
+        expect(0 < saved.step <= config.max_steps, f"step {saved.step} is not among the {config.max_steps} --max-steps")
+        for name, kind in (("tokens", int), ("eval_pending", bool), ("data", dict)):
+            value = saved.state[name]
+            expect(type(value) is kind, f"{name} is {value!r}")
+        moments = {
+            f"{name}.{moment}": shape
+            for name, parameter in self.parameters.items()
+            for moment, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape))
+        }
+        found = {name: tensor.shape for name, tensor in saved.tensors["optimizer"].items()}
+        expect(found == moments, "the state of the optimizer does not fit the student")
+        window = saved.tensors["progress"]["window"]
+        columns = len(self.models.loss.relations) + 1
+        expect(window.dim() == 2 and window.shape[1] == columns, f"window has shape {tuple(window.shape)}")
+        words = self.models.student.model.get_input_embeddings().weight.shape[0]
+        data = saved.tensors["data"]
+        sample = (config.max_seq_length,)
+        parts = {"buffer": sample, "drawn": sample, "open": ()} | ({"eval": sample} if "eval.ids" in data else {})
+        for part, shape in parts.items():
+            ids, positions = data[f"{part}.ids"], data[f"{part}.positions"]
+            expect(
+                ids.shape == positions.shape
+                and ids.shape[1:] == shape
+                and ids.dtype == positions.dtype == torch.int32
+                and (not ids.numel() or bool(ids.min() >= 0 and ids.max() < words)),
+                f"{part} has no token ids of this tokenizer",
+            )

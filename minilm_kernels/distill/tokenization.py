@@ -1,0 +1,88 @@
+"""Tokenizes documents without special tokens, and finds the special tokens that surround a document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .sources import LARGEST_DOCUMENT, Document
+
+Tokens = np.ndarray  # (tokens,) int32
+
+
+class DocumentTokenizer:
+    """Tokenizes texts without special tokens.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+
+    Attributes:
+        prefix, suffix: the special tokens before and after a text, (tokens,) int32.
+        pad: id of the padding token, 0 if there is none.
+        unknown: id of the unknown token, if there is one.
+
+    Raises:
+        ValueError: the special tokens cannot be told from those of the text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        body = self("a")
+        whole = np.asarray(tokenizer("a", verbose=False)["input_ids"], np.int32)
+        if not len(body):
+            raise ValueError("the tokenizer returns no token for 'a', so its special tokens cannot be determined")
+        offsets = [i for i in range(len(whole)) if np.array_equal(whole[i : i + len(body)], body)]
+        if not offsets:
+            raise ValueError("the tokenizer changes the tokens of the text when it adds special tokens")
+        self.prefix, self.suffix = whole[: offsets[0]], whole[offsets[0] + len(body) :]
+        self.pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.unknown: int | None = tokenizer.unk_token_id
+
+    def __call__(self, text: str) -> Tokens:
+        return self.batch([text])[0]
+
+    def batch(self, texts: Sequence[str]) -> list[Tokens]:
+        """Token ids of each text."""
+        encoded = self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
+
+    def documents(self, documents: Sequence[Document]) -> tuple[list[Tokens], list[Document]]:
+        """Tokenizes documents that have text.
+
+        Returns:
+            Token ids, with several entries for a long document, and the documents that the tokenizer refuses.
+        """
+        pieces = [_pieces(document.text or "") for document in documents]
+        try:
+            return self.batch([piece for parts in pieces for piece in parts]), []
+        except BaseException as error:  # a panic in a Rust tokenizer is no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+                raise
+            if len(documents) == 1:
+                problem = f"the tokenizer refuses it ({type(error).__name__}: {error})"
+                return [], [documents[0]._replace(text=None, problem=problem)]
+        tokens: list[Tokens] = []
+        refused: list[Document] = []
+        for document in documents:
+            good, bad = self.documents([document])
+            tokens += good
+            refused += bad
+        return tokens, refused
+
+
+def _pieces(text: str) -> list[str]:
+    """Splits text into pieces of at most `LARGEST_DOCUMENT` characters, at spaces where possible."""
+    pieces = []
+    while len(text) > LARGEST_DOCUMENT:
+        cut = text.rfind(" ", 0, LARGEST_DOCUMENT) + 1 or LARGEST_DOCUMENT
+        pieces.append(text[:cut])
+        text = text[cut:]
+    return [*pieces, text]

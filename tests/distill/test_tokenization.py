@@ -1,0 +1,71 @@
+"""Tokenization of documents: special tokens, long documents, and documents that the tokenizer refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minilm_kernels.distill import tokenization
+from minilm_kernels.distill.bad_documents import BadDocuments
+from minilm_kernels.distill.packing import Packer
+from minilm_kernels.distill.sample_stream import SampleStream
+from minilm_kernels.distill.tokenization import DocumentTokenizer
+
+from .streams import Documents, pieces, same, stream
+from .tiny import make_tokenizer
+
+
+@pytest.mark.parametrize("form", ["[CLS] $A [SEP]", "$A [SEP]", "$A"])
+def test_special_tokens_are_found(form: str) -> None:
+    from tokenizers import processors
+
+    inner: Callable[..., Any] = make_tokenizer()
+    inner.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=form, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    found = DocumentTokenizer(inner)
+    assert [*found.prefix, *found("w0 w1"), *found.suffix] == inner("w0 w1")["input_ids"]
+
+
+def test_a_long_record_is_cut_into_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "LARGEST_DOCUMENT", 10)
+    text = "w1 w2 w3 w4 w5 w6 " + "w7w8w9" * 4
+    samples = stream([Documents([text])], shuffle_buffer_size=1).take(1)
+    assert tokenization._pieces(text) == ["w1 w2 w3 ", "w4 w5 w6 ", "w7w8w9w7w8", "w9w7w8w9w7", "w8w9"]
+    assert len(pieces(samples)) == 5
+
+
+def test_documents_that_the_tokenizer_refuses_are_bad() -> None:
+    class Panic(BaseException):
+        """Like the panics of tokenizers, not an `Exception`."""
+
+    class Picky(DocumentTokenizer):
+        def batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+            for text in texts:
+                if "w13" in text:
+                    raise Panic("w13")
+                if "w17" in text:
+                    raise TypeError("TextEncodeInput must be Union")
+            return super().batch(texts)
+
+    texts = ["w1 w2", "w3 w13", "w17", "w4"]
+    said: list[str] = []
+    tokenizer = Picky(make_tokenizer())
+    samples = SampleStream(
+        [Documents(texts)],
+        tokenizer,
+        Packer(tokenizer, 24, True),
+        eval_set=None,
+        shuffle_buffer_size=1,
+        seed=0,
+        bad_documents=BadDocuments("skip", said.append),
+    )
+    expected = stream([Documents(["w1 w2", "w4"])], shuffle_buffer_size=1).take(3)
+    assert same(samples.take(3), expected)
+    assert said == [
+        "skipped a document: given, row 2: the tokenizer refuses it (Panic: w13)",
+        "skipped a document: given, row 3: the tokenizer refuses it (TypeError: TextEncodeInput must be Union)",
+    ]
