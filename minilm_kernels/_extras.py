@@ -8,7 +8,7 @@ from contextlib import contextmanager
 # Extra -> modules of its packages.
 EXTRAS = {
     "hf": ("transformers", "safetensors", "tokenizers", "huggingface_hub"),
-    "distill": ("transformers", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "yaml"),
+    "distill": ("transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "tqdm", "yaml"),
     "data": ("datasets", "pyarrow"),
 }
 

@@ -57,7 +57,7 @@ def test_importing_is_as_cheap_as_it_can_be(code, missing):
 @pytest.mark.parametrize(
     "code",
     [
-        "import torch, minilm_kernels; torch.ops.minilm_kernels.relation_kl",  # what torch.export.load looks up
+        "import torch, minilm_kernels; torch.ops.minilm_kernels.relation_kl",  # torch.export.load looks it up
         "import minilm_kernels as mk, torch; mk.losses.MiniLMLoss; torch.ops.minilm_kernels.relation_kl",
     ],
 )

@@ -1,6 +1,6 @@
-"""Bugs that are put into a copy of the sources, one at a time, to see whether the tests find them: `make mutants`.
+"""Known bugs that `make mutants` puts into copies of the sources, one at a time, to check that the tests find them.
 
-A mutant replaces one place of one file. The lists beside this file are data; `__main__.py` applies them.
+A mutant replaces one text in one file. The modules of this package list the mutants; `__main__.py` applies them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ class Mutant:
 
     Attributes:
         file: the source, from the repository's root.
-        old, new: the text that occurs there once, and what takes its place.
-        tests: pytest's arguments, files first: the tests that should find it.
-        why: what a user gets.
-        harmless: why no result changes, for one that may survive; the tool tells if a test finds it all the same.
+        old: a text that occurs once in the file.
+        new: its replacement.
+        tests: arguments of pytest that select the tests which should find the bug, files first.
+        why: the effect that a user would notice.
+        harmless: the reason why no result changes, if the mutant may survive. A test that finds it is reported.
     """
 
     file: str
@@ -29,5 +30,5 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """A short title: the file and the first words that change."""
+        """A short title: the file and the beginning of the replaced text."""
         return f"{self.file.removeprefix('minilm_kernels/')}: {' '.join(self.old.split())[:60]}"

@@ -1,8 +1,8 @@
-"""`python -m tests.mutants [WORDS] [--jobs N]`: applies the mutants and prints what became of each.
+"""`python -m tests.mutants [WORDS] [--jobs N]`: applies each mutant and prints whether a test found it.
 
-Everything happens in copies of the working tree in a temporary folder, one a job. Before any mutant its tests pass on
-the copy as it is; then each mutant is applied by itself, and they have to fail. Exit status 1: a mutant survived
-that is not declared harmless. 2: the list does not fit the sources, or the tests fail without a mutant.
+Each job works in a copy of the working tree. The tests of all mutants have to pass on the unchanged copy. Then one
+mutant after another is applied, and its tests have to fail. Exit status 1: a mutant survived that is not declared
+harmless. Exit status 2: the list does not fit the sources, or a test fails without a mutant.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from . import Mutant, devices, distillation, models, native, package, relations
 ROOT = Path(__file__).parents[2]
 _LISTS = (relations, models, distillation, native, devices, package)
 MUTANTS: list[Mutant] = [mutant for module in _LISTS for mutant in module.MUTANTS]
-SECONDS = 600  # of one mutant's tests: a mutant that makes them wait is found
+SECONDS = 600  # limit for the tests of a mutant; a mutant that exceeds it counts as found
 _CPU_LIBRARY = Path("minilm_kernels/_cpu.abi3.so")
 _CPU_SOURCES = ("csrc/cpu/", "csrc/common/")
 _BUILD = f"from pathlib import Path; import native; native.build('cpu', Path('{_CPU_LIBRARY}'), Path('build/mutants'))"
@@ -35,9 +35,13 @@ _FAILED, _INTERRUPTED = 1, 2  # pytest's exit status: a test failed; a module co
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("words", nargs="*", help="only mutants with one of these in file, text or title")
-    parser.add_argument("--jobs", type=int, default=2, help="copies that are worked on beside each other")
-    parser.add_argument("--list", action="store_true", help="print them, check that they apply, and do no more")
+    parser.add_argument(
+        "words", nargs="*", help="apply only mutants with one of these words in the file, the text or the title"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="number of mutants that are tested side by side")
+    parser.add_argument(
+        "--list", action="store_true", help="print the mutants, check that they apply, and test nothing"
+    )
     options = parser.parse_args(arguments)
     chosen = [m for m in MUTANTS if not options.words or any(w in f"{m.name} {m.old}" for w in options.words)]
     errors = [error for mutant in chosen if (error := misfit(mutant))]
@@ -53,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def misfit(mutant: Mutant) -> str:
-    """Why a mutant cannot be applied to the sources as they are; empty if it can."""
+    """The reason why a mutant cannot be applied to the current sources; empty if it can."""
     file = ROOT / mutant.file
     found = file.read_text(encoding="utf-8").count(mutant.old) if file.exists() else -1
     if found == 1 and mutant.old != mutant.new:
@@ -74,7 +78,7 @@ class Copy:
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
-        self._library_is_right = False  # whether the CPU library was built here, from sources without a mutant
+        self._library_is_right = False  # the CPU library is built, and from sources without a mutant
 
     def build(self) -> str:
         """Compiles the CPU library; returns the compiler's message if it fails."""
@@ -83,9 +87,10 @@ class Copy:
         return "" if result.returncode == 0 else result.stdout
 
     def test(self, mutant: Mutant, applied: bool) -> tuple[bool, str]:
-        """Whether the mutant's tests pass, with the mutant or without it, and what pytest says of the first failure.
+        """Runs the mutant's tests with or without the mutant; returns whether they pass, and the first failure.
 
-        Raises `RuntimeError` if there was nothing to test: the compiler or pytest refused.
+        Raises:
+            RuntimeError: nothing was tested, because the sources do not compile or pytest found no test.
         """
         target = self.folder / mutant.file
         text = target.read_text(encoding="utf-8")
@@ -120,7 +125,7 @@ class Copy:
 
     def _environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(self.folder), str(self.folder / "build_support")])
-        # Python would take a compiled file for that of a source of the same size and second.
+        # Python could take a stale compiled file: it compares only the size and the time in seconds.
         return os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
 
     def _run(self, command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -131,7 +136,7 @@ class Copy:
 
 
 def run(mutants: Sequence[Mutant], folder: Path, jobs: int) -> int:
-    """Tests without and with each mutant; prints a line each, then the survivors. Returns the exit status."""
+    """Runs the tests without and with each mutant; prints their results and the survivors. Returns the exit status."""
     began = time.monotonic()
     copies = [Copy(folder / str(number)) for number in range(jobs)]
     kinds = {(mutant.tests, "triton" in mutant.file): mutant for mutant in mutants}
@@ -160,7 +165,7 @@ def run(mutants: Sequence[Mutant], folder: Path, jobs: int) -> int:
             found_harmless.append(mutant)
         print(f"{'survived' if survived else 'found   '}  {mutant.name}  ({said})", flush=True)
 
-    # Those of the CPU library first: their compilations are then one after another in one copy, from object files.
+    # Mutants of the CPU library come first, so that consecutive builds reuse object files.
     broken = _share(copies, sorted(mutants, key=lambda mutant: not mutant.file.startswith(_CPU_SOURCES)), applied)
     print(*broken, sep="\n", end="\n" if broken else "")
     unexplained = [mutant for mutant in survivors if not mutant.harmless]
@@ -177,7 +182,7 @@ def run(mutants: Sequence[Mutant], folder: Path, jobs: int) -> int:
 
 
 def _share(copies: Sequence[Copy], mutants: Sequence[Mutant], work: Callable[[Copy, Mutant], None]) -> list[str]:
-    """Works on all, a thread a copy; returns what could not be tried."""
+    """Calls `work` for all mutants, with one thread for each copy; returns the errors."""
     waiting: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
     for mutant in mutants:
         waiting.put(mutant)
