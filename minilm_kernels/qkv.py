@@ -481,7 +481,7 @@ def _templates(model: nn.Module, root: nn.Module, projections: Sequence[str] | N
     if root is not model:
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         projections = [name.removeprefix(prefix) for name in projections]
-    projections = [name.replace("_orig_mod.", "") for name in projections]  # of compiled modules
+    projections = [name.replace("_orig_mod.", "") for name in projections]  # compiled modules have it
     lists = {name.partition(".{i}.")[0] for name in projections}
     if any(name.count(".{i}.") != 1 for name in projections) or len(lists) != 1:
         raise ValueError(

@@ -120,7 +120,7 @@ def test_losses_are_modules_without_state():
 def test_heads_are_views():
     """The inputs reach the operator without a copy."""
     student = _qkv(HIDDEN_S)
-    _, heads = MiniLMv2Loss(6)._heads(_qkv(HIDDEN_T), student, packed=False)
+    _, heads = MiniLMv2Loss(6)._split_heads(_qkv(HIDDEN_T), student, packed=False)
     assert heads["key"].data_ptr() == student.key.data_ptr()
     assert heads["key"].shape == (B, S, 6, 2)
 

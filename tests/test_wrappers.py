@@ -155,7 +155,7 @@ def test_wrappers_that_are_refused(wrap, message):
 
 @pytest.fixture
 def accelerator():
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # of a Trainer in another test
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer in another test leaves it
     yield accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 

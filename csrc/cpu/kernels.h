@@ -45,7 +45,7 @@ struct Task {
   float* exp_cache;    // symmetric path with one slice: exponentials for phase 2
   int64_t exp_cache_size;      // in floats; 0 with more than one slice
   double* kl;                  // [slices + 1]: partial sums of the KL divergence
-  int64_t head_stride;         // of the gradients, from token to token
+  int64_t head_stride;         // gradients: elements between two tokens
   float *query_out, *key_out;  // gradients of this sequence and head at position 0
 };
 

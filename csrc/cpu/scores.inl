@@ -32,7 +32,7 @@ MINILM_INLINE void for_each_feature(int64_t width, const Paired& paired, const S
 struct ScoreInput {
   const float* queries;
   int64_t first;      // first row of the row block
-  const float* keys;  // of the first key block
+  const float* keys;  // first key block
   int64_t width;
   const float* row_offsets = nullptr;  // offsets of the row block's rows and of the keys, added to the scores
   const float* key_offsets = nullptr;

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from .experiment import run  # imports transformers and matplotlib, which takes seconds
 
-        disable_progress_bar()  # of loading and saving, which are fast here
+        disable_progress_bar()  # loading and saving are fast here
         return run(options.output_dir, options.seeds, options.max_steps, options.update)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

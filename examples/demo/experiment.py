@@ -20,7 +20,7 @@ from .plot import plot_losses
 from .probes import probe
 
 SETTINGS: dict[str, Any] = {
-    "copy_layers": (2, 4, 6),  # of six: the last layer of the student is the last layer of the teacher
+    "copy_layers": (2, 4, 6),  # the teacher has six; the student keeps its last one
     "relation_heads": 12,
     "dropout": 0.0,
     "max_seq_length": 128,

@@ -38,7 +38,7 @@ class Driver:
         self.library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self.ptx: dict[int, Module] = {}
         self.functions: dict[int, tuple[int, str]] = {}  # module, name
-        self.kernels: dict[int, Kernel] = {}  # of modules in machine code, whose creator knows their PTX
+        self.kernels: dict[int, Kernel] = {}  # modules in machine code: their creator knows the PTX
         self.device: Device | None = None
         self._callbacks = (_LOAD(self._load), _FIND(self._find), _LAUNCH(self._launch))
         self.library.emulator_set_callbacks(*self._callbacks)

@@ -38,7 +38,7 @@ struct RowStats {
 struct TileOperands {
   Tokens teacher, student;
   RowStats rows;
-  const float* weights;  // of the rows in the gradient; null: all 1
+  const float* weights;  // row weights of the gradient; null: all 1
 };
 MINILM_DEVICE TileOperands at(const TileOperands& x, int token) {
   const RowStats& rows = x.rows;

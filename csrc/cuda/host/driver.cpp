@@ -12,7 +12,7 @@
 namespace minilm::cuda {
 namespace {
 
-constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a launch
+constexpr int64_t kMaxBlocks = 0x7fffffff;  // grid limit of a launch
 
 int student_splits(const Relation& relation) { return planes_of(relation).student_splits; }
 

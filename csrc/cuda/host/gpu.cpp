@@ -39,7 +39,7 @@ struct Library {
   CUresult (*set_attribute)(CUfunction, int, int) = nullptr;
   CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void**,
                      void**) = nullptr;
-  std::string missing;  // why the library cannot be used, or empty
+  std::string missing;  // reason why the library cannot be used, or empty
 
   std::string text_of(CUresult result) const {
     const char* text = nullptr;

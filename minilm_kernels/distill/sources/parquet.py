@@ -31,7 +31,7 @@ class ParquetFile:
                     f"{', '.join(names)}"
                 )
             kind = file.schema_arrow.field(self.text_column).type
-            values = kind.value_type if hasattr(kind, "index_type") else kind  # of a dictionary
+            values = kind.value_type if hasattr(kind, "index_type") else kind  # a dictionary's values
             if str(values) not in ("string", "large_string", "string_view", "null"):
                 raise ValueError(f"{self.path}: column {self.text_column!r} (--text-column) is {kind}, expected text")
 

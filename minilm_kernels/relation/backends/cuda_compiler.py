@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from .cuda_cache import KernelCache
 
 _log = logging.getLogger(__name__)
-_INSTALLED = Path(__file__).parents[2] / "cuda_device"  # where setup.py copies the sources, csrc/common included
+_INSTALLED = Path(__file__).parents[2] / "cuda_device"  # setup.py copies the sources there, csrc/common included
 _CHECKOUT = Path(__file__).parents[3] / "csrc" / "cuda" / "device"
 OLDEST = 80  # compute capability: the first with bfloat16 tensor cores
 _NAME = re.compile(r"(symmetric|row_stats|row_wise)((?:_\d+){5})|(reduce)")

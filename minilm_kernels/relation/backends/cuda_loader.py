@@ -20,7 +20,7 @@ class KernelLoader:
     limit = 256  # loaded kernels: a process with ever changing shapes must not compile forever
 
     def __init__(self) -> None:
-        self.error: str | None = None  # why kernels could not be compiled or loaded
+        self.error: str | None = None  # reason why kernels could not be compiled or loaded
         self.loaded: set[tuple[int, str]] = set()  # device, kernel
         self._lock = threading.Lock()
 

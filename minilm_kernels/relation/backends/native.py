@@ -43,7 +43,7 @@ class NativeBackend:
         self.device_type = name
         self.library = _PACKAGE / f"_{name}.abi3.so"
         self.operators: Any = getattr(torch.ops, f"minilm_kernels_{name}")
-        self.load_error: str | None = NOT_LOADED  # why the library cannot be used; None once it is loaded
+        self.load_error: str | None = NOT_LOADED  # reason why the library cannot be used; None once it is loaded
 
     def unavailable_reason(self) -> str | None:
         if self.load_error == NOT_LOADED:

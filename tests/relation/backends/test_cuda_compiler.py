@@ -289,7 +289,7 @@ def test_eight_processes_at_once(tmp_path):
     assert outcome(start()) == ""  # the next process compiles nothing
 
 
-# --- where something is missing
+# --- missing parts
 
 
 @pytest.mark.parametrize("error", [CompilerError("NVRTC could not"), RuntimeError("the driver could not")])
