@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .losses import QKV, MiniLMLoss, MiniLMv2Loss
     from .qkv import QKVExtractor
+    from .recording import record_qkv
     from .relation import backend_status, relation_kl, relation_kl_multi
     from .students import PRESETS, Preset, copied_student, preset_config, random_student, student_config
 
@@ -28,6 +29,7 @@ __all__ = [
     "copied_student",
     "preset_config",
     "random_student",
+    "record_qkv",
     "relation_kl",
     "relation_kl_multi",
     "student_config",
@@ -36,6 +38,7 @@ __all__ = [
 _NAMES = {
     ".losses": ("QKV", "MiniLMLoss", "MiniLMv2Loss"),
     ".qkv": ("QKVExtractor",),
+    ".recording": ("record_qkv",),
     ".relation": ("backend_status", "relation_kl", "relation_kl_multi"),
     ".students": ("PRESETS", "Preset", "copied_student", "preset_config", "random_student", "student_config"),
 }

@@ -155,11 +155,16 @@ def leaves(outputs: Iterable[torch.Tensor]) -> set[int]:
 
 def with_attention(attention: nn.Module, implementation: str) -> nn.Module:
     """A copy of an attention module whose config (a copy, too) selects another attention implementation."""
-    config: Any = copy.deepcopy(attention.config)
-    config._attn_implementation = implementation
     twin = shell(attention)
-    twin.__dict__["config"] = config
+    twin.__dict__["config"] = config_with_attention(attention.config, implementation)
     return twin
+
+
+def config_with_attention(config: Any, implementation: str) -> Any:
+    """A copy of a config that selects another attention implementation."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = implementation
+    return config
 
 
 def _usable(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,17 +22,21 @@ def compiled_original(module: nn.Module) -> nn.Module:
     return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module, runs_whole: bool = False) -> nn.Module:
     """The model inside of (nested) torch.compile, PEFT, sentence-transformers and AveragedModel wrappers.
+
+    Args:
+        runs_whole: the caller runs the wrapper's own forward, so that DistributedDataParallel and fully_shard are
+            accepted, too.
 
     Raises:
         ValueError: a part of the model cannot run without the wrapper, or the parameters are sharded or offloaded. The
             message tells what to do instead.
     """
-    while (inner := _inside(model)) is not model:
+    while (inner := _inside(model, runs_whole)) is not model:
         model = inner
     if torch.distributed.is_available():
-        _refuse_sharded(model)
+        _refuse_sharded(model, runs_whole)
     hooked = any("_hf_hook" in vars(module) for module in model.modules())
     if hooked and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
@@ -42,16 +46,21 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _refuse_sharded(model: nn.Module) -> None:
+def _refuse_sharded(model: nn.Module, runs_whole: bool) -> None:
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    flattened = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    if flattened and runs_whole:
+        raise ValueError("model: FullyShardedDataParallel has flattened its parameters. Use fully_shard (FSDP2)")
+    if flattened:
         raise ValueError(
             "model: FullyShardedDataParallel has flattened shards instead of its parameters. Create the extractor from "
             "the unwrapped model and shard the extractor"
         )
     if any(isinstance(module, FSDPModule) for module in model.modules()):
+        if runs_whole:
+            return
         raise ValueError(
             "model: fully_shard has been applied to it. Create the extractor first, then shard its parts: "
             "fully_shard(layer) for each layer but the last in the list of extractor.base, then fully_shard(extractor)"
@@ -63,10 +72,12 @@ def _refuse_sharded(model: nn.Module) -> None:
         )
 
 
-def _inside(model: nn.Module) -> nn.Module:
+def _inside(model: nn.Module, runs_whole: bool) -> nn.Module:
     """The model without its outermost wrapper, or the model itself."""
     name = type(model).__name__
     if isinstance(model, DistributedDataParallel):
+        if runs_whole:
+            return model.module
         raise ValueError(
             "model: DistributedDataParallel synchronizes gradients only in its own forward. Create the extractor from "
             "model.module and wrap the extractor: DistributedDataParallel(QKVExtractor(model.module))"

@@ -7,14 +7,14 @@ three projections to that input. The model itself is not changed, and calls keep
 """
 
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from minilm_kernels._full_attention import check_full_attention, nearest_config
+from minilm_kernels._architectures import find_stack, merge_heads, submodule
+from minilm_kernels._full_attention import nearest_config
 from minilm_kernels._module_view import (
     cut,
     follow,
@@ -30,33 +30,7 @@ from minilm_kernels._module_view import (
 from minilm_kernels._wrappers import is_pretrained_model, unwrap
 from minilm_kernels.losses import QKV
 
-__all__ = ["QKV", "QKVExtractor", "layer_path", "resolve_layer"]
-
-_BERT = tuple(f"encoder.layer.{{i}}.attention.self.{name}" for name in ("query", "key", "value"))
-
-# Model type -> the query, key and value modules below the base model; {i} is the layer's index in its list.
-_PROJECTIONS: dict[str, tuple[str, ...]] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "electra": _BERT,
-    "bert-generation": _BERT,
-    "camembert": _BERT,
-    "data2vec-text": _BERT,
-    "ernie": _BERT,
-    "esm": _BERT,
-    "layoutlm": _BERT,
-    "markuplm": _BERT,
-    "megatron-bert": _BERT,
-    "rembert": _BERT,
-    "roberta-prelayernorm": _BERT,
-    "roc_bert": _BERT,
-    "splinter": _BERT,
-    "xlm-roberta-xl": _BERT,
-    "xmod": _BERT,
-    "distilbert": tuple(f"transformer.layer.{{i}}.attention.{name}_lin" for name in "qkv"),
-    "mpnet": tuple(f"encoder.layer.{{i}}.attention.attn.{name}" for name in "qkv"),
-}
+__all__ = ["QKV", "QKVExtractor"]
 
 # Batch entries that tokenizers, collators and sentence-transformers add for other consumers. They are ignored if the
 # base model does not take them.
@@ -83,8 +57,8 @@ class _Probe(nn.Module):
         raise _Reached(input)
 
 
-class _Recorder(nn.Module):
-    """Replaces a projection during the dry run: applies it and records its arguments and output."""
+class _Observer(nn.Module):
+    """Replaces a projection during the dry run: applies it and keeps its arguments and output."""
 
     def __init__(self, projection: nn.Module, calls: list):
         super().__init__()
@@ -98,7 +72,7 @@ class _Recorder(nn.Module):
 
 def _capture(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any):
     """An attention function that ends the forward with its operands, (B, heads, S, head width) to (B, S, hidden)."""
-    raise _Reached(*(x.transpose(1, 2).flatten(2) for x in (query, key, value)))
+    raise _Reached(*merge_heads(query, key, value))
 
 
 def _register_capture() -> None:
@@ -111,9 +85,10 @@ def _register_capture() -> None:
 class QKVExtractor(nn.Module):
     """Computes the queries, keys and values of one Transformer layer, without running the rest of the model.
 
-    BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet and families that share BERT's module names are supported directly
-    (the error for other families lists them), as base models or with a task head, which is not run. With `projections`,
-    any other model works whose self-attention has three projection modules.
+    BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet and other families whose projections have usual names (`query`,
+    `q_proj`, `q_lin`, ...) are supported directly, as base models or with a task head, which is not run. With
+    `projections`, any other model works whose self-attention has three projection modules. `record_qkv` is for losses
+    that need the rest of the forward, too.
 
     The model stays as it is: it gets no hooks, no new attributes and no copied weights. Only the modules before the
     projections run, so only their parameters receive gradients, and `parameters()` returns exactly these and the
@@ -138,9 +113,10 @@ class QKVExtractor(nn.Module):
         frozen: use the extractor as a teacher. It always runs in evaluation mode and without gradient, and has no
             parameters, buffers or submodules, so that a module which contains it neither trains nor saves the teacher.
             The mode and `requires_grad` of the model itself do not change.
-        projections: for other models, the names of the query, key and value modules as in `model.named_modules()`,
-            with `{i}` for the index of the layer in its list (0 for layer 1). The prefix of a base model ("model.")
-            may be left out. A module that computes queries, keys and values in one product cannot be used.
+        projections: for other models, and to choose one of several stacks of layers (encoder and decoder), the names of
+            the query, key and value modules as in `model.named_modules()`, with `{i}` for the index of the layer in its
+            list (0 for layer 1). The prefix of a base model ("model.") may be left out. A module that computes queries,
+            keys and values in one product cannot be used.
         rotary: "before" returns the output of the projections. "after", for models with rotary embeddings only,
             returns queries and keys after the rotation (and after the query and key norms, where the model has them).
         example: the batch of a dry run that determines the reached parameters, by default two tokens of id 0. Required
@@ -155,9 +131,9 @@ class QKVExtractor(nn.Module):
     Raises:
         TypeError: `model` is no module, or `layer` no integer.
         ValueError: the layer does not exist; a wrapper cannot be removed, or parameters are sharded or offloaded; the
-            architecture is unknown or a name is wrong; the layer has windowed, sparse, linear or other partial
-            attention, so that its rows do not attend to all tokens over which the relations are defined; the
-            projections have different inputs, run several times in one forward, or do not return (B, S, hidden);
+            architecture is unknown, has several stacks, or a name is wrong; the layer has windowed, sparse, linear or
+            other partial attention, so that its rows do not attend to all tokens over which the relations are defined;
+            the projections have different inputs, run several times in one forward, or do not return (B, S, hidden);
             `rotary="after"` without rotary embeddings. The message names the valid choices or a remedy.
         RuntimeError: the dry run failed or did not reach the projections, or a module of the model has a replaced
             `forward` with other results than that of its class.
@@ -175,7 +151,7 @@ class QKVExtractor(nn.Module):
         >>> extractor.unused_parameters()[0]
         'encoder.layer.1.attention.output.dense.weight'
 
-        Modules of other models are named:
+        Modules can be named, which other models need:
 
         >>> from transformers import LlamaConfig, LlamaModel
         >>> llama = LlamaModel(LlamaConfig(vocab_size=100, num_key_value_heads=2, **sizes))
@@ -210,15 +186,12 @@ class QKVExtractor(nn.Module):
         if rotary not in ("before", "after"):
             raise ValueError(f'rotary={rotary!r}: expected "before" or "after"')
         model = unwrap(model)
-        root = _base_model(model)
-        templates = _templates(model, root, projections)
-        layers = templates[0].partition(".{i}.")[0]
-        count = len(_submodule(root, layers)._modules)
-        self.layer = resolve_layer(layer, count)  # from 1
+        stack = find_stack(model, projections)
+        root, layers = stack.root, stack.layers
+        self.layer = stack.resolve(layer)  # from 1
         self.frozen, self._rotary = frozen, rotary
-        paths = [template.replace("{i}", str(self.layer - 1)) for template in templates]
-        check_full_attention(root, templates[0].rpartition(".")[0], self.layer, count)
-        modules = {path: _submodule(root, path) for path in paths}
+        paths = stack.paths(self.layer)
+        modules = {path: submodule(root, path) for path in paths}
 
         names = list(inspect.signature(type(root).forward).parameters.values())[1:]  # without self
         self._accepted = frozenset(p.name for p in names if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
@@ -360,7 +333,7 @@ class QKVExtractor(nn.Module):
         """
         calls: dict[str, list] = {path: [] for path in modules}
         aliases: dict[int, nn.Parameter] = {}
-        trial = private(graft(root, {path: _Recorder(m, calls[path]) for path, m in modules.items()}), aliases)
+        trial = private(graft(root, {path: _Observer(m, calls[path]) for path, m in modules.items()}), aliases)
         try:
             with torch.enable_grad():
                 trial(**example)
@@ -441,65 +414,6 @@ class QKVExtractor(nn.Module):
                 f"model: the replaced forward of {', '.join(names[:3])} changes the inputs of the projections of layer "
                 f"{self.layer}; create the extractor before the forward is replaced, or restore it"
             )
-
-
-def resolve_layer(layer: int, count: int) -> int:
-    """Converts a layer number, from 1 or negative from the last layer, to one from 1."""
-    if not isinstance(layer, int) or isinstance(layer, bool):
-        raise TypeError(f"layer: expected an int, got {layer!r}")
-    if layer == 0 or abs(layer) > count:
-        raise ValueError(f"layer={layer}: expected 1 to {count}, or -{count} to -1 counted from the last layer")
-    return layer if layer > 0 else count + 1 + layer
-
-
-def layer_path(model: nn.Module, projections: Sequence[str] | None = None) -> str:
-    """The name of the list of layers in the base model, such as "encoder.layer"."""
-    return _templates(model, _base_model(model), projections)[0].partition(".{i}.")[0]
-
-
-def _base_model(model: nn.Module) -> nn.Module:
-    base: Any = model.base_model if is_pretrained_model(model) else model
-    return base
-
-
-def _templates(model: nn.Module, root: nn.Module, projections: Sequence[str] | None) -> list[str]:
-    """The names of the three projections in the base model, with `{i}` for the layer's index, after validation."""
-    model_type = getattr(getattr(root, "config", None), "model_type", None)
-    if projections is None:
-        if model_type in _PROJECTIONS:
-            return list(_PROJECTIONS[model_type])
-        linear = [name for name, module in root.named_modules() if isinstance(module, nn.Linear)]
-        candidates = dict.fromkeys(re.sub(r"\.\d+\.", ".{i}.", name, count=1) for name in linear)
-        raise ValueError(
-            f"model: {type(model).__name__} (model type {model_type!r}) is none of {', '.join(_PROJECTIONS)}. Give the "
-            'names of its three projection modules, such as projections=["layers.{i}.self_attn.q_proj", '
-            '"layers.{i}.self_attn.k_proj", "layers.{i}.self_attn.v_proj"], '
-            "where {i} stands for the layer's index. Its linear modules: " + ", ".join(candidates)
-        )
-    if isinstance(projections, str) or len(projections) != 3:
-        raise ValueError(f"projections: expected the names of query, key and value, got {projections!r}")
-    if root is not model:
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        projections = [name.removeprefix(prefix) for name in projections]
-    projections = [name.replace("_orig_mod.", "") for name in projections]  # compiled modules have it
-    lists = {name.partition(".{i}.")[0] for name in projections}
-    if any(name.count(".{i}.") != 1 for name in projections) or len(lists) != 1:
-        raise ValueError(
-            "projections: expected three names of the form <list of layers>.{i}.<module>, over one list of layers, got "
-            f"{list(projections)}"
-        )
-    if len(set(projections)) == 1:
-        raise ValueError(f"projections: {projections[0]} is given three times; a fused projection cannot be used")
-    if not all(name.isdecimal() for name in _submodule(root, lists.pop())._modules):
-        raise ValueError(f"projections: {projections[0].partition('.{i}.')[0]} is not a list of layers")
-    return list(projections)
-
-
-def _submodule(root: nn.Module, path: str) -> nn.Module:
-    try:
-        return root.get_submodule(path)
-    except AttributeError as error:
-        raise ValueError(f"projections: {type(root).__name__} has no module {path} ({error})") from None
 
 
 def _capturing_attention(root: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:

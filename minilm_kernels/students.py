@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from minilm_kernels._architectures import layer_path, resolve_layer
 from minilm_kernels._extras import optional_imports
-from minilm_kernels.qkv import layer_path, resolve_layer
 
 with optional_imports("hf", "minilm_kernels.students"):
     from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel

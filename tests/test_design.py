@@ -12,10 +12,10 @@ DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 
 # Floors of the house from the ground up. A module may import modules of lower floors and of its own.
 FLOORS = [
-    ("_choices", "_extras", "_source_tree", "_module_view", "_wrappers", "_full_attention"),
+    ("_choices", "_extras", "_source_tree", "_module_view", "_wrappers", "_full_attention", "_architectures"),
     ("relation",),
     ("losses",),
-    ("qkv",),
+    ("qkv", "recording"),
     ("students",),
     ("distill",),
     ("examples",),

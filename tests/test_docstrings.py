@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-MODULES = ["_extras", "qkv", "students", "distill.config", "distill.loop", "distill.optimizer"]
+MODULES = ["_extras", "qkv", "recording", "students", "distill.config", "distill.loop", "distill.optimizer"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -14,7 +14,7 @@ import minilm_kernels as mk
 
 PUBLIC = {
     "PRESETS", "QKV", "MiniLMLoss", "MiniLMv2Loss", "Preset", "QKVExtractor", "backend_status", "copied_student",
-    "preset_config", "random_student", "relation_kl", "relation_kl_multi", "student_config",
+    "preset_config", "random_student", "record_qkv", "relation_kl", "relation_kl_multi", "student_config",
 }  # fmt: skip
 
 

@@ -1,14 +1,10 @@
 """QKVExtractor: values, modules that run, registered parameters, and the unchanged model."""
 
 import copy
-import gc
-import os
 import pickle
 import subprocess
 import sys
 import threading
-import time
-import traceback
 
 import pytest
 import torch
@@ -33,6 +29,8 @@ from examples.demo.assets import minilm_l6
 from minilm_kernels.losses import MiniLMv2Loss
 from minilm_kernels.qkv import QKV, QKVExtractor
 from minilm_kernels.students import copied_student, student_config
+
+from .processes import run_two
 
 BERT = ("encoder.layer", "attention.self", ("query", "key", "value"))
 # List of layers, attention module and projections, independent of the package's table.
@@ -711,21 +709,7 @@ def test_frozen_compiles_to_one_graph():
 DISTRIBUTED = {"bert": 2, "mpnet": 1}  # model type -> layer
 
 
-def distributed_worker(rank: int, folder: str) -> None:
-    """Ends the process without Python's shutdown, in which a process group can deadlock."""
-    try:
-        train_distributed(rank, folder)
-        gc.collect()
-        torch.distributed.destroy_process_group()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
-
-
 def train_distributed(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     parallel = nn.parallel.DistributedDataParallel
     for model_type, layer in DISTRIBUTED.items():
         torch.manual_seed(0)
@@ -762,14 +746,7 @@ def train_distributed(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_distributed_without_find_unused_parameters(tmp_path):
-    workers = torch.multiprocessing.spawn(distributed_worker, (str(tmp_path),), nprocs=2, join=False)
-    deadline = time.monotonic() + 240
-    try:
-        while not workers.join(timeout=5):
-            assert time.monotonic() < deadline, "the workers do not end"
-    finally:
-        for process in workers.processes:
-            process.kill()
+    run_two(train_distributed, tmp_path)
     for model_type, layer in DISTRIBUTED.items():
         torch.manual_seed(0)
         model, batch = make(model_type, auto=AutoModelForMaskedLM), batch_of(6)
@@ -791,9 +768,8 @@ def test_distributed_without_find_unused_parameters(tmp_path):
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_named_projections_of_a_grouped_query_model(prefix):
     model, batch = LlamaForCausalLM(make_rotary().config).eval(), batch_of()
-    with pytest.raises(ValueError, match=r"layers\.\{i\}\.self_attn\.k_proj"):  # the message names the candidates
-        QKVExtractor(model)
     extractor = QKVExtractor(model, 2, projections=[prefix + name for name in LLAMA])
+    assert_equal(QKVExtractor(model, 2)(**batch), extractor(**batch), 0)  # the usual names are found
     layer = model.model.layers[1]
     with torch.no_grad():
         hidden = layer.input_layernorm(model(**batch, output_hidden_states=True).hidden_states[1])

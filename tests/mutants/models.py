@@ -9,7 +9,7 @@ _QUICK = "-k 'not compiles and not distributed'"
 
 MUTANTS = [
     Mutant(
-        _QKV,
+        "minilm_kernels/_architectures.py",
         "return layer if layer > 0 else count + 1 + layer",
         "return layer if layer > 0 else count + layer",
         f"tests/test_qkv.py {_QUICK}",

@@ -1,0 +1,36 @@
+"""Two processes that compute together over gloo."""
+
+import gc
+import os
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def _worker(rank: int, work: Callable[[int, str], None], folder: str) -> None:
+    """Ends the process without Python's shutdown, in which a process group can deadlock."""
+    try:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+        work(rank, folder)
+        gc.collect()
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def run_two(work: Callable[[int, str], None], folder: Path) -> None:
+    """Runs `work(rank, folder)` in two processes of one group."""
+    workers = torch.multiprocessing.spawn(_worker, (work, str(folder)), nprocs=2, join=False)
+    deadline = time.monotonic() + 240
+    try:
+        while not workers.join(timeout=5):
+            assert time.monotonic() < deadline, "the workers do not end"
+    finally:
+        for process in workers.processes:
+            process.kill()
