@@ -82,6 +82,11 @@ def _inside(model: nn.Module, runs_whole: bool) -> nn.Module:
             "model: DistributedDataParallel synchronizes gradients only in its own forward. Create the extractor from "
             "model.module and wrap the extractor: DistributedDataParallel(QKVExtractor(model.module))"
         )
+    if isinstance(model, DataParallel) and runs_whole:
+        raise ValueError(
+            "model: DataParallel runs copies of the model in threads, which a recorder does not support. Wrap the "
+            "model in DistributedDataParallel"
+        )
     if isinstance(model, DataParallel):
         raise ValueError(
             "model: DataParallel runs copies of the model in threads, which an extractor does not support. Create "
@@ -99,7 +104,8 @@ def _inside(model: nn.Module, runs_whole: bool) -> nn.Module:
     if "sentence_transformers" in sys.modules and type(model).__module__.partition(".")[0] == "sentence_transformers":
         return _inside_sentence_transformers(model)
     if not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
-        raise ValueError(f"model: {name} is a wrapper. Create the extractor from model.module")
+        user = "recorder" if runs_whole else "extractor"
+        raise ValueError(f"model: {name} is a wrapper. Create the {user} from model.module")
     return model
 
 

@@ -204,18 +204,18 @@ def _check_attention(module: nn.Module, path: str) -> None:
     """
     if not hasattr(module, "config") or _defined_beside(module, "ALL_ATTENTION_FUNCTIONS") is None:
         reason = "does not use transformers' attention interface"
-    elif re.search(r"_attn_implementation (not )?in ", inspect.getsource(type(module).forward)):
+    elif re.search(r"_attn_implementation (not )?in ", _source(type(module).forward)):
         reason = "computes something else if its attention function has another name"
     else:
         return
     raise ValueError(f'rotary="after": {path} ({type(module).__name__}) {reason}; use rotary="before"')
 
 
-def _found(root: nn.Module, path: str) -> nn.Module | None:
+def _source(function: Callable) -> str:
     try:
-        return compiled_original(root.get_submodule(path))
-    except AttributeError:
-        return None
+        return inspect.getsource(function)
+    except OSError:  # defined without a file
+        return ""
 
 
 def _uses_dropout(root: nn.Module) -> bool:
@@ -296,6 +296,7 @@ class record_qkv:
         self._rotary, self._removed = rotary, False
         self._compiled, self._eager = _Outputs(), _ThreadOutputs()
         self._modules: dict[_Key, tuple[str, nn.Module]] = {}
+        self._parents: dict[str, tuple[nn.Module, str]] = {}
         containers = []
         for layer in self._numbers.values():
             paths = self._stack.paths(layer)
@@ -306,6 +307,8 @@ class record_qkv:
                 if rotary == "after":
                     _check_attention(module, path)
                 self._modules[layer, position] = path, module
+                parent, _, name = path.rpartition(".")
+                self._parents[path] = submodule(self._stack.root, parent), name
             containers += self._containers(layer, paths[0])
         self._lists: list[tuple[nn.Module, list]] = []
         for key, (_, module) in self._modules.items():
@@ -332,7 +335,8 @@ class record_qkv:
         if self._removed:
             raise RuntimeError("pop: the recorder was removed from the model")
         for (layer, _), (path, module) in self._modules.items():
-            if not torch.compiler.is_compiling() and _found(self._stack.root, path) is not module:
+            parent, name = self._parents[path]
+            if compiled_original(getattr(parent, name)) is not module:
                 raise RuntimeError(
                     f"layer {layer}: {path} was replaced after the recorder was created, by adapters for example; "
                     "create the recorder after that"

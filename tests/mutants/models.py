@@ -4,6 +4,7 @@ from . import Mutant
 
 _QKV = "minilm_kernels/qkv.py"
 _VIEW = "minilm_kernels/_module_view.py"
+_RECORDING = "minilm_kernels/recording.py"
 _STUDENTS = "minilm_kernels/students.py"
 _QUICK = "-k 'not compiles and not distributed'"
 
@@ -70,6 +71,41 @@ MUTANTS = [
         "        tensors,",
         f"tests/test_qkv.py {_QUICK}",
         "the dry run uses random numbers for dropout, which changes the following run",
+    ),
+    Mutant(
+        _RECORDING,
+        "elif own and torch._C._current_graph_task_id() == -1:",
+        "elif own:",
+        "tests/test_recording.py -k checkpoint",
+        "a recomputation in the backward is recorded as another forward",
+    ),
+    Mutant(
+        _RECORDING,
+        "elif own and torch._C._current_graph_task_id() == -1:",
+        "elif torch._C._current_graph_task_id() == -1:",
+        "tests/test_recording.py -k deep_copy",
+        "a deep copy writes into the recordings of the original",
+    ),
+    Mutant(
+        _RECORDING,
+        "class _ThreadOutputs(_Outputs, threading.local):",
+        "class _ThreadOutputs(_Outputs):",
+        "tests/test_recording.py -k threads",
+        "threads take one another's recordings",
+    ),
+    Mutant(
+        _RECORDING,
+        "                layer.gradient_checkpointing = False\n",
+        "",
+        "tests/test_recording.py -k checkpointing",
+        "recorded layers are checkpointed: no graph, or two recordings",
+    ),
+    Mutant(
+        "minilm_kernels/_architectures.py",
+        "output.split([heads * width, key_heads * width, key_heads * width], dim=-1)",
+        "output.split([key_heads * width, heads * width, key_heads * width], dim=-1)",
+        "tests/test_recording.py -k fused",
+        "a fused projection is divided in another order",
     ),
     Mutant(
         "minilm_kernels/_full_attention.py",
