@@ -306,6 +306,8 @@ class record_qkv:
                 module = compiled_original(submodule(self._stack.root, path))
                 if rotary == "after":
                     _check_attention(module, path)
+                elif isinstance(module, nn.Conv1d):
+                    raise ValueError(f"layer={layer}: {path} is a Conv1d, which returns (B, hidden, S)")
                 self._modules[layer, position] = path, module
                 parent, _, name = path.rpartition(".")
                 self._parents[path] = submodule(self._stack.root, parent), name
@@ -353,11 +355,13 @@ class record_qkv:
                     "forward. Layers that share their modules cannot be recorded"
                 )
         numbers = {layer: self._result(layer, found) for layer in dict.fromkeys(self._numbers.values())}
+        self._watch.passed = None  # belongs to the forward of these recordings
         return {asked: numbers[layer] for asked, layer in self._numbers.items()}
 
     def clear(self) -> None:
         """Forgets what was recorded in this thread, such as the forwards of an evaluation or of generation."""
         self._take()
+        self._watch.passed = None
 
     def remove(self) -> None:
         """Stops recording. The model is as it was before, except that replacements of its modules are kept."""

@@ -732,6 +732,7 @@ def test_a_forward_without_gradients():
         ("bert", {}, -1, "expected at least one number"),
         ("modernbert", {"pad_token_id": 0}, [2], "layer=2 has sliding_attention"),
         ("bart", {"d_model": 48}, [1], r"several stacks.*encoder\.layers\.\{i\}.*or.*decoder\.layers\.\{i\}"),
+        ("squeezebert", {"embedding_size": 48}, [1], r"layer=1: encoder\.layers\.0\.attention\.query is a Conv1d"),
         ("xlnet", {"d_model": 48, "n_layer": 3, "n_head": 4}, [1], "none of bert, roberta"),
     ],
 )
