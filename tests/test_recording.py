@@ -574,8 +574,14 @@ def without_pooler() -> PreTrainedModel:
     return model
 
 
+def seeded_qwen3() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return make_rotary("qwen3")
+
+
 def shard(model: PreTrainedModel, **options) -> PreTrainedModel:
-    for part in (*model.encoder.layer, model):
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    for part in (*layers, model):
         fully_shard(part, **options)
     return model
 
@@ -615,9 +621,11 @@ WRAPPERS = {
 }
 
 
-def gradients_of_processes(rank: int, wrap, rotary: str, recorder_first: bool, loss_of_step=joint_loss) -> dict:
+def gradients_of_processes(
+    rank: int, wrap, rotary: str, recorder_first: bool, make=without_pooler, loss_of_step=joint_loss
+) -> dict[str, torch.Tensor]:
     torch._dynamo.reset()
-    model = without_pooler()
+    model = make()
     recorder = record_qkv(model, [2, -1], rotary) if recorder_first else None
     wrapped = wrap(model)
     recorder = recorder or record_qkv(wrapped, [2, -1], rotary)
@@ -643,6 +651,13 @@ def check_wrappers(rank: int, _: str) -> None:
             found = gradients_of_processes(rank, wrap, rotary, recorder_first=i % 2 == 0)
             largest = max(float(gradient.abs().max()) for gradient in expected[rotary].values())
             close(found, expected[rotary], (2e-2 if "bfloat16" in name else 1e-6) * largest)
+    others = {name: lambda name=name: small(name, **FUSED[name]) for name in ("gpt2", "modernbert")}
+    for family, maker in {"qwen3": seeded_qwen3, **others}.items():
+        expected_of_family = plain_gradients(BATCH, make=maker)
+        for name in ("DDP plain", "FSDP2"):
+            print(family, name, flush=True)
+            found = gradients_of_processes(rank, WRAPPERS[name], "before", name == "FSDP2", maker)
+            close(found, expected_of_family, 1e-5)
     model = without_pooler()
     with record_qkv(model, [2, -1]) as recorder:
         alone = gradients(relation_alone(model, recorder, BATCH), model)
@@ -652,9 +667,9 @@ def check_wrappers(rank: int, _: str) -> None:
 
     for name in ("DDP plain", "DDP static_graph", "FSDP2"):
         for rotary in ("before", "after"):
-            close(gradients_of_processes(rank, WRAPPERS[name], rotary, True, with_zero), alone, 1e-6)
+            close(gradients_of_processes(rank, WRAPPERS[name], rotary, True, loss_of_step=with_zero), alone, 1e-6)
             with pytest.raises(RuntimeError, match="the loss does not depend on the output of the model"):
-                gradients_of_processes(rank, WRAPPERS[name], rotary, True, relation_alone)
+                gradients_of_processes(rank, WRAPPERS[name], rotary, True, loss_of_step=relation_alone)
 
 
 @pytest.mark.slow
