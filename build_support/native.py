@@ -26,7 +26,8 @@ OLDEST_TORCH = (2, 10)
 COMPILER_MEMORY = 2**29  # bytes per compiler process
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # OLDEST_TORCH
 
-WARNINGS = ["-Wall", "-Wno-unknown-warning-option", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC 12 warns about its own headers
+# GCC 12 gives some of these warnings for its own headers.
+WARNINGS = ["-Wall", "-Wno-unknown-warning-option", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # in headers of GCC 12
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}", *WARNINGS]
 CXX_FLAGS += [f"-ffile-prefix-map={CSRC.parent}/="]  # error messages name source files relative to the project
 # Without contraction, a sum has the same result wherever the compiler inlines it.

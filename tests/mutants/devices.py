@@ -5,7 +5,7 @@ from . import Mutant
 _TRITON = "minilm_kernels/relation/backends/triton/"
 _CUDA = "csrc/cuda/device/"
 
-# A part of the contract that takes the interpreter a few seconds, and of what is particular to these kernels.
+# A part of the contract tests and of the tests of these kernels. The interpreter runs it in a few seconds.
 _SOME = "tests/relation/test_contract.py -k 'test_masks and (holes-self or packed-prefix-cross) and (sequence or none)'"
 _TILES = "tests/relation/backends/test_triton_kernels.py -k tiles_of_every_kind"
 _WIDE = "tests/relation/backends/test_triton_kernels.py -k 'beyond_one_pivot and (holes or causal)'"

@@ -1,4 +1,4 @@
-"""python -m tests.ptx.mutate: removes one barrier of a CUDA kernel at a time and reports whether that is detected.
+"""python -m tests.ptx.mutate: removes one barrier of a CUDA kernel at a time and reports whether this is detected.
 
 A barrier whose absence is not detected is unnecessary, not reached by the call, or not checked by the emulator.
 """

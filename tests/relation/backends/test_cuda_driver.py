@@ -44,7 +44,7 @@ def test_a_kernel_is_loaded_and_given_its_shared_memory_once(gpu):
     functions = [function for function, *_ in gpu.of("cuLaunchKernel")]
     assert _names(gpu, gpu.of("cuLaunchKernel")) == ["symmetric_1_2_1_1_0", "reduce"] * 3
     assert len(set(functions)) == len(gpu.of("cuModuleLoadData")) == 2
-    # The maximum dynamic shared memory of a block, and all on-chip memory of an SM as shared memory.
+    # The driver is told to use the largest dynamic shared memory of a block, and all on-chip memory as shared memory.
     wanted = [call for function in functions[:2] for call in ((function, 8, 232448), (function, 9, 100))]
     assert sorted(gpu.of("cuFuncSetAttribute")) == sorted(wanted)
 
@@ -144,7 +144,7 @@ def test_an_error_names_the_call(gpu, call, caplog):
     gpu.failing = call
     with gpu.recorded(), pytest.raises(RuntimeError, match=rf"{call.removesuffix('_v2')}: invalid argument"):
         _run()
-    # Calls succeed again as soon as the driver does.
+    # Calls succeed again as soon as the driver's calls succeed.
     gpu.failing = ""
     native.cuda.loader.error = None
     with gpu.recorded():

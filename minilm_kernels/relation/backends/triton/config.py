@@ -57,8 +57,8 @@ class LaunchConfig:
             indices_and_prefix: whether the call has both a padding mask and a prefix mask.
         """
         if itemsize == 4:
-            # Tensor cores have no exact float32 product, so each thread holds slices of rows. These are the largest tiles, of
-    # those tried, that do not spill.
+            # Tensor cores have no exact float32 product, so each thread holds slices of rows. Of the tiles that were
+            # tried, these are the largest that do not spill.
             if width > 64:
                 return cls(32, 16, 2 if kernel == "gradient" else 4, 1)
             return cls(64 if width <= 16 and kernel != "gradient" else 32, 32, 8, 1)

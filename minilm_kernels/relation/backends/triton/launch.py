@@ -64,7 +64,7 @@ def unsupported_reasons(inputs: RelationInputs) -> list[str]:
 def forward_reduced(inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
     call = _Call(inputs)
     weights = add_fault(weights, call.fault)
-    values: list[Tensor] = [weights] * len(inputs.relations)  # placeholders; every group replaces those of its relations
+    values: list[Tensor] = [weights] * len(inputs.relations)  # placeholders; every group replaces its own values
     grads = call.new_gradients() if gradient else {}
     for group in call.groups() if call.has_tiles else []:
         kl_rows = group.new_row_stats()

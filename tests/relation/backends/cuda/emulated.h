@@ -1,5 +1,5 @@
-// A thread block emulated on the host: the functions of csrc/cuda/device/ptx.cuh for kernels compiled by a C++
-// compiler.
+// A thread block emulated on the host. Implements the functions of csrc/cuda/device/ptx.cuh for kernels that a C++
+// compiler has compiled.
 //
 // Each CUDA thread is a fiber. Warp-wide instructions (ldmatrix, mma, shuffles) wait for all 32 lanes and fail if the
 // lanes execute different instructions. Warps run in a random order drawn from `seed`, so that a missing barrier
@@ -41,7 +41,7 @@ struct Fiber {
   jmp_buf registers;
   ucontext_t start;
   char* stack = nullptr;
-  const int* waits_for = nullptr;  // blocked as long as this equals `seen`
+  const int* waits_for = nullptr;  // the thread is blocked as long as this equals `seen`
   int seen = 0;
   bool started = false, done = true;
 };
