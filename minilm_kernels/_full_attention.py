@@ -1,4 +1,4 @@
-"""Refuses layers with partial attention: windows, chunks, sparse and linear attention.
+"""Rejects layers with partial attention: windows, chunks, sparse and linear attention.
 
 The relations are softmax distributions over all tokens. A layer with partial attention computes other distributions.
 """

@@ -58,7 +58,7 @@ class _RelationLoss(nn.Module):
             raise ValueError(f"relations: expected a mapping such as {{'qq': 1.0, 'vv': 1.0}}, got {relations!r}")
         for name, weight in relations.items():
             if not isinstance(name, str) or len(name) != 2 or any(letter not in _NAMES for letter in name):
-                raise ValueError(f"relations: expected names of two letters of q, k and v, got {name!r}")
+                raise ValueError(f"relations: expected names of two letters out of q, k and v, got {name!r}")
             if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight) or weight < 0:
                 raise ValueError(f"relations: expected a finite weight of 0 or more for {name!r}, got {weight!r}")
         self._heads_argument = heads_argument

@@ -22,7 +22,7 @@ struct ModelBuffers {
   float *key_grads, *query_grads;    // student with gradient: one accumulator per slice, in the same layout
   float* recent_grads;               // student with gradient: sums that are not yet part of key_grads (TwoStepSum)
   float* norms;                      // symmetric path: u_ii, later the score gradient of the diagonal
-  float *mean, *offsets;             // symmetric path: mean of all tokens; term of each token in its scores
+  float *mean, *offsets;             // symmetric path: mean of all tokens; the term b_i that token i adds to its scores
 };
 
 struct Task {

@@ -59,10 +59,10 @@ def relation_kl(
             keys.
         student_query: (B, S, A, D_s), or packed (T, A, D_s). Width and dtype may differ from the teacher's.
         student_key: like `student_query`; None if and only if `teacher_key` is None. To use the query as key in one
-            model only, pass the query tensor as that model's key. A call whose keys are the queries in both models (the
-            same tensor, or the same view of the same tensor) is a self relation, too, which is faster. If query and key
-            are two such views of a student tensor, the whole gradient goes through the query. Under tracing, only
-            identical tensors are recognised, not views.
+            model only, pass that model's query as its key, too. If both models' keys are the same tensors as their
+            queries, or equal views of the same tensors, the call is treated as a self relation, which is faster; the
+            gradient of two equal student views then goes through `student_query` only. Under tracing, equal views are
+            not recognised.
         attention_mask: (B, S), nonzero on valid tokens: bool, integers, or floats of 0 and 1. For dense inputs only.
             Padding may be at any position; the values of padded tokens never matter, not even NaN. On the CPU and
             outside torch.compile, additive masks (0 and large negative numbers) and segment numbers (1 1 2 2) raise an
@@ -314,7 +314,7 @@ def _check_tensors(
 
 
 def check_dense(name: str, x: object) -> None:
-    """Raises TypeError unless x is a dense tensor. Nested, sparse, quantized, distributed and masked ones are not."""
+    """Raises TypeError unless x is a dense tensor: not nested, sparse, quantized, distributed or masked."""
     if type(x) is Tensor and x.layout is torch.strided and not x.is_nested and not x.is_quantized:
         return
     if not isinstance(x, Tensor):

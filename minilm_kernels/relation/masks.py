@@ -200,5 +200,5 @@ class Mask:
             raise ValueError(f"cu_seqlens: expected to rise from 0 to the {total} packed tokens, got {shown}")
         if self.max_seqlen is not None and max(lengths, default=0) > self.max_seqlen:
             raise ValueError(
-                f"max_seqlen: expected at least the longest sequence, {max(lengths)} tokens, got {self.max_seqlen}"
+                f"max_seqlen: expected no less than the longest sequence, {max(lengths)} tokens, got {self.max_seqlen}"
             )

@@ -71,7 +71,10 @@ class Environment:
         return self.attempt(["-m", "pip", *arguments], **environ)
 
     def check(self, cpu: bool = True) -> dict[str, str]:
-        """Computes a loss with the installed package; returns what loss_check.py prints. `cpu`: with the library."""
+        """Computes a loss with the installed package, which must (not) have the CPU library, as `cpu` says.
+
+        Returns the output of loss_check.py.
+        """
         result = self.attempt([str(LOSS_CHECK)], PYTHONWARNINGS="ignore")
         assert result.returncode == 0, result.stdout + result.stderr
         found = json.loads(result.stdout.splitlines()[-1])

@@ -227,7 +227,7 @@ Inputs draw(const Case& c) {
     for (size_t i = 0; i < x.size(); ++i) x[i] = valid[i / (c.heads * width)] ? normal(bits) : kNaN;
     return Numbers(std::move(x), c.positions, c.heads, width, c.dtype);
   };
-  // Moving the vectors keeps the addresses in the views.
+  // The views stay valid if the vectors are moved.
   in.query_t = numbers(c.width_t);
   in.key_t = c.cross ? numbers(c.width_t) : Numbers(in.query_t.exact, c.positions, c.heads, c.width_t, c.dtype);
   in.query_s = numbers(c.width_s);

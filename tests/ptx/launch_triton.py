@@ -1,7 +1,7 @@
 """Runs the package's Triton backend on CPU tensors; only the GPU is emulated.
 
 Triton compiles for the requested compute capability, chooses specialisations and packs arguments with its own launcher.
-The driver library below it is the stand-in of driver.py, which passes every launch to the emulator.
+The launcher calls the replaced driver library (driver.py), which passes every launch to the emulator.
 """
 
 from __future__ import annotations

@@ -69,10 +69,10 @@ def run(launch: Launch) -> int:
     threads = launch.block[0] * launch.block[1] * launch.block[2]
     blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
     if threads > launch.kernel.max_threads or threads % 32:
-        raise ValueError(f"{launch.kernel.name}: {threads} threads a block, compiled for {launch.kernel.max_threads}")
+        raise ValueError(f"{launch.kernel.name}: {threads} threads per block, but the limit is {launch.kernel.max_threads}")
     given, taken = len(launch.parameters), launch.kernel.parameter_bytes
     if given != taken:
-        raise ValueError(f"{launch.kernel.name}: {given} bytes of parameters, it takes {taken}")
+        raise ValueError(f"{launch.kernel.name}: expected {taken} bytes of parameters, got {given}")
     launch.memory.prepare()
     global_races = Races(int(launch.memory.places[-1]) // 4 + 4) if launch.races else None
     wave = max(1, _WAVE // threads)
@@ -212,7 +212,7 @@ class Machine:
                 self._give_up_waiting()
             index, mask = self._next_group()
             self._run_block(index, Active(mask))
-        raise RuntimeError(f"{self.kernel.name}: does not end")
+        raise RuntimeError(f"{self.kernel.name}: still running after {_STEPS} basic blocks")
 
     def _next_group(self) -> tuple[int, np.ndarray]:
         for index in sorted(self.groups):

@@ -64,7 +64,7 @@ MINILM_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                : "r"(address)
                : "memory");
 }
-// Transposes an 8×8 matrix of 16-bit elements, distributed over the lanes as by ldmatrix_x4.
+// Transposes an 8×8 matrix of 16-bit elements. The lanes hold it in the layout of ldmatrix_x4.
 MINILM_DEVICE uint32_t movmatrix(uint32_t x) {
   uint32_t y;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));

@@ -56,7 +56,7 @@ struct TileOrigin {
   int own, other;
 };
 
-// A value for each of the 4 own rows of a lane: [m][e / 2].
+// A value for each of the 4 rows (own tokens) that a lane holds: [m][e / 2].
 using PerRow = float[2][2];
 
 MINILM_DEVICE int own_row(int m, int half) { return 16 * m + 8 * half + lane_index() / 4; }

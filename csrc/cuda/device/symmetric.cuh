@@ -104,7 +104,7 @@ MINILM_DEVICE Range range_of_norms(const Tokens& x, int length, int chunks, int 
 }
 
 // First row and first column of a tile. Rows are at or after the columns. Pairs (row, column) and mirrored pairs
-// (column, row) are computed together. A mirrored pair is visible if its row is below `bound`, the end of the prefix.
+// (column, row) are computed together. The mirrored pair is visible if row < `bound`, which is the end of the prefix.
 struct PairTile {
   int rows, columns;
 };

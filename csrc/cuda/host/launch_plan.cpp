@@ -50,8 +50,8 @@ std::string row_wise_kernel(const Relation& relation, bool gradient) {
 }
 
 int64_t symmetric_bytes(const Planes& planes, int tokens) {
-  // Per token: 16 bytes per plane, 8 float32 gradients per chunk, and the row statistics, whose maxima exist with 3
-  // splits only.
+  // A token needs 16 bytes per plane, 8 float32 gradients per chunk, and its row statistics. Maxima are stored only
+  // with 3 splits.
   int64_t token = 16 * (planes.teacher + planes.student) + 32 * planes.student_chunks;
   token += planes.student_splits == 3 ? 16 : 8;
   return kBlockStateBytes + kScratchBytes + tokens * token;

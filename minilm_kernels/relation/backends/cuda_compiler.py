@@ -133,13 +133,13 @@ def kernel_names(width_t: int, width_s: int, dtype_t: str = "bfloat16", dtype_s:
 
 @cache
 def source(places: bool = False) -> str:
-    """All device code as one text. If `places` is True, it has line directives with the full paths of the files."""
+    """All device code as one text. Line directives name the files, by their full paths if `places` is True."""
     folders = [_CHECKOUT, _CHECKOUT.parents[1]] if _CHECKOUT.is_dir() else [_INSTALLED]  # [1]: csrc, which has common/
     return _inlined("kernels.cuh", folders, set(), places)
 
 
 def _inlined(name: str, folders: Sequence[Path], seen: set[str], places: bool) -> str:
-    """The text of a file in which every include is replaced by the included file, the first time it occurs."""
+    """The text of a file with each included file inserted at its first include; later includes of it are removed."""
     path = next(folder / name for folder in folders if (folder / name).exists())
     label = str(path) if places else name
     lines = [f'#line 1 "{label}"']

@@ -126,7 +126,7 @@ class Port:
         )
 
     def _granules(self, space: str, first: np.ndarray, size: int, threads: np.ndarray):
-        """The race detector's granules that accesses of `size` bytes from `first` on touch, and the thread of each."""
+        """The granules of accesses of `size` bytes from `first` on, for the race detector, and the thread of each."""
         machine = self.machine
         shift = machine.granule(space)
         if space == "global":
@@ -273,7 +273,7 @@ def _build_cp(machine, instruction):
         threads = machine.thread if active.full else active.threads
         real = np.broadcast_to(given, machine.threads)[threads]
         if not np.isin(real, (0, size)).all():
-            raise NotImplementedError(f"{instruction.text}: part of a copy")
+            raise NotImplementedError(f"{instruction.text}: copies of fewer bytes than the size")
         values = np.zeros((threads.size, size // 4), np.uint32)
         here = real == size
         if here.any():

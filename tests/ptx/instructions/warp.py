@@ -32,7 +32,7 @@ def _build_shfl(machine, instruction):
     def operation(active) -> None:
         check_whole(machine, instruction, active)
         if not np.all(np.broadcast_to(members, machine.threads)[active.mask] == np.uint32(0xFFFFFFFF)):
-            raise NotImplementedError(f"{instruction.text}: some lanes")
+            raise NotImplementedError(f"{instruction.text}: the mask does not have all lanes")
         shift, control = (np.asarray(x).astype(np.int64) for x in (by, clamp))
         segment = (control >> 8) & 31
         most = (lane & segment) | (control & 31 & ~segment)

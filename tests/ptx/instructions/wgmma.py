@@ -39,7 +39,7 @@ class Operand:
         start, token_shape, stride = field(0, 14) * 16, field(16, 14) * 16, field(32, 14) * 16
         mode = np.unique(field(62, 2))
         if mode.size != 1 or field(49, 3).any():
-            raise NotImplementedError(f"{self.instruction.text}: descriptors that differ, or with a base offset")
+            raise NotImplementedError(f"{self.instruction.text}: descriptors differ, or have a base offset")
         width = _SWIZZLE[int(mode[0])]
         row, k = np.arange(self.rows)[:, None], np.arange(16)[None, :]
         start, token_shape, stride = (x[:, None, None] for x in (start, token_shape, stride))

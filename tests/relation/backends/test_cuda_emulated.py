@@ -278,7 +278,7 @@ def test_kernels_check_the_bounds_themselves(backend, monkeypatch, kind, cross):
     teacher, student = ([x for x in side if x is not None] for side in (case.tensors[:2], case.tensors[2:]))
     problem = RelationInputs(teacher, student, [(0, int(cross))], mask)
     values, _ = native.cuda.forward_reduced(problem, mask.sequence_weights("sum", 3, torch.float32), gradient=True)
-    if kind not in ("starts late", "ends early", "empty sequences only"):  # each single sequence is valid
+    if kind not in ("starts late", "ends early", "empty sequences only"):  # in these, every sequence is well-formed
         assert values.isnan().all()
     native.cuda.backward_none(problem, native.cuda.forward_none(problem).nan_to_num())
 

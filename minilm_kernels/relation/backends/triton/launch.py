@@ -110,7 +110,7 @@ class _Call:
     inputs: RelationInputs  # with a sanitized mask
     fault: Tensor | None = field(init=False)  # see Mask.sanitize_bounds
     sequences: int = field(init=False)
-    positions: int = field(init=False)  # per sequence; packed: T
+    positions: int = field(init=False)  # positions of a sequence; T for packed inputs
     total: int = field(init=False)  # B * S or T
     has_tiles: bool = field(init=False)  # False if there are no tokens; then nothing is launched
     mask_arguments: dict[str, Any] = field(init=False)

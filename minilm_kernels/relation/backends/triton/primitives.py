@@ -112,7 +112,7 @@ def tile_program(
         sequence, positions, total, starts, prefixes, PACKED, HAS_INDICES, MASK
     )
     start = tile * BLOCK
-    start = tl.where(start < 0, length, start)  # a tile before its sequence: cu_seqlens is malformed
+    start = tl.where(start < 0, length, start)  # negative only if cu_seqlens is malformed
     return Program(relation, sequence, head, first, indices_start, length, prefix, start)
 
 

@@ -4,8 +4,8 @@
 // Each CUDA thread is a fiber. Warp-wide instructions (ldmatrix, mma, shuffles) wait for all 32 lanes and fail if the
 // lanes execute different instructions. Warps run in a random order drawn from `seed`, so that a missing barrier
 // changes the result. Shared memory is filled with NaN, ends at an inaccessible page and has exactly the planned size.
-// The numerics are the worst case of the documentation: ex2.approx has errors of up to 2^-22, and mma adds eight
-// products at a time, truncated 24 bits below the largest.
+// The numerics are the worst case that the documentation allows: ex2.approx has errors of up to 2^-22, and mma adds
+// eight products at a time, each of which is truncated 24 bits below the largest one.
 #pragma once
 
 #include <setjmp.h>
