@@ -39,7 +39,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def switches(module: nn.Module, names: Iterable[str]) -> list[tuple[Any, str]]:
-    """For each copy in a module that `shell` created, the copy and each of the given attributes that it has."""
+    """A list of (copy, name), for every copy in the module that `shell` created and every name of its attributes."""
     copies = [inner for inner in module.modules() if "_original" in vars(inner)]
     return [(twin, name) for twin in copies for name in names if name in vars(twin)]
 
@@ -68,7 +68,10 @@ def graft(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def cut(root: nn.Module, layers: str, layer: int, replaced: Mapping[str, nn.Module]) -> nn.Module:
-    """`graft` without the layers after `layer`. The last layer left raises, so gradient checkpointing is off in it."""
+    """`graft` without the layers after `layer`.
+
+    The last remaining layer raises the exception that ends the forward, so gradient checkpointing is turned off in it.
+    """
     view = graft(root, replaced)
     kept = view.get_submodule(layers)._modules
     for name in list(kept)[layer:]:

@@ -52,7 +52,8 @@ inline TensorView view_of(const Tensor& x) {
 template <class T>
 const T* input_data(const OptionalTensor& x, ScalarType dtype) {
   if (!x) return nullptr;
-  STD_TORCH_CHECK(x->scalar_type() == dtype && x->is_contiguous(), "expected another dtype, or contiguous memory");
+  STD_TORCH_CHECK(x->scalar_type() == dtype && x->is_contiguous(),
+                  "expected the operator's dtype and contiguous memory");
   return static_cast<const T*>(x->const_data_ptr());
 }
 

@@ -19,8 +19,8 @@ namespace {
 
 // Limit for the scratch memory of a call, in bytes. A call exceeds it only if one task alone needs more.
 constexpr size_t kMaxScratchBytes = size_t{28} << 20;
-// Largest number of exponentials that a task caches between its two phases. All others are computed twice; docs/cpu.md
-// has the speedup.
+// Limit for the exponentials that a task caches between its two phases, in bytes. All others are computed twice;
+// docs/cpu.md has the speedup.
 constexpr size_t kExpCacheBytes = size_t{5} << 20;
 // Calls with fewer than kFewTasks tasks, and tasks of kManyTokens tokens or more, are divided into slices that run in
 // parallel.

@@ -112,7 +112,7 @@ def relation_kl(
         missing, given = ("teacher", "student") if teacher_key is None else ("student", "teacher")
         raise ValueError(
             f"{missing}_key: expected a tensor, because {given}_key is given, got None; pass both keys, or None for "
-            f"both to relate each query to itself. To do so on one side only, pass {missing}_query as {missing}_key"
+            f"both to relate each query to itself. To do so in one model only, pass {missing}_query as {missing}_key"
         )
     teacher, student = {"query": teacher_query}, {"query": student_query}
     pair = ("query", "query")
@@ -336,7 +336,10 @@ def check_dense(name: str, x: object) -> None:
 
 
 def _check_mask_values(mask: Tensor) -> None:
-    """Raises ValueError if the mask has more than one nonzero value, and names additive masks and segment numbers."""
+    """Raises ValueError unless the mask is bool, floats of 0 and 1, or integers of 0 and one other value (−1 or more).
+
+    The message has advice for additive masks and for segment numbers.
+    """
     if mask.dtype == torch.bool or not mask.numel() or not host_readable(mask):
         return
     low, high = (x.item() for x in mask.aminmax())

@@ -60,7 +60,7 @@ def run(name: BackendName, inputs: RelationInputs, call: Callable[[Backend], _Re
             try:
                 return call(MODULES[candidate])
             except BackendUnavailable as failure:
-                warn_once(f"backend {candidate} failed, the next one serves the call: {failure}")
+                warn_once(f"backend {candidate} failed; the next one serves the call: {failure}")
     raise RuntimeError("backend: none can serve this call")
 
 

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "words", nargs="*", help="apply only mutants with one of these words in the file, the text or the title"
     )
-    parser.add_argument("--jobs", type=int, default=2, help="number of mutants that are tested side by side")
+    parser.add_argument("--jobs", type=int, default=2, help="number of mutants that are tested in parallel")
     parser.add_argument(
         "--list", action="store_true", help="print the mutants, check that they apply, and test nothing"
     )

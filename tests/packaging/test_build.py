@@ -70,7 +70,7 @@ class TestMode:
         assert backend.get_requires_for_build_wheel() == expected
         assert backend.get_requires_for_build_editable() == expected
         assert backend.get_requires_for_build_sdist() == []
-        monkeypatch.setenv("CXX", str(tmp_path / "none"))  # without a compiler the headers are useless
+        monkeypatch.setenv("CXX", str(tmp_path / "none"))  # no compiler is found, so no headers are needed
         assert backend.get_requires_for_build_wheel() == []
 
 

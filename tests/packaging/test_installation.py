@@ -76,7 +76,7 @@ def test_pip_install_into_an_empty_environment(newcomer):
 
 
 def test_beside_torch_nothing_but_triton_is_installed(source, newcomer, tmp_path):
-    """If a CUDA build of torch, which depends on triton, is installed, pip downloads this package only."""
+    """If torch is installed, pip adds only this package, and triton if it is missing (CPU builds of torch)."""
     triton = ["triton"] if sys.platform == "linux" else []
     for without, expected in ((("triton",), triton), ((), [])):
         environment = Environment(tmp_path / f"without{len(without)}", shared=newcomer, without=without)

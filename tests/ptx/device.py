@@ -21,7 +21,7 @@ class Device:
         self.memory = GlobalMemory()
         self.findings = Findings()
         self.races = races
-        self.errors: list[BaseException] = []  # raised in callbacks; C, which calls them, discards errors
+        self.errors: list[BaseException] = []  # errors of callbacks, which C code would discard
         self.kernels: dict[int, Kernel] = {}  # every kernel that was ever launched
         self.launches: list[tuple[str, tuple, int, float]] = []  # kernel, grid, instructions of warps, seconds
 

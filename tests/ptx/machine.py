@@ -69,7 +69,7 @@ def run(launch: Launch) -> int:
     threads = launch.block[0] * launch.block[1] * launch.block[2]
     blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
     if threads > launch.kernel.max_threads or threads % 32:
-        raise ValueError(f"{launch.kernel.name}: {threads} threads per block, but the limit is {launch.kernel.max_threads}")
+        raise ValueError(f"{launch.kernel.name}: {threads} threads per block, at most {launch.kernel.max_threads}")
     given, taken = len(launch.parameters), launch.kernel.parameter_bytes
     if given != taken:
         raise ValueError(f"{launch.kernel.name}: expected {taken} bytes of parameters, got {given}")
@@ -103,7 +103,7 @@ class Machine:
 
         self.thread = np.arange(self.threads, dtype=np.int64)
         self.block_of = self.thread // self.block_threads
-        self.first_thread = first_block * self.block_threads  # its index in the grid, for the race detector
+        self.first_thread = first_block * self.block_threads  # the index of thread 0 in the grid, for the race detector
         self._special(first_block)
 
         self.alive = np.ones(self.threads, bool)

@@ -42,7 +42,7 @@ class GlobalMemory:
         self.ends = np.array([int(b) + self.buffers.get(int(b), (0,))[0] for b in self.begins], np.uint64)
         self.base = int(self.begins[0]) & ~15
         sizes = (self.ends - self.begins).astype(np.int64)
-        self.places = np.concatenate(([0], np.cumsum(-(-sizes // 16) * 16)))  # offsets of adjacent buffers
+        self.places = np.concatenate(([0], np.cumsum(-(-sizes // 16) * 16)))  # offsets of the buffers without gaps
         span = -(-(int(self.ends.max()) - self.base) // 16) * 16 if self.buffers else 16
         raw = (ctypes.c_uint8 * span).from_address(self.base) if self.buffers else (ctypes.c_uint8 * span)()
         everything = np.frombuffer(raw, np.uint8)
@@ -56,7 +56,7 @@ class GlobalMemory:
         """A description of an address: the buffer, and the byte in it."""
         which = int(np.searchsorted(self.begins, np.uint64(address), "right")) - 1
         if which < 0:
-            return "below every buffer"
+            return "before all buffers"
         begin = int(self.begins[which])
         size, name = self.buffers[begin]
         return f"byte {address - begin} of {name}, which has {size}"

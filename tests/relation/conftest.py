@@ -51,7 +51,7 @@ def new_gpu(monkeypatch):
     if sys.platform != "linux":
         pytest.skip("the CUDA library is for Linux")
     if torch.cuda.is_available():
-        pytest.skip("beside a real driver library its stand-in is not the one that is found")
+        pytest.skip("a real driver library is found instead of its replacement")
     assert native.cuda.library.exists(), "build the library: MINILM_KERNELS_BUILD=native setup.py build_ext --inplace"
 
     def make(*props: int) -> GPU:

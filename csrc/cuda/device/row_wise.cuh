@@ -127,7 +127,7 @@ MINILM_DEVICE float log2_of(float score, float scale, float log2_sum, const floa
 }
 
 // Replaces the student's scores of half a tile by score gradients. kForward: the own tokens are rows, and their KL
-// divergence is added to kl. kBackward: the own tokens are keys of the other tokens' rows.
+// divergence is added to kl. kBackward: the own tokens are keys, and the other tokens are rows.
 template <bool kExact, bool kForward, bool kBackward>
 MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&score_s)[2][2][4], float scale_t,
                                    float scale_s, const Sequence& sequence, TileOrigin origin, const TileOperands& own,

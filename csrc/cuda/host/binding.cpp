@@ -49,7 +49,7 @@ void load(std::string name, Tensor image, int64_t device) {
   check(cuda::load(static_cast<int>(device), name, image.const_data_ptr()));
 }
 
-// The device's compute capability, 90 for 9.0.
+// Returns the compute capability of the device, 90 for 9.0.
 int64_t capability(int64_t device) { return device_props(device).capability; }
 
 // Returns the reason why the device cannot compute relations of these tensors, or an empty string.

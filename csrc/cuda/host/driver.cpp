@@ -198,7 +198,7 @@ std::string unsupported_reason(const std::vector<Relation>& relations, bool grad
   const Planes planes = max_planes(all);
   if (plan_row_wise(props, planes, gradient).warps == 0)
     return "heads of these widths and dtypes need " + std::to_string(row_wise_bytes(planes, kTile, kTile, gradient)) +
-           " bytes of shared memory, a block of this GPU has " + std::to_string(props.smem_per_block);
+           " bytes of shared memory, but a block of this GPU has " + std::to_string(props.smem_per_block);
   return "";
 }
 

@@ -88,7 +88,7 @@ class _Group:
     length: int
     valid: Tensor | None  # (n, L) bool; None without padding
     causal: bool
-    prefix: Tensor | None  # (n,) int64, in gathered tokens
+    prefix: Tensor | None  # (n,) int64, lengths in gathered tokens
     longest_prefix: int
 
     def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from .cuda_cache import KernelCache
 
 _log = logging.getLogger(__name__)
-_INSTALLED = Path(__file__).parents[2] / "cuda_device"  # setup.py copies the sources there, and csrc/common
+_INSTALLED = Path(__file__).parents[2] / "cuda_device"  # setup.py copies the sources and csrc/common there
 _CHECKOUT = Path(__file__).parents[3] / "csrc" / "cuda" / "device"
 OLDEST = 80  # the first compute capability with bfloat16 tensor cores, 8.0
 _NAME = re.compile(r"(symmetric|row_stats|row_wise)((?:_\d+){5})|(reduce)")

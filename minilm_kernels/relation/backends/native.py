@@ -54,12 +54,10 @@ class NativeBackend:
         reasons = []
         others = {x.dtype for x in (*inputs.teacher, *inputs.student)} - set(_DTYPES)
         if others:
-            reasons.append(
-                f"it computes in float32 for float32, float16 and bfloat16, not for {', '.join(map(str, others))}"
-            )
+            reasons.append(f"it supports float32, float16 and bfloat16, got {', '.join(map(str, others))}")
         device = inputs.mask.device
         if device.type != self.device_type:
-            reasons.append(f"it computes on {self.device_type} devices, the tensors are on {device}")
+            reasons.append(f"it computes on {self.device_type} devices, but the tensors are on {device}")
         return reasons
 
     def forward_reduced(self, inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
@@ -85,7 +83,7 @@ class NativeBackend:
         return grads
 
     def _new_gradients(self, inputs: RelationInputs) -> list[Tensor]:
-        """Allocates the gradients, with zeros if there is padding, because kernels write those of valid tokens only."""
+        """Allocates the gradients. Kernels write those of valid tokens only; those of padding must be zero."""
         new = torch.zeros if _padded(inputs) and not self.grads_cleared else torch.empty
         return [
             new(inputs.student[m].shape, dtype=torch.float32, device=inputs.mask.device)

@@ -307,7 +307,7 @@ def test_auto_goes_on_where_kernels_cannot_be_compiled(new_gpu, monkeypatch, cap
         for _ in range(3):
             value, _ = case.run("sequence", "auto")
     torch.testing.assert_close(value, case.run("sequence", "torch")[0])
-    warning = f"backend cuda failed, the next one serves the call: {error}"
+    warning = f"backend cuda failed; the next one serves the call: {error}"
     assert [record.getMessage() for record in caplog.records] == [warning]
     assert backend_status()["cuda"] == str(error)
     with pytest.raises(RuntimeError, match=f"backend: 'cuda' cannot serve this call: {error}"):
@@ -316,7 +316,7 @@ def test_auto_goes_on_where_kernels_cannot_be_compiled(new_gpu, monkeypatch, cap
 
 @pytest.fixture
 def with_cuda(monkeypatch):
-    """PyTorch reports a GPU."""
+    """Makes PyTorch report a GPU."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(native.cuda, "load_error", native.NOT_LOADED)

@@ -256,5 +256,5 @@ def test_a_process_does_not_load_kernels_for_ever(gpu, monkeypatch, caplog):
     torch.testing.assert_close(value, case.run("sequence", "torch")[0])
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
     assert len(warnings) == 1
-    assert "backend cuda failed, the next one serves the call" in warnings[0]
+    assert "backend cuda failed; the next one serves the call" in warnings[0]
     _run()  # loaded kernels still work

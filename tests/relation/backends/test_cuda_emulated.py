@@ -205,7 +205,7 @@ def test_sequences_beyond_shared_memory(library, backend, mask, reduction):
 
 def test_too_little_shared_memory_is_refused(library, backend):
     library.emulated_set_props(8192, 8192)
-    with pytest.raises(RuntimeError, match="bytes of shared memory, a block of this GPU has 8192"):
+    with pytest.raises(RuntimeError, match="bytes of shared memory, but a block of this GPU has 8192"):
         make(widths=(128, 128)).run("sum", backend)
 
 

@@ -51,9 +51,9 @@ def unsupported_reasons(inputs: RelationInputs) -> list[str]:
     tensors = (*inputs.teacher, *inputs.student)
     if device != ("cpu" if interpreted() else "cuda"):
         expected = "CPU tensors, in Triton's interpreter" if interpreted() else "GPU tensors"
-        reasons.append(f"it takes {expected}, but the tensors are on {inputs.mask.device}")
+        reasons.append(f"it supports {expected}, but the tensors are on {inputs.mask.device}")
     if others := {x.dtype for x in tensors} - set(_DTYPES):
-        reasons.append(f"it takes float32, float16 and bfloat16, not {', '.join(map(str, others))}")
+        reasons.append(f"it supports float32, float16 and bfloat16, got {', '.join(map(str, others))}")
     if interpreted() and any(x.dtype == torch.bfloat16 for x in tensors):
         reasons.append("Triton's interpreter multiplies bfloat16 matrices incorrectly")
     if (widest := max(x.shape[-1] for x in tensors)) > _MAX_WIDTH:
