@@ -39,7 +39,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def switches(module: nn.Module, names: Iterable[str]) -> list[tuple[Any, str]]:
-    """A list of (copy, name), for every copy in the module that `shell` created and every name of its attributes."""
+    """A list of (copy, name): every copy in a module that `shell` created, with each of `names` that it has."""
     copies = [inner for inner in module.modules() if "_original" in vars(inner)]
     return [(twin, name) for twin in copies for name in names if name in vars(twin)]
 

@@ -45,7 +45,7 @@ struct Call {
   float* values;            // (R,): weighted sums of the KL divergence, or null
   float* row_values;        // (R, N, A, S) or (R, A, T): KL divergence of each valid row, or null
   bool packed;
-  bool causal;    // row i sees key j if j <= i or j is in the prefix; false, without prefixes: every key
+  bool causal;    // row i sees key j if j <= i or j is in the prefix; if false without prefixes, it sees every key
   bool padded;    // some tokens may be padding
   bool gradient;  // compute query_grad and key_grad of the relations
 };

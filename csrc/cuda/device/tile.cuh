@@ -182,8 +182,8 @@ MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, cons
             }
           }
       }
-      if (chunk <
-          chunks) {  // the last of an odd number of chunks: 32 rows, and 32 columns or the same 16 columns twice
+      // The last of an odd number of chunks: 32 rows, and 32 columns or the same 16 columns twice.
+      if (chunk < chunks) {
         uint32_t row[4], column[4];
         ldmatrix_x4(row, x + chunk * rows.plane + lane * 16);
         ldmatrix_x4(column, y + chunk * columns.plane + lane % (8 * kColumns) * 16);

@@ -244,7 +244,7 @@ def _build_st(machine, instruction):
 
 @dataclass
 class _Copy:
-    """A cp.async that was not waited for: the values that it read, and the places that get them at the wait."""
+    """A cp.async before its wait: the values that it read, and the places that get them at the wait."""
 
     port: Port
     threads: np.ndarray

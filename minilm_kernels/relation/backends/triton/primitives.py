@@ -254,9 +254,9 @@ def score_tile(
 ):  # fmt: skip
     """Returns the products of the owned tile and a looped tile, [BLOCK_M, BLOCK_N], not scaled.
 
-    With SLICED (the last entry of LAYOUT), both tiles are loaded again, 16 features at a time. Ordinary multiply-adds
-    multiply wide float32 rows, and a thread would otherwise keep whole rows in registers. All kernels multiply in the
-    same order, so that a score is the same number in every phase.
+    With SLICED (the last entry of LAYOUT), both tiles are loaded again, 16 features at a time. This is for wide float32
+    rows: their products are ordinary multiply-adds, for which a thread would otherwise keep whole rows in registers.
+    All kernels multiply in the same order, so that a score is the same number in every phase.
     """
     D: tl.constexpr = LAYOUT[0]
     DP: tl.constexpr = LAYOUT[1]

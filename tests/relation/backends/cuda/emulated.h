@@ -383,7 +383,7 @@ const char* emulate(void (*kernel)(const Parameters), const char* given, int64_t
   Parameters parameters;
   std::memcpy(&parameters, given, sizeof parameters);
   using namespace emulation;
-  if (threads % 32 || threads > kMostThreads) fail("the number of threads is not a multiple of 32");
+  if (threads % 32 || threads > kMostThreads) fail("the number of threads is too large or not a multiple of 32");
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   const size_t pages = (static_cast<size_t>(shared) + page - 1) / page * page;
   char* memory =
