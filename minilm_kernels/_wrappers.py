@@ -12,7 +12,7 @@ _OWN_FORWARD = {"XLORA", "POLY"}  # PEFT methods that do part of their work in t
 
 
 def is_pretrained_model(module: nn.Module) -> bool:
-    """True for models of transformers. transformers is not imported here: such a model exists only if it already is."""
+    """True for models of transformers, which is not imported here: without an earlier import, no such model exists."""
     loaded: Any = sys.modules.get("transformers.modeling_utils")
     return loaded is not None and isinstance(module, loaded.PreTrainedModel)
 

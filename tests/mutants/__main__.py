@@ -100,7 +100,7 @@ class Copy:
                 target.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
             if compiled or not self._library_is_right:
                 if message := self.build():
-                    raise RuntimeError(f"does not compile:\n{message[-2000:]}")
+                    raise RuntimeError(f"the sources do not compile:\n{message[-2000:]}")
                 self._library_is_right = not (compiled and applied)
             return self._verdict(mutant)
         finally:

@@ -36,7 +36,7 @@ class NativeBackend:
         name: name of the backend. The package has the library as `_<name>.abi3.so`.
     """
 
-    grads_cleared = False  # the library sets the gradients of padding to zero itself
+    grads_cleared = False  # True if the library sets the gradients of padding to zero
 
     def __init__(self, name: str) -> None:
         self.name = name
