@@ -12,7 +12,7 @@ _OWN_FORWARD = {"XLORA", "POLY"}  # PEFT methods that do part of their work in t
 
 
 def is_pretrained_model(module: nn.Module) -> bool:
-    """True for models of transformers. transformers is not imported, because such a model exists only after that."""
+    """True for models of transformers, which is not imported here: without an earlier import, no such model exists."""
     loaded: Any = sys.modules.get("transformers.modeling_utils")
     return loaded is not None and isinstance(module, loaded.PreTrainedModel)
 
@@ -23,11 +23,11 @@ def compiled_original(module: nn.Module) -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of (nested) torch.compile, PEFT, sentence-transformers and AveragedModel wrappers.
+    """The model without (nested) wrappers of torch.compile, PEFT, sentence-transformers and AveragedModel.
 
     Raises:
         ValueError: a part of the model cannot run without the wrapper, or the parameters are sharded or offloaded. The
-            message tells what to do instead.
+            message says what to do instead.
     """
     while (inner := _inside(model)) is not model:
         model = inner
