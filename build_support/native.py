@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 CSRC = Path(__file__).parents[1] / "csrc"
 MODE_VARIABLE = "MINILM_KERNELS_BUILD"
-OLDEST_TORCH = (2, 10)
+OLDEST_TORCH = (2, 11)  # as in pyproject.toml
 COMPILER_MEMORY = 2**29  # bytes per compiler process
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # OLDEST_TORCH
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the ABI of torch 2.10
 
 # GCC 12 gives some of these warnings for its own headers.
 WARNINGS = ["-Wall", "-Wno-unknown-warning-option", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # in headers of GCC 12

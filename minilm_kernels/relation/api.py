@@ -379,7 +379,8 @@ def _check_masks(
         check_dense(name, mask)
         floats = _FLOATS if name == "attention_mask" else ()
         if mask.dtype not in _INTEGERS and mask.dtype not in floats:
-            raise TypeError(f"{name}: expected an integer or bool dtype, got {mask.dtype}")
+            expected = "bool, integers, or floats of 0 and 1" if floats else "integers"
+            raise TypeError(f"{name}: expected {expected}, got {mask.dtype}")
         if mask.device != device:
             raise ValueError(f"{name}: expected the device of the other tensors, {device}, got {mask.device}")
     if attention_mask is not None and cu_seqlens is not None:

@@ -5,7 +5,7 @@ from . import Mutant
 _API = "minilm_kernels/relation/api.py"
 _MASKS = "minilm_kernels/relation/masks.py"
 _OPERATOR = "minilm_kernels/relation/ops.py"
-_PROBLEM = "minilm_kernels/relation/inputs.py"
+_INPUTS = "minilm_kernels/relation/inputs.py"
 _BLOCKED = "minilm_kernels/relation/backends/blocked.py"
 _LOSSES = "minilm_kernels/losses.py"
 
@@ -138,14 +138,14 @@ MUTANTS = [
         "the bits of backend `torch` depend on the number of threads",
     ),
     Mutant(
-        _PROBLEM,
+        _INPUTS,
         "scale_s = width_s**-0.5 if",
         "scale_s = width_t**-0.5 if",
         "tests/test_losses.py",
         "the student's scores are divided by the teacher's width",
     ),
     Mutant(
-        _PROBLEM,
+        _INPUTS,
         "return torch.float64 if any(x.dtype == torch.float64 for x in (*teacher, *student))",
         "return torch.float64 if any(x.dtype == torch.float64 for x in student)",
         "tests/relation/test_ops.py -k float64",

@@ -36,20 +36,20 @@ class Operand:
         def field(low: int, bits: int) -> np.ndarray:
             return ((descriptor >> np.uint64(low)) & np.uint64((1 << bits) - 1)).astype(np.int64)
 
-        start, token_shape, stride = field(0, 14) * 16, field(16, 14) * 16, field(32, 14) * 16
+        start, leading, stride = field(0, 14) * 16, field(16, 14) * 16, field(32, 14) * 16
         mode = np.unique(field(62, 2))
         if mode.size != 1 or field(49, 3).any():
             raise NotImplementedError(f"{self.instruction.text}: descriptors differ, or have a base offset")
         width = _SWIZZLE[int(mode[0])]
         row, k = np.arange(self.rows)[:, None], np.arange(16)[None, :]
-        start, token_shape, stride = (x[:, None, None] for x in (start, token_shape, stride))
+        start, leading, stride = (x[:, None, None] for x in (start, leading, stride))
         if not self.transposed:  # the 16 elements of a row are adjacent; groups of eight rows
             inside = k * 2 if width > 16 else k % 8 * 2
-            across = 0 if width > 16 else k // 8 * token_shape
+            across = 0 if width > 16 else k // 8 * leading
             offset = row // 8 * stride + row % 8 * width + inside + across
         else:  # the rows of one k are adjacent; groups of eight k
             chunk, byte = row * 2 // width, row * 2 % width
-            along, beyond = (token_shape, stride) if width > 16 else (stride, token_shape)
+            along, beyond = (leading, stride) if width > 16 else (stride, leading)
             offset = chunk * along + k // 8 * beyond + k % 8 * width + byte
         address = start + offset
         if width > 16:  # the swizzle: the row's number permutes its 16-byte units
