@@ -66,7 +66,11 @@ DENSE_ERRORS = [
     ({"teacher_query": torch.randn(2, 5, 3, 8).requires_grad_()}, ValueError, "teacher_query: .*detach"),
     # The output of a teacher that runs without no_grad is not a leaf.
     ({"teacher_query": torch.randn(2, 5, 3, 8).requires_grad_() * 2}, ValueError, "teacher_query: .*detach"),
-    ({"attention_mask": torch.ones(2, 5, dtype=torch.complex64)}, TypeError, "attention_mask: .*integer or bool.*comp"),
+    (
+        {"attention_mask": torch.ones(2, 5, dtype=torch.complex64)},
+        TypeError,
+        "attention_mask: .*bool, integers, or floats of 0 and 1, got .*comp",
+    ),
     ({"attention_mask": torch.ones(2, 4).bool()}, ValueError, r"attention_mask: .*\(2, 5\), got \(2, 4\)"),
     ({"attention_mask": torch.ones(2, 1, 1, 5).bool()}, ValueError, r"attention_mask: .*\(2, 5\), got \(2, 1, 1, 5\)"),
     ({"attention_mask": [[1] * 5] * 2}, TypeError, "attention_mask: expected a tensor, got list"),
