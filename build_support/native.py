@@ -26,7 +26,6 @@ OLDEST_TORCH = (2, 11)  # as in pyproject.toml
 COMPILER_MEMORY = 2**29  # bytes per compiler process
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the ABI of torch 2.10
 
-# GCC 12 gives some of these warnings for its own headers.
 WARNINGS = ["-Wall", "-Wno-unknown-warning-option", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # in headers of GCC 12
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}", *WARNINGS]
 CXX_FLAGS += [f"-ffile-prefix-map={CSRC.parent}/="]  # error messages name source files relative to the project
