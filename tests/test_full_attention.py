@@ -1,4 +1,4 @@
-"""Layers with partial attention are refused, whatever their models call it."""
+"""Layers with partial attention are refused, under all names that models use for it."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_windows_and_chunks_of_decoders(model_type, overrides, refused, legal, m
 
 
 def test_windows_beside_layer_types():
-    """sliding_window of MiniMax applies to all layers, including those that layer_types calls full."""
+    """MiniMax applies its sliding_window to all layers, including those that layer_types calls full."""
     layer_types = ["full_attention", "linear_attention", "full_attention"]
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": layer_types}
     check(make_rotary("minimax", **experts, sliding_window=4), LLAMA, {1, 3}, set(), "sliding_attention")

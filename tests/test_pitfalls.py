@@ -217,7 +217,7 @@ def test_12_layers_are_counted_from_one():
     """Layer 2 projects the output of layer 1; a layer counted from 0 would be one too late."""
     model, batch = _roberta()
     with torch.no_grad():
-        hidden = model(**batch, output_hidden_states=True).hidden_states  # embeddings first
+        hidden = model(**batch, output_hidden_states=True).hidden_states  # the embeddings are the first entry
         attention = [layer.attention.self for layer in model.encoder.layer]
         value = QKVExtractor(model, 2)(**batch).value
     torch.testing.assert_close(value, attention[1].value(hidden[1]))

@@ -438,7 +438,7 @@ def test_moving_and_casting_are_seen_on_both_sides():
     assert_equal(extractor(**batch), by_hand(model, 1, batch), 1e-12)
     assert extractor(**batch).query.dtype == torch.float64
     extractor.to(torch.float32)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}  # also the parameters that are not reached
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # including parameters that are not reached
     assert_equal(extractor(**batch), by_hand(model, 1, batch))
     extractor.to("meta")
     assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"meta"}
@@ -446,7 +446,7 @@ def test_moving_and_casting_are_seen_on_both_sides():
 
 @pytest.mark.slow
 def test_a_pickle_with_rotary_after_works_in_another_process(tmp_path):
-    """Its attention function is registered with transformers when it is unpickled."""
+    """Unpickling an extractor registers its attention function with transformers."""
     config = AutoConfig.for_model("llama", vocab_size=20, hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
     extractor = QKVExtractor(AutoModel.from_config(config).eval(), rotary="after", projections=LLAMA)
     ids = torch.arange(6)[None]
@@ -481,7 +481,7 @@ def test_copies_are_whole_and_independent(copied, rotary):
 
 
 def test_modes_of_containers_follow_the_model():
-    """BART's encoder and layers apply dropout by the mode of containers, of which the view has copies."""
+    """BART's encoder and layers apply dropout depending on the mode of containers, which the view copies."""
     sizes = {
         "d_model": 48,
         "encoder_layers": 2,
@@ -712,7 +712,7 @@ DISTRIBUTED = {"bert": 2, "mpnet": 1}  # model type -> layer
 
 
 def distributed_worker(rank: int, folder: str) -> None:
-    """Ends the process without Python's shutdown, in which a process group can deadlock."""
+    """Ends the process without Python's shutdown, because a process group can deadlock in it."""
     try:
         train_distributed(rank, folder)
         gc.collect()

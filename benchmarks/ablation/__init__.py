@@ -1,8 +1,8 @@
-"""Measure the effect of each optimization of the CPU kernels, against a build without it.
+"""Measure the effect of each optimization of the CPU kernels, by comparison with a build without it.
 
-Builds the package as it is and with one optimization removed at a time, by a change of one constant of csrc/cpu, and
-measures all builds in turn on one thread. docs/cpu.md explains the optimizations and their predicted effects, which are
-counted instructions.
+The command builds the package unchanged, and with one optimization removed at a time by changing one constant in
+csrc/cpu. It measures all builds in turn on one thread. docs/cpu.md explains the optimizations and their predicted
+effects, which are counts of instructions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.reporting import sections
 
 
 class Variant(NamedTuple):
-    """A build of the kernels with another value of a constant, or another instruction set."""
+    """A build of the kernels with a changed constant or another instruction set."""
 
     name: str
     predicted: str = ""

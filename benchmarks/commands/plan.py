@@ -1,7 +1,7 @@
-"""Everything worth measuring on a CPU or a GPU, in one command and a budget of minutes.
+"""All measurements on a CPU or a GPU, in one command and within a budget of minutes.
 
 A plan lists stages, the most valuable first. Each command of a stage runs in its own process, within the stage's share
-of the remaining budget. Records are on the disk as soon as they are made, so a stage that runs out of time keeps them.
+of the remaining budget. Each record is written to disk at once, so a stage that runs out of time keeps its records.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Return 1 if a stage failed; running out of time is no failure."""
+    """Return 1 if a stage failed. A stage that runs out of time has not failed."""
     if options.minutes <= 0:
         raise ValueError(f"--minutes: expected more than 0, got {options.minutes:g}")
     stages = [stage for stage in load(options.device)[1] if stage.name in options.only]
@@ -137,7 +137,7 @@ def _count(file: Path) -> str:
 
 
 def _call(words: list[str], output: IO[str], end: float) -> int | None:
-    """The exit status; None if it ran past `end`. Whatever it started is stopped too."""
+    """The exit status of a command; None if it ran past `end`. All processes that it started are stopped, too."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment

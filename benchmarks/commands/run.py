@@ -1,4 +1,4 @@
-"""`python -m benchmarks run`: measure a suite, one record a measurement; `memory`, `step`, `inference`: that suite."""
+"""`python -m benchmarks run`: measure a suite; `memory`, `step` and `inference` measure the suite of that name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNITS = {"": 1, "MiB": 2**20, "GiB": 2**30}
 
 
 def size(text: str) -> int:
-    """Bytes, from "512MiB" or "2GiB"."""
+    """Number of bytes from text such as "512MiB" or "2GiB"."""
     match = re.fullmatch(r"([\d.]+)(MiB|GiB|)", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"expected a size such as 512MiB or 2GiB, got {text!r}")

@@ -1,4 +1,4 @@
-"""Baselines that hold every score in memory: plain PyTorch, some heads at a time, and torch.compile."""
+"""Baselines that store all scores: plain PyTorch, PyTorch a few heads at a time, and torch.compile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.measure.workload import Heads, Inputs, Loss
 
 from .provider import DenseMask, Unsupported
 
-_CHUNK_HEADS = 4  # a choice of `chunked`: fewer heads take less memory and more kernel launches
+_CHUNK_HEADS = 4  # heads per chunk of `chunked`; fewer heads take less memory and more kernel launches
 
 
 def row_kl(

@@ -1,4 +1,4 @@
-"""The suites: each module's `measure(options)` yields records, the most valuable first."""
+"""The suites. `measure(options)` of each module yields records, with the most valuable first."""
 
 from __future__ import annotations
 

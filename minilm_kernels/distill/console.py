@@ -25,8 +25,8 @@ def say(message: str) -> None:
 
 
 def flush(*streams: TextIO | None) -> None:
-    """Flushes streams. One that fails is redirected to the null device, so that the interpreter does not report it at
-    exit, for example after `| head`."""
+    """Flushes streams. A stream that fails is redirected to the null device, so that the interpreter reports no error
+    at exit, for example after `| head`."""
     for stream in filter(None, streams):
         try:
             stream.flush()

@@ -9,7 +9,7 @@ operation fail, or sends a signal. The run is then continued with `--resume-from
 checkpoint was ever visible, no complete one was lost, and student, metrics and list of files are finally those of an
 undisturbed run. Linux only.
 
-Without options it tests all kinds of runs, with coarse steps first, and ends within five minutes.
+Without options, it tests all kinds of runs within five minutes, beginning with operations that are far apart.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Soak:
         scenario.expected = self.outcome()
 
     def outcome(self) -> dict[str, Any]:
-        """Everything that must be equal in the end: all files of the run, without timings."""
+        """The content that must finally be equal: all files of the run, without timings."""
         found: dict[str, Any] = {}
         for path in self.output.rglob("*"):
             name = str(path.relative_to(self.output))
@@ -182,7 +182,7 @@ class Soak:
         if mode in ("kill", "half") and ends[0] != right:
             return f"ended with {ends} instead of {right}:\n{said}"
 
-        # Checkpoints that were complete before the interruption: renamed before, or there from the start.
+        # Checkpoints that were complete before the interruption: those of the start, and those renamed before it.
         steps = [int(path.rpartition("-")[2]) for what, path in scenario.journal[: at - 1] if _is_whole(what, path)]
         if scenario.resumed:
             steps.append(STOPPED_AT // 2 if scenario.damaged else STOPPED_AT)
@@ -212,7 +212,7 @@ class Soak:
 
 
 def _without_older(outcome: dict[str, Any]) -> dict[str, Any]:
-    """An outcome with the number of older checkpoints instead of their names."""
+    """The outcome, with the number of older checkpoints in place of their names."""
     older = [name for name in outcome if name.startswith("checkpoints/") and f"step-{STEPS:09d}" not in name]
     return {**{name: value for name, value in outcome.items() if name not in older}, "older": len(older)}
 
@@ -235,7 +235,7 @@ def _wait(child: int, patience: float) -> int:
 
 
 def _points(scenario: Scenario, first: int, last: int, every: int) -> list[int]:
-    """Numbers of operations in coarse steps first, by sorting their reversed bits."""
+    """Sorts numbers of operations by their reversed bits, so that the first ones are far apart."""
     points = range(max(1, first), min(last or len(scenario.journal), len(scenario.journal)) + 1, every)
     return [points[i] for i in sorted(range(len(points)), key=lambda i: f"{i:020b}"[::-1])]
 
@@ -256,7 +256,7 @@ def _trials(soak: Soak, options: argparse.Namespace) -> Iterator[list[tuple[Scen
 
 
 def soak(options: argparse.Namespace, work: Path) -> bool:
-    """Runs trials until the time is over. Returns True if all survived."""
+    """Runs trials until the time is up. Returns True if all runs survived."""
     ending = time.monotonic() + options.seconds
     course = Soak(work)
     rounds = itertools.zip_longest(*_trials(course, options))

@@ -84,7 +84,7 @@ def test_layers_that_the_weights_do_not_have(folder: Path, settings: Settings) -
 
 
 def test_saved_buffers_count_where_they_are_used() -> None:
-    """A scale before the projections, and one in the pooler."""
+    """A buffer before the projections must be loaded. A buffer in the pooler may be missing."""
     model = make_model("bert").eval()
     model.embeddings.LayerNorm.register_buffer("offset", torch.ones(48))
     model.pooler.register_buffer("offset", torch.ones(48))
@@ -188,7 +188,7 @@ def test_a_tokenizer_far_smaller_than_the_embedding_is_another_s() -> None:
 
 def test_the_largest_id_counts_and_not_the_number_of_tokens() -> None:
     holes = make_tokenizer()
-    holes.add_tokens(["<added>"])  # 65, the first free id
+    holes.add_tokens(["<added>"])  # gets id 65, the first free one
     check(holes, make_texts(20), rows=66)
     with pytest.raises(ValueError, match="ids up to 65, the teacher's embedding only 65 rows, 0 to 64"):
         check(holes, make_texts(20), rows=65)
