@@ -51,7 +51,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     about = "measure the effect of each optimization of the CPU kernels"
     parser = commands.add_parser("ablation", help=about, description=__doc__)
     out = records.RESULTS / "cpu-ablation.jsonl"
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each build")
+    parser.add_argument("--rounds", type=int, default=3, help="number of measurements of each build")
     parser.add_argument("--out", type=Path, default=out, help="file of the records, overwritten")
     parser.add_argument("--update", type=Path, metavar="FILE", help="Markdown file whose table is updated")
     parser.set_defaults(main=main)

@@ -25,9 +25,9 @@ def register(commands: argparse._SubParsersAction) -> None:
     about = "compare records with records, or this tree with a revision"
     parser = commands.add_parser("compare", help=about, description=__doc__)
     parser.add_argument("records", type=Path, nargs="*", metavar="RECORDS", help="the records before and after")
-    parser.add_argument("--base", metavar="REV", help="instead: measure this git revision and the working tree in turn")
+    parser.add_argument("--base", metavar="REV", help="measure this git revision and the working tree instead, in turn")
     parser.add_argument("--run", default="--suite loss --seconds 2", metavar="OPTIONS", help="--base: options of `run`")
-    parser.add_argument("--rounds", type=int, default=3, help="--base: turns of each")
+    parser.add_argument("--rounds", type=int, default=3, help="--base: number of measurements of each")
     parser.set_defaults(main=main)
 
 
@@ -38,7 +38,7 @@ def main(options: argparse.Namespace) -> int:
     elif options.base is None and len(options.records) == 2:
         before, after = (read([path]) for path in options.records)
     else:
-        raise ValueError("compare: expected two files of records, or --base REV and none")
+        raise ValueError("compare: expected two files of records, or --base REV without files")
     lines, worse = verdicts(before, after)
     print("\n".join(lines))
     return int(worse)
@@ -48,7 +48,9 @@ def verdicts(before: Records, after: Records) -> tuple[list[str], bool]:
     """One line per common measurement, with changes for the worse first, and True if there are such changes."""
     old, new = ({_identity(r): r for r in providers(found)} for found in (before, after))
     if not set(old) & set(new):
-        raise ValueError("compare: the two have no measurement in common (suite, provider, device, dtype, mode, shape)")
+        raise ValueError(
+            "compare: the records have no measurement in common (suite, provider, device, dtype, mode, shape)"
+        )
     lines: list[tuple[int, str]] = []
     for key in [key for key in new if key in old]:
         changes = _changes(old[key], new[key])

@@ -52,7 +52,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         add("--minutes", type=float, default=settings["minutes"], help="budget of all stages together")
         add("--only", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
         add("--dry-run", action="store_true", help="print the plan and run nothing")
-        add("--out", type=Path, default=Path(settings["out"]), help="folder of the records, one file a stage")
+        add("--out", type=Path, default=Path(settings["out"]), help="folder of the records, with one file per stage")
         add("--update", type=Path, nargs="*", default=[], help="Markdown files to update with tables and plots")
         add("--plots", type=Path, help="folder of the plots that --update links")
         parser.set_defaults(main=main, device=device)
@@ -163,7 +163,7 @@ def _describe(stages: Sequence[Stage], options: argparse.Namespace, why: str) ->
         minutes = options.minutes * stage.share / sum(other.share for other in stages)
         print(f"{minutes:5.1f} min  {stage.name}: {stage.about}")
         print("".join(f"           {command}\n" for command in stage.commands), end="")
-    print("run stands for python -m benchmarks run; the folder gets records, logs and, at the end, a report")
+    print("run stands for python -m benchmarks run; records, logs and the final report are written to the folder")
 
 
 def summary(outcomes: Sequence[str], found: Sequence[records.Record], minutes: float) -> str:

@@ -52,7 +52,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS), metavar="NAME", help="providers")
     add("--dtypes", nargs="+", choices=["float32", "float16", "bfloat16"], default=["float32"], help="input dtypes")
     add("--masks", nargs="+", choices=MASKS, default=["none"], metavar="MASK", help=f"any of {', '.join(MASKS)}")
-    add("--relations", nargs="+", default=[None], metavar="PAIRS", help="such as qq,kk,vv or qk; default: the shape's")
+    add("--relations", nargs="+", default=[None], metavar="PAIRS", help="such as qq,kk,vv or qk; default: by shape")
     add("--modes", nargs="+", choices=MODES, default=["full"], help="loss: the timed part")
     add("--methods", nargs="+", choices=["events", "graph"], default=["events"], help="CUDA: the timing method")
     add("--seconds", type=float, default=10.0, help="duration of the timed runs of one shape")
@@ -63,9 +63,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     batches = "memory: shapes whose largest batch is searched (B is ignored); none: skip the search"
     add("--batches", nargs="+", metavar="SHAPE", help=batches)
     add("--max-batch", type=int, help="memory: the largest batch to try")
-    add("--largest", action="store_true", help="step: measure the largest batch that fits as well")
+    add("--largest", action="store_true", help="step: also measure the largest batch that fits")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    add("--out", type=Path, help="file that the records are appended to")
+    add("--out", type=Path, help="file to which the records are appended")
 
 
 def main(options: argparse.Namespace) -> None:

@@ -146,7 +146,7 @@ def _admit(
         if parts * seconds > limits.seconds:  # the first run may have compiled
             _, seconds = first_run(timed, device)
         if parts * seconds > limits.seconds:
-            raise TimeoutError(f"{parts * seconds:.0f} s a run, from {oracle.sequences} of {workload.B} sequences")
+            raise TimeoutError(f"{parts * seconds:.0f} s per run, by {oracle.sequences} of {workload.B} sequences")
         if parts > 1:
             if risky:
                 isolated(_try, name, workload, mode, limits)

@@ -129,7 +129,7 @@ def isolated(function: Callable[..., Any], *arguments: Any, seconds: float | Non
     sender.close()
     try:
         if not receiver.poll(seconds):
-            raise TimeoutError(f"not done after {seconds:.0f} s")
+            raise TimeoutError(f"not finished after {seconds:.0f} s")
         result, error = receiver.recv()
     except EOFError:
         process.join()

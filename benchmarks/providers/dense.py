@@ -58,7 +58,7 @@ def eager(inputs: Inputs, fp32: bool = False) -> Loss:
 
 def eager_fp32_softmax(inputs: Inputs) -> Loss:
     if inputs.example.dtype not in (torch.float16, torch.bfloat16):
-        raise Unsupported("the inputs are not in half precision: the same as eager")
+        raise Unsupported("without half precision this is the same as eager")
     return eager(inputs, fp32=True)
 
 

@@ -28,11 +28,11 @@ def bertdistiller(inputs: Inputs) -> Loss:
     """The divergence of bertdistiller's trainer, which loops over sequences and supports right padding only."""
     trainer = _import("bertdistiller", "bertdistiller.distillation.minilm.trainer").MiniLMTrainer
     if set(inputs.mask) - {"attention_mask"}:
-        raise Unsupported("bertdistiller knows padding on the right and no other mask")
+        raise Unsupported("bertdistiller supports no mask but padding on the right")
     x = inputs.example
     valid = inputs.mask.get("attention_mask", torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
     if (valid.long().diff(dim=1) > 0).any():
-        raise Unsupported("bertdistiller takes every mask for padding on the right")
+        raise Unsupported("bertdistiller treats every mask as padding on the right")
     state = SimpleNamespace(
         args=SimpleNamespace(num_relation_heads=inputs.heads), kl_loss=torch.nn.KLDivLoss(reduction="sum")
     )

@@ -71,7 +71,7 @@ def _tags(lines: frozenset[Line]) -> frozenset[str]:
 
 
 def tags(code: Iterable[Instruction]) -> frozenset[str]:
-    """Names of the marked source regions that any of the instructions comes from."""
+    """Names of the marked source regions that contain the source of at least one of the instructions."""
     return frozenset(tag for instruction in code for tag in _tags(instruction.lines))
 
 
@@ -125,7 +125,7 @@ def describe(flow: Flow, loop: Loop) -> str:
 def unroll(counts: Counts, source: SourceLoop, warps: int) -> int:
     """Number of source trips in one trip of the machine loop, from the declared work of a source trip.
 
-    Raises Mismatch if the counts are no multiple of the declared work.
+    Raises Mismatch if the counts are not multiples of the declared work.
     """
     scale = warps if source.per == "block" else 1
     factors = {}
@@ -134,7 +134,7 @@ def unroll(counts: Counts, source: SourceLoop, warps: int) -> int:
     if source.tensor_macs and not counts.tensor_unknown:
         factors["tensor multiply-adds"] = (counts.tensor_macs * scale, source.tensor_macs)
     if not factors:
-        raise Mismatch(f"phase {source.phase}: neither exponentials nor tensor_macs tell the unroll factor")
+        raise Mismatch(f"phase {source.phase}: neither exponentials nor tensor_macs determine the unroll factor")
     for name, (found, declared) in factors.items():
         if found == 0 or found % declared:
             raise Mismatch(
@@ -271,7 +271,7 @@ def _notes(flow: Flow, loops: list[Loop], turns: int, counts: Counts) -> list[st
     if len(loops) > 1:
         notes.append(f"mean of {len(loops)} machine loops")
     if turns > 1:
-        notes.append(f"{turns} turns of the inner loop, and one way through the loop around it")
+        notes.append(f"{turns} turns of the inner loop, and one path through the enclosing loop")
     for loop in loops:
         if loop.back_edges > 1:
             notes.append(f"{loop.back_edges} back edges, counted as one loop")
@@ -280,7 +280,7 @@ def _notes(flow: Flow, loops: list[Loop], turns: int, counts: Counts) -> list[st
     if counts.calls:
         notes.append(f"{counts.calls} calls, whose callees are not counted")
     if counts.tensor_unknown:
-        notes.append("size of tensor instructions unknown, left out of the bound")
+        notes.append("size of tensor instructions unknown, so they are not in the bound")
     if counts.unknown:
         notes.append(f"opcodes without a class: {', '.join(sorted(counts.unknown))}")
     return notes

@@ -254,7 +254,7 @@ def _fill(record: records.Record, setting: Setting, name: str, options: argparse
         while len(runs) < 5 or time.perf_counter() - begin < options.seconds:
             runs.append(step())
             if len(runs) == 2 and sum(runs[-1].values()) > 1e3 * options.timeout:
-                raise TimeoutError(f"{sum(runs[-1].values()) / 1e3:.0f} s a step")
+                raise TimeoutError(f"{sum(runs[-1].values()) / 1e3:.0f} s per step")
     record |= summary([sum(run.values()) for run in runs], device) | {"status": "ok", "clocks": records.clocks(device)}
     stages = {stage: statistics.median(run[stage] for run in runs) for stage in STAGES}
     rate = 1e3 * step.tokens / record["median_ms"]

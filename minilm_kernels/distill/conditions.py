@@ -80,7 +80,7 @@ def _find(name: str, file: str, revision: str | None) -> Path | None:
 
 
 def _processor() -> str:
-    """Model name of the CPU. Libraries choose their code by the model."""
+    """Model name of the CPU, because libraries choose their code by it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

@@ -61,7 +61,7 @@ class _Forgiving:
 
 @contextmanager
 def forgiving_streams() -> Iterator[None]:
-    """Makes writes to `sys.stdout` and `sys.stderr`, including those of progress bars, succeed inside the block."""
+    """Ignores write errors of `sys.stdout` and `sys.stderr` inside the block, also for writes of progress bars."""
     before = sys.stdout, sys.stderr
     with Path(os.devnull).open("w") as nowhere:
         sys.stdout, sys.stderr = (_Forgiving(stream or nowhere) for stream in before)  # type: ignore[assignment]

@@ -138,14 +138,14 @@ def check_ids(tokenizer: Any, teacher: Any, student: Any) -> None:
         rows = embedding_rows(model)
         if rows is not None and max(ids) >= rows:
             raise ValueError(
-                f"the teacher's tokenizer has ids up to {max(ids)}, the {name}'s embedding only {rows} rows, 0 to "
-                f"{rows - 1}"
+                f"the teacher's tokenizer has ids up to {max(ids)}, but the {name}'s embedding has only {rows} rows, "
+                f"0 to {rows - 1}"
             )
     rows = embedding_rows(teacher)
     if rows is not None and rows > len(ids) * MOST_ROWS_A_TOKEN + MOST_PADDING:
         raise ValueError(
-            f"--teacher: its tokenizer has {len(ids)} tokens, its embedding {rows} rows: they do not belong together "
-            "(if they do, shrink the embedding with resize_token_embeddings)"
+            f"--teacher: its tokenizer has {len(ids)} tokens, but its embedding has {rows} rows: they do not belong "
+            "together (if they do, shrink the embedding with resize_token_embeddings)"
         )
 
 
@@ -179,7 +179,7 @@ def check_text(tokenizer: DocumentTokenizer, texts: Iterable[str], teacher: Any,
         rows = embedding_rows(model)
         if rows is not None and largest >= rows:
             raise ValueError(
-                f"the teacher's tokenizer returns id {largest}, the {name}'s embedding has only {rows} rows"
+                f"the teacher's tokenizer returns id {largest}, but the {name}'s embedding has only {rows} rows"
             )
 
 

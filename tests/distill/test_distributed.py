@@ -316,7 +316,7 @@ with StopSignals() as signals:
 
 
 def test_torchruns_echo_does_not_abort() -> None:
-    """The terminal sends SIGINT to all processes, and torchrun forwards its own."""
+    """The terminal sends SIGINT to all processes, and torchrun forwards it, so that workers receive it twice."""
     code = """
 import time
 with StopSignals() as signals:
