@@ -67,7 +67,7 @@ def _reversed(p, q, log_p, log_q):
 
 
 def test_masks_that_models_take_but_mean_something_else():
-    """Additive masks and segment numbers, read as "nonzero is valid", mask the wrong tokens or join segments."""
+    """If every nonzero value counted as valid, additive masks would mask the wrong tokens, and segments would mix."""
     teacher, student = _inputs()
     additive = (1 - RIGHT.long()) * -10000
     assert not _agree(_naive(teacher, student, additive != 0), _naive(teacher, student), 0.01)
@@ -134,7 +134,7 @@ def test_6_no_dropout_on_relations():
 
 
 def test_7_the_gradient_lives_where_the_student_is_most_wrong():
-    """If the student gives e^-60 to the teacher's key, log(p + eps) has no gradient."""
+    """If the student's probability of the teacher's key is e^-60, log(p + eps) has no gradient."""
     query, teacher_key = torch.ones(1, 1, 1, 1), torch.tensor([8.0, -8.0]).view(1, 2, 1, 1)
     student_key = torch.tensor([-30.0, 30.0]).view(1, 2, 1, 1)
 

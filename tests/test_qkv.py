@@ -298,7 +298,7 @@ def test_frozen_parameters_stay_frozen_and_registered():
 
 
 def snapshot(model: PreTrainedModel) -> dict:
-    """Every attribute of every module, with tables by entries, tensors by value, and the config."""
+    """All attributes of all modules, as comparable values: entries of dicts, contents of tensors; and the config."""
     attributes = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():

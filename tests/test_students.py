@@ -245,7 +245,7 @@ def test_every_family_of_transformers_makes_students_or_refuses(part, tmp_path):
                 runs(student, tmp_path)
                 made += 1
             except Exception as error:
-                # If the teacher does not run either, the model type has other inputs than tokens.
+                # If the teacher does not run either, the model type needs other inputs than tokens.
                 with contextlib.suppress(Exception):
                     runs(teacher, tmp_path)
                     failures[model_type, layers, hidden, heads] = repr(error)

@@ -46,7 +46,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     for device in ("cpu", "gpu"):
         settings, stages = load(device)
         names = [stage.name for stage in stages]
-        about = f"the whole {device.upper()} plan in one command and budget"
+        about = f"run all {device.upper()} measurements within a budget of minutes"
         parser = commands.add_parser(device, help=about, description=__doc__)
         add = parser.add_argument
         add("--minutes", type=float, default=settings["minutes"], help="budget of all stages together")

@@ -1,4 +1,4 @@
-"""Time: providers take turns within one run, so that all of them meet the same disturbances."""
+"""Time: providers take turns within one run, so that disturbances affect all of them."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """B sequences of S tokens, A relation heads of widths d_t and d_s; `relations`: "qq,kk,vv" or "qk", for example."""
+    """Shape and mask of a loss: B sequences of S tokens, A relation heads of widths d_t and d_s, and the relations."""
 
     B: int
     A: int
@@ -97,7 +97,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         if _RELATIONS.fullmatch(self.relations) is None:
-            raise ValueError(f"--relations: expected pairs of q, k and v such as qq,kk,vv, got {self.relations!r}")
+            raise ValueError(f"--relations: expected relations of q, k and v such as qq,kk,vv, got {self.relations!r}")
         if self.mask not in MASKS:
             raise ValueError(f"--masks: expected one of {', '.join(MASKS)}, got {self.mask!r}")
 

@@ -128,7 +128,7 @@ def suite(name: str, records: Records) -> list[Record]:
 
 
 def providers(group: Records) -> list[Record]:
-    """The records without those of the exponentials alone."""
+    """All records except those of the yardstick `exponentials`."""
     return [r for r in group if r["provider"] != EXPONENTIALS]
 
 

@@ -328,7 +328,7 @@ class TrainingLoop:
         return samples
 
     def _step(self) -> None:
-        """Runs an optimizer step. Its gradient is the exact mean over all samples, however they are divided."""
+        """Runs an optimizer step. The gradient is the exact mean over all samples of the step."""
         config, dist, state = self.config, self.dist, self.state
         samples = self._samples()
         total = LossWeights.of(samples)

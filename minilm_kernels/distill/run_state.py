@@ -47,7 +47,7 @@ class RunState:
     window: list[Tensor] = field(default_factory=list)
 
     def finite_window(self) -> Tensor:
-        """The window as one tensor, (steps, relations + 1) float32 on the CPU.
+        """The attribute `window` as one tensor, (steps, relations + 1) float32 on the CPU.
 
         Raises:
             RuntimeError: a loss or a gradient was not finite.
