@@ -813,7 +813,7 @@ def test_named_projections_of_a_grouped_query_model(prefix):
     assert not {"model.norm", "lm_head", "model.layers.1.self_attn.o_proj", "model.layers.2"} & ran
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])  # Qwen3 normalises query and key before the rotation
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])  # Qwen3 normalizes query and key before the rotation
 def test_rotary_after_gives_the_operands_of_the_model_s_own_scores(model_type):
     model, batch = make_rotary(model_type, attention="eager"), batch_of()
     options = {"projections": LLAMA, "layer": 2}

@@ -24,7 +24,7 @@ _SETTINGS: dict[Any, Any] = {
     **{"svg.fonttype": "none", "svg.hashsalt": "benchmarks", "font.size": 9, "font.family": "DejaVu Sans"},
     **{"axes.spines.top": False, "axes.spines.right": False},
 }
-# Each provider has the same colour in every figure. The backends of this package have solid lines.
+# Each provider has the same color in every figure. The backends of this package have solid lines.
 _OURS = {"cuda": "C2", "triton": "C4", "cpu": "C0", "torch": "C1"}
 _COLOURS = _OURS | {
     **{"eager": "C7", "eager-fp32-softmax": "0.75", "chunked": "C8", "torch.compile": "C5", "sdpa": "C3"},
