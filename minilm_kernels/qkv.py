@@ -384,7 +384,7 @@ class QKVExtractor(nn.Module):
                 kind = type(modules[path]).__name__
                 raise ValueError(
                     f"projections: {path} ({kind}) takes {len(arguments)} arguments and returns a "
-                    f"{type(output).__name__}; expected a module of one tensor that returns a tensor"
+                    f"{type(output).__name__}; expected a module that takes and returns one tensor"
                 )
             shape = getattr(example.get("input_ids"), "shape", output.shape[:-1])
             if output.dim() != 3 or output.shape[:-1] != shape:

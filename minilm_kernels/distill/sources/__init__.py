@@ -90,7 +90,7 @@ def _files_in(folder: Path, option: str, say: Callable[[str], None]) -> list[Pat
             + (f"; it has {names}" if names else "")
         )
     if skipped:
-        say(f"{option}: skipped {len(skipped)} files of folder {folder} whose suffix is not one of text ({names})")
+        say(f"{option}: skipped {len(skipped)} files of folder {folder} without a suffix of text files ({names})")
     return found
 
 
