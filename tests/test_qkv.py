@@ -403,7 +403,7 @@ def test_autocast():
 
 @pytest.mark.filterwarnings(
     "ignore:.gradient_checkpointing_enable:FutureWarning"
-)  # its replacement does not exist in 5.17
+)  # transformers 5.17 lacks the method that replaces it
 @pytest.mark.parametrize("model_type", [*(m for m in KNOWN if m != "mpnet"), "llama"])  # MPNet has no checkpointing
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("enabled_first", [True, False])
@@ -632,7 +632,7 @@ def test_accumulation_in_the_trainer_of_transformers(tmp_path):
 
 @pytest.mark.filterwarnings(
     "ignore:.gradient_checkpointing_enable:FutureWarning"
-)  # its replacement does not exist in 5.17
+)  # transformers 5.17 lacks the method that replaces it
 def test_checkpointing_can_be_enabled_on_the_extractor():
     model = make("bert")
     QKVExtractor(model).gradient_checkpointing_enable({"use_reentrant": False})

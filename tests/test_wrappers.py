@@ -220,7 +220,7 @@ def test_adapters_are_applied_and_trained(mixed, frozen):
     assert extractor.model is inner
     assert_equal(extractor(**batch), expected, 0)
     if frozen:
-        wrapped.train()  # the dropout of the adapters
+        wrapped.train()  # turns on the dropout of the adapters
         assert_equal(extractor(**batch), expected, 0)
         return
     loss_of(extractor(**batch)).backward()

@@ -25,7 +25,7 @@ class _Kernels(NamedTuple):
     """One attention implementation for (B, A, S, D) operands."""
 
     forward: Callable[..., tuple]  # q, k, v, scale= -> output, log-sum-exp and more that the backward needs
-    value_grad: Callable[..., Tensor]  # output's gradient, q, k, v, the forward's results, scale= -> dV
+    value_grad: Callable[..., Tensor]  # gradient of the output, q, k, v, results of forward, scale= -> dV
 
 
 def _kernels(x: Tensor, bias: Tensor | None, causal: bool) -> _Kernels:

@@ -47,7 +47,7 @@ def bertdistiller(inputs: Inputs) -> Loss:
 
 
 def liger(inputs: Inputs) -> Loss:
-    """Liger's KL divergence of log-probabilities from dense PyTorch, because Liger has no relation loss."""
+    """Liger's KL divergence, applied to log-probabilities of dense PyTorch. Liger has no relation loss."""
     if not inputs.example.is_cuda:
         raise Unsupported("liger-kernel's kernels are Triton kernels for GPUs")
     if inputs.mask:

@@ -89,7 +89,7 @@ def time(records: Records) -> Figure | None:
 
 
 def memory(records: Records) -> Figure | None:
-    """Peak MiB against S and against B."""
+    """Peak memory in MiB against S and against B."""
     found = _comparable(tables.peaks(records))
     by_length = _most(found, lambda r: (_size("B", r), _size("A", r)), partial(_size, "S"))
     by_batch = _most(found, lambda r: (_size("S", r), _size("A", r)), partial(_size, "B"))

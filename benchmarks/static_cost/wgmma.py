@@ -23,7 +23,7 @@ _State = tuple[frozenset[int], ...]
 
 
 def early_writes(flow: Flow) -> tuple[int, list[str]]:
-    """Counts HGMMA, and finds the instructions that may write to a register that one of them still reads.
+    """Counts HGMMA instructions, and finds instructions that may write to a register that HGMMA still reads.
 
     Follows every path through the code. A conditional write counts as a write.
     """

@@ -69,7 +69,7 @@ def check_weights(extractor: QKVExtractor, info: Mapping[str, Any], option: str,
 
 
 def _prefix(missing: Set[str], unexpected: Iterable[str]) -> str:
-    """The prefix of the checkpoint's names that the model's names lack, for example "module."; "" if there is none."""
+    """A prefix such as "module." that the names in the checkpoint have and those in the model lack; "" if none."""
     for name in unexpected:
         parts = name.split(".")
         for i in range(1, len(parts)):
@@ -111,7 +111,7 @@ def _run(extractor: QKVExtractor) -> QKV:
 
 
 def _range(tensor: Tensor) -> tuple[float, float]:
-    """The smallest and the largest value, or NaN, computed without a copy."""
+    """The smallest and the largest value (NaN if any value is NaN), computed without a copy."""
     if not tensor.numel() or not tensor.is_floating_point():
         return 1.0, 1.0
     low, high = torch.aminmax(tensor.detach())

@@ -101,7 +101,7 @@ class GradientBuffer:
         self.flat.zero_()
 
     def clip_(self, max_norm: float) -> Tensor:
-        """Scales the gradients to a norm of at most `max_norm`; 0 turns clipping off. Returns the norm before that."""
+        """Scales the gradients to a norm of at most `max_norm`; 0 turns clipping off. Returns the original norm."""
         norm = torch.linalg.vector_norm(self.gradients)
         if max_norm:
             self.gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))

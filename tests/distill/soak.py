@@ -5,9 +5,9 @@
 
 A preloaded library (strike.c, compiled here with `cc`) counts every open, write, sync, rename, removal and new folder
 below the run's output folder. At the n-th operation it kills the process, before or during the operation, makes the
-operation fail, or sends a signal. The run is then continued with `--resume-from-checkpoint`. It survives if no partial
-checkpoint was ever visible, no complete one was lost, and student, metrics and list of files are finally those of an
-undisturbed run. Linux only.
+operation fail, or sends a signal. The run is then continued with `--resume-from-checkpoint`. The run survives if no
+partial checkpoint was ever visible, no complete checkpoint was lost, and its final student, metrics and files are equal
+to those of an undisturbed run. The script needs Linux.
 
 Without options, it tests all kinds of runs within five minutes, beginning with operations that are far apart.
 """
@@ -42,7 +42,7 @@ STEPS, STOPPED_AT = 6, 4
 
 @dataclass
 class Scenario:
-    """A kind of run, with its file operations and its result when it is not disturbed."""
+    """A kind of run, and the file operations and the result of such a run without a disturbance."""
 
     keep: int
     ranks: int

@@ -126,7 +126,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
         assert found is not None
         check(found, found.step)
         outcomes.add(found.step)
-        for path in folder.glob("step-*"):  # no partial checkpoint is visible, except for the damaged one
+        for path in folder.glob("step-*"):  # only the damaged checkpoint may be incomplete
             if not (damaged and (path / "rest").exists()):
                 check(read_checkpoint(path), int(path.name[5:]))
         checkpoints.rotate()  # as at the start of a run
@@ -358,7 +358,7 @@ def test_files_that_the_manifest_does_not_list_are_not_loaded(tmp_path: Path) ->
 
 
 def test_the_manifest_is_of_what_was_handed_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that stores other bytes than were written is detected."""
+    """Reading fails if the disk has stored other bytes than those that were written."""
     real = module._write
 
     def careless(path: Path, content: bytes) -> None:

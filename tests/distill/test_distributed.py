@@ -164,7 +164,7 @@ def alone(module: Any, code: str) -> list[str]:
 
 
 def two_ranks(*command: str) -> list[tuple[int, str]]:
-    """Exit status and output of two processes in one group."""
+    """Runs two processes in one group. Returns their exit statuses and outputs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -246,8 +246,8 @@ def test_text_that_was_read_must_be_the_same(name: str, tmp_path: Path, monkeypa
         again.load_state(state, tensors)
         return again
 
-    resume([*GOOD[:25], "w9 w9", *GOOD[26:]])  # after the cursor
-    resume([*GOOD, "w9"])  # appended
+    resume([*GOOD[:25], "w9 w9", *GOOD[26:]])  # a change after the cursor
+    resume([*GOOD, "w9"])  # an appended document
     resume(GOOD[:20])
     other = GOOD[1].replace(GOOD[1][:2], "w9" if GOOD[1][:2] != "w9" else "w8", 1)
     assert len(other) == len(GOOD[1])

@@ -388,7 +388,7 @@ def test_registers_of_wgmma_written_too_early(between, found):
 
 
 def test_registers_of_wgmma_around_a_loop():
-    """The product of one turn is still being read when the next turn begins, if the wait leaves one group open."""
+    """HGMMA of one turn still reads its registers when the next turn begins, if the wait leaves one group open."""
     loop = f"""
         NOP
         .L_x_0:
