@@ -503,7 +503,7 @@ def _submodule(root: nn.Module, path: str) -> nn.Module:
 
 
 def _capturing_attention(root: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    """A copy of the layer's attention module with `_capture` as its attention implementation, by its path."""
+    """Path of the layer's attention module to a copy of it that has `_capture` as its attention implementation."""
     path = paths[0].rpartition(".")[0]
     attention = root.get_submodule(path)
     if getattr(nearest_config(root, path), "rope_parameters", None) is None or not hasattr(attention, "config"):

@@ -87,7 +87,7 @@ def test_local_layers_of_gpt_neo(kinds):
 
 
 def test_the_text_tower_of_a_model_of_several_towers():
-    """The config of the tower is used, not that of the whole model."""
+    """The config of the text or image part of a model is used, not that of the whole model."""
     sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
     text = sizes | {"vocab_size": 200, "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 4}
     text["layer_types"] = ["sliding_attention", "full_attention"]

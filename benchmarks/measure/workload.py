@@ -29,7 +29,7 @@ _ORDER = ("causal", "prefix")
 MASKS = (*_PADDING, *_ORDER, *(f"{p}+{o}" for o in _ORDER for p in _PADDING[2:]))
 """half: S/2 valid tokens in every sequence; lengths: random lengths, padded on the right; left: padded on the left;
 holes: a fifth of the tokens is masked; packed: the sequences of `lengths` without padding. causal and
-prefix stand alone, or follow one of the last four and "+"."""
+prefix also combine with the last four of these, as in "left+causal"."""
 
 _NUMBERS = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)x(\d+)")
 _NAMED = re.compile(r"([\w-]+):(\d+)x(\d+)")

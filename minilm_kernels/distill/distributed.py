@@ -18,7 +18,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class DistContext:
-    """Rank, device and collectives of this process. Entering it creates the process group, leaving it destroys it.
+    """Rank, device and collectives of this process. The context manager creates and destroys the process group.
 
     Args:
         device: "auto", "cpu" or "cuda".

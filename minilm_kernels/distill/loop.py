@@ -238,7 +238,7 @@ class TrainingLoop:
             self.stream,
             make_optimizer(config, list(parameters.values())),
             parameters,
-            # One process per machine reads the files again, because machines may have different ones.
+            # One process per machine reads the files again, because each machine may have other files.
             teacher_digests(models) if dist.local_rank == 0 or dist.is_main else None,
             conditions(dist.device),
         )

@@ -79,7 +79,7 @@ class Soak:
         ) + (["--resume-from-checkpoint"] if resume else [])
 
     def run(self, scenario: Scenario, *, resume: bool, at: int = 0, how: int = 0, stop: bool = False) -> list[int]:
-        """Exit statuses of the ranks. The first rank is interrupted; with `stop`, by a signal in step `STOPPED_AT`."""
+        """Exit statuses of the ranks. Interrupts the first rank; if `stop`, by a signal in step `STOPPED_AT`."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
