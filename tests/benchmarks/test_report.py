@@ -15,7 +15,7 @@ from benchmarks.roofline import NAME
 
 
 def made(suite, provider, workload=None, mode="full", detail=None, **measured):
-    """A record as the suites make it."""
+    """A record with the keys that the suites write."""
     workload = workload or Workload(2, 3, 64, 8, 4)
     measured = {"status": "ok", "pairs": workload.pairs, "detail": detail or {}, **measured}
     return records.new(suite, provider, workload, mode, **measured)
@@ -118,7 +118,7 @@ def test_no_records_no_figure(name):
     assert figures.draw(name, STEP + INFERENCE) is None
     broken = [{**record, "status": "oom"} for record in ALL]
     assert figures.draw(name, broken) is None
-    assert figures.svg(figures.draw(name, ALL)) == figures.svg(figures.draw(name, ALL))  # equal records, equal bytes
+    assert figures.svg(figures.draw(name, ALL)) == figures.svg(figures.draw(name, ALL))  # equal records, equal text
 
 
 def test_figures_draw_every_provider_that_has_records():
