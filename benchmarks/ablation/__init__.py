@@ -29,14 +29,14 @@ class Variant(NamedTuple):
     constant: str = ""
     value: str = ""
     instruction_set: str = "avx512-paired"
-    relative_to: str | None = "as it is"
+    relative_to: str | None = "unchanged"
 
 
 AVX512 = "AVX-512 instead of AVX2"
 VARIANTS = [
-    Variant("as it is", relative_to=None),
-    Variant("unordered pairs instead of strips", "2.1 ×", "kMinSymmetricTokens", "int64_t{1} << 40"),
-    Variant("exponentials kept for the second phase", "1.6 ×", "kExpCacheBytes", "0"),
+    Variant("unchanged", relative_to=None),
+    Variant("unordered pairs instead of row blocks", "2.1 ×", "kMinSymmetricTokens", "int64_t{1} << 40"),
+    Variant("cached exponentials for phase 2", "1.6 ×", "kExpCacheBytes", "0"),
     Variant("neighbouring heads gathered together", "1.07 × at S = 128", "kMaxHeads", "1"),
     Variant("panels of 256 keys instead of 64", "", "kPanelBlocks", "4"),
     Variant("features in pairs", "1.1 to 1.2 ×", instruction_set="avx512"),
