@@ -1,7 +1,7 @@
-# Every target creates .venv and installs the pinned torch and this package into it, if that was not done before.
+# Every target first creates .venv and installs the pinned torch and this package into it, unless that has been done.
 
 PYTHON ?= python3
-# The tests of another version, which may come with gigabytes of GPU libraries:
+# To test another version of torch (it may download gigabytes of GPU libraries):
 # make test TORCH=torch==2.14.1 VENV=build/venv-2.14
 TORCH := torch==2.13.0
 VENV := .venv
@@ -46,10 +46,10 @@ format: $(INSTALLED)  ## format the code in place
 docs: $(INSTALLED)  ## build the documentation into build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-bench: $(INSTALLED)  ## measure everything that a CPU can, in eight minutes; renew the tables and plots of README and docs
+bench: $(INSTALLED)  ## run all CPU benchmarks in eight minutes; update the tables and plots of README and docs
 	$(BIN)/python -m benchmarks cpu --update README.md docs/benchmarks.md docs/cpu.md --plots docs/plots $(ARGS)
 
-ratios: $(INSTALLED)  ## check ratios of time and memory between providers, measured in one run
+ratios: $(INSTALLED)  ## check ratios of time and memory between providers that are measured in one run
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 SANITIZED := build/sanitized
@@ -76,7 +76,7 @@ packaging: $(INSTALLED)  ## install into new environments; test other compilers,
 	$(BIN)/python $(PYTEST) --dist loadscope -m packaging -rs tests/packaging $(ARGS)
 
 WHEELS := build/wheels
-wheels: $(INSTALLED)  ## build the sdist and the manylinux wheel into dist/, and use the wheel in an empty environment
+wheels: $(INSTALLED)  ## build the sdist and the manylinux wheel into dist/, and test the wheel in an empty environment
 	rm -rf $(WHEELS) dist
 	MINILM_KERNELS_BUILD=native $(BIN)/python -m build --no-isolation --outdir $(WHEELS) .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so \

@@ -2,7 +2,8 @@
 
 Environment variables:
     MINILM_KERNELS_BUILD:
-        auto (default): build each library if a compiler and torch are installed, otherwise leave it out and record why.
+        auto (default): build each library if a compiler and torch are installed; otherwise leave it out and record the
+            reason.
         none: build no library; the package is pure Python.
         native: build all libraries or fail. Torch becomes a build requirement if it is not installed.
     MAX_JOBS: the largest number of parallel compilers.
@@ -28,7 +29,7 @@ import native
 
 
 class BuildNative(build_ext):
-    """Builds the libraries. If `auto` cannot build one, a file beside it has the reason, which the backend reports."""
+    """Builds the libraries. If `auto` cannot build one, it writes the reason to a file, which the backend reports."""
 
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rpartition("_")[2]
@@ -57,7 +58,7 @@ class BuildNative(build_ext):
 
 
 class BuildPackage(build_py):
-    """Adds the sources of the CUDA kernels, except to an editable installation, which reads those of its checkout."""
+    """Adds the sources of the CUDA kernels. An editable installation reads those of its checkout instead."""
 
     def run(self) -> None:
         super().run()

@@ -1,1 +1,1 @@
-"""Measurements that anyone can repeat: `python -m benchmarks`. No speed is reported without its error."""
+"""Reproducible measurements: `python -m benchmarks`. Every reported speed comes with its error."""

@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit status: 0, or the one of the command."""
+    """Return the exit status of the command, 0 for success."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     for command in (run, report, compare, plan, ablation, static_cost):

@@ -1,4 +1,4 @@
-"""Ratios between providers within one run, which only a regression breaks: `make ratios`.
+"""Checks ratios between providers within one run (`make ratios`). Only a regression exceeds the limits.
 
 The limits are at least twice the measured ratios (docs/benchmarks.md), so that a busy machine does not break them. No
 absolute time is asserted. pytest-benchmark records the provider that is compared.

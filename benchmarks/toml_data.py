@@ -1,4 +1,4 @@
-"""Plans and reports are data in TOML files."""
+"""Reads plans and reports, which are TOML files."""
 
 import sys
 from pathlib import Path

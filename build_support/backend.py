@@ -1,7 +1,7 @@
 """The build backend: setuptools, with torch as a build requirement if MINILM_KERNELS_BUILD=native needs it.
 
-The native libraries are compiled against torch's headers, which are taken from the target environment. If it has no
-torch, torch (gigabytes) becomes a build requirement for MINILM_KERNELS_BUILD=native only.
+The native libraries are compiled against the headers of the torch that the target environment has. If it has none,
+torch becomes a build requirement with MINILM_KERNELS_BUILD=native only, because the download takes gigabytes.
 """
 
 from __future__ import annotations

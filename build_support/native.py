@@ -1,7 +1,7 @@
-"""Builds the native libraries with ninja. Independent of setuptools; setup.py calls it.
+"""Builds the native libraries with ninja. setup.py calls this module, which does not use setuptools.
 
 To add a library, write a function that returns its `Plan`, and add it to `PLANS`. The build reads PyTorch's headers and
-does not import PyTorch. Errors that a user can fix are `BuildError`s.
+does not import PyTorch. Errors that a user can fix are raised as `BuildError`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from typing import NamedTuple
 
 CSRC = Path(__file__).parents[1] / "csrc"
 MODE_VARIABLE = "MINILM_KERNELS_BUILD"
-OLDEST_TORCH = (2, 10)
+OLDEST_TORCH = (2, 11)  # as in pyproject.toml
 COMPILER_MEMORY = 2**29  # bytes per compiler process
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # OLDEST_TORCH
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the ABI of torch 2.10
 
 WARNINGS = ["-Wall", "-Wno-unknown-warning-option", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # in headers of GCC 12
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}", *WARNINGS]
 CXX_FLAGS += [f"-ffile-prefix-map={CSRC.parent}/="]  # error messages name source files relative to the project
 # Without contraction, a sum has the same result wherever the compiler inlines it.
 CPU_FLAGS = [*CXX_FLAGS, "-ffp-contract=off"]
-# Kernels are compiled once per instruction set and chosen at run time, since a wheel must run on every processor.
+# A wheel must run on every processor: kernels are compiled once per instruction set, and one is chosen at run time.
 INSTRUCTION_SETS = {
     "kernels_avx512.cpp": ["-mavx512f", "-mfma"],
     "kernels_avx2.cpp": ["-mavx2", "-mfma"],
@@ -90,7 +90,7 @@ def requirements() -> list[str]:
         if names:
             _cxx()
     except BuildError:
-        return []  # the build reports it
+        return []  # the build will report the error
     try:
         find_torch()
     except BuildError:
@@ -146,14 +146,14 @@ def _ninja() -> str:
 
 
 def jobs(memory_each: int) -> int:
-    """Number of parallel compilers: MAX_JOBS, or as many as processors and memory (also of a container) allow."""
+    """Number of parallel compilers: MAX_JOBS, or as many as the processors and the memory (limit) allow."""
     asked = os.environ.get("MAX_JOBS")
     if asked:
         if not asked.isdecimal() or int(asked) < 1:
             raise BuildError(f"MAX_JOBS: expected a whole number from 1 on, got {asked!r}")
         return int(asked)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # no container, or no limit
+    with suppress(OSError, ValueError):  # there is no container, or it has no limit
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(processors, memory // memory_each))

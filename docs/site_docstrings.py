@@ -1,4 +1,4 @@
-"""Extension of griffe: a docstring's section `Example:` is shown as code, as `Examples:` is."""
+"""Extension of griffe that renders the section `Example:` of a docstring as code, like `Examples:`."""
 
 import re
 from typing import Any

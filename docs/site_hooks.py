@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: links of a page to files outside docs/ lead to the repository, and the files must exist."""
+"""Hooks of mkdocs. Links to files outside docs/ are replaced by links to the repository; the files must exist."""
 
 import logging
 import re

@@ -154,7 +154,7 @@ def _searched(root: nn.Module) -> list[tuple[str, ...]]:
 
 
 def resolve_layer(layer: int, count: int) -> int:
-    """Converts a layer number, from 1 or negative from the last layer, to one from 1."""
+    """Converts a layer number, counted from 1 or from the last layer (negative), to a number counted from 1."""
     if not isinstance(layer, int) or isinstance(layer, bool):
         raise TypeError(f"layer: expected an int, got {layer!r}")
     if layer == 0 or abs(layer) > count:

@@ -15,9 +15,9 @@ EXTRAS = {
 
 @contextmanager
 def optional_imports(extra: str, feature: str) -> Iterator[None]:
-    """Names the extra to install if an import inside the block fails because a package of the extra is missing.
+    """Names the extra in the error if an import in the block fails because a package of the extra is missing.
 
-    For nested blocks, the error names the extra of the outermost one. Other import errors are not changed.
+    If blocks are nested, the error names the extra of the outermost block. Other import errors are not changed.
 
     Args:
         extra: a key of `EXTRAS`.

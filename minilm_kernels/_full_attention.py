@@ -1,6 +1,6 @@
-"""Refuses layers with partial attention: windows, chunks, sparse and linear attention.
+"""Rejects layers with partial attention: windows, chunks, sparse and linear attention.
 
-The relations are softmax distributions over all tokens. In such a layer, they are not the attention that it computes.
+The relations are softmax distributions over all tokens. A layer with partial attention computes other distributions.
 """
 
 import re
@@ -17,7 +17,7 @@ _CLASSES = re.compile(
 )
 # Words in the values of `attention_type`, `layer_type` and similar settings.
 _KINDS = re.compile("local|sliding|window|chunk|sparse|linear|prob|lsh|indexed|compress|recurrent|mamba|conv|hybrid")
-# Names of settings that limit attention to a window, and similar names of other settings.
+# Names of settings that limit attention to a window, then similar names of settings that do not.
 _WINDOWS = re.compile("window|local_attention|local_radius|attention_chunk")
 _NO_WINDOWS = re.compile("^use_|max_window_layers|pattern|kernel|conv|dropout|prob|ind(ex|ices)|_ids?$|positional")
 _OF_ENCODERS = {"attention_window", "local_radius"}  # LED and LongT5, whose decoders have full attention
@@ -26,7 +26,7 @@ _IGNORES_LAYER_TYPES = {"minimax"}  # its sliding_window applies to the layers t
 
 
 def nearest_config(root: nn.Module, path: str) -> Any:
-    """The config of the innermost module on the path that has one. Models with several towers have several configs."""
+    """The config of the innermost module on the path that has a config. A model with several towers has several."""
     configs = [module.config for module in _modules_on(root, path) if hasattr(module, "config")]
     return configs[-1] if configs else None
 
@@ -55,7 +55,7 @@ def check_full_attention(root: nn.Module, template: str, layer: int, count: int)
 
 
 def _modules_on(root: nn.Module, path: str) -> list[nn.Module]:
-    """The root and the modules on the path, as far as they exist, because layers of hybrid models differ."""
+    """The root and those modules on the path that exist. Layers of hybrid models differ, so some may be missing."""
     modules = [root]
     for name in path.split("."):
         module = getattr(modules[-1], name, None)

@@ -39,7 +39,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def switches(module: nn.Module, names: Iterable[str]) -> list[tuple[Any, str]]:
-    """The copies that `shell` created in a module, each with the names of those attributes that it has."""
+    """A list of (copy, name): every copy in a module that `shell` created, with each of `names` that it has."""
     copies = [inner for inner in module.modules() if "_original" in vars(inner)]
     return [(twin, name) for twin in copies for name in names if name in vars(twin)]
 
@@ -68,7 +68,10 @@ def graft(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def cut(root: nn.Module, layers: str, layer: int, replaced: Mapping[str, nn.Module]) -> nn.Module:
-    """`graft`, without the layers after `layer`. Gradient checkpointing is off in the last one, which raises."""
+    """`graft` without the layers after `layer`.
+
+    The last remaining layer raises the exception that ends the forward, so gradient checkpointing is turned off in it.
+    """
     view = graft(root, replaced)
     kept = view.get_submodule(layers)._modules
     for name in list(kept)[layer:]:
@@ -81,7 +84,7 @@ def cut(root: nn.Module, layers: str, layer: int, replaced: Mapping[str, nn.Modu
 def register_only(module: nn.Module, reached: set[int]) -> nn.Module:
     """The module if all its parameters are reached; otherwise a copy in which the others are plain attributes.
 
-    They remain attributes because their module may run, such as MPNet's position bias before the first layer.
+    The others remain attributes because their module may still run, like MPNet's position bias before the first layer.
     """
     if all(id(p) in reached for p in module.parameters()):
         return module
@@ -112,8 +115,8 @@ def pinned(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
 def private(module: nn.Module, aliases: dict[int, nn.Parameter]) -> nn.Module:
     """A copy for the dry run: evaluation mode, no hooks, own buffers, and trainable aliases of the parameters.
 
-    Hooks that compute a weight from parameters (pruning, weight norm) are kept. Modules with such hooks are recognized
-    by the weight, which is a plain tensor among their attributes.
+    Hooks that compute a weight from parameters (pruning, weight norm) are kept. A module has such a hook if one of its
+    attributes is a plain tensor: the computed weight.
     """
     module = compiled_original(module)
     twin = shell(module)
@@ -181,7 +184,7 @@ def _rebound(value: Any, module: nn.Module, twin: nn.Module) -> Any:
 
 
 def _holds(function: Callable, module: nn.Module) -> bool:
-    """True if a function refers to the module, or to something bound to it, by an argument or a closure."""
+    """True if a function refers to the module, directly or by a bound method, through an argument or a closure."""
     pending: list[Any] = [function]
     seen: set[int] = set()
     while pending:

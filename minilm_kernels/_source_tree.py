@@ -18,8 +18,7 @@ _NAME = "minilm_kernels"
 def warn_if_it_shadows(root: Path) -> None:
     """Warns if `root`, the checkout that is being imported, hides an installation.
 
-    An editable installation of `root` itself is not hidden. A checkout that PYTHONPATH names was asked for, so there is
-    no warning either.
+    There is no warning if the installation is an editable one of `root` itself, or if PYTHONPATH names the checkout.
     """
     asked_for = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if root in (Path(entry).resolve() for entry in asked_for if entry):
@@ -37,11 +36,11 @@ def warn_if_it_shadows(root: Path) -> None:
 def _installation() -> Path | None:
     """The folder of the first installation on `sys.path`: site-packages, or the checkout of an editable installation.
 
-    `importlib.metadata` finds the same, but takes 20 to 40 ms to import.
+    `importlib.metadata` would find the same folder, but takes 20 to 40 ms to import.
     """
     for entry in sys.path:
         for metadata in Path(entry).glob(f"{_NAME}-*.dist-info"):
-            with suppress(OSError, ValueError, KeyError, TypeError):  # pip writes it for what is not from an index
+            with suppress(OSError, ValueError, KeyError, TypeError):  # pip writes it only for folders and URLs
                 found = json.loads((metadata / "direct_url.json").read_text(encoding="utf-8"))
                 if found["dir_info"]["editable"]:
                     return Path(unquote(found["url"].removeprefix("file://"))).resolve()

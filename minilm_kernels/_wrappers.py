@@ -12,7 +12,7 @@ _OWN_FORWARD = {"XLORA", "POLY"}  # PEFT methods that do part of their work in t
 
 
 def is_pretrained_model(module: nn.Module) -> bool:
-    """True for models of transformers. transformers is not imported, because such a model exists only after that."""
+    """True for models of transformers, which is not imported here: without an earlier import, no such model exists."""
     loaded: Any = sys.modules.get("transformers.modeling_utils")
     return loaded is not None and isinstance(module, loaded.PreTrainedModel)
 
@@ -23,7 +23,7 @@ def compiled_original(module: nn.Module) -> nn.Module:
 
 
 def unwrap(model: nn.Module, runs_whole: bool = False) -> nn.Module:
-    """The model inside of (nested) torch.compile, PEFT, sentence-transformers and AveragedModel wrappers.
+    """The model without (nested) wrappers of torch.compile, PEFT, sentence-transformers and AveragedModel.
 
     Args:
         runs_whole: the caller runs the wrapper's own forward, so that DistributedDataParallel and fully_shard are
@@ -31,7 +31,7 @@ def unwrap(model: nn.Module, runs_whole: bool = False) -> nn.Module:
 
     Raises:
         ValueError: a part of the model cannot run without the wrapper, or the parameters are sharded or offloaded. The
-            message tells what to do instead.
+            message says what to do instead.
     """
     while (inner := _inside(model, runs_whole)) is not model:
         model = inner

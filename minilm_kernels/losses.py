@@ -1,4 +1,4 @@
-"""Losses of MiniLM and MiniLMv2 as modules: which relations they compare, and how relations are weighted."""
+"""MiniLM's and MiniLMv2's losses as modules. A loss selects the relations to compare and weights them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _NAMES = {"q": "query", "k": "key", "v": "value"}
 
 
 class _RelationLoss(nn.Module):
-    """Weighted sum of relation KLs over heads that are cut from the last axis of queries, keys and values."""
+    """Weighted sum of the KL of several relations. The last axis of queries, keys and values is split into heads."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class _RelationLoss(nn.Module):
             raise ValueError(f"relations: expected a mapping such as {{'qq': 1.0, 'vv': 1.0}}, got {relations!r}")
         for name, weight in relations.items():
             if not isinstance(name, str) or len(name) != 2 or any(letter not in _NAMES for letter in name):
-                raise ValueError(f"relations: expected names of two letters of q, k and v, got {name!r}")
+                raise ValueError(f"relations: expected names of two letters out of q, k and v, got {name!r}")
             if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight) or weight < 0:
                 raise ValueError(f"relations: expected a finite weight of 0 or more for {name!r}, got {weight!r}")
         self._heads_argument = heads_argument
@@ -79,8 +79,8 @@ class _RelationLoss(nn.Module):
         """Computes the weighted sum of the relations' KL.
 
         Args:
-            teacher: tensors of (B, S, hidden_t), or packed (T, hidden_t), that do not require grad.
-            student: tensors of (B, S, hidden_s), or packed (T, hidden_s).
+            teacher: the teacher's tensors, each (B, S, hidden_t), or packed (T, hidden_t); they must not require grad.
+            student: the student's tensors, each (B, S, hidden_s), or packed (T, hidden_s).
             attention_mask: (B, S), nonzero on valid tokens; see `relation_kl`.
             **masks: `cu_seqlens`, `max_seqlen`, `causal` and `prefix_lens` as in `relation_kl`.
 
@@ -89,7 +89,7 @@ class _RelationLoss(nn.Module):
 
         Raises:
             TypeError: see `relation_kl`.
-            ValueError: see `relation_kl`; or the number of heads does not divide a width.
+            ValueError: see `relation_kl`. Also raised if the number of heads does not divide a width.
             RuntimeError: see `relation_kl`.
         """
         components = self.components(teacher, student, attention_mask, **masks)
@@ -99,7 +99,7 @@ class _RelationLoss(nn.Module):
     def components(
         self, teacher: QKV, student: QKV, attention_mask: Tensor | None = None, **masks: Unpack[MaskArgs]
     ) -> dict[str, Tensor]:
-        """Computes the KL of each relation, unweighted; arguments, shapes and errors are those of `forward`."""
+        """Returns the unweighted KL of each relation, by its name. Arguments, shapes and errors are as in `forward`."""
         values = relation_kl_multi(
             *self._split_heads(teacher, student, packed=masks.get("cu_seqlens") is not None),
             [(_NAMES[name[0]], _NAMES[name[1]]) for name in self.relations],
@@ -111,7 +111,7 @@ class _RelationLoss(nn.Module):
         return dict(zip(self.relations, values.unbind(), strict=True))
 
     def _split_heads(self, teacher: QKV, student: QKV, packed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Returns the tensors that the relations name, split into heads: views, nothing is copied."""
+        """Returns the tensors that the relations name, split into heads. They are views: nothing is copied."""
         used = dict.fromkeys(_NAMES[letter] for name in self.relations for letter in name)
         models = []
         for model, qkv in (("teacher", teacher), ("student", student)):
@@ -180,7 +180,7 @@ class MiniLMLoss(_RelationLoss):
 
 
 class MiniLMv2Loss(_RelationLoss):
-    """MiniLMv2's loss: weighted sum of the KL of self-attention relations, by default Q-Q, K-K and V-V.
+    """MiniLMv2's loss: weighted sum of the KL of several relations, by default Q-Q, K-K and V-V.
 
     Source: Wang et al., MiniLMv2, arXiv 2012.15828, equations 5 to 8. Queries, keys and values are split into relation
     heads, whose number is independent of the attention heads of teacher and student.
@@ -188,8 +188,8 @@ class MiniLMv2Loss(_RelationLoss):
     Args:
         num_relation_heads: number of relation heads A; it must divide the hidden sizes of teacher and student. The
             paper uses 48 for base-size teachers and 64 for large ones.
-        relations: weight of each relation by its name, two letters of q, k and v: "qk" has queries as rows and keys as
-            keys. None: {"qq": 1.0, "kk": 1.0, "vv": 1.0}.
+        relations: weight of each relation, by its name. A name has two letters out of q, k and v; the first gives the
+            rows, the second the keys. None means {"qq": 1.0, "kk": 1.0, "vv": 1.0}.
         reduction: "sequence", "token", "sum" or "none"; see `relation_kl`.
         backend: "auto", or a name from `backend_status()`.
 

@@ -32,22 +32,22 @@ from minilm_kernels.losses import QKV
 
 __all__ = ["QKV", "QKVExtractor"]
 
-# Batch entries that tokenizers, collators and sentence-transformers add for other consumers. They are ignored if the
+# Batch entries that tokenizers, collators and sentence-transformers add for other purposes. They are ignored if the
 # base model does not take them.
 _FOR_OTHERS = {"labels", "label", "label_ids", "next_sentence_label", "start_positions", "end_positions"}
 _FOR_OTHERS |= {"num_items_in_batch", "token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
 _FOR_OTHERS |= {"overflow_to_sample_mapping", "modality", "prompt_length", "task"}
-# Batch entries of flattened batches, which most attention functions ignore, so that the sequences mix.
+# Entries of flattened batches. Most attention functions ignore them, so that tokens attend to other sequences.
 _FLATTENED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
-# Attributes of PEFT's layers that switch adapters. Copies take over their values from the originals.
+# Attributes of PEFT's layers that switch adapters. The copies in the view get their values from the originals.
 _ADAPTERS = ("_disable_adapters", "_active_adapter")
 
 _CAPTURE = "minilm_kernels_capture"
 
 
 class _Reached(Exception):
-    """Ends the forward. Its arguments are the input of the projections, or query, key and value (rotary="after")."""
+    """Ends the forward. The arguments are the input of the projections or, for rotary="after", query, key and value."""
 
 
 class _Probe(nn.Module):
@@ -129,7 +129,7 @@ class QKVExtractor(nn.Module):
         projections: the query, key and value modules.
 
     Raises:
-        TypeError: `model` is no module, or `layer` no integer.
+        TypeError: `model` is not a module, or `layer` is not an integer.
         ValueError: the layer does not exist; a wrapper cannot be removed, or parameters are sharded or offloaded; the
             architecture is unknown, has several stacks, or a name is wrong; the layer has windowed, sparse, linear or
             other partial attention, so that its rows do not attend to all tokens over which the relations are defined;
@@ -196,7 +196,7 @@ class QKVExtractor(nn.Module):
         names = list(inspect.signature(type(root).forward).parameters.values())[1:]  # without self
         self._accepted = frozenset(p.name for p in names if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
         takes_any = is_pretrained_model(root) and any(p.kind is p.VAR_KEYWORD for p in names)
-        # Without these, a cache would be filled, and recording outputs would install hooks in the model.
+        # Without these arguments, the model would fill a cache, and recording outputs would install hooks in it.
         self._fixed = {
             name: False
             for name in ("use_cache", "output_attentions", "output_hidden_states")
@@ -234,7 +234,7 @@ class QKVExtractor(nn.Module):
 
         Args:
             batch: keyword arguments of the base model's forward, usually `input_ids` and `attention_mask`, (B, S).
-                Entries for others (`labels`, `token_type_ids` where the model has none, ...) are ignored.
+                Entries that other code uses (`labels`, `token_type_ids` if the model has none, ...) are ignored.
 
         Returns:
             Query, key and value, (B, S, hidden) in the dtype of the projections. With grouped-query attention, key and
@@ -326,10 +326,10 @@ class QKVExtractor(nn.Module):
     def _dry_run(
         self, root: nn.Module, modules: Mapping[str, nn.Module], example: Mapping[str, Any]
     ) -> tuple[list[torch.Tensor], dict[int, nn.Parameter]]:
-        """Runs the whole model on a small batch, to check that the projections run once and fit each other.
+        """Runs the whole model on a small batch, to check that each projection runs once and that they fit each other.
 
         Returns:
-            The outputs of the projections, and the parameters of the run: id of the original to its alias.
+            The outputs of the projections, and the parameters of the run: id of the original parameter to its alias.
         """
         calls: dict[str, list] = {path: [] for path in modules}
         aliases: dict[int, nn.Parameter] = {}
@@ -357,7 +357,7 @@ class QKVExtractor(nn.Module):
                 kind = type(modules[path]).__name__
                 raise ValueError(
                     f"projections: {path} ({kind}) takes {len(arguments)} arguments and returns a "
-                    f"{type(output).__name__}; expected a module of one tensor that returns a tensor"
+                    f"{type(output).__name__}; expected a module that takes and returns one tensor"
                 )
             shape = getattr(example.get("input_ids"), "shape", output.shape[:-1])
             if output.dim() != 3 or output.shape[:-1] != shape:
@@ -367,7 +367,7 @@ class QKVExtractor(nn.Module):
                 )
             inputs.append(arguments[0])
         if any(x is not inputs[0] and (x.shape != inputs[0].shape or not torch.equal(x, inputs[0])) for x in inputs):
-            raise ValueError(f"projections: {', '.join(calls)} have different inputs: this is no self-attention")
+            raise ValueError(f"projections: {', '.join(calls)} have different inputs: this is not self-attention")
         return [found[0][1] for found in calls.values()], aliases
 
     def _dry_run_after(self, view: nn.Module, example: Mapping[str, Any]) -> tuple[list[torch.Tensor], dict]:
@@ -417,7 +417,7 @@ class QKVExtractor(nn.Module):
 
 
 def _capturing_attention(root: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    """A copy of the layer's attention module with `_capture` as its attention implementation, by its path."""
+    """Path of the layer's attention module to a copy of it that has `_capture` as its attention implementation."""
     path = paths[0].rpartition(".")[0]
     attention = root.get_submodule(path)
     if getattr(nearest_config(root, path), "rope_parameters", None) is None or not hasattr(attention, "config"):

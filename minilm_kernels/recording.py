@@ -254,7 +254,7 @@ class record_qkv:
             `QKVExtractor`.
 
     Raises:
-        TypeError: `model` is no module, or a layer no integer.
+        TypeError: `model` is not a module, or a layer is not an integer.
         ValueError: a layer does not exist or has windowed, sparse or other partial attention; the architecture is
             unknown; the wrapper is DataParallel or FSDP1; `rotary="after"` without attention interface.
 

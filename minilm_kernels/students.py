@@ -28,7 +28,7 @@ __all__ = [
 
 # Names of the width of the feed-forward layers in configs.
 _INTERMEDIATE = ("intermediate_size", "hidden_dim", "ffn_dim", "ffn_hidden_size", "d_ff", "d_inner", "n_inner")
-# Endings of the names of settings that follow the sizes if they are equal to them in the teacher.
+# Patterns for the names of settings that change with a size, if they are equal to this size in the teacher.
 _HEAD_WIDTH = re.compile(r"head_(dim|size)$|^d_(kv|head)$|^kv_channels$")
 _KEY_HEADS = re.compile(r"(key_value|kv)_heads?$|num_query_groups$")
 _HEADS = re.compile(rf"attention_heads$|{_KEY_HEADS.pattern}")
@@ -58,8 +58,8 @@ def student_config(
         teacher_config: config of the teacher. Sizes may have the names of its type (DistilBERT: `dim`, `n_layers`).
         num_hidden_layers: number of layers of the student.
         hidden_size: hidden size of the student, a multiple of `num_attention_heads`.
-        num_attention_heads: number of attention heads. MiniLM needs as many as the teacher has; MiniLMv2 allows any
-            number. The papers' students have 12.
+        num_attention_heads: number of attention heads. MiniLM requires the same number as in the teacher; MiniLMv2
+            allows any number. The papers' students have 12.
         intermediate_size: width of the feed-forward layers, by default 4 * `hidden_size`.
         overrides: other attributes of the config, such as `hidden_dropout_prob=0.0`.
 
@@ -68,9 +68,10 @@ def student_config(
 
     Raises:
         TypeError: `teacher_config` is not a config, or a size is not an integer.
-        ValueError: a size is below 1; the heads do not divide the hidden size, or the key heads the heads (the message
-            lists valid numbers); the config has no attribute of an override's name; the config is one of several models
-            or of an encoder-decoder; or a model with these sizes cannot be built or run.
+        ValueError: a size is below 1; the number of heads does not divide the hidden size, or the number of key heads
+            does not divide that of heads (the message lists valid numbers); the config has no attribute with the name
+            of an override; the config is that of an encoder-decoder or of several models; or a model with these sizes
+            cannot be built or run.
 
     Example:
         >>> from transformers import BertConfig
@@ -124,7 +125,7 @@ def _divisors(number: int) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception in one line, shortened, with its class if the message alone may be unclear."""
+    """The message of an exception, shortened to one line, with its class if the message alone may be unclear."""
     text = " ".join(str(error).split())
     named = (
         text if text and isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: {text}"
@@ -167,9 +168,9 @@ def _own_names(config: Any, sizes: dict[str, int], intermediate_given: bool) -> 
 def _resized(teacher: Any, sizes: dict[str, Any], overrides: dict[str, Any]) -> Any:
     """The teacher's config with other sizes, and with the settings that depend on them.
 
-    Settings that the class derives from the sizes (types of layers, head width) must be derived again. They are found
-    by leaving out settings of the teacher: what the class restores by itself is derived. Other settings are resized by
-    their value.
+    Settings that the class derives from the sizes (types of layers, head width) must be derived again. To find them,
+    settings of the teacher are left out one by one: a setting is derived if the class restores its value. Other
+    settings are resized according to their value.
     """
 
     def made(settings: dict[str, Any]) -> Any:
@@ -308,8 +309,8 @@ def _failed_forward(model: PreTrainedModel) -> Exception | None:
 def random_student(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
     """Creates a base model with random weights, in float32 on the CPU.
 
-    The weights have the initialization of the model's type. Equal seeds give equal weights, and the global random state
-    is not changed.
+    The weights are initialized as the model's class defines. Equal seeds give equal weights. The global random state is
+    not changed.
 
     Args:
         config: config of the model, for example from `student_config`.
@@ -353,8 +354,8 @@ def copied_student(
 
     Raises:
         TypeError: `teacher` is not a transformers model, or a layer is not an integer.
-        ValueError: the architecture is unknown and there are no `projections`; there are no layers, or a layer does not
-            exist; or a layer cannot be used at its position in the student.
+        ValueError: the architecture is unknown and `projections` is not given; `layers` is empty or contains a layer
+            that does not exist; or a layer cannot be used at its position in the student.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -418,7 +419,7 @@ def _picked_config(teacher_config: Any, sources: Sequence[int], count: int) -> A
 
 
 def _check_same_layer(student: Any, teacher: Any, at: str, source: str) -> None:
-    """Raises `ValueError` if the student's layer `at` computes something else than the teacher's layer `source`."""
+    """Raises `ValueError` if the student's layer `at` does not compute the same as the teacher's layer `source`."""
     mine, theirs = (
         {name: _plain_settings(module) for name, module in model.get_submodule(path).named_modules()}
         for model, path in ((student, at), (teacher, source))
@@ -448,14 +449,14 @@ class Preset:
 
     Attributes:
         method: "minilm" or "minilmv2".
-        teacher: name of the teacher; "assistant" is a 12 x 384 model that was distilled from a base model before.
+        teacher: name of the teacher; "assistant" is a 12 x 384 model that was itself distilled from a base model.
         family: model type, which also determines the vocabulary.
         teacher_layers: number of layers of the teacher.
         teacher_layer: the distilled layer, counted from 1.
-        relation_heads: number of relation heads; for MiniLM, of attention heads.
+        relation_heads: number of relation heads, which for MiniLM are the attention heads.
         num_hidden_layers, hidden_size: sizes of the student.
         million_parameters: as published, see `parameter_count`; None if not published.
-        speedup: of inference over a 12 x 768 base model, as published.
+        speedup: speed of inference relative to a 12 x 768 base model, as published.
 
     Example:
         >>> from minilm_kernels import PRESETS

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-# The tests compute many small operations, which more threads would slow down, also in child processes.
+# The tests run many small operations, which more threads would slow down. This also holds for child processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from minilm_kernels import backend_status
 
-# A process in the background or under nohup ignores these signals, and so do its children. The tests send them.
+# The tests send these signals. A process in the background or under nohup ignores them, and so do its children.
 for _number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
@@ -46,7 +46,7 @@ def _serves(backend: str, device: str) -> bool:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leaves out faulthandler's limit for a test with a `timeout` mark, which is longer and waits for children."""
+    """Disables faulthandler's limit for tests with a `timeout` mark, which may take longer than that limit."""
     if item.get_closest_marker("timeout"):
         faulthandler.cancel_dump_traceback_later()
 
@@ -74,7 +74,7 @@ def _seed() -> None:
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
     """`made_once(name, fill)` returns a folder that `fill` fills once for all processes of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # a worker has a folder in the common one
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # a worker has a folder inside the common one
 
     def made(name: str, fill: Callable[[Path], None]) -> Path:
         folder, unfinished = base / name, base / f"{name}.unfinished"

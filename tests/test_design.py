@@ -1,4 +1,4 @@
-"""Holds docs/design.md and docs/environment.md to the tree: paths, direction of imports, environment variables."""
+"""Compares docs/design.md and docs/environment.md with the tree: paths, direction of imports, environment variables."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 
-# Floors of the house from the ground up. A module may import modules of lower floors and of its own.
+# The floors, from the lowest to the highest. A module may import modules of its own floor and of lower floors.
 FLOORS = [
     ("_choices", "_extras", "_source_tree", "_module_view", "_wrappers", "_full_attention", "_architectures"),
     ("relation",),
@@ -45,7 +45,7 @@ def imported(name: str, path: Path) -> Iterator[str]:
 
 
 def floor(name: str) -> int | None:
-    """Number of the floor that a module stands on; None for the package itself and for other projects."""
+    """Number of a module's floor; None for the package itself and for other projects."""
     place = name.removeprefix("minilm_kernels.").split(".")[0]
     return next((number for number, names in enumerate(FLOORS) if place in names), None)
 

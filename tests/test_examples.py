@@ -32,7 +32,7 @@ PUBLIC = [(minilm_kernels, name) for name in minilm_kernels.__all__] + [(distill
 
 
 def tiny_models():
-    """A teacher of 12 layers, a student of 2, both with 48 relation heads, and two batches: no download, no time."""
+    """A teacher with 12 layers, a student with 2, and two batches, so that examples are fast and need no download."""
     from transformers import BertConfig, BertModel
 
     sizes = {"vocab_size": 99, "num_attention_heads": 12, "intermediate_size": 96}
@@ -83,7 +83,7 @@ def test_blocks_of_a_page_run(page, tmp_path, monkeypatch):
 
 
 def test_headline_figures_stand_in_the_table():
-    """The first screen of README.md repeats figures of the first table between the markers."""
+    """The figures on the first screen of README.md are those of the first table between the markers."""
     head, _, rest = (ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- loss:begin -->")
     first = rest[rest.index("| provider") :].partition("\n\n")[0]
     header, _, *rows = ([cell.strip(" `") for cell in line.split("|")] for line in first.splitlines())

@@ -1,4 +1,4 @@
-"""Without the optional dependencies: what works, and the extra that errors name."""
+"""The package without its optional dependencies: working features, and errors that name the extra to install."""
 
 import subprocess
 import sys

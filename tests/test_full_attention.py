@@ -1,4 +1,4 @@
-"""Layers with partial attention are refused, whatever their models call it."""
+"""Layers with partial attention are refused, under all names that models use for it."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_windows_and_chunks_of_decoders(model_type, overrides, refused, legal, m
 
 
 def test_windows_beside_layer_types():
-    """sliding_window of MiniMax applies to all layers, including those that layer_types calls full."""
+    """MiniMax applies its sliding_window to all layers, including those that layer_types calls full."""
     layer_types = ["full_attention", "linear_attention", "full_attention"]
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": layer_types}
     check(make_rotary("minimax", **experts, sliding_window=4), LLAMA, {1, 3}, set(), "sliding_attention")
@@ -87,7 +87,7 @@ def test_local_layers_of_gpt_neo(kinds):
 
 
 def test_the_text_tower_of_a_model_of_several_towers():
-    """The config of the tower is used, not that of the whole model."""
+    """The config of the text or image part of a model is used, not that of the whole model."""
     sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
     text = sizes | {"vocab_size": 200, "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 4}
     text["layer_types"] = ["sliding_attention", "full_attention"]

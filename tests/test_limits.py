@@ -1,4 +1,4 @@
-"""The tests never wait for a process or a thread without a limit."""
+"""Every wait of a test for a process or a thread has a limit."""
 
 import ast
 import os

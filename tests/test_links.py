@@ -28,6 +28,6 @@ def test_links_lead_somewhere(page):
     for path, anchor in LINK.findall(prose(page)):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), f"there is no {path}"
-        generated = target.name == "api.md"  # the site makes its lower headings from docstrings
+        generated = target.name == "api.md"  # the site creates the headings of this page from docstrings
         if anchor and target.suffix == ".md" and not generated:
             assert anchor in anchors(target), f"{path} has no heading #{anchor}"

@@ -30,7 +30,7 @@ def _paper(teacher: QKV, student: QKV, pair: str, heads: int, mask: torch.Tensor
 
 
 def test_minilm(backend):
-    """MiniLM: as many heads as the teacher, with Q-K and V-V of weight 1."""
+    """MiniLM has as many relation heads as the teacher has attention heads, and Q-K and V-V have weight 1."""
     teacher, student = _qkv(HIDDEN_T), _qkv(HIDDEN_S)
     loss = MiniLMLoss(4)
     expected = {pair: _paper(teacher, student, pair, 4, MASK) for pair in ("qk", "vv")}
@@ -178,7 +178,7 @@ def test_float_masks():
 
 
 def test_only_the_named_projections_must_fit():
-    """Keys and values of a grouped-query teacher are narrower, which does not matter for Q-Q."""
+    """Narrower keys and values of a grouped-query teacher have no effect on Q-Q."""
     teacher = QKV(torch.randn(2, 5, 24), torch.randn(2, 5, 7), torch.randn(2, 5, 7))
     student = _qkv(HIDDEN_S, 2, 5, dtype=torch.float32)
     value = MiniLMv2Loss(6, relations={"qq": 1.0})(teacher, student)

@@ -34,7 +34,7 @@ def test_completion_offers_the_public_names_and_no_others():
 
 
 def test_the_version_stands_in_one_place():
-    """pyproject.toml takes it from the package, so that a source tree that is not installed has it too."""
+    """pyproject.toml reads the version from the package, so that a source tree without installation has one, too."""
     assert re.fullmatch(r"\d+\.\d+\.\d+", mk.__version__)
     for file in ("pyproject.toml", "CITATION.cff", "setup.py"):
         assert mk.__version__ not in Path(__file__).parents[1].joinpath(file).read_text(encoding="utf-8")
@@ -80,7 +80,7 @@ loss(torch.randn(2, 9, 4, 8), torch.randn(2, 9, 4, 8, requires_grad=True)).backw
 
 
 class TestSourceTree:
-    """A source tree and a folder of installed packages, either of which may hold the package."""
+    """A source tree and a folder of installed packages. Each of them may contain the package."""
 
     @pytest.fixture
     def tree(self, tmp_path) -> Path:
@@ -96,8 +96,8 @@ class TestSourceTree:
         (warning,) = self._warnings(tree, site)
         assert f"is imported from the source tree {tree}, not from the installation in {site}." in warning
         assert f"pip install -e {tree}" in warning
-        assert warning.startswith("<string>:1: UserWarning: ")  # the line that imports
-        assert self._warnings(tree, site, "") == [warning]  # PYTHONPATH=site-packages: asks for no tree
+        assert warning.startswith("<string>:1: UserWarning: ")  # the warning points to the import statement
+        assert self._warnings(tree, site, "") == [warning]  # PYTHONPATH=site-packages does not ask for a source tree
 
     def test_a_hidden_editable_installation_of_another_tree_is_named(self, tree, site, tmp_path):
         self._install(site, url=(tmp_path / "another tree").as_uri())
@@ -143,7 +143,7 @@ class TestSourceTree:
 
     @staticmethod
     def _install(site: Path, url: str | None = None) -> None:
-        """Writes the metadata of an installation; `url`: of an editable one."""
+        """Writes the metadata of an installation, which is editable if `url` is given."""
         metadata = site / "minilm_kernels-9.9.9.dist-info"
         metadata.mkdir(exist_ok=True)
         if url is not None:
@@ -152,7 +152,7 @@ class TestSourceTree:
 
     @staticmethod
     def _warnings(folder: Path, *path: Path | str) -> list[str]:
-        """The warnings of a Python that starts in `folder`, without this environment's packages, with this path."""
+        """The warnings of a Python process in `folder`, with `path` as its only packages."""
         environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
         result = subprocess.run(
             [sys.executable, "-S", "-c", "import minilm_kernels, minilm_kernels as again; print(again.__version__)"],

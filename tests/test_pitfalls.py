@@ -67,7 +67,7 @@ def _reversed(p, q, log_p, log_q):
 
 
 def test_masks_that_models_take_but_mean_something_else():
-    """Additive masks and segment numbers, read as "nonzero is valid", mask the wrong tokens or join segments."""
+    """If every nonzero value counted as valid, additive masks would mask the wrong tokens, and segments would mix."""
     teacher, student = _inputs()
     additive = (1 - RIGHT.long()) * -10000
     assert not _agree(_naive(teacher, student, additive != 0), _naive(teacher, student), 0.01)
@@ -134,7 +134,7 @@ def test_6_no_dropout_on_relations():
 
 
 def test_7_the_gradient_lives_where_the_student_is_most_wrong():
-    """If the student gives e^-60 to the teacher's key, log(p + eps) has no gradient."""
+    """If the student's probability of the teacher's key is e^-60, log(p + eps) has no gradient."""
     query, teacher_key = torch.ones(1, 1, 1, 1), torch.tensor([8.0, -8.0]).view(1, 2, 1, 1)
     student_key = torch.tensor([-30.0, 30.0]).view(1, 2, 1, 1)
 
@@ -217,7 +217,7 @@ def test_12_layers_are_counted_from_one():
     """Layer 2 projects the output of layer 1; a layer counted from 0 would be one too late."""
     model, batch = _roberta()
     with torch.no_grad():
-        hidden = model(**batch, output_hidden_states=True).hidden_states  # embeddings first
+        hidden = model(**batch, output_hidden_states=True).hidden_states  # the embeddings are the first entry
         attention = [layer.attention.self for layer in model.encoder.layer]
         value = QKVExtractor(model, 2)(**batch).value
     torch.testing.assert_close(value, attention[1].value(hidden[1]))

@@ -55,7 +55,7 @@ RETIRED = {
 
 
 def files() -> list[Path]:
-    """Every text file of the project, generated folders left out."""
+    """All text files of the project, without generated folders."""
     found = [path for path in ROOT.iterdir() if path.is_file() and (path.suffix in SUFFIXES or path.name == "Makefile")]
     for folder in FOLDERS:
         found += [path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix in SUFFIXES]

@@ -296,7 +296,7 @@ def test_frozen_parameters_stay_frozen_and_registered():
 
 
 def snapshot(model: PreTrainedModel) -> dict:
-    """Every attribute of every module, with tables by entries, tensors by value, and the config."""
+    """All attributes of all modules, as comparable values: entries of dicts, contents of tensors; and the config."""
     attributes = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
@@ -401,7 +401,7 @@ def test_autocast():
 
 @pytest.mark.filterwarnings(
     "ignore:.gradient_checkpointing_enable:FutureWarning"
-)  # its replacement does not exist in 5.17
+)  # transformers 5.17 lacks the method that replaces it
 @pytest.mark.parametrize("model_type", [*(m for m in KNOWN if m != "mpnet"), "llama"])  # MPNet has no checkpointing
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("enabled_first", [True, False])
@@ -436,7 +436,7 @@ def test_moving_and_casting_are_seen_on_both_sides():
     assert_equal(extractor(**batch), by_hand(model, 1, batch), 1e-12)
     assert extractor(**batch).query.dtype == torch.float64
     extractor.to(torch.float32)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}  # also the parameters that are not reached
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # including parameters that are not reached
     assert_equal(extractor(**batch), by_hand(model, 1, batch))
     extractor.to("meta")
     assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"meta"}
@@ -444,7 +444,7 @@ def test_moving_and_casting_are_seen_on_both_sides():
 
 @pytest.mark.slow
 def test_a_pickle_with_rotary_after_works_in_another_process(tmp_path):
-    """Its attention function is registered with transformers when it is unpickled."""
+    """Unpickling an extractor registers its attention function with transformers."""
     config = AutoConfig.for_model("llama", vocab_size=20, hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
     extractor = QKVExtractor(AutoModel.from_config(config).eval(), rotary="after", projections=LLAMA)
     ids = torch.arange(6)[None]
@@ -479,7 +479,7 @@ def test_copies_are_whole_and_independent(copied, rotary):
 
 
 def test_modes_of_containers_follow_the_model():
-    """BART's encoder and layers apply dropout by the mode of containers, of which the view has copies."""
+    """BART's encoder and layers apply dropout depending on the mode of containers, which the view copies."""
     sizes = {
         "d_model": 48,
         "encoder_layers": 2,
@@ -630,7 +630,7 @@ def test_accumulation_in_the_trainer_of_transformers(tmp_path):
 
 @pytest.mark.filterwarnings(
     "ignore:.gradient_checkpointing_enable:FutureWarning"
-)  # its replacement does not exist in 5.17
+)  # transformers 5.17 lacks the method that replaces it
 def test_checkpointing_can_be_enabled_on_the_extractor():
     model = make("bert")
     QKVExtractor(model).gradient_checkpointing_enable({"use_reentrant": False})
@@ -789,7 +789,7 @@ def test_named_projections_of_a_grouped_query_model(prefix):
     assert not {"model.norm", "lm_head", "model.layers.1.self_attn.o_proj", "model.layers.2"} & ran
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])  # Qwen3 normalises query and key before the rotation
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])  # Qwen3 normalizes query and key before the rotation
 def test_rotary_after_gives_the_operands_of_the_model_s_own_scores(model_type):
     model, batch = make_rotary(model_type, attention="eager"), batch_of()
     options = {"projections": LLAMA, "layer": 2}

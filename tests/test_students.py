@@ -232,7 +232,7 @@ def test_every_family_of_transformers_makes_students_or_refuses(part, tmp_path):
     for model_type in TYPES[part::16]:
         try:
             teacher = small_config(model_type)
-        except Exception:  # a type with rules for its sizes
+        except Exception:  # this type restricts its sizes
             continue
         for layers, hidden, heads in ((2, 24, 4), (6, 24, 4), (3, 48, 6)):
             try:
@@ -245,7 +245,8 @@ def test_every_family_of_transformers_makes_students_or_refuses(part, tmp_path):
                 runs(student, tmp_path)
                 made += 1
             except Exception as error:
-                with contextlib.suppress(Exception):  # neither does the teacher, which has more inputs than tokens
+                # If the teacher does not run either, the model type needs other inputs than tokens.
+                with contextlib.suppress(Exception):
                     runs(teacher, tmp_path)
                     failures[model_type, layers, hidden, heads] = repr(error)
     assert not failures
@@ -333,7 +334,7 @@ def test_copied_student_holds_the_layers_asked_for(model_type, auto):
     assert student.config.num_hidden_layers == 3
     assert base.config.num_hidden_layers == 6
 
-    # The student has the teacher's first and third layers: reduced to these, the teacher agrees.
+    # The student has the teacher's first and third layers. A teacher with only these layers gives the same output.
     batch = {"input_ids": torch.randint(5, 211, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
     stack = base.get_submodule(layers)
     kept = [stack[i] for i in (0, 2, 5)]

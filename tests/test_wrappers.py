@@ -155,7 +155,7 @@ def test_wrappers_that_are_refused(wrap, message):
 
 @pytest.fixture
 def accelerator():
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer in another test leaves it
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # another test may have left a state
     yield accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -167,7 +167,7 @@ def test_prepared_for_mixed_precision(accelerator, frozen):
     assert "_original_forward" in vars(model)
     found, expected = QKVExtractor(model, frozen=frozen)(**batch), expected_of(batch)
     for x, y in zip(found, expected, strict=True):
-        assert (x - y).abs().max() < 2**-6 * y.abs().max()  # bfloat16 has 8 bits, over two layers
+        assert (x - y).abs().max() < 2**-6 * y.abs().max()  # bfloat16 has 8 bits; two layers add errors
     if not frozen:
         loss_of(found).backward()
         assert model.embeddings.word_embeddings.weight.grad.abs().sum() > 0
@@ -220,7 +220,7 @@ def test_adapters_are_applied_and_trained(mixed, frozen):
     assert extractor.model is inner
     assert_equal(extractor(**batch), expected, 0)
     if frozen:
-        wrapped.train()  # the dropout of the adapters
+        wrapped.train()  # turns on the dropout of the adapters
         assert_equal(extractor(**batch), expected, 0)
         return
     loss_of(extractor(**batch)).backward()

@@ -1,8 +1,8 @@
-"""Measure the effect of each optimization of the CPU kernels, against a build without it.
+"""Measure the effect of each optimization of the CPU kernels, by comparison with a build without it.
 
-Builds the package as it is and with one optimization removed at a time, by a change of one constant of csrc/cpu, and
-measures all builds in turn on one thread. docs/cpu.md explains the optimizations and their predicted effects, which are
-counted instructions.
+The command builds the package unchanged, and with one optimization removed at a time by changing one constant in
+csrc/cpu. It measures all builds in turn on one thread. docs/cpu.md explains the optimizations and their predicted
+effects, which are counts of instructions.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from benchmarks.reporting import sections
 
 
 class Variant(NamedTuple):
-    """A build of the kernels with another value of a constant, or another instruction set."""
+    """A build of the kernels with a changed constant or another instruction set."""
 
     name: str
     predicted: str = ""
     constant: str = ""
     value: str = ""
     instruction_set: str = "avx512-paired"
-    relative_to: str | None = "as it is"
+    relative_to: str | None = "unchanged"
 
 
 AVX512 = "AVX-512 instead of AVX2"
 VARIANTS = [
-    Variant("as it is", relative_to=None),
-    Variant("unordered pairs instead of strips", "2.1 ×", "kMinSymmetricTokens", "int64_t{1} << 40"),
-    Variant("exponentials kept for the second phase", "1.6 ×", "kExpCacheBytes", "0"),
+    Variant("unchanged", relative_to=None),
+    Variant("unordered pairs instead of row blocks", "2.1 ×", "kMinSymmetricTokens", "int64_t{1} << 40"),
+    Variant("cached exponentials for phase 2", "1.6 ×", "kExpCacheBytes", "0"),
     Variant("neighbouring heads gathered together", "1.07 × at S = 128", "kMaxHeads", "1"),
     Variant("panels of 256 keys instead of 64", "", "kPanelBlocks", "4"),
     Variant("features in pairs", "1.1 to 1.2 ×", instruction_set="avx512"),
@@ -51,7 +51,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     about = "measure the effect of each optimization of the CPU kernels"
     parser = commands.add_parser("ablation", help=about, description=__doc__)
     out = records.RESULTS / "cpu-ablation.jsonl"
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each build")
+    parser.add_argument("--rounds", type=int, default=3, help="number of measurements of each build")
     parser.add_argument("--out", type=Path, default=out, help="file of the records, overwritten")
     parser.add_argument("--update", type=Path, metavar="FILE", help="Markdown file whose table is updated")
     parser.set_defaults(main=main)

@@ -1,1 +1,1 @@
-"""The commands; each module's `register(commands)` adds its parsers with `set_defaults(main=...)`."""
+"""The commands. `register(commands)` of each module adds the module's parsers with `set_defaults(main=...)`."""

@@ -17,17 +17,17 @@ from benchmarks.measure import builds
 from benchmarks.measure.records import Record, describe, read
 from benchmarks.reporting.tables import Records, groups, providers
 
-_MIN_CHANGE = 0.03  # a smaller change of time is noise: interleaved runs of one revision differ as much
-_ERROR_FACTOR = 2.0  # rounding alone changes an error as much
+_MIN_CHANGE = 0.03  # smaller changes of time are noise: interleaved runs of one revision differ by as much
+_ERROR_FACTOR = 2.0  # rounding alone may change an error by this factor
 
 
 def register(commands: argparse._SubParsersAction) -> None:
     about = "compare records with records, or this tree with a revision"
     parser = commands.add_parser("compare", help=about, description=__doc__)
     parser.add_argument("records", type=Path, nargs="*", metavar="RECORDS", help="the records before and after")
-    parser.add_argument("--base", metavar="REV", help="instead: measure this git revision and the working tree in turn")
+    parser.add_argument("--base", metavar="REV", help="measure this git revision and the working tree instead, in turn")
     parser.add_argument("--run", default="--suite loss --seconds 2", metavar="OPTIONS", help="--base: options of `run`")
-    parser.add_argument("--rounds", type=int, default=3, help="--base: turns of each")
+    parser.add_argument("--rounds", type=int, default=3, help="--base: number of measurements of each")
     parser.set_defaults(main=main)
 
 
@@ -38,17 +38,19 @@ def main(options: argparse.Namespace) -> int:
     elif options.base is None and len(options.records) == 2:
         before, after = (read([path]) for path in options.records)
     else:
-        raise ValueError("compare: expected two files of records, or --base REV and none")
+        raise ValueError("compare: expected two files of records, or --base REV without files")
     lines, worse = verdicts(before, after)
     print("\n".join(lines))
     return int(worse)
 
 
 def verdicts(before: Records, after: Records) -> tuple[list[str], bool]:
-    """A line for each common measurement, changes for the worse first, and whether there are such changes."""
+    """One line per common measurement, with changes for the worse first, and True if there are such changes."""
     old, new = ({_identity(r): r for r in providers(found)} for found in (before, after))
     if not set(old) & set(new):
-        raise ValueError("compare: the two have no measurement in common (suite, provider, device, dtype, mode, shape)")
+        raise ValueError(
+            "compare: the records have no measurement in common (suite, provider, device, dtype, mode, shape)"
+        )
     lines: list[tuple[int, str]] = []
     for key in [key for key in new if key in old]:
         changes = _changes(old[key], new[key])
@@ -63,7 +65,7 @@ def verdicts(before: Records, after: Records) -> tuple[list[str], bool]:
 
 
 def _identity(record: Record) -> str:
-    """Equal for records of the same measurement."""
+    """A key that is equal for records of the same measurement."""
     detail = record["detail"]
     identity: dict[str, Any] = {key: record[key] for key in ("suite", "provider", "device", "dtype", "mode", "shape")}
     identity |= {key: detail.get(key) for key in ("budget_bytes", "model", "largest_batch", "reduction")}
@@ -76,7 +78,7 @@ def _identity(record: Record) -> str:
 
 
 def _changes(old: Record, new: Record) -> list[tuple[bool, str]]:
-    """(for the worse, description) of each change, the time first."""
+    """(True if for the worse, description) of each change. The change of time comes first."""
     if old["status"] != new["status"]:
         return [(old["status"] == "ok", f"{old['status']} → {new['status']} {new['reason'] or ''}".strip())]
     found = []
@@ -97,7 +99,7 @@ def _changes(old: Record, new: Record) -> list[tuple[bool, str]]:
 
 
 def _change_of_time(old: Record, new: Record) -> tuple[bool, str]:
-    """Medians that differ by less than the noise, half the span of the middle 60 % of both together, are the same."""
+    """(True if slower, description). Changes below the noise, the sum of both half 20–80 % ranges, do not count."""
     ratio = new["median_ms"] / old["median_ms"]
     noise = sum((r["p80_ms"] - r["p20_ms"]) / 2 / r["median_ms"] for r in (old, new))
     verdict = "slower" if ratio > 1 else "faster"
@@ -108,7 +110,7 @@ def _change_of_time(old: Record, new: Record) -> tuple[bool, str]:
 
 
 def _measure_both(revision: str, run: list[str], rounds: int) -> tuple[Records, Records]:
-    """Records of the revision and of the working tree, measured in turn by this harness."""
+    """Records of the revision and of the working tree. The benchmarks of the working tree measure both in turn."""
     if rounds < 1:
         raise ValueError(f"--rounds: expected 1 or more, got {rounds}")
     with _package_of(revision) as base, tempfile.TemporaryDirectory() as folder:
@@ -121,7 +123,7 @@ def _measure_both(revision: str, run: list[str], rounds: int) -> tuple[Records, 
 
 @contextmanager
 def _package_of(revision: str) -> Iterator[Path]:
-    """A folder with `minilm_kernels` of the revision, built, beside this tree's `benchmarks`."""
+    """A folder with the revision's `minilm_kernels`, built, and the `benchmarks` of the working tree."""
     git = ["git", "-C", builds.ROOT, "worktree"]
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder, "tree")
@@ -133,7 +135,7 @@ def _package_of(revision: str) -> Iterator[Path]:
 
 
 def merged(found: Records) -> Records:
-    """One record a measurement, with the median of the rounds' medians and their widest quantiles."""
+    """One record per measurement, with the median of the rounds' medians and their widest quantiles."""
     made = []
     for _, rounds in groups(found, _identity):
         record = dict(rounds[-1])

@@ -1,7 +1,7 @@
-"""Everything worth measuring on a CPU or a GPU, in one command and a budget of minutes.
+"""All measurements on a CPU or a GPU, in one command and within a budget of minutes.
 
 A plan lists stages, the most valuable first. Each command of a stage runs in its own process, within the stage's share
-of the remaining budget. Records are on the disk as soon as they are made, so a stage that runs out of time keeps them.
+of the remaining budget. Each record is written to disk at once, so a stage that runs out of time keeps its records.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ def register(commands: argparse._SubParsersAction) -> None:
     for device in ("cpu", "gpu"):
         settings, stages = load(device)
         names = [stage.name for stage in stages]
-        about = f"the whole {device.upper()} plan in one command and budget"
+        about = f"run all {device.upper()} measurements within a budget of minutes"
         parser = commands.add_parser(device, help=about, description=__doc__)
         add = parser.add_argument
         add("--minutes", type=float, default=settings["minutes"], help="budget of all stages together")
         add("--only", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
         add("--dry-run", action="store_true", help="print the plan and run nothing")
-        add("--out", type=Path, default=Path(settings["out"]), help="folder of the records, one file a stage")
+        add("--out", type=Path, default=Path(settings["out"]), help="folder of the records, with one file per stage")
         add("--update", type=Path, nargs="*", default=[], help="Markdown files to update with tables and plots")
         add("--plots", type=Path, help="folder of the plots that --update links")
         parser.set_defaults(main=main, device=device)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Return 1 if a stage failed; running out of time is no failure."""
+    """Return 1 if a stage failed. A stage that runs out of time has not failed."""
     if options.minutes <= 0:
         raise ValueError(f"--minutes: expected more than 0, got {options.minutes:g}")
     stages = [stage for stage in load(options.device)[1] if stage.name in options.only]
@@ -137,7 +137,7 @@ def _count(file: Path) -> str:
 
 
 def _call(words: list[str], output: IO[str], end: float) -> int | None:
-    """The exit status; None if it ran past `end`. Whatever it started is stopped too."""
+    """The exit status of a command; None if it ran past `end`. All processes that it started are stopped, too."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
@@ -163,7 +163,7 @@ def _describe(stages: Sequence[Stage], options: argparse.Namespace, why: str) ->
         minutes = options.minutes * stage.share / sum(other.share for other in stages)
         print(f"{minutes:5.1f} min  {stage.name}: {stage.about}")
         print("".join(f"           {command}\n" for command in stage.commands), end="")
-    print("run stands for python -m benchmarks run; the folder gets records, logs and, at the end, a report")
+    print("run stands for python -m benchmarks run; records, logs and the final report are written to the folder")
 
 
 def summary(outcomes: Sequence[str], found: Sequence[records.Record], minutes: float) -> str:

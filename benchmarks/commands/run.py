@@ -1,4 +1,4 @@
-"""`python -m benchmarks run`: measure a suite, one record a measurement; `memory`, `step`, `inference`: that suite."""
+"""`python -m benchmarks run`: measure a suite; `memory`, `step` and `inference` measure the suite of that name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNITS = {"": 1, "MiB": 2**20, "GiB": 2**30}
 
 
 def size(text: str) -> int:
-    """Bytes, from "512MiB" or "2GiB"."""
+    """Number of bytes from text such as "512MiB" or "2GiB"."""
     match = re.fullmatch(r"([\d.]+)(MiB|GiB|)", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"expected a size such as 512MiB or 2GiB, got {text!r}")
@@ -43,7 +43,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     families = ", ".join(f"{n} = {A} heads of widths {t} and {s}, {r}" for n, (A, t, s, r) in FAMILIES.items())
     shapes = (
         f"loss, memory, accuracy: BxAxSxD_txD_s or FAMILY:BxS ({families}); inference: BxS; step: MODEL:BxS; memory: "
-        "none leaves the peaks out; default: the suite's own"
+        "none skips the peaks; by default, each suite has its own shapes"
     )
     cuda = torch.cuda.is_available()
     add = parser.add_argument
@@ -52,7 +52,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS), metavar="NAME", help="providers")
     add("--dtypes", nargs="+", choices=["float32", "float16", "bfloat16"], default=["float32"], help="input dtypes")
     add("--masks", nargs="+", choices=MASKS, default=["none"], metavar="MASK", help=f"any of {', '.join(MASKS)}")
-    add("--relations", nargs="+", default=[None], metavar="PAIRS", help="such as qq,kk,vv or qk; default: the shape's")
+    add("--relations", nargs="+", default=[None], metavar="LIST", help="such as qq,kk,vv or qk; default: by shape")
     add("--modes", nargs="+", choices=MODES, default=["full"], help="loss: the timed part")
     add("--methods", nargs="+", choices=["events", "graph"], default=["events"], help="CUDA: the timing method")
     add("--seconds", type=float, default=10.0, help="duration of the timed runs of one shape")
@@ -60,12 +60,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=float, default=30.0, help="seconds that one run may take")
     add("--memory", type=size, default=None if cuda else "2GiB", help="CPU: memory of one run beyond its inputs")
     add("--budget", type=size, default="16GiB" if cuda else "1GiB", help="memory: the limit for the largest batch")
-    batches = "memory: shapes whose largest batch is searched (B is ignored); none: skip the search"
+    batches = "memory: shapes for the search of the largest batch (B is ignored); none skips the search"
     add("--batches", nargs="+", metavar="SHAPE", help=batches)
     add("--max-batch", type=int, help="memory: the largest batch to try")
-    add("--largest", action="store_true", help="step: measure the largest batch that fits as well")
+    add("--largest", action="store_true", help="step: also measure the largest batch that fits")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    add("--out", type=Path, help="file that the records are appended to")
+    add("--out", type=Path, help="file to which the records are appended")
 
 
 def main(options: argparse.Namespace) -> None:

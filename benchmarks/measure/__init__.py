@@ -1,1 +1,1 @@
-"""Measuring a loss: its inputs, time, memory and correctness, and the record of a measurement."""
+"""Measures a loss: inputs, time, memory, correctness, and the record of a measurement."""

@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def call(command: Sequence[object], what: str, **options: Any) -> None:
-    """Run a command; ValueError with the end of its output if it fails."""
+    """Run a command. If it fails, raise ValueError with the end of its output."""
     result = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, **options)
     if result.returncode:
         raise ValueError(f"{what} failed: {(result.stderr.strip() or result.stdout.strip())[-2000:]}")
 
 
 def build(tree: Path, folder: Path) -> Path:
-    """Build the package of a source tree; the folder returned holds it beside this tree's benchmarks."""
+    """Build the package of a source tree. Return a folder that contains it and the benchmarks of this tree."""
     root = folder / "root"
     command = [sys.executable, "setup.py", "--quiet", "build", "--build-base", folder / "objects", "--build-lib", root]
     call(command, f"building {tree}", cwd=tree)

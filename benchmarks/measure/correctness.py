@@ -24,11 +24,12 @@ from .workload import Inputs, Workload
 
 # A larger relative error means another loss, not rounding.
 TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
-# Beyond this many pairs (a few seconds, estimated) only the first sequences are checked.
+# With more pairs than this (an estimated few seconds), only the first sequences are checked.
 _MAX_PAIRS = {"cpu": 10**8, "cuda": 2 * 10**10}
-# Scores in memory at once, of one relation matrix: 32 and 512 MiB.
+# Number of float64 scores in memory at once, of one relation matrix: 32 and 512 MiB.
 _BLOCK_SCORES = {"cpu": 2**22, "cuda": 2**26}
-# Peak of a dense loss, in score matrices of one relation (scores, log-probabilities and gradients of both models).
+# Peak memory of a dense loss as a number of score matrices of one relation: scores, log-probabilities and gradients of
+# both models.
 _DENSE_MATRICES = 10
 
 
@@ -40,13 +41,13 @@ class Limits(NamedTuple):
 
 
 class Oracle:
-    """The float64 loss and gradients of the first sequences, as many as can be afforded."""
+    """The float64 loss and gradients of the first sequences, up to `_MAX_PAIRS` pairs."""
 
     def __init__(self, inputs: Inputs, pairs: int, device: str) -> None:
         share = min(1.0, _MAX_PAIRS[device] / max(1, pairs))
         self.sequences = max(1, int(inputs.sequences * share))
         self.part = inputs if self.sequences == inputs.sequences else inputs.first(self.sequences)
-        # The loss averages over sequences: in a gradient of all of them, each weighs less than in one of the part.
+        # The loss averages over sequences, so a sequence has less weight in the gradient of all than in the part's.
         self._share = self.sequences / inputs.sequences
         self.value, self.grads = loss_and_gradients(self.part, _BLOCK_SCORES[device])
 
@@ -57,7 +58,7 @@ class Oracle:
         return relative(value, self.value), max(worst) if worst else None
 
     def check(self, record: records.Record, value: Tensor, grads: Sequence[Tensor]) -> bool:
-        """Write the errors into a record; False, with the status "wrong", if this is another loss."""
+        """Write the errors into a record. If they are too large, set the status "wrong" and return False."""
         error_value, error_grad = self.errors(value, grads)
         record |= {"error_value": error_value, "error_grad": error_grad}
         worst, allowed = max(error_value, error_grad or 0.0), TOLERANCE[record["dtype"]]
@@ -100,7 +101,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 
 def guarded(record: records.Record, work: Callable[[], Any]) -> Any:
-    """Return `work()`; an error becomes the status and reason of the record, and None is returned."""
+    """Return `work()`. If it raises, write the status and the reason into the record and return None."""
     try:
         return work()
     except Exception as error:
@@ -126,7 +127,7 @@ def _status(error: Exception) -> str:
 def admit(
     record: records.Record, workload: Workload, copies: list[Inputs], oracle: Oracle, limits: Limits
 ) -> TimedLoss | None:
-    """The provider's loss on `copies` if it is right and within the limits; otherwise None, and the record says why."""
+    """The provider's loss on `copies` if it is correct and within the limits, otherwise None (see the record)."""
     return guarded(record, lambda: _admit(record, workload, copies, oracle, limits))
 
 
@@ -145,7 +146,7 @@ def _admit(
         if parts * seconds > limits.seconds:  # the first run may have compiled
             _, seconds = first_run(timed, device)
         if parts * seconds > limits.seconds:
-            raise TimeoutError(f"{parts * seconds:.0f} s a run, from {oracle.sequences} of {workload.B} sequences")
+            raise TimeoutError(f"{parts * seconds:.0f} s per run, by {oracle.sequences} of {workload.B} sequences")
         if parts > 1:
             if risky:
                 isolated(_try, name, workload, mode, limits)
@@ -159,7 +160,7 @@ def _admit(
 
 
 def _is_risky(name: str, workload: Workload, limits: Limits) -> bool:
-    """True if a run might not fit the CPU's memory; it is then tried in another process first."""
+    """True if a run might not fit the CPU's memory, so that another process must try it first."""
     if workload.device != "cpu" or limits.bytes is None or not PROVIDERS[name].dense:
         return False
     return _DENSE_MATRICES * getattr(torch, workload.dtype).itemsize * workload.pairs > limits.bytes / 2

@@ -21,11 +21,11 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt
 
 
 class OutOfMemory(Exception):
-    """More memory was needed than the limit allows or the machine has."""
+    """A run needs more memory than the limit allows or the machine has."""
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
-    """The most memory that a call of `run` holds at once beyond what was held before; warm it up first.
+    """Peak memory of a call of `run` beyond the memory in use before the call; call `run` once before, as a warm-up.
 
     On CUDA this is the peak of PyTorch's allocator. On a CPU it is that peak or the rise of the process's resident
     memory, whichever is larger, because buffers of native kernels do not pass through the allocator.
@@ -38,7 +38,7 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with freed_memory_returned():  # so that the resident memory follows what is held
+    with freed_memory_returned():  # so that the resident memory is the memory in use
         return max(_allocated_peak(run), _resident_rise(run))
 
 
@@ -65,11 +65,11 @@ def _resident_rise(run: Callable[[], Any]) -> int:
 
 @contextmanager
 def freed_memory_returned() -> Iterator[None]:
-    """Make glibc map blocks above 128 KiB and return them to the system when they are freed; not to be nested.
+    """Make glibc map blocks above 128 KiB and return them to the system when they are freed. Do not nest this manager.
 
-    Otherwise freed blocks stay in the heap, and a later provider gets pages that it would have to request if it ran
-    in its own process: its time would depend on the providers before it. If the environment configures an allocator
-    (MALLOC_... variables), nothing is changed.
+    Otherwise freed blocks would stay in the heap, and a later provider would reuse their pages instead of requesting
+    its own: its time would depend on the providers before it. If the environment configures the allocator by a
+    variable MALLOC_..., nothing is changed.
     """
     c = ctypes.CDLL(None)
     configurable = hasattr(c, "mallopt") and hasattr(c, "malloc_trim")
@@ -81,7 +81,7 @@ def freed_memory_returned() -> Iterator[None]:
         yield
     finally:
         if configurable:
-            c.mallopt(_MMAP_THRESHOLD, 2**25)  # the values that glibc's own adaptation ends at
+            c.mallopt(_MMAP_THRESHOLD, 2**25)  # the largest values that glibc itself sets
             c.mallopt(_TRIM_THRESHOLD, 2**26)
             c.malloc_trim(0)
 
@@ -94,7 +94,7 @@ def process_bytes(name: str) -> int:
 
 @contextmanager
 def memory_limit(extra: int | None, device: str) -> Iterator[None]:
-    """Let allocations fail that need more than `extra` bytes beyond what is held; failures raise OutOfMemory."""
+    """Limit memory to `extra` bytes beyond the memory in use. Allocations above the limit raise OutOfMemory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limited = device == "cpu" and extra is not None and _STATUS.exists()
     if limited:
@@ -129,7 +129,7 @@ def isolated(function: Callable[..., Any], *arguments: Any, seconds: float | Non
     sender.close()
     try:
         if not receiver.poll(seconds):
-            raise TimeoutError(f"not done after {seconds:.0f} s")
+            raise TimeoutError(f"not finished after {seconds:.0f} s")
         result, error = receiver.recv()
     except EOFError:
         process.join()
@@ -153,7 +153,7 @@ def _call(sender: Any, threads: int, function: Callable[..., Any], arguments: tu
 
 
 def largest(fits: Callable[[int], bool], guess: int, most: int) -> int:
-    """The largest number in 0..most that fits, if all smaller ones do: outwards from a guess, then bisection."""
+    """The largest number in 0..most that fits, if all smaller ones fit: outwards from a guess, then by bisection."""
     low, high = 0, most + 1  # low fits, high does not
     trial, step = min(max(guess, 1), most), 1
     while high - low > 1:

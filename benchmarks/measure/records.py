@@ -1,4 +1,4 @@
-"""Records: one JSON line a measurement, with the same keys in every suite, so that records of any date compare."""
+"""Records: one JSON line per measurement, with the same keys in every suite, so that all records can be compared."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _RUN = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}-{os.getpid()}"
 
 
 def new(suite: str, provider: str, workload: Workload, mode: str = "full", **measured: Any) -> Record:
-    """A record with all keys; what is not measured is None, and `detail` holds what only this suite has."""
+    """A record with all keys. Values that are not measured are None; `detail` holds values of this suite only."""
     unknown = set(measured) - set(KEYS)
     if unknown:
         raise ValueError(f"measured: expected keys of a record, got {', '.join(sorted(unknown))}")
@@ -46,7 +46,7 @@ def new(suite: str, provider: str, workload: Workload, mode: str = "full", **mea
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
-    """The records of JSON lines files, and of all such files in folders; ValueError names a line that is no record."""
+    """The records of JSON lines files and of folders of such files. A ValueError names a line that is not a record."""
     found = []
     for path in paths:
         for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
@@ -67,7 +67,7 @@ def _parsed(line: str, place: str) -> Record:
 
 
 def append(file: Path, record: Record) -> None:
-    """Write one line and wait until it is on the disk, so that a killed run keeps what it measured."""
+    """Write one line and wait until it is on the disk, so that a killed run keeps its records."""
     with file.open("a", encoding="utf-8") as out:
         out.write(json.dumps(record) + "\n")
         out.flush()
@@ -105,7 +105,7 @@ def summarize(record: Record) -> str:
 
 
 def measured_alone(record: Record) -> bool:
-    """False if more processes wanted the CPU than the measurement has threads."""
+    """False if other processes competed for the CPU: the load is above the number of threads of the measurement."""
     load = (record["clocks"] or {}).get("load")
     return load is None or load <= int(record["device"].rsplit(", ", 1)[1].split()[0]) + 0.5
 

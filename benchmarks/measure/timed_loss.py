@@ -1,4 +1,4 @@
-"""One run of a provider's loss in one mode: the unit that is timed and whose memory is measured."""
+"""One run of a provider's loss in one mode, of which time and memory are measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .workload import Heads, Inputs, Loss
 Result = tuple[Tensor, list[Tensor]]
 
 MODES = ("forward", "backward", "full")
-"""forward: the loss without gradient, as in evaluation; full: loss and gradient; backward: full without its forward."""
+"""forward: the loss without gradient, as in evaluation; full: loss and gradient; backward: full minus its forward."""
 
 
 def leaves(inputs: Inputs) -> Heads:

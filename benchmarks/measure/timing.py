@@ -1,4 +1,4 @@
-"""Time: providers take turns within one run, so that all of them meet the same disturbances."""
+"""Time: providers take turns within one run, so that disturbances affect all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .memory import freed_memory_returned
 from .timed_loss import TimedLoss
 
 Key = TypeVar("Key", bound=Hashable)
-# A turn of a provider is about this long, with at least one run and at most _TURN_RUNS.
+# Duration of a provider's turn, which has at least one run and at most _TURN_RUNS.
 _TURN_MS = 100.0
 _TURN_RUNS = 10
 _MIN_RUNS = 5
@@ -45,7 +45,7 @@ def time_ms(work: Callable[[], Any], device: str) -> float:
 
 
 def first_run(work: Callable[[], Any], device: str) -> tuple[Any, float]:
-    """The result of a call and its seconds on the host's clock, compilation included."""
+    """The result of a call, and its duration in seconds on the host's clock, including compilation."""
     begin = time.perf_counter()
     result = work()
     if device == "cuda":
@@ -56,7 +56,8 @@ def first_run(work: Callable[[], Any], device: str) -> tuple[Any, float]:
 def copies_beyond_cache(size: int, device: str) -> int:
     """The number of copies of `size` bytes that fill a GPU's L2 cache three times; 1 on a CPU.
 
-    On a CPU the inputs may stay in the caches: the work of the models between two losses is not imitated.
+    On a CPU, one copy is enough, although its inputs may stay in the caches: the work that models do between two losses
+    is not simulated.
     """
     if device != "cuda":
         return 1
@@ -65,7 +66,7 @@ def copies_beyond_cache(size: int, device: str) -> int:
 
 
 def interleaved(losses: Mapping[Key, TimedLoss], device: str, seconds: float) -> dict[Key, list[float]]:
-    """Milliseconds of every run; the losses take turns for `seconds`, and each runs five times or more."""
+    """Milliseconds of every run. The losses take turns for `seconds`; each runs at least five times."""
     times: dict[Key, list[float]] = {key: [] for key in losses}
     for loss in losses.values():
         _turn(loss, device, 1)  # warm-up
@@ -79,7 +80,7 @@ def interleaved(losses: Mapping[Key, TimedLoss], device: str, seconds: float) ->
 
 def _turn(loss: TimedLoss, device: str, runs: int) -> list[float]:
     if device == "cpu":
-        with freed_memory_returned():  # by the provider of the turn before
+        with freed_memory_returned():  # memory that the previous provider freed
             pass
         loss()
     stamps = []

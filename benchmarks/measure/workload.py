@@ -27,8 +27,9 @@ FAMILIES = {
 _PADDING = ("none", "half", "lengths", "left", "holes", "packed")
 _ORDER = ("causal", "prefix")
 MASKS = (*_PADDING, *_ORDER, *(f"{p}+{o}" for o in _ORDER for p in _PADDING[2:]))
-"""half: S/2 valid tokens in every sequence; lengths: right padding after drawn lengths; left: padding on the left;
-holes: a fifth of the tokens masked; packed: the sequences of `lengths` without padding; + causal or prefix."""
+"""half: S/2 valid tokens in every sequence; lengths: random lengths, padded on the right; left: padded on the left;
+holes: a fifth of the tokens is masked; packed: the sequences of `lengths` without padding. causal and
+prefix also combine with the last four of these, as in "left+causal"."""
 
 _NUMBERS = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)x(\d+)")
 _NAMED = re.compile(r"([\w-]+):(\d+)x(\d+)")
@@ -45,7 +46,7 @@ class Inputs(NamedTuple):
 
     @property
     def example(self) -> Tensor:
-        """A student tensor, for its shape, dtype and device."""
+        """One of the student tensors, to read shape, dtype and device from."""
         return next(iter(self.student.values()))
 
     @property
@@ -82,7 +83,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """B sequences of S tokens, A relation heads of widths d_t and d_s; `relations` is such as "qq,kk,vv" or "qk"."""
+    """Shape and mask of a loss: B sequences of S tokens, A relation heads of widths d_t and d_s, and the relations."""
 
     B: int
     A: int
@@ -96,7 +97,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         if _RELATIONS.fullmatch(self.relations) is None:
-            raise ValueError(f"--relations: expected pairs of q, k and v such as qq,kk,vv, got {self.relations!r}")
+            raise ValueError(f"--relations: expected relations of q, k and v such as qq,kk,vv, got {self.relations!r}")
         if self.mask not in MASKS:
             raise ValueError(f"--masks: expected one of {', '.join(MASKS)}, got {self.mask!r}")
 
@@ -127,13 +128,13 @@ class Workload:
 
     @property
     def pairs(self) -> int:
-        """Ordered pairs of all heads, sequences and relations; masked ones count, those across sequences do not."""
+        """Number of ordered pairs within sequences, of all heads and relations, including masked pairs."""
         squares = int(self.lengths().square().sum()) if "packed" in self.mask else self.B * self.S**2
         return (self.relations.count(",") + 1) * self.A * squares
 
     @property
     def visible_pairs(self) -> int:
-        """The pairs that the mask leaves."""
+        """Number of pairs that are not masked."""
         valid = self._valid()
         n = valid.sum(1)
         if "causal" in self.mask:
@@ -203,6 +204,6 @@ class Workload:
 def parse_all(
     shapes: Sequence[str], masks: Sequence[str], dtypes: Sequence[str], relations: Sequence[str | None], device: str
 ) -> list[Workload]:
-    """Every combination; all workloads of one shape come before those of the next."""
+    """Every combination, ordered by shape."""
     combinations = product(shapes, dtypes, masks, relations)
     return [Workload.parse(shape, r, mask=mask, dtype=dtype, device=device) for shape, dtype, mask, r in combinations]

@@ -1,4 +1,4 @@
-"""The providers: each builds the same loss in its own way.
+"""The providers, each of which computes the same loss in a different way.
 
 The loss is the sum of relation KL over the relations, averaged over the heads and valid query rows of each sequence and
 then over the sequences (reduction "sequence"); it is differentiable in the student's heads.
@@ -21,10 +21,10 @@ from .provider import Provider, Unsupported
 __all__ = ["BACKENDS", "PROVIDERS", "Provider", "Unsupported"]
 
 BACKENDS = [name for name in backend_status() if name != "reference"]
-"""The package's own backends, without its specification."""
+"""The backends of this package, without `reference`."""
 
-# Exponentials of loss and gradient as docs/mathematics.md and docs/cpu.md count them, for an ordered pair. `torch`
-# computes two softmaxes a pair; unordered pairs, visited in both phases, make two for an ordered pair.
+# Exponentials of loss and gradient per ordered pair, as counted in docs/mathematics.md and docs/cpu.md. `torch`
+# computes two softmaxes per pair. Kernels that visit each unordered pair in two phases also compute two per pair.
 _EXPONENTIALS = {"torch": 2, "cpu": 2, "triton": 4, "cuda": 2}
 
 

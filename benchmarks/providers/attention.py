@@ -1,4 +1,4 @@
-"""Baselines composed from attention kernels: they store no score matrix, but visit every pair many times.
+"""Baselines composed from attention kernels. They store no score matrix, but visit every pair many times.
 
 O_tt = attn(Q_t, K_t, V = K_t),  O_ts = attn(Q_t, K_t, V = K_s),  O_ss = attn(Q_s, K_s, V = K_s)
 KL_i = scale_t q_t·O_tt − scale_s q_s·O_ts − lse_t + lse_s
@@ -25,7 +25,7 @@ class _Kernels(NamedTuple):
     """One attention implementation for (B, A, S, D) operands."""
 
     forward: Callable[..., tuple]  # q, k, v, scale= -> output, log-sum-exp and more that the backward needs
-    value_grad: Callable[..., Tensor]  # output's gradient, q, k, v, the forward's results, scale= -> dV
+    value_grad: Callable[..., Tensor]  # gradient of the output, q, k, v, results of forward, scale= -> dV
 
 
 def _kernels(x: Tensor, bias: Tensor | None, causal: bool) -> _Kernels:
@@ -56,7 +56,7 @@ def _kernels(x: Tensor, bias: Tensor | None, causal: bool) -> _Kernels:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Product over the last axis, in float32: KL is a small difference of such products."""
+    """Dot product over the last axis, in float32, because KL is a small difference of such products."""
     return (x.float() * y.float()).sum(-1)
 
 
@@ -70,7 +70,7 @@ class _Relation(torch.autograd.Function):
         o_ts, *rest_t = kernels.forward(q_t, k_t, k_s, scale=scale_t)
         o_ss, lse_s, *rest_s = kernels.forward(q_s, k_s, k_s, scale=scale_s)
         length = q_t.shape[2]
-        lse = lse_s[..., :length] - lse_t[..., :length]  # some kernels round the length up
+        lse = lse_s[..., :length] - lse_t[..., :length]  # some kernels return more than `length` entries
         kl = scale_t * _dot(q_t, o_tt) - scale_s * _dot(q_s, o_ts)
         if any(ctx.needs_input_grad):
             g = weights[..., None]
@@ -109,7 +109,7 @@ def sdpa(inputs: Inputs) -> Loss:
 
 
 def flex(inputs: Inputs) -> Loss:
-    """Three attentions a relation with their own backwards, which autograd composes."""
+    """Three attentions per relation. Autograd combines their backwards."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not inputs.example.is_cuda:

@@ -1,4 +1,4 @@
-"""Baselines that hold every score in memory: plain PyTorch, some heads at a time, and torch.compile."""
+"""Baselines that store all scores: plain PyTorch, PyTorch a few heads at a time, and torch.compile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.measure.workload import Heads, Inputs, Loss
 
 from .provider import DenseMask, Unsupported
 
-_CHUNK_HEADS = 4  # a choice of `chunked`: fewer heads take less memory and more kernel launches
+_CHUNK_HEADS = 4  # heads per chunk of `chunked`; fewer heads take less memory and more kernel launches
 
 
 def row_kl(
@@ -58,7 +58,7 @@ def eager(inputs: Inputs, fp32: bool = False) -> Loss:
 
 def eager_fp32_softmax(inputs: Inputs) -> Loss:
     if inputs.example.dtype not in (torch.float16, torch.bfloat16):
-        raise Unsupported("the inputs are not in half precision: the same as eager")
+        raise Unsupported("without half precision this is the same as eager")
     return eager(inputs, fp32=True)
 
 

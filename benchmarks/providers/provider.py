@@ -1,4 +1,4 @@
-"""The interface of a provider, and a call's mask in the form that dense computations need."""
+"""The interface of a provider, and the mask of a call in the form that dense computations need."""
 
 from __future__ import annotations
 

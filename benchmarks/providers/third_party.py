@@ -1,4 +1,4 @@
-"""Other packages, if they are installed; each is called as its users call it, and nothing of it is copied."""
+"""Losses of other packages, if these are installed. Each is called as its users call it; no code is copied."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .provider import DenseMask, Unsupported
 def _import(package: str, module: str) -> Any:
     try:
         return import_module(module)
-    except Exception as error:  # a package made for other versions of its requirements fails in any way
+    except Exception as error:  # a package for other versions of its requirements may raise any exception
         line = str(error).strip().splitlines() or [type(error).__name__]
         raise Unsupported(f"{package} is not usable here: {line[0]}") from error
 
 
 def bertdistiller(inputs: Inputs) -> Loss:
-    """Its trainer's own divergence, a loop over sequences; it supports right padding only."""
+    """The divergence of bertdistiller's trainer, which loops over sequences and supports right padding only."""
     trainer = _import("bertdistiller", "bertdistiller.distillation.minilm.trainer").MiniLMTrainer
     if set(inputs.mask) - {"attention_mask"}:
-        raise Unsupported("bertdistiller knows padding on the right and no other mask")
+        raise Unsupported("bertdistiller supports no mask but padding on the right")
     x = inputs.example
     valid = inputs.mask.get("attention_mask", torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
     if (valid.long().diff(dim=1) > 0).any():
-        raise Unsupported("bertdistiller takes every mask for padding on the right")
+        raise Unsupported("bertdistiller treats every mask as padding on the right")
     state = SimpleNamespace(
         args=SimpleNamespace(num_relation_heads=inputs.heads), kl_loss=torch.nn.KLDivLoss(reduction="sum")
     )
@@ -47,7 +47,7 @@ def bertdistiller(inputs: Inputs) -> Loss:
 
 
 def liger(inputs: Inputs) -> Loss:
-    """Its KL divergence of log-probabilities that dense PyTorch computes; it has no relation loss."""
+    """Liger's KL divergence, applied to log-probabilities of dense PyTorch. Liger has no relation loss."""
     if not inputs.example.is_cuda:
         raise Unsupported("liger-kernel's kernels are Triton kernels for GPUs")
     if inputs.mask:

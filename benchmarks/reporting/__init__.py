@@ -1,1 +1,1 @@
-"""Tables and figures, made of records alone."""
+"""Tables and figures, made from records only."""

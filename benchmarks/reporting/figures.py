@@ -1,4 +1,4 @@
-"""The figures: each is a matplotlib figure, or None if there are no records for it."""
+"""The figures. Each function returns a matplotlib figure, or None if it has no records."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SETTINGS: dict[Any, Any] = {
     **{"svg.fonttype": "none", "svg.hashsalt": "benchmarks", "font.size": 9, "font.family": "DejaVu Sans"},
     **{"axes.spines.top": False, "axes.spines.right": False},
 }
-# Each provider has the same colour in every figure; the package's own are drawn as solid lines.
+# Each provider has the same color in every figure. The backends of this package have solid lines.
 _OURS = {"cuda": "C2", "triton": "C4", "cpu": "C0", "torch": "C1"}
 _COLOURS = _OURS | {
     **{"eager": "C7", "eager-fp32-softmax": "0.75", "chunked": "C8", "torch.compile": "C5", "sdpa": "C3"},
@@ -41,13 +41,13 @@ def _ok(records: Records) -> list[Record]:
 
 
 def _axes(count: int = 1) -> tuple[Figure, Any]:
-    """Panels one below the other, legible on narrow screens too."""
+    """Panels below one another, so that they are legible on narrow screens."""
     figure, axes = pyplot.subplots(count, 1, figsize=(5.6, 0.4 + 2.8 * count), layout="constrained", squeeze=False)
     return figure, axes[:, 0]
 
 
 def _lines(axes: Any, records: Records, x: Callable[[Record], float], y: Callable[[Record], float]) -> bool:
-    """Draw a line a provider; False if no provider has two points."""
+    """Draw one line per provider. Return False if no provider has two points."""
     drawn = False
     for name, own in groups(records, lambda r: r["provider"]):
         points = sorted({(x(r), y(r)) for r in own})
@@ -89,7 +89,7 @@ def time(records: Records) -> Figure | None:
 
 
 def memory(records: Records) -> Figure | None:
-    """Peak MiB against S and against B."""
+    """Peak memory in MiB against S and against B."""
     found = _comparable(tables.peaks(records))
     by_length = _most(found, lambda r: (_size("B", r), _size("A", r)), partial(_size, "S"))
     by_batch = _most(found, lambda r: (_size("S", r), _size("A", r)), partial(_size, "B"))
@@ -102,7 +102,7 @@ def memory(records: Records) -> Figure | None:
 
 
 def _panels(title: str, *panels: tuple[str, str, Records, Callable[[Record], float]]) -> Figure | None:
-    """Panels of lines against S or B; those with one size only are left out."""
+    """Panels of lines against S or B. Panels with a single size are left out."""
     kept = [panel for panel in panels if len({_size(panel[0], r) for r in panel[2]}) > 1]
     if not kept:
         return None
@@ -116,7 +116,7 @@ def _panels(title: str, *panels: tuple[str, str, Records, Callable[[Record], flo
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         low, high = axes.get_ylim()
-        if high < 10 * low:  # a logarithmic axis would have no number
+        if high < 10 * low:  # a logarithmic axis would have no labels
             axes.set(yscale="linear", ylim=(0, high))
     all_axes[0].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(f"{title}, {kept[0][2][0]['dtype']}, {kept[0][2][0]['device']}", fontsize=9)
@@ -124,7 +124,7 @@ def _panels(title: str, *panels: tuple[str, str, Records, Callable[[Record], flo
 
 
 def roofline(records: Records) -> Figure | None:
-    """Measured time relative to the exponentials alone: a point a provider, a panel a workload."""
+    """Measured time relative to the exponentials alone, with one point per provider and one panel per workload."""
     panels = []
     for group in tables.comparisons(records):
         yardsticks = [r for r in group if r["provider"] == EXPONENTIALS]
@@ -168,7 +168,7 @@ def accuracy(records: Records) -> Figure | None:
 
 
 def batch(records: Records) -> Figure | None:
-    """The largest batch that fits, a bar a provider."""
+    """The largest batch that fits, with one bar per provider."""
     found = _ok(tables.largest_batches(records))
     if not found:
         return None

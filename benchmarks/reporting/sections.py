@@ -1,4 +1,4 @@
-"""The sections of a report: Markdown between markers, plots beside it, and a page that needs no other file."""
+"""The sections of a report: Markdown between markers, plots in files, and a page that needs no other file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .tables import Declared, Records, Table
 
 
 class Section(NamedTuple):
-    """A part of the report, which stands between the markers of its name."""
+    """A part of the report, for the place between the markers of its name."""
 
     name: str
     title: str

@@ -19,7 +19,7 @@ _USUAL = {"relations": "qq", "mask": "none", "dtype": "float32", "mode": "full"}
 
 
 class Table(NamedTuple):
-    """Cells as text; the first column names the line."""
+    """A table with cells of text. The first column names the line."""
 
     caption: str
     header: Sequence[str]
@@ -31,7 +31,7 @@ class Table(NamedTuple):
         return f"{self.caption}\n\n{lines}"
 
 
-# The formats of report.toml beside Python's own.
+# Formats of report.toml, in addition to Python's.
 _FORMATS: dict[str, Callable[[Any], str]] = {
     "3": lambda value: format(value, ".0f" if abs(value) >= 1000 else ".3g"),
     "MiB": lambda value: format(value / 2**20, ".0f" if value >= 2**23 else ".1f"),
@@ -58,7 +58,7 @@ def fill(template: str, found: dict[str, Any]) -> str:
 
 
 def fields(record: Record) -> dict[str, Any]:
-    """The values that templates can name: keys, sizes and details of a record, and what follows from them."""
+    """The values that templates can name: keys, sizes and details of a record, and values computed from them."""
     found = {**record, **record["shape"], **record["detail"], **record["detail"].get("stages_ms", {})}
     failed = None if record["status"] == "ok" else record["status"]
     found["where"] = fill("{device}, torch {torch}, revision {revision}", {**found, **(found["versions"] or {})})
@@ -116,7 +116,7 @@ class Declared:
 
 
 def groups(records: Iterable[Record], key: Callable[[Record], Any]) -> list[tuple[Any, list[Record]]]:
-    """Records with equal keys together, in the order in which the keys come first."""
+    """Groups of records with equal keys, in the order in which the keys occur first."""
     found: dict[str, tuple[Any, list[Record]]] = {}
     for record in records:
         found.setdefault(repr(key(record)), (key(record), []))[1].append(record)
@@ -128,7 +128,7 @@ def suite(name: str, records: Records) -> list[Record]:
 
 
 def providers(group: Records) -> list[Record]:
-    """The records without the yardstick of the roofline."""
+    """All records except those of the yardstick `exponentials`."""
     return [r for r in group if r["provider"] != EXPONENTIALS]
 
 
@@ -142,7 +142,7 @@ def _runs(records: Records) -> list[list[Record]]:
 
 
 def comparisons(records: Records) -> list[list[Record]]:
-    """Groups of records that were measured side by side, of two providers or more."""
+    """Groups with records of two or more providers, measured side by side."""
     return [group for group in _runs(records) if len(providers(group)) > 1]
 
 
@@ -156,14 +156,14 @@ def largest_batches(records: Records) -> list[Record]:
 
 
 def peaks(records: Records) -> list[Record]:
-    """Peaks of memory, of providers that support one of the shapes."""
+    """Records of peak memory, without providers that support none of the shapes."""
     found = [r for r in suite("memory", records) if "budget_bytes" not in r["detail"]]
     supported = {r["provider"] for r in found if r["status"] != "unsupported"}
     return [r for r in found if r["provider"] in supported]
 
 
 def small_divergences(records: Records) -> list[Record]:
-    """Errors at small divergences, of providers and reductions with a measurement."""
+    """Records of errors at small divergences, without providers and reductions that have no measurement."""
     found = [r for r in suite("accuracy", records) if "kl" in r["detail"]]
     measured = {(r["provider"], r["mode"]) for r in found if r["status"] == "ok"}
     return [r for r in found if (r["provider"], r["mode"]) in measured]
@@ -188,7 +188,7 @@ def _add_speedup(group: Fields) -> None:
 
 
 def _add_ratio(group: Fields) -> None:
-    """ns/pair relative to unmasked self relations of the same widths, of the same run if it has them."""
+    """ns/pair relative to unmasked self relations of the same widths, from the same run if possible."""
     plain = [f for f in group if (f["status"], f["mode"], f["mask"]) == ("ok", "full", "none")]
     plain = [f for f in plain if f["relations"] in ("qq", "qq,kk,vv")]
     for found in group:

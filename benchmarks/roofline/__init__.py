@@ -1,4 +1,4 @@
-"""The yardstick of every provider: the time of the exponentials alone, at the rate measured on the same device."""
+"""The time of the exponentials alone, at the rate measured on the same device: the yardstick of all providers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from benchmarks.measure.timing import time_ms
 from benchmarks.measure.workload import Workload
 
 NAME = "exponentials"
-# For a visible ordered pair of a self relation: teacher and student, each unordered pair in both phases
-# (docs/mathematics.md). A kernel that keeps those of the first phase needs fewer, and a kernel with a faster
-# exponential than the one measured here takes less time: such a kernel passes the yardstick.
+# Exponentials per visible ordered pair of a self relation: one of the teacher and one of the student for each
+# unordered pair, in each of two phases (docs/mathematics.md). A kernel may be faster than the yardstick if it keeps the
+# exponentials of the first phase, or if its exponential is faster than the one measured here.
 PER_PAIR = 2
 
 
 @cache
 def rate(device: str) -> tuple[float, float]:
-    """Nanoseconds of one float32 exponential with the whole device at work, and its relative error."""
+    """Nanoseconds per float32 exponential when the whole device computes exponentials, and their relative error."""
     if device == "cuda":
         from .triton_kernel import BLOCK, TURNS, launch
 

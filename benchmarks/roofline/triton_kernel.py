@@ -1,4 +1,4 @@
-"""The exponentials of a GPU and nothing else, in Triton: registers pass through ex2 repeatedly."""
+"""A Triton kernel that computes only exponentials: it applies ex2 repeatedly to registers."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton.language as tl
 
 BLOCK = 1024
 TURNS = 1024
-WARPS = 8  # four independent elements a thread: enough to hide the latency of ex2
+WARPS = 8  # this gives four independent elements per thread, enough to hide the latency of ex2
 
 
 @triton.jit

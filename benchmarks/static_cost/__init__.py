@@ -1,4 +1,4 @@
-"""Static cost of the GPU kernels: compiles them without a GPU, reads their machine code, counts per ordered pair."""
+"""Static cost of the GPU kernels: instructions per ordered pair, counted in machine code, without a GPU."""
 
 from .cli import main, register
 

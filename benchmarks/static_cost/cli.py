@@ -38,27 +38,27 @@ def register(commands) -> None:
     """Adds the subcommand `static`."""
     parser = commands.add_parser(
         "static",
-        help="what the GPU kernels execute per ordered pair, from their machine code; needs no GPU",
+        help="count what the GPU kernels execute per ordered pair in their machine code; needs no GPU",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--arch", nargs="+", choices=list(MACHINES), default=["sm_90"], metavar="sm_XX")
     parser.add_argument("--backends", nargs="+", choices=["triton", "cuda"], default=["triton", "cuda"], metavar="NAME")
-    parser.add_argument("--triton-module", default=TRITON_MODULE, metavar="MODULE", help="where variants() is")
+    parser.add_argument("--triton-module", default=TRITON_MODULE, metavar="MODULE", help="module with variants()")
     parser.add_argument("--cuda-listing", type=Path, default=CUDA_LISTING, metavar="FILE", help="JSON list of kernels")
     parser.add_argument("--kernel", default="*", help="only kernels whose name matches this pattern")
     parser.add_argument("--group", default="*", help="only groups that match this pattern")
-    parser.add_argument("--dtype", default="*", help="only this type of the inputs")
+    parser.add_argument("--dtype", default="*", help="only this dtype of the inputs")
     parser.add_argument("--widths", default="*", metavar="D_txD_s", help="only these widths, such as 16x8")
-    parser.add_argument("--json", action="store_true", help="a list of objects, one a phase of a kernel, and totals")
+    parser.add_argument("--json", action="store_true", help="print a list of objects, one per phase, and totals")
     parser.add_argument(
-        "--breakdown", action="store_true", help="issue slots a pair by class of instruction and opcode"
+        "--breakdown", action="store_true", help="print issue slots per pair by class of instruction and opcode"
     )
     parser.add_argument("--update", type=Path, metavar="FILE", help="Markdown file whose table is updated")
     parser.set_defaults(main=main)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints rows as they come, totals behind them; 1 when a kernel could not be accounted for."""
+    """Prints each row when it is ready, then the totals. Returns 1 if a kernel failed."""
     if options.update is not None:
         check_markers(options.update, _SECTION)
     phases: list[dict] = []
@@ -141,7 +141,7 @@ def _print(row: dict, breakdown: bool) -> None:
         return
     for other in row["other_loops"]:
         print(f"    other loop: {other}")
-    print("    issue slots a pair by class and opcode; clocks a pair by unit:")
+    print("    issue slots per pair by class and opcode; clocks per pair by unit:")
     for name, slots in row["breakdown"].items():
         opcodes = ", ".join(f"{opcode} {number:.3f}" for opcode, number in row["opcodes"][name].items())
         print(f"    {name:14}{slots:8.3f}   {opcodes}")

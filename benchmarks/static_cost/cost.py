@@ -1,4 +1,4 @@
-"""Cost per ordered pair: the machine loop of every declared source loop, and what it executes divided by its pairs."""
+"""Cost per ordered pair: finds the machine loop of each declared source loop, and divides its counts by its pairs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MARKER = re.compile(r"(?:#|//)\s*static: (begin|end) (\S+)")
 
 
 class Mismatch(ValueError):
-    """Machine code and declaration disagree."""
+    """The machine code contradicts the declaration."""
 
 
 class Hazard(ValueError):
@@ -71,24 +71,24 @@ def _tags(lines: frozenset[Line]) -> frozenset[str]:
 
 
 def tags(code: Iterable[Instruction]) -> frozenset[str]:
-    """Names of the marked source regions that any of the instructions comes from."""
+    """Names of the marked source regions that contain the source of at least one of the instructions."""
     return frozenset(tag for instruction in code for tag in _tags(instruction.lines))
 
 
 def _work(flow: Flow, blocks: Iterable[int], exponentials: bool) -> list[Instruction]:
-    """The exponentials, or the tensor instructions, of the blocks."""
+    """The exponentials of the blocks, or their tensor instructions."""
     code = flow.code(frozenset(blocks))
     return [x for x in code if (x.opcode.startswith("MUFU.EX2") if exponentials else classify(x) == "tensor")]
 
 
 def inner_loops(flow: Flow, exponentials: bool = True) -> list[Loop]:
-    """Loops with exponentials, or with tensor instructions, none of which is in a loop inside them."""
+    """Innermost loops with exponentials, or with tensor instructions. Loops without these may be inside them."""
     working = [loop for loop in flow.loops if _work(flow, loop.blocks, exponentials)]
     return [loop for loop in working if not any(child in working for child in loop.children)]
 
 
 def find(flow: Flow, source: SourceLoop) -> list[tuple[Loop, Trip]]:
-    """The machine loop of a source loop, or its `copies`, and the way through that the marker names."""
+    """The machine loop of a source loop, or its `copies`, with the path through it that the marker selects."""
     found = []
     exponentials = source.exponentials > 0
     for loop in inner_loops(flow, exponentials):
@@ -123,7 +123,10 @@ def describe(flow: Flow, loop: Loop) -> str:
 
 
 def unroll(counts: Counts, source: SourceLoop, warps: int) -> int:
-    """Source trips in one trip of the machine loop, from what a source trip must execute; no remainder is accepted."""
+    """Number of source trips in one trip of the machine loop, from the declared work of a source trip.
+
+    Raises Mismatch if the counts are not multiples of the declared work.
+    """
     scale = warps if source.per == "block" else 1
     factors = {}
     if source.exponentials:
@@ -131,7 +134,7 @@ def unroll(counts: Counts, source: SourceLoop, warps: int) -> int:
     if source.tensor_macs and not counts.tensor_unknown:
         factors["tensor multiply-adds"] = (counts.tensor_macs * scale, source.tensor_macs)
     if not factors:
-        raise Mismatch(f"phase {source.phase}: neither exponentials nor tensor_macs tell the unroll factor")
+        raise Mismatch(f"phase {source.phase}: neither exponentials nor tensor_macs determine the unroll factor")
     for name, (found, declared) in factors.items():
         if found == 0 or found % declared:
             raise Mismatch(
@@ -144,9 +147,9 @@ def unroll(counts: Counts, source: SourceLoop, warps: int) -> int:
 
 
 def rows(variant: Variant, arch: str) -> list[dict]:
-    """One object a phase of the kernel, or one with zeros for a kernel whose work does not grow with the pairs.
+    """One object per phase of the kernel, or one with zeros for a kernel whose work does not grow with the pairs.
 
-    Raises Mismatch where machine code and declaration disagree, Hazard where the machine code is wrong.
+    Raises Mismatch if the machine code contradicts the declaration, and Hazard if the machine code is wrong.
     """
     built = variant.build()
     flow = analyse(built.function)
@@ -192,10 +195,11 @@ def _kernel_figures(built: Built, machine: Machine) -> dict:
 def _source_trip(
     flow: Flow, loop: Loop, trip: Trip, source: SourceLoop, warps: int
 ) -> tuple[list[Instruction], list[Instruction], int]:
-    """The counts that a source trip may and must execute, and its turns of the machine loop.
+    """The instructions that a source trip may and must execute, and its number of turns of the machine loop.
 
-    More than one where the loop is a part of the source trip that the compiler did not unroll. The turns follow from
-    the exponentials; the way through the enclosing loop is counted with them, and `unroll` checks the sum's products.
+    A source trip has several turns if it contains the loop and the compiler did not unroll it. The exponentials
+    determine the number of turns. One path through the enclosing loop is counted with the turns, and `unroll` checks
+    the multiply-adds of the sum.
     """
     may, must = flow.code(trip.may), flow.code(trip.must)
     lanes = WARP * (warps if source.per == "block" else 1)
@@ -221,8 +225,8 @@ def _loop_figures(
     counts = count(code)
     always = count(instruction for _, must, _ in trips for instruction in must)
     scale = warps if source.per == "block" else 1
-    pairs = source.pairs * sum(unrolled)  # that one trip of each machine loop serves
-    lanes = WARP * scale / pairs  # lane slots a pair for each warp instruction of the loops
+    pairs = source.pairs * sum(unrolled)  # pairs of one trip of each machine loop
+    lanes = WARP * scale / pairs  # lane slots per pair for each warp instruction of the loops
     wide = any(instruction.base in ("HGMMA", "QGMMA", "UTCHMMA") for instruction in code)
     clocks = {unit: value * scale / pairs for unit, value in machine.clocks(counts, wide).items()}
     bound_by = max(clocks, key=lambda unit: clocks[unit])
@@ -267,7 +271,7 @@ def _notes(flow: Flow, loops: list[Loop], turns: int, counts: Counts) -> list[st
     if len(loops) > 1:
         notes.append(f"mean of {len(loops)} machine loops")
     if turns > 1:
-        notes.append(f"{turns} turns of the inner loop, and one way through the loop around it")
+        notes.append(f"{turns} turns of the inner loop, and one path through the enclosing loop")
     for loop in loops:
         if loop.back_edges > 1:
             notes.append(f"{loop.back_edges} back edges, counted as one loop")
@@ -276,14 +280,14 @@ def _notes(flow: Flow, loops: list[Loop], turns: int, counts: Counts) -> list[st
     if counts.calls:
         notes.append(f"{counts.calls} calls, whose callees are not counted")
     if counts.tensor_unknown:
-        notes.append("size of tensor instructions unknown, left out of the bound")
+        notes.append("size of tensor instructions unknown, so they are not in the bound")
     if counts.unknown:
         notes.append(f"opcodes without a class: {', '.join(sorted(counts.unknown))}")
     return notes
 
 
 def totals(phases: list[dict]) -> tuple[list[dict], list[str]]:
-    """One object, phase "total", a group: loss and gradient together; and what is wrong with groups."""
+    """One object with phase "total" per group, for loss and gradient together, and the problems of groups."""
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in phases:
         groups[tuple(row[key] for key in ("backend", "group", "arch", "dtype", "d_t", "d_s"))].append(row)

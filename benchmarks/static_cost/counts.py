@@ -1,7 +1,8 @@
 """Counts of a piece of machine code: instructions by class, bytes moved, multiply-adds of the tensor cores.
 
-One warp instruction is one issue slot of its warp, 32 lane slots. A predicated instruction takes its slot whatever its
-predicate says; one under @!PT (a scheduling placeholder) takes it too, but is not counted as the access it spells.
+One warp instruction takes one issue slot of its warp, which is 32 lane slots. A predicated instruction takes its slot
+whether or not the predicate holds. An instruction under @!PT (a scheduling placeholder) takes a slot too, but its
+memory access is not counted.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from dataclasses import dataclass, field
 
 from .sass import Instruction
 
-# Class of an instruction by its opcode up to the first dot. Anything else is "other": it takes its issue slot, no unit.
+# Class of an instruction by its opcode up to the first dot. Other opcodes have the class "other": they take an issue
+# slot and no unit.
 CLASSES = {
     "mufu": "MUFU",
     "tensor": "HMMA IMMA DMMA BMMA QMMA OMMA HGMMA IGMMA BGMMA QGMMA UTCHMMA UTCQMMA UTCIMMA UTCOMMA",
@@ -37,23 +39,23 @@ CLASSES = {
     "UCGABAR_WAIT ELECT PREEXIT ACQBULK UTCBAR UTCATOMSWS USETMAXREG",
 }
 _CLASS = {opcode: name for name, opcodes in reversed(CLASSES.items()) for opcode in opcodes.split()}
-# Multiply-adds are m · n · k of a warp's instruction; HGMMA is issued by the four warps of a group together.
+# A warp's instruction has m · n · k multiply-adds. The four warps of a group issue HGMMA together.
 _MMA = {"884": (8, 8, 4), "1684": (16, 8, 4), "1688": (16, 8, 8), "16816": (16, 8, 16), "16832": (16, 8, 32)}
 
 
 @dataclass
 class Counts:
-    """Warp instructions. `classes` adds up to `slots`; the others single something out."""
+    """Counts of warp instructions. `classes` adds up to `slots`; the other fields count certain instructions again."""
 
     slots: int = 0
     classes: Counter[str] = field(default_factory=Counter)
     opcodes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by class and opcode up to the first dot
     exponentials: int = 0
-    tensor_macs: int = 0  # the whole warp's
-    tensor_work: int = 0  # the same, tf32 counted twice: the tensor cores take twice as long for it
+    tensor_macs: int = 0  # counted for the whole warp
+    tensor_work: int = 0  # the same with tf32 counted twice, because tensor cores take twice as long for it
     tensor_unknown: int = 0  # tensor instructions whose size the opcode does not tell
-    loads_stores: int = 0  # through the load/store unit, in its issue cycles
-    shared_bytes: int = 0  # a lane, as the register operands have it
+    loads_stores: int = 0  # issue cycles of the load/store unit
+    shared_bytes: int = 0  # per lane, by the width of the register operands
     global_bytes: int = 0
     local_bytes: int = 0
     calls: int = 0
@@ -99,7 +101,7 @@ def classify(instruction: Instruction) -> str:
 
 
 def tensor_macs(instruction: Instruction) -> int:
-    """Multiply-adds of one warp's share; 0 where the size is not in the opcode (tcgen05 has it in a descriptor)."""
+    """Multiply-adds of one warp; 0 if the opcode does not contain the size (tcgen05 has it in a descriptor)."""
     parts = instruction.opcode.split(".")
     for part in parts[1:]:
         if part in _MMA:

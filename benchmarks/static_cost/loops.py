@@ -1,9 +1,9 @@
 """Loops of a function's machine code: basic blocks, control flow, dominators, natural loops.
 
-A natural loop is what a back edge t -> h closes, h dominating t: h and every block that reaches t without passing h.
-Back edges to one header make one loop. Convergence barriers are followed: BSYNC continues at the label that the BSSY
-of the same barrier register named on the way. Ways that only a diverged warp takes are not followed: `BRA.DIV` is never
-taken, `BRA.CONV` always.
+A back edge t -> h is an edge whose target h dominates t. Its natural loop consists of h and of every block that reaches
+t without passing h. Back edges to the same header form one loop. Convergence barriers are followed: BSYNC continues at
+the label of the latest BSSY with the same barrier register. Paths that only a diverged warp takes are not followed:
+`BRA.DIV` is never taken, `BRA.CONV` always.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _JUMPS = {"BRA", "JMP", "BRX", "BRXU", "JMX", "JMXU"}
 @dataclass
 class Block:
     start: int
-    stop: int  # one behind its last instruction
+    stop: int  # index after its last instruction
     successors: list[int] = field(default_factory=list)
 
 
@@ -37,7 +37,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Trip:
-    """Blocks of a loop that one turn may execute, and those of them that it must."""
+    """The blocks of a loop that one turn may execute, and the blocks that it must execute."""
 
     may: frozenset[int]
     must: frozenset[int]
@@ -49,10 +49,10 @@ class Flow:
     blocks: list[Block]
     reachable: frozenset[int]
     loops: list[Loop]  # in program order of their headers
-    irreducible: bool  # holds a cycle with more than one entry, which is not among the loops
+    irreducible: bool  # True if there is a cycle with several entries; such a cycle is not among the loops
 
     def trip(self, loop: Loop, anchors: frozenset[int]) -> Trip:
-        """A turn of the loop that passes all blocks of `anchors`, and so not the other side of a branch around them."""
+        """A turn of the loop that passes all blocks of `anchors`, and therefore not the other side of their branch."""
         edges = {
             b: [s for s in self.blocks[b].successors if s in loop.blocks and s != loop.header] for b in loop.blocks
         }
@@ -121,7 +121,7 @@ def _blocks(function: Function) -> list[Block]:
     starts = sorted(leaders)
     blocks = [Block(start, stop) for start, stop in zip(starts, [*starts[1:], len(code)], strict=True)]
     at = {block.start: number for number, block in enumerate(blocks)}
-    # Forward data flow: which labels a BSSY may have put into each barrier register when a block begins.
+    # Forward data flow: the labels that a BSSY may have put into each barrier register when a block begins.
     states: dict[int, dict[str, frozenset[str]]] = {0: {}}
     pending = [0]
     while pending:
@@ -149,12 +149,12 @@ def _blocks(function: Function) -> list[Block]:
 
 
 def _jumps(instruction: Instruction) -> bool:
-    """Also CALL.REL.NOINC to a label: the compiler leaves some loops that way. Subroutines have names."""
+    """True for jumps and for CALL.REL.NOINC to a label, by which the compiler leaves some loops."""
     return instruction.base in _JUMPS or (instruction.base == "CALL" and "`(.L_" in instruction.operands)
 
 
 def _barrier(instruction: Instruction) -> str:
-    """The barrier register of BSSY and BSYNC; `BSYNC.RECONVERGENT B0` and `BSYNC B0` alike."""
+    """The barrier register of BSSY and BSYNC, with or without modifiers (`BSYNC.RECONVERGENT B0`, `BSYNC B0`)."""
     return re.split(r"[,\s]", instruction.operands)[0]
 
 
@@ -176,7 +176,7 @@ def _falls_through(last: Instruction, targets: frozenset[str]) -> bool:
     if last.base == "BSYNC":
         return last.conditional or not targets
     if _jumps(last):
-        # A second condition stands before the target: `BRA P3, `(.L_x_1)`; an unconditional one is `BRA `(.L_x_1)`.
+        # A second condition stands before the target: `BRA P3, `(.L_x_1)`. Without it, the branch is `BRA `(.L_x_1)`.
         extra = re.match(r"!?(U?P\w+|~?UR\w+|R\d+)\s*,", last.operands)
         if last.opcode.startswith(("BRA.DIV", "BRA.CONV")):
             return last.opcode.startswith("BRA.DIV")
@@ -201,7 +201,7 @@ def _postorder(blocks: list[Block]) -> list[int]:
 
 
 def _dominators(blocks: list[Block], order: list[int]) -> dict[int, int]:
-    """The dominators of every reachable block, as bits."""
+    """The dominators of every reachable block, as bit masks."""
     everything = sum(1 << block for block in order)
     dominators = dict.fromkeys(order, everything)
     dominators[0] = 1

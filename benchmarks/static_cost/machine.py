@@ -9,16 +9,16 @@ from .counts import Counts
 
 @dataclass(frozen=True)
 class Machine:
-    """One GPU model of an architecture. Rates are lanes a clock and multiprocessor unless said otherwise."""
+    """One GPU model of an architecture. Rates are in lanes per clock and multiprocessor, unless a comment differs."""
 
     name: str
     sms: int
     clock: float  # GHz, the boost clock of the data sheet
     max_warps: int
     max_blocks: int
-    shared: int  # bytes a multiprocessor that blocks can use, 1 KiB of it reserved per block
+    shared: int  # shared memory of a multiprocessor in bytes, including the 1 KiB that is reserved per block
     tensor: int  # bf16 multiply-adds that mma.sync reaches
-    tensor_wide: int  # ... and that wgmma or tcgen05 reaches
+    tensor_wide: int  # bf16 multiply-adds that wgmma or tcgen05 reaches
     float_: int = 128
     alu: int = 64
     exponential: int = 16
@@ -29,7 +29,7 @@ class Machine:
     load_store: int = 32
 
     def clocks(self, counts: Counts, wide_tensor: bool) -> dict[str, float]:
-        """Clocks that each unit needs for one warp's counts, if nothing else ran on the multiprocessor."""
+        """Clocks that each unit needs for the counts of one warp that runs alone on the multiprocessor."""
         classes = counts.classes
         floats = classes["float"] + 2 * classes["packed float"]
         lanes = {
@@ -46,8 +46,8 @@ class Machine:
         return clocks
 
     def resident_blocks(self, warps: int, registers: int, shared: int) -> int:
-        """Blocks that fit on one multiprocessor: `warps` and `shared` bytes a block, `registers` a thread."""
-        # Registers come in units of 8 a thread; each quarter of the multiprocessor holds 16 384 of them.
+        """Blocks that fit on a multiprocessor, for `warps` and `shared` bytes per block and `registers` per thread."""
+        # Registers are allocated in units of 8 per thread; each quarter of the multiprocessor has 16 384.
         by_registers = 4 * (16384 // (-(-max(registers, 1) // 8) * 8 * 32)) // warps
         return min(self.max_blocks, self.max_warps // warps, by_registers, self.shared // (shared + 1024))
 

@@ -43,9 +43,9 @@ class Function:
 @dataclass(frozen=True)
 class Resources:
     registers: int
-    stack: int  # bytes a thread
-    shared: int  # bytes a block: what the kernel declares and, from sm_90 on, 1 KiB that the system reserves
-    local: int  # bytes a thread
+    stack: int  # bytes per thread
+    shared: int  # bytes per block: declared by the kernel and, from sm_90 on, 1 KiB that the system reserves
+    local: int  # bytes per thread
 
 
 def parse(text: str) -> dict[str, Function]:
@@ -90,7 +90,7 @@ def disassemble(cubin: Path) -> tuple[dict[str, Function], dict[str, Resources]]
 
 
 def demangle(names: list[str]) -> dict[str, str]:
-    """Mangled names to readable ones."""
+    """Maps mangled names to readable names."""
     filter_ = shutil.which("c++filt") or shutil.which("cu++filt")
     if filter_ is None:
         return {name: name for name in names}
@@ -99,7 +99,7 @@ def demangle(names: list[str]) -> dict[str, str]:
 
 
 def _tool(name: str) -> str:
-    """The tool of the triton wheel, else the one on the PATH."""
+    """The path of a tool: from the triton wheel, otherwise from PATH."""
     try:
         import triton
     except ImportError:

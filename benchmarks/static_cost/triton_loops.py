@@ -1,4 +1,4 @@
-"""Declares the Triton kernels for the static cost: every compilation to look at, and the loops it contains."""
+"""Declares the Triton kernels for the static cost: the compilations to examine, and the loops in each."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def variants_of(
             tensor_macs=0 if dtype == "float32" else pairs * features,
             marker=kernel,
             trips=512 / config.block_n,
-            # With a causal or prefix mask a self relation's gradient has one loop below and one above the diagonal.
+            # With a causal or prefix mask, a self relation's gradient has one loop below and one above the diagonal.
             copies=2 if name == "gradient" and mask != primitives.BIDIRECTIONAL else 1,
         )
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}

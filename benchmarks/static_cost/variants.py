@@ -1,7 +1,7 @@
-"""The kernels to look at: what Triton's and CUDA's side declare of them, and how each is compiled without a GPU.
+"""The kernels whose cost is counted: their declarations, and their compilation without a GPU.
 
-The package declares its kernels in plain data (`variants()` of the Triton kernels, `cuda_loops.json`); it never
-imports this. What the fields mean is in docs/static-cost.md.
+The declarations are plain data: `variants()` in triton_loops.py, and `cuda_loops.json`. docs/static-cost.md explains
+the fields. The package does not import this module.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class SourceLoop:
     exponentials: int = 0  # elements that go through ex2
     tensor_macs: int = 0  # multiply-adds on tensor cores, widths padded as compiled; 0: not declared
     marker: str = ""  # tags of the machine loop, joined by "+"; "": the only loop with exponentials
-    trips: float = 0  # turns an entry (at S = 512, where that matters); 0: unknown
-    per: str = "block"  # or "warp"
-    copies: int = 1  # machine loops made of the source loop, which share its pairs evenly: below and above a diagonal
+    trips: float = 0  # turns per entry of the loop, at S = 512 if they depend on S; 0: unknown
+    per: str = "block"  # the counts are of a "block" or of a "warp"
+    copies: int = 1  # machine loops of this source loop that share its pairs evenly, as below and above a diagonal
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Built:
 class Variant:
     backend: str
     kernel: str
-    group: str  # variants of one group add up; alternatives have groups of their own
+    group: str  # the costs of the variants in a group add up; alternatives belong to different groups
     dtype: str
     d_t: int
     d_s: int
@@ -119,7 +119,7 @@ def compile_triton(item: Any, arch: int) -> Any:
     attributes = {place: [["tt.divisibility", 16]] for place in places}
     source = ASTSource(function, signature, dict(_get(item, "constants")), attributes)
     with triton.knobs.cache.scope():
-        # Triton finds a kernel by its text alone; one compiled from another checkout has that one's paths in its lines.
+        # Triton's cache finds a kernel by its text alone. A kernel of another checkout has other paths in its lines.
         checkout = hashlib.sha256(str(inspect.getsourcefile(function.fn)).encode()).hexdigest()[:16]
         triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir) / f"static-{checkout}")
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(_get(item, "options", {})))

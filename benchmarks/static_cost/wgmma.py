@@ -1,8 +1,8 @@
-"""Registers of wgmma in machine code: is one of them written before the product has read it?
+"""Finds registers of wgmma that are written before wgmma has read them.
 
-HGMMA reads its first operand and the accumulator from registers while later instructions already run; they are free
-when WARPGROUP.DEPBAR has waited for the product's group. ptxas has broken this rule (mended in CUDA 13.3), and
-nothing but machine code shows it.
+HGMMA reads its first operand and the accumulator from registers while later instructions already run. The registers are
+free when WARPGROUP.DEPBAR has waited for the group of the product. Versions of ptxas before CUDA 13.3 broke this rule,
+which only the machine code shows.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _OPERANDS = re.compile(r"R(\d+), (?:R(\d+)(?:\.reuse)?,)?")
 _SHAPE = re.compile(r"HGMMA\.64x(\d+)x")
 _RESULT = re.compile(r"(?:!?U?P\w+, )*R(\d+)\b")
 _READS_ONLY = {"BAR", "BRX", "CALL", "JMX", "NANOSLEEP", "RET", "WARPSYNC"}
-_MOST_GROUPS = 8  # kept apart; older ones are one
+_MOST_GROUPS = 8  # number of groups that are distinguished; older groups are merged
 
-# Registers in use: of products whose group is still open, then of each group, the newest last.
+# Registers in use: first those of the open group, then those of each closed group, with the newest last.
 _State = tuple[frozenset[int], ...]
 
 
 def early_writes(flow: Flow) -> tuple[int, list[str]]:
-    """Counts HGMMA, and finds the instructions that may write to a register that one of them still reads.
+    """Counts HGMMA instructions, and finds instructions that may write to a register that HGMMA still reads.
 
-    Follows every way through the code; a conditional write counts as one.
+    Follows every path through the code. A conditional write counts as a write.
     """
     states: dict[int, _State] = {0: (frozenset(),)}
     pending = [0]
@@ -43,7 +43,7 @@ def early_writes(flow: Flow) -> tuple[int, list[str]]:
 
 
 def _through(flow: Flow, block: int, state: _State) -> tuple[_State, list[str]]:
-    """The state behind a block, and the early writes in it."""
+    """The state after a block, and the early writes in the block."""
     begin, found = flow.blocks[block].start, []
     open_group, *groups = state
     for index, instruction in enumerate(flow.code(frozenset([block])), begin):

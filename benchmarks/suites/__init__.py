@@ -1,4 +1,4 @@
-"""The suites: each module's `measure(options)` yields records, the most valuable first."""
+"""The suites. `measure(options)` of each module yields records, with the most valuable first."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ SUITES = {
     "loss": "time, memory and error of the loss and its gradient",
     "memory": "peak and saved bytes, and the largest batch that fits",
     "step": "a distillation step by stages",
-    "inference": "the published students against the 12 x 768 base",
-    "accuracy": "every backend, mask and dtype against dense float64, and small divergences",
+    "inference": "speed of the published students relative to the 12 x 768 base model",
+    "accuracy": "errors of every backend, mask and dtype relative to dense float64, and at small divergences",
 }
 
 

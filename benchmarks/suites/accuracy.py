@@ -19,11 +19,11 @@ from benchmarks.providers import BACKENDS, PROVIDERS
 from benchmarks.providers.dense import row_kl
 from minilm_kernels.relation import relation_kl_multi
 
-# Long enough for every path of the kernels (over 64 tokens, no multiple of a tile), short enough for a dense reference.
+# These lengths reach every path of the kernels (above 64, no multiple of a tile) and allow a dense reference.
 SHAPES = {"cpu": ["3x4x150x16x8", "2x2x100x64x32"], "cuda": ["3x4x150x16x8", "3x4x150x16x6", "2x2x600x64x32"]}
 DTYPES = ["float32", "float16", "bfloat16"]
 RELATIONS = ["qq", "qk"]
-# Small divergences: the student is the teacher plus noise, 12 288 query rows.
+# For small divergences, the student is the teacher plus noise; there are 12 288 query rows.
 _SMALL = Workload(1, 12, 1024, 16, 16)
 _DIVERGENCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 
@@ -48,7 +48,7 @@ def measure(options: argparse.Namespace) -> Iterator[records.Record]:
 
 
 def _masked(workload: Workload, names: list[str]) -> Iterator[records.Record]:
-    """Backends are allowed twice the error of the dense loss in the same dtype, plus one rounding of the result."""
+    """The allowed error of a backend: twice that of the dense loss in the same dtype, plus one rounding."""
     inputs = workload.inputs()
     expected = _float64(inputs)
     allowed = _allowed(replace(workload, mask="none", device="cpu"))
@@ -66,7 +66,7 @@ def _masked(workload: Workload, names: list[str]) -> Iterator[records.Record]:
 
 @cache
 def _allowed(workload: Workload) -> tuple[float, float]:
-    """Allowed errors of value and gradient, from unmasked inputs; two draws, because a mean may be right by chance."""
+    """Allowed errors of value and gradient, from two unmasked inputs, because one mean may be right by chance."""
     errors = [
         _errors(_dense_rows(inputs), _dense_rows(inputs.map(Tensor.double)))
         for inputs in map(workload.inputs, (11, 12))
@@ -119,7 +119,7 @@ def _small_divergence(divergence: float, names: list[str], device: str) -> Itera
 
 @cache
 def _unit(device: str) -> float:
-    """The divergence that noise of scale 1 would give: it grows with the square of the noise, measured at 0.01."""
+    """The divergence per squared scale of the noise, measured at scale 0.01."""
     return 1e4 * _float64(_near(replace(_SMALL, S=256, device=device), 1e-2))[0].item()
 
 

@@ -1,4 +1,4 @@
-"""Suite `inference`: the published students against the 12 × 768 base, which measures the papers' speedup column."""
+"""Suite `inference`: the speed of the published students relative to the 12 × 768 base model, as in the papers."""
 
 from __future__ import annotations
 

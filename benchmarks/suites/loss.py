@@ -1,4 +1,4 @@
-"""Suite `loss`: time, memory and error of the loss and its gradient, provider beside provider."""
+"""Suite `loss`: time, memory and error of the loss and its gradient, for all providers side by side."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHAPES = {"cpu": ["2x48x512x16x8", "4x12x512x64x32"], "cuda": ["v2-base:32x512",
 
 class _Prepared(NamedTuple):
     record: records.Record
-    loss: TimedLoss | None  # None: not to be timed
+    loss: TimedLoss | None  # None if it must not be timed
     copies: int  # number of copies of the inputs
 
 
@@ -59,7 +59,7 @@ def _prepare(workload: Workload, mode: str, options: argparse.Namespace) -> list
 def _time(
     prepared: dict[Workload, list[_Prepared]], options: argparse.Namespace
 ) -> dict[Workload, list[records.Record]]:
-    """Time all losses of all workloads in turns; each further method makes further records, which are returned."""
+    """Time all losses of all workloads in turns. Return the additional records of all methods but the first."""
     device = options.device
     graphs: dict[Workload, list[records.Record]] = {}
     for method in options.methods if device == "cuda" else ["wall"]:

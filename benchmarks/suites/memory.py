@@ -20,7 +20,7 @@ SHAPES = {
 }
 BATCHES = {"cpu": ["1x48x256x16x8"], "cuda": ["v2-base:1x512", "v2-large:1x512", "v1:1x512"]}
 _MAX_BATCH = {"cpu": 1024, "cuda": 8192}
-# Bytes that a trial's process may allocate beyond the budget: the measured peak decides, not the limit.
+# Bytes that a trial's process may allocate beyond the budget, because the measured peak decides and not this limit.
 _SLACK = 2**28
 
 
@@ -69,7 +69,7 @@ def _largest_batch(workload: Workload, name: str, options: argparse.Namespace) -
 
 
 def _search(workload: Workload, name: str, options: argparse.Namespace) -> tuple[Workload, dict, dict]:
-    """The workload with the largest batch, what was measured there, and details of the search."""
+    """The workload with the largest batch, its measurement, and details of the search."""
     limits = Limits(options.budget, options.timeout)
     measured: dict[int, dict] = {}
 
@@ -94,7 +94,7 @@ def _search(workload: Workload, name: str, options: argparse.Namespace) -> tuple
 
 
 def _trial(workload: Workload, name: str, limits: Limits, slack: int = 0) -> dict:
-    """Peak, saved and input bytes; on a CPU in a new process, whose heap has no free blocks of earlier work."""
+    """Peak, saved and input bytes. On a CPU they are measured in a new process, whose heap has no freed blocks."""
     if workload.device == "cuda":
         return _run(workload, name, limits.bytes)
     limit = None if limits.bytes is None else limits.bytes + slack
@@ -105,7 +105,7 @@ def _run(workload: Workload, name: str, limit: int | None) -> dict:
     with memory_limit(limit, workload.device):
         inputs = workload.inputs()
         loss = TimedLoss(PROVIDERS[name].build(inputs), [inputs])
-        if workload.device == "cuda":  # on a CPU the first of the peak's own runs is the warm-up
+        if workload.device == "cuda":  # on a CPU, the measurement of the peak has its own warm-up run
             loss()
         peak, saved = peak_bytes(loss, workload.device), loss.saved_bytes()
         return {"peak_bytes": peak, "saved_bytes": saved, "inputs_bytes": inputs.bytes()}

@@ -40,10 +40,10 @@ SHAPES = {
         f"minilmv2-{name}:256x512" for name in ("l6-h384-bert-base", "l6-h384-roberta-large", "l12-h384-roberta-large")
     ],
 }
-TINY = "tiny"  # a small model to try the suite with
+TINY = "tiny"  # a small model for trying out the suite
 MASKS = ("none", "lengths", "packed")
 RECIPE_TOKENS = 400_000 * 256 * 512  # the published MiniLMv2 recipe
-# FLOP/s of dense products with float32 sums, from NVIDIA's data sheets; on other devices a product is measured.
+# FLOP/s of dense matrix products with float32 sums, from NVIDIA's data sheets. On other devices, a product is measured.
 _PEAK_FLOPS = {("H100", "bfloat16"): 989e12, ("H200", "bfloat16"): 989e12, ("A100", "bfloat16"): 312e12}
 _WARM_UP = 2
 
@@ -68,7 +68,7 @@ def models(name: str) -> Models:
 
 
 class Setting(NamedTuple):
-    """One step to measure; it can be pickled for the processes that try what fits."""
+    """A step to measure. It can be pickled for the processes that find out whether it fits."""
 
     model: str
     workload: Workload  # the loss
@@ -93,7 +93,7 @@ class Setting(NamedTuple):
 
 
 class Distillation:
-    """Models, optimizer and one batch; a call runs a step and returns the milliseconds of its stages."""
+    """Models, optimizer and one batch. A call runs a step and returns the milliseconds of each stage."""
 
     def __init__(self, setting: Setting, provider: str) -> None:
         self._workload = workload = setting.workload
@@ -152,7 +152,7 @@ class Distillation:
         return dict(zip(STAGES, intervals(stamps), strict=True))
 
     def check(self, record: records.Record) -> bool:
-        """Check the loss against float64; errors go into the record, as does the status of a wrong loss."""
+        """Check the loss against float64. Write the errors, and the status of a wrong loss, into the record."""
         workload, loss = self._workload, self.loss
         oracle = Oracle(self.inputs, 3 * self.inputs.sequences * workload.A * workload.S**2, workload.device)
         if oracle.part is not self.inputs:
@@ -162,12 +162,12 @@ class Distillation:
 
 
 def _forward_flops(hidden: int, layer: int, S: int) -> int:
-    """FLOPs a token up to the projections of `layer`: 12 hidden² weights a layer, and attention over S keys."""
+    """FLOPs per token up to the projections of `layer`: 12 hidden² weights per layer, and attention over S keys."""
     return (layer - 1) * (24 * hidden**2 + 4 * S * hidden) + 6 * hidden**2
 
 
 def _samples(workload: Workload, vocabulary: int) -> Samples:
-    """Random tokens: full samples, one document of a drawn length each, or filled with such documents."""
+    """Samples of random tokens: full, with one document of random length, or packed with such documents."""
     B, S = workload.B, workload.S
     ids = np.random.default_rng(0).integers(5, vocabulary, (B, S), dtype=np.int32)
     positions = np.tile(np.arange(S, dtype=np.int32), (B, 1))
@@ -185,7 +185,7 @@ def _samples(workload: Workload, vocabulary: int) -> Samples:
 
 
 def measure(options: argparse.Namespace) -> Iterator[records.Record]:
-    """Each step at the batch asked for; if that does not fit or with --largest, also at the largest that does."""
+    """Each step at the requested batch; at the largest batch that fits with --largest, or if the batch does not fit."""
     for shape in options.shapes or SHAPES[options.device]:
         for dtype in options.dtypes:
             for mask in options.masks:
@@ -218,7 +218,7 @@ def _fits(setting: Setting, name: str, options: argparse.Namespace, B: int) -> b
 
 
 def _try(setting: Setting, name: str, options: argparse.Namespace) -> bool:
-    """Run one step, on a CPU in a new process; True if it fits."""
+    """Run one step (on a CPU, in a new process). Return True if it fits."""
     if setting.workload.device == "cuda":
         return _run(setting, name, None)
     return isolated(_run, setting, name, options.memory, seconds=10 * options.timeout)
@@ -254,7 +254,7 @@ def _fill(record: records.Record, setting: Setting, name: str, options: argparse
         while len(runs) < 5 or time.perf_counter() - begin < options.seconds:
             runs.append(step())
             if len(runs) == 2 and sum(runs[-1].values()) > 1e3 * options.timeout:
-                raise TimeoutError(f"{sum(runs[-1].values()) / 1e3:.0f} s a step")
+                raise TimeoutError(f"{sum(runs[-1].values()) / 1e3:.0f} s per step")
     record |= summary([sum(run.values()) for run in runs], device) | {"status": "ok", "clocks": records.clocks(device)}
     stages = {stage: statistics.median(run[stage] for run in runs) for stage in STAGES}
     rate = 1e3 * step.tokens / record["median_ms"]
@@ -274,7 +274,7 @@ def _fill(record: records.Record, setting: Setting, name: str, options: argparse
 
 @cache
 def _peak_flops(device: str, dtype: str) -> tuple[float, str]:
-    """FLOP/s of the device in this dtype, and their source."""
+    """FLOP/s of the device in this dtype, and the source of the number."""
     for (chip, of), flops in _PEAK_FLOPS.items() if device == "cuda" else ():
         if chip in torch.cuda.get_device_name() and of == dtype:
             return flops, f"data sheet, {flops / 1e12:.0f} TFLOP/s"

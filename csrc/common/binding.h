@@ -1,5 +1,5 @@
-// Helpers of both bindings: PyTorch tensors become the structs of relation.h. Uses PyTorch's stable ABI only, so that
-// one build works with every PyTorch from 2.10 on.
+// Helpers of both bindings. They convert PyTorch tensors to the structs of relation.h. They use PyTorch's stable ABI
+// only, so that one build works with every PyTorch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,7 +14,7 @@
 
 #include "common/relation.h"
 
-// Arguments that both libraries' `relation_kl` operators begin with; see minilm_kernels/relation/backends/native.py.
+// First arguments of `relation_kl` in both libraries. minilm_kernels/relation/backends/native.py passes them.
 #define MINILM_RELATION_SCHEMA                                                                                \
   "Tensor[] teacher, Tensor[] student, int[] indices, float[] scales, Tensor tokens, Tensor starts, "         \
   "Tensor? prefixes, bool causal, Tensor? weights, Tensor? row_grads, Tensor(a!)? values, Tensor(b!)? rows, " \
@@ -52,7 +52,8 @@ inline TensorView view_of(const Tensor& x) {
 template <class T>
 const T* input_data(const OptionalTensor& x, ScalarType dtype) {
   if (!x) return nullptr;
-  STD_TORCH_CHECK(x->scalar_type() == dtype && x->is_contiguous(), "expected another dtype, or contiguous memory");
+  STD_TORCH_CHECK(x->scalar_type() == dtype && x->is_contiguous(),
+                  "expected the operator's dtype and contiguous memory");
   return static_cast<const T*>(x->const_data_ptr());
 }
 
@@ -61,8 +62,8 @@ inline float* output_data(const Tensor& x) {
   return static_cast<float*>(x.mutable_data_ptr());
 }
 
-// Relation r takes its queries from tensor indices[2r] and its keys from tensor indices[2r + 1]. Scales are 1,
-// gradients null.
+// Relation r takes its queries from tensor indices[2r] and its keys from tensor indices[2r + 1]. The scales of the
+// returned relations are 1, and their gradients are null.
 inline std::vector<Relation> relations_of(const Tensors& teacher, const Tensors& student,
                                           const std::vector<int64_t>& indices) {
   std::vector<Relation> relations(indices.size() / 2);
@@ -78,8 +79,8 @@ inline std::vector<Relation> relations_of(const Tensors& teacher, const Tensors&
   return relations;
 }
 
-// The same with scales (teacher, student of each relation) and gradients (one of a self-relation, two of a
-// cross-relation, or none at all).
+// The same, with scales and gradients. `scales` has two entries per relation, teacher and student. `grads` has one
+// entry per self relation and two per cross relation, or is empty.
 inline std::vector<Relation> relations_of(const Tensors& teacher, const Tensors& student,
                                           const std::vector<int64_t>& indices, const std::vector<double>& scales,
                                           const Tensors& grads) {
@@ -96,7 +97,7 @@ inline std::vector<Relation> relations_of(const Tensors& teacher, const Tensors&
   return relations;
 }
 
-// `like`: a student tensor.
+// Returns the struct of a call. `like`: a student tensor, which gives the shape of all tensors.
 inline Call call_of(const Tensor& like, size_t num_relations, const Tensor& tokens, const Tensor& starts,
                     const OptionalTensor& prefixes, bool causal, const OptionalTensor& weights,
                     const OptionalTensor& row_grads, const OptionalTensor& values, const OptionalTensor& rows,

@@ -15,7 +15,8 @@ using uintptr_t = unsigned long;
 #else
 #include <cstddef>
 #include <cstdint>
-// Internal linkage: the linker must never replace a function compiled for one instruction set by that of another.
+// Functions have internal linkage: the linker must never replace a function that is compiled for one instruction set by
+// the same function compiled for another.
 #define MINILM_INLINE static inline __attribute__((always_inline))
 #endif
 
@@ -24,7 +25,7 @@ namespace minilm {
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kLog2e = 1.44269504088896341f;
 
-// Score of a masked key: its exponential is 0, and unlike -infinity it never produces NaN.
+// Score of a masked key. Its exponential is 0. Unlike -infinity, it never produces NaN.
 constexpr float kNegInf = -1e30f;
 
 // Coefficients of a minimax polynomial of 2^r for |r| <= 1/2 with p(0) = 1. Its relative error is 2e-8 before rounding.

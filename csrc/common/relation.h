@@ -1,5 +1,5 @@
-// The inputs and outputs of one call, as raw pointers. The bindings fill these structs in, drivers and kernels read
-// them. Nothing here depends on PyTorch or CUDA.
+// The inputs and outputs of one call, as raw pointers. The bindings fill in these structs; drivers and kernels read
+// them. This header depends on neither PyTorch nor CUDA.
 //
 // Shapes: N sequences of S positions, or T packed tokens; A relation heads; D features of a head; R relations.
 #pragma once
@@ -18,7 +18,7 @@ struct TensorView {
   DType dtype;
 };
 
-// Queries and keys of one model, and the scale of their scores. In a self-relation, key == query.
+// Queries and keys of one model, and the scale of their scores. In a self relation, key == query.
 struct ModelOperands {
   TensorView query, key;
   float scale;
@@ -27,17 +27,17 @@ struct ModelOperands {
 struct Relation {
   ModelOperands teacher, student;
   float* query_grad;  // contiguous float32 in the shape of the student's query, or null
-  float* key_grad;    // the same for the key; in a self-relation it is query_grad and receives both gradients
+  float* key_grad;    // the same for the key; in a self relation it equals query_grad, which receives the sum of both
   int32_t index;      // position among the call's relations
   bool self;
 };
 
-// Everything that the relations of a call share.
+// Inputs and outputs that the relations of a call share.
 struct Call {
   int64_t num_relations, num_sequences, num_heads;
   int64_t positions;        // S, or T
   int64_t max_length;       // upper bound on the length of a sequence
-  const int64_t* tokens;    // positions of the valid tokens, one sequence after the other, ascending in each
+  const int64_t* tokens;    // positions of the valid tokens, sequence after sequence, in ascending order
   const int64_t* starts;    // (N + 1,): offset of each sequence in `tokens`
   const int64_t* prefixes;  // (N,): number of valid tokens in each prefix, or null
   const float* weights;     // (N,): weight of each sequence's rows in `values` and in the gradient, or null
@@ -45,9 +45,9 @@ struct Call {
   float* values;            // (R,): weighted sums of the KL divergence, or null
   float* row_values;        // (R, N, A, S) or (R, A, T): KL divergence of each valid row, or null
   bool packed;
-  bool causal;    // row i sees the keys j <= i and the prefix; otherwise every key
+  bool causal;    // row i sees key j if j <= i or j is in the prefix; if false without prefixes, it sees every key
   bool padded;    // some tokens may be padding
-  bool gradient;  // the relations' query_grad and key_grad are to be written
+  bool gradient;  // compute query_grad and key_grad of the relations
 };
 
 }  // namespace minilm

@@ -25,7 +25,7 @@ void relation_kl(Tensors teacher, Tensors student, std::vector<int64_t> indices,
   STD_TORCH_CHECK(error == nullptr, "backend cpu: ", error);
 }
 
-// Comma-separated, best first.
+// The names of the supported instruction sets, comma-separated, best first.
 std::string instruction_sets() {
   std::string names;
   for (const char* const* name = cpu::instruction_sets(); *name; ++name)

@@ -1,6 +1,6 @@
 // Driver of the CPU backend: divides a call into tasks, allocates their memory and runs them on the caller's threads.
 //
-// The result of a task depends on its shape only, and not on the number of threads: the order of every sum is fixed.
+// The order of every sum depends on shapes only, so results are the same for any number of threads.
 
 #include <algorithm>
 #include <array>
@@ -17,26 +17,27 @@
 namespace minilm::cpu {
 namespace {
 
-// Limit for the scratch memory of a call. Only a single task that needs more by itself exceeds it.
+// Limit for the scratch memory of a call, in bytes. A call exceeds it only if one task alone needs more.
 constexpr size_t kMaxScratchBytes = size_t{28} << 20;
-// Exponentials that a task caches between its two phases. The others are computed twice; docs/cpu.md has the speedup.
+// Limit for the exponentials that a task caches between its two phases, in bytes. All others are computed twice;
+// docs/cpu.md has the speedup.
 constexpr size_t kExpCacheBytes = size_t{5} << 20;
 // Calls with fewer than kFewTasks tasks, and tasks of kManyTokens tokens or more, are divided into slices that run in
 // parallel.
 constexpr int64_t kFewTasks = 16, kManyTokens = 8192;
 constexpr int64_t kMaxSlices = 16, kSliceTokens = 256;
 constexpr int64_t kTargetSlices = 16;  // slices of a call with few tasks; each slice needs its own accumulators
-// Tasks take the symmetric path if their u_ii lie in a range of this width, in units of log 2. Without overflow, 2
-// kMostBits would be possible, but scores far from the reference round more coarsely than in a softmax with a maximum
-// per row.
+// A task takes the symmetric path if its u_ii lie in a range of at most this width, in units of log 2. A range of 2
+// kMostBits would not overflow either, but scores far from the reference round more coarsely than in a softmax with a
+// maximum per row.
 constexpr float kMaxNormRange = 120.0f;
 // Neighbouring heads of a token are contiguous in memory, so a thread gathers several heads at once.
 constexpr int64_t kMaxHeads = 8;
 constexpr size_t kGroupBytes = size_t{128} << 10;
 // Below this size, clearing on one thread is faster than waking the pool.
 constexpr int64_t kParallelClearFloats = 1 << 15;
-// Shorter sequences take the row-wise path in its exact form: the symmetric path would save little, and the rounding
-// errors of so few rows do not average out.
+// Sequences with fewer tokens take the row-wise path in its exact form. The symmetric path would save little time, and
+// the rounding errors of so few rows do not average out.
 constexpr int64_t kMinSymmetricTokens = 64;
 
 // `paired`: multiply features in pairs (scores.inl), which is faster on processors with separate adders.
@@ -46,7 +47,7 @@ struct InstructionSet {
   bool paired;
 };
 
-// Supported by this processor, best first.
+// The instruction sets that this processor supports, best first.
 std::vector<InstructionSet> find_instruction_sets() {
   std::vector<InstructionSet> found;
 #if defined(__x86_64__)
@@ -69,7 +70,7 @@ const std::vector<InstructionSet>& all_instruction_sets() {
   return found;
 }
 
-// Hands out parts of a memory block. With a null base it only computes the total size.
+// Allocates parts of a memory block, one after another. With a null base, it only computes the total size.
 class Layout {
 public:
   explicit Layout(char* base) : base_(base) {}
@@ -168,7 +169,7 @@ private:
              });
   }
 
-  // The symmetric path needs a self-relation with non-negative scales, a gradient, and one weight per sequence.
+  // The symmetric path needs a self relation with non-negative scales, a gradient, and one weight per sequence.
   bool may_be_symmetric(int64_t r) const {
     const Relation& relation = relations_[r];
     return relation.self && gradient_ && call_.weights && relation.teacher.scale >= 0 && relation.student.scale >= 0;
@@ -176,14 +177,14 @@ private:
 
   int64_t padded(int64_t tokens) const { return round_up(tokens, std::max<int64_t>(k_.lanes, kRowBlock)); }
 
-  // Exponentials of one task.
+  // Number of exponentials of one task.
   int64_t exponentials(int64_t tokens) const {
     int64_t blocks = 0;
     for (int64_t first = 0; first < tokens; first += kRowBlock) blocks += (first + kRowBlock - 2) / k_.lanes + 1;
     return blocks * 2 * kRowBlock * k_.lanes;
   }
 
-  // Slices of each task in a call of `tasks` tasks.
+  // Number of slices into which each task of a call with `tasks` tasks is divided.
   int64_t slices(int64_t tokens, int64_t tasks) const {
     if (tasks >= kFewTasks && tokens < kManyTokens) return 1;
     size_t one = size_of(tokens, 1, 1), more = size_of(tokens, 2, 1) - one;
@@ -192,7 +193,7 @@ private:
     return std::max<int64_t>(1, std::min({kMaxSlices, wanted, tokens / kSliceTokens, fit}));
   }
 
-  // Bytes that `allocate` needs.
+  // Number of bytes that `allocate` needs.
   size_t size_of(int64_t tokens, int64_t slices, int64_t heads) const {
     size_t most = 0;
     for (int64_t r = 0; r < call_.num_relations; ++r) {
@@ -204,8 +205,8 @@ private:
     return most;
   }
 
-  // Allocates `heads` tasks of one relation and sequence, which are computed one after the other: each has its own
-  // tokens and gradients, the rest is shared. `cache_bytes`: memory for exponentials (tasks with one slice only).
+  // Allocates `heads` tasks of one relation and sequence, which are computed one after the other. Each has its own
+  // tokens and gradients; all other memory is shared. `cache_bytes`: memory for exponentials, if a task has one slice.
   void allocate(Layout& layout, int64_t r, int64_t tokens, int64_t slices, size_t cache_bytes, Work* work,
                 int64_t heads) const {
     const Relation& relation = relations_[r];
@@ -247,7 +248,8 @@ private:
       task.column_sums = layout.take<float>(slices * 6 * length);
       task.inverse = layout.take<float>(2 * length);
     }
-    // Symmetric path: a panel of scores. Row-wise path: scores and exponentials of a row block, teacher and student.
+    // Symmetric path: a panel of scores. Row-wise path: scores and exponentials of a row block, for teacher and
+    // student.
     int64_t scratch_size = std::max(4 * kRowBlock * length, k_.panel_floats);
     for (int64_t c = 0; c < slices; ++c) work[0].scratch[c] = layout.take<float>(scratch_size);
     task.exp_cache_size = symmetric ? static_cast<int64_t>(cache_bytes / sizeof(float)) : 0;
@@ -360,8 +362,8 @@ private:
   }
 
   // Runs the tasks of one sequence in slices, with enough tasks at the same time to keep all threads busy. The stages
-  // of a task are ordered: a thread may wait for earlier items of the same task, which other threads have already
-  // taken, but never for another task.
+  // of a task run in order: a thread may wait for earlier items of the same task, which other threads have already
+  // taken. It never waits for another task.
   void run_in_slices(int64_t n, int64_t slices) {
     const std::array<int64_t, 6> items = {slices, 1, slices, 1, slices, gradient_ ? slices : 0};  // per stage
     struct RunningTask {

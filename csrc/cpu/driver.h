@@ -1,4 +1,4 @@
-// Entry points of the CPU backend. Nothing here depends on PyTorch.
+// Entry points of the CPU backend. This header does not depend on PyTorch.
 #pragma once
 
 #include "common/relation.h"
@@ -14,8 +14,8 @@ struct ThreadPool {
 // Names of the instruction sets that this processor supports, best first, ended by null.
 const char* const* instruction_sets();
 
-// Computes a call. Returns null, or an error message. `relations`: call.num_relations of them. `instruction_set`: a
-// name that instruction_sets() returned.
+// Computes a call. Returns null, or an error message. `relations`: an array of call.num_relations entries.
+// `instruction_set`: a name that instruction_sets() returned.
 const char* run(const Call& call, const Relation* relations, const ThreadPool& threads, const char* instruction_set);
 
 }  // namespace minilm::cpu

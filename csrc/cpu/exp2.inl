@@ -3,7 +3,7 @@
 
 namespace {
 
-// Relative error 2e-8 before rounding.
+// 2^x with a relative error of 2e-8 before rounding.
 MINILM_INLINE F exp2_accurate(F x) {
   Split s = split(x);
   F p = fma(set1(kExp2C6), s.fraction, set1(kExp2C5));
@@ -15,7 +15,7 @@ MINILM_INLINE F exp2_accurate(F x) {
   return scale_by_power(p, s, x);
 }
 
-// One degree less: relative error 1.1e-7 before rounding.
+// 2^x by a polynomial of one degree less, with a relative error of 1.1e-7 before rounding.
 MINILM_INLINE F exp2_fast(F x) {
   Split s = split(x);
   F p = fma(set1(1.32647272e-3f), s.fraction, set1(9.67151264e-3f));

@@ -15,15 +15,15 @@ struct BFloat16 {
 MINILM_INLINE float to_float(BFloat16 x) { return bfloat16_to_float(x.bits); }
 MINILM_INLINE float to_float(Float16 x) { return float16_to_float(x.bits); }
 
-// A tensor to read, and the memory its blocks are written to.
+// A tensor to read, and the memory to which its blocks are written.
 struct GatherTarget {
   const TensorView* view;
   float* to;
 };
 
-// Transposes tokens into lanes, four features at a time. Contiguous float32 features are read directly; others are
-// converted into a buffer first, padded with zeros. `of(task)` names the tensor. Neighbouring heads share all addresses
-// except the offset of the head.
+// Transposes tokens into lanes, four features at a time. Contiguous float32 features are read directly. Other features
+// are first converted into a buffer and padded with zeros. `of(task)` returns the tensor of a task. The addresses of
+// neighbouring heads differ only in the offset of the head.
 template <class T, class Of>
 void gather_typed(const Task* const* tasks, int64_t heads, int64_t block, const Of& of) {
   constexpr int64_t kFeatures = 64;
@@ -163,7 +163,7 @@ void scatter(const Task& task, int64_t block) {
   if (task.query_out != task.key_out) scatter_tensor(task, block, task.student.query_grads, task.query_out);
 }
 
-// With tokens multiplied by this factor, scores are in units of log 2: exp(s) = 2^u.
+// If tokens are multiplied by this factor, their scores are in units of log 2: exp(s) = 2^u.
 MINILM_INLINE float scale_factor(const ModelBuffers& model) {
   return std::sqrt(std::fabs(model.operands->scale) / kLn2);
 }

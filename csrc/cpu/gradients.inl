@@ -1,9 +1,9 @@
 // Gradients of a row block's queries and of its keys, and sums with bounded rounding errors.
 //
-// Tokens and gradients are stored as [chunk][token][feature]. A chunk of features is two vectors wide, one vector, or
-// half a vector; in the last case two tokens share a vector, with their features interleaved. The last chunk is padded
-// with zeros. With this layout the score gradient of a pair is broadcast once for both gradients, and no lanes are
-// summed.
+// Tokens and gradients are stored as [chunk][token][feature]. A chunk of features is two vectors, one vector or half a
+// vector wide. If it is half a vector, two tokens share a vector and their features are interleaved. The last chunk is
+// padded with zeros. With this layout, the score gradient of a pair is broadcast once for both gradients, and lanes are
+// never summed.
 #pragma once
 
 namespace {
@@ -18,7 +18,7 @@ struct FeatureChunk {
   static constexpr int kRows = kHalf ? kGradientRows : kGradientRows / kVectors;  // sums stay in registers
 };
 
-// Floats of one token, padding included.
+// Number of floats of one token, padding included.
 int64_t token_floats(int64_t width) { return (width + V / 2 - 1) / (V / 2) * (V / 2); }
 
 // Calls body(chunk, first feature of the chunk) for every chunk.
@@ -71,7 +71,7 @@ MINILM_INLINE void gradient_tile(const float* m, const float* queries, const flo
       keys += C::kFloats;
       key_grads += C::kFloats;
     }
-  // Only now: a row may be one of the keys.
+  // The rows' gradients are added after those of the keys, because a row may be one of the keys.
   auto add_to = [](float* to, F x) { store(to, add(load(to), x)); };
   if (C::kHalf) {
     for (int r = 0; r < kRows; r += 2) {
@@ -84,8 +84,8 @@ MINILM_INLINE void gradient_tile(const float* m, const float* queries, const flo
   }
 }
 
-// Gradients of the row block that starts at row `first`, and of the keys of `blocks` blocks from `block` on.
-// m: score gradients, [block][row][lane].
+// Adds to the gradients of the row block that starts at row `first`, and to those of the keys in `blocks` blocks from
+// `block` on. m: score gradients, [block][row][lane].
 void gradients(const float* m, const Task& task, int64_t first, int64_t block, int64_t blocks, float* query_grads,
                float* key_grads) {
   const ModelBuffers& model = task.student;
@@ -113,8 +113,8 @@ MINILM_INLINE void set_zero(float* x, int64_t vectors) {
   for (int64_t i = 0; i < vectors; ++i) store(x + i * V, set1(0.0f));
 }
 
-// Sums in two steps: kFlushRowBlocks row blocks are summed first, then added to the total. This bounds the rounding
-// error of long sequences.
+// A sum in two steps: the terms of kFlushRowBlocks row blocks are summed first and then added to the total. This bounds
+// the rounding error of long sequences.
 class TwoStepSum {
 public:
   TwoStepSum(float* recent, float* total, int64_t vectors) : recent_(recent), total_(total), vectors_(vectors) {

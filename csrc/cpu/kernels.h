@@ -1,8 +1,8 @@
 // Interface between the driver (driver.cpp) and the kernels (kernels.inl, compiled once per instruction set).
 //
 // A task is one head of one sequence in one relation. Its valid tokens are gathered as float32 into blocks of V tokens,
-// V being the number of lanes of a vector: x[block][feature][lane]. Tokens are multiplied by sqrt(|scale| log2 e), so
-// that scores are in units of log 2. The student's gradients use the unscaled tokens.
+// where V is the number of lanes of a vector: x[block][feature][lane]. Tokens are multiplied by sqrt(|scale| log2 e),
+// so that scores are in units of log 2. The student's gradients use the unscaled tokens.
 #pragma once
 
 #include "driver.h"
@@ -17,12 +17,12 @@ constexpr int64_t kFlushRowBlocks = 16;  // row blocks that are summed before th
 struct ModelBuffers {
   const ModelOperands* operands;
   int64_t width;
-  float *keys, *queries;             // the same memory in a self-relation with a positive scale
+  float *keys, *queries;             // the same memory in a self relation with a positive scale
   float *key_tokens, *query_tokens;  // student with gradient: unscaled tokens in the layout of gradients.inl
   float *key_grads, *query_grads;    // student with gradient: one accumulator per slice, in the same layout
   float* recent_grads;               // student with gradient: sums that are not yet part of key_grads (TwoStepSum)
   float* norms;                      // symmetric path: u_ii, later the score gradient of the diagonal
-  float *mean, *offsets;             // symmetric path: mean of all tokens; term of each token in its scores
+  float *mean, *offsets;             // symmetric path: mean of all tokens; the term b_i that token i adds to its scores
 };
 
 struct Task {
@@ -34,7 +34,7 @@ struct Task {
   bool paired;             // multiply features in pairs (scores.inl)
   bool symmetric;          // take the symmetric path, otherwise the row-wise one
   bool gradient;           // compute gradients
-  bool exact;              // compute small KL divergences of single rows to full relative precision
+  bool exact;              // compute small KL divergences of single rows with full relative precision
   float weight;            // weight of every row in the gradient
   const float* row_grads;  // (positions,): weight of each row in the gradient, or null
   float* row_values;       // (positions,): receives the KL divergence of each row, or null

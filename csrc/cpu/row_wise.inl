@@ -1,4 +1,4 @@
-// The row-wise path: any relation, any mask. Takes a row block with all the keys that its rows see, in one pass.
+// The row-wise path, for any relation and any mask. One pass processes a row block with all keys that its rows see.
 #pragma once
 
 #include "exp2.inl"
@@ -12,7 +12,7 @@ struct Softmax {
   double log2_sum;  // relative to max
 };
 
-// Replaces the scores u of one row by log2 of its exponentials, and writes the exponentials.
+// Subtracts the maximum from the scores u of one row, and writes the exponentials of the differences.
 MINILM_INLINE Softmax softmax_of_row(float* u, float* exponentials, int64_t blocks) {
   F top = set1(kNegInf);
   for (int64_t b = 0; b < blocks; ++b) top = max(load(u + b * R * V), top);
@@ -32,8 +32,8 @@ MINILM_INLINE Softmax softmax_of_row(float* u, float* exponentials, int64_t bloc
 }
 
 // KL divergence of one row: Σ p (e^δ - 1 - δ) = Σ (q - p) - Σ p δ with δ = log q - log p. With kExact, terms with |δ| <
-// 1/4 are computed by their series, which does not cancel. Writes the score gradients (q - p) · weight to m, if not
-// null.
+// 1/4 are computed by their series, which does not cancel. If m is not null, the score gradients (q - p) · weight are
+// written to m.
 template <bool kExact>
 MINILM_INLINE float row_kl(const float* u_t, const float* u_s, const float* e_t, const float* e_s, Softmax t, Softmax s,
                            float weight, int64_t blocks, float* m) {

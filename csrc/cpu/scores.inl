@@ -1,8 +1,8 @@
 // Scores of a row block with a range of key blocks.
 //
-// AMD processors add on other ports than they multiply. There, two of every three pairs of features are computed as
+// AMD processors have separate ports for additions. On them, two of every three pairs of features are computed as
 // (x_0 + y_1)(x_1 + y_0) = x_0 y_0 + x_1 y_1 + x_0 x_1 + y_0 y_1: one multiply-add and two additions instead of two
-// multiply-adds. The surplus x_0 x_1 depends on one token only and is subtracted from its offset.
+// multiply-adds. The unwanted terms x_0 x_1 and y_0 y_1 depend on one token each and are subtracted from its offset.
 #pragma once
 
 namespace {
@@ -12,7 +12,7 @@ MINILM_INLINE const float* row_pointer(const float* x, int64_t width, int64_t ro
   return x + row / V * width * V + row % V;
 }
 
-// Calls paired(d) for the features d and d + 1 that are computed together, and single(d) for the others.
+// Calls paired(d) if the features d and d + 1 are computed together, and single(d) for every other feature d.
 template <class Paired, class Single>
 MINILM_INLINE void for_each_feature(int64_t width, const Paired& paired, const Single& single) {
   int64_t d = 0;
@@ -40,7 +40,7 @@ struct ScoreInput {
 
 enum class Product { plain, offset, paired };  // x·y; x·y + offsets; the same with features in pairs
 
-// A tile of kTileRows rows and N key blocks. out: [block][row][lane].
+// Computes the scores of a tile of kTileRows rows and N key blocks. out: [block][row][lane].
 template <Product kProduct, int N>
 MINILM_INLINE void score_tile(const ScoreInput& in, int64_t row, int64_t block, float* out) {
   int64_t width = in.width;

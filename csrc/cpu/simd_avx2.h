@@ -77,8 +77,8 @@ MINILM_INLINE void store_sum_of_quads(float* to, F x) {
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
 }
 
-// Even and odd lanes. set1_pair: even lanes get p[0], odd lanes p[1]. dup_even, dup_odd: both lanes of two neighbours
-// get the even (odd) one. blend: even lanes of a, odd lanes of b.
+// Even and odd lanes. set1_pair: even lanes get p[0], odd lanes get p[1]. dup_even, dup_odd: an even lane and the odd
+// lane after it both get the value of the even (odd) one. blend: even lanes are those of a, odd lanes those of b.
 MINILM_INLINE F set1_pair(const float* p) {
   double both;
   __builtin_memcpy(&both, p, sizeof both);

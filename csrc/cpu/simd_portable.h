@@ -74,8 +74,8 @@ MINILM_INLINE void transpose_quads(F x[4]) {
 }
 MINILM_INLINE void store_sum_of_quads(float* to, F x) { store(to, x); }
 
-// Even and odd lanes. set1_pair: even lanes get p[0], odd lanes p[1]. dup_even, dup_odd: both lanes of two neighbours
-// get the even (odd) one. blend: even lanes of a, odd lanes of b.
+// Even and odd lanes. set1_pair: even lanes get p[0], odd lanes get p[1]. dup_even, dup_odd: an even lane and the odd
+// lane after it both get the value of the even (odd) one. blend: even lanes are those of a, odd lanes those of b.
 MINILM_INLINE F set1_pair(const float* p) { return F{p[0], p[1], p[0], p[1]}; }
 MINILM_INLINE F dup_even(F x) { return F{x[0], x[0], x[2], x[2]}; }
 MINILM_INLINE F dup_odd(F x) { return F{x[1], x[1], x[3], x[3]}; }

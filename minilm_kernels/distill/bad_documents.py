@@ -8,8 +8,8 @@ from typing import Any
 
 from .sources import Document
 
-NAMED = 20  # number of warnings without a pause
-QUIET_SECONDS = 30.0  # pause between later warnings
+NAMED = 20  # number of bad documents that each get a warning at once
+QUIET_SECONDS = 30.0  # minimum time between later warnings
 # A corpus with more than nine bad documents in ten is probably not the intended one (a wrong --text-column, another
 # format), and training on the rest would be an accident. With fewer bad documents, the rest is worth training on. A
 # single bad file at the beginning can produce many bad documents, so the share is checked from this number on, and at
@@ -95,7 +95,7 @@ class BadDocuments:
         return {"bad": self.bad, "nulls": self.nulls, "epoch_good": self._epoch_good, "epoch_bad": self._epoch_bad}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores the counts of `state`."""
+        """Restores the counts that `state` returned."""
         self.bad, self.nulls = state["bad"], state["nulls"]
         self._epoch_good, self._epoch_bad = state["epoch_good"], state["epoch_bad"]
 

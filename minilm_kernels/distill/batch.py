@@ -17,7 +17,7 @@ from .packing import PADDING, Samples
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Number of documents (pieces of documents) and of valid tokens, which weight the losses of parts of a batch."""
+    """Numbers of documents (or their pieces) and of valid tokens, as weights for the losses of parts of a batch."""
 
     documents: int
     tokens: int
@@ -46,9 +46,10 @@ class Batch:
     """Samples on a device, as inputs of both models and of the loss.
 
     Args:
-        samples: B samples of S tokens. Without packing they are trimmed to the longest.
-        packed: samples may have several documents. The loss then takes the valid tokens of all of them, (T, hidden).
-        causal: use the causal mask.
+        samples: B samples of S tokens. Without packing, they are trimmed to the length of the longest.
+        packed: True if a sample may contain several documents. The loss then takes the valid tokens of all samples,
+            (T, hidden).
+        causal: True to use the causal mask.
         prefixes: prefix lengths for the prefix mask, (documents,).
 
     Attributes:
@@ -87,7 +88,7 @@ class Batch:
 
         Args:
             position_offset: position id of a document's first token.
-            additive: the model adds its mask to the scores (eager attention) and does not accept a boolean one.
+            additive: True if the model adds its mask to the scores (eager attention) and accepts no boolean mask.
         """
         mask: Tensor
         if self._packed or self.causal or self.prefixes is not None:
@@ -105,7 +106,7 @@ class Batch:
     def _attention_mask(self) -> Tensor:
         """(B, 1, S, S) bool, True if position i attends to position j.
 
-        Padding attends to padding, so that no softmax is over an empty set.
+        Padding attends to padding, so that every softmax has at least one entry.
         """
         if self._mask is None:
             starts = self.positions == 0

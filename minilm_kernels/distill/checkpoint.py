@@ -35,7 +35,7 @@ DAMAGED = "damaged-"
 _STEP = re.compile(r"step-([0-9]+)")
 _ASIDE = re.compile(rf"{DAMAGED}step-[0-9]+(\.[0-9]+)?")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# Errors of file systems that cannot sync folders (CIFS, FUSE), or cannot sync a folder without read permission.
+# Errors of file systems that cannot sync folders (CIFS, FUSE), and of folders without read permission.
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES}
 _DAMAGE = (
     ValueError,
@@ -135,7 +135,7 @@ def _share(path: Path, mode: int) -> None:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """Opens a regular file for reading. Raises `ValueError` for anything else, which might never end."""
+    """Opens a regular file for reading. Raises `ValueError` for other files, because reading them might never end."""
     with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError(f"{path} is not a regular file")
@@ -157,7 +157,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until the content of a file, or the names in a folder, are on disk. Ignores folders without support."""
+    """Waits until the content of a file, or the names in a folder, are on disk. Skips folders that cannot be synced."""
     folder = path.is_dir()
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -238,7 +238,7 @@ class Checkpoints:
         kept = [folder for folder in names if _looks_complete(folder)][-self.keep :]
         for old in names:
             if kept and _step_of(old.name) < _step_of(kept[0].name):
-                # Renamed first, so that no incomplete checkpoint has a checkpoint's name.
+                # The folder is renamed first, so that no incomplete checkpoint has a checkpoint's name.
                 temporary = old.with_name(TEMPORARY + old.name)
                 try:
                     old.rename(temporary)
@@ -250,7 +250,7 @@ class Checkpoints:
     def newest(self) -> Checkpoint | None:
         """Reads the newest complete checkpoint; `None` if there is no checkpoint.
 
-        Newer ones that are damaged are reported and renamed to `damaged-...`.
+        Damaged checkpoints that are newer are reported and renamed to `damaged-...`.
 
         Raises:
             ValueError: all checkpoints are damaged, including those that were renamed before.

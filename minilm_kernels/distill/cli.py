@@ -20,7 +20,7 @@ from .config_values import default_of, flag, show, shown
 from .console import flush, say
 
 _HELP = "minilm-distill --help lists the options"
-_LONGEST = 4000  # characters of an error message; those of other libraries may fill pages
+_LONGEST = 4000  # characters of an error message; messages of other libraries may fill pages
 
 
 class _Parser(argparse.ArgumentParser):
@@ -120,7 +120,7 @@ def _torch_version() -> str:
 
 
 def _message(error: Exception) -> str:
-    """The message of an exception that `distill` documents; others in one line, with their type."""
+    """The message of an exception; exceptions that `distill` does not document get one line with their type."""
     text = str(error)
     if not isinstance(error, (ValueError, TypeError, RuntimeError, ImportError, OSError)) or not text:
         text = f"{' '.join(f'{type(error).__name__}: {text}'.split())} (--debug prints the traceback)"

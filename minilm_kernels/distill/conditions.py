@@ -1,4 +1,4 @@
-"""The environment on which the bits of a run depend: recorded in every checkpoint, and compared when it is resumed."""
+"""The environment on which the exact results of a run depend. Checkpoints record it, and resumed runs compare it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def teacher_digests(models: TeacherStudent) -> dict[str, str]:
 
 
 def _find(name: str, file: str, revision: str | None) -> Path | None:
-    """A file of a local folder, or of the hub's cache after the model was loaded."""
+    """The path of a file of the model: in its local folder, or in the hub's cache once the model has been loaded."""
     if Path(name).is_dir():
         path = Path(name) / file
         return path if path.exists() else None
@@ -80,7 +80,7 @@ def _find(name: str, file: str, revision: str | None) -> Path | None:
 
 
 def _processor() -> str:
-    """Model of the CPU, by which libraries choose their code."""
+    """Model name of the CPU, because libraries choose their code by it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

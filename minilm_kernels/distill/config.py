@@ -34,10 +34,10 @@ def _option(
 
     Args:
         default: `MISSING` for a required option.
-        neutral: the option may change when a run is resumed, because the results do not depend on it.
-        positive: the value must be above 0.
-        nargs: as in argparse.
-        path: the value may name a file or folder; `~` is expanded.
+        neutral: True if the option may change when a run is resumed, because the results do not depend on it.
+        positive: True if the value must be above 0.
+        nargs: `nargs` of the argument in argparse.
+        path: True if the value may name a file or folder; `~` is then expanded.
         largest: the largest magnitude of an integer.
     """
     metadata = {
@@ -58,9 +58,9 @@ def _option(
 class DistillConfig:
     """Settings of a distillation run, for `distill` and `minilm-distill`.
 
-    The defaults are the published MiniLMv2 recipe. A field `max_steps` is the option `--max-steps` of the command line
-    and the key `max_steps` of a settings file; `minilm-distill --help` describes each of them. A value may have the
-    declared type or be the text that the command line accepts (`"1,3,5"`, `"qq:1,kk:0.5"`).
+    The defaults are the published MiniLMv2 recipe. The field `max_steps` is the option `--max-steps` of the command
+    line and the key `max_steps` of a settings file, and so on for each field; `minilm-distill --help` describes them. A
+    value may have the declared type or be the text that the command line accepts (`"1,3,5"`, `"qq:1,kk:0.5"`).
 
     Raises:
         ValueError: a value is outside its range, or options exclude each other. The message names the option.
@@ -104,9 +104,9 @@ class DistillConfig:
         largest=_LARGEST_WIDTH,
     )
     student_num_attention_heads: int = _option(
-        12, "attention heads of the randomly initialized student", positive=True, largest=_LARGEST_WIDTH
+        12, "number of attention heads of the randomly initialized student", positive=True, largest=_LARGEST_WIDTH
     )
-    dropout: float | None = _option(None, "dropout of the student in training, by default as in the student's config")
+    dropout: float | None = _option(None, "dropout of the student in training; by default, that of its config")
 
     method: str = _option("minilmv2", "distillation loss", choices=("minilm", "minilmv2"))
     relations: dict[str, float] = _option(  # noqa: RUF009
@@ -114,7 +114,7 @@ class DistillConfig:
     )
     relation_heads: int | None = _option(
         None,
-        "minilmv2: number of relation heads, by default 48, or 64 if the teacher's hidden size is 1024 or more",
+        "minilmv2: number of relation heads; the default is 48, or 64 if the teacher's hidden size is 1024 or more",
         positive=True,
         largest=_LARGEST_WIDTH,
     )
@@ -142,8 +142,8 @@ class DistillConfig:
     )
     prefix_range: tuple[float, float] = _option(
         (0.25, 0.75),
-        "with --mask prefix: the share of a document's tokens that form its prefix, drawn uniformly from LOW,HIGH at "
-        "every step",
+        "with --mask prefix: the share of a document's tokens that form its prefix, drawn at every step, uniformly "
+        "between LOW and HIGH",
     )
     reduction: str = _option(
         "sequence",
@@ -178,67 +178,70 @@ class DistillConfig:
     )
     bad_documents: str = _option(
         "skip",
-        "handling of unreadable documents (broken JSON, missing text, invalid UTF-8, damage): skip them, with a "
-        "warning and a count in the metrics, or stop with an error",
+        "handling of unreadable documents (broken JSON, missing text, invalid UTF-8, damage); skip: skip them, with a "
+        "warning and a count in the metrics; error: stop with an error",
         choices=("skip", "error"),
         neutral=True,
     )
     eval_text: tuple[str, ...] = _option(
         (),
-        "text for the evaluation loss, by default a part of the training documents, see --eval-fraction",
+        "text for the evaluation loss; by default, a part of the training documents is used (see --eval-fraction)",
         nargs="+",
         path=True,
     )
     eval_fraction: float = _option(
         0.01,
-        "share of the training documents that is used for evaluation instead of training, chosen by a hash of their "
-        "content, at least one document; 0 turns evaluation off",
+        "share of the training documents that is used for evaluation instead of training (at least one document), "
+        "selected by a hash of their content; 0 turns evaluation off",
     )
-    eval_samples: int = _option(256, "samples of up to --max-seq-length tokens to evaluate on", positive=True)
-    max_seq_length: int = _option(512, "tokens of a sample, special tokens included", largest=2**20)
+    eval_samples: int = _option(256, "number of evaluation samples of up to --max-seq-length tokens", positive=True)
+    max_seq_length: int = _option(512, "number of tokens of a sample, including special tokens", largest=2**20)
     packing: bool = _option(
-        True, "pack several documents into each sample, without attention between them; otherwise one, padded"
+        True,
+        "pack several documents into each sample, without attention between them; --no-packing: one document per "
+        "sample, with padding",
     )
     shuffle_buffer_size: int = _option(
-        2048, "samples in the shuffle buffer; 1 keeps the order of the text", positive=True
+        2048, "number of samples in the shuffle buffer; 1 keeps the order of the text", positive=True
     )
 
     max_steps: int = _option(400_000, "number of optimizer steps", positive=True)
     total_batch_size: int = _option(
-        256, "samples of one optimizer step, summed over all processes and micro-batches", positive=True
+        256, "number of samples per optimizer step, over all processes and micro-batches together", positive=True
     )
     gradient_accumulation_steps: int = _option(
-        1, "micro-batches that each process splits its part of the batch into", positive=True
+        1, "number of micro-batches into which each process splits its part of the batch", positive=True
     )
     learning_rate: float = _option(6e-4, "peak learning rate", positive=True)
     warmup_steps: int | None = _option(
-        None, "steps of linear warmup, by default 4000, but at most a tenth of --max-steps"
+        None, "number of linear warmup steps; the default is 4000, but at most a tenth of --max-steps"
     )
     adam_betas: tuple[float, float] = _option((0.9, 0.999), "betas of AdamW")
     adam_epsilon: float = _option(1e-6, "epsilon of AdamW", positive=True)
     weight_decay: float = _option(0.01, "weight decay of AdamW (not applied to biases and LayerNorms)")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0 turns clipping off")
-    bf16: bool = _option(False, "run both models under bfloat16 autocast; otherwise in float32")
-    seed: int = _option(0, "seed of initial weights, sample order, dropout and prefixes", largest=LARGEST_SEED)
+    bf16: bool = _option(False, "run both models under bfloat16 autocast instead of in float32")
+    seed: int = _option(0, "random seed for initial weights, sample order, dropout and prefixes", largest=LARGEST_SEED)
     device: str = _option("auto", "auto: CUDA if available, otherwise CPU", choices=("auto", "cpu", "cuda"))
 
-    logging_steps: int = _option(10, "write a line of metrics every so many steps", neutral=True, positive=True)
+    logging_steps: int = _option(10, "number of steps between two lines of metrics", neutral=True, positive=True)
     eval_steps: int = _option(
         1000,
-        "evaluate every so many steps, and before the first and after the last step",
+        "number of steps between two evaluations; the student is also evaluated before the first and after the last "
+        "step",
         neutral=True,
         positive=True,
     )
     save_steps: int = _option(
         1000,
-        "write a checkpoint every so many steps, and after a stop signal and the last step",
+        "number of steps between two checkpoints; one is also written after a stop signal and after the last step",
         neutral=True,
         positive=True,
     )
     save_total_limit: int = _option(2, "number of checkpoints to keep", neutral=True, positive=True)
     resume_from_checkpoint: bool = _option(
         False,
-        "continue from the newest complete checkpoint in --output-dir; starts from the beginning if there is none",
+        "continue from the newest complete checkpoint in --output-dir, or start from the beginning if there is none",
         neutral=True,
     )
 
@@ -294,7 +297,7 @@ class DistillConfig:
         """Creates the settings from option names (`max_steps` or `max-steps`) and values.
 
         Args:
-            values: options that keep their default may be left out.
+            values: names and values; options that keep their default may be left out.
             origin: where the values come from, for error messages.
 
         Raises:

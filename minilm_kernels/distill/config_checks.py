@@ -14,7 +14,7 @@ DEFAULT_RELATIONS = {"qq": 1.0, "kk": 1.0, "vv": 1.0}
 
 
 def check_ranges(config: DistillConfig) -> None:
-    """Raises `ValueError` that names the first option whose value is outside its range."""
+    """Raises a `ValueError` that names the first option whose value is outside its range."""
     for option in fields(config):
         value, largest = getattr(config, option.name), option.metadata["largest"]
         if option.metadata["positive"] and value is not None and not value > 0:
@@ -50,7 +50,7 @@ def check_ranges(config: DistillConfig) -> None:
 
 
 def check_combinations(config: DistillConfig) -> None:
-    """Raises `ValueError` that names options which exclude each other, or which need another one."""
+    """Raises a `ValueError` that names options which exclude each other, or an option that requires another one."""
     if config.method == "minilm" and config.relation_heads is not None:
         raise ValueError("--relation-heads belongs to --method minilmv2; minilm uses the attention heads")
     if config.method == "minilm" and config.relations != DEFAULT_RELATIONS:

@@ -58,7 +58,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys, and merge keys, whose nested aliases can grow exponentially."""
+    """Loads safe YAML. Refuses duplicate keys, and merge keys, which can grow exponentially by nested aliases."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         found = set()
@@ -74,7 +74,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _unique_names(members: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises `ValueError` for a name that it has twice."""
+    """Builds a JSON object. Raises `ValueError` if a name occurs twice."""
     values: dict[str, Any] = {}
     for name, value in members:
         if name in values:

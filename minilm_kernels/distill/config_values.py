@@ -12,7 +12,8 @@ from types import NoneType
 from typing import Any, get_args, get_origin
 
 RELATION_NAMES = tuple(a + b for a in "qkv" for b in "qkv")
-# Models and optimizer compute in float32: above the first number is infinity, below the second precision is lost.
+# Models and optimizer compute in float32. Numbers above the first limit become infinite, and numbers below the second
+# one lose precision.
 _LARGEST_FLOAT32, _SMALLEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127, 2.0**-126
 
 
@@ -27,7 +28,7 @@ def default_of(option: Field[Any]) -> Any:
 
 
 def show(value: Any) -> str:
-    """A value in the spelling of the command line; anything that is no option value is printed by `shown`."""
+    """A value in the spelling of the command line; objects that are no option value are printed by `shown`."""
     if isinstance(value, dict) and all(isinstance(weight, (int, float)) for weight in value.values()):
         return ",".join(f"{name}:{_number(weight)}" for name, weight in value.items())
     if isinstance(value, (tuple, list)) and all(isinstance(item, (str, int, float)) for item in value):
@@ -40,7 +41,7 @@ def _number(value: float) -> str:
 
 
 class _Short(reprlib.Repr):
-    """A bounded `repr`: values from a settings file may be nested, aliased and large."""
+    """A `repr` of limited length, because values from a settings file may be nested, aliased and large."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ def _finite(value: float) -> float:
 
 
 def check_text(value: str, path: bool) -> str:
-    """Returns `value`, with `~` expanded if it is a path. Raises `ValueError` for text that names nothing."""
+    """Returns `value`, with `~` expanded if it is a path. Raises `ValueError` if it cannot name anything."""
     if not value.strip():
         raise ValueError(f"expected a name, got {shown(value)}")
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):

@@ -25,8 +25,8 @@ def say(message: str) -> None:
 
 
 def flush(*streams: TextIO | None) -> None:
-    """Flushes streams. One that fails is redirected to the null device, so that the interpreter does not report it at
-    exit, for example after `| head`."""
+    """Flushes streams. A stream that fails is redirected to the null device, so that the interpreter reports no error
+    at exit, for example after `| head`."""
     for stream in filter(None, streams):
         try:
             stream.flush()
@@ -61,7 +61,7 @@ class _Forgiving:
 
 @contextmanager
 def forgiving_streams() -> Iterator[None]:
-    """Makes writes to `sys.stdout` and `sys.stderr`, including those of progress bars, succeed inside the block."""
+    """Ignores write errors of `sys.stdout` and `sys.stderr` inside the block, also for writes of progress bars."""
     before = sys.stdout, sys.stderr
     with Path(os.devnull).open("w") as nowhere:
         sys.stdout, sys.stderr = (_Forgiving(stream or nowhere) for stream in before)  # type: ignore[assignment]

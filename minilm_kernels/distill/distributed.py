@@ -18,14 +18,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 class DistContext:
-    """Rank, device and collectives of this process. Entering it creates the process group, leaving it destroys it.
+    """Rank, device and collectives of this process. The context manager creates and destroys the process group.
 
     Args:
         device: "auto", "cpu" or "cuda".
 
     Attributes:
         world_size: number of processes.
-        rank, local_rank: number of this process, among all and on its machine.
+        rank, local_rank: number of this process, among all processes and among those of its machine.
         device: device of this process.
 
     Raises:
@@ -156,7 +156,7 @@ class DistContext:
         return result
 
     def check_equal(self, value: Any, what: str) -> None:
-        """Raises `RuntimeError` on every process if their values differ. A `None` is equal to all."""
+        """Raises `RuntimeError` on every process if their values differ. `None` counts as equal to every value."""
         values = self.gather_objects(value)
         known = [value for value in values if value is not None]
         if any(value != known[0] for value in known):
@@ -178,5 +178,5 @@ def _end_with_torchrun() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform.startswith("linux"):
         parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-        if os.getppid() != parent:  # it has died before the call
+        if os.getppid() != parent:  # the parent died before the call
             os.kill(os.getpid(), signal.SIGTERM)

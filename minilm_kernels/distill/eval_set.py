@@ -27,11 +27,11 @@ def digest(text: str) -> bytes:
 class EvalSet:
     """The evaluation samples, and the rule that keeps their documents out of training.
 
-    Checkpoints contain both, so that a resumed run evaluates on the same samples even if the text was repaired since.
+    Checkpoints contain both, so that a resumed run uses the same samples even if the text has been repaired since.
 
     Attributes:
         samples: (samples, max_seq_length).
-        limit: documents whose digest, as a number, is below it are used for evaluation.
+        limit: a document is used for evaluation if its digest, as a number, is below this limit.
         digests: digests of further evaluation documents.
     """
 
@@ -58,7 +58,7 @@ class EvalSet:
 
 
 def limit_of(fraction: float) -> int:
-    """The number below which the digests of `fraction` of all documents lie."""
+    """The limit below which the digests of a share `fraction` of all documents lie."""
     return int(fraction * 2**64)
 
 
@@ -74,8 +74,9 @@ def collect_eval_set(
     """Collects the first `max_samples` samples of the evaluation documents.
 
     Args:
-        sources: the evaluation text if `separate`, otherwise the training text. `fraction` of the latter is used; in a
-            small corpus where that is no document or all of them, the document with the smallest digest is used.
+        sources: the evaluation text if `separate`, otherwise the training text. `fraction` of the training text is
+            used. If that is no document or all documents, as in a small corpus, the document with the smallest digest
+            is used.
 
     Raises:
         ValueError: no document can be used for evaluation, a bad document is an error, or nearly all are bad.

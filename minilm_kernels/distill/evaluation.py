@@ -26,7 +26,7 @@ def evaluate(
 
     Args:
         samples: (samples, max_seq_length). Every process evaluates its share of the micro-batches.
-        micro_batch: samples of a micro-batch.
+        micro_batch: number of samples of a micro-batch.
         stopped: called before each micro-batch; a result other than 0 stops the evaluation on all processes.
 
     Returns:

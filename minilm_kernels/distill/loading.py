@@ -20,9 +20,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from minilm_kernels.students import one_line
 
-# A config can ask for any number of layers. The size of the model is bounded by the size of the weight files.
+# A config can ask for any number of layers. These limits and the size of the weight files bound the size of a model.
 _MOST_LAYERS = 10_000
-_MOST_MODULES = 200_000  # for models of the hub, whose files are not known before they are loaded
+_MOST_MODULES = 200_000  # limit for models of the hub, because their files are not known before they are loaded
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.spm", "tekken*")
 _POINTER = b"version https://git-lfs"
 
@@ -30,8 +30,8 @@ _POINTER = b"version https://git-lfs"
 def resolve_source(name: str, option: str) -> str:
     """Returns the folder or hub name to load a model or tokenizer from.
 
-    For the folder of a finished run, this is the folder of its student. A message on standard error tells when the hub
-    is asked, because it may take a minute to answer.
+    For the folder of a finished run, this is the folder of its student. A message on standard error is printed
+    before the hub is asked, because the hub may take a minute to answer.
 
     Args:
         name: the value of `--teacher` or `--student`.
@@ -60,7 +60,7 @@ def resolve_source(name: str, option: str) -> str:
 
 
 def load_tokenizer(source: str, option: str) -> Any:
-    """Loads the tokenizer of a resolved source. Raises `ValueError` that names the option."""
+    """Loads the tokenizer of a resolved source. Raises a `ValueError` that names the option."""
     with _loading_errors(source, option, "tokenizer"):
         if Path(source).is_dir():
             _check_files(Path(source), _TOKENIZER_FILES)
@@ -115,7 +115,7 @@ def _loading_errors(source: str, option: str, what: str) -> Iterator[None]:
     """Converts every exception of the loading libraries to a `ValueError` with a message of one sentence."""
     try:
         yield
-    except BaseException as error:  # a panic in Rust code is no Exception
+    except BaseException as error:  # a panic in Rust code is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         where = "folder" if Path(source).is_dir() else "hub name (there is no such folder)"
@@ -147,7 +147,7 @@ def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The weight files that transformers will read. Raises `ValueError` for other files than safetensors."""
+    """The weight files that transformers will read. Raises `ValueError` if they are not safetensors files."""
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             "it contains an adapter instead of a model; merge it (merge_and_unload in PEFT) and save the result"

@@ -126,7 +126,7 @@ def distill(config: DistillConfig) -> DistillResult:
                 if dist.is_main:
                     print(f"minilm-distill: {student} is already finished")
                 return dist.on_main(lambda: _result(output, config.max_steps, None))
-            # Signals are caught from the first step on. Before it, nothing would be lost, and they end the process.
+            # Signals are caught from the first step on. Before that they end the process, and no work is lost.
             with closing(TrainingLoop(config, dist, output)) as loop, StopSignals() as signals:
                 loop.train(signals)
                 stopped_by = None if loop.finished else signals.received
@@ -164,7 +164,7 @@ class TrainingLoop:
         self.progress = Progress(self.state.step, config.max_steps, dist.is_main)
 
     def _choose_checkpoint(self) -> Checkpoint | None:
-        """Every process reads the checkpoint that the main process finds to be the newest complete one."""
+        """Restores the newest complete checkpoint. The main process selects it, and every process reads it."""
         dist = self.dist
         found: Checkpoint | None = None
 
@@ -191,7 +191,7 @@ class TrainingLoop:
     def _prepare(self, saved: Checkpoint | None) -> None:
         """Creates everything that the steps need.
 
-        It does not communicate, so that a failure on one process can be reported to all.
+        This method does not communicate, so that a failure on one process can be reported to all.
         """
         config, dist = self.config, self.dist
         if saved is not None and saved.state.get("world_size") != dist.world_size:
@@ -238,7 +238,7 @@ class TrainingLoop:
             self.stream,
             make_optimizer(config, list(parameters.values())),
             parameters,
-            # One process per machine reads the files again, because machines may have different ones.
+            # One process per machine reads the files again, because each machine may have other files.
             teacher_digests(models) if dist.local_rank == 0 or dist.is_main else None,
             conditions(dist.device),
         )
@@ -328,7 +328,7 @@ class TrainingLoop:
         return samples
 
     def _step(self) -> None:
-        """Runs an optimizer step. Its gradient is the exact mean over all samples, however they are divided."""
+        """Runs an optimizer step. The gradient is the exact mean over all samples of the step."""
         config, dist, state = self.config, self.dist, self.state
         samples = self._samples()
         total = LossWeights.of(samples)
@@ -370,7 +370,7 @@ class TrainingLoop:
         }
 
     def _evaluate(self, signals: StopSignals) -> None:
-        """Evaluates the student. If a signal interrupts it, it is done when the run continues."""
+        """Evaluates the student. If a signal interrupts the evaluation, the resumed run repeats it."""
         state, eval_set = self.state, self.stream.eval_set
         measured: dict[str, float] | None = None
         if eval_set is not None:
@@ -415,7 +415,7 @@ def _open_text(config: DistillConfig, say: Callable[[str], None]) -> tuple[list[
 
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
-    """Selects deterministic CUDA algorithms, which some backward passes need. Those of the CPU are deterministic."""
+    """Selects deterministic CUDA algorithms, for the backward of some operators. CPU algorithms are deterministic."""
     if device.type != "cuda":
         yield
         return

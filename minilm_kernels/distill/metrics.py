@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .checkpoint import read_file, sync, write_error, write_file
 from .console import say
 
-QUIET_SECONDS = 30.0  # between two lines if standard error is no terminal
+QUIET_SECONDS = 30.0  # time between two lines if standard error is not a terminal
 
 EvalRecords = tuple[dict[str, Any], dict[str, Any]] | None
 
@@ -27,7 +27,7 @@ class Metrics:
     Args:
         path: the file.
         step: number of steps that are done; 0 starts a new file.
-        evaluated: the run has been evaluated at `step`. Otherwise the eval line of `step` is removed too.
+        evaluated: True if the student has been evaluated at `step`. Otherwise the eval line of `step` is removed too.
     """
 
     def __init__(self, path: Path, step: int, *, evaluated: bool = True) -> None:
@@ -94,12 +94,12 @@ def eval_records(path: Path) -> EvalRecords:
 
 
 class Progress:
-    """A progress bar with loss, tokens/s and remaining time; a line every `QUIET_SECONDS` where there is no terminal.
+    """A progress bar with loss, tokens/s and remaining time; without a terminal, a line every `QUIET_SECONDS`.
 
     Args:
         step: number of steps that are done.
         max_steps: number of steps of the run.
-        shown: print anything at all.
+        shown: False to print nothing.
     """
 
     def __init__(self, step: int, max_steps: int, shown: bool) -> None:

@@ -26,7 +26,7 @@ def write_student(
     evaluations: EvalRecords,
     processes: int,
 ) -> None:
-    """Writes the folder of the finished student, which either is complete or does not exist.
+    """Writes the folder of the finished student atomically: it is complete or does not exist.
 
     Args:
         target: the folder.
@@ -129,5 +129,5 @@ def _front_matter(config: DistillConfig) -> list[str]:
 
 
 def _quoted(value: Any) -> str:
-    """A YAML string: JSON strings are valid YAML."""
+    """Formats a text as a JSON string, which is also a valid YAML string."""
     return json.dumps(value)

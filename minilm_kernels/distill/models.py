@@ -1,4 +1,4 @@
-"""Loads teacher, student and tokenizer, and checks before any work that they can be distilled."""
+"""Loads teacher, student and tokenizer, and checks that they fit each other before any training."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class LayerModel:
 
     Args:
         model: a transformers model.
-        layer: layer from 1, or from -1 backwards.
+        layer: the layer, counted from 1, or from -1 backwards.
         projections: names of the query, key and value modules for other architectures, see `QKVExtractor`.
-        role: a teacher is frozen.
+        role: "teacher" or "student"; a teacher is frozen.
 
     Attributes:
         extractor: the `QKVExtractor`.
@@ -112,7 +112,7 @@ def load_models(config: DistillConfig, device: torch.device) -> TeacherStudent:
 def position_range(model: Any) -> tuple[int, int]:
     """Returns (position id of a sequence's first token, number of positions).
 
-    The positions of RoBERTa, XLM-R and MPNet begin after the padding index, which their position embedding has.
+    In RoBERTa, XLM-R and MPNet, the position embedding has a padding index, and the positions begin after it.
     """
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, nn.Embedding):
@@ -150,7 +150,7 @@ def _make_student(config: DistillConfig, teacher: LayerModel, tokenizer: Any) ->
 
 
 def _with_dropout(student: PreTrainedModel, dropout: float) -> PreTrainedModel:
-    """Creates the model again with another dropout, which models read from their config on creation."""
+    """Creates the model again with another dropout, because models read their dropout only when they are created."""
     settings = copy.deepcopy(student.config)
     names = [
         name

@@ -9,7 +9,7 @@ from .config import DistillConfig
 
 
 def make_optimizer(config: DistillConfig, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-    """Creates AdamW. Parameters of one dimension (biases and LayerNorms) get no weight decay.
+    """Creates AdamW. One-dimensional parameters (biases and LayerNorms) get no weight decay.
 
     The optimizer is fused if the parameters are on a CUDA device.
     """

@@ -10,7 +10,7 @@ import numpy as np
 from .tokenization import DocumentTokenizer, Tokens
 
 PADDING = -1  # position of a padding token
-SHORTEST_CUT = 32  # tokens; documents are not cut into shorter pieces
+SHORTEST_CUT = 32  # tokens of the shortest piece into which a document is cut, if samples are not very short
 
 
 class Samples(NamedTuple):
@@ -33,8 +33,9 @@ class Samples(NamedTuple):
 class Packer:
     """Packs documents into samples; each piece of a document gets the tokenizer's special tokens.
 
-    With `packing`, a document that does not fit into the current sample is cut there, but never into a piece of fewer
-    than `SHORTEST_CUT` tokens; otherwise it starts the next sample. Without `packing`, every piece is a sample.
+    With `packing`, a document that does not fit into the current sample is cut into pieces of at least `SHORTEST_CUT`
+    tokens (or a quarter of `max_seq_length`, if that is less). If the first piece would be shorter, the document starts
+    the next sample. Without `packing`, every piece is a sample.
 
     Args:
         max_seq_length: tokens of a sample, special tokens included.

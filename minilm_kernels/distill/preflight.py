@@ -22,11 +22,13 @@ from .checkpoint import TEMPORARY, write_error
 from .tokenization import DocumentTokenizer
 
 CHECKED_DOCUMENTS, CHECKED_CHARACTERS = 256, 1 << 18  # the first documents of the text, up to these limits
-# Text in a language of the tokenizer has a few per cent of unknown tokens, text in another language nearly 100.
+# In a language that the tokenizer knows, a few per cent of the tokens are unknown; in another language, nearly all.
 MOST_UNKNOWN = 0.5
-# Embeddings have some unused rows, as padding to a round number or in reserve. With more, the tokenizer is another one.
+# Embeddings have some unused rows, as padding to a round number or in reserve. More unused rows mean that the tokenizer
+# belongs to another model.
 MOST_ROWS_A_TOKEN, MOST_PADDING = 2, 128
-# A tokenizer without an unknown token drops unknown words. No text has words of this length throughout.
+# A tokenizer without an unknown token drops unknown words, so that it returns few tokens. A known text never has this
+# many characters per token.
 MOST_CHARACTERS_A_TOKEN = 64
 
 
@@ -37,7 +39,7 @@ def check_weights(extractor: QKVExtractor, info: Mapping[str, Any], option: str,
         extractor: the extractor of a loaded model. Weights after its Q, K and V may be missing.
         info: the loading info of transformers with `missing_keys` and `unexpected_keys`.
         option: the option and its value, for messages.
-        teacher: refuse projections that are all zero, such as placeholders of sharded training.
+        teacher: True to refuse projections that are all zero, such as placeholders of sharded training.
 
     Raises:
         ValueError: the checkpoint lacks a tensor, or a tensor is not finite.
@@ -67,7 +69,7 @@ def check_weights(extractor: QKVExtractor, info: Mapping[str, Any], option: str,
 
 
 def _prefix(missing: Set[str], unexpected: Iterable[str]) -> str:
-    """The prefix of the checkpoint's names that the model's names lack, for example "module."; "" if there is none."""
+    """A prefix such as "module." that the names in the checkpoint have and those in the model lack; "" if none."""
     for name in unexpected:
         parts = name.split(".")
         for i in range(1, len(parts)):
@@ -109,7 +111,7 @@ def _run(extractor: QKVExtractor) -> QKV:
 
 
 def _range(tensor: Tensor) -> tuple[float, float]:
-    """The smallest and the largest value, or NaN, computed without a copy."""
+    """The smallest and the largest value (NaN if any value is NaN), computed without a copy."""
     if not tensor.numel() or not tensor.is_floating_point():
         return 1.0, 1.0
     low, high = torch.aminmax(tensor.detach())
@@ -130,20 +132,20 @@ def embedding_rows(model: Any) -> int | None:
 
 
 def check_ids(tokenizer: Any, teacher: Any, student: Any) -> None:
-    """Raises `ValueError` if token ids exceed an embedding, or are too few for the teacher's embedding."""
+    """Raises `ValueError` if token ids exceed an embedding, or if the tokenizer has too few of them."""
     ids = set(tokenizer.get_vocab().values())
     for name, model in (("teacher", teacher), ("student", student)):
         rows = embedding_rows(model)
         if rows is not None and max(ids) >= rows:
             raise ValueError(
-                f"the teacher's tokenizer has ids up to {max(ids)}, the {name}'s embedding only {rows} rows, 0 to "
-                f"{rows - 1}"
+                f"the teacher's tokenizer has ids up to {max(ids)}, but the {name}'s embedding has only {rows} rows, "
+                f"0 to {rows - 1}"
             )
     rows = embedding_rows(teacher)
     if rows is not None and rows > len(ids) * MOST_ROWS_A_TOKEN + MOST_PADDING:
         raise ValueError(
-            f"--teacher: its tokenizer has {len(ids)} tokens, its embedding {rows} rows: they do not belong together "
-            "(if they do, shrink the embedding with resize_token_embeddings)"
+            f"--teacher: its tokenizer has {len(ids)} tokens, but its embedding has {rows} rows: they do not belong "
+            "together (if they do, shrink the embedding with resize_token_embeddings)"
         )
 
 
@@ -177,7 +179,7 @@ def check_text(tokenizer: DocumentTokenizer, texts: Iterable[str], teacher: Any,
         rows = embedding_rows(model)
         if rows is not None and largest >= rows:
             raise ValueError(
-                f"the teacher's tokenizer returns id {largest}, the {name}'s embedding has only {rows} rows"
+                f"the teacher's tokenizer returns id {largest}, but the {name}'s embedding has only {rows} rows"
             )
 
 
@@ -196,7 +198,7 @@ def check_saving(student: Any, tokenizer: Any, output: Path) -> None:
     The second copy of the student needs less memory than the optimizer, which is created later.
 
     Raises:
-        ValueError: they cannot be saved or loaded, or change when they are.
+        ValueError: student or tokenizer cannot be saved or loaded, or differ after loading.
         OSError: the disk is full or cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}trial-", dir=output, ignore_cleanup_errors=True) as folder:
@@ -229,6 +231,6 @@ def check_saving(student: Any, tokenizer: Any, output: Path) -> None:
 
 
 def _settings(config: Any) -> dict[str, str]:
-    """The settings that the config's class declares, as JSON. Others have no effect on the model."""
+    """The settings that the config's class declares, as JSON. Other settings have no effect on the model."""
     known = getattr(type(config), "__dataclass_fields__", config.to_dict()).keys() - {"architectures", "dtype"}
     return {key: json.dumps(value, default=str) for key, value in config.to_dict().items() if key in known}

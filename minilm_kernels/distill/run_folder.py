@@ -22,7 +22,7 @@ SETTINGS = "settings.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 STUDENT = "student"
-# Errors of flock on file systems without locks. 524 is ENOTSUPP, which the kernel passes on from NFS.
+# Errors of flock on file systems without locks. 524 is ENOTSUPP, which NFS returns.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, 524}
 
 
@@ -75,7 +75,7 @@ def output_folder(config: DistillConfig, dist: DistContext) -> Iterator[Path]:
 
 
 def is_finished(student: Path) -> bool:
-    """True if the student has been written. Raises `ValueError` if something else has its name."""
+    """True if the student has been written. Raises `ValueError` if something else is in its place."""
     if (student / "config.json").is_file() and any(student.glob("*.safetensors")):
         return True
     if os.path.lexists(student) and not _is_empty_folder(student):

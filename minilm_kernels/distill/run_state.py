@@ -47,7 +47,7 @@ class RunState:
     window: list[Tensor] = field(default_factory=list)
 
     def finite_window(self) -> Tensor:
-        """The window as one tensor, (steps, relations + 1) float32 on the CPU.
+        """The attribute `window` as one tensor, (steps, relations + 1) float32 on the CPU.
 
         Raises:
             RuntimeError: a loss or a gradient was not finite.
@@ -97,7 +97,7 @@ class RunState:
         """Restores the state of a checkpoint.
 
         Raises:
-            ValueError: the checkpoint is damaged, of a run with other settings, or the teacher or the text has changed.
+            ValueError: the checkpoint is damaged, it is of a run with other settings, or teacher or text have changed.
         """
         try:
             self._load(saved)
@@ -131,7 +131,7 @@ class RunState:
         }
         for key, tensor in saved.tensors["optimizer"].items():
             name, _, moment = key.rpartition(".")
-            # Cloned, because tensors of the file have another alignment than torch's, which can change the last bits.
+            # The tensors are cloned, because those of the file have another alignment, which can change the last bits.
             moments.setdefault(index[id(self.parameters[name])], {})[moment] = tensor.clone()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.stream.load_state(saved.state["data"], saved.tensors["data"])

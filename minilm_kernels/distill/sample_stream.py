@@ -32,8 +32,8 @@ class _Chunk(NamedTuple):
 
     Attributes:
         tokens: token ids of each piece of the training documents.
-        good, in_eval_set, bad, nulls: the documents by kind; only bad ones are kept.
-        cursor: [index of the source in the order of the epoch, cursor in the source], after the documents.
+        good, in_eval_set, bad, nulls: the documents by kind: bad documents as a list, the others as numbers.
+        cursor: the position after the documents, [index of the source in the order of the epoch, cursor in the source].
         source, prefix: index of the source, and the part of it that has been read.
     """
 
@@ -48,15 +48,15 @@ class _Chunk(NamedTuple):
 
 
 class SampleStream:
-    """An endless stream of training samples, determined by the seed and the order of the good documents.
+    """An endless stream of training samples, which depends only on the seed and on the sequence of good documents.
 
     A thread reads and tokenizes documents ahead. `state` and `load_state` save and restore everything on which the
-    following samples depend. If `take` raises, the state is the one before the call.
+    following samples depend. If `take` raises, the state before the call remains.
 
     Args:
         sources: the training text.
         eval_set: documents of this set are left out.
-        shuffle_buffer_size: samples in the shuffle buffer; 1 keeps the order of the text.
+        shuffle_buffer_size: number of samples in the shuffle buffer; 1 keeps the order of the text.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class SampleStream:
         self.eval_set, self._shuffle_buffer_size, self._seed = eval_set, shuffle_buffer_size, seed
         self.bad_documents = bad_documents or BadDocuments()
         self._buffer: list[Samples] = []
-        self._drawn: list[Samples] = []  # drawn by a `take` that raised
+        self._drawn: list[Samples] = []  # samples that were drawn by a `take` that raised, or put back
         self._epoch = 0
         self._draws = 0
         self._cursor: list[Any] = [0, None]  # index of the source in the order of the epoch, cursor in the source
@@ -119,8 +119,8 @@ class SampleStream:
             self._epoch, self._epoch_samples, self._at_end = self._epoch + 1, 0, False
             self._epoch_in_eval_set, self._prefixes = 0, {}
             return self._draw()
-        # Each draw has its own generator, so that the number of draws is all the state. Samples beyond the size of the
-        # buffer are there because documents are read together; they wait.
+        # Each draw has its own generator, so that the number of draws is the only state. Documents are read in chunks,
+        # so the buffer may have more than `shuffle_buffer_size` samples; the last ones are not drawn yet.
         last = min(len(self._buffer), self._shuffle_buffer_size) - 1
         chosen = int(np.random.default_rng((self._seed, 1, self._draws)).integers(last + 1)) if last else 0
         self._buffer[chosen], self._buffer[last] = self._buffer[last], self._buffer[chosen]
@@ -236,7 +236,7 @@ class SampleStream:
         after the cursor may change.
 
         Raises:
-            ValueError: text that was read has changed, or the sources are others.
+            ValueError: the sources are different, or text that had been read has changed.
         """
         names = [source.name for source in self._sources]
         if state["sources"] != names:

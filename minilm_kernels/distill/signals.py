@@ -10,12 +10,13 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-# Ctrl-C, schedulers and closed terminals; batch systems send the last two as a warning before they kill a job.
+# Ctrl-C, schedulers and closed terminals send the first three. Batch systems send the last two as a warning before they
+# kill a job.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
-# A second signal of these aborts the run. The others may arrive twice without intent: SIGHUP from both the shell and
-# the terminal, SIGXCPU once a second above the limit.
+# The second signal of one of these numbers aborts the run. Other signals may arrive twice by accident: SIGHUP from the
+# shell and from the terminal, SIGXCPU once per second above the limit.
 ABORTING = (signal.SIGINT, signal.SIGTERM)
-# Left alone where the program has a handler for them.
+# These signals are not caught if the program already has a handler for them.
 _FREE = (signal.SIGUSR1, signal.SIGXCPU)
 # torchrun forwards signals that the terminal may have sent to the workers already.
 ECHO_SECONDS = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
@@ -24,8 +25,8 @@ ECHO_SECONDS = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 class StopSignals:
     """Context manager that records the first stop signal; a second SIGINT or SIGTERM aborts the process.
 
-    Signals that are ignored on entry, as under nohup, remain ignored. SIGUSR1 and SIGXCPU are left alone if the program
-    has handlers for them. Outside of the main thread no signal is caught.
+    Signals that are ignored on entry, as under nohup, remain ignored. SIGUSR1 and SIGXCPU are not caught if the program
+    already has a handler for them. Outside of the main thread, no signal is caught.
 
     Attributes:
         received: number of the first signal, 0 if there was none.

@@ -38,13 +38,13 @@ def make_batch(
 
 
 def teacher_qkv(models: TeacherStudent, batch: Batch, *, bf16: bool = False) -> QKV:
-    """The teacher's query, key and value for the loss, without gradient. `bf16`: under bfloat16 autocast."""
+    """The teacher's query, key and value for the loss, without gradient; under bfloat16 autocast if `bf16`."""
     with torch.no_grad(), torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
         return models.teacher.project(batch)
 
 
 def student_qkv(models: TeacherStudent, batch: Batch, *, bf16: bool = False) -> QKV:
-    """The student's query, key and value for the loss. `bf16`: under bfloat16 autocast."""
+    """The student's query, key and value for the loss; under bfloat16 autocast if `bf16`."""
     with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
         return models.student.project(batch)
 
@@ -55,8 +55,8 @@ def loss_components(
     """The unweighted loss of each relation.
 
     Args:
-        bf16: run both models under bfloat16 autocast.
-        requires_grad: the losses are differentiable in the student's parameters.
+        bf16: True to run both models under bfloat16 autocast.
+        requires_grad: True to make the losses differentiable in the student's parameters.
 
     Returns:
         Relation name ("qq", "kk", ...) to a scalar tensor.
@@ -74,7 +74,7 @@ def loss_vector(config: DistillConfig, models: TeacherStudent, batch: Batch, *, 
 
 
 class GradientBuffer:
-    """All gradients, and behind them some losses, in one flat tensor: one all-reduce, one norm, one scaling.
+    """One flat tensor with all gradients, followed by some losses, for a single all-reduce, norm and scaling.
 
     The `grad` of each parameter becomes a view of the buffer.
 
@@ -101,7 +101,7 @@ class GradientBuffer:
         self.flat.zero_()
 
     def clip_(self, max_norm: float) -> Tensor:
-        """Scales the gradients to a norm of at most `max_norm`; 0 turns clipping off. Returns the norm before."""
+        """Scales the gradients to a norm of at most `max_norm`; 0 turns clipping off. Returns the original norm."""
         norm = torch.linalg.vector_norm(self.gradients)
         if max_norm:
             self.gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -24,7 +24,7 @@ class DocumentTokenizer:
         unknown: id of the unknown token, if there is one.
 
     Raises:
-        ValueError: the special tokens cannot be told from those of the text.
+        ValueError: the special tokens cannot be separated from the tokens of the text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -63,7 +63,7 @@ class DocumentTokenizer:
         pieces = [_pieces(document.text or "") for document in documents]
         try:
             return self.batch([piece for parts in pieces for piece in parts]), []
-        except BaseException as error:  # a panic in a Rust tokenizer is no Exception
+        except BaseException as error:  # a panic in a Rust tokenizer is not an Exception
             if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
                 raise
             if len(documents) == 1:

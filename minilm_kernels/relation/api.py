@@ -1,6 +1,6 @@
-"""Public functions: validation of their arguments, then one operator call.
+"""Public functions: each validates its arguments and calls one operator.
 
-`relation_kl` computes one relation, `relation_kl_multi` all relations of a loss at once.
+`relation_kl` computes one relation, and `relation_kl_multi` computes all relations of a loss at once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def relation_kl(
 ) -> Tensor:
     """Computes KL(teacher ‖ student) between attention relations, without an S×S matrix in memory.
 
-    With the relation R = softmax(scale · Q Kᵀ), taken over the keys that each query row sees, a row's divergence is
+    A relation is R = softmax(scale · Q Kᵀ), over the keys that each row sees. The divergence of row i in head a of
+    sequence b is
 
         KL[b, a, i] = Σ_j R_t[b, a, i, j] · (log R_t[b, a, i, j] − log R_s[b, a, i, j])
 
@@ -54,25 +55,28 @@ def relation_kl(
     Args:
         teacher_query: (B, S, A, D_t), or packed (T, A, D_t); float16, bfloat16, float32 or float64, with any strides.
             The teacher's tensors must not require grad; they may be inference tensors.
-        teacher_key: like `teacher_query`. None, in both keys, makes the query the key as well: a self relation.
+        teacher_key: like `teacher_query`. If both keys are None, the call is a self relation: the queries are also the
+            keys.
         student_query: (B, S, A, D_s), or packed (T, A, D_s). Width and dtype may differ from the teacher's.
-        student_key: like `student_query`; None if and only if `teacher_key` is None. To use the query as key on one
-            side only, pass it as key explicitly. If on both sides the key is the query (the same tensor, or the same
-            view of the same tensor) the call is a self relation too, which is faster. Two such views of a student
-            tensor get one gradient, through the query. Under tracing only identical tensors are recognised, not views.
-        attention_mask: (B, S), nonzero on valid tokens: bool, integers, or floats of 0 and 1. Padding may stand
-            anywhere; its values never matter, not even NaN. For dense inputs only. Additive masks (0 and large negative
-            numbers) and segment numbers (1 1 2 2) raise an error on the CPU outside torch.compile. Elsewhere values
-            are not read: floats other than 0 and 1 make the result NaN, and every nonzero integer marks a valid token.
+        student_key: like `student_query`; None if and only if `teacher_key` is None. To use the query as key in one
+            model only, pass that model's query as its key, too. If both models' keys are the same tensors as their
+            queries, or equal views of the same tensors, the call is treated as a self relation, which is faster; the
+            gradient of two equal student views then goes through `student_query` only. Under tracing, equal views are
+            not recognised.
+        attention_mask: (B, S), nonzero on valid tokens: bool, integers, or floats of 0 and 1. For dense inputs only.
+            Padding may be at any position; the values of padded tokens never matter, not even NaN. On the CPU and
+            outside torch.compile, additive masks (0 and large negative numbers) and segment numbers (1 1 2 2) raise an
+            error. In all other cases the host does not read the mask: floats other than 0 and 1 make the result NaN,
+            and every nonzero integer marks a valid token.
         cu_seqlens: (N + 1,) int32, the bounds of N packed sequences, from 0 to T. Required for packed inputs. Malformed
-            bounds raise ValueError on the CPU; on a GPU, where the backends `cuda` and `triton` do not wait for them,
-            they make the result and the gradients NaN.
+            bounds raise ValueError on the CPU. On a GPU, the backends `cuda` and `triton` do not wait for the bounds,
+            and malformed bounds make the result and the gradients NaN.
         max_seqlen: upper bound of the packed sequences' lengths, which some backends use. A longer sequence is treated
             like malformed bounds.
-        causal: whether row i sees only the keys j ≤ i.
-        prefix_lens: (B,), or packed (N,), integers: row i of sequence b sees the keys j ≤ i and j < prefix_lens[b]
+        causal: if True, row i sees only the keys j ≤ i.
+        prefix_lens: (B,), or packed (N,), integers: row i of sequence b sees key j if j ≤ i or j < prefix_lens[b]
             (UniLM's sequence-to-sequence mask). Positions count from the start of the sequence and include padding.
-            `causal` has no further effect beside it.
+            With `prefix_lens`, `causal` has no effect.
         teacher_scale: factor of the teacher's scores. None: 1 / sqrt(D_t).
         student_scale: factor of the student's scores. None: 1 / sqrt(D_s).
         reduction: "sequence" averages over heads and valid rows of each sequence, then over the sequences that have
@@ -81,8 +85,8 @@ def relation_kl(
         backend: "auto", or a name from `backend_status()`.
 
     Returns:
-        A scalar, or with reduction "none" (B, A, S), packed (A, T), with 0 on rows of padding. In nats; float32, or
-        float64 if any input is float64.
+        The KL divergence in nats: a scalar, or with reduction "none" (B, A, S), packed (A, T), with 0 on rows of
+        padding. The dtype is float32, or float64 if any input is float64.
 
     Raises:
         TypeError: an argument has the wrong type or dtype. The message names the argument.
@@ -108,7 +112,7 @@ def relation_kl(
         missing, given = ("teacher", "student") if teacher_key is None else ("student", "teacher")
         raise ValueError(
             f"{missing}_key: expected a tensor, because {given}_key is given, got None; pass both keys, or None for "
-            f"both to relate each query to itself. To do so on one side only, pass {missing}_query as {missing}_key"
+            f"both to relate each query to itself. To do so in one model only, pass {missing}_query as {missing}_key"
         )
     teacher, student = {"query": teacher_query}, {"query": student_query}
     pair = ("query", "query")
@@ -152,8 +156,8 @@ def relation_kl_multi(
         teacher: the teacher's tensors by name, each (B, S, A, D_t) or packed (T, A, D_t). Widths may differ between
             tensors, but query and key of one relation must have equal widths.
         student: the student's tensors under the same names, each (B, S, A, D_s) or packed (T, A, D_s).
-        relations: names of query and key tensor of each of the R relations.
-        attention_mask: see `relation_kl`, as for all further arguments.
+        relations: the names of the query tensor and the key tensor of each of the R relations.
+        attention_mask: see `relation_kl`.
         cu_seqlens: see `relation_kl`.
         max_seqlen: see `relation_kl`.
         causal: see `relation_kl`.
@@ -164,7 +168,8 @@ def relation_kl_multi(
         backend: see `relation_kl`.
 
     Returns:
-        (R,), or with reduction "none" (R, B, A, S), packed (R, A, T). Every entry can be differentiated by itself.
+        (R,), or with reduction "none" (R, B, A, S), packed (R, A, T). Each relation's values can be differentiated
+        separately.
 
     Raises:
         TypeError: see `relation_kl`.
@@ -215,9 +220,9 @@ def relation_kl_multi(
 
 
 def _same_tensor(x: Tensor, y: Tensor) -> bool:
-    """Returns whether x and y are one tensor, or equal views of one memory whose gradients take the same path.
+    """Returns whether x and y are one tensor, or equal views of the same memory whose gradients take the same path.
 
-    Views of traced tensors are not recognised: they have no address.
+    Views of traced tensors are not recognised, because traced tensors have no address.
     """
     if x is y:
         return True
@@ -235,7 +240,10 @@ def _same_tensor(x: Tensor, y: Tensor) -> bool:
 
 
 def _same_gradient_path(x: Tensor, y: Tensor) -> bool:
-    """Returns whether autograd takes the gradients of two views, if any, through the same operations to one node."""
+    """Returns whether autograd passes the gradients of two views through the same operations to the same node.
+
+    Views that both need no gradient count as the same.
+    """
     if not x.requires_grad and not y.requires_grad:
         return True
     if any(z._backward_hooks or z.retains_grad for z in (x, y)):
@@ -306,7 +314,7 @@ def _check_tensors(
 
 
 def check_dense(name: str, x: object) -> None:
-    """Raises TypeError unless x is a dense tensor: no nested, sparse, quantized, distributed or masked one."""
+    """Raises TypeError unless x is a dense tensor: not nested, sparse, quantized, distributed or masked."""
     if type(x) is Tensor and x.layout is torch.strided and not x.is_nested and not x.is_quantized:
         return
     if not isinstance(x, Tensor):
@@ -328,7 +336,10 @@ def check_dense(name: str, x: object) -> None:
 
 
 def _check_mask_values(mask: Tensor) -> None:
-    """Raises ValueError unless the mask has 0 and one other value; recognises additive masks and segment numbers."""
+    """Raises ValueError unless the mask is bool, floats of 0 and 1, or integers of 0 and one other value (−1 or more).
+
+    The message has advice for additive masks and for segment numbers.
+    """
     if mask.dtype == torch.bool or not mask.numel() or not host_readable(mask):
         return
     low, high = (x.item() for x in mask.aminmax())
@@ -368,7 +379,8 @@ def _check_masks(
         check_dense(name, mask)
         floats = _FLOATS if name == "attention_mask" else ()
         if mask.dtype not in _INTEGERS and mask.dtype not in floats:
-            raise TypeError(f"{name}: expected an integer or bool dtype, got {mask.dtype}")
+            expected = "bool, integers, or floats of 0 and 1" if floats else "integers"
+            raise TypeError(f"{name}: expected {expected}, got {mask.dtype}")
         if mask.device != device:
             raise ValueError(f"{name}: expected the device of the other tensors, {device}, got {mask.device}")
     if attention_mask is not None and cu_seqlens is not None:

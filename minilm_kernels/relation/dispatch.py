@@ -1,4 +1,4 @@
-"""Chooses the backend of a call: the order of "auto", availability, and the errors of calls that cannot be served.
+"""Chooses the backend of a call and raises an error if no backend can serve it.
 
 To add a backend, write a module with the functions of `inputs.Backend`, add its name to `minilm_kernels/_choices.py`,
 and add the module to `MODULES`.
@@ -29,8 +29,8 @@ def backend_status() -> dict[str, str]:
     """Returns the state of every backend in this process.
 
     Returns:
-        A dict from each backend's name to `"ready"`, or to the reason why the backend cannot run here. The order is
-        that in which `backend="auto"` tries the backends; `"reference"`, the last one, is never chosen by `"auto"`.
+        A dict from each backend's name to `"ready"`, or to the reason why the backend cannot run here. The backends are
+        in the order in which `backend="auto"` tries them. `"auto"` never chooses the last one, `"reference"`.
 
     Example:
         >>> from minilm_kernels import backend_status
@@ -44,7 +44,7 @@ def backend_status() -> dict[str, str]:
 
 
 def run(name: BackendName, inputs: RelationInputs, call: Callable[[Backend], _Result]) -> _Result:
-    """Returns `call(backend)` for the backend that is asked for or, with "auto", the first that can serve the call.
+    """Returns `call(backend)` for the backend `name` or, if `name` is "auto", for the first that can serve the call.
 
     Raises:
         RuntimeError: the backend cannot serve the call; the message gives every reason.
@@ -60,7 +60,7 @@ def run(name: BackendName, inputs: RelationInputs, call: Callable[[Backend], _Re
             try:
                 return call(MODULES[candidate])
             except BackendUnavailable as failure:
-                warn_once(f"backend {candidate} failed, the next one serves the call: {failure}")
+                warn_once(f"backend {candidate} failed; the next one serves the call: {failure}")
     raise RuntimeError("backend: none can serve this call")
 
 

@@ -20,8 +20,8 @@ from .masks import Mask
 class RelationInputs:
     """Validated tensors of one call and the relations between them.
 
-    A relation is a pair of indices into the tensors: (m, m) is a self relation; (m, n) takes queries from tensor m and
-    keys from tensor n.
+    Two indices into the tensors name a relation: (m, m) is a self relation; (m, n) takes queries from tensor m and keys
+    from tensor n.
     """
 
     teacher: Sequence[Tensor]  # each (B, S, A, D_t) or (T, A, D_t), any strides
@@ -42,7 +42,7 @@ class RelationInputs:
         return result_dtype(self.teacher, self.student)
 
     def scales(self, relation: tuple[int, int]) -> tuple[float, float]:
-        """Returns the factors of the teacher's and the student's scores."""
+        """Returns the scale of the teacher's scores and that of the student's."""
         width_t, width_s = (model[relation[0]].shape[-1] for model in (self.teacher, self.student))
         scale_t = width_t**-0.5 if self.teacher_scale is None else self.teacher_scale
         scale_s = width_s**-0.5 if self.student_scale is None else self.student_scale
@@ -60,12 +60,12 @@ class Backend(Protocol):
         """Returns why the backend cannot run in this process, or None if it can."""
 
     def unsupported_reasons(self, inputs: RelationInputs) -> list[str]:
-        """Returns every reason why the backend cannot serve these inputs; empty if it can."""
+        """Returns every reason why the backend cannot serve these inputs. The list is empty if it can."""
 
     def forward_reduced(self, inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
-        """Returns the weighted sum of KL of each relation, (R,), and its gradients if `gradient` is set.
+        """Returns the weighted sum of the rows' KL of each relation, (R,), and its gradients if `gradient` is True.
 
-        `weights` holds one row weight per sequence, (N,).
+        All rows of sequence n have the weight `weights[n]`, (N,).
         """
 
     def forward_none(self, inputs: RelationInputs) -> Tensor:
@@ -81,9 +81,9 @@ def result_dtype(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> torch.
 
 
 def grad_buffers(relations: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Returns (relation, student tensor) of each stored gradient.
+    """Returns the relation's index and the student tensor's index of each stored gradient.
 
-    A self relation has one gradient, a cross relation has one of its query and one of its key. Gradients of different
+    A self relation has one gradient. A cross relation has one for its query and one for its key. Gradients of different
     relations are stored separately, so that the backward can scale each by its own upstream gradient.
     """
     return [(r, m) for r, (query, key) in enumerate(relations) for m in dict.fromkeys((query, key))]

@@ -1,7 +1,7 @@
 """Masks that all backends share: valid tokens, visible keys, and the weight of a row in a reduced loss.
 
 A mask is stored as the caller passes it: a padding mask or cu_seqlens, a causal flag, prefix lengths. Only `Mask.dense`
-builds anything of size S×S, for the reference backend.
+builds a tensor of size S×S; the reference backend uses it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ class MaskArgs(TypedDict, total=False):
 
 
 def host_readable(x: Tensor) -> bool:
-    """Returns whether the host can read the values of x without waiting: a CPU tensor, not traced, fake or batched."""
+    """Returns whether the host can read the values of x without waiting.
+
+    True for CPU tensors, unless they are traced, fake, or batched by vmap.
+    """
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu" or torch.jit.is_tracing():
         return False
     modes = torch._C._TorchDispatchModeKey
@@ -39,7 +42,7 @@ def host_readable(x: Tensor) -> bool:
 
 
 def add_fault(x: Tensor, fault: Tensor | None) -> Tensor:
-    """Adds the fault of `Mask.sanitize_bounds`: x becomes NaN if `cu_seqlens` is malformed, else it is unchanged."""
+    """Returns x plus the fault of `Mask.sanitize_bounds`: NaN if `cu_seqlens` is malformed, otherwise x itself."""
     return x if fault is None else x + fault
 
 
@@ -95,13 +98,13 @@ class Mask:
         return sequences, token - self.cu_seqlens.long()[sequences]
 
     def unpad(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Brings every mask into one form: runs of valid tokens. Does not wait for the device.
+        """Converts every kind of mask to one form, a run of valid tokens per sequence, without waiting for the device.
 
-        In this form row i of a sequence sees the tokens j ≤ i and j < prefix of its run, or, with a bidirectional mask,
-        the whole run.
+        Rows and keys are counted within the run. Row i sees key j if j ≤ i or j < prefix; with a bidirectional mask it
+        sees the whole run.
 
         Returns:
-            positions: (B·S,) or (T,) int64, the position of each valid token, sequence after sequence; entries after
+            positions: (B·S,) or (T,) int64, the positions of the valid tokens, sequence after sequence. Entries after
                 the last valid token are arbitrary.
             starts: (N + 1,) int64, the bounds of each sequence's run in `positions`.
             prefixes: (N,) int64, the number of valid tokens in each prefix; None without `prefix_lens`.
@@ -141,7 +144,7 @@ class Mask:
         return visible & allowed
 
     def sequence_weights(self, reduction: Reduction, heads: int, dtype: torch.dtype) -> Tensor:
-        """Weight of each query row of a sequence in the reduced loss, (N,); empty sequences have no rows to weigh."""
+        """Returns the weight of each row of a sequence in the reduced loss, (N,). Empty sequences have no rows."""
         lengths = self.lengths
         if reduction == "sum":
             return torch.ones(lengths.shape, dtype=dtype, device=self.device)
@@ -151,11 +154,11 @@ class Mask:
         return 1 / (heads * nonempty * lengths.clamp(min=1).to(dtype))
 
     def sanitize_bounds(self) -> tuple[Mask, Tensor | None]:
-        """Returns a mask whose `cu_seqlens` is safe to index with, and a fault for results; does not wait for a device.
+        """Returns a mask whose `cu_seqlens` is safe to index with, and a fault. Does not wait for the device.
 
-        The fault is 0 if `cu_seqlens` is well-formed and NaN if it is malformed; `add_fault` applies it. In the latter
-        case the returned mask has N sequences of about T / N tokens, so that every token gets a (NaN) result and no
-        access leaves the tensors. Dense inputs need neither: they return the mask itself and None.
+        The fault is 0 if `cu_seqlens` is well-formed and NaN if it is malformed. `add_fault` adds it to the results. If
+        `cu_seqlens` is malformed, the returned mask has N sequences of about T / N tokens, so that every token gets a
+        (NaN) result and no access is out of bounds. For dense inputs, the mask itself and None are returned.
         """
         if self.cu_seqlens is None or self.num_sequences == 0:
             return self, None
@@ -175,7 +178,7 @@ class Mask:
         return mask, torch.zeros((), dtype=torch.float32, device=self.device).masked_fill(malformed, torch.nan)
 
     def check_packing(self) -> None:
-        """Checks `cu_seqlens`: its values on a CPU, its shape alone on an accelerator, where reading would wait."""
+        """Checks the shape of `cu_seqlens` and, on a CPU, its values. On an accelerator, reading them would wait."""
         if self.cu_seqlens is None:
             return
         if self.num_sequences == 0 and self.token_shape[0]:
@@ -187,7 +190,7 @@ class Mask:
             self.check_bounds()
 
     def check_bounds(self) -> None:
-        """Checks the values of `cu_seqlens`; on an accelerator the host waits for them."""
+        """Checks the values of `cu_seqlens`. On an accelerator, the host waits for them."""
         if self.cu_seqlens is None:
             return
         bounds, total = self.cu_seqlens.tolist(), self.token_shape[0]
@@ -197,5 +200,5 @@ class Mask:
             raise ValueError(f"cu_seqlens: expected to rise from 0 to the {total} packed tokens, got {shown}")
         if self.max_seqlen is not None and max(lengths, default=0) > self.max_seqlen:
             raise ValueError(
-                f"max_seqlen: expected at least the longest sequence, {max(lengths)} tokens, got {self.max_seqlen}"
+                f"max_seqlen: expected no less than the longest sequence, {max(lengths)} tokens, got {self.max_seqlen}"
             )

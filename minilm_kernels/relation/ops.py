@@ -1,8 +1,7 @@
 """PyTorch operators, their fake kernels, and the autograd function around them.
 
-Two operators are registered, both opaque to torch.compile: `relation_kl` returns the values and, for a reduced loss,
-the gradients of the student's tensors with them; `relation_kl_rows_backward` computes the gradients of
-`reduction="none"`.
+Two operators are registered, both opaque to torch.compile. `relation_kl` returns the values and, for a reduced loss,
+also the gradients of the student's tensors. `relation_kl_rows_backward` computes the gradients of `reduction="none"`.
 """
 
 from __future__ import annotations
@@ -49,12 +48,12 @@ def relation_values(
     """Returns the values of all relations, (R,) or (R, *rows), differentiable in the student's tensors.
 
     Args:
-        pairs: indices of query and key tensor of each relation, one after another.
+        pairs: for each relation, the index of its query tensor and that of its key tensor, in one flat list.
         options: arguments that are not tensors.
         attention_mask: see `relation_kl`.
         cu_seqlens: see `relation_kl`.
         prefix_lens: see `relation_kl`.
-        *tensors: the teacher's tensors, then as many of the student's.
+        *tensors: the teacher's tensors, then equally many of the student's.
     """
     transforms = not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -74,9 +73,10 @@ def _forward(
     prefix_lens: Tensor | None,
     *tensors: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Returns the values and, for a reduced loss, the gradients, which the backward only scales.
+    """Returns the values and, for a reduced loss, the gradients. The backward only scales these gradients.
 
-    The gradients are outputs of the autograd node: differentiating them leads back to the node, which raises.
+    The gradients are outputs of the autograd node. A second derivative therefore calls the node again, and the node
+    raises an error.
     """
     teacher, student = _teacher_and_student(tensors)
     values, grads = torch.ops.minilm_kernels.relation_kl(
@@ -102,7 +102,8 @@ def _save(ctx: Any, arguments: Sequence[Any], outputs: Sequence[Tensor]) -> None
         return
     ctx.unsaved = {}
     if not torch.compiler.is_compiling():
-        # Inference tensors cannot be saved for backward, but they cannot be changed outside inference mode either.
+        # Inference tensors cannot be saved for backward. They are kept directly, which is safe: they cannot be changed
+        # outside inference mode.
         ctx.unsaved = {i: x for i, x in enumerate(kept) if x is not None and x.is_inference()}
     ctx.save_for_backward(*(None if i in ctx.unsaved else x for i, x in enumerate(kept)))
 
@@ -141,7 +142,7 @@ class RelationKL(torch.autograd.Function):
 
 
 class _RelationKLForTransforms(torch.autograd.Function):
-    """`RelationKL` in the form that torch.func and forward-mode AD require; calling it takes longer."""
+    """`RelationKL` in the form that torch.func and forward-mode AD require. It is slower to call."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -172,7 +173,7 @@ def _rows_backward(grad: Tensor, pairs: list[int], options: Options, *kept: Any)
 
 
 class _RowsBackward(torch.autograd.Function):
-    """The backward of `reduction="none"` under create_graph=True: differentiating it raises."""
+    """The backward of `reduction="none"` under create_graph=True. Differentiating it raises an error."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -192,10 +193,10 @@ class _RowsBackward(torch.autograd.Function):
 
 
 def _can_skip_scaling(grad: Tensor) -> bool:
-    """Returns whether the stored gradients can be returned as they are: the upstream gradient is 1.
+    """Returns whether the stored gradients can be returned without scaling, because the upstream gradient is 1.
 
-    Scaling is a pass over all gradients, on the CPU several percent of a loss. Where the graph is retained the stored
-    gradients must not be handed out, since the caller may add to them.
+    Scaling is one pass over all gradients; on the CPU it takes several percent of the time of a loss. If the graph is
+    retained, the stored gradients must not be returned, since the caller may add to them in place.
     """
     return (
         host_readable(grad)
@@ -253,7 +254,7 @@ def _inputs(
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Autocast would round the products inside a backend to half precision."""
+    """Turns autocast off, which would round the products inside a backend to half precision."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 

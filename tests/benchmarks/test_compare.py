@@ -69,7 +69,7 @@ def test_files(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_base(tmp_path, monkeypatch, capsys):
-    """The base revision of a repository computes twice the loss, and the comparison finds that."""
+    """The base revision of a test repository computes twice the loss. The comparison reports this."""
     monkeypatch.setenv("MINILM_KERNELS_BUILD", "none")
     root = builds.ROOT
     repository = tmp_path / "repository"

@@ -1,4 +1,4 @@
-"""Peaks are measured, limits hold, and the largest batch is found."""
+"""Peak memory is measured, limits hold, and the largest batch is found."""
 
 import os
 import signal
@@ -57,7 +57,7 @@ def test_other_errors_stay_what_they_are():
 
 
 def test_saved_bytes():
-    """A dense loss saves at least the relations of both models, a blocked one little more than the gradient."""
+    """A dense loss saves at least the relations of both models. A blocked loss saves little more than the gradient."""
     inputs = Workload(1, 2, 64, 8, 4).inputs()
     relation, gradient = 2 * 64 * 64 * 4, 64 * 2 * 4 * 4
     eager, blocked = (TimedLoss(PROVIDERS[name].build(inputs), [inputs]).saved_bytes() for name in ("eager", "torch"))
@@ -106,7 +106,7 @@ def test_largest(answer, guess):
 
 
 def test_freed_memory_is_returned():
-    """Blocks that glibc would keep in the heap, below a block that is still held, go back to the system."""
+    """Freed blocks return to the system, even if glibc would keep them in the heap below a block that is in use."""
     with freed_memory_returned():
         before = process_bytes("VmRSS")
         pieces = [_filled(12) for _ in range(8)]

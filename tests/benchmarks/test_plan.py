@@ -13,7 +13,7 @@ from tests.benchmarks.test_report import ALL, made
 
 
 def write(file, count):
-    """A command that writes records as a stage's process does."""
+    """A command that writes records as the process of a stage does."""
     text = "".join(json.dumps(record) + "\n" for record in ALL[:count])
     return f"printf %s {shlex.quote(text)} >> {file}"
 
@@ -53,7 +53,7 @@ def test_the_gpu_plan_is_printed_without_a_gpu(tmp_path, monkeypatch, capsys):
 
 
 def test_the_parser_accepts_the_commands_of_the_plans(monkeypatch):
-    """Every `run` of both plans parses, so that no misspelt option is found on a costly machine only."""
+    """Every `run` of both plans parses, so that misspelt options are found before a run on an expensive machine."""
     parsed = []
     monkeypatch.setattr(run, "main", lambda options: parsed.append(options))
     for device in ("cpu", "gpu"):

@@ -11,14 +11,14 @@ from benchmarks.providers import PROVIDERS, Unsupported
 from minilm_kernels.relation import relation_kl_multi
 from minilm_kernels.relation.masks import Mask
 
-# Those that compute on any CPU; torch.compile, which takes seconds a shape, has a test of its own.
+# Providers that run on any CPU. torch.compile takes seconds per shape and has a test of its own.
 RUNNABLE = ["eager", "chunked", "sdpa", "cpu", "torch"]
-# Float32 against float64; the means of so few rows err by some 1e-6.
+# Allowed error of float32 relative to float64. Means over so few rows have errors of about 1e-6.
 TOLERANCE = 2e-5
 
 
 def reference(inputs):
-    """By the dense float64 specification."""
+    """Loss and gradients of the dense float64 specification."""
     exact = inputs.map(torch.Tensor.double)
     leaves = {name: x.requires_grad_() for name, x in exact.student.items()}
     value = relation_kl_multi(exact.teacher, leaves, exact.relations, backend="reference", **exact.mask).sum()
@@ -39,7 +39,7 @@ def test_loss_and_gradient(name, mask):
     try:
         assert max(errors(name, inputs)) < TOLERANCE
     except Unsupported:
-        assert name == "cpu"  # installed without its library
+        assert name == "cpu"  # the package was installed without the library
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_the_oracle_is_the_reference_whatever_its_blocks(mask):
 
 
 def test_the_oracle_checks_a_part_of_a_whole(monkeypatch):
-    """Gradients of the whole, value of the part."""
+    """The gradients are those of all sequences, the value is that of the checked part."""
     for mask in ("none", "lengths", "packed", "prefix"):
         workload = Workload(6, 2, 40, 8, 4, "qq,kk", mask)
         monkeypatch.setitem(correctness._MAX_PAIRS, "cpu", workload.pairs // 2)

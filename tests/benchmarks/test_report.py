@@ -15,7 +15,7 @@ from benchmarks.roofline import NAME
 
 
 def made(suite, provider, workload=None, mode="full", detail=None, **measured):
-    """A record as the suites make it."""
+    """A record with the keys that the suites write."""
     workload = workload or Workload(2, 3, 64, 8, 4)
     measured = {"status": "ok", "pairs": workload.pairs, "detail": detail or {}, **measured}
     return records.new(suite, provider, workload, mode, **measured)
@@ -74,7 +74,7 @@ INFERENCE = [
 ]  # fmt: skip
 ABLATION = [
     made("ablation", name, median_ms=median, pairs=10**6, detail={"predicted": "2 ×", "relative_to": base})
-    for name, median, base in (("as it is", 0.25, None), ("vectors", 1.0, "as it is"), ("AVX2", 2.5, "vectors"))
+    for name, median, base in (("unchanged", 0.25, None), ("vectors", 1.0, "unchanged"), ("AVX2", 2.5, "vectors"))
 ]
 ALL = [*LOSS, *lengths("torch", 2.0), *MEMORY, *BATCH, *ACCURACY, *STEP, *INFERENCE, *ABLATION]
 EVERY = {"loss", "cases", "memory", "batch", "accuracy", "step", "inference", "ablation"}
@@ -118,7 +118,7 @@ def test_no_records_no_figure(name):
     assert figures.draw(name, STEP + INFERENCE) is None
     broken = [{**record, "status": "oom"} for record in ALL]
     assert figures.draw(name, broken) is None
-    assert figures.svg(figures.draw(name, ALL)) == figures.svg(figures.draw(name, ALL))  # equal records, equal bytes
+    assert figures.svg(figures.draw(name, ALL)) == figures.svg(figures.draw(name, ALL))  # equal records, equal text
 
 
 def test_figures_draw_every_provider_that_has_records():

@@ -5,11 +5,11 @@
 
 A preloaded library (strike.c, compiled here with `cc`) counts every open, write, sync, rename, removal and new folder
 below the run's output folder. At the n-th operation it kills the process, before or during the operation, makes the
-operation fail, or sends a signal. The run is then continued with `--resume-from-checkpoint`. It survives if no partial
-checkpoint was ever visible, no complete one was lost, and student, metrics and list of files are finally those of an
-undisturbed run. Linux only.
+operation fail, or sends a signal. The run is then continued with `--resume-from-checkpoint`. The run survives if no
+partial checkpoint was ever visible, no complete checkpoint was lost, and its final student, metrics and files are equal
+to those of an undisturbed run. The script needs Linux.
 
-Without options it tests all kinds of runs, with coarse steps first, and ends within five minutes.
+Without options, it tests all kinds of runs within five minutes, beginning with operations that are far apart.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STEPS, STOPPED_AT = 6, 4
 
 @dataclass
 class Scenario:
-    """A kind of run, with its file operations and its result when it is not disturbed."""
+    """A kind of run, and the file operations and the result of such a run without a disturbance."""
 
     keep: int
     ranks: int
@@ -79,7 +79,7 @@ class Soak:
         ) + (["--resume-from-checkpoint"] if resume else [])
 
     def run(self, scenario: Scenario, *, resume: bool, at: int = 0, how: int = 0, stop: bool = False) -> list[int]:
-        """Exit statuses of the ranks. The first rank is interrupted; with `stop`, by a signal in step `STOPPED_AT`."""
+        """Exit statuses of the ranks. Interrupts the first rank; if `stop`, by a signal in step `STOPPED_AT`."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -152,7 +152,7 @@ class Soak:
         scenario.expected = self.outcome()
 
     def outcome(self) -> dict[str, Any]:
-        """Everything that must be equal in the end: all files of the run, without timings."""
+        """The content that must finally be equal: all files of the run, without timings."""
         found: dict[str, Any] = {}
         for path in self.output.rglob("*"):
             name = str(path.relative_to(self.output))
@@ -182,7 +182,7 @@ class Soak:
         if mode in ("kill", "half") and ends[0] != right:
             return f"ended with {ends} instead of {right}:\n{said}"
 
-        # Checkpoints that were complete before the interruption: renamed before, or there from the start.
+        # Checkpoints that were complete before the interruption: those of the start, and those renamed before it.
         steps = [int(path.rpartition("-")[2]) for what, path in scenario.journal[: at - 1] if _is_whole(what, path)]
         if scenario.resumed:
             steps.append(STOPPED_AT // 2 if scenario.damaged else STOPPED_AT)
@@ -212,7 +212,7 @@ class Soak:
 
 
 def _without_older(outcome: dict[str, Any]) -> dict[str, Any]:
-    """An outcome with the number of older checkpoints instead of their names."""
+    """The outcome, with the number of older checkpoints in place of their names."""
     older = [name for name in outcome if name.startswith("checkpoints/") and f"step-{STEPS:09d}" not in name]
     return {**{name: value for name, value in outcome.items() if name not in older}, "older": len(older)}
 
@@ -235,7 +235,7 @@ def _wait(child: int, patience: float) -> int:
 
 
 def _points(scenario: Scenario, first: int, last: int, every: int) -> list[int]:
-    """Numbers of operations in coarse steps first, by sorting their reversed bits."""
+    """Sorts numbers of operations by their reversed bits, so that the first ones are far apart."""
     points = range(max(1, first), min(last or len(scenario.journal), len(scenario.journal)) + 1, every)
     return [points[i] for i in sorted(range(len(points)), key=lambda i: f"{i:020b}"[::-1])]
 
@@ -256,7 +256,7 @@ def _trials(soak: Soak, options: argparse.Namespace) -> Iterator[list[tuple[Scen
 
 
 def soak(options: argparse.Namespace, work: Path) -> bool:
-    """Runs trials until the time is over. Returns True if all survived."""
+    """Runs trials until the time is up. Returns True if all runs survived."""
     ending = time.monotonic() + options.seconds
     course = Soak(work)
     rounds = itertools.zip_longest(*_trials(course, options))
@@ -283,15 +283,15 @@ def _numbers(text: str) -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modes", type=lambda text: text.split(","), help=f"of {','.join(MODES)} (kill,half)")
+    parser.add_argument("--modes", type=lambda text: text.split(","), help=f"some of {','.join(MODES)} (kill,half)")
     parser.add_argument("--keep", type=_numbers, help="checkpoints to keep (1,2)")
     parser.add_argument("--ranks", type=_numbers, help="processes (1,2)")
-    parser.add_argument("--resume-too", action="store_true", help="strike resumed runs too")
-    parser.add_argument("--damage", action="store_true", help="strike runs that pass over a damaged checkpoint too")
+    parser.add_argument("--resume-too", action="store_true", help="also strike resumed runs")
+    parser.add_argument("--damage", action="store_true", help="also strike runs that skip a damaged checkpoint")
     parser.add_argument("--first", type=int, default=1, help="first operation to strike")
-    parser.add_argument("--last", type=int, default=0, help="last one; 0: all")
-    parser.add_argument("--every", type=int, default=1, help="distance of the operations to strike")
-    parser.add_argument("--seconds", type=float, default=270.0, help="when to end (270)")
+    parser.add_argument("--last", type=int, default=0, help="last operation to strike; 0: no limit")
+    parser.add_argument("--every", type=int, default=1, help="strike every N-th operation only")
+    parser.add_argument("--seconds", type=float, default=270.0, help="seconds after which no trial begins (270)")
     options = parser.parse_args(argv)
     narrow = (options.modes, options.keep, options.ranks, options.resume_too or None, options.damage or None)
     options.all = all(choice is None for choice in narrow)

@@ -1,4 +1,4 @@
-"""Sources of given documents, and streams of their samples, for the tests of the data."""
+"""Sources of given documents and streams of their samples, for tests of reading and packing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pieces(samples: Samples) -> list[list[int]]:
 
 
 class Documents:
-    """A source of given texts (`None`: a null, `...`: a bad document) that records where reading began."""
+    """A source of given texts (`None`: null, `...`: a bad document) that records at which positions reading began."""
 
     def __init__(self, texts: list[Any], name: str = "given") -> None:
         self.texts, self.name, self.began = texts, name, list[Any]()

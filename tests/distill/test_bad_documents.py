@@ -25,7 +25,7 @@ def test_nearly_all_bad_documents_are_an_error() -> None:
     ):
         stream([endless], said=said).take(1)
     assert len(said) < 30
-    # A bad first file is no reason.
+    # A bad first file does not stop the run.
     stream([Documents([...] * 900), Documents(make_texts(300))], shuffle_buffer_size=1).take(300)
 
 

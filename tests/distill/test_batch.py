@@ -1,4 +1,4 @@
-"""Losses and gradients of packed documents are those of the single documents."""
+"""Packed documents have the losses and gradients of the single documents."""
 
 from __future__ import annotations
 

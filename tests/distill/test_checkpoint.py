@@ -126,7 +126,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
         assert found is not None
         check(found, found.step)
         outcomes.add(found.step)
-        for path in folder.glob("step-*"):  # no partial checkpoint is visible, except for the damaged one
+        for path in folder.glob("step-*"):  # only the damaged checkpoint may be incomplete
             if not (damaged and (path / "rest").exists()):
                 check(read_checkpoint(path), int(path.name[5:]))
         checkpoints.rotate()  # as at the start of a run
@@ -154,7 +154,7 @@ def test_a_failure_of_any_write_is_one_clear_error(tmp_path: Path, monkeypatch: 
             checkpoints.write(make(2))
         assert caught.value.errno == errno.ENOSPC
         check(checkpoints.newest(), 1)
-        assert not list(checkpoints.folder.glob(f"{TEMPORARY}*"))  # it also frees its space
+        assert not list(checkpoints.folder.glob(f"{TEMPORARY}*"))  # the space of the temporary folder is free again
 
 
 @contextmanager
@@ -297,13 +297,13 @@ def test_only_our_own_folders_count(tmp_path: Path) -> None:
     check(checkpoints.newest(), 10)
     checkpoints.write(make(11))
     assert {path.name for path in folder.iterdir()} == {*foreign, "step-000000011"}
-    (folder / "step-000000011").rename(folder / "step-9")  # by number, not by name
+    (folder / "step-000000011").rename(folder / "step-9")  # checkpoints are ordered by number, not by name
     for step in (100, 1_000_000_000):
         checkpoints.keep = 9
         checkpoints.write(make(step))
     names = ["step-9", "step-000000100", "step-1000000000"]
     assert [path.name for path in checkpoints.names()] == names
-    checkpoints.write(make(99))  # the names of a file and a link
+    checkpoints.write(make(99))  # a file and a link have names of checkpoints
     check(checkpoints.newest(), 1_000_000_000)
     assert (folder / "damaged-step-000000099").read_text() == "a file"
     assert (tmp_path / "elsewhere" / "state.json").exists()
@@ -358,7 +358,7 @@ def test_files_that_the_manifest_does_not_list_are_not_loaded(tmp_path: Path) ->
 
 
 def test_the_manifest_is_of_what_was_handed_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that stores other bytes than were written is detected."""
+    """Reading fails if the disk has stored other bytes than those that were written."""
     real = module._write
 
     def careless(path: Path, content: bytes) -> None:
@@ -515,7 +515,7 @@ def test_a_removal_that_fails_is_said_and_tried_again(
 def test_what_others_wrote_into_a_folder_is_on_disk_before_it_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A student is saved by transformers, which syncs nothing."""
+    """transformers saves the student without syncing it, so the files must be synced afterwards."""
 
     def fill(folder: Path) -> None:
         (folder / "model.safetensors").write_text("weights")

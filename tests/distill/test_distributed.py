@@ -43,7 +43,7 @@ def started(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]
     try:
         yield process
     finally:
-        # The workers of torchrun have their own sessions, and keep the pipe open that is read below.
+        # The workers of torchrun have their own sessions, and they keep open the pipe that is read below.
         for group in (process.pid, *children(process.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
@@ -116,7 +116,7 @@ def test_a_run_killed_at_a_random_step_continues_to_the_same_bits(settings: Sett
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(settings: Settings, tmp_path: Path) -> None:
-    """A signal to torchrun also stops both after the same step, and both continue."""
+    """Two processes give the results of one. A signal to torchrun stops both after the same step; both can continue."""
     changes: dict[str, Any] = {
         "max_steps": 40,
         "dropout": 0.0,
@@ -159,12 +159,12 @@ def test_two_processes_take_the_steps_of_one(settings: Settings, tmp_path: Path)
 
 
 def alone(module: Any, code: str) -> list[str]:
-    """A command that runs `code` with the names of one module, without importing the package, which takes seconds."""
+    """A command that runs `code` with the names of one module, without the package, whose import takes seconds."""
     return ["-c", f"import runpy\nglobals().update(runpy.run_path({module.__file__!r}))\n{code}"]
 
 
 def two_ranks(*command: str) -> list[tuple[int, str]]:
-    """Exit status and output of two processes in one group."""
+    """Runs two processes in one group. Returns their exit statuses and outputs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -316,7 +316,7 @@ with StopSignals() as signals:
 
 
 def test_torchruns_echo_does_not_abort() -> None:
-    """The terminal sends SIGINT to all processes, and torchrun forwards its own."""
+    """The terminal sends SIGINT to all processes, and torchrun forwards it, so that workers receive it twice."""
     code = """
 import time
 with StopSignals() as signals:
@@ -362,7 +362,7 @@ def test_what_is_ignored_or_used_by_others_stays_so() -> None:
 
 
 def test_a_signal_without_standard_error_writes_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If standard error was closed at the start, the first opened file, such as a checkpoint, has its number."""
+    """If standard error is closed at the start, the next file that is opened, such as a checkpoint, gets number 2."""
 
     def write(handle: int, content: bytes) -> int:
         raise BrokenPipeError

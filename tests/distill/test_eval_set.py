@@ -36,7 +36,7 @@ def numbered(count: int) -> list[str]:
 
 @pytest.mark.parametrize("separate", [True, False])
 def test_evaluation_documents_never_train(separate: bool) -> None:
-    texts = numbered(60) * 2  # repeated: copies must not be used for training either
+    texts = numbered(60) * 2  # twice, because copies must not be used for training either
     chosen = eval_set_of(texts[:7] if separate else texts, separate)
     evaluated = set(words(chosen.samples))
     samples = stream([Documents(texts)], eval_set=chosen)
@@ -113,7 +113,7 @@ def test_a_stream_reports_that_all_is_in_the_evaluation_set() -> None:
 
 
 def test_the_evaluation_set_of_a_run_stays(tmp_path: Path) -> None:
-    """Samples and rule come from the checkpoint, even if a repaired text would give another evaluation set."""
+    """A resumed run takes samples and rule from the checkpoint, even if the repaired text would give others."""
     texts = [f"w{i} w{i + 1}" for i in range(9)]
     first = stream([Documents(texts)], eval_set=eval_set_of(texts, fraction=1e-9))
     state, tensors = first.state()

@@ -231,7 +231,7 @@ def test_an_interruption_stays_one(kind: type[BaseException], folder: Path, monk
 
 
 def test_a_panic_of_the_tokenizer_library_is_a_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rust panics have a class that is no subclass of Exception."""
+    """The class of Rust panics is not a subclass of Exception."""
     panic = type("PanicException", (BaseException,), {})
 
     def panicked(*_: Any, **__: Any) -> None:
@@ -243,7 +243,7 @@ def test_a_panic_of_the_tokenizer_library_is_a_sentence(folder: Path, monkeypatc
 
 
 def test_what_is_no_model_costs_nothing_afterwards(folder: Path) -> None:
-    """The limit on the size of models ends with the loading."""
+    """The limit on the size of models applies only during loading."""
     settings_of(num_hidden_layers=5000)(folder)
     with pytest.raises(ValueError, match="more than"):
         load_model(str(folder), "--teacher")
@@ -251,7 +251,7 @@ def test_what_is_no_model_costs_nothing_afterwards(folder: Path) -> None:
 
 
 def test_a_checkpoint_with_a_head_in_shards_is_accepted(tmp_path: Path, folder: Path, settings: Settings) -> None:
-    """A task model is saved with other names, without a pooler, and in several files."""
+    """The checkpoint of a task model has other names and no pooler, and consists of several files."""
     bert = make_model("bert")
     whole = BertForMaskedLM(bert.config)
     whole.bert.load_state_dict({k: v for k, v in bert.state_dict().items() if not k.startswith("pooler")})

@@ -157,7 +157,7 @@ def test_resume_before_any_checkpoint_begins(
 def test_an_error_of_the_text_saves_the_steps_before_it(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The error occurs between the samples of a step: samples that were drawn already must be used again."""
+    """The error occurs between two samples of a step. Samples that were drawn before it must be used again."""
     whole = distill(settings(output_dir=tmp_path / "whole"))
     real = SampleStream._draw
     draws = 0
@@ -191,7 +191,7 @@ def test_rows_of_a_step_that_failed_elsewhere_come_again(
         nonlocal calls
         result = real(dist, action)
         calls += 1
-        if calls == 1 + 5:  # the fifth step after the preparation
+        if calls == 1 + 5:  # in the fifth step after the preparation
             raise RuntimeError("process 1 failed: no text")
         return result
 
@@ -209,7 +209,7 @@ def test_rows_of_a_step_that_failed_elsewhere_come_again(
 def test_a_signal_cuts_the_held_out_loss_short(
     step: int, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The evaluation is repeated when the run continues, and the results are the same."""
+    """The resumed run repeats the interrupted evaluation, and its results are the same."""
     whole = distill(settings(output_dir=tmp_path / "whole", eval_samples=20, dropout=0.2))
     real = evaluation.loss_vector
     counts: list[int] = []
@@ -415,7 +415,7 @@ def test_other_conditions_are_said_with_what_they_break(
 
 
 class Broken(io.TextIOBase):
-    """A stream that cannot be written."""
+    """A text stream that raises an error on every write."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -442,7 +442,7 @@ def test_a_run_outlives_its_output(
 
 
 def test_ranks_read_what_the_main_one_chose(settings: Settings, tmp_path: Path) -> None:
-    """This process could read a newer one."""
+    """This process must not read a newer checkpoint than the main process."""
 
     class Second(loop.DistContext):
         world_size, rank, local_rank, device = 2, 1, 1, torch.device("cpu")  # type: ignore[assignment]

@@ -23,7 +23,7 @@ def test_only_a_cut_last_line_and_later_steps_are_dropped(tmp_path: Path) -> Non
     assert file.read_bytes() == b"\n".join([line(0, "eval"), line(1), line(2), line(2, "eval"), b""])
     Metrics(file, 2, evaluated=False)
     assert file.read_bytes() == b"\n".join([line(0, "eval"), line(1), line(2), b""])
-    file.write_bytes(line(1) + b"\n" + line(2))  # without the end of its last line
+    file.write_bytes(line(1) + b"\n" + line(2))  # the last line has no newline
     Metrics(file, 2).write({"step": 3})
     assert [record["step"] for record in read_metrics(file)] == [1, 2, 3]
     Metrics(file, 0)

@@ -29,7 +29,7 @@ def test_packing_keeps_every_token_in_order(lengths: list[int], max_seq_length: 
     )  # all tokens of a document are equal here
     if packing:
         room = (samples.positions == PADDING).sum(1)[:-1]
-        assert (room < shortest * 2 + 2).all()  # every sample but the last is full, as far as documents may be cut
+        assert (room < shortest * 2 + 2).all()  # all samples but the last are as full as the shortest piece allows
     else:
         assert ((samples.positions == 0).sum(1) == 1).all()
 

@@ -84,7 +84,7 @@ def test_layers_that_the_weights_do_not_have(folder: Path, settings: Settings) -
 
 
 def test_saved_buffers_count_where_they_are_used() -> None:
-    """A scale before the projections, and one in the pooler."""
+    """A buffer before the projections must be loaded. A buffer in the pooler may be missing."""
     model = make_model("bert").eval()
     model.embeddings.LayerNorm.register_buffer("offset", torch.ones(48))
     model.pooler.register_buffer("offset", torch.ones(48))
@@ -182,18 +182,18 @@ def test_words_that_are_dropped_are_unknown_too() -> None:
 
 def test_a_tokenizer_far_smaller_than_the_embedding_is_another_s() -> None:
     check(make_tokenizer(), make_texts(20), rows=258)  # reserved rows, and padding to a round number
-    with pytest.raises(ValueError, match="--teacher: its tokenizer has 65 tokens, its embedding 259 rows"):
+    with pytest.raises(ValueError, match="--teacher: its tokenizer has 65 tokens, but its embedding has 259 rows"):
         check(make_tokenizer(), make_texts(20), rows=259)
 
 
 def test_the_largest_id_counts_and_not_the_number_of_tokens() -> None:
     holes = make_tokenizer()
-    holes.add_tokens(["<added>"])  # 65, the first free id
+    holes.add_tokens(["<added>"])  # gets id 65, the first free one
     check(holes, make_texts(20), rows=66)
-    with pytest.raises(ValueError, match="ids up to 65, the teacher's embedding only 65 rows, 0 to 64"):
+    with pytest.raises(ValueError, match="ids up to 65, but the teacher's embedding has only 65 rows, 0 to 64"):
         check(holes, make_texts(20), rows=65)
     gap = Tokenizer(models.WordLevel({**{w: i for i, w in enumerate(WORDS)}, "[UNK]": 900}, unk_token="[UNK]"))
-    with pytest.raises(ValueError, match="ids up to 900, the teacher's embedding only 120 rows"):
+    with pytest.raises(ValueError, match="ids up to 900, but the teacher's embedding has only 120 rows"):
         check(PreTrainedTokenizerFast(tokenizer_object=gap, unk_token="[UNK]"), make_texts(20), rows=120)
 
 
@@ -203,7 +203,7 @@ def test_ids_that_only_the_special_tokens_have() -> None:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["post_processor"]["special_tokens"]["[SEP]"]["ids"] = [777]
     odd = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), unk_token="[UNK]")
-    with pytest.raises(ValueError, match="returns id 777, the teacher's embedding has only 65 rows"):
+    with pytest.raises(ValueError, match="returns id 777, but the teacher's embedding has only 65 rows"):
         check(odd, make_texts(20), rows=65)
 
 
@@ -214,7 +214,7 @@ def test_the_student_s_rows_are_held_to_the_ids_too(folder: Path, settings: Sett
     small.save_pretrained(folder)
     for file in folder.glob("token*"):
         file.unlink()
-    with pytest.raises(ValueError, match="ids up to 64, the student's embedding only 60 rows"):
+    with pytest.raises(ValueError, match="ids up to 64, but the student's embedding has only 60 rows"):
         load_models(settings(student=str(folder)), CPU)
 
 

@@ -79,7 +79,7 @@ def test_a_stream_continues_exactly_after_any_sample(shuffle_buffer_size: int, m
     for number in range(0, total, 4):
         state, tensors = states[number]
         continued = make()
-        continued.take(5)  # its state before does not matter
+        continued.take(5)  # restoring a state overwrites the previous one
         continued.load_state(json.loads(state), load(tensors))
         later = continued.take(total - number)
         assert np.array_equal(later.ids, np.concatenate([sample.ids for sample in samples[number:]]))
@@ -152,7 +152,7 @@ GOOD = make_texts(30, seed=5, longest=12)
 
 
 def corpus(folder: Path, name: str, documents: list[Any]) -> list[Source]:
-    """Two files; the second has the documents."""
+    """Two files, of which the second contains the documents."""
     (folder / "A.txt").write_text("\n\n".join(make_texts(4, seed=6, longest=9)))
     (folder / name).write_bytes(FORMS[name](documents))
     return open_sources([str(folder / "A.txt"), str(folder / name)])
@@ -164,7 +164,7 @@ def corpus(folder: Path, name: str, documents: list[Any]) -> list[Source]:
 def test_a_stream_is_that_of_the_good_documents(
     name: str, at: int, shuffle_buffer_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bad documents and nulls have no effect, wherever they are and wherever a run is resumed."""
+    """Bad documents and nulls never change the samples, regardless of their position and of the resumed one."""
     monkeypatch.setattr(sample_stream, "READ_DOCUMENTS", 4)
     count = 60
     cleaned = stream(corpus(tmp_path, name, GOOD), shuffle_buffer_size=shuffle_buffer_size)
@@ -180,7 +180,7 @@ def test_a_stream_is_that_of_the_good_documents(
         states.append((json.dumps(state), save(tensors)))
         assert same(whole.take(1), expected.part(slice(number, number + 1)))
     assert whole.epoch == cleaned.epoch
-    assert len(said) == 1  # in the first epoch only
+    assert len(said) == 1  # there are warnings in the first epoch only
     line = {"a.txt": 2 * at + 1, "a.json": at + 1, "a.csv": at + 2}.get(name, at + 1)
     row = f"row {line}: not UTF-8" if name == "a.parquet" else f"line {line}"
     assert f"skipped a document: {tmp_path / name}, {row}" in said[0]
@@ -216,7 +216,7 @@ def test_a_run_that_a_bad_document_stopped_continues_after_the_repair(
         while True:
             assert same(ended.take(3), expected.part(slice(done, done + 3)))
             done += 3
-    with pytest.raises(ValueError, match=message):  # a second attempt changes nothing
+    with pytest.raises(ValueError, match=message):  # a second attempt gives the same error
         ended.take(5)
     state, tensors = ended.state()
     state, kept = json.loads(json.dumps(state)), save(tensors)
@@ -246,8 +246,8 @@ def test_text_that_was_read_must_be_the_same(name: str, tmp_path: Path, monkeypa
         again.load_state(state, tensors)
         return again
 
-    resume([*GOOD[:25], "w9 w9", *GOOD[26:]])  # after the cursor
-    resume([*GOOD, "w9"])  # appended
+    resume([*GOOD[:25], "w9 w9", *GOOD[26:]])  # a change after the cursor
+    resume([*GOOD, "w9"])  # an appended document
     resume(GOOD[:20])
     other = GOOD[1].replace(GOOD[1][:2], "w9" if GOOD[1][:2] != "w9" else "w8", 1)
     assert len(other) == len(GOOD[1])

@@ -40,7 +40,7 @@ def test_a_long_record_is_cut_into_documents(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_documents_that_the_tokenizer_refuses_are_bad() -> None:
     class Panic(BaseException):
-        """Like the panics of tokenizers, not an `Exception`."""
+        """An error that is not an `Exception`, like a panic of tokenizers."""
 
     class Picky(DocumentTokenizer):
         def batch(self, texts: Sequence[str]) -> list[np.ndarray]:

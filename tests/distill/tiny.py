@@ -37,7 +37,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
-    """A random model with such large weights that attention is far from uniform."""
+    """A random model. Its weights are so large that attention is far from uniform."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = ARCHITECTURES[architecture]()

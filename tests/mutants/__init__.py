@@ -30,5 +30,5 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """A short title: the file and the beginning of the replaced text."""
+        """A short title: the file, and the beginning of the replaced text."""
         return f"{self.file.removeprefix('minilm_kernels/')}: {' '.join(self.old.split())[:60]}"

@@ -1,7 +1,7 @@
 """`python -m tests.mutants [WORDS] [--jobs N]`: applies each mutant and prints whether a test found it.
 
-Each job works in a copy of the working tree. The tests of all mutants have to pass on the unchanged copy. Then one
-mutant after another is applied, and its tests have to fail. Exit status 1: a mutant survived that is not declared
+Each job works in a copy of the working tree. The tests of all mutants have to pass on the unchanged copy. Then each
+mutant is applied in turn, and its tests have to fail. Exit status 1: a mutant survived although it is not declared
 harmless. Exit status 2: the list does not fit the sources, or a test fails without a mutant.
 """
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "words", nargs="*", help="apply only mutants with one of these words in the file, the text or the title"
     )
-    parser.add_argument("--jobs", type=int, default=2, help="number of mutants that are tested side by side")
+    parser.add_argument("--jobs", type=int, default=2, help="number of mutants that are tested in parallel")
     parser.add_argument(
         "--list", action="store_true", help="print the mutants, check that they apply, and test nothing"
     )
@@ -78,7 +78,7 @@ class Copy:
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
-        self._library_is_right = False  # the CPU library is built, and from sources without a mutant
+        self._library_is_right = False  # the CPU library has been built from sources without a mutant
 
     def build(self) -> str:
         """Compiles the CPU library; returns the compiler's message if it fails."""
@@ -100,7 +100,7 @@ class Copy:
                 target.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
             if compiled or not self._library_is_right:
                 if message := self.build():
-                    raise RuntimeError(f"does not compile:\n{message[-2000:]}")
+                    raise RuntimeError(f"the sources do not compile:\n{message[-2000:]}")
                 self._library_is_right = not (compiled and applied)
             return self._verdict(mutant)
         finally:
@@ -125,7 +125,7 @@ class Copy:
 
     def _environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(self.folder), str(self.folder / "build_support")])
-        # Python could take a stale compiled file: it compares only the size and the time in seconds.
+        # Python could use a stale .pyc file, because it compares only the size and the time in seconds.
         return os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
 
     def _run(self, command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

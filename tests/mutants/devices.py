@@ -1,11 +1,11 @@
-"""Mutants of the GPU kernels: Triton's run in its interpreter, CUDA's are compiled for the host and emulated."""
+"""Mutants of the GPU kernels. Triton kernels run in Triton's interpreter; CUDA kernels are emulated on the host."""
 
 from . import Mutant
 
 _TRITON = "minilm_kernels/relation/backends/triton/"
 _CUDA = "csrc/cuda/device/"
 
-# A part of the contract that takes the interpreter a few seconds, and of what is particular to these kernels.
+# A part of the contract tests and of the tests of these kernels. The interpreter runs it in a few seconds.
 _SOME = "tests/relation/test_contract.py -k 'test_masks and (holes-self or packed-prefix-cross) and (sequence or none)'"
 _TILES = "tests/relation/backends/test_triton_kernels.py -k tiles_of_every_kind"
 _WIDE = "tests/relation/backends/test_triton_kernels.py -k 'beyond_one_pivot and (holes or causal)'"
@@ -21,7 +21,7 @@ MUTANTS = [
         "    return (j <= i) | (j < prefix)",
         "    return (j <= i) | (j <= prefix)",
         _SOME,
-        "rows see the first key behind the prefix",
+        "rows see the first key after the prefix",
     ),
     Mutant(
         _TRITON + "row_stats.py",
@@ -56,7 +56,7 @@ MUTANTS = [
         "& (max_t - min_t <= _SHARED_PIVOT_RANGE)",
         "& (max_t - min_t <= 100 * _SHARED_PIVOT_RANGE)",
         "tests/relation/backends/test_triton_kernels.py -k one_model_beyond",
-        "a pivot is shared where it must not be: sums overflow or underflow",
+        "rows share a pivot although their scores differ too much: sums overflow or underflow",
     ),
     Mutant(
         _TRITON + "row_kl.py",
@@ -77,14 +77,14 @@ MUTANTS = [
         "x.to(dtype) if x.stride(-1) == 1 or x.shape[-1] == 1 else x.to(dtype).contiguous()",
         "x.to(dtype)",
         "tests/relation/backends/test_triton_kernels.py -k side_by_side",
-        "tensors whose features do not lie side by side are read wrongly",
+        "tensors whose features are not adjacent are read incorrectly",
     ),
     Mutant(
         _TRITON + "launch.py",
         '"scale_s": self.scale_s * _LOG2_E,',
         '"scale_s": self.scale_s,',
         _SOME,
-        "the student's relation has another temperature",
+        "the student's scores are multiplied by the wrong factor",
     ),
     Mutant(
         _CUDA + "symmetric.cuh",
@@ -141,7 +141,7 @@ MUTANTS = [
         "const float factor = relation.student.scale * (call.weights ? call.weights[work.n] : 1.0f);",
         "const float factor = relation.student.scale;",
         _EMULATED,
-        "gradients of cross-relations ignore the weights of sequences",
+        "gradients of cross relations ignore the weights of sequences",
     ),
     Mutant(
         _CUDA + "schedule.cuh",

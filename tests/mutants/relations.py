@@ -5,7 +5,7 @@ from . import Mutant
 _API = "minilm_kernels/relation/api.py"
 _MASKS = "minilm_kernels/relation/masks.py"
 _OPERATOR = "minilm_kernels/relation/ops.py"
-_PROBLEM = "minilm_kernels/relation/inputs.py"
+_INPUTS = "minilm_kernels/relation/inputs.py"
 _BLOCKED = "minilm_kernels/relation/backends/blocked.py"
 _LOSSES = "minilm_kernels/losses.py"
 
@@ -20,7 +20,7 @@ MUTANTS = [
         "        if x.requires_grad:\n",
         "        if x.requires_grad and x.is_leaf:\n",
         _VALIDATION,
-        "a teacher run without no_grad() gets no error: memory for a graph that nobody wants",
+        "a teacher that runs without no_grad() raises no error, and its graph takes memory for nothing",
     ),
     Mutant(
         _API,
@@ -56,14 +56,14 @@ MUTANTS = [
         "nonempty = (lengths > 0).sum().clamp(min=1)",
         "nonempty = (lengths >= 0).sum().clamp(min=1)",
         "tests/relation/test_masks.py",
-        "sequences without tokens count in the mean: the loss is too small",
+        "the mean includes sequences without tokens: the loss is too small",
     ),
     Mutant(
         _MASKS,
         "if bounds[0] != 0 or bounds[-1] != total",
         "if bounds[-1] != total",
         _VALIDATION,
-        "cu_seqlens that does not begin at 0: tokens are left out without a word",
+        "if cu_seqlens does not begin at 0, tokens are silently left out",
     ),
     Mutant(
         _MASKS,
@@ -77,14 +77,14 @@ MUTANTS = [
         "allowed = position[:, None, :] <= position[:, :, None]",
         "allowed = position[:, None, :] < position[:, :, None]",
         f"{_CONTRACT} -k masks_and_reductions",
-        "the reference hides a causal row's own token: the yardstick itself is wrong",
+        "in the reference, a causal row does not see its own position: all backends are compared with wrong values",
     ),
     Mutant(
         _MASKS,
         "return positions, starts, (self.valid & in_prefix).sum(-1)",
         "return positions, starts, in_prefix.sum(-1)",
         f"{_CONTRACT} -k masks_and_reductions",
-        "a prefix counts its padding: with left padding too many keys are seen",
+        "the length of a prefix includes padding: with left padding, rows see too many keys",
     ),
     Mutant(
         _MASKS,
@@ -114,7 +114,7 @@ MUTANTS = [
         "set(grad.tolist()) == {1.0}",
         "1.0 in set(grad.tolist())",
         "tests/relation/test_ops.py",
-        "one weight of 1 among others switches all weights off",
+        "if one of several weights is 1, all weights are ignored",
     ),
     Mutant(
         _OPERATOR,
@@ -128,24 +128,24 @@ MUTANTS = [
         "any(g is not None for g in second_derivatives):",
         "not second_derivatives:",
         "tests/relation/test_ops.py",
-        "a second derivative is 0 and no error",
+        "a second derivative is 0 instead of an error",
     ),
     Mutant(
         _BLOCKED,
         "threads <= limit:",
         "threads <= 2**20:",
         "tests/relation/backends/test_blocked.py",
-        "backend `torch` gives other bits with other numbers of threads",
+        "the bits of backend `torch` depend on the number of threads",
     ),
     Mutant(
-        _PROBLEM,
+        _INPUTS,
         "scale_s = width_s**-0.5 if",
         "scale_s = width_t**-0.5 if",
         "tests/test_losses.py",
         "the student's scores are divided by the teacher's width",
     ),
     Mutant(
-        _PROBLEM,
+        _INPUTS,
         "return torch.float64 if any(x.dtype == torch.float64 for x in (*teacher, *student))",
         "return torch.float64 if any(x.dtype == torch.float64 for x in student)",
         "tests/relation/test_ops.py -k float64",
@@ -185,29 +185,29 @@ MUTANTS = [
         "masked = masked & (key >= self.prefix[:, None])[:, None]",
         "masked = masked & (key > self.prefix[:, None])[:, None]",
         _ON_TORCH,
-        "the first key behind a prefix is seen by all rows",
+        "all rows see the first key after the prefix",
     ),
     Mutant(
         _BLOCKED,
         "torch.where(delta.abs() < 0.25, small, excess - p * delta)",
         "torch.where(delta.abs() < 0.25, excess - p * delta, small)",
         "tests/relation/test_contract.py -k 'near and torch-'",
-        "the KL of single rows of a model near its teacher is lost in rounding",
+        "if a student is close to its teacher, the KL of a single row is lost in rounding",
     ),
     Mutant(
         _BLOCKED,
         "torch.where(delta.abs() < 0.25,",
         "torch.where(delta.abs() < 2.5,",
         _ON_TORCH,
-        "another threshold between two forms of one number",
-        harmless="expm1 is exact at any size here, so both forms agree",
+        "the threshold between two forms of the same number changes",
+        harmless="expm1 is accurate for all values here, so both forms agree",
     ),
     Mutant(
         _BLOCKED,
         "if 2 * lengths[n] > longest]",
         "if 4 * lengths[n] > longest]",
         _ON_TORCH,
-        "sequences of other lengths share a block",
+        "sequences of very different lengths share a block",
         harmless="only the amount of padding changes",
     ),
     # Losses.
@@ -223,20 +223,20 @@ MUTANTS = [
         '{"qk": 1.0, "vv": 1.0}',
         '{"qq": 1.0, "vv": 1.0}',
         "tests/test_losses.py",
-        "MiniLM distils another relation than the paper's",
+        "MiniLMLoss compares another relation than the paper",
     ),
     Mutant(
         _LOSSES,
         "[(_NAMES[name[0]], _NAMES[name[1]]) for name in self.relations]",
         "[(_NAMES[name[1]], _NAMES[name[0]]) for name in self.relations]",
         "tests/test_losses.py",
-        "rows and keys of a relation are exchanged",
+        "the rows and the keys of a relation are exchanged",
     ),
     Mutant(
         _LOSSES,
         "            reduction=self.reduction,\n",
         "",
         "tests/test_losses.py",
-        "every loss is the mean over sequences",
+        "every loss uses the reduction 'sequence'",
     ),
 ]

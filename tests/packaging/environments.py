@@ -20,10 +20,10 @@ class Environment:
     """A virtual environment.
 
     Args:
-        folder: where it is made.
-        shared: another environment whose packages are linked into this one, pip among them. Left out are this package,
-            the build tools, and the packages whose names begin with one of `without`.
-        python: the interpreter to make it with.
+        folder: folder of the new environment.
+        shared: another environment whose packages, including pip, are linked into this one. This package, the build
+            tools, and the packages whose names begin with one of `without` are left out.
+        python: the interpreter that creates the environment.
     """
 
     def __init__(
@@ -71,7 +71,10 @@ class Environment:
         return self.attempt(["-m", "pip", *arguments], **environ)
 
     def check(self, cpu: bool = True) -> dict[str, str]:
-        """Computes a loss with the installed package; returns what loss_check.py prints. `cpu`: with the library."""
+        """Computes a loss with the installed package, which must (not) have the CPU library, as `cpu` says.
+
+        Returns the output of loss_check.py.
+        """
         result = self.attempt([str(LOSS_CHECK)], PYTHONWARNINGS="ignore")
         assert result.returncode == 0, result.stdout + result.stderr
         found = json.loads(result.stdout.splitlines()[-1])
@@ -81,7 +84,7 @@ class Environment:
 
 
 def clean_environ() -> dict[str, str]:
-    """The environment variables without those that change Python or the build; pip does not byte-compile."""
+    """The environment variables without those that change Python or the build. Byte-compiling by pip is turned off."""
     dropped = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", *BUILD_VARIABLES}
     return {key: value for key, value in os.environ.items() if key not in dropped} | {"PIP_COMPILE": "0"}
 
@@ -98,7 +101,7 @@ def checkout(folder: Path) -> Path:
 
 
 def interpreter(version: str) -> str | None:
-    """Another Python of this machine (pyenv is searched too), or None."""
+    """The interpreter of another Python version on this machine, also one of pyenv; None if there is none."""
     found = shutil.which(f"python{version}")
     if found is None:
         return None

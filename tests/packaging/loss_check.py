@@ -1,7 +1,7 @@
-"""Computes a small relation with the installed package and prints what served it, as JSON.
+"""Computes a small relation with the installed package and prints the result and the backend as JSON.
 
-A script for the Python of an environment, which imports nothing of the tests. It compares the first usable CPU backend
-with the reference; tests/relation has the real tests of both.
+The Python of a test environment runs this script, which imports no other test module. It compares the first usable CPU
+backend with the reference; tests/relation has the real tests of both.
 """
 
 import json

@@ -1,9 +1,10 @@
 // Tests the CPU kernels without PyTorch and Python, for other compilers, processors and emulators.
 //
-// Runs every instruction set of the processor with every mask, self-relations and cross-relations, every dtype, on one
-// thread and on three. The reference is the definition in double. The tolerance is twice the error of the definition in
-// float, plus one rounding. The optional argument is the longest sequence to test. The last line has the instruction
-// sets, the number of cases and the number of failures; the exit status is 1 if there are failures.
+// Runs every instruction set of the processor with every mask, self relations and cross relations, and every dtype, on
+// one thread and on three. The reference is the definition, computed in double. The tolerance is twice the error of the
+// definition computed in float, plus one rounding. The optional argument is the longest sequence to test. The last line
+// of the output has the instruction sets, the number of cases and the number of failures. The exit status is 1 if there
+// are failures.
 
 #include <algorithm>
 #include <cmath>
@@ -96,7 +97,7 @@ struct Inputs {
   float scale_t, scale_s;
 };
 
-// The definition, with all sums and exponentials in T.
+// Computes the rows by the definition, with all sums and exponentials in T.
 template <class T>
 Result<T> define(const Case& c, const Inputs& in) {
   Result<T> out;
@@ -226,7 +227,7 @@ Inputs draw(const Case& c) {
     for (size_t i = 0; i < x.size(); ++i) x[i] = valid[i / (c.heads * width)] ? normal(bits) : kNaN;
     return Numbers(std::move(x), c.positions, c.heads, width, c.dtype);
   };
-  // Moving the vectors keeps the addresses in the views.
+  // The views stay valid if the vectors are moved.
   in.query_t = numbers(c.width_t);
   in.key_t = c.cross ? numbers(c.width_t) : Numbers(in.query_t.exact, c.positions, c.heads, c.width_t, c.dtype);
   in.query_s = numbers(c.width_s);

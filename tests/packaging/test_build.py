@@ -1,4 +1,4 @@
-"""The build of the native libraries: its modes, requirements, errors, and the symbols of its results."""
+"""The build of the native libraries: its modes, requirements and errors, and the symbols of the libraries."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class TestMode:
         assert backend.get_requires_for_build_wheel() == expected
         assert backend.get_requires_for_build_editable() == expected
         assert backend.get_requires_for_build_sdist() == []
-        monkeypatch.setenv("CXX", str(tmp_path / "none"))  # without a compiler the headers are useless
+        monkeypatch.setenv("CXX", str(tmp_path / "none"))  # no compiler is found, so no headers are needed
         assert backend.get_requires_for_build_wheel() == []
 
 
@@ -145,7 +145,7 @@ def cuda_library(tmp_path_factory) -> Path:
 
 
 def test_the_cuda_library_is_built_without_cuda(cuda_library):
-    """It uses the stable ABI only and links no library of CUDA."""
+    """The library uses the stable ABI only and links no library of CUDA."""
     names = symbols_from_elsewhere(cuda_library)
     assert "aoti_torch_library_def" in names
     assert names - {"dlopen", "dlsym", "dlerror"} <= stable_abi()
@@ -159,7 +159,7 @@ def test_the_cuda_library_is_built_without_cuda(cuda_library):
 
 
 def test_the_cuda_library_loads_without_a_gpu(cuda_library, tmp_path):
-    """It loads with a CPU build of torch and without a driver. The driver is opened by the first call."""
+    """The library loads with a CPU build of torch and without a driver. The first call opens the driver."""
     code = (
         f"import torch; torch.ops.load_library({str(cuda_library)!r})\n"
         "print(*sorted(x for x in torch._C._dispatch_get_all_op_names() if x.startswith('minilm_kernels_cuda::')))\n"
@@ -176,7 +176,7 @@ def test_the_cuda_library_loads_without_a_gpu(cuda_library, tmp_path):
 
 @pytest.mark.skipif(minilm_kernels.backend_status()["cpu"] != "ready", reason="the package has no CPU library")
 def test_symbols_of_the_cpu_library():
-    """It uses the stable ABI of torch 2.10 only, and no symbol of Python."""
+    """The library uses the stable ABI of torch 2.10 only, and no symbol of Python."""
     library = Path(minilm_kernels.__file__).with_name("_cpu.abi3.so")
     names = symbols_from_elsewhere(library)
     assert "aoti_torch_library_def" in names  # the list is not empty

@@ -1,4 +1,4 @@
-"""Installs the package into new environments in the ways that users do. Needs a package index; `make packaging`."""
+"""Installs the package into new environments as users do. `make packaging` runs these tests with a package index."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def distributions(source, tmp_path_factory) -> Path:
 
 
 def test_pip_install_into_an_empty_environment(newcomer):
-    """torch is installed after the build, so the library is left out. The reason says how to get it."""
+    """If torch is installed only after the build, the library is left out. The reason says how to get it."""
     reason = newcomer.check(cpu=False)["status"]
     assert "PyTorch's headers were not found" in reason
     assert "install torch first" in reason
@@ -76,7 +76,7 @@ def test_pip_install_into_an_empty_environment(newcomer):
 
 
 def test_beside_torch_nothing_but_triton_is_installed(source, newcomer, tmp_path):
-    """CUDA builds of torch bring triton along; beside them, nothing but this package is downloaded."""
+    """If torch is installed, pip adds only this package, and triton if it is missing (CPU builds of torch)."""
     triton = ["triton"] if sys.platform == "linux" else []
     for without, expected in ((("triton",), triton), ((), [])):
         environment = Environment(tmp_path / f"without{len(without)}", shared=newcomer, without=without)

@@ -1,1 +1,1 @@
-"""Executes the PTX of the package's GPU kernels on the CPU, without a GPU: see README.md here."""
+"""Executes the PTX of the package's GPU kernels on the CPU, without a GPU. See README.md in this folder."""

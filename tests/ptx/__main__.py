@@ -1,6 +1,6 @@
-"""Runs random calls of both kernel families in emulation and prints a table: tests/ptx/README.md.
+"""Emulates random calls of both kernel families and prints a table. See tests/ptx/README.md.
 
-Exit status 1: a result was wrong, or a kernel did something that it must not do.
+The exit status is 1 if a result is wrong or a kernel violates a rule.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .launch_triton import ARCHITECTURES, triton_backend
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of mutate.py as well."""
+    """Adds the arguments that this command and mutate.py share."""
     parser.add_argument(
-        "--fix", nargs="*", default=[], metavar="NAME=VALUE", help="fixes what is drawn, e.g. dtype=bfloat16 length=64"
+        "--fix", nargs="*", default=[], metavar="NAME=VALUE", help="fixes random choices, e.g. dtype=bfloat16 length=64"
     )
     parser.add_argument(
         "--gpu",
         choices=sorted(GPUS),
         default="crowded",
-        help="cuda: whose shared memory decides how many warps a block has, and when it goes row by row",
+        help="cuda: the GPU; its shared memory decides the warps of a block and which path a call takes",
     )
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where compiled code is kept")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder for compiled code")
 
 
 def _arguments() -> argparse.Namespace:
@@ -46,7 +46,7 @@ def _arguments() -> argparse.Namespace:
         "--architecture", type=int, choices=ARCHITECTURES, default=80, help="triton: 80 has mma.sync, 90 wgmma"
     )
     parser.add_argument("--no-races", action="store_true", help="without the race detector, twice as fast")
-    parser.add_argument("--verbose", action="store_true", help="a line a call")
+    parser.add_argument("--verbose", action="store_true", help="prints a line for every call")
     parser.add_argument("--seconds", type=float, default=1e9, help="no call begins after this time")
     add_arguments(parser)
     return parser.parse_args()
@@ -72,7 +72,7 @@ def main() -> int:
                 call = draw(seed, only)
                 start = time.perf_counter()
                 worst, wrong, findings = outcome(device, call, family)
-                if wrong and "cannot serve this call" in wrong[0]:  # it says so itself, for want of shared memory
+                if wrong and "cannot serve this call" in wrong[0]:  # the backend refused it: too little shared memory
                     refused += 1
                     continue
                 found = [str(finding) for finding in findings if not finding.is_note]
@@ -98,12 +98,12 @@ def main() -> int:
 
 
 def outcome(device: Device, call: Call, family: str) -> tuple[float, list[str], list[Finding]]:
-    """The worst error as a part of what is allowed, what is wrong with results, and what the kernels did wrong."""
+    """The largest error relative to its tolerance, a message for each wrong result, and the findings in the kernels."""
     device.reset()
     try:
         with Poisoned():
             worst, wrong = judge(call, family)
-    except Exception as error:  # whatever it is, it is the outcome of this call
+    except Exception as error:  # any error is an outcome of the call
         worst, wrong = float("inf"), [f"{type(error).__name__}: {error}"]
     return worst, wrong, device.findings.take()
 
@@ -124,7 +124,7 @@ def _print(table) -> None:
 
 
 def _print_coverage(device: Device) -> None:
-    """Prints the executed part of the compiled code, all variants of a kernel together."""
+    """Prints which part of the compiled code was executed, summed over all variants of each kernel."""
     reached: defaultdict[str, int] = defaultdict(int)
     whole: defaultdict[str, int] = defaultdict(int)
     variants: defaultdict[str, int] = defaultdict(int)

@@ -1,4 +1,4 @@
-"""Native code for the emulator, compiled once for the same inputs and cached."""
+"""Compiles native code for the emulator and caches it, by its inputs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 NATIVE = Path(__file__).parent / "native"
-LIMIT = 240  # seconds of one compiler
+LIMIT = 240  # seconds that one compiler may take
 FOLDER = Path(__file__).parents[2] / "build" / "ptx"  # default folder for compiled code
 
 
 def kept(folder: Path, name: str, inputs: Iterable[Path | str], make: Callable[[Path], None]) -> Path:
-    """Returns a folder filled by `make`, which runs again if the inputs (contents of files, and words) change.
+    """Returns a folder that `make` has filled. `make` runs again if the inputs (contents of files, and words) change.
 
     The folder is created atomically, so that several processes can build it at the same time.
     """

@@ -1,4 +1,4 @@
-"""Random calls of relation_kl_multi, and whether what the kernels make of them is right: `draw` and `judge`."""
+"""Random calls of relation_kl_multi: `draw` generates one, `judge` checks its results."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Call:
 
 
 def draw(seed: int, only: dict[str, Any] | None = None) -> Call:
-    """The call of a seed; `only` fixes some of what is drawn."""
+    """The random call of a seed. `only` fixes some of the random choices."""
     dice, only = random.Random(seed), only or {}
     generator = torch.Generator().manual_seed(seed)
 
@@ -138,7 +138,7 @@ def _mask(mask: str, batch: int, length: int, dice: random.Random, generator) ->
 
 
 def _tensor(token_shape, heads: int, width: int, dtype, spread: float, layout: str, generator) -> Tensor:
-    """(*token_shape, heads, width) with some strides."""
+    """A random tensor (*token_shape, heads, width) whose strides follow `layout`."""
 
     def new(*shape: int) -> Tensor:
         return (spread * torch.randn(shape, generator=generator)).to(dtype)
@@ -147,7 +147,7 @@ def _tensor(token_shape, heads: int, width: int, dtype, spread: float, layout: s
         return new(*token_shape[:-1], heads, token_shape[-1], width).transpose(-2, -3)
     if layout == "slice":  # a slice of a fused projection, as in models
         return new(*token_shape, 3, heads, width)[..., 1, :, :]
-    if layout == "odd slice":  # aligned to nothing
+    if layout == "odd slice":  # no alignment
         return new(*token_shape, heads * width + 3)[..., 1 : 1 + heads * width].unflatten(-1, (heads, width))
     if layout == "strided features":
         return new(*token_shape, heads, 2 * width)[..., ::2]
@@ -162,7 +162,7 @@ def _tensor(token_shape, heads: int, width: int, dtype, spread: float, layout: s
 
 @cache
 def _dense_errors(dtype: str, widths: tuple[int, int], length: int, cross: bool, spread: float) -> tuple[float, float]:
-    """Rows and gradients of the plain dense loss, all of it in `dtype`, against float64."""
+    """The errors of rows and gradients of the plain dense loss, computed in `dtype`, against float64."""
     generator = torch.Generator().manual_seed(7)
     results = []
     drawn = [
@@ -181,14 +181,14 @@ def _dense_errors(dtype: str, widths: tuple[int, int], length: int, cross: bool,
 
 
 def judge(call: Call, backend: str) -> tuple[float, list[str]]:
-    """The worst error as a part of what is allowed, and what is wrong; README.md derives what is allowed."""
+    """The largest error relative to its tolerance (README.md), and a message for each wrong result."""
     value, grads = call.run(backend)
     expected, expected_grads = call.run("reference", double=True)
     widths = tuple(next(iter(side.values())).shape[-1] for side in (call.teacher, call.student))
     cross = any(a != b for a, b in call.relations)
     positions = next(iter(call.student.values())).shape[-3]
     rows, gradient = _dense_errors(call.dtype, widths, min(131, max(23, positions)), cross, call.spread)
-    _, plain = call.run("torch")  # the same in float32 without a kernel, gradients rounded to the student's dtype
+    _, plain = call.run("torch")  # computed in float32 without a kernel; gradients are rounded to the student's dtype
 
     number = math.prod(call.row_shape)
     rows_at_once = {"sum": number, "none": number**0.5}.get(call.reduction, 1.0)
@@ -212,7 +212,7 @@ def judge(call: Call, backend: str) -> tuple[float, list[str]]:
 
 
 def parsed(fixed: Sequence[str]) -> dict[str, Any]:
-    """`only` of `draw`, from words such as "length=64"."""
+    """The argument `only` of `draw`, from words such as "length=64"."""
     return {name: _parse(value) for name, value in (text.split("=", 1) for text in fixed)}
 
 

@@ -1,4 +1,4 @@
-"""The emulated GPU as the replaced libraries see it: its memory, kernels and launches."""
+"""The emulated GPU, as the host code sees it: its memory, kernels and launches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Device:
         self.memory = GlobalMemory()
         self.findings = Findings()
         self.races = races
-        self.errors: list[BaseException] = []  # raised inside a callback from C, which would discard them
+        self.errors: list[BaseException] = []  # errors of callbacks, which C code would discard
         self.kernels: dict[int, Kernel] = {}  # every kernel that was ever launched
         self.launches: list[tuple[str, tuple, int, float]] = []  # kernel, grid, instructions of warps, seconds
 

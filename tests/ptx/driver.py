@@ -1,4 +1,4 @@
-"""The replaced driver library, native/libcuda.c. A process has one, with its GPUs, modules and launches."""
+"""The replacement for the driver library, native/libcuda.c. A process has one, with its GPUs, modules and launches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LAUNCH = ctypes.CFUNCTYPE(None, _WORD, ctypes.POINTER(_UNSIGNED), _UNSIGNED, ct
 
 
 def build(folder: Path = FOLDER) -> Path:
-    """Compiles the library. Loaded with RTLD_GLOBAL, other libraries find it by its name."""
+    """Compiles the library and loads it with RTLD_GLOBAL, so that other libraries find it by its name."""
     source = NATIVE / "libcuda.c"
 
     def make(place: Path) -> None:
@@ -38,7 +38,7 @@ class Driver:
         self.library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self.ptx: dict[int, Module] = {}
         self.functions: dict[int, tuple[int, str]] = {}  # module, name
-        self.kernels: dict[int, Kernel] = {}  # modules in machine code: their creator knows the PTX
+        self.kernels: dict[int, Kernel] = {}  # kernels of modules in machine code; set by their creator
         self.device: Device | None = None
         self._callbacks = (_LOAD(self._load), _FIND(self._find), _LAUNCH(self._launch))
         self.library.emulator_set_callbacks(*self._callbacks)

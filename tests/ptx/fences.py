@@ -1,8 +1,8 @@
 """Checks that every wgmma of a PTX text sees the stores to shared memory before it.
 
 wgmma reads shared memory through the async proxy. Ordinary stores, and the data of cp.async after its wait, become
-visible there only by fence.proxy.async. In the emulator stores are always visible, so a missing fence does not show in
-values; it shows in the order of instructions.
+visible to that proxy only by fence.proxy.async. In the emulator stores are always visible, so a missing fence does not
+change any value. The order of the instructions shows it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from .parser import Block, Instruction, Kernel
 
 
 def unfenced(kernel: Kernel) -> list[str]:
-    """Returns the wgmma.mma_async that a path through the kernel reaches with unfenced stores or copies.
+    """Returns each wgmma.mma_async that some path through the kernel reaches with unfenced stores or copies.
 
-    It is not checked that the product reads these stores: the kernels store nothing else between fence and product.
+    The check assumes that the product reads these stores: the kernels store nothing else between fence and product.
     """
     stale: dict[int, bool] = {0: False}
     pending = [0]

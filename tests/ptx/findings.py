@@ -1,4 +1,4 @@
-"""Mistakes of emulated launches: collected, not raised, so that one run shows all of them."""
+"""Collects the mistakes of emulated launches. They are not raised as errors, so that one run shows all of them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Finding:
-    """One kind of mistake at one instruction; `count` threads made it, `example` is the first of them."""
+    """One kind of mistake at one instruction. `count` threads made it; `example` describes the first of them."""
 
     kind: str
     kernel: str
     line: int  # line of the PTX
     text: str
-    source: str  # "file:line" of the kernel's source, where the PTX says it
+    source: str  # "file:line" of the kernel's source, if the PTX names it
     example: str
     count: int = 0
 
     @property
     def is_note(self) -> bool:
-        """Undefined by the letter, without consequence as far as the emulator can tell."""
+        """True for code that is formally undefined, but has no effect that the emulator can detect."""
         return self.kind.startswith("note")
 
     def __str__(self) -> str:
@@ -30,7 +30,7 @@ class Finding:
 
 @dataclass
 class Findings:
-    """All findings of a run, one a kind and instruction."""
+    """All findings of a run, one for each kind and instruction."""
 
     items: dict[tuple[str, str, int], Finding] = field(default_factory=dict)
 
@@ -41,6 +41,6 @@ class Findings:
         self.items[key].count += count
 
     def take(self) -> list[Finding]:
-        """The findings so far, which are forgotten."""
+        """Returns the findings so far and removes them."""
         found, self.items = list(self.items.values()), {}
         return found

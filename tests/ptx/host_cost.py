@@ -1,7 +1,7 @@
 """python -m tests.ptx.host_cost: host time of a CUDA launch, minus the time of an operator that does nothing.
 
-Both operators get the same arguments. The package's library launches through the replaced driver library, which does
-nothing either. The difference is the package's own work. Each figure is the smallest of many medians.
+Both operators get the same arguments. The package's library calls the replaced driver library, which does nothing
+either. The difference is therefore the package's own work. Each figure is the smallest of many medians.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _microseconds(call: Callable, arguments: tuple, calls: int = 200) -> float:
 
 
 def measure(repeats: int = 50, folder: Path = FOLDER) -> dict[str, tuple[int, float, float]]:
-    """Returns for each of CALLS the launches, and the microseconds of the operator and of the one that does nothing."""
+    """Returns, for each of CALLS, the launches and the microseconds of the operator and of the empty operator."""
     standin = driver(folder)
     standin.set_gpu(_GPU, 90, 232448, 233472)
     torch.ops.load_library(native.cuda.library)

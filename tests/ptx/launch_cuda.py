@@ -1,4 +1,4 @@
-"""Runs the package's CUDA C++ backend on CPU tensors. Everything except the GPU is real.
+"""Runs the package's CUDA C++ backend on CPU tensors. Only the GPU is emulated.
 
 NVRTC compiles the kernels of a call to PTX. The package's library loads and launches them through the replaced driver
 library (driver.py), which passes every launch to the emulator.
@@ -19,13 +19,14 @@ from .device import Device, poison
 from .driver import driver
 
 # Number of the GPU, and bytes of shared memory per block and per SM. On sm_90, short sequences get blocks of one warp.
-# With little memory per SM they get several warps; with little per block, long sequences take the row-wise path.
+# With little memory per SM, they get several warps. With little memory per block, long sequences take the row-wise
+# path.
 GPUS = {"sm_90": (1, 232448, 233472), "crowded": (2, 232448, 30000), "small": (3, 16384, 16384)}
-ARCHITECTURE = 80  # newer GPUs also translate its PTX
+ARCHITECTURE = 80  # PTX for it also runs on newer GPUs
 
 
 class _Scratch(TorchDispatchMode):
-    """Registers memory that the library allocates with the device."""
+    """Registers the memory that the library allocates, so that kernels on the device may access it."""
 
     def __init__(self, device: Device) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class _Scratch(TorchDispatchMode):
 
 
 class _Operators:
-    """The library's operators, which also register their tensors with the device."""
+    """Wraps the library's operators and registers their tensors, so that kernels on the device may access them."""
 
     def __init__(self, device: Device) -> None:
         self.device = device

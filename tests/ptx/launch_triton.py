@@ -1,7 +1,7 @@
 """Runs the package's Triton backend on CPU tensors; only the GPU is emulated.
 
 Triton compiles for the requested compute capability, chooses specialisations and packs arguments with its own launcher.
-The driver library below it is the stand-in of driver.py, which passes every launch to the emulator.
+The launcher calls the replaced driver library (driver.py), which passes every launch to the emulator.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ def _tensors(arguments, name: str):
 
 
 def _forget_compiled() -> None:
-    """Unloads compiled kernels, which stay bound to the driver that loaded them."""
+    """Unloads compiled kernels, because a kernel stays bound to the driver that loaded it."""
     from minilm_kernels.relation.backends.triton import gradient, row_kl, row_stats
 
     for module in (gradient, row_kl, row_stats):
         for kernel in vars(module).values():
             if hasattr(kernel, "device_caches"):
                 kernel.device_caches.clear()
-    gc.collect()  # unloads them through the driver, which still exists
+    gc.collect()  # unloads the kernels while their driver still exists
 
 
 @contextmanager
 def triton_backend(device: Device, architecture: int, folder: Path = FOLDER):
     """Makes `backend="triton"` serve CPU tensors by emulation; `architecture` is 80 (mma.sync) or 90 (wgmma)."""
     standin = standin_driver(folder)
-    os.environ["TRITON_LIBCUDA_PATH"] = str(standin.path.parent)  # not reset: what Triton builds stays loaded
+    os.environ["TRITON_LIBCUDA_PATH"] = str(standin.path.parent)  # never reset: Triton's launcher stays loaded
     from triton import knobs
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
     from triton.runtime import driver

@@ -1,7 +1,7 @@
-"""Runs one kernel launch: all threads of some blocks side by side, every register an array over threads.
+"""Runs one kernel launch. All threads of a wave of blocks run in parallel; a register is an array over the threads.
 
-Threads at the same basic block run it together. The group that is furthest behind in the text goes first, so that
-diverged threads meet again; a block with instructions that a warp executes together waits until the warp is whole.
+Threads at the same basic block execute it together. The group at the earliest block of the text runs first, so that
+diverged threads meet again. A block with instructions of a whole warp waits until all lanes of the warp have arrived.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .parser import WIDTHS, Block, Immediate, Instruction, Kernel, Operand, Regi
 from .races import Races
 
 _WAVE = 4096  # threads that are emulated at a time
-_STEPS = 2_000_000  # basic blocks of a wave after which it is taken to hang
+_STEPS = 2_000_000  # a wave that executes more basic blocks is assumed to hang
 
 DTYPES = {"pred": np.dtype(bool), "f32": np.dtype(np.float32), "f64": np.dtype(np.float64)}
 for _kind, _letter in (("b", "u"), ("u", "u"), ("s", "i")):
     DTYPES |= {f"{_kind}{8 * n}": np.dtype(f"{_letter}{n}") for n in (1, 2, 4, 8)}
-DTYPES |= {"f16": np.dtype(np.uint16), "bf16": np.dtype(np.uint16)}  # their bits
+DTYPES |= {"f16": np.dtype(np.uint16), "bf16": np.dtype(np.uint16)}  # stored as bits
 DTYPES |= {"f16x2": np.dtype(np.uint32), "bf16x2": np.dtype(np.uint32)}
 
 Operation = Callable[["Active"], None]
@@ -43,7 +43,7 @@ class Active:
 
     @cached_property
     def warps(self) -> np.ndarray:
-        """Warps of which a lane is active."""
+        """Warps with at least one active lane."""
         return np.flatnonzero(self.mask.reshape(-1, 32).any(1))
 
     def narrowed(self, mask: np.ndarray) -> Active:
@@ -57,7 +57,7 @@ class Launch:
     kernel: Kernel
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
-    shared: int  # dynamic, in bytes
+    shared: int  # dynamic shared memory in bytes
     parameters: bytes
     memory: GlobalMemory
     findings: Findings
@@ -65,14 +65,14 @@ class Launch:
 
 
 def run(launch: Launch) -> int:
-    """Emulates the launch; returns how many instructions a warp executed, of all warps together."""
+    """Emulates the launch. Returns the number of executed instructions, counted per warp and summed over warps."""
     threads = launch.block[0] * launch.block[1] * launch.block[2]
     blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
     if threads > launch.kernel.max_threads or threads % 32:
-        raise ValueError(f"{launch.kernel.name}: {threads} threads a block, compiled for {launch.kernel.max_threads}")
+        raise ValueError(f"{launch.kernel.name}: {threads} threads per block, at most {launch.kernel.max_threads}")
     given, taken = len(launch.parameters), launch.kernel.parameter_bytes
     if given != taken:
-        raise ValueError(f"{launch.kernel.name}: {given} bytes of parameters, it takes {taken}")
+        raise ValueError(f"{launch.kernel.name}: expected {taken} bytes of parameters, got {given}")
     launch.memory.prepare()
     global_races = Races(int(launch.memory.places[-1]) // 4 + 4) if launch.races else None
     wave = max(1, _WAVE // threads)
@@ -86,7 +86,7 @@ def run(launch: Launch) -> int:
 
 
 class Machine:
-    """The blocks of one wave."""
+    """State of the thread blocks of one wave, and their execution."""
 
     def __init__(self, launch: Launch, first_block: int, blocks: int, global_races: Races | None) -> None:
         self.launch, self.kernel = launch, launch.kernel
@@ -103,20 +103,20 @@ class Machine:
 
         self.thread = np.arange(self.threads, dtype=np.int64)
         self.block_of = self.thread // self.block_threads
-        self.first_thread = first_block * self.block_threads  # in the grid, for the race detector
+        self.first_thread = first_block * self.block_threads  # the index of thread 0 in the grid, for the race detector
         self._special(first_block)
 
         self.alive = np.ones(self.threads, bool)
         self.waiting = np.zeros(self.threads, bool)
-        self.resume = np.zeros(self.threads, np.int64)  # the basic block behind a barrier
+        self.resume = np.zeros(self.threads, np.int64)  # the basic block after the barrier
         self.groups: dict[int, np.ndarray] = {0: np.ones(self.threads, bool)}
 
-        self.epoch = self.block_of + first_block << 24  # barriers that a thread has passed, no two blocks alike
+        self.epoch = self.block_of + first_block << 24  # counts a thread's barriers; differs between blocks
         self.warp_epoch = (self.thread + self.first_thread) // 32 << 24
         self.shared_races = Races(self.shared.data.size >> _shared_granule(self.kernel)) if launch.races else None
         self.global_races = global_races
         self.shared_granule = _shared_granule(self.kernel)
-        self.copies: list = []  # asynchronous ones under way, see instructions.access
+        self.copies: list = []  # pending asynchronous copies, see instructions.access
         self.committed = np.zeros(self.threads, np.int64)
 
     def _special(self, first_block: int) -> None:
@@ -142,12 +142,12 @@ class Machine:
             width = 64 if name == "_" else self.kernel.width_of(name)
             if width == 1:
                 self.registers[name] = np.zeros(self.threads, bool)
-            else:  # nobody may rely on the content of an uninitialised register
+            else:  # arbitrary bits, since the register is uninitialised
                 self.registers[name] = np.full(self.threads, 0xDEADBEEFDEADBEEF % (1 << width), UNSIGNED[width // 8])
         return self.registers[name]
 
     def source(self, operand: Operand, kind: str) -> np.ndarray:
-        """An operand's value as `kind`: a view of its register, which lives as long as it, or a number."""
+        """An operand's value as type `kind`: a view of its register, or a number."""
         dtype = DTYPES[kind]
         if isinstance(operand, Register):
             values = self.register(operand.name)
@@ -169,7 +169,7 @@ class Machine:
         return np.array(bits, UNSIGNED[dtype.itemsize]).view(dtype)[()]
 
     def target(self, operand: Operand, kind: str) -> np.ndarray:
-        """The register that a result of `kind` goes to; a wider one takes it extended by its sign or zeros."""
+        """The register for a result of type `kind`. In a wider register, the result is sign- or zero-extended."""
         assert isinstance(operand, Register), operand
         values = self.register(operand.name)
         dtype = DTYPES[kind]
@@ -180,7 +180,7 @@ class Machine:
         return values.view(dtype)
 
     def granule(self, space: str) -> int:
-        """log2 of the bytes that the race detector tells apart."""
+        """log2 of the size in bytes of the granules that the race detector distinguishes."""
         return 2 if space == "global" else self.shared_granule
 
     def address_of(self, symbol: str) -> int:
@@ -206,13 +206,13 @@ class Machine:
         for _ in range(_STEPS):
             if not self.groups:
                 if self.copies:
-                    self.copies.clear()  # never waited for: nobody can have read them
+                    self.copies.clear()  # no thread waited for them, so no thread may read them
                 if not self.waiting.any():
                     return
                 self._give_up_waiting()
             index, mask = self._next_group()
             self._run_block(index, Active(mask))
-        raise RuntimeError(f"{self.kernel.name}: does not end")
+        raise RuntimeError(f"{self.kernel.name}: still running after {_STEPS} basic blocks")
 
     def _next_group(self) -> tuple[int, np.ndarray]:
         for index in sorted(self.groups):
@@ -285,7 +285,7 @@ class Machine:
             self.groups[index] = mask
 
     def _release_complete(self) -> None:
-        """Lets the thread blocks go on of which every thread waits or has ended."""
+        """Resumes the thread blocks in which every thread has ended or waits at a barrier."""
         if not self.waiting.any():
             return
         complete = (self.waiting | ~self.alive).reshape(self.blocks, -1).all(1)
@@ -302,7 +302,7 @@ class Machine:
 
 
 def _straight(block: Block) -> list[Instruction]:
-    """The instructions but for the one that ends the block."""
+    """The instructions of a basic block without a last one that branches, returns or waits."""
     if not block.instructions:
         return []
     last = block.instructions[-1]
@@ -313,7 +313,7 @@ def _straight(block: Block) -> list[Instruction]:
 
 
 def _shared_granule(kernel: Kernel) -> int:
-    """4 bytes, or 2 where the kernel has smaller accesses than 4 bytes."""
+    """log2 of the granules' size in shared memory: 4 bytes, or 2 if the kernel has accesses below 4 bytes."""
     for block in kernel.blocks:
         for i in block.instructions:
             if i.opcode[0] in ("ld", "st") and "shared" in i.opcode and WIDTHS.get(i.opcode[-1], 32) < 32:

@@ -1,7 +1,7 @@
-"""The memories that a kernel sees, with the checks of compute-sanitizer: bounds, alignment, initialisation.
+"""The memory of a kernel: global, shared and parameter memory.
 
-Addresses are numbers as on a device. Global memory is the host's own: a tensor's data pointer is its address. Shared
-memory and kernel parameters appear among generic addresses in windows of their own.
+Addresses are numbers, as on a device. Global memory is host memory: a tensor's data pointer is its address. Shared
+memory and kernel parameters each have a window of generic addresses.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 SHARED_WINDOW = 0x7F00_0000_0000_0000
 PARAMETER_WINDOW = 0x7E00_0000_0000_0000
-POISON = np.uint32(0x7FC0DEAD)  # a NaN that fresh global memory is filled with, to know it again when it is read
+POISON = np.uint32(0x7FC0DEAD)  # a NaN that marks global memory as uninitialised
 
 UNSIGNED = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 
@@ -34,7 +34,7 @@ class GlobalMemory:
         self._stale = True
 
     def prepare(self) -> None:
-        """Maps the span of all buffers; only bytes inside of one are ever touched."""
+        """Makes an array of the memory from the first to the last buffer. Only bytes of buffers are ever accessed."""
         if not self._stale:
             return
         self._stale = False
@@ -42,7 +42,7 @@ class GlobalMemory:
         self.ends = np.array([int(b) + self.buffers.get(int(b), (0,))[0] for b in self.begins], np.uint64)
         self.base = int(self.begins[0]) & ~15
         sizes = (self.ends - self.begins).astype(np.int64)
-        self.places = np.concatenate(([0], np.cumsum(-(-sizes // 16) * 16)))  # offsets of adjacent buffers
+        self.places = np.concatenate(([0], np.cumsum(-(-sizes // 16) * 16)))  # offsets of the buffers without gaps
         span = -(-(int(self.ends.max()) - self.base) // 16) * 16 if self.buffers else 16
         raw = (ctypes.c_uint8 * span).from_address(self.base) if self.buffers else (ctypes.c_uint8 * span)()
         everything = np.frombuffer(raw, np.uint8)
@@ -53,16 +53,16 @@ class GlobalMemory:
         return (which >= 0) & (address + np.uint64(size) <= self.ends[which])
 
     def name_of(self, address: int) -> str:
-        """The buffer and byte of an address, in words."""
+        """A description of an address: the buffer, and the byte in it."""
         which = int(np.searchsorted(self.begins, np.uint64(address), "right")) - 1
         if which < 0:
-            return "below every buffer"
+            return "before all buffers"
         begin = int(self.begins[which])
         size, name = self.buffers[begin]
         return f"byte {address - begin} of {name}, which has {size}"
 
     def side_by_side(self, index: np.ndarray) -> np.ndarray:
-        """Bytes of the array as if buffers had no gaps between them."""
+        """Indices into the array, counted without the gaps between buffers."""
         address = index.astype(np.uint64) + np.uint64(self.base)
         which = np.searchsorted(self.begins, address, "right") - 1
         return self.places[which] + (address - self.begins[which]).astype(np.int64)
@@ -72,7 +72,7 @@ class GlobalMemory:
 
 
 class SharedMemory:
-    """Shared memory of all emulated thread blocks, side by side; `written` marks the bytes that hold something."""
+    """Shared memory of all emulated thread blocks, one after another. `written` marks the bytes that were written."""
 
     def __init__(self, blocks: int, size: int) -> None:
         self.size = size

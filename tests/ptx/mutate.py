@@ -1,4 +1,4 @@
-"""python -m tests.ptx.mutate: removes one barrier of a CUDA kernel at a time and reports whether that is detected.
+"""python -m tests.ptx.mutate: removes one barrier of a CUDA kernel at a time and reports whether this is detected.
 
 A barrier whose absence is not detected is unnecessary, not reached by the call, or not checked by the emulator.
 """
@@ -18,7 +18,7 @@ from .launch_cuda import cuda_backend
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx.mutate", description=__doc__)
-    parser.add_argument("kernel", help="a kernel, or part of its name, e.g. symmetric_1_2_1_1_1")
+    parser.add_argument("kernel", help="name of a kernel, or a part of it, e.g. symmetric_1_2_1_1_1")
     parser.add_argument("--seed", type=int, default=1)
     add_arguments(parser)
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Races: two threads at one address, one of them writing, and nothing between them that orders them.
+"""Detects races: two threads access one address, at least one of them writes, and no barrier orders the accesses.
 
-Accesses are ordered by a barrier of the thread block (its epoch), within a warp also by bar.warp.sync (the warp's
-epoch). Thread blocks are never ordered. Every granule of memory remembers its last writer, and the lowest and highest
-reader of an epoch.
+A barrier of the thread block orders accesses and begins a new epoch. Within a warp, bar.warp.sync orders accesses, too,
+and begins a new epoch of the warp. Accesses of different thread blocks are never ordered. For every granule of memory,
+the detector stores the last writer, and the lowest and highest reader of an epoch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Races:
-    """Shadow of one memory. Indices count granules; threads are numbered through the whole grid."""
+    """The accesses to one memory. Indices count granules. Thread numbers count all threads of the grid."""
 
     def __init__(self, granules: int) -> None:
         self.writer = np.full(granules, -1, np.int64)
@@ -25,7 +25,7 @@ class Races:
         self.last_in_warp = np.full(granules, -1, np.int64)
 
     def _after_write(self, at, thread, epoch, warp_epoch, block_threads) -> np.ndarray:
-        """Marks the accesses that may come before or after an earlier write."""
+        """Returns which accesses are not ordered after the last write to their granule."""
         writer = self.writer[at]
         other = (writer >= 0) & (writer != thread)
         elsewhere = writer // block_threads != thread // block_threads
@@ -43,13 +43,13 @@ class Races:
             fresh = stamp[at] != now
             low = np.where(fresh, thread, np.minimum(first[at], thread))
             high = np.where(fresh, thread, np.maximum(last[at], thread))
-            last[at] = high  # threads come in ascending order: of several readers the last one stays
+            last[at] = high  # threads are in ascending order: NumPy keeps the last, the highest
             first[at[::-1]] = low[::-1]
             stamp[at] = now
         return conflict
 
     def write(self, at, thread, epoch, warp_epoch, block_threads) -> tuple[np.ndarray, np.ndarray]:
-        """Conflicts with earlier accesses, and whether another thread writes there in the same instruction."""
+        """Returns which writes conflict with earlier accesses, and which are overwritten in the same instruction."""
         conflict = self._after_write(at, thread, epoch, warp_epoch, block_threads)
         first, last = self.first_reader[at], self.last_reader[at]
         read = (self.read_epoch[at] == epoch) & ((first // 32 != thread // 32) | (last // 32 != thread // 32))

@@ -1,4 +1,4 @@
-"""The emulator itself, on small PTX kernels: that instructions do what they should, and that mistakes are found."""
+"""Tests the emulator with small PTX kernels: results of instructions, and detection of mistakes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HEAD = """
 
 
 def run(body: str, given: np.ndarray, out: np.ndarray, threads: int = 32, blocks: int = 1, shared: int = 1024):
-    """Executes `body`; returns the kinds of what was found."""
+    """Executes `body` and returns the kinds of the findings."""
     kernel = parse(f"{HEAD}{body}\n    ret;\n}}\n")["kernel"]
     memory, findings = GlobalMemory(), Findings()
     for name, array in (("in", given), ("out", out)):
@@ -50,7 +50,7 @@ def run(body: str, given: np.ndarray, out: np.ndarray, threads: int = 32, blocks
 
 
 def compute(body: str, given, dtype=np.uint32, threads: int = 32, shared: int = 1024) -> np.ndarray:
-    """%r10 of every thread, of which %r4 is its word of `given`."""
+    """Executes `body` and returns %r10 of every thread. %r4 of a thread holds its word of `given`."""
     out = np.zeros(threads, np.uint32)
     given = np.ascontiguousarray(given)
     words = np.zeros(threads, np.uint32)
@@ -134,7 +134,7 @@ FILL = "add.s32 %r5, %r3, memory; st.shared.u32 [%r5], %r4;"
 
 
 def test_ldmatrix_and_its_transpose():
-    """Shared memory holds words 0, 1, ...: as 16-bit elements row r, column c of an 8 x 8 matrix."""
+    """Shared memory holds words 0, 1, ..., read as 16-bit elements in row r, column c of an 8 x 8 matrix."""
     words = np.arange(32, dtype=np.uint32) * 2 | (np.arange(32, dtype=np.uint32) * 2 + 1) << 16
     rows = f"{FILL} bar.warp.sync -1; and.b32 %r6, %r1, 7; shl.b32 %r6, %r6, 4;"
     got = compute(rows + "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r10}, [%r6];", words)
@@ -157,7 +157,7 @@ def test_stmatrix_is_the_inverse_of_ldmatrix():
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
 @pytest.mark.parametrize("k", [8, 16])
 def test_mma(kind, k):
-    """Against numpy, by the fragment layouts of the PTX manual written out element by element."""
+    """Compares products with NumPy. The fragment layouts of the PTX manual are written out element by element."""
     rng = np.random.default_rng(2)
     a, b, c = rng.integers(-8, 8, (16, k)), rng.integers(-8, 8, (k, 8)), rng.integers(-8, 8, (16, 8))
 
@@ -193,7 +193,7 @@ def test_mma(kind, k):
 
 
 def test_divergence_and_loops():
-    """Thread i adds 1 i times; one half of a warp goes another way."""
+    """Thread i adds 1 i times, and the two halves of a warp take different branches."""
     body = """
     mov.u32 %r10, 0;
     mov.u32 %r6, 0;
@@ -310,7 +310,7 @@ def test_part_of_a_warp_at_an_instruction_of_all():
 def test_a_barrier_that_not_all_threads_reach():
     body = "setp.lt.u32 %p1, %r1, 32; @%p1 bra A; bar.sync 0; bar.sync 0; bra.uni B;\nA:\n bar.sync 0;\nB:\n"
     kinds = run(body, *_two_arrays(64), 64)
-    assert kinds == []  # a warp that has ended is not waited for
+    assert kinds == []  # the barrier does not wait for a warp that has ended
     body = "setp.lt.u32 %p1, %r1, 7; @%p1 bra A; bar.warp.sync -1;\nA:\n"
     assert run(body, *_two_arrays(32)) != []
 
@@ -334,10 +334,10 @@ LOOP:
     ("before", "behind", "missing"),
     [
         ("", "fence.proxy.async.shared::cta;", 0),
-        ("fence.proxy.async.shared::cta;", "", 1),  # as Triton before 3.7.1 has it
+        ("fence.proxy.async.shared::cta;", "", 1),  # as in code of Triton before 3.7.1
         ("", "", 1),
         ("", "fence.proxy.async; st.shared.u32 [%r3], %r1;", 1),
-        ("", "@%p3 bra ON; fence.proxy.async;\nON:", 1),  # a way around it
+        ("", "@%p3 bra ON; fence.proxy.async;\nON:", 1),  # a path around the fence
     ],
 )
 def test_wgmma_behind_a_fence(before, behind, missing):

@@ -1,6 +1,6 @@
-"""Both kernel families in emulation: random calls, one call of every kind, malformed packings.
+"""Emulates both kernel families: random calls, one call of every kind, and malformed packings.
 
-All of them take compilers and a second or more each. More calls by hand: `python -m tests.ptx --cases 50`.
+Every test needs a compiler and takes a second or more. To run more calls: `python -m tests.ptx --cases 50`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .launch_cuda import cuda_backend
 from .launch_triton import triton_backend
 
 pytest.importorskip("triton", reason="Triton is not built for this platform")
-# Beside a real driver library the stand-in for it is not what launchers find; there a GPU runs the kernels.
+# If a real driver library is present, launchers find it instead of its replacement; a GPU then runs the kernels.
 _needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels would be launched on the GPU")
 pytestmark = [pytest.mark.slow, _needs_no_gpu]
 
@@ -31,7 +31,7 @@ CUDA = ["cuda on crowded", "cuda on small"]
 
 @contextmanager
 def _emulated(family: str, device: Device) -> Iterator[str]:
-    """Within, the family's backend, whose name it yields, serves CPU tensors."""
+    """Makes the family's backend serve CPU tensors. Yields the backend's name."""
     backend, _, target = family.partition(" on ")
     with triton_backend(device, int(float(target) * 10)) if backend == "triton" else cuda_backend(device, target):
         yield backend
@@ -66,7 +66,7 @@ def test_every_kind(family, mask, relations, reduction, dtype):
 @pytest.mark.parametrize("relations", ["q", "qk"])
 @pytest.mark.parametrize("family", TRITON)
 def test_threads_agree_on_a_row(family, relations):
-    """float32 rows that are loaded an element at a time: no two threads hold different scores of a row with itself."""
+    """float32 rows are loaded one element at a time. All threads still hold the same score of a row with itself."""
     fixed = {"dtype": "float32", "widths": (33, 17), "relations": relations, "layout": "odd slice", "length": 66}
     device = Device()
     with _emulated(family, device) as backend:
@@ -78,7 +78,7 @@ def test_threads_agree_on_a_row(family, relations):
 @pytest.mark.parametrize("kind", MALFORMED)
 @pytest.mark.parametrize("family", [*TRITON, *CUDA])
 def test_malformed_packings_give_nan(family, kind, monkeypatch):
-    """On a device nobody reads cu_seqlens. The kernels get a packing that is in order, and do nothing wrong with it."""
+    """On a device the host does not read cu_seqlens. The kernels get sanitized bounds and violate no rule."""
     monkeypatch.setattr(Mask, "check_packing", lambda self: None)
     device = Device()
     with _emulated(family, device) as backend, Poisoned():
@@ -90,9 +90,9 @@ def test_malformed_packings_give_nan(family, kind, monkeypatch):
 @pytest.mark.parametrize("kind", ["overlapping", "negative", "beyond T in the middle", "extreme", "beyond max_seqlen"])
 @pytest.mark.parametrize("family", [*TRITON, *CUDA])
 def test_kernels_check_the_bounds_themselves(family, kind, monkeypatch):
-    """Without the repair before them no access leaves the tensors, and nothing uninitialised is read.
+    """Without sanitized bounds, no access is out of bounds and no uninitialised memory is read.
 
-    Sequences that overlap may race: two write the rows that they share.
+    Overlapping sequences may race, because both write the rows that they share.
     """
     monkeypatch.setattr(Mask, "check_packing", lambda self: None)
     monkeypatch.setattr(Mask, "sanitize_bounds", lambda self: (self, None))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minilm_kernels.relation import relation_kl
 
-LENGTHS = (19, 7, 23, 1, 0, 12)  # packed sequences; also the number of valid tokens of the padded ones
+LENGTHS = (19, 7, 23, 1, 0, 12)  # lengths of the packed sequences, and valid tokens of the padded ones
 B, S = len(LENGTHS), max(LENGTHS)
 
 
@@ -67,7 +67,7 @@ class Case:
     kwargs: dict
 
     def run(self, reduction: str, backend: str, upstream: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Returns value and gradients; `upstream` weighs the rows of reduction "none", or scales a reduced loss."""
+        """Returns value and gradients. `upstream` weights the rows of reduction "none", or scales a reduced loss."""
         leaves = {id(x): x.detach().requires_grad_() for x in self.tensors[2:] if x is not None}
         student = [None if x is None else leaves[id(x)] for x in self.tensors[2:]]
         value = relation_kl(*self.tensors[:2], *student, reduction=reduction, backend=backend, **self.kwargs)
@@ -102,7 +102,7 @@ def make(
     seed: int = 0,
     spread: float = 1.0,
 ) -> Case:
-    """Returns a seeded random case. `mask` is a name in MASKS, which have the default batch and length, or kwargs."""
+    """Returns a seeded random case. `mask` is a name in MASKS (for the default batch and length only), or kwargs."""
     kwargs = MASKS[mask] if isinstance(mask, str) else mask
     generator = torch.Generator().manual_seed(seed)
     token_shape = (int(kwargs["cu_seqlens"][-1]),) if "cu_seqlens" in kwargs else (batch, length)
@@ -132,7 +132,7 @@ def all_nan(case: Case, reduction: str, backend: str) -> bool:
 def dense(case: Case, upstream: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     """Returns rows and gradients of the plain dense loss in the dtype of the inputs, as written in eager PyTorch.
 
-    Scores, softmax and KL stay in that dtype; only full, dense batches (no masks).
+    Scores, softmax and KL stay in that dtype. Only full, dense batches without masks are supported.
     """
     q_t, k_t, q_s, k_s = case.tensors
     leaves = [x.detach().requires_grad_() for x in (q_s, k_s) if x is not None]

@@ -15,7 +15,7 @@ _numbers = itertools.count(10)
 
 
 class GPU:
-    """A GPU that no other test has used. `calls`: calls of the driver, as name and three arguments."""
+    """A GPU that no other test has used. `calls` lists the calls of the driver: name and three arguments."""
 
     def __init__(self, capability: int = 90, smem_per_block: int = 232448, smem_per_sm: int = 233472) -> None:
         from tests.ptx.driver import driver
@@ -47,11 +47,11 @@ class GPU:
 
 @pytest.fixture
 def new_gpu(monkeypatch):
-    """Creates GPUs. The last one is used by `backend="cuda"`; its kernels do nothing."""
+    """Returns a function that creates a GPU. `backend="cuda"` uses the last one; its kernels do nothing."""
     if sys.platform != "linux":
         pytest.skip("the CUDA library is for Linux")
     if torch.cuda.is_available():
-        pytest.skip("beside a real driver library its stand-in is not the one that is found")
+        pytest.skip("a real driver library is found instead of its replacement")
     assert native.cuda.library.exists(), "build the library: MINILM_KERNELS_BUILD=native setup.py build_ext --inplace"
 
     def make(*props: int) -> GPU:

@@ -21,9 +21,9 @@ def _upstream(case: Case, reduction: str) -> torch.Tensor:
 
 
 def _yardstick(dtype: torch.dtype, cross: bool, widths: tuple[int, int]) -> tuple[float, float]:
-    """Returns the allowed relative errors of rows and gradients: twice the dense loss's error, plus one rounding.
+    """Returns the allowed relative errors of rows and gradients: twice the error of the dense loss, plus one rounding.
 
-    For float64 there is no more precise oracle: a few dozen roundings are allowed, as in the longest sums.
+    For float64 there is no more precise oracle. A few dozen roundings are allowed, as many as the longest sums have.
     """
     if dtype == torch.float64:
         return 64 * torch.finfo(dtype).eps, 64 * torch.finfo(dtype).eps
@@ -131,7 +131,7 @@ def test_upstream_gradients_of_either_sign(backend, device, cross):
 @pytest.mark.parametrize("mask", ["none", "prefix-holes", "packed-prefix"])
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16, "meta"], ids=str)
 def test_defaults_of_the_process_change_nothing(backend, device, default, mask):
-    """The default dtype and device, which code that builds models may change, do not affect the operator."""
+    """The operator does not depend on the default dtype and device, which code that builds models may change."""
     case = make(mask, cross=True, heads=2).on(device)
     upstream = _upstream(case, "none").to(device)
     dtype, default_device = torch.get_default_dtype(), torch.get_default_device()
@@ -220,7 +220,7 @@ def test_any_dtype_of_a_mask(backend, device):
 
 
 def test_one_student_tensor_as_query_and_key(backend, device):
-    """One student tensor is query and key while the teacher's differ: the gradients of query and key add up."""
+    """One student tensor is query and key, while the teacher's tensors differ. Both gradients are added."""
     case = make("holes", cross=True).on(device)
     q_t, k_t, q_s, _ = case.tensors
     case = Case((q_t, k_t, q_s, q_s), case.kwargs)
@@ -284,7 +284,7 @@ def test_nothing_to_compare(backend, device, reduction, cross):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_malformed_packings(backend, device, kind, reduction):
-    """Malformed cu_seqlens raise an error where the host can read them, and give NaN on backends that do not wait."""
+    """Malformed cu_seqlens raise an error if the host can read them, and give NaN on backends that do not wait."""
     case = malformed(kind).on(device)
     if device == "cpu" or backend in ("torch", "reference"):
         with pytest.raises(ValueError, match="max_seqlen: " if "max_seqlen" in kind else "cu_seqlens: "):
@@ -304,9 +304,10 @@ def test_equal_models_have_zero_divergence(backend, device):
 
 
 def test_single_rows_near_their_teacher(backend, device):
-    """Near its teacher a row's KL is δ²/2, here about 1e-6, where δ ≈ 1e-3 is the difference of two log-softmaxes.
+    """A student close to its teacher has a row KL of about δ²/2, with δ the difference of two log-softmaxes.
 
-    A few rounding errors in δ are less than 1 % of it, but Σ (q − p) − Σ p·δ has the rounding error of a sum near 1.
+    Here δ is about 1e-3 and the KL about 1e-6. A few rounding errors in δ change the KL by less than 1 %, but
+    Σ (q − p) − Σ p·δ has the rounding error of a sum near 1.
     """
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(2, 40, 3, 16, generator=generator)
@@ -319,7 +320,7 @@ def test_single_rows_near_their_teacher(backend, device):
 
 @pytest.mark.parametrize("target", [1e-1, 1e-3, 1e-4, 1e-5])
 def test_small_divergences(backend, device, target):
-    """float32, 12,288 rows: error below 1e-3, of the loss down to KL = 1e-5, of rows down to 1e-4; no row < 0."""
+    """float32, 12,288 rows: errors are below 1e-3 for losses of 1e-5 and more and rows of 1e-4 and more; no row < 0."""
     x = make(batch=16, length=32, heads=24, widths=(8, 8)).tensors[0]
     noise = torch.randn_like(x)
 
@@ -382,7 +383,7 @@ def test_sharp_relations(backend, device, spread):
     case = make("holes", spread=spread, cross=False).on(device)
     value, (grad,) = case.run("sequence", backend)
     expected, (expected_grad,) = case.oracle("sequence")
-    # A score has a rounding error of eps·|score|, and so has log p: a few eps relative to a KL of the same size.
+    # A score has a rounding error of eps·|score|, and so does log p. Relative to a KL of that size, it is a few eps.
     assert error(value, expected) < 1e-5
     assert error(grad, expected_grad) < 1e-6 * spread**2 + 1e-5
     assert torch.isfinite(grad).all()

@@ -19,7 +19,7 @@ def _mask(bounds: list[int], max_seqlen: int | None, total: int = 40) -> Mask:
 
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_malformed_packings(kind):
-    """check_packing raises an error; sanitize_bounds returns safe bounds that cover every token, and NaN."""
+    """check_packing raises an error. sanitize_bounds returns safe bounds that cover every token, and a fault of NaN."""
     mask = _mask(*MALFORMED[kind])
     with pytest.raises(ValueError, match="max_seqlen: " if "max_seqlen" in kind else "cu_seqlens: "):
         mask.check_packing()
@@ -62,7 +62,7 @@ def test_sanitizing_does_not_wait_for_the_device():
 
 
 def test_tokens_without_a_sequence_are_refused_on_every_device():
-    """The shape of cu_seqlens is enough to find this error."""
+    """The shape of cu_seqlens alone shows this error, so its values are not read."""
     mask = Mask((40,), torch.device("meta"), cu_seqlens=torch.zeros(1, dtype=torch.int32, device="meta"))
     with pytest.raises(
         ValueError, match=r"cu_seqlens: expected the bounds of one sequence or more for 40 packed tokens"

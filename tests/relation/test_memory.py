@@ -27,7 +27,7 @@ MODES = {
 
 
 def _largest_allocation(case: Case, reduction: str, backend: str) -> int:
-    """Returns the bytes of the largest single allocation during forward and backward, as the allocator reports it."""
+    """Returns the size of the largest single allocation during forward and backward, in bytes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         case.run(reduction, backend)
     events = profile.profiler.kineto_results.events()

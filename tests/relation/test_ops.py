@@ -197,7 +197,7 @@ def test_graph_is_kept_only_as_autograd_promises(backend):
 
 
 def test_the_graph_frees_what_it_keeps():
-    """Saved gradients are outputs of the node that saves them: this must not create a reference cycle."""
+    """Saved gradients are outputs of the node that saves them. This must not create a reference cycle."""
     gc.collect()
     gc.disable()
     try:
@@ -306,7 +306,7 @@ def test_a_graph_of_the_gradient_that_is_not_differentiated(reduction):
 
 
 def test_the_gradient_in_what_weighs_the_loss():
-    """The gradient is differentiable by a learned weight of the loss: that derivative is the gradient itself."""
+    """The gradient can be differentiated by a learned loss weight. The derivative is the unweighted gradient."""
     loss, student = _loss("sequence"), torch.randn(2, 9, 4, 6, requires_grad=True)
     (expected,) = torch.autograd.grad(loss(student), student)
     weight = torch.ones((), requires_grad=True)
@@ -434,7 +434,7 @@ def _hooked(x):
 )
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
 def test_two_views_of_one_tensor_are_a_self_relation(monkeypatch, reduction, key, one):
-    """Views count as one tensor if their gradients take the same path; value and gradient are the same either way."""
+    """Views count as one tensor if their gradients take the same path. Value and gradient do not depend on this."""
     teacher, leaf = torch.randn(2, 9, 32), torch.randn(2, 9, 24, requires_grad=True)
     student = leaf * 2
     taken, value = _relations_taken(

@@ -37,9 +37,9 @@ def cases(draw) -> Case:
 @anything
 @given(cases(), st.sampled_from(["sequence", "token", "sum", "none"]))
 def test_the_reference_is_met(backend, case, reduction):
-    """A score of size s has an error of a few eps·s, and so have log-probabilities, rows and gradient coefficients.
+    """A score of size s has an error of a few eps·s; so do log-probabilities, rows and score gradients.
 
-    A row sums terms of size 1 that cancel: it is off by a few eps·max(1, s), however small it is itself.
+    A row's KL is a sum of terms of size 1 that cancel. Its error is a few eps·max(1, s), however small the KL is.
     """
     value, grads = case.run(reduction, backend)
     expected, expected_grads = case.oracle(reduction)

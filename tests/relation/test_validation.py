@@ -64,9 +64,13 @@ DENSE_ERRORS = [
     ),
     ({"student_query": torch.randn(2, 5, 3, 4, device="meta")}, ValueError, "student_query: .*device.*cpu, got meta"),
     ({"teacher_query": torch.randn(2, 5, 3, 8).requires_grad_()}, ValueError, "teacher_query: .*detach"),
-    # The output of a teacher run without no_grad is not a leaf.
+    # The output of a teacher that runs without no_grad is not a leaf.
     ({"teacher_query": torch.randn(2, 5, 3, 8).requires_grad_() * 2}, ValueError, "teacher_query: .*detach"),
-    ({"attention_mask": torch.ones(2, 5, dtype=torch.complex64)}, TypeError, "attention_mask: .*integer or bool.*comp"),
+    (
+        {"attention_mask": torch.ones(2, 5, dtype=torch.complex64)},
+        TypeError,
+        "attention_mask: .*bool, integers, or floats of 0 and 1, got .*comp",
+    ),
     ({"attention_mask": torch.ones(2, 4).bool()}, ValueError, r"attention_mask: .*\(2, 5\), got \(2, 4\)"),
     ({"attention_mask": torch.ones(2, 1, 1, 5).bool()}, ValueError, r"attention_mask: .*\(2, 5\), got \(2, 1, 1, 5\)"),
     ({"attention_mask": [[1] * 5] * 2}, TypeError, "attention_mask: expected a tensor, got list"),
@@ -150,7 +154,7 @@ def test_a_float_mask_that_cannot_be_read_makes_nan():
 
 
 def _kinds(x):
-    """Yields tensors that are not dense, and the conversion that the message names."""
+    """Yields tensors that are not dense, each with the conversion that the message names."""
     yield torch.nested.nested_tensor(list(x), layout=torch.jagged), r"nested.*values\(\) with .*offsets\(\).int\(\)"
     yield torch.nested.nested_tensor(list(x)), r"nested.*values\(\)"
     yield x.to_sparse(), r"sparse_coo.*to_dense\(\)"
@@ -163,7 +167,7 @@ def _kinds(x):
 
 @pytest.mark.filterwarnings("ignore")  # prototypes of PyTorch
 def test_tensors_of_other_kinds():
-    """The error names the argument, instead of coming from within PyTorch."""
+    """The error names the argument. It does not come from PyTorch's own code."""
     arguments = {"teacher_query": torch.randn(2, 5, 3, 8), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
     for name, x in arguments.items():
         for kind, message in _kinds(x):
@@ -177,7 +181,7 @@ def test_tensors_of_other_kinds():
 
 
 def test_distributed_tensors():
-    class DTensor(torch.Tensor):  # by its name: importing the real one takes seconds
+    class DTensor(torch.Tensor):  # recognised by its name; importing the real class takes seconds
         pass
 
     with pytest.raises(TypeError, match=r"^teacher_query: .*DTensor: pass its to_local\(\).*full_tensor\(\)"):
@@ -209,5 +213,5 @@ def test_validation_reads_no_tensor_values():
             cu_seqlens=torch.tensor([0, 4, 10], dtype=torch.int32),
         )
         assert packed.shape == ()
-        with pytest.raises(DataDependentOutputException):  # the yardstick: reading a value does fail here
+        with pytest.raises(DataDependentOutputException):  # shows that reading a value raises an error here
             _call(teacher_query=torch.randn(2, 5, 3, 8), student_query=torch.randn(2, 5, 3, 4)).item()

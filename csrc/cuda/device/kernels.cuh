@@ -1,5 +1,5 @@
 // Entry points of the kernels. minilm_kernels/relation/backends/cuda_compiler.py inlines the includes, appends one of
-// these macros for each kernel that a call needs, and compiles the text with NVRTC. `symmetric_1_2_1_1_0` is
+// the macros below for each kernel that a call needs, and compiles the text with NVRTC. `symmetric_1_2_1_1_0` is
 // MINILM_SYMMETRIC with the template arguments 1, 2, 1, 1, 0; host/launch_plan.cpp makes these names.
 #pragma once
 

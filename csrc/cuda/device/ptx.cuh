@@ -41,7 +41,7 @@ MINILM_DEVICE float add(float x, float y) { return __fadd_rn(x, y); }  // never 
 MINILM_DEVICE float sub(float x, float y) { return __fsub_rn(x, y); }
 MINILM_DEVICE float mul(float x, float y) { return __fmul_rn(x, y); }
 
-// Rounds to nearest even; `low` goes to the lower 16 bits.
+// Packs two numbers as bfloat16, rounded to nearest even. `low` is in the lower 16 bits.
 MINILM_DEVICE uint32_t pack_bfloat16(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
@@ -49,7 +49,7 @@ MINILM_DEVICE uint32_t pack_bfloat16(float low, float high) {
 }
 
 // Loads four 8×8 matrices of 16-bit elements. Lane 8k + i passes the address of row i (16 bytes) of matrix k. Lane 4g +
-// t receives the elements (g, 2t) and (g, 2t + 1) of each matrix; transposed, (2t, g) and (2t + 1, g).
+// t receives the elements (g, 2t) and (g, 2t + 1) of each matrix or, if transposed, (2t, g) and (2t + 1, g).
 MINILM_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -64,7 +64,7 @@ MINILM_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                : "r"(address)
                : "memory");
 }
-// Transposes an 8×8 matrix of 16-bit elements, distributed over the lanes as by ldmatrix_x4.
+// Transposes an 8×8 matrix of 16-bit elements. The lanes hold it in the layout of ldmatrix_x4.
 MINILM_DEVICE uint32_t movmatrix(uint32_t x) {
   uint32_t y;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));

@@ -1,18 +1,20 @@
 // The row-wise path, with a running maximum per row, for every call that the symmetric path does not support:
-// cross-relations, reduction "none" and its gradient, losses without gradient, negative scales, and sequences that
+// cross relations, reduction "none" and its gradient, losses without gradient, negative scales, and sequences that
 // exceed shared memory.
 //
-// A warp owns 32 tokens and streams the tokens of the other side past them, tile by tile. The first kernel computes the
-// log-sum-exp of each row. The second recomputes the scores and yields the KL divergence and the gradient of the own
-// tokens. A cross-relation launches it a second time, with the keys as own tokens. No two warps write to the same
-// memory, and the scratch memory is O(S).
+// A warp owns 32 tokens, its own tokens, and loops over tiles of the other tokens, those that form pairs with them. If
+// the own tokens are rows, the other tokens are keys, and vice versa. The first kernel computes the log-sum-exp of each
+// row. The second kernel recomputes the scores and computes the KL divergence and the gradient of the own tokens. A
+// cross relation launches the second kernel twice, the second time with the keys as own tokens. No two warps write to
+// the same memory, and the scratch memory is O(S).
 #pragma once
 
 #include "tile.cuh"
 
 namespace minilm::cuda {
 
-// 2^x by a polynomial, with an error of about one unit in the last place; or by ex2.approx, with an error of two units.
+// 2^x. With kExact, it is computed by a polynomial, with an error of about one unit in the last place; otherwise by
+// ex2.approx, with an error of two units.
 template <bool kExact>
 MINILM_DEVICE float exp2_of(float x) {
   if (!kExact) return exp2_fast(x);
@@ -28,13 +30,14 @@ MINILM_DEVICE float exp2_of(float x) {
   return x < -126.0f ? 0.0f : p * as_float(as_bits(shifted) << 23);
 }
 
-// log2 Σ 2^u of each row, as max + log2_sum. With kExact, max is the largest u and is stored separately: u - max is
-// small where it matters, and a row that sees a single key gets p = 1 exactly. Otherwise max is 0 and not stored.
+// log2 Σ 2^u of each row, as max + log2_sum. With kExact, max is the largest u and is stored separately. The
+// differences u - max of the large exponentials are then small, and a row that sees a single key gets p = 1 exactly.
+// Without kExact, max is 0 and is not stored.
 struct RowStats {
   float *log2_sum_t, *log2_sum_s, *max_t, *max_s;
 };
 
-// Tokens of one side of a tile, with their row statistics and weights.
+// The own tokens or the other tokens of a tile, with their row statistics and weights.
 struct TileOperands {
   Tokens teacher, student;
   RowStats rows;
@@ -48,19 +51,19 @@ MINILM_DEVICE TileOperands at(const TileOperands& x, int token) {
           x.weights ? x.weights + token : nullptr};
 }
 
-// First own token and first token of the other side of a tile.
+// The first own token and the first other token of a tile.
 struct TileOrigin {
   int own, other;
 };
 
-// A value for each of the 4 own rows of a lane: [m][e / 2].
+// A value for each of the 4 rows (own tokens) that a lane holds: [m][e / 2].
 using PerRow = float[2][2];
 
 MINILM_DEVICE int own_row(int m, int half) { return 16 * m + 8 * half + lane_index() / 4; }
 MINILM_DEVICE int other_column(int n, int e) { return 8 * n + lane_index() % 4 * 2 + e % 2; }
 
-// Updates the running maxima, and the sums of 2^(u - maximum), with a tile of scores. Each lane handles its own
-// columns.
+// Updates the running maxima, and the sums of 2^(u - maximum), with a tile of scores. Each lane handles the columns
+// that it holds.
 template <bool kExact>
 MINILM_DEVICE void add_row_stats(PerRow& maximum, PerRow& total, const float (&score)[2][4][4], float scale,
                                  const Sequence& sequence, TileOrigin origin) {
@@ -103,8 +106,8 @@ MINILM_DEVICE void write_row_stats(float* log2_sum, float* row_max, const PerRow
     }
 }
 
-// p (e^δ - 1 - δ) with δ = log q - log p, given in units of log 2. Never negative, and free of cancellation for small
-// δ.
+// p (e^δ - 1 - δ) with δ = log q - log p, which is given in units of log 2. The result is never negative, and its terms
+// do not cancel for small δ.
 MINILM_DEVICE float exact_term(float p, float q, float bits) {
   float delta = bits * kLn2;
   float series = 1.9841270e-4f;  // 1/7!, 1/6!, ...
@@ -124,7 +127,7 @@ MINILM_DEVICE float log2_of(float score, float scale, float log2_sum, const floa
 }
 
 // Replaces the student's scores of half a tile by score gradients. kForward: the own tokens are rows, and their KL
-// divergence is added to kl. kBackward: the own tokens are keys of the other tokens' rows.
+// divergence is added to kl. kBackward: the own tokens are keys, and the other tokens are rows.
 template <bool kExact, bool kForward, bool kBackward>
 MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&score_s)[2][2][4], float scale_t,
                                    float scale_s, const Sequence& sequence, TileOrigin origin, const TileOperands& own,
@@ -168,7 +171,8 @@ MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&scor
     }
 }
 
-// One tile: adds to the KL divergence of the own rows and, if kSplits > 0, to the gradient of the own tokens.
+// Adds one tile's contribution to the KL divergence of the own tokens' rows and, if kSplits > 0, to the gradient of the
+// own tokens.
 template <int kSplits, bool kExact, bool kForward, bool kBackward>
 MINILM_DEVICE void row_wise_tile(const TileOperands& own, const TileOperands& other, int chunks_t, int splits_t,
                                  int chunks_s, int splits_s, float scale_t, float scale_s, const Sequence& sequence,
@@ -230,8 +234,8 @@ struct RowWork {
   bool empty;
 };
 
-// Sequence n begins at block ⌊starts[n] / own⌋ + n. It then has at least as many blocks as it needs, and a block finds
-// its sequence by a binary search in `starts`, without any other data.
+// Sequence n begins at block ⌊starts[n] / own⌋ + n. Every sequence thus has at least as many blocks as it needs, and a
+// block finds its sequence by a binary search in `starts`, without any other data.
 MINILM_DEVICE RowWork find_row_work(const LaunchParams& params, int own, double** partial) {
   const Call& call = params.call;
   int64_t block = block_index();
@@ -281,7 +285,7 @@ MINILM_DEVICE int64_t first_row(const LaunchParams& params, const RowWork& work)
   return ((work.relation->index * matrices + work.sequence.batch) * call.num_heads + work.head) * call.positions;
 }
 
-// Tokens of the other side that an own token sees (forward), or whose rows see an own token (backward): [first, end).
+// Range [first, end) of the other tokens that an own token sees (forward), or whose rows see an own token (backward).
 struct TokenRange {
   int first, end;
 };
@@ -294,8 +298,8 @@ MINILM_DEVICE TokenRange find_streamed(const Sequence& sequence, int first, int 
   return {0, sequence.length};
 }
 
-// Chunks and splits of both models' tokens. Template arguments that are 0 (in the emulation) are replaced by the
-// relation's.
+// Chunks and splits of both models' tokens. Template arguments that are 0 (in the emulation) are replaced by the values
+// of the relation.
 template <int kChunksT, int kSplitsT, int kChunksS, int kSplitsS>
 struct Shape {
   int given_chunks_t, given_splits_t, given_chunks_s, given_splits_s;
@@ -311,7 +315,7 @@ struct Shape {
   MINILM_DEVICE int splits_s() const { return kSplitsS ? kSplitsS : given_splits_s; }
 };
 
-// kExact: see exp2_of; RowWiseKernel uses the same.
+// kExact: see exp2_of. RowWiseKernel must have the same value.
 template <bool kExact, int kChunksT, int kSplitsT, int kChunksS, int kSplitsS>
 struct RowStatsKernel {
   static MINILM_DEVICE void run(const LaunchParams& params, char* memory) {
@@ -360,7 +364,7 @@ struct RowStatsKernel {
   }
 };
 
-// The own tokens are 1: rows, 2: keys, 3: both.
+// The own tokens are rows (1), keys (2) or both (3).
 template <int kDirection>
 struct Direction {
   static constexpr int value = kDirection;
@@ -494,8 +498,8 @@ struct RowWiseKernel {
   }
 };
 
-// Adds up the partial sums of all blocks. Losses are NaN if `starts` is malformed: cu_seqlens on a GPU are not
-// validated by the host, which would have to wait for the device.
+// Adds up the partial sums of all blocks. Losses are NaN if `starts` is malformed. The host does not validate
+// cu_seqlens on a GPU, because it would have to wait for the device.
 struct ReduceKernel {
   static MINILM_DEVICE void run(const ReduceParams& reduction, char* memory) {
     const Call& call = reduction.call;

@@ -1,8 +1,8 @@
-// Order in which a block processes pairs of tiles. Within a round no tile occurs twice, so that each warp owns the rows
-// and columns of its tile pair until the next barrier and accumulates without atomics, in a fixed order.
+// The order in which a block combines tiles. Within a round no tile occurs twice. A warp therefore owns the rows and
+// the columns of its two tiles until the next barrier, and accumulates without atomics, in a fixed order.
 //
 // Round -1 combines every tile with itself. The other rounds are those of a round-robin tournament (circle method): one
-// tile keeps its place, the others rotate. With an odd number of tiles a dummy is added.
+// tile keeps its place, and the others rotate. If the number of tiles is odd, a dummy tile is added.
 #pragma once
 
 #include "common/numerics.h"

@@ -1,7 +1,7 @@
-// The symmetric path: reduced losses of self-relations, with gradient. A block keeps one (sequence, head, relation) in
-// shared memory and computes the loss and the gradient in two phases. With one reference score for all rows,
-// exponentials are symmetric (E_ij = E_ji), and each phase computes them once. docs/cuda.md has the derivation and
-// cost.
+// The symmetric path: reduced losses of self relations, with gradient. A block keeps one head of one sequence in one
+// relation in shared memory and computes the loss and the gradient in two phases. With one reference score for all
+// rows, exponentials are symmetric (E_ij = E_ji), and each phase computes them once. docs/cuda.md has the derivation
+// and the cost.
 #pragma once
 
 #include "row_wise.cuh"
@@ -9,11 +9,12 @@
 
 namespace minilm::cuda {
 
-// Widest range of s_ii in bits. With the reference in its middle and u_ij = s_ij - reference, every 2^u_ii lies within
-// 2^±100 and every 2^u_ij below 2^100. Sequences with a wider range take the row-wise path in the same block.
+// Widest range of s_ii in bits. The reference is the middle of the range, and u_ij = s_ij - reference. Every 2^u_ii is
+// then within 2^±100, and every 2^u_ij is below 2^100. Sequences with a wider range take the row-wise path in the same
+// block.
 constexpr float kMaxNormRange = 200.0f;
 
-// Shorter sequences take the row-wise path: the rounding errors of so few rows do not average out.
+// Sequences with fewer tokens take the row-wise path: the rounding errors of so few rows do not average out.
 constexpr int kMinSymmetricTokens = 64;
 
 // The work of a block. It is read from shared memory for every tile, which saves registers.
@@ -22,7 +23,7 @@ struct BlockState {
   const Relation* relation;
   int64_t n, head;
   int capacity, tiles, chunks_t, splits_t, chunks_s;
-  int bound;  // the mirrored pairs of rows below it are visible
+  int bound;  // mirrored pairs (column, row) are visible if row < bound
   float scale_t, scale_s, reference_t, reference_s;
 };
 static_assert(sizeof(BlockState) <= kBlockStateBytes, "");
@@ -51,7 +52,7 @@ struct SymmetricLayout {
   // Σ E of each row in phase 1, 1 / Σ E in phase 2.
   MINILM_DEVICE float* sums_t() const { return grads(0) + chunks_s() * grads_plane(); }
   MINILM_DEVICE float* sums_s() const { return sums_t() + state().capacity; }
-  MINILM_DEVICE RowStats row_stats() const {  // the maxima exist with 3 splits only
+  MINILM_DEVICE RowStats row_stats() const {  // maxima are stored only with 3 splits
     const int capacity = state().capacity;
     float* first = sums_t();
     return {first, first + capacity, first + 2 * capacity, first + 3 * capacity};
@@ -78,7 +79,7 @@ MINILM_DEVICE Range block_range(Range x, double* scratch) {
   return x;
 }
 
-// Range of s_ii in bits, +-3e38 if one of them is not finite.
+// Smallest and largest s_ii in bits, or -3e38 and 3e38 if one of them is not finite.
 MINILM_DEVICE Range range_of_norms(const Tokens& x, int length, int chunks, int splits, float scale, double* scratch) {
   Range range{3e38f, -3e38f};
   for (int i = thread_index(); i < length; i += thread_count()) {
@@ -103,13 +104,13 @@ MINILM_DEVICE Range range_of_norms(const Tokens& x, int length, int chunks, int 
 }
 
 // First row and first column of a tile. Rows are at or after the columns. Pairs (row, column) and mirrored pairs
-// (column, row) are computed together; the mirrored pairs of rows below `bound`, the end of the prefix, are visible.
+// (column, row) are computed together. The mirrored pair is visible if row < `bound`, which is the end of the prefix.
 struct PairTile {
   int rows, columns;
 };
 
 // Sums x[k] over a group of kCount lanes, whose indices differ in the bits from `bit` on. Each lane of the group
-// receives the sum of one k: the k that these bits of its index spell.
+// receives the sum of one k, which is the number in these bits of its index.
 template <int kCount>
 MINILM_DEVICE float distributed_sums(float (&x)[kCount], int bit) {
   MINILM_UNROLL_FOR (int count = kCount / 2; count > 0; count /= 2) {
@@ -335,8 +336,8 @@ struct SymmetricKernel {
     return static_cast<double>(value.sum) + value.rest;
   }
 
-  // Tiles on the diagonal, and tiles among whose rows the sequence or the prefix ends, need a mask per pair. Rows
-  // beyond the end of the sequence are at or above the bound, and their own sums are ignored.
+  // Tiles on the diagonal, and tiles whose rows are partly below `bound`, need a mask per pair. Rows beyond the end of
+  // the sequence are at or above `bound`, and their own sums are ignored.
   static MINILM_DEVICE bool is_masked(const PairTile& tile, int bound) {
     return tile.rows == tile.columns || (tile.rows < bound && tile.rows + kTile > bound);
   }

@@ -1,14 +1,15 @@
 // Building blocks of both paths: tokens in shared memory, scores of a 32 × 32 tile, and products with score gradients.
 //
-// Every product runs on bfloat16 tensor cores. A number is represented by bf16 splits, bfloat16 terms that add up to it
-// exactly: one for a bfloat16 input, two for float16, three for float32. Products of splits are exact in float32.
+// Every product runs on bfloat16 tensor cores. A number is represented by bf16 splits: bfloat16 terms whose sum is
+// exactly the number. A bfloat16 input has one split, float16 two, float32 three. Products of splits are exact in
+// float32.
 //
 // Tokens in shared memory: [split][chunk][token][8] bfloat16. A chunk is 8 features, so that a token of a chunk takes
 // 16 bytes, and 8 tokens take 128 contiguous bytes. Matrix loads are free of bank conflicts for every width.
 //
 // A warp holds a tile x[m][n][e] in the layout of mma accumulators: in lane 4g + t, x[m][n][e] belongs to row
-// 16m + 8(e / 2) + g and column 8n + 2t + e % 2. Where teacher and student are needed together, a tile is processed in
-// two halves of 16 columns, to save registers.
+// 16m + 8(e / 2) + g and column 8n + 2t + e % 2. A tile that needs the scores of teacher and student at the same time
+// is processed in two halves of 16 columns, to save registers.
 #pragma once
 
 #include "launch_params.h"
@@ -51,7 +52,7 @@ MINILM_DEVICE bool find_sequence(const Call& call, int64_t n, Sequence& sequence
   return true;
 }
 
-// Row `row` sees the keys below this bound.
+// Bound of the keys that row `row` sees: all keys below it.
 MINILM_DEVICE int bound_of(const Sequence& sequence, int row) {
   return row < sequence.length ? max_of(row + 1, sequence.prefix) : 0;
 }
@@ -94,10 +95,10 @@ MINILM_DEVICE void load_chunk(const TensorView& x, int64_t at, int chunk, float 
 MINILM_DEVICE float low_of(uint32_t packed) { return as_float(packed << 16); }
 MINILM_DEVICE float high_of(uint32_t packed) { return as_float(packed & 0xffff0000u); }
 
-// Loads `count` tokens of one head, starting with token `first` of the sequence, with all threads of the block. Tokens
-// beyond the end of the sequence are 0. `plane`: bytes of a plane, which is one chunk of one split. Neighbouring
-// threads load neighbouring chunks, then tokens. A token of a head may be as small as 16 bytes; blocks of neighbouring
-// heads run at the same time and share the sectors in L2.
+// Loads `count` tokens of one head, from token `first` of the sequence on, with all threads of the block. Tokens beyond
+// the end of the sequence are 0. `plane`: size of a plane in bytes; a plane holds one chunk of one split. Neighbouring
+// threads load the chunks of a token, then those of the next token. One head of a token may be as small as 16 bytes;
+// blocks of neighbouring heads run at the same time and share the sectors in L2.
 MINILM_DEVICE void load_tokens(const TensorView& x, const Sequence& sequence, int64_t head, int first, int count,
                                char* planes, int plane, int chunks, int splits) {
   int64_t base = sequence.batch * x.batch_stride + head * x.head_stride;
@@ -145,9 +146,9 @@ MINILM_DEVICE Tokens at(const Tokens& x, int token) { return {x.planes + token *
 
 MINILM_DEVICE char* writable(const Tokens& x) { return const_cast<char*>(x.planes); }
 
-// Scores x_i · y_j of 32 rows and 8·kColumns columns. Split a of x is multiplied with split b of y where a + b <= 2,
-// small products first; the omitted products are below 2^-24 |x_i| |y_j|. mma truncates its sums. For float32 inputs
-// the large products are therefore computed separately and added with rounding.
+// Scores x_i · y_j of 32 rows and 8·kColumns columns. Split a of x is multiplied with split b of y if a + b <= 2, small
+// products first. The omitted products are below 2^-24 |x_i| |y_j|. mma truncates its sums. For float32 inputs, the
+// large products are therefore summed separately and added with rounding.
 template <int kColumns>
 MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, const Tokens& columns, int chunks,
                           int splits) {
@@ -181,7 +182,8 @@ MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, cons
             }
           }
       }
-      if (chunk < chunks) {  // the last of an odd number of chunks: 32 rows; 32 columns, or the same 16 twice
+      // The last of an odd number of chunks: 32 rows, and 32 columns or the same 16 columns twice.
+      if (chunk < chunks) {
         uint32_t row[4], column[4];
         ldmatrix_x4(row, x + chunk * rows.plane + lane * 16);
         ldmatrix_x4(column, y + chunk * columns.plane + lane % (8 * kColumns) * 16);
@@ -199,7 +201,7 @@ MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, cons
 template <int kTiles>
 using ScoreGrads = uint32_t[kTiles][2 / kTiles][4];
 
-// Extracts the leading bf16 split of M. With kRest, the remainder is left in m.
+// Writes the leading bf16 split of M to `split`. With kRest, m keeps the remainder.
 template <bool kRest>
 MINILM_DEVICE void take_split(ScoreGrads<2>& split, float (&m)[2][2][4]) {
   MINILM_UNROLL_FOR (int i = 0; i < 2; ++i)
@@ -249,8 +251,8 @@ MINILM_DEVICE void add_products(float* sums, int plane, const ScoreGrads<kTiles>
   }
 }
 
-// row_sums += M · columns and, with kColumns, column_sums += Mᵀ · rows. kSplits: splits of the student's tokens and of
-// M; split a is multiplied with split b where a + b < kSplits. Overwrites m.
+// row_sums += M · columns and, with kColumns, column_sums += Mᵀ · rows. kSplits: number of splits of the student's
+// tokens and of M. Split a of M is multiplied with split b of the tokens if a + b < kSplits. Overwrites m.
 template <int kSplits, bool kColumns, int kSplit = 0>
 MINILM_DEVICE void add_gradients(float (&m)[2][2][4], float* row_sums, float* column_sums, int plane,
                                  const Tokens& rows, const Tokens& columns, int chunks) {
@@ -279,8 +281,8 @@ struct CompensatedSum {
   }
 };
 
-// Sum of x over the threads of a block, returned to every thread. The order of additions depends only on the number of
-// threads. `scratch`: one double per warp.
+// Returns the sum of x over the threads of a block to every thread. The order of additions depends only on the number
+// of threads. `scratch`: one double per warp.
 MINILM_DEVICE double block_sum(double x, double* scratch) {
   MINILM_UNROLL_FOR (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
   syncthreads();

@@ -1,6 +1,6 @@
-// Registers the operators of the CUDA backend with PyTorch. No symbol of PyTorch's CUDA library is needed: stream and
-// device are passed as numbers, so that the library also loads without a GPU. Tensors on the CPU are accepted as well,
-// for tests that replace the driver library or the GPU.
+// Registers the operators of the CUDA backend with PyTorch. Stream and device are passed as numbers. No symbol of
+// PyTorch's CUDA library is therefore needed, and the library also loads without a GPU. Tensors on the CPU are accepted
+// as well, for tests that replace the driver library or the GPU.
 
 #include "common/binding.h"
 #include "driver.h"
@@ -23,7 +23,7 @@ cuda::DeviceProps device_props(int64_t device) {
   return props;
 }
 
-// Returns the names of kernels that must be loaded first, one per line. If there are any, nothing has been launched.
+// Launches a call's kernels, or returns the names of those that must be loaded first, one per line.
 std::string relation_kl(Tensors teacher, Tensors student, std::vector<int64_t> indices, std::vector<double> scales,
                         Tensor tokens, Tensor starts, OptionalTensor prefixes, bool causal, OptionalTensor weights,
                         OptionalTensor row_grads, OptionalTensor values, OptionalTensor rows, Tensors grads,
@@ -49,7 +49,7 @@ void load(std::string name, Tensor image, int64_t device) {
   check(cuda::load(static_cast<int>(device), name, image.const_data_ptr()));
 }
 
-// The device's compute capability, 90 for 9.0.
+// Returns the compute capability of the device, 90 for 9.0.
 int64_t capability(int64_t device) { return device_props(device).capability; }
 
 // Returns the reason why the device cannot compute relations of these tensors, or an empty string.

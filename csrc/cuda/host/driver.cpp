@@ -1,5 +1,5 @@
 // Driver of the CUDA backend: groups a call's relations into launches and assigns their memory. It never waits for the
-// device and reads nothing from it, so that a call can be captured in a CUDA graph.
+// device or reads from it, so that a call can be captured in a CUDA graph.
 
 #include "driver.h"
 
@@ -16,7 +16,7 @@ constexpr int64_t kMaxBlocks = 0x7fffffff;  // grid limit of a launch
 
 int student_splits(const Relation& relation) { return planes_of(relation).student_splits; }
 
-// Maximum of each number of planes over several relations.
+// The largest number of planes of each kind over several relations.
 Planes max_planes(const std::vector<const Relation*>& relations) {
   Planes all{};
   for (const Relation* relation : relations) {
@@ -57,7 +57,7 @@ public:
   int64_t scratch_bytes() const { return partials_bytes() + row_stats_bytes(); }
   bool too_large() const { return static_cast<int64_t>(all_.size()) * slots_ > kMaxBlocks; }  // each block has a slot
 
-  // The launches in order. `scratch`: scratch_bytes() of device memory.
+  // Returns the launches in order. `scratch`: device memory of scratch_bytes() bytes.
   std::vector<Launch> operator()(char* scratch) const {
     const Call& call = call_;
     double* partials = reinterpret_cast<double*>(scratch);
@@ -198,7 +198,7 @@ std::string unsupported_reason(const std::vector<Relation>& relations, bool grad
   const Planes planes = max_planes(all);
   if (plan_row_wise(props, planes, gradient).warps == 0)
     return "heads of these widths and dtypes need " + std::to_string(row_wise_bytes(planes, kTile, kTile, gradient)) +
-           " bytes of shared memory, a block of this GPU has " + std::to_string(props.smem_per_block);
+           " bytes of shared memory, but a block of this GPU has " + std::to_string(props.smem_per_block);
   return "";
 }
 

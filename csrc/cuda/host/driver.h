@@ -1,4 +1,4 @@
-// Entry points of the CUDA backend's host code. Nothing here depends on PyTorch.
+// Entry points of the CUDA backend's host code. This header does not depend on PyTorch.
 #pragma once
 
 #include <string>
@@ -16,7 +16,7 @@ std::string unsupported_reason(const std::vector<Relation>& relations, bool grad
 int64_t scratch_bytes(const Call& call, const Relation* relations, const DeviceProps& props);
 
 // Launches the kernels of a call. Returns null, or an error message. `scratch`: device memory, aligned to 16 bytes. If
-// kernels are not loaded yet, launches nothing and lists their names in `missing`, one per line.
+// some kernels are not loaded yet, nothing is launched, and `missing` receives their names, one per line.
 const char* run(const Call& call, const Relation* relations, const DeviceProps& props, int device, void* stream,
                 void* scratch, std::string& missing);
 

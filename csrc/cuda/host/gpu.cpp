@@ -1,5 +1,5 @@
-// Implements gpu.h with the CUDA driver library, which is opened at run time. The declarations that are needed are
-// repeated here, so that this file compiles without CUDA, and the library also loads on machines without a GPU.
+// Implements gpu.h with the CUDA driver library, which is opened at run time, so that this package's library also loads
+// on machines without a GPU. This file repeats the declarations that it needs and thus compiles without CUDA.
 
 #include "gpu.h"
 
@@ -131,7 +131,7 @@ const char* find(int index, Device*& device) {
   return nullptr;
 }
 
-// Makes a device's context current, since the tensors may live on another device than the thread's current one.
+// Makes a device's context current. The tensors may be on another device than the thread's current one.
 class Current {
 public:
   explicit Current(const Device& device) {

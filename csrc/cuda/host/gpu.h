@@ -36,7 +36,7 @@ const char* get_device_props(int device, DeviceProps& props);
 
 bool is_loaded(int device, const std::string& kernel);
 
-// Loads the kernel `name` from machine code or zero-terminated PTX. Does nothing if it is already loaded.
+// Loads the kernel `name` from machine code or zero-terminated PTX. Does nothing if the kernel is already loaded.
 const char* load(int device, const std::string& name, const void* image);
 
 // Launches a loaded kernel on a stream.

@@ -1,4 +1,5 @@
-// Sizes correspond to SymmetricLayout (symmetric.cuh) and RowWiseLayout (row_wise.cuh).
+// Chooses launch configurations. The sizes must equal those of SymmetricLayout (symmetric.cuh) and RowWiseLayout
+// (row_wise.cuh).
 
 #include "launch_plan.h"
 
@@ -49,8 +50,8 @@ std::string row_wise_kernel(const Relation& relation, bool gradient) {
 }
 
 int64_t symmetric_bytes(const Planes& planes, int tokens) {
-  // Per token: 16 bytes per plane, 8 float32 gradients per chunk, and the row statistics, whose maxima exist with 3
-  // splits only.
+  // A token needs 16 bytes per plane, 8 float32 gradients per chunk, and its row statistics. Maxima are stored only
+  // with 3 splits.
   int64_t token = 16 * (planes.teacher + planes.student) + 32 * planes.student_chunks;
   token += planes.student_splits == 3 ? 16 : 8;
   return kBlockStateBytes + kScratchBytes + tokens * token;
@@ -63,8 +64,8 @@ SymmetricPlan plan_symmetric(const DeviceProps& props, const Planes& planes, int
   plan.tokens = static_cast<int>(std::max<int64_t>(0, std::min(fit, round_up(max_length, kTile))));
   if (plan.tokens == 0) return plan;
   plan.bytes = symmetric_bytes(planes, plan.tokens);
-  // Choose the number of warps per block that keeps most warps of an SM busy: resident warps, times the balance of a
-  // round's tile pairs among the warps of a block. On a tie the smaller block wins, since its barriers are cheaper.
+  // Choose the number of warps per block that keeps most warps of an SM busy: the number of resident warps, times the
+  // fraction of them that have tiles to combine in a round. On a tie the smaller block wins: its barriers are cheaper.
   const int tile_pairs = (plan.tokens / kTile + 1) / 2;
   const int64_t room = std::max<int64_t>(1, props.smem_per_sm / (plan.bytes + kReservedBytes));
   const int most = kSymmetricWarps[planes.student_splits];
@@ -89,7 +90,7 @@ int64_t row_wise_bytes(const Planes& planes, int own, int streamed, bool gradien
 }
 
 RowWisePlan plan_row_wise(const DeviceProps& props, const Planes& planes, bool gradient) {
-  // More own tokens per block reduce the loads of the other side; two streamed tiles halve the number of barriers.
+  // More own tokens per block reduce the loads of other tokens. Two streamed tiles halve the number of barriers.
   for (int streamed = kMaxStreamed; streamed >= kTile; streamed /= 2)
     for (int warps = kRowWiseWarps; warps >= 1; warps /= 2) {
       if (warps == 1 && streamed > kTile) continue;

@@ -21,7 +21,7 @@ std::string row_wise_kernel(const Relation& relation, bool gradient);
 inline const char* reduction_kernel() { return "reduce"; }
 
 struct SymmetricPlan {
-  int tokens;  // capacity of a block; longer sequences take the row-wise path. 0: not even one tile fits
+  int tokens;  // capacity of a block; longer sequences take the row-wise path. 0 if not even one tile fits
   int warps;
   int blocks;  // resident blocks per SM
   int64_t bytes;
@@ -29,8 +29,8 @@ struct SymmetricPlan {
 SymmetricPlan plan_symmetric(const DeviceProps& props, const Planes& planes, int64_t max_length);
 
 struct RowWisePlan {
-  int warps;     // each owns a tile; 0: a block does not fit
-  int streamed;  // tokens of the other side in shared memory
+  int warps;     // each warp owns a tile; 0 if a block does not fit
+  int streamed;  // other tokens in shared memory
   int64_t bytes;
 };
 RowWisePlan plan_row_wise(const DeviceProps& props, const Planes& planes, bool gradient);

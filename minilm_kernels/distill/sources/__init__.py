@@ -1,8 +1,8 @@
 """Training text: text files, JSON, CSV, Parquet and hub data sets, streamed as documents from any position.
 
-A source yields a `Document` for everything that should be one. A document that cannot be read has no text and describes
-the problem, so that the caller decides whether to skip it. `source.read(cursor)` continues after the document that had
-this cursor. Cursors are JSON, so that a checkpoint can contain them.
+A source yields a `Document` for each document, readable or not. An unreadable document has no text and describes the
+problem, so that the caller can decide whether to skip it. `source.read(cursor)` continues after the document with this
+cursor. Cursors are JSON, so that a checkpoint can contain them.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def open_sources(
     its own path may have any suffix, and is read as plain text unless its suffix or content say otherwise.
 
     Args:
-        by_line: every line of a plain text file is a document; otherwise every paragraph.
+        by_line: True if every line of a plain text file is a document; otherwise, every paragraph is one.
         option: the option that gave the paths, for messages.
         say: is called with a message about files of a folder that are not read.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: a folder without text, a file that is not text by its suffix or its first bytes or that lacks the
-            column `text_column`, or a path that is neither a file nor a folder.
+        ValueError: a folder has no text; a file is not text, by its suffix or its first bytes, or lacks the column
+            `text_column`; or a path is neither a file nor a folder.
     """
     files: list[tuple[Path, str]] = []
     for given in paths:
@@ -90,7 +90,7 @@ def _files_in(folder: Path, option: str, say: Callable[[str], None]) -> list[Pat
             + (f"; it has {names}" if names else "")
         )
     if skipped:
-        say(f"{option}: skipped {len(skipped)} files of folder {folder} whose suffix is not one of text ({names})")
+        say(f"{option}: skipped {len(skipped)} files of folder {folder} without a suffix of text files ({names})")
     return found
 
 

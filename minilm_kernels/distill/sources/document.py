@@ -21,7 +21,7 @@ class Document(NamedTuple):
     Attributes:
         text: the text; `None` for null values and bad documents.
         where: file and line or row, for messages.
-        cursor: reading continues here, after the document.
+        cursor: the position after the document, at which reading can continue.
         problem: description of a bad document, "" for others.
         documents: number of documents that this one represents; above 1 only for a damaged part of a Parquet file.
     """
@@ -146,7 +146,7 @@ def text_document(value: Any, column: str, where: str, cursor: Cursor) -> Docume
 
 
 def _kind(value: Any) -> str:
-    """The type of a value in JSON's terms."""
+    """The name of a value's type in JSON."""
     words = {
         dict: "an object",
         list: "an array",

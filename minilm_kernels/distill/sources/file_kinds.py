@@ -65,7 +65,7 @@ _BYTE_ORDER_MARKS = {  # UTF-32 first, because its mark begins with that of UTF-
 }
 _CONTROL = re.compile(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f]")  # without those that occur in text files
 _HEAD = 1 << 16  # number of first bytes that are examined
-_PART = 200  # characters: the unit in which undecodable text is counted, at most a line
+_PART = 200  # undecodable text is counted by parts: lines, cut to this number of characters
 _FEW, _MANY = 3, 20  # thresholds of undecodable parts, see _other_encoding
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
@@ -92,7 +92,7 @@ def refuse_special(path: Path, option: str) -> None:
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """Opens a file for reading, decompressed. Carriage returns become newlines if they alone end the lines."""
+    """Opens a file for reading, decompressed. Carriage returns become newlines if the file has no other line ends."""
     opener = PACKED.get(path.suffix.lower())
     file: BinaryIO = path.open("rb") if opener is None else opener(path, "rb")
     try:
@@ -175,14 +175,14 @@ def _not_text(head: bytes, suffix: str) -> tuple[str, str] | None:
 
 
 def _other_encoding(head: bytes) -> tuple[str, str] | None:
-    # Invalid bytes become characters that no other input becomes.
+    # Invalid bytes are decoded to characters that valid bytes never give.
     text = (
         head[:-4].decode("utf-8", "surrogateescape") if len(head) == _HEAD else head.decode("utf-8", "surrogateescape")
     )
     parts = [line[i : i + _PART] for line in text.splitlines() if line.strip() for i in range(0, len(line), _PART)]
     bad = sum(_ESCAPED.search(part) is not None for part in parts)
-    # A few bad parts are damage, and their documents are skipped. If most parts are bad, or many are and the text has
-    # no valid character beyond ASCII, the file has another encoding.
+    # A few bad parts mean damage, and their documents are skipped. The file has another encoding if most parts are bad,
+    # or if many parts are bad and the text has no valid character beyond ASCII.
     some_right = any(character > "\x7f" and not _ESCAPED.match(character) for character in set(text))
     if (bad >= _FEW and bad * 2 > len(parts)) or (bad >= _MANY and bad * 10 > len(parts) and not some_right):
         return (

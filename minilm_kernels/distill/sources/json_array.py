@@ -1,7 +1,7 @@
 """Splits a JSON array in a file into its elements, so that the array need not fit into memory.
 
-Only the structure is parsed: strings, brackets and commas. After broken structure, reading continues at the next
-recognizable element: at a `{` where an object's key is expected, otherwise at the next line that begins with `{`.
+Only strings, brackets and commas are parsed. If they are malformed, reading continues at the next recognizable element:
+at a `{` where an object's key is expected, otherwise at the next line that begins with `{`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Element(NamedTuple):
         raw: its JSON; `None` for a broken or too long element.
         line: the line on which it begins, from 1.
         number: its number in the array, from 1.
-        cursor: `elements` continues here, after the element; `None` if the rest of the file cannot be read.
+        cursor: the position after the element, at which `elements` can continue; `None` if the rest of the file cannot
+            be read.
         problem: description of a broken or too long element.
     """
 

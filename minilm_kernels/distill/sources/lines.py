@@ -45,7 +45,7 @@ class ByteFile(ABC):
                 yield from self._documents(file, cursor, prefix)
         except (*DAMAGED, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # an error of the disk: a later attempt may succeed
+                raise  # a disk error: a later attempt may succeed
             problem = f"the rest of the file cannot be decompressed: {error}"
             yield Document(None, f"{self.path}, byte {prefix.size}", END, problem)
 

@@ -88,7 +88,7 @@ class ParquetFile:
 
 
 def _cells(column: Any) -> Iterator[tuple[Any, str]]:
-    """Yields (value, problem) of each cell. The value of a bad cell is a hash of it, for the prefix."""
+    """Yields (value, problem) of each cell. The value of a bad cell is its hash, which the prefix needs."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):

@@ -1,12 +1,12 @@
 """Backend `torch`: blocked pure PyTorch on any device and dtype, with O(B·A·S) extra memory.
 
-Every mask is first brought into one form (`Mask.unpad`): the valid tokens of each sequence are gathered side by side.
-Padding is then never computed, and a causal or prefix bound counts gathered tokens. The rows of a block see all their
-keys at once, so that one pass over its scores with two softmaxes yields the loss and the gradient. The derivation is in
-docs/mathematics.md.
+Every mask is first converted to one form (`Mask.unpad`): the valid tokens of each sequence are gathered side by side.
+The padding of the inputs is then never computed, and causal and prefix bounds count gathered tokens. A block holds the
+scores of its rows with all keys that they see, so that one pass over the scores with two softmaxes yields the loss and
+the gradient. The derivation is in docs/mathematics.md.
 
-On a CPU the results have the same bits for any number of threads: the blocks do not depend on it, every thread of a
-batched matrix product computes whole matrices (`_limit_threads`), and long sums are always split alike
+On a CPU the results have the same bits for any number of threads. The blocks do not depend on that number, every thread
+of a batched matrix product computes whole matrices (`_limit_threads`), and long sums are always split in the same way
 (`_deterministic_sum`).
 """
 
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
 
-# Scores in one block. On a CPU the buffers should stay in the cache, and every operation should be large enough to be
-# worth starting threads for. Measured at A = 48, S = 512, widths (16, 8) on two cores, 2**17 to 2**21, in ns per pair:
-# medians 7.0, 5.7, 5.4, 5.8, 6.9. The value for accelerators is an estimate.
+# Number of scores in one block. On a CPU the buffers should stay in the cache, and every operation should be large
+# enough to be worth starting threads for. Medians in ns per pair for 2**17, 2**18, ..., 2**21 scores: 7.0, 5.7, 5.4,
+# 5.8, 6.9 (A = 48, S = 512, widths (16, 8), two cores). The number for accelerators is an estimate.
 _BLOCK_SCORES_CPU = 2**19
 _BLOCK_SCORES_ACCELERATOR = 2**23
 _BLOCK_ROWS = 128
 _MIN_ROWS = 64  # matrix products of fewer rows are slower
-_MIN_MATRICES = 4  # matrices per batched product, if there are that many; no more threads than this can share them
+_MIN_MATRICES = 4  # matrices per batched product, if there are that many; at most as many threads share them
 _SUM_CHUNK = 2**14  # PyTorch sums at most this many elements on one thread
 
 
@@ -81,14 +81,14 @@ def _zero_gradients(inputs: RelationInputs) -> list[list[Tensor]]:
 
 @dataclass(frozen=True)
 class _Group:
-    """n sequences of similar length L, gathered to (n·A, L, D); rows and keys after a sequence's end are padding."""
+    """n sequences of similar length, gathered to (n·A, L, D). L is the largest length; shorter ones are padded."""
 
     sequences: Tensor  # (n,) int64
     index: tuple[Tensor, ...]  # indexes a tensor of `token_shape` to (n, L) tokens; padding repeats the last token
     length: int
     valid: Tensor | None  # (n, L) bool; None without padding
     causal: bool
-    prefix: Tensor | None  # (n,) int64, in gathered tokens
+    prefix: Tensor | None  # (n,) int64, lengths in gathered tokens
     longest_prefix: int
 
     def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,7 +117,7 @@ class _Group:
         return self.length
 
     def masked_keys(self, rows: slice, matrices: slice, heads: int) -> Tensor | None:
-        """Returns the keys that these rows do not see, (matrices or 1, rows, keys) bool; None if they see all."""
+        """Returns which keys the rows do not see: bool of (matrices or 1, rows, keys), or None if they see all keys."""
         key = torch.arange(self.num_keys(rows.stop), device=self.sequences.device)
         masked = None
         if self.causal:
@@ -133,7 +133,7 @@ class _Group:
 
 
 def _groups(inputs: RelationInputs) -> Iterator[_Group]:
-    """Yields groups of sequences, longest first: short sequences share a group as far as one block holds them."""
+    """Yields groups of sequences, longest first. Short sequences share a group as long as they fit into one block."""
     mask = inputs.mask
     tokens, starts, prefixes = mask.unpad()
     if mask.attention_mask is None and not mask.packed:  # the bounds are known without waiting for an accelerator
@@ -178,7 +178,8 @@ def _relation_kl(
 ) -> Tensor:
     """Returns the KL of a group's rows in relation r, (n·A, L); writes the gradient of their weighted sum to `buffers`.
 
-    `buffers` holds the gradient buffers of query and key (one of a self relation), or none.
+    `buffers` holds the gradient buffer of a self relation, or those of query and key of a cross relation. It is empty
+    if no gradient is needed.
     """
     query, key = relation = inputs.relations[r]
     scale_t, scale_s = inputs.scales(relation)
@@ -217,10 +218,10 @@ def _relation_kl(
 
 @contextmanager
 def _limit_threads(limit: int, device: torch.device) -> Iterator[None]:
-    """Runs with at most `limit` threads on the CPU.
+    """Runs the block with at most `limit` threads on the CPU.
 
-    A batched product of at least as many matrices as threads gives each thread whole matrices. With fewer matrices
-    PyTorch splits them, and the bits of the result then depend on the number of threads.
+    If a batched product has at least as many matrices as threads, every thread computes whole matrices. If it has
+    fewer, PyTorch splits matrices, and the bits of the result depend on the number of threads.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads <= limit:
@@ -243,11 +244,11 @@ def _deterministic_sum(x: Tensor) -> Tensor:
 
 
 def _block_kl(scores_t: Tensor, scores_s: Tensor, masked: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
-    """Returns the rows' KL, (…, rows), and q − p, its derivative by the student's scores; overwrites the scores.
+    """Returns the rows' KL, (…, rows), and q − p, its derivative by the student's scores. Overwrites the scores.
 
-    With δ = log q − log p, a row's KL is Σ p·(e^δ − 1 − δ) = Σ (q − p) − Σ p·δ. In this form errors of the two
-    log-sum-exps cancel to first order. The remaining rounding error of q − p matters only for single rows of small KL;
-    `exact` avoids it: where |δ| < 1/4 it takes the left-hand side.
+    With δ = log q − log p, a row's KL is Σ p·(e^δ − 1 − δ) = Σ (q − p) − Σ p·δ. In both sums, errors of the two
+    log-sum-exps cancel to first order. The right-hand side also has the rounding error of q − p, which matters only for
+    single rows of small KL. `exact` avoids this error: where |δ| < 1/4, it uses the left-hand side.
     """
     if masked is not None:
         scores_t.masked_fill_(masked, -torch.inf)

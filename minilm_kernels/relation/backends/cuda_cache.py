@@ -1,8 +1,8 @@
-"""On-disk cache of compiled CUDA kernels: one file per kernel, named by a digest of everything it was compiled from.
+"""On-disk cache of compiled CUDA kernels. Each kernel has one file, named by a digest of all inputs of its compilation.
 
 Cached code runs on the GPU. The cache therefore only uses a folder and files that belong to the current user and that
-no other user can write to, verifies the SHA-256 of each file, and creates files atomically by a rename. If the folder
-cannot be used, kernels are compiled again, with one warning; results never depend on it.
+no other user can write to. It verifies the SHA-256 of each file and creates files atomically by renaming them. If the
+folder cannot be used, the cache logs one warning, and kernels are compiled again. Results never depend on the cache.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def default_folder() -> Path:
 
 
 class KernelCache:
-    """Compiled kernels in a folder, by digest. `get` and `put` never raise if the folder cannot be used."""
+    """Compiled kernels in a folder, by digest. If the folder cannot be used, `get` and `put` do not raise."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = default_folder() if folder is None else folder
@@ -56,7 +56,10 @@ class KernelCache:
             return None
 
     def put(self, digest: str, code: bytes, about: dict[str, Any]) -> None:
-        """Stores a kernel's code and its description for `entries`, in memory if the folder cannot be used."""
+        """Stores a kernel's code, and its description for `entries`.
+
+        If the folder cannot be used, the code is kept in memory.
+        """
         temporary = f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
         try:
             with self._opened(create=True) as folder:
@@ -94,7 +97,7 @@ class KernelCache:
 
     @contextmanager
     def _opened(self, create: bool) -> Iterator[int]:
-        """Yields a descriptor of the folder, so that it cannot be replaced during the operation."""
+        """Yields a file descriptor of the folder, so that nobody can replace the folder during the operation."""
         if create and not self.folder.is_dir():
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):

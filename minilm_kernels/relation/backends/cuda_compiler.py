@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 from .cuda_cache import KernelCache
 
 _log = logging.getLogger(__name__)
-_INSTALLED = Path(__file__).parents[2] / "cuda_device"  # setup.py copies the sources there, csrc/common included
+_INSTALLED = Path(__file__).parents[2] / "cuda_device"  # setup.py copies the sources and csrc/common there
 _CHECKOUT = Path(__file__).parents[3] / "csrc" / "cuda" / "device"
-OLDEST = 80  # compute capability: the first with bfloat16 tensor cores
+OLDEST = 80  # the first compute capability with bfloat16 tensor cores, 8.0
 _NAME = re.compile(r"(symmetric|row_stats|row_wise)((?:_\d+){5})|(reduce)")
 _SPLITS = {"bfloat16": 1, "float16": 2, "float32": 3}  # number of bfloat16 terms that represent a number
 
@@ -38,7 +38,7 @@ class Kernel(NamedTuple):
 
     name: str
     code: bytes  # machine code, or zero-terminated PTX, which the driver compiles
-    seconds: float  # compile time; 0 if it came from the cache
+    seconds: float  # compile time; 0 for a kernel from the cache
 
 
 def unavailable_reason() -> str | None:
@@ -75,7 +75,7 @@ def compile_kernels(
         cache: stores compiled kernels; `None` disables caching.
         target: "cubin" or "ptx"; `None` means machine code, or PTX if the GPU is newer than NVRTC.
         line_info: include source line numbers for profilers, which makes the code three times as large.
-        each: called with each kernel as soon as it is ready.
+        each: function that is called with each kernel as soon as it is ready.
 
     Returns:
         The code by kernel name.
@@ -121,7 +121,7 @@ def compile_kernels(
 
 
 def kernel_names(width_t: int, width_s: int, dtype_t: str = "bfloat16", dtype_s: str = "bfloat16") -> list[str]:
-    """Names of all kernels that losses with these head widths may need, for any mask and length, and any reduction."""
+    """Names of all kernels that losses with these head widths may need, for any mask, length and reduction."""
     chunks_t, chunks_s = (-(-width // 8) for width in (width_t, width_s))
     splits_t, splits_s = _SPLITS[dtype_t], _SPLITS[dtype_s]
     shape = f"{chunks_t}_{splits_t}_{chunks_s}_{splits_s}"
@@ -133,13 +133,13 @@ def kernel_names(width_t: int, width_s: int, dtype_t: str = "bfloat16", dtype_s:
 
 @cache
 def source(places: bool = False) -> str:
-    """All device code as one text. With `places`, line directives name the files by their full path."""
-    folders = [_CHECKOUT, _CHECKOUT.parents[1]] if _CHECKOUT.is_dir() else [_INSTALLED]  # [1] is csrc, for common/
+    """All device code as one text. Line directives name the files, by their full paths if `places` is True."""
+    folders = [_CHECKOUT, _CHECKOUT.parents[1]] if _CHECKOUT.is_dir() else [_INSTALLED]  # [1]: csrc, which has common/
     return _inlined("kernels.cuh", folders, set(), places)
 
 
 def _inlined(name: str, folders: Sequence[Path], seen: set[str], places: bool) -> str:
-    """A file with its includes replaced by their content, each once."""
+    """The text of a file with each included file inserted at its first include; later includes of it are removed."""
     path = next(folder / name for folder in folders if (folder / name).exists())
     label = str(path) if places else name
     lines = [f'#line 1 "{label}"']
@@ -236,7 +236,7 @@ def _version() -> str:
 
 
 def _target(architecture: int, target: str | None) -> tuple[int, str]:
-    """Architecture and target for a GPU: its own machine code, or PTX of the newest architecture NVRTC supports."""
+    """Architecture and target for a GPU: its machine code or, if NVRTC is older, PTX of NVRTC's newest architecture."""
     known = [number for number in _nvrtc().nvrtcGetSupportedArchs()[-1] if number >= OLDEST]
     if architecture in known:
         return architecture, target or "cubin"

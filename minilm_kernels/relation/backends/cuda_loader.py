@@ -26,7 +26,7 @@ class KernelLoader:
 
     @cached_property
     def cache(self) -> KernelCache:
-        """One cache per process: a second device finds in memory what could not be written to disk."""
+        """The cache of the process. Devices share it, and with it the kernels that could not be written to disk."""
         return KernelCache()
 
     def load(self, names: list[str], device: int, operators: Any) -> None:

@@ -30,13 +30,13 @@ INSTRUCTION_SET_VARIABLE = "MINILM_KERNELS_CPU"  # overrides the choice; one of 
 
 
 class NativeBackend:
-    """The `Backend` interface over a native library; subclasses add what differs between devices.
+    """Implements the `Backend` interface by a native library. Subclasses add the parts that differ between devices.
 
     Args:
-        name: of the backend, and of the library `_<name>.abi3.so` in the package.
+        name: name of the backend. The package has the library as `_<name>.abi3.so`.
     """
 
-    grads_cleared = False  # the library sets the gradients of padding to zero itself
+    grads_cleared = False  # True if the library sets the gradients of padding to zero
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -54,12 +54,10 @@ class NativeBackend:
         reasons = []
         others = {x.dtype for x in (*inputs.teacher, *inputs.student)} - set(_DTYPES)
         if others:
-            reasons.append(
-                f"it computes in float32 for float32, float16 and bfloat16, not for {', '.join(map(str, others))}"
-            )
+            reasons.append(f"it supports float32, float16 and bfloat16, got {', '.join(map(str, others))}")
         device = inputs.mask.device
         if device.type != self.device_type:
-            reasons.append(f"it computes on {self.device_type} devices, the tensors are on {device}")
+            reasons.append(f"it computes on {self.device_type} devices, but the tensors are on {device}")
         return reasons
 
     def forward_reduced(self, inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
@@ -85,7 +83,7 @@ class NativeBackend:
         return grads
 
     def _new_gradients(self, inputs: RelationInputs) -> list[Tensor]:
-        """Buffers for the gradients. Kernels write the valid tokens; padding must be zero."""
+        """Allocates the gradients. Kernels write those of valid tokens only; those of padding must be zero."""
         new = torch.zeros if _padded(inputs) and not self.grads_cleared else torch.empty
         return [
             new(inputs.student[m].shape, dtype=torch.float32, device=inputs.mask.device)
@@ -120,7 +118,7 @@ class NativeBackend:
         self._call(inputs, arguments)
 
     def _missing_reason(self) -> str:
-        """Returns why the library file does not exist, with the note that setup.py leaves if it could not build it."""
+        """Returns why there is no library file. The reason includes the note that setup.py writes if a build fails."""
         reason = f"the package was installed without its {self.name.upper()} library"
         note = self.library.with_name(f"_{self.name}.missing")
         return f"{reason}: {note.read_text(encoding='utf-8')}" if note.exists() else reason
@@ -141,7 +139,7 @@ class NativeBackend:
         raise NotImplementedError
 
     def _call(self, inputs: RelationInputs, arguments: tuple[Any, ...]) -> None:
-        """Calls the library's operator with `arguments` and those of the device."""
+        """Calls the library's operator with `arguments` and the additional arguments of this kind of device."""
         raise NotImplementedError
 
 
@@ -154,7 +152,7 @@ class CPUBackend(NativeBackend):
         super().__init__("cpu")
 
     def instruction_sets(self) -> list[str]:
-        """The instruction sets that this processor supports, best first. Needs the library."""
+        """The instruction sets that this processor supports, best first. The library must be loaded."""
         return _instruction_sets()
 
     def instruction_set(self) -> str:
@@ -191,7 +189,7 @@ class CPUBackend(NativeBackend):
         return super()._missing_reason()
 
     def _is_unexpected(self) -> bool:
-        """Tells whether the library is missing although nobody asked for an installation without it."""
+        """Tells whether the library is missing although the user did not ask for an installation without it."""
         return self._has_note() or self._is_source_tree()
 
     def _has_note(self) -> bool:
@@ -201,17 +199,17 @@ class CPUBackend(NativeBackend):
         return (self.library.parents[1] / "csrc" / "cpu").is_dir()
 
     def _sanitized(self, inputs: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
-        return inputs, None  # cu_seqlens on the CPU were validated
+        return inputs, None  # cu_seqlens has been validated, because it is on the CPU
 
     def _call(self, inputs: RelationInputs, arguments: tuple[Any, ...]) -> None:
         self.operators.relation_kl(*arguments, self.instruction_set())
 
 
 class CUDABackend(NativeBackend):
-    """Backend `cuda`: CUDA C++ kernels, compiled for the shape of a call when it is first made.
+    """Backend `cuda`: CUDA C++ kernels, which the first call of each shape compiles.
 
-    The library contains host code only, which needs no CUDA to be built or loaded. No call waits for the device, and a
-    call whose kernels are loaded can be captured in a CUDA graph.
+    The library contains host code only and can be built and loaded without CUDA. No call waits for the device. A call
+    whose kernels are loaded can be captured in a CUDA graph.
     """
 
     def __init__(self) -> None:
@@ -240,7 +238,7 @@ class CUDABackend(NativeBackend):
         device, _ = self.device(inputs.mask.device)
         try:
             reason = self.operators.unsupported_reason(inputs.teacher, inputs.student, _indices(inputs), device)
-        except RuntimeError as error:  # from the driver library
+        except RuntimeError as error:  # raised by the driver library
             reason = str(error)
         return [reason] if reason else []
 
@@ -259,7 +257,7 @@ class CUDABackend(NativeBackend):
 
 
 def _padded(inputs: RelationInputs) -> bool:
-    """Tells whether some tokens may be padding. Sequences of a valid or sanitized packing cover every token."""
+    """Tells whether some tokens may be padding. Packed inputs have none: their (sanitized) bounds cover every token."""
     return inputs.mask.attention_mask is not None
 
 

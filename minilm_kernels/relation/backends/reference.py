@@ -64,7 +64,7 @@ def _rows(inputs: RelationInputs, relation: tuple[int, int], student: Sequence[T
     visible = inputs.mask.dense()[:, None]  # (B, 1, S, S)
     log_t = _log_relation(inputs, inputs.teacher, relation, scale_t, visible)
     log_s = _log_relation(inputs, student, relation, scale_s, visible)
-    # Both log-probabilities of an invisible key are −inf, so their difference is masked before it is multiplied.
+    # Both log-probabilities of an invisible key are −inf. Their difference, NaN, is masked before the multiplication.
     kl = (log_t.exp() * (log_t - log_s).masked_fill(~visible, 0.0)).sum(-1)
     return kl.reshape(_row_shape(inputs))
 
@@ -72,7 +72,7 @@ def _rows(inputs: RelationInputs, relation: tuple[int, int], student: Sequence[T
 def _log_relation(
     inputs: RelationInputs, tensors: Sequence[Tensor], relation: tuple[int, int], scale: float, visible: Tensor
 ) -> Tensor:
-    """Returns log R of one model, (B, A, S, S) in float64; packed tokens are one row of a batch of 1."""
+    """Returns log R of one model, (B, A, S, S) in float64. Packed tokens are treated as a batch of one sequence."""
     valid = inputs.mask.valid[..., None, None]
     query, key = (torch.where(valid, tensors[m].double(), 0.0) for m in relation)
     if inputs.mask.packed:

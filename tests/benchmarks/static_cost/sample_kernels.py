@@ -1,4 +1,4 @@
-"""A relation-like Triton kernel whose cost a pair can be counted by hand, declared the way the tool expects it."""
+"""A relation-like Triton kernel whose cost per pair can be counted by hand, with the declaration for the tool."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def _sums(q, K, n, first, last, stride, D: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr):
-    """(M,) sums of 2 to the power of the scores: D multiply-adds, one exponential, one addition a pair."""
+    """(M,) sums of 2 to the power of the scores: D multiply-adds, one exponential and one addition per pair."""
     total = tl.zeros((q.shape[0],), tl.float32)
     # static: begin main
     for j in range(first, last, N):
@@ -37,7 +37,7 @@ def row_sums(inputs, Out, n, stride, M: tl.constexpr, N: tl.constexpr, D: tl.con
 
 @triton.jit
 def scale(Out, BLOCK: tl.constexpr):
-    """Something that is no work on pairs."""
+    """A kernel whose work does not grow with the pairs."""
     at = Out + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(at, tl.load(at) * 2)
 

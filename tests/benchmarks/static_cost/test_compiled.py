@@ -1,4 +1,4 @@
-"""The whole tool on kernels that the compilers build here, without a GPU, and whose counts are known by hand."""
+"""The whole tool, on kernels that are compiled here without a GPU and whose counts are known by hand."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def triton() -> dict[tuple[str, str], dict]:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_column_by_column(cuda, arch):
-    """A column: two FFMA and one MUFU.EX2; one 16-byte load serves four of them."""
+    """A column takes two FFMA and one MUFU.EX2, and four columns share one 16-byte load."""
     row = cuda[arch, "unrolled", "lse"]
     assert row["unroll"] == 1
     assert row["mufu_per_pair"] == 1
@@ -47,14 +47,14 @@ def test_column_by_column(cuda, arch):
     assert row["shared_per_pair"] == 1 / 4
     assert row["shared_bytes_per_pair"] == 4
     assert row["global_per_pair"] == row["tensor_per_pair"] == row["local_per_pair"] == 0
-    assert row["shared_bytes"] == 8192  # dynamic; the kernel declares none
+    assert row["shared_bytes"] == 8192  # dynamic shared memory; the kernel declares no static one
     loop_control = row["issue_slots_per_pair"] - 3 - 1 / 4
     assert 2 / 4 <= loop_control <= 5 / 4  # four columns share a compare, a branch and a few increments
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_unrolled_by_the_compiler(cuda, arch):
-    """Eight source trips a machine trip: the loop's own instructions are spread over eight pairs."""
+    """One machine trip contains eight source trips, so that eight pairs share the instructions of the loop itself."""
     row = cuda[arch, "fixed_trips", "lse"]
     assert row["unroll"] == 8
     assert row["mufu_per_pair"] == 1
@@ -66,7 +66,7 @@ def test_unrolled_by_the_compiler(cuda, arch):
 def test_enclosing_loop_is_spread_over_the_inner_trips(cuda, arch):
     row = cuda[arch, "nested", "lse"]
     assert row["mufu_per_pair"] == 1
-    assert row["global_per_pair"] == 0  # the store is the outer loop's
+    assert row["global_per_pair"] == 0  # the outer loop contains the store
     assert row["breakdown"]["float"] == 2
     assert 4 / 64 <= row["outer_slots_per_pair"] <= 20 / 64
 
@@ -97,7 +97,7 @@ def test_sides_of_a_branch_are_told_apart(cuda, arch):
 def test_spills_are_seen(cuda, arch):
     row = cuda[arch, "spilling", "lse"]
     assert row["registers"] == 32
-    assert row["spill_bytes"] >= 4 * 2 * (96 - 32)  # at least so many sums are stored and loaded
+    assert row["spill_bytes"] >= 4 * 2 * (96 - 32)  # at least this many sums are stored and loaded
     assert row["local_bytes"] > 0
     assert row["local_per_pair"] > 1
     assert row["warps_per_sm"] == 64
@@ -108,7 +108,7 @@ def test_spills_are_seen(cuda, arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_triton_tile(triton, arch):
-    """A pair: one exponential, one addition, 16 multiply-adds; the boundary also compares and selects."""
+    """A pair takes one exponential, one addition and 16 multiply-adds. Boundary tiles also compare and select."""
     whole, rest = triton[arch, "whole"], triton[arch, "rest"]
     outside, total = triton[arch, "outside"], triton[arch, "total"]
     assert outside["kernel"] == "scale"
@@ -127,7 +127,7 @@ def test_triton_tile(triton, arch):
     assert rest["breakdown"]["compare"] >= whole["breakdown"].get("compare", 0) + 1
     additions = whole["breakdown"].get("float", 0) + 2 * whole["breakdown"].get("packed float", 0)
     if arch == "sm_90":
-        # A lane holds 2 rows of 8 columns: 7 additions a row, 2 across lanes, 1 to the running sum.
+        # A lane holds 2 rows of 8 columns: 7 additions per row, 2 across lanes, 1 to the running sum.
         assert additions == 2 * (7 + 2 + 1) / 16
     else:
         assert 1 <= additions <= 2
@@ -156,7 +156,7 @@ def test_table_and_breakdown():
     assert "no kernel of triton matches" in nothing.stderr
 
 
-# Issue slots a pair of loss and gradient, for widths of teacher and student: more would be a step back.
+# Largest allowed issue slots per pair of loss and gradient, by the widths of teacher and student.
 MOST_SLOTS = {(16, 8): 17.97, (16, 16): 19.1, (32, 16): 19.6, (64, 32): 22.7}
 
 
@@ -177,7 +177,7 @@ def test_the_packages_cuda_kernels(arch):
 
 @pytest.mark.slow
 def test_no_register_of_the_kernels_products_is_written_too_early():
-    """The command fails where one is; the package's own Triton kernels have products on sm_90."""
+    """The command fails if a register is written too early. The package's Triton kernels use wgmma on sm_90."""
     result = static("--backends", "triton", "--arch", "sm_90", "--dtype", "bfloat16", "--json")
     assert result.returncode == 0, result.stderr
     rows = [row for row in json.loads(result.stdout) if row["phase"] != "total"]
@@ -186,7 +186,7 @@ def test_no_register_of_the_kernels_products_is_written_too_early():
 
 
 def test_a_kernel_that_another_checkout_compiled_is_not_taken(tmp_path):
-    """Triton's cache knows it by its text, but its lines name files of the other checkout."""
+    """Triton's cache finds the kernel by its text, but its line table names files of the other checkout."""
     for checkout in ("first", "second"):
         folder = tmp_path / checkout
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""From counts to pairs: unrolling, markers, bounds, occupancy; and where declaration and machine code disagree."""
+"""Costs per pair from counts: unrolling, markers, bounds, occupancy, and contradictions of declarations."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ LOOP = SourceLoop("lse", pairs=128, exponentials=256, tensor_macs=4096)
 
 
 def built(*bodies: list[str], lines=frozenset(), warps=4) -> Built:
-    """A kernel with one machine loop a body."""
+    """A kernel with one machine loop per body."""
     function = Function("kernel")
     function.code.append(Instruction("NOP", ""))
     for number, body in enumerate(bodies):
@@ -31,7 +31,7 @@ def rows(kernel: Built, *loops: SourceLoop) -> list[dict]:
 
 
 def test_slots_are_divided_by_the_pairs_of_the_unrolled_trip():
-    """Twofold unrolled: 4 MUFU.EX2 x 32 lanes x 4 warps are the 256 exponentials of two trips, 256 pairs."""
+    """The loop is unrolled twice: 4 MUFU.EX2 x 32 lanes x 4 warps are the exponentials of two trips with 256 pairs."""
     (row,) = rows(built(["MUFU.EX2"] * 4 + ["HMMA.1688.F32"] * 2 + ["FFMA"] * 9), replace(LOOP, tensor_macs=4096))
     assert row["unroll"] == 2
     assert row["mufu_per_pair"] == 4 * 128 / 256
@@ -71,7 +71,7 @@ def test_several_loops_need_markers(tmp_path):
     kernel = built(*bodies)
     kernel.function.code[3] = replace(kernel.function.code[3], lines=frozenset({(str(source), 3)}))
     (row,) = rows(kernel, replace(loop, marker="main"))
-    assert row["issue_slots_per_pair"] == 3  # the second loop
+    assert row["issue_slots_per_pair"] == 3  # the second loop has three
     assert len(row["other_loops"]) == 1
     with pytest.raises(cost.Mismatch, match="found 0"):
         rows(kernel, replace(loop, marker="main+masked"))
@@ -88,7 +88,7 @@ def test_markers_come_in_pairs(tmp_path, text):
 
 
 def test_exponentials_bound_the_standard_shape():
-    """Two exponentials a pair, 16 a clock and multiprocessor: 0.63 ms at B = 32 on an H100."""
+    """Two exponentials per pair, at 16 per clock and multiprocessor, take 0.63 ms at B = 32 on an H100."""
     counts = Counts(slots=2, exponentials=2)
     counts.classes["mufu"] = 2
     clocks = H100.clocks(counts, wide_tensor=False)
@@ -120,7 +120,7 @@ def test_units_are_bound_apart():
     [
         ("sm_90", 4, 32, 0, 16),  # 64 warps
         ("sm_90", 4, 128, 0, 4),  # 65 536 / (128 x 128)
-        ("sm_90", 4, 121, 0, 4),  # registers in eights
+        ("sm_90", 4, 121, 0, 4),  # registers are rounded up to a multiple of 8
         ("sm_90", 8, 255, 0, 1),
         ("sm_90", 1, 16, 0, 32),  # 32 blocks
         ("sm_90", 4, 32, 227 * 1024, 1),

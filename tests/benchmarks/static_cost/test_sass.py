@@ -1,4 +1,4 @@
-"""Parsing of machine code, control flow, loops, classes of instructions, on listings small enough to count by eye."""
+"""Parsing of machine code, control flow, loops and classes of instructions, on listings that can be counted by hand."""
 
 import textwrap
 
@@ -13,7 +13,7 @@ HEADER = '\t.section\t.text.kernel,"ax",@progbits\n.text.kernel:\n'
 
 
 def flow_of(listing: str):
-    """Control flow of lines such as `@P0 BRA `(.L_x_1)`, labels as they stand."""
+    """Control flow of lines such as `@P0 BRA `(.L_x_1)` and of labels on lines of their own."""
     rows = []
     for number, row in enumerate(textwrap.dedent(listing).strip().splitlines()):
         rows.append(row if row.endswith(":") else f"        /*{16 * number:04x}*/    {row.strip()} ;")
@@ -83,7 +83,7 @@ def test_loop_after_a_straight_line():
         BRA `(.L_x_1)
         NOP
     """)
-    (loop,) = flow.loops  # the trap behind EXIT cannot be reached and is none
+    (loop,) = flow.loops  # the trap after EXIT cannot be reached and is not a loop
     assert opcodes(flow, loop) == ["MUFU.EX2", "ISETP.NE.AND", "BRA"]
     assert flow.trip(loop, frozenset()) == Trip(loop.blocks, loop.blocks)
     assert not flow.irreducible
@@ -112,7 +112,7 @@ def test_nested_and_sibling_loops():
 
 
 def test_rare_branch_is_in_the_loop_but_not_on_every_trip():
-    """The slow path lies behind the kernel's end and comes back through its convergence barrier."""
+    """The slow path stands after the end of the kernel, and returns through its convergence barrier."""
     flow = flow_of("""
         NOP
         .L_x_0:
@@ -135,7 +135,7 @@ def test_rare_branch_is_in_the_loop_but_not_on_every_trip():
 
 
 def test_one_side_of_a_branch():
-    """A loop with a masked and an unmasked side, and a `continue` before both: a turn through one passes no other."""
+    """A loop has a masked and an unmasked branch, and a `continue` before both. A turn takes one of these paths."""
     flow = flow_of("""
         NOP
         .L_x_0:
@@ -167,7 +167,7 @@ def test_one_side_of_a_branch():
 
 
 def test_barrier_register_used_twice_makes_no_loop():
-    """Without following which BSSY a BSYNC belongs to, the second would seem to jump back to the first's label."""
+    """Each BSYNC belongs to the latest BSSY. Otherwise the second BSYNC would seem to jump back to the first label."""
     flow = flow_of("""
         BSSY B0, `(.L_x_0)
         @P0 BRA `(.L_x_0)
@@ -336,7 +336,7 @@ def test_classes_add_up_to_slots_and_bytes_follow_the_width():
         ("HMMA.16816.F32.BF16", 2048, 2048),
         ("HMMA.1688.F32", 1024, 1024),
         ("HMMA.1684.F32.TF32", 512, 1024),
-        ("HGMMA.64x32x16.F32.BF16", 8192, 8192),  # a quarter of the warpgroup's
+        ("HGMMA.64x32x16.F32.BF16", 8192, 8192),  # a quarter of the multiply-adds of the warpgroup
         ("UTCHMMA", 0, 0),
     ],
 )
@@ -361,8 +361,8 @@ _PRODUCT = "HGMMA.64x16x16.F32.BF16 R56, R24, gdesc[UR8].tnspB, R56, gsb0"
     [
         ("MOV R23, R4", []),
         ("MOV R28, R4", []),
-        ("MOV R27, R4", ["R27"]),  # the first operand's
-        ("@P0 MOV R63, R4", ["R63"]),  # the result's
+        ("MOV R27, R4", ["R27"]),  # a register of the first operand
+        ("@P0 MOV R63, R4", ["R63"]),  # a register of the result
         ("MOV R64, R4", []),
         ("LDSM.16.M88.4 R20, [R2]", []),
         ("LDSM.16.M88.4 R22, [R2]", ["R24, R25"]),
@@ -388,7 +388,7 @@ def test_registers_of_wgmma_written_too_early(between, found):
 
 
 def test_registers_of_wgmma_around_a_loop():
-    """The product of a turn is read while the next turn begins; one group may stay behind a wait."""
+    """HGMMA of one turn still reads its registers when the next turn begins, if the wait leaves one group open."""
     loop = f"""
         NOP
         .L_x_0:

@@ -123,7 +123,7 @@ def test_some_bad_lines_do_not_make_another_encoding(tmp_path: Path) -> None:
     (tmp_path / "few.txt").write_bytes(b"\n\n".join(lines))
     assert len(list(filter(None, texts(tmp_path / "few.txt")))) == 281
     lines[5:105] = [b"bad \xff\xfe words"] * 100
-    lines[0] = "größe".encode()  # so the file is UTF-8, with a third of it damaged
+    lines[0] = "größe".encode()  # this makes the file UTF-8 with damage in a third of its lines
     (tmp_path / "many.txt").write_bytes(b"\n\n".join(lines))
     assert len(list(filter(None, texts(tmp_path / "many.txt")))) == 200
     records = [json.dumps({"text": "words of a record"}).encode()] * 300

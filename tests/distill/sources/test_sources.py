@@ -158,7 +158,7 @@ def test_every_cursor_continues_where_it_was_taken(make: Make, tmp_path: Path) -
         assert again.digest() == prefixes[number].digest()
         rest = list(source.read(read[number][1], again))
         assert [words(document.text) for document in rest] == [text for text, _ in read[number + 1 :]]
-        if make is not hub:  # its states may depend on where reading began
+        if make is not hub:  # the state of a hub stream may depend on the position at which reading began
             cursors = [json.loads(json.dumps(document.cursor)) for document in rest]
             assert cursors == [cursor for _, cursor in read[number + 1 :]]
         assert again.digest() == prefix.digest()
@@ -209,7 +209,7 @@ def test_a_record_beyond_the_bound_is_bad(make: Make, tmp_path: Path, monkeypatc
     long = [document for document in documents if document.problem]
     assert len(long) == (
         2 if make is comma_separated else 1
-    )  # one per line, because the quote does not end within the limit
+    )  # one bad document per line, because the quote does not end within the limit
     assert all("200 bytes" in document.problem for document in long)
     for number, document in enumerate(documents):
         rest = [document for document in source.read(document.cursor) if document.text or document.problem]

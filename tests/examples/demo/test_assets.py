@@ -29,7 +29,7 @@ def build(folder: Path, files: dict[str, bytes]) -> Wheel:
     file = folder / "small_set-1.0-py3-none-any.whl"
     with zipfile.ZipFile(file, "w") as archive:
         for name, data in {**files, f"{info}/RECORD": record.encode()}.items():
-            archive.writestr(zipfile.ZipInfo(name), data)  # without a time, so that the bytes are reproducible
+            archive.writestr(zipfile.ZipInfo(name), data)  # no time is stored, so that the bytes are reproducible
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     return Wheel("small-set", "1.0", file.name, sha256, 0, ("small_set/data/",))
 
@@ -100,7 +100,7 @@ def test_a_member_that_points_outside_is_refused(tmp_path, cache, name):
 def test_a_changed_cache_is_noticed(tmp_path, damage):
     wheel = build(tmp_path / "index", FILES)
     damage(fetch(wheel) / "small_set/data/a.txt")
-    assets._check.cache_clear()  # as in another process
+    assets._check.cache_clear()  # simulates another process
     with pytest.raises(RuntimeError, match="missing or was changed: delete"):
         fetch(wheel)
 

@@ -1,4 +1,4 @@
-"""The table has the figures of its rows."""
+"""The table of the demo contains the given results."""
 
 from examples.demo.report import table
 

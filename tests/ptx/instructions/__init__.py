@@ -1,4 +1,4 @@
-"""The semantics of PTX instructions: `build` turns one into a function that executes it for the active threads."""
+"""The semantics of PTX instructions. `build` returns a function that executes an instruction for the active threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads, stores and asynchronous copies, every one of them checked."""
+"""Loads, stores and asynchronous copies. Every access is checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SPACES = ("global", "shared", "param", "const", "local")
 
 
 def space_of(instruction) -> str:
-    """The space that an instruction names for its address; "generic" where it names none."""
+    """The address space that an instruction names, or "generic" if it names none."""
     for part in instruction.opcode:
         if part.split("::")[0] in _SPACES:
             return part.split("::")[0]
@@ -23,7 +23,7 @@ def space_of(instruction) -> str:
 
 
 def address_source(machine, operand: Address):
-    """A function that gives every active thread's address."""
+    """A function that returns the address of every active thread."""
     offset = np.uint64(operand.offset % (1 << 64))
     if isinstance(operand.base, Symbol):
         shared = operand.base.name in machine.kernel.shared
@@ -43,7 +43,7 @@ def address_source(machine, operand: Address):
 
 
 def _split(space: str, address: np.ndarray):
-    """The spaces that generic addresses lie in, and which of them do."""
+    """Yields each space with a mask of the addresses that are in it; None instead of the mask if all are."""
     if space != "generic":
         yield space, None
         return
@@ -64,7 +64,7 @@ class Port:
     space: str
 
     def load(self, address: np.ndarray, threads: np.ndarray, size: int, count: int) -> np.ndarray:
-        """(n, count) elements of `size` bytes; zeros where an address is wrong."""
+        """Returns `count` elements of `size` bytes for each address, (n, count). Wrong addresses yield zeros."""
         out = np.zeros((address.size, count), f"u{size}")
         for space, mask in _split(self.space, address):
             where = np.arange(address.size) if mask is None else np.flatnonzero(mask)
@@ -88,7 +88,7 @@ class Port:
             self.write(space, index, threads[where], values[where])
 
     def write(self, space: str, index: np.ndarray, threads: np.ndarray, values: np.ndarray) -> None:
-        """Stores at places that `_place` has found good."""
+        """Stores values at places that `_place` has checked."""
         if index.size == 0:
             return
         machine, size, count = self.machine, values.dtype.itemsize, values.shape[1]
@@ -111,7 +111,10 @@ class Port:
             self._report_two_values(space, races, at, who, (memory.views[size][elements] != values).any(1), threads)
 
     def _report_two_values(self, space: str, races, at, who, lost: np.ndarray, threads: np.ndarray) -> None:
-        """Stores to one place in one instruction. Within a warp it is a note: hardware decides alike each time."""
+        """Reports threads that store different values to one place in one instruction.
+
+        Within a warp this is only a note, because hardware always chooses the same value.
+        """
         machine = self.machine
         last = races.writer[at]
         across = (last // 32 != (who + machine.first_thread) // 32).reshape(threads.size, -1).any(1)
@@ -123,7 +126,7 @@ class Port:
         )
 
     def _granules(self, space: str, first: np.ndarray, size: int, threads: np.ndarray):
-        """Granules of the race detector that accesses of `size` bytes from `first` on touch, and each one's thread."""
+        """The granules of accesses of `size` bytes from `first` on, for the race detector, and the thread of each."""
         machine = self.machine
         shift = machine.granule(space)
         if space == "global":
@@ -133,7 +136,7 @@ class Port:
         return at.ravel(), threads if count == 1 else threads.repeat(count)
 
     def _place(self, space: str, address: np.ndarray, threads: np.ndarray, size: int, verb: str):
-        """Marks the good addresses and returns their bytes' places in the memory's array; reports the others."""
+        """Returns a mask of the correct addresses, and their places in the memory's array. Reports all others."""
         machine = self.machine
         aligned = address % np.uint64(size) == 0
         if not aligned.all():
@@ -241,7 +244,7 @@ def _build_st(machine, instruction):
 
 @dataclass
 class _Copy:
-    """One cp.async on its way: the values read, and the places where they will be seen after the wait."""
+    """A cp.async before its wait: the values that it read, and the places that get them at the wait."""
 
     port: Port
     threads: np.ndarray
@@ -270,7 +273,7 @@ def _build_cp(machine, instruction):
         threads = machine.thread if active.full else active.threads
         real = np.broadcast_to(given, machine.threads)[threads]
         if not np.isin(real, (0, size)).all():
-            raise NotImplementedError(f"{instruction.text}: part of a copy")
+            raise NotImplementedError(f"{instruction.text}: copies of fewer bytes than the size")
         values = np.zeros((threads.size, size // 4), np.uint32)
         here = real == size
         if here.any():
@@ -284,7 +287,7 @@ def _build_cp(machine, instruction):
 
 
 def _arrive(machine, active, pending: int) -> None:
-    """Makes the copies of all but the last `pending` groups seen; -1: of those not yet committed as well."""
+    """Completes the copies of all groups but the last `pending` ones. -1 also completes uncommitted copies."""
     left = []
     for copy in machine.copies:
         here = active.mask[copy.threads]
@@ -298,7 +301,7 @@ def _arrive(machine, active, pending: int) -> None:
 
 
 def _build_fence(machine, instruction):
-    """Only the proxies of fence.proxy.async are told apart; loads and stores here happen in order anyway."""
+    """Only fence.proxy.async has an effect. The emulator executes loads and stores in order without fences."""
     if instruction.opcode[:3] != ("fence", "proxy", "async"):
         return lambda active: None
 

@@ -1,4 +1,4 @@
-"""Arithmetic, logic, comparison and selection, a thread for itself."""
+"""Arithmetic, logic, comparison and selection, for each thread separately."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
 
 
 def kind_of(instruction, which: int = -1) -> str:
-    """The type at the end of an opcode, or another one of its types."""
+    """The last type in an opcode, or the one at index `which` among its types."""
     return [part for part in instruction.opcode if part in WIDTHS][which]
 
 
@@ -20,12 +20,12 @@ def assign(target: np.ndarray, active, value) -> None:
 
 
 def flush(x: np.ndarray) -> np.ndarray:
-    """Subnormal numbers to zeros of their sign."""
+    """Replaces subnormal numbers by zeros of the same sign."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
 def _simple(function, arity: int):
-    """A builder for function(a, b, ...) of operands of one type."""
+    """A builder for instructions that compute function(a, b, ...) of operands of one type."""
 
     def build(machine, instruction):
         kind = kind_of(instruction)
@@ -54,7 +54,7 @@ def _simple(function, arity: int):
 
 
 def _fma(a, b, c):
-    """Rounded twice, to 53 bits and to 24: it differs from one rounding in about one case of 2^29."""
+    """a * b + c, rounded to 53 bits and then to 24. It differs from a single rounding in about one of 2^29 cases."""
     if a.dtype == np.float64:
         return a * b + c
     return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float32)
@@ -118,7 +118,7 @@ def _high_64(a, b):
 
 
 def _build_shift(machine, instruction):
-    """Amounts beyond the width shift everything out."""
+    """Shifts. An amount of at least the width shifts all bits out."""
     left = instruction.opcode[0] == "shl"
     kind = kind_of(instruction)
     width = WIDTHS[kind]
@@ -158,7 +158,7 @@ def _build_bfe(machine, instruction):
 
 
 def _build_bfi(machine, instruction):
-    """The low bits of the first operand in the place of some bits of the second."""
+    """bfi: replaces a field of bits in the second operand by the low bits of the first."""
     kind = kind_of(instruction)
     width, unsigned = WIDTHS[kind], _UNSIGNED[WIDTHS[kind]]
     target = machine.target(instruction.operands[0], kind)

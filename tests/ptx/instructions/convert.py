@@ -13,7 +13,7 @@ _ROUNDING = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
 def bfloat16_bits(x: np.ndarray) -> np.ndarray:
-    """float32 to bfloat16, to nearest even."""
+    """Converts float32 to bfloat16, rounded to nearest even."""
     bits = x.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
@@ -32,7 +32,7 @@ def from_float16(bits: np.ndarray) -> np.ndarray:
 
 
 def _to_integer(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Saturates; NaN becomes 0."""
+    """Converts to an integer type with saturation. NaN becomes 0."""
     info = np.iinfo(dtype)
     wide = np.nan_to_num(x.astype(np.float64), nan=0.0, posinf=2.0**70, neginf=-(2.0**70))
     inside = np.clip(wide, float(info.min), float(info.max))
@@ -78,7 +78,7 @@ def _build_cvt(machine, instruction):
 
 
 def _pack(machine, instruction, to: str):
-    """The second operand goes to the lower half."""
+    """Conversion of two operands to one register; the second operand is in its lower half."""
     if "rn" not in instruction.opcode or "relu" in instruction.opcode:
         raise NotImplementedError(instruction.text)
     target = machine.target(instruction.operands[0], "b32")
@@ -135,7 +135,7 @@ def _join(machine, target, source: Vector):
 
 
 def _build_cvta(machine, instruction):
-    """Global and parameter addresses are generic ones; shared ones have a window."""
+    """cvta. Global and parameter addresses are already generic; shared addresses are moved to their window."""
     window = np.uint64(SHARED_WINDOW if "shared" in instruction.opcode else 0)
     target = machine.target(instruction.operands[0], "u64")
     value = machine.source(instruction.operands[1], "u64")

@@ -1,11 +1,10 @@
 """Matrices of a warp: ldmatrix, stmatrix, movmatrix and mma.sync.
 
-Lane 4g + t of a warp holds the elements (g, 2t) and (g, 2t + 1) of an 8 x 8 matrix of 16-bit elements in one register:
-a warp's registers one after another are the matrix, row by row.
+Lane 4g + t of a warp holds the elements (g, 2t) and (g, 2t + 1) of an 8 x 8 matrix of 16-bit elements in one register.
+The registers of a warp, in the order of its lanes, are thus the matrix, row by row.
 
-Products are exact and added up in float64, together with the accumulator, and rounded to float32 once. Tensor cores cut
-sums off at some bits instead; `ACCUMULATE` can be set to "float32" for products that are added one after another, each
-sum rounded.
+Products are exact. They are added to the accumulator in float64, and the sum is rounded to float32 once. Tensor cores
+truncate sums instead. If `ACCUMULATE` is set to "float32", products are added one by one, and each sum is rounded.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ ACCUMULATE = "float64"
 
 
 def _warps(active, machine):
-    """The warps that take part, and their threads (warps, 32)."""
+    """The active warps, and their threads, (warps, 32)."""
     warps = np.arange(machine.warps) if active.full else active.warps
     return warps, warps[:, None] * 32 + np.arange(32)
 
@@ -52,7 +51,7 @@ def _build_ldmatrix(machine, instruction):
 
 
 def _load_rows(port: Port, address: np.ndarray, threads: np.ndarray) -> np.ndarray:
-    """(n, 8) 16-bit elements of rows of 16 bytes."""
+    """Loads rows of 16 bytes as 16-bit elements, (n, 8)."""
     return port.load(address, threads, 4, 4).view(np.uint16)
 
 
@@ -114,7 +113,7 @@ def _build_mma(machine, instruction):
     def operation(active) -> None:
         check_whole(machine, instruction, active)
         warps, threads = _warps(active, machine)
-        # a: registers of rows 0 ... 7 and 8 ... 15 by turns, then those of the next columns; b: columns by rows.
+        # a: the registers of rows 0 ... 7 and 8 ... 15, then those of the next columns. b is stored transposed.
         left = np.concatenate(
             [np.concatenate([fetch(a[2 * k + m], threads) for k in range(steps)], -1) for m in range(2)], 1
         )
@@ -140,13 +139,13 @@ def _fetch_halves(convert):
 
 
 def _fetch_tf32(register: np.ndarray, threads: np.ndarray) -> np.ndarray:
-    """Lane 4g + t holds element (g, t); of a float32 the upper 19 bits count."""
+    """tf32 operands: lane 4g + t holds element (g, t), of which the upper 19 bits are used."""
     bits = register[threads] & np.uint32(0xFFFFE000)
     return bits.view(np.float32).reshape(-1, 8, 4).astype(np.float64)
 
 
 def _multiply(left: np.ndarray, right: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """(w, 16, k) times (w, 8, k) transposed, plus (w, 16, 8)."""
+    """a bᵀ + c for each warp, with a (w, 16, k), b (w, 8, k) and c (w, 16, 8)."""
     if ACCUMULATE == "float64":
         return (left @ right.transpose(0, 2, 1) + before).astype(np.float32)
     for k in range(left.shape[-1]):

@@ -1,4 +1,4 @@
-"""Instructions that the lanes of a warp execute together: shuffles, votes, barriers of a warp."""
+"""Instructions that the lanes of a warp execute together: shuffles, votes and barriers of a warp."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .arithmetic import assign
 
 
 def check_whole(machine, instruction, active) -> None:
-    """Reports lanes that execute an instruction of the whole warp without the others."""
+    """Reports active lanes if an instruction of the whole warp is executed without all of its lanes."""
     if active.full:
         return
     lanes = active.mask.reshape(-1, 32)
@@ -20,7 +20,7 @@ def check_whole(machine, instruction, active) -> None:
 
 
 def _build_shfl(machine, instruction):
-    """Masks of all lanes; every lane reads one within its segment, or keeps its own value."""
+    """shfl with all lanes as members. Every lane reads a lane of its segment, or keeps its own value."""
     mode = instruction.opcode[2]
     result = instruction.operands[0]
     target = machine.target(getattr(result, "first", result), "b32")
@@ -32,7 +32,7 @@ def _build_shfl(machine, instruction):
     def operation(active) -> None:
         check_whole(machine, instruction, active)
         if not np.all(np.broadcast_to(members, machine.threads)[active.mask] == np.uint32(0xFFFFFFFF)):
-            raise NotImplementedError(f"{instruction.text}: some lanes")
+            raise NotImplementedError(f"{instruction.text}: the mask does not have all lanes")
         shift, control = (np.asarray(x).astype(np.int64) for x in (by, clamp))
         segment = (control >> 8) & 31
         most = (lane & segment) | (control & 31 & ~segment)
@@ -80,7 +80,7 @@ def _build_vote(machine, instruction):
 
 
 def _build_bar(machine, instruction):
-    """bar.warp.sync; barriers of the block end basic blocks, see machine."""
+    """bar.warp.sync. Barriers of the thread block end basic blocks; machine.py handles them."""
     if instruction.opcode[1] != "warp":
         raise NotImplementedError(instruction.text)
 

@@ -1,8 +1,8 @@
-"""wgmma.mma_async of compute capability 9.0: products of four warps, operands in shared memory by descriptors.
+"""wgmma.mma_async of compute capability 9.0: products of four warps, with operands in shared memory.
 
-A descriptor has the start address, two strides and a swizzle, all in units of 16 bytes. Products happen when they are
-issued: that registers are left alone until wgmma.wait_group is not checked; that shared memory which was written by
-ordinary stores has passed a fence.proxy.async is.
+A descriptor of an operand has the start address and two strides, in units of 16 bytes, and a swizzle. Products are
+computed when they are issued. The emulator checks that ordinary stores to shared memory are followed by a
+fence.proxy.async before a product reads them. It does not check that registers are unused until wgmma.wait_group.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SWIZZLE = {0: 16, 1: 128, 2: 64, 3: 32}  # bits 62 and 63 of a descriptor -> by
 
 
 class Operand:
-    """(64 or N, 16) elements of 16 bits in shared memory, one matrix a group of four warps."""
+    """An operand in shared memory: (64 or N, 16) elements of 16 bits for each group of four warps."""
 
     def __init__(self, machine, instruction, operand, rows: int, transposed: bool) -> None:
         self.descriptor = machine.source(operand, "u64")
@@ -30,29 +30,29 @@ class Operand:
         self.rows, self.transposed = rows, transposed
 
     def load(self, leaders: np.ndarray) -> np.ndarray:
-        """(groups, rows, 16) bits; `leaders` are the first threads of the groups."""
+        """Returns the elements' bits, (groups, rows, 16). `leaders`: the first thread of each group."""
         descriptor = np.broadcast_to(self.descriptor, self.machine.threads)[leaders].astype(np.uint64)
 
         def field(low: int, bits: int) -> np.ndarray:
             return ((descriptor >> np.uint64(low)) & np.uint64((1 << bits) - 1)).astype(np.int64)
 
-        start, token_shape, stride = field(0, 14) * 16, field(16, 14) * 16, field(32, 14) * 16
+        start, leading, stride = field(0, 14) * 16, field(16, 14) * 16, field(32, 14) * 16
         mode = np.unique(field(62, 2))
         if mode.size != 1 or field(49, 3).any():
-            raise NotImplementedError(f"{self.instruction.text}: descriptors that differ, or with a base offset")
+            raise NotImplementedError(f"{self.instruction.text}: descriptors differ, or have a base offset")
         width = _SWIZZLE[int(mode[0])]
         row, k = np.arange(self.rows)[:, None], np.arange(16)[None, :]
-        start, token_shape, stride = (x[:, None, None] for x in (start, token_shape, stride))
-        if not self.transposed:  # a row's 16 elements side by side, eight rows a group
+        start, leading, stride = (x[:, None, None] for x in (start, leading, stride))
+        if not self.transposed:  # the 16 elements of a row are adjacent; groups of eight rows
             inside = k * 2 if width > 16 else k % 8 * 2
-            across = 0 if width > 16 else k // 8 * token_shape
+            across = 0 if width > 16 else k // 8 * leading
             offset = row // 8 * stride + row % 8 * width + inside + across
-        else:  # the rows of one k side by side, eight k a group
+        else:  # the rows of one k are adjacent; groups of eight k
             chunk, byte = row * 2 // width, row * 2 % width
-            along, beyond = (token_shape, stride) if width > 16 else (stride, token_shape)
+            along, beyond = (leading, stride) if width > 16 else (stride, leading)
             offset = chunk * along + k // 8 * beyond + k % 8 * width + byte
         address = start + offset
-        if width > 16:  # 16-byte units of a row are mixed by the number of the row, in the address itself
+        if width > 16:  # the swizzle: the row's number permutes its 16-byte units
             address ^= (address >> 7 & (width // 16 - 1)) << 4
         threads = np.broadcast_to(leaders[:, None, None], address.shape).ravel()
         flat = self.port.load(address.ravel().astype(np.uint64), threads, 2, 1)

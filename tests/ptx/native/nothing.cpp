@@ -1,4 +1,5 @@
-// An operator with the arguments of the CUDA backend's that does nothing, to measure PyTorch's own time for a call.
+// An operator that takes the arguments of the CUDA backend's operator and does nothing. It measures PyTorch's own time
+// for a call.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 

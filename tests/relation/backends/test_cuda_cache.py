@@ -1,4 +1,4 @@
-"""The cache of compiled kernels returns correct code or none, in whatever state the folder is."""
+"""The cache of compiled kernels returns correct code or none, for every state of the folder."""
 
 import json
 import logging
@@ -169,7 +169,7 @@ def test_default_folder(monkeypatch, tmp_path):
     assert default_folder() == tmp_path / "kernels"
 
 
-# The module by itself, without torch: processes start at once.
+# Loads the module without the package, and thus without torch, so that processes start quickly.
 _WRITE_FOREVER = f"""
 import importlib.util, os, pathlib, sys
 spec = importlib.util.spec_from_file_location("cuda_cache", {cuda_cache.__file__!r})

@@ -1,4 +1,4 @@
-"""Compiling the CUDA kernels: kernels that calls need, machine code for every GPU and its cost, cache, failures."""
+"""Compilation of the CUDA kernels: the kernels of a call, the cost of machine code for every GPU, cache, failures."""
 
 import json
 import logging
@@ -204,7 +204,7 @@ def test_what_is_no_kernel_is_not_compiled(name):
 
 
 def test_compiled_once(tmp_path, caplog, capfd, monkeypatch):
-    """Compiling logs one line at INFO. Reading from the cache logs nothing. Neither prints anything."""
+    """Compiling logs one line at level INFO. Reading from the cache logs nothing. Neither prints anything."""
     with caplog.at_level(logging.INFO, "minilm_kernels"):
         first = compile_kernels([TINY], 90, cache=KernelCache(tmp_path / "cache"))
     assert len(caplog.records) == 1
@@ -249,7 +249,7 @@ def test_a_cache_that_cannot_be_written_is_one_in_memory(tmp_path, caplog, monke
 
 
 def test_a_process_has_one_cache():
-    """A second device finds in memory what could not be stored for the first, without a second warning."""
+    """If a kernel cannot be stored, a second device gets it from memory, without a second warning."""
     assert native.cuda.loader.cache is native.cuda.loader.cache
 
 
@@ -307,7 +307,7 @@ def test_auto_goes_on_where_kernels_cannot_be_compiled(new_gpu, monkeypatch, cap
         for _ in range(3):
             value, _ = case.run("sequence", "auto")
     torch.testing.assert_close(value, case.run("sequence", "torch")[0])
-    warning = f"backend cuda failed, the next one serves the call: {error}"
+    warning = f"backend cuda failed; the next one serves the call: {error}"
     assert [record.getMessage() for record in caplog.records] == [warning]
     assert backend_status()["cuda"] == str(error)
     with pytest.raises(RuntimeError, match=f"backend: 'cuda' cannot serve this call: {error}"):
@@ -316,7 +316,7 @@ def test_auto_goes_on_where_kernels_cannot_be_compiled(new_gpu, monkeypatch, cap
 
 @pytest.fixture
 def with_cuda(monkeypatch):
-    """PyTorch reports a GPU."""
+    """Makes PyTorch report a GPU."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(native.cuda, "load_error", native.NOT_LOADED)

@@ -96,7 +96,7 @@ def test_another_stream_and_another_device():
 
 
 def test_tensors_on_the_cpu_are_refused():
-    with pytest.raises(RuntimeError, match="computes on cuda devices, the tensors are on cpu"):
+    with pytest.raises(RuntimeError, match="computes on cuda devices, but the tensors are on cpu"):
         make().run("sum", "cuda")
 
 

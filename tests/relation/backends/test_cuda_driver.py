@@ -44,7 +44,7 @@ def test_a_kernel_is_loaded_and_given_its_shared_memory_once(gpu):
     functions = [function for function, *_ in gpu.of("cuLaunchKernel")]
     assert _names(gpu, gpu.of("cuLaunchKernel")) == ["symmetric_1_2_1_1_0", "reduce"] * 3
     assert len(set(functions)) == len(gpu.of("cuModuleLoadData")) == 2
-    # The maximum dynamic shared memory of a block, and all on-chip memory of an SM as shared memory.
+    # The driver is told to use the largest dynamic shared memory of a block, and all on-chip memory as shared memory.
     wanted = [call for function in functions[:2] for call in ((function, 8, 232448), (function, 9, 100))]
     assert sorted(gpu.of("cuFuncSetAttribute")) == sorted(wanted)
 
@@ -144,7 +144,7 @@ def test_an_error_names_the_call(gpu, call, caplog):
     gpu.failing = call
     with gpu.recorded(), pytest.raises(RuntimeError, match=rf"{call.removesuffix('_v2')}: invalid argument"):
         _run()
-    # Calls succeed again as soon as the driver does.
+    # Calls succeed again as soon as the driver's calls succeed.
     gpu.failing = ""
     native.cuda.loader.error = None
     with gpu.recorded():
@@ -256,5 +256,5 @@ def test_a_process_does_not_load_kernels_for_ever(gpu, monkeypatch, caplog):
     torch.testing.assert_close(value, case.run("sequence", "torch")[0])
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
     assert len(warnings) == 1
-    assert "backend cuda failed, the next one serves the call" in warnings[0]
+    assert "backend cuda failed; the next one serves the call" in warnings[0]
     _run()  # loaded kernels still work

@@ -36,7 +36,7 @@ _SLOW = {
 
 
 def _slow(test: FunctionType) -> FunctionType:
-    """A copy of a contract test that is marked as slow, without a change of the original."""
+    """A copy of a contract test, marked as slow. The original is unchanged."""
     copied = FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__, test.__closure__)
     copied.__dict__ |= test.__dict__ | {"pytestmark": list(getattr(test, "pytestmark", []))}
     return pytest.mark.slow(copied)
@@ -193,7 +193,7 @@ def test_scales_of_any_sign(backend, scales):
 @pytest.mark.parametrize("mask", ["none", "holes", "prefix"])
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
 def test_sequences_beyond_shared_memory(library, backend, mask, reduction):
-    """Blocks hold 64 tokens. Longer sequences take the row-wise path, shorter ones in the same batch do not."""
+    """Blocks hold 64 tokens. Longer sequences take the row-wise path; shorter ones in the same batch do not."""
     library.emulated_set_props(16384, 16384)
     tokens, *_ = cuda.plan(library, "symmetric", (16384, 16384), (6, 3, 1, 3), 131)
     assert tokens == 64
@@ -205,7 +205,7 @@ def test_sequences_beyond_shared_memory(library, backend, mask, reduction):
 
 def test_too_little_shared_memory_is_refused(library, backend):
     library.emulated_set_props(8192, 8192)
-    with pytest.raises(RuntimeError, match="bytes of shared memory, a block of this GPU has 8192"):
+    with pytest.raises(RuntimeError, match="bytes of shared memory, but a block of this GPU has 8192"):
         make(widths=(128, 128)).run("sum", backend)
 
 
@@ -226,7 +226,7 @@ def test_the_order_of_warps_does_not_matter(library, backend, cross):
 
 
 def test_all_relations_in_one_call(backend):
-    """Self-relations and cross-relations of several widths and dtypes, more than one launch can process."""
+    """Self relations and cross relations of several widths and dtypes, more than one launch can process."""
     draw = torch.Generator().manual_seed(2)
     names = (("q", 8, torch.bfloat16), ("k", 8, torch.float32), ("v", 12, torch.float16))
     teacher = {name: torch.randn(2, 70, 2, width, generator=draw).to(dtype) for name, width, dtype in names}
@@ -261,7 +261,7 @@ def test_nan_in_a_valid_token_propagates(backend, cross):
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_malformed_packings_give_nan(backend, monkeypatch, kind, cross, reduction):
-    """cu_seqlens on a GPU are not validated by the host."""
+    """The host does not validate cu_seqlens on a GPU."""
     monkeypatch.setattr(Mask, "check_packing", lambda self: None)
     assert all_nan(malformed(kind, cross), reduction, backend)
     assert all_nan(malformed(kind, cross, dtype=torch.bfloat16), reduction, backend)
@@ -270,7 +270,7 @@ def test_malformed_packings_give_nan(backend, monkeypatch, kind, cross, reductio
 @pytest.mark.parametrize("kind", MALFORMED)
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 def test_kernels_check_the_bounds_themselves(backend, monkeypatch, kind, cross):
-    """Kernels without sanitized bounds: no access leaves the tensors, and detected errors yield NaN."""
+    """Kernels without sanitized bounds: no access is out of bounds, and detected errors yield NaN."""
     monkeypatch.setattr(Mask, "sanitize_bounds", lambda self: (self, None))
     case = malformed(kind, cross)
     bounds, max_seqlen = case.kwargs["cu_seqlens"], case.kwargs["max_seqlen"]
@@ -278,7 +278,7 @@ def test_kernels_check_the_bounds_themselves(backend, monkeypatch, kind, cross):
     teacher, student = ([x for x in side if x is not None] for side in (case.tensors[:2], case.tensors[2:]))
     problem = RelationInputs(teacher, student, [(0, int(cross))], mask)
     values, _ = native.cuda.forward_reduced(problem, mask.sequence_weights("sum", 3, torch.float32), gradient=True)
-    if kind not in ("starts late", "ends early", "empty sequences only"):  # each single sequence is valid
+    if kind not in ("starts late", "ends early", "empty sequences only"):  # in these, every sequence is well-formed
         assert values.isnan().all()
     native.cuda.backward_none(problem, native.cuda.forward_none(problem).nan_to_num())
 
@@ -300,7 +300,7 @@ def test_half_precision_is_read_exactly(backend):
 
 
 def test_the_schedule_visits_each_pair_once(library):
-    """Every pair of tiles occurs once, and no tile twice in a round, for up to 600 tokens and some longer sequences."""
+    """Any two tiles are combined once, and no tile occurs twice in a round, for up to 600 tokens and some more."""
     import ctypes
 
     out = (ctypes.c_int * 2)()

@@ -77,7 +77,7 @@ def test_lengths(instruction_set, length):
 
 
 def test_all_relations_in_one_call(instruction_set):
-    """Self-relations and cross-relations of different widths in one call."""
+    """Self relations and cross relations of different widths in one call."""
     draw = torch.Generator().manual_seed(2)
     teacher = {name: torch.randn(2, 70, 3, width, generator=draw) for name, width in (("q", 8), ("k", 8), ("v", 12))}
     student = {name: torch.randn(2, 70, 3, width, generator=draw) for name, width in (("q", 4), ("k", 4), ("v", 6))}
@@ -124,7 +124,7 @@ def test_equal_norms_beyond_the_range_of_exp(instruction_set):
 
 
 def test_gradients_of_rows_that_see_almost_only_themselves(instruction_set):
-    """In one-hot rows, q_ii − p_ii must be computed from the other probabilities: both are rounded close to 1."""
+    """In one-hot rows, q_ii − p_ii must be computed from the other probabilities, because q_ii and p_ii round to 1."""
     length, size, generator = 96, 4.0 * 32**0.25, torch.Generator().manual_seed(0)
 
     def of_one_size(x):
@@ -212,7 +212,7 @@ def test_half_precision_is_read_exactly(instruction_set):
 
 @pytest.fixture
 def poisoned():
-    """Fills uninitialized memory with NaN."""
+    """Fills the memory of torch.empty with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -241,7 +241,7 @@ def test_all_of_a_gradient_is_written(poisoned, threads, length, reduction):
 
 
 def test_the_lock_of_python_is_released():
-    """Other threads run while a kernel runs. With an endless switch interval, that requires it to release the lock."""
+    """Other threads run while a kernel runs. The switch interval is endless, so the kernel must release the GIL."""
     x, y = torch.randn(1, 4096, 8, 16), torch.randn(1, 4096, 8, 8)  # long enough for another thread to be scheduled
     entered, finished = threading.Event(), []
     values, grad = torch.empty(1), torch.zeros_like(y)
@@ -293,7 +293,7 @@ print(status("VmHWM") - before - sum(x.numel() * 4 for x in student) / 2**20)
     [(512, 24, False, 2), (2048, 16, False, 2), (16384, 1, True, 2), (4096, 48, False, 64)],
 )
 def test_peak_memory(length, heads, cross, threads):
-    """At most 32 MiB in addition to the gradient, for any S and any number of threads."""
+    """A call allocates at most 32 MiB in addition to the gradient, for any S and any number of threads."""
     script = _PEAK.format(length=length, heads=heads, cross=cross, threads=threads)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=200)
     assert 0 < float(result.stdout) <= 32
@@ -342,7 +342,7 @@ def test_a_source_tree_without_the_library_says_the_way_out(elsewhere, tmp_path)
 
 
 def test_a_slow_fallback_is_said_once(monkeypatch, tmp_path):
-    """One warning, regardless of the number of calls and of earlier queries of backends."""
+    """There is one warning, for any number of calls and of earlier queries of backends."""
     (tmp_path / "csrc/cpu").mkdir(parents=True)
     monkeypatch.setattr(native.cpu, "library", tmp_path / "minilm_kernels/_cpu.abi3.so")
     monkeypatch.setattr(native.cpu, "load_error", native.NOT_LOADED)

@@ -24,9 +24,9 @@ from minilm_kernels.relation.backends.triton import launch as triton_backend  # 
 
 ROOT = Path(__file__).parents[3]
 
-# Tests that run in the interpreter, each shard in a subprocess. A call takes half a second, so cases that are equal for
-# the kernels run once. The interpreter multiplies bfloat16 matrices incorrectly: bfloat16 is compiled below, and run in
-# the PTX emulator and on a GPU.
+# Tests that run in the interpreter, each shard in a subprocess. A call takes half a second, so that only one of several
+# cases that are equal for the kernels runs. The interpreter multiplies bfloat16 matrices incorrectly, so bfloat16
+# kernels are only compiled below. They run in the PTX emulator and on a GPU.
 _CONTRACT = "tests/relation/test_contract.py"
 _MASKS = "test_masks or test_padding"
 _LEFT_OUT = """not (bfloat16 or test_teacher_and_student_dtypes)
@@ -34,7 +34,7 @@ _LEFT_OUT = """not (bfloat16 or test_teacher_and_student_dtypes)
     and not (float16 and (6 or 17 or 32))
     and not (test_small_divergences and (0.1 or 0.001))
     and not (test_defaults and (float16 or -none or packed)) and not test_any_dtype""".replace("\n", " ")
-SHARDS = {  # arguments of pytest, and the least number of tests
+SHARDS = {  # arguments of pytest, and the smallest number of tests
     "sample": ([_CONTRACT, "-k", "test_masks and (holes-self or packed-prefix-cross) and (sequence or none)"], 8),
     "masks": ([_CONTRACT, "-k", f"({_MASKS}) and {_LEFT_OUT}"], 60),
     "contract": ([_CONTRACT, "-k", f"not ({_MASKS}) and {_LEFT_OUT}"], 46),
@@ -59,7 +59,7 @@ def test_in_the_interpreter(shard):
 
 
 def _usage(compiled) -> dict[str, int]:
-    """Returns the resources of a compiled kernel by ptxas: registers, stack (spills), local and shared memory."""
+    """Returns the resources of a compiled kernel, as ptxas reports them: registers, stack, local and shared memory."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -96,7 +96,7 @@ def test_variants_compile_without_spills(arch, dtype, every):
 
 
 def test_wgmma_sees_what_was_copied():
-    """row_stats loads its tiles by cp.async if the compiler fences it, else it uses ordinary stores."""
+    """row_stats loads its tiles by cp.async if the compiler fences the copies; otherwise it uses ordinary stores."""
     variant = next(v for v in variants_of("bfloat16", 16, 8, "self") if v.kernel == "row_stats")
     compiled = compile_triton(variant, 90)
     ptx = compiled.asm["ptx"]
@@ -107,7 +107,7 @@ def test_wgmma_sees_what_was_copied():
 
 @pytest.mark.parametrize("block", [16, 64, 128])
 def test_tile_map(block):
-    """Every tile of every sequence is in the grid once; leftover tiles belong to no sequence."""
+    """The grid has every tile of every sequence once. The remaining tiles belong to no sequence."""
     generator = torch.Generator().manual_seed(0)
     for count in (1, 2, 7, 60):
         lengths = torch.randint(0, 3 * block, (count,), generator=generator)

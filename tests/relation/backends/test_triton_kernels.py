@@ -1,4 +1,4 @@
-"""Cases particular to the Triton kernels, on a GPU or in the interpreter (see test_triton.py)."""
+"""Cases that only the Triton kernels distinguish, on a GPU or in the interpreter (see test_triton.py)."""
 
 import math
 
@@ -26,7 +26,7 @@ def on() -> str:
 @pytest.mark.parametrize("mask", ["holes", "causal", "prefix-left", "packed"])
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 def test_scores_beyond_one_pivot(on, mask, cross):
-    """With scores of hundreds of bits sums overflow: the running maximum and the pivots of single rows are used."""
+    """Scores of hundreds of bits make sums overflow, so the running maximum and the pivots of single rows are used."""
     case = make(mask, cross=cross, spread=14.0, heads=2).on(on)
     value, grads = case.run("sequence", "triton")
     expected, expected_grads = case.oracle("sequence")
@@ -67,7 +67,7 @@ def test_a_wide_head_does_not_disturb_others(on):
 
 
 def test_negative_scales(on):
-    """Self scores are the smallest with negative scales, so no pivot is shared."""
+    """With negative scales, self scores are the smallest scores, so no pivot is shared."""
     base = make("holes").on(on)
     case = Case(base.tensors, base.kwargs | {"teacher_scale": -0.5, "student_scale": -2.0})
     value, (grad,) = case.run("sum", "triton")
@@ -115,7 +115,7 @@ def test_malformed_packings_give_nan(on, monkeypatch, kind, cross, reduction):
 
 @pytest.mark.parametrize("kind", ["overlapping", "negative", "beyond T in the middle", "extreme", "decreasing"])
 def test_kernels_check_the_bounds_themselves(on, monkeypatch, kind):
-    """Without sanitized bounds the kernels still read nothing outside the tensors."""
+    """Even without sanitized bounds, the kernels read nothing outside the tensors."""
     monkeypatch.setattr(Mask, "sanitize_bounds", lambda self: (self, None))
     total, room = 40, 256
     sides = []
@@ -189,7 +189,7 @@ def test_captured_in_a_graph_without_synchronization(mask, dtype):
         pytest.skip("no GPU")
     for reduction in ("sequence", "none"):
         case = make(mask, cross=True, dtype=dtype).on("cuda")
-        _step(case, reduction)  # compiles
+        _step(case, reduction)  # compiles the kernels
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -1,7 +1,7 @@
 """Launch configurations of the Triton kernels: tile sizes, warps and pipeline stages.
 
-None of these values was measured on a GPU. They rest on the static cost of the compiled code (registers, spills, issue
-slots per pair), which `python -m benchmarks static --backends triton` prints; see docs/triton.md.
+None of these values was measured on a GPU. They were chosen by the static cost of the compiled code (registers, spills,
+issue slots per pair), which `python -m benchmarks static --backends triton` prints. See docs/triton.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FINALIZE_BLOCK = 512  # rows that the finalize kernel loads at a time; not tuned
 
 
 def padded_width(width: int) -> int:
-    """Returns the width of a tile: tensor cores take at least 16 features, Triton takes powers of 2."""
+    """Returns the width of a tile: a power of 2, as Triton requires, and at least 16, as tensor cores require."""
     return max(16, 1 << (width - 1).bit_length())
 
 
@@ -27,10 +27,10 @@ def sliced(padded: int, itemsize: int) -> bool:
 
 @cache
 def supports_pipelining() -> bool:
-    """Returns whether loops may run in several stages: true from Triton 3.7.1 on.
+    """Returns whether loops may have several pipeline stages. True from Triton 3.7.1 on.
 
     Older compilers leave out the proxy fence between cp.async and wgmma, so that wgmma may read stale shared memory. A
-    loop in one stage uses ordinary stores, which all versions fence. tests/ptx/fences.py checks the fences in the PTX.
+    loop with one stage uses ordinary stores, which all versions fence. tests/ptx/fences.py checks the fences.
     """
     import triton
 
@@ -57,14 +57,15 @@ class LaunchConfig:
             indices_and_prefix: whether the call has both a padding mask and a prefix mask.
         """
         if itemsize == 4:
-            # float32 has no exact tensor-core product: threads hold row slices. Largest tiles tried without spills.
+            # Tensor cores have no exact float32 product, so each thread holds slices of rows. Of the tiles that were
+            # tried, these are the largest that do not spill.
             if width > 64:
                 return cls(32, 16, 2 if kernel == "gradient" else 4, 1)
             return cls(64 if width <= 16 and kernel != "gradient" else 32, 32, 8, 1)
         if kernel == "gradient" and indices_and_prefix:
             return cls(64, 16, 4, 1)  # 64 x 32 spills on sm_80, 128 x 32 on sm_100
         if kernel == "row_stats" and supports_pipelining():
-            return cls(64, 32, 4, 2)  # sm_90, (16, 8): 96 registers, 20 warps/SM; in one stage 127; 64 x 64: 160
+            return cls(64, 32, 4, 2)  # sm_90, (16, 8): 96 registers, 20 warps/SM; 127 in one stage; 160 with 64 x 64
         return cls(64, 32, 4, 1)  # gradient, sm_90, (16, 8): 12.1 slots, 112 registers; in two stages 14 slots
 
     @classmethod

@@ -1,8 +1,8 @@
 """Second phase of the Triton backend: the gradient of the student's tensors.
 
-A program owns a tile of one student tensor and adds up what all other tokens contribute to its gradient. In a self
-relation a pair of tokens contributes twice: forward, where the owned token i is the row and sees j, and mirrored, where
-j is the row and sees i.
+A program owns a tile of tokens of one student tensor and sums the contributions of all other tokens to their gradient.
+In a self relation, an owned token i and another token j contribute twice: as the (forward) pair (i, j), where i is the
+row, and as the mirrored pair (j, i), where j is the row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .primitives import (
     token_positions,
 )
 
-# Values of the constexpr argument ROLE: the tensor of a self relation, the query or the key of a cross relation.
+# Values of the constexpr argument ROLE: the student tensor is that of a self relation, or query or key of a cross one.
 SELF, QUERY, KEY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 # Values of the constexpr argument REGION: full tiles before the owned tokens, full tiles after them, partial tiles.
@@ -58,7 +58,7 @@ def _add_tile(
     MASK: tl.constexpr, ROLE: tl.constexpr, SHARED_PIVOT: tl.constexpr, REGION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Returns acc [BLOCK_M, DP_S] plus the contribution of the k-th looped tile to the owned tokens' gradient."""
+    """Returns acc [BLOCK_M, DP_S] plus the k-th looped tile's contribution to the gradient of the owned tokens."""
     # static: begin gradient
     FULL: tl.constexpr = REGION != _PARTIAL
     start = k * BLOCK_N
@@ -130,8 +130,8 @@ def gradient_kernel(
 ):  # fmt: skip
     """Writes the gradient of one student tensor per relation to `out`, (B, S, A, D_S) or (T, A, D_S).
 
-    `sum_t` and `sum_s` hold the inverse sums that `finalize_kernel` leaves. `weights` has one weight per sequence; with
-    ROW_WEIGHTS the weights are in the inverse sums already.
+    `sum_t` and `sum_s` hold the inverse sums that `finalize_kernel` wrote. `weights` has one weight per sequence. With
+    ROW_WEIGHTS, `weights` is unused, because the inverse sums already contain the row weights.
     """
     program = tile_program(
         heads, sequences, positions, total, tiles, starts, prefixes, tile_map, BLOCK_M, PACKED, HAS_INDICES, MASK

@@ -24,7 +24,7 @@ from .config import FINALIZE_BLOCK, FUSION, PIVOT_BLOCK, LaunchConfig, padded_wi
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WIDTH = 128
-_MAX_RELATIONS = 15  # per launch: an int64 holds 4 bits for each
+_MAX_RELATIONS = 15  # relations of a launch: an int64 holds 4 bits for each
 _LOG2_E = math.log2(math.e)
 
 
@@ -51,9 +51,9 @@ def unsupported_reasons(inputs: RelationInputs) -> list[str]:
     tensors = (*inputs.teacher, *inputs.student)
     if device != ("cpu" if interpreted() else "cuda"):
         expected = "CPU tensors, in Triton's interpreter" if interpreted() else "GPU tensors"
-        reasons.append(f"it takes {expected}, but the tensors are on {inputs.mask.device}")
+        reasons.append(f"it supports {expected}, but the tensors are on {inputs.mask.device}")
     if others := {x.dtype for x in tensors} - set(_DTYPES):
-        reasons.append(f"it takes float32, float16 and bfloat16, not {', '.join(map(str, others))}")
+        reasons.append(f"it supports float32, float16 and bfloat16, got {', '.join(map(str, others))}")
     if interpreted() and any(x.dtype == torch.bfloat16 for x in tensors):
         reasons.append("Triton's interpreter multiplies bfloat16 matrices incorrectly")
     if (widest := max(x.shape[-1] for x in tensors)) > _MAX_WIDTH:
@@ -64,7 +64,7 @@ def unsupported_reasons(inputs: RelationInputs) -> list[str]:
 def forward_reduced(inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
     call = _Call(inputs)
     weights = add_fault(weights, call.fault)
-    values: list[Tensor] = [weights] * len(inputs.relations)  # placeholders; every group replaces its own
+    values: list[Tensor] = [weights] * len(inputs.relations)  # placeholders; every group replaces its own values
     grads = call.new_gradients() if gradient else {}
     for group in call.groups() if call.has_tiles else []:
         kl_rows = group.new_row_stats()
@@ -105,14 +105,14 @@ def backward_none(inputs: RelationInputs, row_grads: Tensor) -> list[Tensor]:
 
 @dataclass
 class _Call:
-    """The inputs of one call as the kernels take them: where its sequences lie, and the arguments that groups share."""
+    """The inputs of one call in the form that the kernels take, and the arguments that all groups share."""
 
     inputs: RelationInputs  # with a sanitized mask
     fault: Tensor | None = field(init=False)  # see Mask.sanitize_bounds
     sequences: int = field(init=False)
-    positions: int = field(init=False)  # per sequence; packed: T
+    positions: int = field(init=False)  # positions of a sequence; T for packed inputs
     total: int = field(init=False)  # B * S or T
-    has_tiles: bool = field(init=False)  # False: there are no tokens, nothing is launched
+    has_tiles: bool = field(init=False)  # False if there are no tokens; then nothing is launched
     mask_arguments: dict[str, Any] = field(init=False)
     mask_constants: dict[str, Any] = field(init=False)
 
@@ -137,7 +137,7 @@ class _Call:
         self.mask_constants = {"PACKED": mask.packed, "HAS_INDICES": indices is not None, "MASK": kind.value}
 
     def new(self, shape: tuple[int, ...], covered: bool = False) -> Tensor:
-        """Allocates float32. `covered`: the kernels write the entries of all valid tokens, the others must be 0."""
+        """Allocates float32. `covered`: the kernels write the entries of valid tokens only, so all others must be 0."""
         zeros = covered and (not self.has_tiles or self.inputs.mask.attention_mask is not None)
         return (torch.zeros if zeros else torch.empty)(shape, dtype=torch.float32, device=self.inputs.mask.device)
 
@@ -146,7 +146,7 @@ class _Call:
         return {(r, m): self.new(tuple(self.inputs.student[m].shape), covered=True) for r, m in buffers}
 
     def groups(self) -> Iterator[_Group]:
-        """Yields the relations of equal kind, width and scale, as many as one launch takes."""
+        """Yields groups of relations of equal kind, width and scale. A group has at most `_MAX_RELATIONS` relations."""
         members: dict[tuple[bool, tuple[int, ...]], list[int]] = {}
         for r, (query, key) in enumerate(self.inputs.relations):
             widths = tuple(model[query].shape[-1] for model in (self.inputs.teacher, self.inputs.student))
@@ -156,7 +156,7 @@ class _Call:
                 yield _Group(self, relations[first : first + _MAX_RELATIONS], self_relation)
 
     def tile_grid(self, block: int) -> tuple[int, Tensor | None]:
-        """Returns the number of tiles of `block` tokens per head and, packed, the sequence of each tile."""
+        """Returns the number of tiles of `block` tokens per head and, for packed inputs, the sequence of each tile."""
         cu_seqlens = self.inputs.mask.cu_seqlens
         if cu_seqlens is None:
             return -(-self.positions // block), None
@@ -212,7 +212,7 @@ class _Group:
         return self.call.new((len(self.relations), self.call.inputs.heads, self.head_stride16 * 16))
 
     def row_stats(self, kl_rows: Tensor | None) -> None:
-        """Fills the statistics of all rows and, if given, `kl_rows` with the training form of KL."""
+        """Computes the statistics of all rows. If `kl_rows` is given, writes the rows' KL in its training form."""
         from .row_stats import pivot_kernel, row_stats_kernel
 
         if self.self_relation:
@@ -239,7 +239,7 @@ class _Group:
         row_grads: tuple[Tensor, ...] | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """Returns (R, N, A) sums of `kl_rows`; prepares the statistics for the gradient kernel."""
+        """Returns the sums of `kl_rows`, (R, N, A), and prepares the statistics for the gradient kernel."""
         from .row_stats import finalize_kernel
 
         values = torch.empty_like(self.head_stats[..., 0])
@@ -278,11 +278,11 @@ class _Group:
 
     @property
     def _shift(self) -> float:
-        """Exponent that keeps the gradient's float16 operands, about 1 / length and at most 2, in float16's range."""
+        """Exponent of a factor that keeps the gradient's float16 operands (about 1 / length, at most 2) in range."""
         return 14.0 if self.student[0].dtype == torch.float16 else 0.0
 
     def _launch_heads(self, kernel: Any, block: int, **arguments: Any) -> None:
-        """Launches one program per head of a sequence in a relation; it takes `block` rows at a time."""
+        """Launches one program per relation, sequence and head. A program takes `block` rows at a time."""
         programs = self.head_stats[..., 0].numel()
         self._start(kernel, programs, arguments | {"head_stats": self.head_stats, "BLOCK": block} | FUSION)
 
@@ -319,7 +319,7 @@ class _Group:
         self._start(kernel, call.inputs.heads * tiles * sequences * len(self.relations), arguments)
 
     def _start(self, kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
-        """Launches a kernel with those of the arguments that it declares."""
+        """Launches a kernel with those arguments that it declares; the others are dropped."""
         available = {**self.sizes, **self.call.mask_arguments, **self.call.mask_constants, **arguments}
         names = {*kernel.arg_names, "num_warps", "num_stages", *FUSION}
         with _device_of(self.head_stats):
@@ -329,8 +329,8 @@ class _Group:
 def tile_map(cu_seqlens: Tensor, total: int, block: int) -> Tensor:
     """Returns the sequence of each tile of `block` tokens, without waiting for the device.
 
-    Sequence n, which starts at token c, has its tiles from c // block + n on. No two sequences share a tile, and
-    total // block + N tiles suffice for any lengths.
+    The first tile of sequence n, which starts at token c, is c // block + n. No two sequences share a tile, and
+    total // block + N tiles are enough for any lengths.
     """
     sequences = cu_seqlens.numel() - 1
     ends = cu_seqlens[1:] // block + torch.arange(1, sequences + 1, device=cu_seqlens.device)
@@ -339,7 +339,7 @@ def tile_map(cu_seqlens: Tensor, total: int, block: int) -> Tensor:
 
 
 def _aligned(tensors: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...], int]:
-    """Returns tensors of one dtype whose last stride is 1, their other strides, and the unit of these strides."""
+    """Returns the tensors in one dtype and with a last stride of 1, their other strides, and the unit of these."""
     dtype = tensors[0].dtype
     for x in tensors:
         dtype = torch.promote_types(dtype, x.dtype)

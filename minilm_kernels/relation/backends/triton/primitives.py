@@ -1,11 +1,12 @@
 """Device functions that the Triton kernels share: the work of a program, loads, score tiles, masks.
 
-Every sequence is a run of `length` valid tokens, whether it was dense, padded or packed. Row i sees the keys j <= i and
-j < prefix, or all keys. A program owns BLOCK_M tokens of one sequence in one head and relation and loops over tiles of
-BLOCK_N tokens: full tiles, which need no mask, and partial tiles, which cross a mask bound or the sequence's end.
+Every sequence is a run of `length` valid tokens, whether it was dense, padded or packed. Row i sees key j if j <= i or
+j < prefix; with a bidirectional mask it sees all keys. A program owns BLOCK_M tokens of one sequence in one head and
+relation, and it loops over tiles of BLOCK_N tokens. Full tiles need no mask. Partial tiles cross a mask bound or the
+end of the sequence.
 
-Scores are in bits: log2(e) is folded into the scale, so that a softmax needs exp2 alone. Row statistics are float32 of
-shape (relation, head, row); `row_offset` locates them. docs/triton.md has the derivations.
+Scores are in bits: the scale contains the factor log2(e), so that a softmax needs exp2 only. Row statistics are float32
+of shape (relation, head, row); `row_offset` locates them. docs/triton.md has the derivations.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ class Program(NamedTuple):
     first: Any  # first token of the sequence in a packed tensor, else 0
     indices_start: Any  # first entry of the sequence in the list of token indices, else 0
     length: Any  # valid tokens of the sequence
-    prefix: Any  # prefix length among them, 0 without a prefix mask
+    prefix: Any  # valid tokens in the sequence's prefix, 0 without a prefix mask
     start: Any  # first token that the program owns
 
 
 class Operands(NamedTuple):
-    """One model's tensors in a program: q holds the tokens that it owns, k those that it loops over."""
+    """One model's tensors in a program: q holds the tokens that the program owns, k those that it loops over."""
 
     q: Any  # pointer to the sequence's position 0
     q_stride: Any
@@ -53,7 +54,7 @@ class Operands(NamedTuple):
 
 @triton.jit
 def select_pointer(pointers, index):
-    """Returns pointers[index] of a tuple, for an index that is known only at run time."""
+    """Returns pointers[index] from a tuple of pointers, for an index that is known only at run time."""
     chosen = pointers[0]
     for k in tl.static_range(1, len(pointers)):
         if index == k:
@@ -73,7 +74,7 @@ def sequence_bounds(
 ):
     """Returns first, indices_start, length and prefix of a sequence; see `Program`.
 
-    Malformed cu_seqlens are clamped: no address beyond the `total` tokens is formed.
+    Malformed cu_seqlens are clamped, so that no address is beyond the `total` tokens.
     """
     first = tl.cast(0, tl.int64)
     indices_start = first
@@ -111,7 +112,7 @@ def tile_program(
         sequence, positions, total, starts, prefixes, PACKED, HAS_INDICES, MASK
     )
     start = tile * BLOCK
-    start = tl.where(start < 0, length, start)  # a tile before its sequence: cu_seqlens is malformed
+    start = tl.where(start < 0, length, start)  # negative only if cu_seqlens is malformed
     return Program(relation, sequence, head, first, indices_start, length, prefix, start)
 
 
@@ -133,14 +134,14 @@ def head_program(
 
 @triton.jit
 def row_offset(program, heads, stats_head_stride16, stats_seq_stride16, PACKED: tl.constexpr):
-    """Returns the offset of a sequence's row 0 among the row statistics (R, A, rows); strides count 16 floats."""
+    """Returns the offset of a sequence's row 0 in the row statistics (R, A, rows). The unit of strides is 16 floats."""
     head_start = (program.relation * heads + program.head).to(tl.int64) * stats_head_stride16 * 16
     return head_start + (program.first if PACKED else program.sequence.to(tl.int64) * stats_seq_stride16 * 16)
 
 
 @triton.jit
 def head_offset(program, heads, sequences):
-    """Returns the offset of a head's four values among the head statistics (R, N, A, 4)."""
+    """Returns the offset of a head's four values in the head statistics (R, N, A, 4)."""
     return ((program.relation * sequences + program.sequence) * heads + program.head) * 4
 
 
@@ -174,7 +175,7 @@ def head_pointer(tensors, strides, index, program, ALIGN: tl.constexpr, PACKED: 
 
 @triton.jit
 def token_positions(indices, start, length, BLOCK: tl.constexpr, HAS_INDICES: tl.constexpr, FULL: tl.constexpr):
-    """Returns the positions of BLOCK valid tokens from the `start`-th on; FULL: all of them exist."""
+    """Returns the positions of BLOCK valid tokens from the `start`-th on. FULL means that all of them exist."""
     position = start + tl.arange(0, BLOCK)  # [BLOCK]
     if HAS_INDICES:
         in_bounds = position < length
@@ -189,7 +190,7 @@ def load_tile(
 ):  # fmt: skip
     """Loads DP features, from `begin` on, of BLOCK tokens; `start` is the index of the first token.
 
-    Tokens from `length` on and features from D on are 0. FULL: all tokens exist.
+    Tokens from `length` on and features from D on are 0. FULL means that all tokens exist.
     """
     feature = begin + tl.arange(0, DP)[None, :]
     address = x + (position * stride)[:, None] * ALIGN + feature  # [BLOCK, DP]
@@ -223,7 +224,8 @@ def load_models(
 ):  # fmt: skip
     """Returns the owned tokens' positions [BLOCK_M] and the `Operands` of teacher and student.
 
-    A program owns rows of the relation's query and loops over its key or, with OWNS_KEYS, the other way round.
+    A program owns tokens of the relation's query and loops over its key. With OWNS_KEYS, it owns tokens of the key and
+    loops over the query.
     """
     query = decode_relation(query_codes, program.relation)
     key = decode_relation(key_codes, program.relation)
@@ -241,7 +243,7 @@ def load_models(
 
 @triton.jit
 def load_k_tile(x, position, start, length, LAYOUT: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
-    """Loads [BLOCK, DP]: the tile of looped tokens that begins with the `start`-th."""
+    """Loads the tile of looped tokens that begins with the `start`-th token, [BLOCK, DP]."""
     return load_tile(x.k, position, x.k_stride, start, length, BLOCK, LAYOUT[0], LAYOUT[1], LAYOUT[2], FULL)
 
 
@@ -250,11 +252,11 @@ def score_tile(
     x, k_tile, program, q_position, k_position, k_start,
     LAYOUT: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Returns [BLOCK_M, BLOCK_N]: products of the owned tile and a looped tile, not scaled.
+    """Returns the products of the owned tile and a looped tile, [BLOCK_M, BLOCK_N], not scaled.
 
-    SLICED (the last entry of LAYOUT) loads both tiles again, 16 features at a time: wide float32 rows are multiplied
-    by ordinary multiply-adds, for which a thread would otherwise keep whole rows in registers. All kernels multiply in
-    the same order, so that a score is the same number in every phase.
+    With SLICED (the last entry of LAYOUT), both tiles are loaded again, 16 features at a time. This is for wide float32
+    rows: their products are ordinary multiply-adds, for which a thread would otherwise keep whole rows in registers.
+    All kernels multiply in the same order, so that a score is the same number in every phase.
     """
     D: tl.constexpr = LAYOUT[0]
     DP: tl.constexpr = LAYOUT[1]
@@ -284,7 +286,8 @@ def score_tiles(
 ):  # fmt: skip
     """Returns the score tiles of teacher and student, each [BLOCK_M, BLOCK_N] and not scaled.
 
-    The student's tile is loaded after the teacher's product: loaded before, `row_kl_kernel` spills in float32 on sm_90.
+    The student's tile is loaded after the teacher's product. If it were loaded before, `row_kl_kernel` would spill
+    registers in float32 on sm_90.
     """
     k_position = token_positions(indices, k_start, program.length, BLOCK_N, HAS_INDICES, FULL)
     k_tile_t = load_k_tile(t, k_position, k_start, program.length, LAYOUT_T, FULL, BLOCK_N)
@@ -300,7 +303,7 @@ def score_tiles(
 
 @triton.jit
 def rowwise_dot(x, y):
-    """Returns [BLOCK]: x · y of each token, the same bits in all threads that hold the token.
+    """Returns x · y of each token, [BLOCK], with the same bits in all threads that hold the token.
 
     float32 products are rounded before they are added. A product contracted with the first addition across threads
     would be rounded differently in the two threads, and `floor` of the two sums could differ by 1.
@@ -318,7 +321,7 @@ def sees(i, j, prefix):
 
 @triton.jit
 def visible_keys(i, k_start, length, prefix, MASK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Returns which keys of the tile at `k_start` the rows i see: [BLOCK_M, BLOCK_N], or [1, BLOCK_N]."""
+    """Returns which keys of the tile at `k_start` each row of i sees: [BLOCK_M, BLOCK_N], or [1, BLOCK_N]."""
     j = (k_start + tl.arange(0, BLOCK_N))[None, :]
     visible = j < length
     if MASK != BIDIRECTIONAL:
@@ -328,7 +331,7 @@ def visible_keys(i, k_start, length, prefix, MASK: tl.constexpr, BLOCK_N: tl.con
 
 @triton.jit
 def key_tiles(start, length, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr):
-    """Returns how many key tiles are full for the rows from `start` on, and where their key tiles end."""
+    """Returns how many key tiles are full for the BLOCK_M rows from `start` on, and how many these rows have."""
     if MASK == BIDIRECTIONAL:
         return length // BLOCK_N, tl.cdiv(length, BLOCK_N)
     full = tl.minimum(tl.maximum(start + 1, prefix), length)
@@ -338,9 +341,9 @@ def key_tiles(start, length, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 @triton.jit
 def partial_sums(x, WIDTH: tl.constexpr):
-    """Reduces [M, N] to [M, WIDTH]; the remaining sum is taken once, after the loop.
+    """Reduces [M, N] to the partial sums [M, WIDTH]. They are added up once, after the loop.
 
-    In the layout of tensor-core tiles each of 8 sums of a row stays within one thread.
+    In the layout of tensor-core tiles, each of a row's 8 partial sums stays within one thread.
     """
     if WIDTH == 1:
         return tl.sum(x, 1, keep_dims=True)

@@ -24,7 +24,8 @@ from .primitives import (
 def _divergence(log_p, log_q):
     """Returns p (e**delta - 1 - delta) from log2 p and log2 q, with delta = log(q / p).
 
-    For |delta| < 1/4 it is computed as a series, since q - p - p delta, which is used elsewhere, would cancel.
+    For |delta| < 1/4 the result is computed as a series, because the terms of q - p - p delta, the form for larger
+    |delta|, would cancel.
     """
     p = tl.exp2(log_p)
     q = tl.exp2(log_q)
@@ -40,7 +41,7 @@ def _add_row_kl(
     LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, PRECISION: tl.constexpr, HAS_INDICES: tl.constexpr,
     MASK: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds the k-th key tile to the rows' KL."""
+    """Adds the contribution of the k-th key tile to the rows' KL."""
     # static: begin row_kl
     k_start = k * BLOCK_N
     dot_t, dot_s = score_tiles(

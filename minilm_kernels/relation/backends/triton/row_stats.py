@@ -1,6 +1,6 @@
-"""First phase of the Triton backend: row sums of exponentials, and the training loss; then `finalize_kernel`.
+"""First phase of the Triton backend: the kernels of the row statistics and of the training loss.
 
-A row's statistics are a pivot, a whole number of bits, and sum = sum over its keys of 2**(score - pivot).
+A row's statistics are its pivot, a whole number of bits, and the sum of 2**(score - pivot) over its keys.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .primitives import (
 
 # A row sum above this bound sends its tile to the second pass, which keeps a running maximum.
 _OVERFLOW = tl.constexpr(2.0**100)
-# Largest range, in bits, of a head's self scores (token with itself) for which one pivot is shared by all of its rows.
+# Largest range, in bits, of a head's self scores (token with itself) for which all of its rows share one pivot.
 _SHARED_PIVOT_RANGE = tl.constexpr(160.0)
 
 
@@ -44,10 +44,11 @@ def pivot_kernel(
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr,
     PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Chooses one pivot for all scores of a head in a self relation, where one is enough. One program per head.
+    """Chooses one pivot for all scores of a head in a self relation, if one is enough. One program per head.
 
-    No score exceeds the largest self score, so the middle of the self scores' range is a safe pivot while the range is
-    small: no row sum overflows or underflows. Pivots are whole numbers, so that a change of pivot is exact.
+    A self score is the score of a token with itself. No score exceeds the largest self score. If the range of the self
+    scores is small, its middle is therefore a safe pivot: no row sum overflows or underflows. Pivots are whole numbers,
+    so that a change of pivot is exact.
 
     Writes to head_stats: teacher's pivot, student's pivot, and 1 if they are shared by all rows.
     """
@@ -87,7 +88,7 @@ def pivot_kernel(
 
 @triton.jit
 def _self_score(x, program, q_position, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Returns [BLOCK_M]: each owned token's score with the key at its own position, rounded down to whole bits."""
+    """Returns the score of each owned token with the key at its position, rounded down to whole bits, [BLOCK_M]."""
     tile = load_tile(
         x.k, q_position, x.k_stride, program.start, program.length, BLOCK_M, LAYOUT[0], LAYOUT[1], LAYOUT[2], False
     )
@@ -143,9 +144,9 @@ def row_stats_kernel(
 ):  # fmt: skip
     """Writes pivot and sum of every row and, with COMPUTE_KL, its KL in the form that training uses.
 
-    A row's pivot is the one that its head shares (`pivot_kernel`), else its self score. Every mask lets a row see its
-    own position, so no sum underflows, and no running maximum is kept. If a sum overflows, the program repeats its tile
-    with a running maximum.
+    A row's pivot is the shared pivot of its head (`pivot_kernel`) or, if there is none, the row's self score. Every row
+    sees its own position, with any mask, so no sum underflows and no running maximum is needed. If a sum overflows, the
+    program repeats its tile with a running maximum.
     """
     program = tile_program(
         heads, sequences, positions, total, tiles, starts, prefixes, tile_map, BLOCK_M, PACKED, HAS_INDICES, MASK
@@ -246,8 +247,8 @@ def finalize_kernel(
 
     COMPUTE_KL: writes the sum of the rows' KL to `values`.
     ROW_WEIGHTS: writes the upstream gradients to `weights`, and the largest magnitude among them to head_stats.
-    GRADIENT: replaces each sum by its inverse, times 2**SHIFT and the row's weight (divided by the largest), relative
-        to the head's pivot if it is shared.
+    GRADIENT: replaces each sum by its inverse times 2**SHIFT and, with ROW_WEIGHTS, times the row's weight divided by
+        the largest weight. If the head has a shared pivot, the sum is relative to that pivot.
     """
     program = head_program(heads, sequences, positions, total, starts, prefixes, PACKED, HAS_INDICES, MASK)
     length = program.length

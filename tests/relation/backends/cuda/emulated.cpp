@@ -40,7 +40,7 @@ extern "C" __attribute__((visibility("default"))) void emulated_set_props(int64_
   minilm::cuda::device_props = {smem_per_block, smem_per_sm, 90};
 }
 
-// Seed 0 runs warps in order; other seeds in a random order.
+// With seed 0, warps run in order; with other seeds, they run in a random order.
 extern "C" __attribute__((visibility("default"))) void emulated_set_seed(uint64_t seed) {
   minilm::cuda::emulation::machine.seed = seed;
 }
@@ -61,7 +61,7 @@ extern "C" __attribute__((visibility("default"))) void emulated_tile_pair(int ti
   out[1] = tile.column;
 }
 
-// planes: the fields of Planes. out: tokens, warps, blocks per SM, bytes.
+// `planes` has the fields of Planes. `out` receives tokens, warps, blocks per SM and bytes.
 extern "C" __attribute__((visibility("default"))) void emulated_plan_symmetric(int64_t block, int64_t processor,
                                                                                const int* planes, int64_t max_length,
                                                                                int64_t* out) {
@@ -73,7 +73,7 @@ extern "C" __attribute__((visibility("default"))) void emulated_plan_symmetric(i
   out[3] = plan.bytes;
 }
 
-// out: warps, streamed tokens, bytes.
+// `out` receives warps, streamed tokens and bytes.
 extern "C" __attribute__((visibility("default"))) void emulated_plan_row_wise(int64_t block, int64_t processor,
                                                                               const int* planes, int gradient,
                                                                               int64_t* out) {

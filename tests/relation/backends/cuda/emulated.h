@@ -1,11 +1,11 @@
-// A thread block emulated on the host: the functions of csrc/cuda/device/ptx.cuh for kernels compiled by a C++
-// compiler.
+// A thread block emulated on the host. Implements the functions of csrc/cuda/device/ptx.cuh for kernels that a C++
+// compiler has compiled.
 //
 // Each CUDA thread is a fiber. Warp-wide instructions (ldmatrix, mma, shuffles) wait for all 32 lanes and fail if the
 // lanes execute different instructions. Warps run in a random order drawn from `seed`, so that a missing barrier
 // changes the result. Shared memory is filled with NaN, ends at an inaccessible page and has exactly the planned size.
-// The numerics are the worst case of the documentation: ex2.approx has errors of up to 2^-22, and mma adds eight
-// products at a time, truncated 24 bits below the largest.
+// The numerics are the worst case that the documentation allows: ex2.approx has errors of up to 2^-22, and mma adds
+// eight products at a time, each of which is truncated 24 bits below the largest one.
 #pragma once
 
 #include <setjmp.h>
@@ -41,7 +41,7 @@ struct Fiber {
   jmp_buf registers;
   ucontext_t start;
   char* stack = nullptr;
-  const int* waits_for = nullptr;  // blocked as long as this equals `seen`
+  const int* waits_for = nullptr;  // the thread is blocked as long as this equals `seen`
   int seen = 0;
   bool started = false, done = true;
 };
@@ -383,7 +383,7 @@ const char* emulate(void (*kernel)(const Parameters), const char* given, int64_t
   Parameters parameters;
   std::memcpy(&parameters, given, sizeof parameters);
   using namespace emulation;
-  if (threads % 32 || threads > kMostThreads) fail("no whole number of warps");
+  if (threads % 32 || threads > kMostThreads) fail("the number of threads is too large or not a multiple of 32");
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   const size_t pages = (static_cast<size_t>(shared) + page - 1) / page * page;
   char* memory =
