@@ -52,7 +52,7 @@ _TRIPLES = [
     ("query_proj", "key_proj", "value_proj"),
     *(tuple(name.format(x) for x in "qkv") for name in ("{}_proj", "{}_lin", "linear_{}", "{}")),
 ]
-_CROSS = re.compile("cross|enc(oder)?_?(dec|attn)", re.IGNORECASE)
+_CROSS = re.compile("cross|(enc|encoder)_?(dec|attn)", re.IGNORECASE)
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")  # names that compiled and checkpointed modules add
 
 
