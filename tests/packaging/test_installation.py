@@ -197,7 +197,14 @@ def test_make_wheels(source, distributions, tmp_path):
     copy = shutil.copytree(source, tmp_path / "source")
     # This environment is used as it is: make must not install the copy into it.
     installed = Path(sys.prefix) / ".installed"
-    command = ["make", "wheels", f"VENV={sys.prefix}", f"PYTHON={sys.executable}", f"TORCH={TORCH}"]
+    command = [
+        "make",
+        "--no-print-directory",
+        "wheels",
+        f"VENV={sys.prefix}",
+        f"PYTHON={sys.executable}",
+        f"TORCH={TORCH}",
+    ]
     result = subprocess.run(
         [*command, f"--old-file={installed}"],
         cwd=copy,
@@ -287,7 +294,7 @@ def test_without_a_compiler_it_installs_and_says_once_what_is_missing(source, en
     environment.check(cpu=False)
     result = environment.attempt(["-W", "always", "-c", _WITHOUT])
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("UserWarning") == 1
+    assert result.stderr.count("UserWarning: minilm_kernels") == 1  # torch warns too: numpy is not installed
     assert (
         "minilm_kernels: on the CPU the slower backend `torch` serves; the package was installed without its CPU "
         "library: no C++ compiler was found (tried c++, g++, clang++); install one, or set CXX\n"
@@ -307,7 +314,7 @@ def test_pure_python_on_request(source, environment, tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     environment.pip("install", "--no-deps", "--no-index", str(wheel))
     environment.check(cpu=False)
-    assert "UserWarning" not in environment.attempt(["-W", "always", "-c", _WITHOUT]).stderr
+    assert "UserWarning: minilm_kernels" not in environment.attempt(["-W", "always", "-c", _WITHOUT]).stderr
 
 
 def test_a_bad_mode_is_named(source, environment):
