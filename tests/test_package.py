@@ -65,6 +65,7 @@ def test_names_and_operators_are_there_when_they_are_used(code):
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
 
 
+@pytest.mark.slow
 def test_first_use_of_a_name_inside_a_compiled_function():
     code = """
 import minilm_kernels as mk

@@ -185,6 +185,7 @@ def test_no_register_of_the_kernels_products_is_written_too_early():
     assert kernels >= {"row_stats", "row_kl", "gradient", "gradient of key"}
 
 
+@pytest.mark.slow
 def test_a_kernel_that_another_checkout_compiled_is_not_taken(tmp_path):
     """Triton's cache finds the kernel by its text, but its line table names files of the other checkout."""
     for checkout in ("first", "second"):

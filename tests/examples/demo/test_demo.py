@@ -29,6 +29,7 @@ def small(monkeypatch):
     monkeypatch.setattr(assets, "lee_similarity", lambda: assets.RatedDocuments(short, rated.similarity[:8, :8]))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_demo(tmp_path, capsys):
     output, readme = tmp_path / "out", tmp_path / "README.md"
