@@ -25,7 +25,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BloomConfig,
+    BloomModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+)
 
 from minilm_kernels.distill import (
     DistillConfig,
@@ -795,8 +803,12 @@ def test_other_architectures_name_their_projections(settings: Settings, tmp_path
     common = {"teacher": folder, "teacher_projections": names, "mask": "causal", "max_steps": 20, "learning_rate": 3e-3}
     values = losses(distill(settings(student_projections=names, **common)))
     assert sum(values[-5:]) < 0.98 * sum(values[:5])
-    with pytest.raises(ValueError, match=r"--student-projections: .*LlamaModel"):
-        distill(settings(output_dir=tmp_path / "other", **common))
+    assert losses(distill(settings(output_dir=tmp_path / "found", **common))) == values  # by their usual names
+
+    unusual = tmp_path / "bloom"  # one projection for queries, keys and values
+    BloomModel(BloomConfig(vocab_size=65, hidden_size=48, n_head=4, n_layer=2)).save_pretrained(unusual)
+    with pytest.raises(ValueError, match=r"--student-projections: .*BloomModel"):
+        distill(settings(output_dir=tmp_path / "other", student=unusual, copy_layers=None, **common))
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(
