@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -341,6 +342,16 @@ def test_the_model_is_left_as_it_was(model_type, rotary):
     assert_equal(extractor(**batch), first, 0)
 
 
+def run_in_threads(work: Callable[[int], None], count: int) -> None:
+    """Runs `work(i)` for i = 0, 1, ... in threads, and waits for them."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+
+
 def test_extractors_over_one_model_and_threads_do_not_disturb_each_other():
     model = make("bert", 4)
     extractors = [QKVExtractor(model, layer) for layer in (1, 2, 3, 4)]
@@ -357,12 +368,7 @@ def test_extractors_over_one_model_and_threads_do_not_disturb_each_other():
                     if any((a - b).abs().max() > 1e-6 for a, b in zip(found, expected[j], strict=True)):
                         wrong.append(j)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
+    run_in_threads(work, 4)
     assert not wrong
 
 

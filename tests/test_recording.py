@@ -4,7 +4,6 @@ import contextlib
 import copy
 import gc
 import io
-import threading
 import weakref
 
 import accelerate
@@ -36,6 +35,7 @@ from .test_qkv import (
     loss_of,
     make,
     make_rotary,
+    run_in_threads,
     snapshot,
 )
 from .test_wrappers import adapted, adapted_values, folder
@@ -304,16 +304,9 @@ def test_threads_have_their_own_recordings(rotary):
                 if any((a - b).abs().max() > 1e-6 for a, b in zip(recorder.pop()[1], expected[j], strict=True)):
                     wrong.append(j)
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert not any(thread.is_alive() for thread in threads)
+        run_in_threads(work, 4)
         model(**batches[0])
-        thread = threading.Thread(target=recorder.clear)  # has nothing to clear
-        thread.start()
-        thread.join(60)
+        run_in_threads(lambda _: recorder.clear(), 1)  # has nothing to clear
         recorder.pop()
     assert not wrong
 
