@@ -129,8 +129,8 @@ class DistillConfig:
     )
     teacher_projections: tuple[str, ...] | None = _option(
         None,
-        "for teachers whose query, key and value modules have unusual names: these names, with {i} for the index of the "
-        "layer from 0, for example layers.{i}.attention.to_q layers.{i}.attention.to_k layers.{i}.attention.to_v",
+        "for teachers whose query, key and value modules have unusual names: these names, with {i} for the index of "
+        "the layer from 0, for example layers.{i}.attention.to_q layers.{i}.attention.to_k layers.{i}.attention.to_v",
         nargs="+",
     )
     student_projections: tuple[str, ...] | None = _option(None, "the same names for the student", nargs="+")
