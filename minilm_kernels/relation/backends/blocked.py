@@ -20,7 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
+from minilm_kernels.relation.inputs import RelationInputs, grad_buffers, unsupported_so_far
 
 # Number of scores in one block. On a CPU the buffers should stay in the cache, and every operation should be large
 # enough to be worth starting threads for. Medians in ns per pair for 2**17, 2**18, ..., 2**21 scores: 7.0, 5.7, 5.4,
@@ -38,7 +38,7 @@ def unavailable_reason() -> str | None:
 
 
 def unsupported_reasons(inputs: RelationInputs) -> list[str]:
-    return []
+    return unsupported_so_far(inputs)
 
 
 def forward_reduced(inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
