@@ -51,7 +51,7 @@ class NativeBackend:
         return self.load_error
 
     def unsupported_reasons(self, inputs: RelationInputs) -> list[str]:
-        reasons = unsupported_so_far(inputs)
+        reasons = []
         others = {x.dtype for x in (*inputs.teacher, *inputs.student)} - set(_DTYPES)
         if others:
             reasons.append(f"it supports float32, float16 and bfloat16, got {', '.join(map(str, others))}")
@@ -234,7 +234,7 @@ class CUDABackend(NativeBackend):
         return self._load_library() or cuda_compiler.unavailable_reason()
 
     def unsupported_reasons(self, inputs: RelationInputs) -> list[str]:
-        if reasons := super().unsupported_reasons(inputs):
+        if reasons := super().unsupported_reasons(inputs) + unsupported_so_far(inputs):
             return reasons
         device, _ = self.device(inputs.mask.device)
         try:
