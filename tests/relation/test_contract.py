@@ -168,7 +168,7 @@ def test_padding_never_matters(backend, device, mask, reduction):
 
 
 # Backends that do not support query masks and keys with fewer heads yet.
-_WITHOUT_ROWS_AND_GROUPS = ("cuda", "triton")
+_WITHOUT_ROWS_AND_GROUPS = ("triton",)
 
 
 def _refused(case: Case, backend: str) -> bool:
