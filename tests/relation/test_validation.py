@@ -237,6 +237,7 @@ def test_validation_reads_no_tensor_values():
         value = _call(
             attention_mask=torch.ones(2, 5).long(),
             prefix_lens=torch.tensor([1, 2]),
+            query_mask=torch.ones(2, 5),
             student_query=torch.randn(2, 5, 3, 4, requires_grad=True),
             teacher_query=torch.randn(2, 5, 3, 8),
         )
@@ -246,6 +247,7 @@ def test_validation_reads_no_tensor_values():
             teacher_query=torch.randn(10, 3, 8),
             student_query=torch.randn(10, 3, 4),
             cu_seqlens=torch.tensor([0, 4, 10], dtype=torch.int32),
+            query_mask=torch.ones(10).bool(),
         )
         assert packed.shape == ()
         with pytest.raises(DataDependentOutputException):  # shows that reading a value raises an error here
