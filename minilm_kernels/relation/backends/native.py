@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilm_kernels.relation.inputs import RelationInputs, grad_buffers, unsupported_so_far
+from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
 from minilm_kernels.relation.masks import add_fault
 
 from . import cuda_compiler
@@ -234,7 +234,7 @@ class CUDABackend(NativeBackend):
         return self._load_library() or cuda_compiler.unavailable_reason()
 
     def unsupported_reasons(self, inputs: RelationInputs) -> list[str]:
-        if reasons := super().unsupported_reasons(inputs) + unsupported_so_far(inputs):
+        if reasons := super().unsupported_reasons(inputs):
             return reasons
         device, _ = self.device(inputs.mask.device)
         try:
