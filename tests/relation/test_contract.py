@@ -168,7 +168,7 @@ def test_padding_never_matters(backend, device, mask, reduction):
 
 
 # Backends that do not support query masks and keys with fewer heads yet.
-_WITHOUT_ROWS_AND_GROUPS = ("cuda", "triton", "cpu", "torch")
+_WITHOUT_ROWS_AND_GROUPS = ("cuda", "cpu", "torch")
 
 
 def _refused(case: Case, backend: str) -> bool:

@@ -34,10 +34,17 @@ _LEFT_OUT = """not (bfloat16 or test_teacher_and_student_dtypes)
     and not (float16 and (6 or 17 or 32))
     and not (test_small_divergences and (0.1 or 0.001))
     and not (test_defaults and (float16 or -none or packed)) and not test_any_dtype""".replace("\n", " ")
+# Query masks and grouped keys: those cases whose launches differ.
+_ROWS = "test_rows or test_grouped or test_a_query or test_no_row or test_queries or test_several_relations"
+_ROWS_CHOSEN = """test_rows_that and (holes or packed) and (sequence or none) or test_grouped and none
+    or test_rows_and_groups_of and (65 or 257) and 0.95 or test_rows_and_groups_in and float16 and 16 and 8
+    or (test_a_query or test_no_row or test_queries) and holes and (sequence or none)
+    or test_several_relations""".replace("\n", " ")
 SHARDS = {  # arguments of pytest, and the smallest number of tests
     "sample": ([_CONTRACT, "-k", "test_masks and (holes-self or packed-prefix-cross) and (sequence or none)"], 8),
     "masks": ([_CONTRACT, "-k", f"({_MASKS}) and {_LEFT_OUT}"], 60),
-    "contract": ([_CONTRACT, "-k", f"not ({_MASKS}) and {_LEFT_OUT}"], 46),
+    "contract": ([_CONTRACT, "-k", f"not ({_MASKS} or {_ROWS}) and {_LEFT_OUT}"], 46),
+    "rows": ([_CONTRACT, "-k", _ROWS_CHOSEN], 40),
     "kernels": (["tests/relation/backends/test_triton_kernels.py"], 5),
     "operator": (["tests/relation/test_ops.py", "-k", "opcheck and (none or holes) or inductor or upstream"], 5),
 }
@@ -135,8 +142,10 @@ def test_tile_map_of_malformed_sequences_stays_inside(values):
         {},
         {"attention_mask": lambda: torch.ones(4, 50, dtype=torch.bool)},
         {"attention_mask": lambda: torch.ones(4, 50), "prefix_lens": lambda: torch.ones(4, dtype=torch.int32)},
+        {"attention_mask": lambda: torch.ones(4, 50), "query_mask": lambda: torch.ones(4, 50)},
         {"causal": True},
         {"cu_seqlens": lambda: torch.zeros(5, dtype=torch.int32), "prefix_lens": lambda: torch.ones(4)},
+        {"cu_seqlens": lambda: torch.zeros(5, dtype=torch.int32), "query_mask": lambda: torch.ones(200)},
     ],
     ids=lambda mask: "-".join(mask) or "none",
 )

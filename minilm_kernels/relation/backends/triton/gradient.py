@@ -124,7 +124,7 @@ def gradient_kernel(
     indices, starts, prefixes, tile_map, sum_t, sum_s, pivot_t, pivot_s, head_stats, weights, out,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr,
-    SLICED_T: tl.constexpr, SLICED_S: tl.constexpr,
+    SLICED_T: tl.constexpr, SLICED_S: tl.constexpr, GROUP_T: tl.constexpr, GROUP_S: tl.constexpr,
     PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, MASK: tl.constexpr, ROLE: tl.constexpr,
     ROW_WEIGHTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -141,8 +141,8 @@ def gradient_kernel(
     prefix = program.prefix
     if start >= length:
         return
-    LAYOUT_T: tl.constexpr = (D_T, DP_T, ALIGN_T, SLICED_T)
-    LAYOUT_S: tl.constexpr = (D_S, DP_S, ALIGN_S, SLICED_S)
+    LAYOUT_T: tl.constexpr = (D_T, DP_T, ALIGN_T, SLICED_T, GROUP_T)
+    LAYOUT_S: tl.constexpr = (D_S, DP_S, ALIGN_S, SLICED_S, GROUP_S)
     if HAS_INDICES:
         indices += program.indices_start
     row = row_offset(program, heads, stats_head_stride16, stats_seq_stride16, PACKED)

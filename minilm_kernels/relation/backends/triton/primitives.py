@@ -64,8 +64,8 @@ def select_pointer(pointers, index):
 
 @triton.jit
 def decode_relation(codes, relation):
-    """Returns the tensor index of a relation: `codes` holds 4 bits for each relation."""
-    return (codes >> (4 * relation)) & 15
+    """Returns the tensor index of a relation: `codes` holds 5 bits for each relation."""
+    return (codes >> (5 * relation)) & 31
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def output_offset(program, heads, positions, total, PACKED: tl.constexpr):
 
 
 @triton.jit
-def head_pointer(tensors, strides, index, program, ALIGN: tl.constexpr, PACKED: tl.constexpr):
+def head_pointer(tensors, strides, index, head, program, ALIGN: tl.constexpr, PACKED: tl.constexpr):
     """Returns a pointer to a sequence's position 0 in one head of tensors[index], and the stride of its tokens.
 
     `strides` holds batch, token and head stride of each tensor, in units of ALIGN elements.
@@ -170,7 +170,7 @@ def head_pointer(tensors, strides, index, program, ALIGN: tl.constexpr, PACKED: 
             token_stride = tl.cast(strides[3 * k + 1], tl.int64)
             head_stride = tl.cast(strides[3 * k + 2], tl.int64)
     offset = program.first * token_stride if PACKED else program.sequence.to(tl.int64) * batch_stride
-    return x + (offset + program.head.to(tl.int64) * head_stride) * ALIGN, token_stride
+    return x + (offset + head.to(tl.int64) * head_stride) * ALIGN, token_stride
 
 
 @triton.jit
@@ -205,11 +205,17 @@ def load_tile(
 @triton.jit
 def load_operands(
     tensors, strides, scale, q_index, k_index, program, q_position,
-    LAYOUT: tl.constexpr, PACKED: tl.constexpr, BLOCK_M: tl.constexpr,
+    LAYOUT: tl.constexpr, PACKED: tl.constexpr, OWNS_KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Returns the `Operands` of one model. LAYOUT is (D, DP, ALIGN, SLICED)."""
-    q, q_stride = head_pointer(tensors, strides, q_index, program, LAYOUT[2], PACKED)
-    k, k_stride = head_pointer(tensors, strides, k_index, program, LAYOUT[2], PACKED)
+    """Returns the `Operands` of one model.
+
+    LAYOUT is (D, DP, ALIGN, SLICED, GROUP): GROUP consecutive query heads share a key head.
+    """
+    key_head = program.head // LAYOUT[4]
+    q_head = key_head if OWNS_KEYS else program.head
+    k_head = program.head if OWNS_KEYS else key_head
+    q, q_stride = head_pointer(tensors, strides, q_index, q_head, program, LAYOUT[2], PACKED)
+    k, k_stride = head_pointer(tensors, strides, k_index, k_head, program, LAYOUT[2], PACKED)
     q_tile = load_tile(
         q, q_position, q_stride, program.start, program.length, BLOCK_M, LAYOUT[0], LAYOUT[1], LAYOUT[2], False
     )
@@ -233,10 +239,10 @@ def load_models(
     k_index = query if OWNS_KEYS else key
     q_position = token_positions(indices, program.start, program.length, BLOCK_M, HAS_INDICES, False)
     t = load_operands(
-        teacher, teacher_strides, scale_t, q_index, k_index, program, q_position, LAYOUT_T, PACKED, BLOCK_M
+        teacher, teacher_strides, scale_t, q_index, k_index, program, q_position, LAYOUT_T, PACKED, OWNS_KEYS, BLOCK_M
     )
     s = load_operands(
-        student, student_strides, scale_s, q_index, k_index, program, q_position, LAYOUT_S, PACKED, BLOCK_M
+        student, student_strides, scale_s, q_index, k_index, program, q_position, LAYOUT_S, PACKED, OWNS_KEYS, BLOCK_M
     )
     return q_position, t, s
 
@@ -254,7 +260,7 @@ def score_tile(
 ):  # fmt: skip
     """Returns the products of the owned tile and a looped tile, [BLOCK_M, BLOCK_N], not scaled.
 
-    With SLICED (the last entry of LAYOUT), both tiles are loaded again, 16 features at a time. This is for wide float32
+    With SLICED, both tiles are loaded again, 16 features at a time. This is for wide float32
     rows: their products are ordinary multiply-adds, for which a thread would otherwise keep whole rows in registers.
     All kernels multiply in the same order, so that a score is the same number in every phase.
     """
@@ -299,6 +305,20 @@ def score_tiles(
         s, k_tile_s, program, q_position, k_position, k_start, LAYOUT_S, PRECISION, FULL, BLOCK_M, BLOCK_N
     )
     return dot_t, dot_s
+
+
+@triton.jit
+def rows_that_count(
+    counted, indices, program, start, positions,
+    BLOCK: tl.constexpr, PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, HAS_QUERY_MASK: tl.constexpr,
+):  # fmt: skip
+    """Returns which of the BLOCK rows from the `start`-th on are rows of the sequence that count, [BLOCK]."""
+    counts = start + tl.arange(0, BLOCK) < program.length
+    if HAS_QUERY_MASK:
+        position = token_positions(indices, start, program.length, BLOCK, HAS_INDICES, False)
+        counted += program.first if PACKED else program.sequence.to(tl.int64) * positions
+        counts = counts & (tl.load(counted + position, mask=counts, other=0) != 0)
+    return counts
 
 
 @triton.jit
