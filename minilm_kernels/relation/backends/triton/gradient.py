@@ -13,7 +13,7 @@ import triton.language as tl
 from .primitives import (
     BIDIRECTIONAL,
     CAUSAL,
-    SIZES,
+    UNSPECIALIZED,
     head_offset,
     key_tiles,
     load_k_tile,
@@ -21,7 +21,7 @@ from .primitives import (
     row_offset,
     score_tile,
     sees,
-    select_pointer,
+    select,
     tile_program,
     token_positions,
 )
@@ -117,7 +117,7 @@ def _add_tile(
     return tl.dot(excess.to(k_tile_s.dtype), k_tile_s, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(**UNSPECIALIZED)
 def gradient_kernel(
     teacher, teacher_strides, student, student_strides, query_codes, key_codes, scale_t, scale_s, gradient_scale,
     heads, sequences, positions, total, tiles, stats_head_stride16, stats_seq_stride16,
@@ -227,4 +227,4 @@ def gradient_kernel(
     position = q_position.to(tl.int64) + (program.first if PACKED else program.sequence.to(tl.int64) * positions)
     feature = tl.arange(0, DP_S)[None, :]
     offset = ((position * heads + program.head) * D_S)[:, None] + feature  # [BLOCK_M, DP_S]
-    tl.store(select_pointer(out, program.relation) + offset, acc, mask=in_bounds[:, None] & (feature < D_S))
+    tl.store(select(out, program.relation) + offset, acc, mask=in_bounds[:, None] & (feature < D_S))

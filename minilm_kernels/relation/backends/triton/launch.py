@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -87,7 +87,7 @@ def forward_none(inputs: RelationInputs) -> Tensor:
     out = call.new((len(inputs.relations), *batch, inputs.heads, positions), covered=True)
     for group in call.groups() if call.has_tiles else []:
         group.row_stats(None)
-        group.row_kl(None, tuple(out[r] for r in group.relations))
+        group.row_kl(None, out)
     return add_fault(out, call.fault)
 
 
@@ -98,7 +98,7 @@ def backward_none(inputs: RelationInputs, row_grads: Tensor) -> list[Tensor]:
     for group in call.groups() if call.has_tiles else []:
         weights = group.new_row_stats()
         group.row_stats(None)
-        group.finalize(None, True, tuple(row_grads[r] for r in group.relations), weights)
+        group.finalize(None, True, row_grads, weights)
         group.gradients(weights, True, grads)
     return list(grads.values())
 
@@ -209,7 +209,8 @@ class _Group:
         # Rows of packed sequences are adjacent; each dense sequence begins at a multiple of 16 rows.
         seq_stride16 = -(-call.positions // 16)
         self.head_stride16 = seq_stride16 if inputs.mask.packed else call.sequences * seq_stride16
-        self.sizes = {
+        self.sizes: dict[str, Any] = {
+            "relations": encode_integers(relations),
             "query_codes": _encode([used.index(query) for query in queries]),
             "key_codes": _encode([used.index(key) for key in keys]),
             "heads": inputs.heads,
@@ -242,17 +243,17 @@ class _Group:
             COMPUTE_KL=kl_rows is not None,
         )
 
-    def row_kl(self, kl_rows: Tensor | None, out: tuple[Tensor, ...] | None) -> None:
-        """Writes the exact KL of every row to `out` or to `kl_rows`."""
+    def row_kl(self, kl_rows: Tensor | None, out: Tensor | None) -> None:
+        """Writes the exact KL of every row to `out`, which has the rows of all relations, or to `kl_rows`."""
         from .row_kl import row_kl_kernel
 
-        self._launch_tiles(row_kl_kernel, "row_kl", kl_rows=kl_rows, out=out, TO_OUTPUT=out is not None)
+        self._launch_tiles(row_kl_kernel, "row_kl", kl_rows=kl_rows, rows_out=out, TO_OUTPUT=out is not None)
 
     def finalize(
         self,
         kl_rows: Tensor | None,
         gradient: bool,
-        row_grads: tuple[Tensor, ...] | None = None,
+        row_grads: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
         """Returns the sums of `kl_rows`, (R, N, A), and prepares the statistics for the gradient kernel."""
@@ -373,7 +374,16 @@ def _aligned(tensors: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]
     aligned = tuple(x.to(dtype) if x.stride(-1) == 1 or x.shape[-1] == 1 else x.to(dtype).contiguous() for x in tensors)
     strides = [s for x in aligned for s in ((0,) * (4 - x.dim()) + x.stride())[:3]]  # batch, token, head
     unit = math.gcd(16 // dtype.itemsize, *strides)
-    return aligned, tuple(s // unit for s in strides), unit
+    return aligned, encode_integers(s // unit for s in strides), unit
+
+
+def encode_integers(integers: Iterable[int]) -> tuple[int, ...]:
+    """Returns 2 n + 3 of each integer. The kernels decode them.
+
+    Triton compiles a kernel again if an integer in a tuple becomes 1 or a multiple of 16. These numbers never do.
+    `do_not_specialize` has no effect in a tuple.
+    """
+    return tuple(2 * n + 3 for n in integers)
 
 
 def _encode(indices: list[int]) -> int:

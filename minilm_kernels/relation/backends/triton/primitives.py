@@ -19,11 +19,14 @@ import triton.language as tl
 # Values of the constexpr argument MASK.
 BIDIRECTIONAL, CAUSAL, PREFIX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-# Integer arguments whose values must not trigger a recompilation.
-SIZES = (
-    "teacher_strides", "student_strides", "query_codes", "key_codes", "heads", "sequences", "positions", "total",
-    "tiles", "stats_head_stride16", "stats_seq_stride16",
-)  # fmt: skip
+# Arguments whose values must not trigger a compilation. Integers in tuples are encoded for that, see `decode_integer`.
+UNSPECIALIZED: dict[str, Any] = {
+    "do_not_specialize": (
+        "query_codes", "key_codes", "heads", "sequences", "positions", "total", "tiles", "stats_head_stride16",
+        "stats_seq_stride16",
+    ),
+    "do_not_specialize_on_alignment": ("starts", "prefixes", "row_grads"),  # the caller's tensors
+}  # fmt: skip
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -53,13 +56,19 @@ class Operands(NamedTuple):
 
 
 @triton.jit
-def select_pointer(pointers, index):
-    """Returns pointers[index] from a tuple of pointers, for an index that is known only at run time."""
-    chosen = pointers[0]
-    for k in tl.static_range(1, len(pointers)):
+def select(items, index):
+    """Returns items[index] from a tuple of pointers or numbers, for an index that is known only at run time."""
+    chosen = items[0]
+    for k in tl.static_range(1, len(items)):
         if index == k:
-            chosen = pointers[k]
+            chosen = items[k]
     return chosen
+
+
+@triton.jit
+def decode_integer(x):
+    """Returns the integer that `launch.encode_integers` encoded, as int64."""
+    return (tl.cast(x, tl.int64) - 3) >> 1
 
 
 @triton.jit
@@ -146,29 +155,33 @@ def head_offset(program, heads, sequences):
 
 
 @triton.jit
-def output_offset(program, heads, positions, total, PACKED: tl.constexpr):
-    """Returns the offset of a sequence's position 0 in a tensor (B, A, S) or (A, T)."""
+def output_offset(program, relations, heads, positions, total, PACKED: tl.constexpr):
+    """Returns the offset of a sequence's position 0 in a tensor (R, B, A, S) or (R, A, T).
+
+    `relations` holds the number in the call of each relation of the launch, encoded.
+    """
+    start = decode_integer(select(relations, program.relation)) * heads * total
     if PACKED:
-        return program.head.to(tl.int64) * total + program.first
-    return (program.sequence.to(tl.int64) * heads + program.head) * positions
+        return start + program.head.to(tl.int64) * total + program.first
+    return start + (program.sequence.to(tl.int64) * heads + program.head) * positions
 
 
 @triton.jit
 def head_pointer(tensors, strides, index, head, program, ALIGN: tl.constexpr, PACKED: tl.constexpr):
     """Returns a pointer to a sequence's position 0 in one head of tensors[index], and the stride of its tokens.
 
-    `strides` holds batch, token and head stride of each tensor, in units of ALIGN elements.
+    `strides` holds batch, token and head stride of each tensor, in units of ALIGN elements and encoded.
     """
     x = tensors[0]
-    batch_stride = tl.cast(strides[0], tl.int64)
-    token_stride = tl.cast(strides[1], tl.int64)
-    head_stride = tl.cast(strides[2], tl.int64)
+    batch_stride = decode_integer(strides[0])
+    token_stride = decode_integer(strides[1])
+    head_stride = decode_integer(strides[2])
     for k in tl.static_range(1, len(tensors)):
         if index == k:
             x = tensors[k]
-            batch_stride = tl.cast(strides[3 * k], tl.int64)
-            token_stride = tl.cast(strides[3 * k + 1], tl.int64)
-            head_stride = tl.cast(strides[3 * k + 2], tl.int64)
+            batch_stride = decode_integer(strides[3 * k])
+            token_stride = decode_integer(strides[3 * k + 1])
+            head_stride = decode_integer(strides[3 * k + 2])
     offset = program.first * token_stride if PACKED else program.sequence.to(tl.int64) * batch_stride
     return x + (offset + head.to(tl.int64) * head_stride) * ALIGN, token_stride
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from .primitives import (
     BIDIRECTIONAL,
     LN2,
-    SIZES,
+    UNSPECIALIZED,
     decode_relation,
     head_offset,
     head_pointer,
@@ -25,7 +25,6 @@ from .primitives import (
     rows_that_count,
     rowwise_dot,
     score_tiles,
-    select_pointer,
     tile_program,
     token_positions,
     visible_keys,
@@ -37,7 +36,7 @@ _OVERFLOW = tl.constexpr(2.0**100)
 _SHARED_PIVOT_RANGE = tl.constexpr(160.0)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(**UNSPECIALIZED)
 def pivot_kernel(
     teacher, teacher_strides, student, student_strides, query_codes, scale_t, scale_s,
     heads, sequences, positions, total, indices, starts, prefixes, head_stats,
@@ -132,7 +131,7 @@ def _add_row_stats(
     return sums_t, sums_s, weighted
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(**UNSPECIALIZED)
 def row_stats_kernel(
     teacher, teacher_strides, student, student_strides, query_codes, key_codes, scale_t, scale_s,
     heads, sequences, positions, total, tiles, stats_head_stride16, stats_seq_stride16,
@@ -236,10 +235,10 @@ def row_stats_kernel(
         tl.store(kl_rows + row, log_ratio - LN2 * (v / l_t), mask=in_bounds)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(**UNSPECIALIZED)
 def finalize_kernel(
     heads, sequences, positions, total, stats_head_stride16, stats_seq_stride16, indices, starts, prefixes, counted,
-    sum_t, sum_s, pivot_t, pivot_s, kl_rows, values, head_stats, row_grads, weights,
+    sum_t, sum_s, pivot_t, pivot_s, kl_rows, values, head_stats, relations, row_grads, weights,
     PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, MASK: tl.constexpr,
     SELF_RELATION: tl.constexpr, COMPUTE_KL: tl.constexpr, GRADIENT: tl.constexpr, ROW_WEIGHTS: tl.constexpr,
     SHIFT: tl.constexpr, BLOCK: tl.constexpr,
@@ -272,8 +271,7 @@ def finalize_kernel(
 
     inverse_largest = 1.0
     if ROW_WEIGHTS:
-        row_grads = select_pointer(row_grads, program.relation)
-        row_grads += output_offset(program, heads, positions, total, PACKED)
+        row_grads += output_offset(program, relations, heads, positions, total, PACKED)
         magnitudes = tl.zeros([BLOCK], tl.float32)
         for start in range(0, length, BLOCK):
             position = token_positions(indices, start, length, BLOCK, HAS_INDICES, False)
