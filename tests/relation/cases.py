@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -149,19 +148,6 @@ def all_nan(case: Case, reduction: str, backend: str) -> bool:
     """Returns whether every value of a call and every entry of its gradients is NaN."""
     value, grads = case.run(reduction, backend)
     return bool(value.isnan().all() and all(grad.isnan().all() for grad in grads))
-
-
-# Backends that do not support query masks and keys with fewer heads yet.
-_WITHOUT_ROWS_AND_GROUPS = ("cuda", "triton")
-
-
-def refused(case: Case, backend: str) -> bool:
-    """Returns whether the backend does not support the call yet. Its message then says so."""
-    if backend not in _WITHOUT_ROWS_AND_GROUPS:
-        return False
-    with pytest.raises(RuntimeError, match=r"does not support (query_mask|keys with fewer heads)"):
-        case.run("none", backend)
-    return True
 
 
 def dense(case: Case, upstream: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:

@@ -5,7 +5,7 @@ import torch
 
 from minilm_kernels import QKV, MiniLMv2Loss, relation_kl
 
-from .cases import Case, make, refused
+from .cases import Case, make
 
 B, S, A = 2, 1024, 2
 _SEQUENCES = torch.tensor([0, 700, 1024, 1900, 2048], dtype=torch.int32)
@@ -46,8 +46,7 @@ def test_no_allocation_of_quadratic_size(backend, mode, cross, reduction):
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
 def test_rows_and_groups_allocate_nothing_of_quadratic_size(backend, reduction):
     case = make(MODES["causal holes"], batch=B, length=S, heads=4, widths=(8, 6), cross=True, rows=0.5, groups=(2, 4))
-    if not refused(case, backend):
-        assert _largest_allocation(case, reduction, backend) < B * 4 * S * S
+    assert _largest_allocation(case, reduction, backend) < B * 4 * S * S
 
 
 def test_the_guard_sees_a_dense_backend():
