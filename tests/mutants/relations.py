@@ -24,8 +24,8 @@ MUTANTS = [
     ),
     Mutant(
         _API,
-        "if sizes != first.shape[:-2]:",
-        "if sizes[0] != first.shape[0]:",
+        "if x.shape[:-2] != first.shape[:-2]:",
+        "if x.shape[0] != first.shape[0]:",
         _VALIDATION,
         "tensors of other lengths reach the kernels",
     ),

@@ -7,6 +7,7 @@ import torch
 
 from minilm_kernels import MiniLMv2Loss, backend_status, relation_kl
 from minilm_kernels.losses import QKV
+from minilm_kernels.relation.api import relation_kl_multi
 from minilm_kernels.relation.backends.triton import launch as triton_backend
 from minilm_kernels.relation.inputs import RelationInputs
 from minilm_kernels.relation.masks import Mask
@@ -146,6 +147,15 @@ def test_a_scalar_is_the_sum_of_its_relations(on):
         torch.testing.assert_close(value, sum(relations[name] * parts[name] for name in relations))
         grads.append([value.detach(), *torch.autograd.grad(value, student)])
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-8)
+
+
+def test_more_tensors_than_a_hexadecimal_digit(on):
+    """A launch names its tensors by numbers of a few bits each: nine cross relations have 18 tensors."""
+    relations = [(f"q{r}", f"k{r}") for r in range(9)]
+    names = [name for pair in relations for name in pair]
+    teacher, student = ({name: torch.randn(1, 5, 1, width, device=on) for name in names} for width in (16, 8))
+    values = relation_kl_multi(teacher, student, relations, backend="triton")
+    torch.testing.assert_close(values, relation_kl_multi(teacher, student, relations, backend="reference"))
 
 
 def test_features_that_are_not_side_by_side(on):
