@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilm_kernels.relation.inputs import RelationInputs, grad_buffers, unsupported_so_far
+from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
 from minilm_kernels.relation.masks import add_fault
 
 from . import cuda_compiler
@@ -51,7 +51,7 @@ class NativeBackend:
         return self.load_error
 
     def unsupported_reasons(self, inputs: RelationInputs) -> list[str]:
-        reasons = unsupported_so_far(inputs)
+        reasons = []
         others = {x.dtype for x in (*inputs.teacher, *inputs.student)} - set(_DTYPES)
         if others:
             reasons.append(f"it supports float32, float16 and bfloat16, got {', '.join(map(str, others))}")
@@ -216,9 +216,6 @@ class CUDABackend(NativeBackend):
     def __init__(self) -> None:
         super().__init__("cuda")
         self.loader = KernelLoader()
-
-    def unavailable_reason(self) -> str | None:
-        return self.loader.error or super().unavailable_reason()
 
     def device(self, device: torch.device) -> tuple[int, int]:
         """Number and current stream of a device."""
