@@ -7,13 +7,13 @@ import pytest
 
 MODULES = [
     "_extras",
+    "distill.config",
+    "distill.loop",
+    "distill.optimizer",
     "integrations.relation_term",
     "qkv",
     "recording",
     "students",
-    "distill.config",
-    "distill.loop",
-    "distill.optimizer",
 ]
 
 
