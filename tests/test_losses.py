@@ -120,9 +120,9 @@ def test_losses_are_modules_without_state():
 def test_heads_are_views():
     """The inputs reach the operator without a copy."""
     student = _qkv(HIDDEN_S)
-    _, heads = MiniLMv2Loss(6)._split_heads(_qkv(HIDDEN_T), student, packed=False)
-    assert heads["key"].data_ptr() == student.key.data_ptr()
-    assert heads["key"].shape == (B, S, 6, 2)
+    (call,) = MiniLMv2Loss(6)._calls(_qkv(HIDDEN_T), student, None, {}).values()
+    assert call.student["key"].data_ptr() == student.key.data_ptr()
+    assert call.student["key"].shape == (B, S, 6, 2)
 
 
 TEACHER, STUDENT = _qkv(HIDDEN_T), _qkv(HIDDEN_S)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from minilm_kernels import MiniLMLoss, MiniLMv2Loss, QKVExtractor, integrations, record_qkv
 from minilm_kernels.integrations import RelationTerm
+
 from .test_qkv import batch_of, make, make_rotary
 
 LOSS = MiniLMv2Loss(6)
