@@ -466,8 +466,8 @@ class MiniLMv2Loss(_RelationLoss):
             rows, the second the keys. None means {"qq": 1.0, "kk": 1.0, "vv": 1.0}.
         attention_heads: number of attention heads, or those of teacher and student. Only needed for cross relations
             such as "qk" of models with grouped-query attention: each key head is repeated as in the attention, and the
-            repeated keys are split into relation heads like the queries. In self relations, "kk" and "vv" included, the
-            narrower keys and values are split as they are.
+            repeated keys are split into relation heads like the queries. Relations among keys and values ("kk", "vv",
+            "kv", "vk") split the narrower tensors as they are.
         layers: the layers to compare, teacher's to student's: {12: 6, 9: 3}. The loss then takes dicts from layer to
             QKV, and sums up the layers. None: one pair of layers, given as QKV.
         layer_weights: weight of each pair, by the teacher's layer. Layers that are left out have weight 1.
@@ -549,7 +549,7 @@ class SelfRelationLoss(nn.Module):
         >>> student = torch.randn(2, 6, 24, requires_grad=True)
         >>> teacher = torch.randn(2, 6, 48)
         >>> f"{SelfRelationLoss(num_heads=4)(student, teacher).item():.3f}"
-        '0.450'
+        '0.516'
     """
 
     def __init__(

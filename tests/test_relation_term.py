@@ -113,6 +113,24 @@ def test_relations_before_and_after_the_rotation():
     torch.testing.assert_close(term.total(components), sum(expected.values()))
 
 
+def test_rows_of_completions():
+    (student, teacher), batch = decoders(), batch_of()
+    mask = batch["attention_mask"]
+    completion = torch.zeros_like(mask)
+    completion[:, 6:] = 1
+    term = RelationTerm(student, teacher, MiniLMv2Loss(6, reduction="token"))
+    term.run_teacher(**batch)
+    student(**batch)
+    value = term.value(mask, query_mask=completion)
+    rows = MiniLMv2Loss(6, reduction="none")
+    with record_qkv(teacher) as of_teacher, record_qkv(student) as of_student, torch.no_grad():
+        teacher(**batch)
+        student.eval()(**batch)
+        each = rows(of_teacher.pop()[-1], of_student.pop()[-1], mask, causal=True).sum(1)
+    counted = (mask * completion).bool()
+    torch.testing.assert_close(value, each[counted].sum() / (6 * counted.sum()))
+
+
 def test_one_value_for_each_column():
     (student, teacher), columns = student_and_teacher(), [batch_of(length=7), batch_of(length=9)]
     term, values = RelationTerm(student, teacher, LOSS), []
