@@ -7,12 +7,13 @@ TORCH := torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INTEGRATIONS := $(VENV)/.integrations
 
 # Processes that run the tests side by side; each takes about a gigabyte of memory.
 JOBS ?= 2
 PYTEST := -m pytest --numprocesses $(JOBS) --dist worksteal
 
-.PHONY: help demo test slow check lint format docs bench ratios sanitize soak compute-sanitizer packaging wheels cuda
+.PHONY: help demo test slow integrations check lint format docs bench ratios sanitize soak compute-sanitizer packaging wheels cuda
 .PHONY: mutants clean
 .NOTPARALLEL:
 
@@ -28,7 +29,10 @@ test: $(INSTALLED) lint  ## lint, then every test that is neither slow nor packa
 slow: $(INSTALLED)  ## the slow tests: Triton's interpreter, emulated CUDA kernels, torch.compile, several processes
 	$(BIN)/python $(PYTEST) -m "slow and not packaging" $(ARGS)
 
-check: test slow docs sanitize cuda packaging  ## everything that continuous integration runs, each test once
+integrations: $(INTEGRATIONS)  ## install the trainers of other packages and test with them, the examples included
+	$(BIN)/python $(PYTEST) tests/integrations $(ARGS)
+
+check: test slow integrations docs sanitize cuda packaging  ## everything that continuous integration runs, each test once
 
 CXX_CODE := csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh'
 lint: $(INSTALLED)  ## ruff, mypy, typos and clang-format
@@ -104,4 +108,8 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard build_support/*.py csrc/*/* csr
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	@touch $@
+
+$(INTEGRATIONS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet $(TORCH) --editable ".[integrations]"
 	@touch $@

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .losses import QKV, MiniLMLoss, MiniLMv2Loss
+    from .losses import QKV, MiniLMLoss, MiniLMv2Loss, SelfRelationLoss
     from .qkv import QKVExtractor
     from .recording import record_qkv
-    from .relation import backend_status, relation_kl, relation_kl_multi
+    from .relation import backend_status, prefix_mask, relation_kl, relation_kl_multi
     from .students import PRESETS, Preset, copied_student, preset_config, random_student, student_config
 
 __version__ = "0.1.0"
@@ -25,8 +25,10 @@ __all__ = [
     "MiniLMv2Loss",
     "Preset",
     "QKVExtractor",
+    "SelfRelationLoss",
     "backend_status",
     "copied_student",
+    "prefix_mask",
     "preset_config",
     "random_student",
     "record_qkv",
@@ -36,18 +38,18 @@ __all__ = [
 ]
 
 _NAMES = {
-    ".losses": ("QKV", "MiniLMLoss", "MiniLMv2Loss"),
+    ".losses": ("QKV", "MiniLMLoss", "MiniLMv2Loss", "SelfRelationLoss"),
     ".qkv": ("QKVExtractor",),
     ".recording": ("record_qkv",),
-    ".relation": ("backend_status", "relation_kl", "relation_kl_multi"),
+    ".relation": ("backend_status", "prefix_mask", "relation_kl", "relation_kl_multi"),
     ".students": ("PRESETS", "Preset", "copied_student", "preset_config", "random_student", "student_config"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, and the submodules `losses` and `relation`, imported on first use."""
-    if name in ("losses", "relation"):
+    """The public names, and the submodules `integrations`, `losses` and `relation`, imported on first use."""
+    if name in ("integrations", "losses", "relation"):
         return import_module(f".{name}", __name__)
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,7 @@ FLOORS = [
     ("losses",),
     ("qkv", "recording"),
     ("students",),
+    ("integrations",),
     ("distill",),
     ("examples",),
     ("benchmarks",),
