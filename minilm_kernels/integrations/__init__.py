@@ -10,11 +10,16 @@ from minilm_kernels._extras import optional_imports
 
 if TYPE_CHECKING:
     from .relation_term import RelationTerm
+    from .transformers import RelationTrainer, RelationTrainingArguments
 
-__all__ = ["RelationTerm"]
+__all__ = ["RelationTerm", "RelationTrainer", "RelationTrainingArguments"]
 
 # Name -> its module here, and the extra that it needs.
-_NAMES: dict[str, tuple[str, str | None]] = {"RelationTerm": ("relation_term", None)}
+_NAMES: dict[str, tuple[str, str | None]] = {
+    "RelationTerm": ("relation_term", None),
+    "RelationTrainer": ("transformers", "trainer"),
+    "RelationTrainingArguments": ("transformers", "trainer"),
+}
 
 
 def __getattr__(name: str) -> Any:
