@@ -46,8 +46,8 @@ _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, and the submodules `losses` and `relation`, imported on first use."""
-    if name in ("losses", "relation"):
+    """The public names, and the submodules `integrations`, `losses` and `relation`, imported on first use."""
+    if name in ("integrations", "losses", "relation"):
         return import_module(f".{name}", __name__)
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -34,9 +34,9 @@ __all__ = ["QKV", "QKVExtractor"]
 
 # Batch entries that tokenizers, collators and sentence-transformers add for other purposes. They are ignored if the
 # base model does not take them.
-_FOR_OTHERS = {"labels", "label", "label_ids", "next_sentence_label", "start_positions", "end_positions"}
-_FOR_OTHERS |= {"num_items_in_batch", "token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
-_FOR_OTHERS |= {"overflow_to_sample_mapping", "modality", "prompt_length", "task"}
+FOR_OTHERS = {"labels", "label", "label_ids", "next_sentence_label", "start_positions", "end_positions"}
+FOR_OTHERS |= {"num_items_in_batch", "token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
+FOR_OTHERS |= {"overflow_to_sample_mapping", "modality", "prompt_length", "task"}
 # Entries of flattened batches. Most attention functions ignore them, so that tokens attend to other sequences.
 _FLATTENED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
@@ -245,7 +245,7 @@ class QKVExtractor(nn.Module):
         """
         if positional:
             raise TypeError("batch: give its entries by name, as in extractor(**batch)")
-        unknown = [name for name in batch if name not in self._accepted and name not in _FOR_OTHERS]
+        unknown = [name for name in batch if name not in self._accepted and name not in FOR_OTHERS]
         if flattened := [name for name in batch if name in _FLATTENED]:
             raise TypeError(
                 f"batch: {', '.join(flattened)} describe a flattened batch, in which most attention functions mix the "

@@ -10,7 +10,8 @@ import re
 import sys
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -50,7 +51,30 @@ class _Outputs:
 
 
 class _ThreadOutputs(_Outputs, threading.local):
-    """Outputs of the calling thread."""
+    """Outputs of the calling thread, and the recorders of `until_recorded`."""
+
+    awaited: "tuple[record_qkv, ...]" = ()
+
+
+class _Recorded(Exception):
+    """Ends a forward in `until_recorded`."""
+
+
+@contextmanager
+def until_recorded(*recorders: "record_qkv") -> Iterator[None]:
+    """Ends a forward in this context as soon as all recorders have their outputs, without an error.
+
+    Code that torch.compile has compiled and models with fully_shard, whose state would be incomplete, run to the end.
+    """
+    whole = any(_is_sharded(recorder._stack.root.modules()) for recorder in recorders)
+    for recorder in recorders:
+        recorder._eager.awaited = () if whole else recorders
+    try:
+        with suppress(_Recorded):
+            yield
+    finally:
+        for recorder in recorders:
+            recorder._eager.awaited = ()
 
 
 class _KeepActivations:
@@ -101,18 +125,23 @@ class _OutputWatch:
                     leaf.register_hook(lambda _: passed.append(True))
 
     def _synchronized(self, base: nn.Module) -> bool:
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return False
-        from torch.distributed.fsdp import FSDPModule
-
         inside_ddp = getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
-        return inside_ddp or any(isinstance(module, FSDPModule) for module in (base, *self.layers))
+        return inside_ddp or _is_sharded((base, *self.layers))
 
     def check(self, recorded: torch.Tensor) -> None:
         """Lets the backward raise an error if it reaches a recorded tensor, but not the output behind it."""
         passed = self.passed
         if passed is not None and recorded.requires_grad:
             recorded.register_hook(lambda _: _require(passed))
+
+
+def _is_sharded(modules: Iterable[nn.Module]) -> bool:
+    """True if `fully_shard` has been applied to one of the modules."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in modules)
 
 
 def _require(passed: list[bool]) -> None:
@@ -139,6 +168,8 @@ def _sinks(module: nn.Module, name: str, wrapped: Callable, operands: bool) -> l
         output = wrapped(self, *args, **kwargs)
         for recorder, key in sinks:
             recorder._put(self is module, key, args[:3] if operands else output)
+        if not torch.compiler.is_compiling() and any(recorder._ends_forward() for recorder, _ in sinks):
+            raise _Recorded
         return output
 
     method.__name__ = name  # by which a pickle of the model refers to it
@@ -395,6 +426,11 @@ class record_qkv:
                 self._compiled.put(key, output)
         elif own and torch._C._current_graph_task_id() == -1:  # not a recomputation, which runs in the backward
             self._eager.put(key, output)
+
+    def _ends_forward(self) -> bool:
+        """True if `until_recorded` awaits this recorder, and no other one any more."""
+        awaited = self._eager.awaited
+        return bool(awaited) and all(len(recorder._eager.last) == len(recorder._modules) for recorder in awaited)
 
     def _take(self) -> tuple[dict[_Key, Any], set[_Key]]:
         """The outputs of this thread, which are forgotten, and the keys that were recorded more than once."""

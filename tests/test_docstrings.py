@@ -5,7 +5,16 @@ import importlib
 
 import pytest
 
-MODULES = ["_extras", "qkv", "recording", "students", "distill.config", "distill.loop", "distill.optimizer"]
+MODULES = [
+    "_extras",
+    "distill.config",
+    "distill.loop",
+    "distill.optimizer",
+    "integrations.relation_term",
+    "qkv",
+    "recording",
+    "students",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,0 +1,34 @@
+"""The relation loss in other packages' trainers, and `RelationTerm` for any training loop.
+
+A name is imported on first use, because the trainers import transformers, sentence-transformers or TRL.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from minilm_kernels._extras import optional_imports
+
+if TYPE_CHECKING:
+    from .relation_term import RelationTerm
+
+__all__ = ["RelationTerm"]
+
+# Name -> its module here, and the extra that it needs.
+_NAMES: dict[str, tuple[str, str | None]] = {"RelationTerm": ("relation_term", None)}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, extra = _NAMES[name]
+    if extra is None:
+        found = import_module(f".{module}", __name__)
+    else:
+        with optional_imports(extra, f"{__name__}.{name}"):
+            found = import_module(f".{module}", __name__)
+    globals()[name] = getattr(found, name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
