@@ -10,6 +10,8 @@ EXTRAS = {
     "hf": ("transformers", "safetensors", "tokenizers", "huggingface_hub"),
     "distill": ("transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "tqdm", "yaml"),
     "data": ("datasets", "pyarrow"),
+    "sentence-transformers": ("sentence_transformers", "transformers", "accelerate", "datasets"),
+    "trl": ("trl", "transformers", "accelerate", "datasets"),
 }
 
 

@@ -10,11 +10,18 @@ from minilm_kernels._extras import optional_imports
 
 if TYPE_CHECKING:
     from .relation_term import RelationTerm
+    from .sentence_transformers import RelationDistillLoss, RelationKLEvaluator
+    from .trl import RelationDistillationTrainer
 
-__all__ = ["RelationTerm"]
+__all__ = ["RelationDistillLoss", "RelationDistillationTrainer", "RelationKLEvaluator", "RelationTerm"]
 
 # Name -> its module here, and the extra that it needs.
-_NAMES: dict[str, tuple[str, str | None]] = {"RelationTerm": ("relation_term", None)}
+_NAMES: dict[str, tuple[str, str | None]] = {
+    "RelationTerm": ("relation_term", None),
+    "RelationDistillLoss": ("sentence_transformers", "sentence-transformers"),
+    "RelationKLEvaluator": ("sentence_transformers", "sentence-transformers"),
+    "RelationDistillationTrainer": ("trl", "trl"),
+}
 
 
 def __getattr__(name: str) -> Any:
