@@ -154,7 +154,7 @@ TEACHER, STUDENT = _qkv(HIDDEN_T), _qkv(HIDDEN_S)
         ),
         (lambda: MiniLMLoss(4, reduction="mean")(TEACHER, STUDENT), ValueError, "reduction: .*'mean'"),
         (lambda: MiniLMLoss(4, backend="x")(TEACHER, STUDENT), ValueError, "backend: .*'x'"),
-        (lambda: MiniLMLoss(4)(TEACHER, _qkv(12, 2, 10)), ValueError, "student_query: .*batch, sequence"),
+        (lambda: MiniLMLoss(4)(TEACHER, _qkv(12, 2, 10)), ValueError, "student_query: .*batch and sequence"),
     ],
 )
 def test_errors(call, exception, message):

@@ -15,10 +15,10 @@
 #include "common/relation.h"
 
 // First arguments of `relation_kl` in both libraries. minilm_kernels/relation/backends/native.py passes them.
-#define MINILM_RELATION_SCHEMA                                                                                \
-  "Tensor[] teacher, Tensor[] student, int[] indices, float[] scales, Tensor tokens, Tensor starts, "         \
-  "Tensor? prefixes, bool causal, Tensor? weights, Tensor? row_grads, Tensor(a!)? values, Tensor(b!)? rows, " \
-  "Tensor(c!)[] grads"
+#define MINILM_RELATION_SCHEMA                                                                                  \
+  "Tensor[] teacher, Tensor[] student, int[] indices, float[] scales, Tensor tokens, Tensor starts, "           \
+  "Tensor? prefixes, Tensor? query_mask, bool causal, Tensor? weights, Tensor? row_grads, Tensor(a!)? values, " \
+  "Tensor(b!)? rows, Tensor(c!)[] grads"
 
 namespace minilm {
 
@@ -49,6 +49,11 @@ inline TensorView view_of(const Tensor& x) {
   return view;
 }
 
+inline ModelOperands operands_of(const Tensor& query, const Tensor& key) {
+  const int heads = query.dim() - 2;
+  return {view_of(query), view_of(key), 1.0f, static_cast<int32_t>(query.size(heads) / key.size(heads))};
+}
+
 template <class T>
 const T* input_data(const OptionalTensor& x, ScalarType dtype) {
   if (!x) return nullptr;
@@ -71,8 +76,8 @@ inline std::vector<Relation> relations_of(const Tensors& teacher, const Tensors&
     const int64_t query = indices[2 * r], key = indices[2 * r + 1];
     Relation& relation = relations[r];
     relation = {};
-    relation.teacher = {view_of(teacher.at(query)), view_of(teacher.at(key)), 1.0f};
-    relation.student = {view_of(student.at(query)), view_of(student.at(key)), 1.0f};
+    relation.teacher = operands_of(teacher.at(query), teacher.at(key));
+    relation.student = operands_of(student.at(query), student.at(key));
     relation.self = query == key;
     relation.index = static_cast<int32_t>(r);
   }
@@ -97,11 +102,11 @@ inline std::vector<Relation> relations_of(const Tensors& teacher, const Tensors&
   return relations;
 }
 
-// Returns the struct of a call. `like`: a student tensor, which gives the shape of all tensors.
+// Returns the struct of a call. `like`: a query of the student, which has the shape of all queries.
 inline Call call_of(const Tensor& like, size_t num_relations, const Tensor& tokens, const Tensor& starts,
-                    const OptionalTensor& prefixes, bool causal, const OptionalTensor& weights,
-                    const OptionalTensor& row_grads, const OptionalTensor& values, const OptionalTensor& rows,
-                    bool gradient) {
+                    const OptionalTensor& prefixes, const OptionalTensor& query_mask, bool causal,
+                    const OptionalTensor& weights, const OptionalTensor& row_grads, const OptionalTensor& values,
+                    const OptionalTensor& rows, bool gradient) {
   Call call{};
   call.packed = like.dim() == 3;
   call.num_relations = static_cast<int64_t>(num_relations);
@@ -111,6 +116,7 @@ inline Call call_of(const Tensor& like, size_t num_relations, const Tensor& toke
   call.tokens = input_data<int64_t>(tokens, ScalarType::Long);
   call.starts = input_data<int64_t>(starts, ScalarType::Long);
   call.prefixes = input_data<int64_t>(prefixes, ScalarType::Long);
+  call.query_mask = input_data<bool>(query_mask, ScalarType::Bool);
   call.causal = causal;
   call.weights = input_data<float>(weights, ScalarType::Float);
   call.row_grads = input_data<float>(row_grads, ScalarType::Float);

@@ -18,16 +18,19 @@ struct TensorView {
   DType dtype;
 };
 
-// Queries and keys of one model, and the scale of their scores. In a self relation, key == query.
+// Queries and keys of one model, and the scale of their scores. In a self relation, key == query. Query head a reads key
+// head a / group.
 struct ModelOperands {
   TensorView query, key;
   float scale;
+  int32_t group;
 };
 
 struct Relation {
   ModelOperands teacher, student;
   float* query_grad;  // contiguous float32 in the shape of the student's query, or null
-  float* key_grad;    // the same for the key; in a self relation it equals query_grad, which receives the sum of both
+  float* key_grad;    // the same for the key, with the heads of the student's key; in a self relation it equals
+                      // query_grad, which receives the sum of both
   int32_t index;      // position among the call's relations
   bool self;
 };
@@ -40,10 +43,11 @@ struct Call {
   const int64_t* tokens;    // positions of the valid tokens, sequence after sequence, in ascending order
   const int64_t* starts;    // (N + 1,): offset of each sequence in `tokens`
   const int64_t* prefixes;  // (N,): number of valid tokens in each prefix, or null
+  const bool* query_mask;   // (N, S) or (T,): true on rows that count; null if all valid tokens do
   const float* weights;     // (N,): weight of each sequence's rows in `values` and in the gradient, or null
   const float* row_grads;   // (R, N, A, S) or (R, A, T): weight of each row in the gradient, or null
   float* values;            // (R,): weighted sums of the KL divergence, or null
-  float* row_values;        // (R, N, A, S) or (R, A, T): KL divergence of each valid row, or null
+  float* row_values;        // (R, N, A, S) or (R, A, T): KL divergence of each row that counts, or null
   bool packed;
   bool causal;    // row i sees key j if j <= i or j is in the prefix; if false without prefixes, it sees every key
   bool padded;    // some tokens may be padding

@@ -14,12 +14,12 @@ void parallel_run(int64_t count, void (*body)(void*, int64_t), void* context) {
 }
 
 void relation_kl(Tensors teacher, Tensors student, std::vector<int64_t> indices, std::vector<double> scales,
-                 Tensor tokens, Tensor starts, OptionalTensor prefixes, bool causal, OptionalTensor weights,
-                 OptionalTensor row_grads, OptionalTensor values, OptionalTensor rows, Tensors grads,
-                 std::string instruction_set) {
+                 Tensor tokens, Tensor starts, OptionalTensor prefixes, OptionalTensor query_mask, bool causal,
+                 OptionalTensor weights, OptionalTensor row_grads, OptionalTensor values, OptionalTensor rows,
+                 Tensors grads, std::string instruction_set) {
   std::vector<Relation> relations = relations_of(teacher, student, indices, scales, grads);
-  Call call = call_of(student.at(0), relations.size(), tokens, starts, prefixes, causal, weights, row_grads, values,
-                      rows, !grads.empty());
+  Call call = call_of(student.at(indices.at(0)), relations.size(), tokens, starts, prefixes, query_mask, causal,
+                      weights, row_grads, values, rows, !grads.empty());
   cpu::ThreadPool threads{static_cast<int64_t>(torch::stable::get_num_threads()), parallel_run};
   const char* error = cpu::run(call, relations.data(), threads, instruction_set.c_str());
   STD_TORCH_CHECK(error == nullptr, "backend cpu: ", error);

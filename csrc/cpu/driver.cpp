@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <numeric>
 #include <thread>
@@ -122,6 +123,7 @@ public:
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return length(a) > length(b); });
     int64_t heads = call_.num_heads, relations = call_.num_relations;
     kl_.assign(relations * call_.num_sequences * heads, 0.0);
+    allocate_head_grads();
 
     int64_t tasks = static_cast<int64_t>(order.size()) * relations * heads;
     size_t sliced = 0;
@@ -130,6 +132,7 @@ public:
       ++sliced;
     }
     run_whole_tasks(std::vector<int64_t>(order.begin() + sliced, order.end()));
+    sum_head_grads();
     if (gradient_ && !call_.packed) clear_padding();
 
     if (call_.values)
@@ -145,6 +148,38 @@ private:
   int64_t length(int64_t n) const { return call_.starts[n + 1] - call_.starts[n]; }
   double& kl_at(int64_t n, int64_t r, int64_t a) { return kl_[(r * call_.num_sequences + n) * call_.num_heads + a]; }
 
+  // Tasks of query heads that share a key head cannot write to one gradient. Each writes to a buffer of its own, with
+  // the layout of a key that has all heads.
+  void allocate_head_grads() {
+    head_grads_.resize(call_.num_relations);
+    int64_t tokens = call_.packed ? call_.positions : call_.num_sequences * call_.positions;
+    for (int64_t r = 0; gradient_ && r < call_.num_relations; ++r)
+      if (const ModelOperands& student = relations_[r].student; student.group > 1)
+        head_grads_[r].reset(new Memory(tokens * call_.num_heads * student.key.width * sizeof(float)));
+  }
+
+  float* head_grads(int64_t r) const { return reinterpret_cast<float*>(head_grads_[r]->data()); }
+
+  void sum_head_grads() const {
+    for (int64_t r = 0; r < call_.num_relations; ++r) {
+      if (!head_grads_[r]) continue;
+      int64_t group = relations_[r].student.group, width = relations_[r].student.key.width;
+      int64_t key_heads = call_.num_heads / group;
+      parallel(call_.num_sequences * key_heads, threads_.num_threads, [&](int64_t, int64_t item) {
+        int64_t n = item / key_heads, first = call_.packed ? 0 : n * call_.positions;
+        for (int64_t i = call_.starts[n]; i < call_.starts[n + 1]; ++i) {
+          int64_t at = ((first + call_.tokens[i]) * key_heads + item % key_heads) * width;
+          const float* from = head_grads(r) + at * group;
+          for (int64_t d = 0; d < width; ++d) {
+            float sum = from[d];
+            for (int64_t h = 1; h < group; ++h) sum += from[h * width + d];
+            relations_[r].key_grad[at + d] = sum;
+          }
+        }
+      });
+    }
+  }
+
   // Sets the gradients of padding to zero.
   void clear_padding() const {
     int64_t padding = call_.num_sequences * call_.positions - call_.starts[call_.num_sequences];
@@ -154,8 +189,8 @@ private:
              [&](int64_t, int64_t item) {
                int64_t n = item / call_.num_relations;
                const Relation& relation = relations_[item % call_.num_relations];
-               auto clear = [&](float* grad, int64_t width) {
-                 int64_t token = call_.num_heads * width, from = 0;
+               auto clear = [&](float* grad, int64_t token) {
+                 int64_t from = 0;
                  float* sequence = grad + n * call_.positions * token;
                  auto up_to = [&](int64_t end) {
                    if (end > from) std::memset(sequence + from * token, 0, (end - from) * token * sizeof(float));
@@ -164,8 +199,9 @@ private:
                  for (int64_t i = call_.starts[n]; i < call_.starts[n + 1]; ++i) up_to(call_.tokens[i]);
                  up_to(call_.positions);
                };
-               clear(relation.query_grad, relation.student.query.width);
-               if (!relation.self) clear(relation.key_grad, relation.student.key.width);
+               int64_t token = call_.num_heads * relation.student.query.width;
+               clear(relation.query_grad, token);
+               if (!relation.self) clear(relation.key_grad, token / relation.student.group);
              });
   }
 
@@ -266,6 +302,9 @@ private:
     task.sequence = call_.packed ? 0 : n;
     task.head = a;
     task.tokens = call_.tokens + call_.starts[n];
+    task.query_mask = call_.query_mask ? call_.query_mask + task.sequence * call_.positions : nullptr;
+    task.teacher.key_head = a / relations_[r].teacher.group;
+    task.student.key_head = a / relations_[r].student.group;
     bool all = !call_.causal && !call_.prefixes;
     task.prefix = all ? task.length : call_.prefixes ? std::min(call_.prefixes[n], task.length) : 0;
     task.gradient = gradient_;
@@ -281,7 +320,7 @@ private:
       const Relation& relation = relations_[r];
       int64_t at = (task.sequence * call_.positions * call_.num_heads + a) * task.student.width;
       task.query_out = relation.query_grad + at;
-      task.key_out = relation.self ? task.query_out : relation.key_grad + at;
+      task.key_out = relation.self ? task.query_out : (head_grads_[r] ? head_grads(r) : relation.key_grad) + at;
     }
   }
 
@@ -296,8 +335,20 @@ private:
     return true;
   }
 
+  // Tells whether so few rows count that the row-wise path, which takes twice as long for a pair, is faster.
+  bool few_rows_count(const Task& task) const {
+    if (!task.query_mask) return false;
+    int64_t pairs = 0;
+    for (int64_t first = 0; first < task.length; first += kRowBlock) {
+      int64_t end = std::min(first + kRowBlock, task.length);
+      bool counted = std::any_of(task.tokens + first, task.tokens + end, [&](int64_t i) { return task.query_mask[i]; });
+      if (counted) pairs += kRowBlock * std::max(end, task.prefix);
+    }
+    return 2 * pairs < task.length * task.length;
+  }
+
   void prepare(Task& task) const {
-    task.symmetric = task.teacher.norms && task.length >= kMinSymmetricTokens;
+    task.symmetric = task.teacher.norms && task.length >= kMinSymmetricTokens && !few_rows_count(task);
     if (task.symmetric && find_reference(task, task.teacher) && find_reference(task, task.student)) return;
     if (task.symmetric) {  // restore the tokens that find_reference changed
       const Task* only = &task;
@@ -448,6 +499,7 @@ private:
   const Kernels& k_;
   bool paired_, gradient_;
   std::vector<double> kl_;
+  std::vector<std::unique_ptr<Memory>> head_grads_;  // of relations with fewer key heads; otherwise null
 };
 
 }  // namespace

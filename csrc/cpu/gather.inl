@@ -15,9 +15,10 @@ struct BFloat16 {
 MINILM_INLINE float to_float(BFloat16 x) { return bfloat16_to_float(x.bits); }
 MINILM_INLINE float to_float(Float16 x) { return float16_to_float(x.bits); }
 
-// A tensor to read, and the memory to which its blocks are written.
+// A tensor and the head to read, and the memory to which its blocks are written.
 struct GatherTarget {
   const TensorView* view;
+  int64_t head;
   float* to;
 };
 
@@ -36,14 +37,15 @@ void gather_typed(const Task* const* tasks, int64_t heads, int64_t block, const 
   for (int lane = 0; lane < V; ++lane) rows[lane] = base + (lane < valid ? tokens[lane] * view.position_stride : 0);
   for (int64_t lane = V; lane < 2 * V && lane < left; ++lane) {
     // Prefetch the next block: its tokens lie on other pages, which the hardware prefetcher does not follow.
-    const T* row = base + tokens[lane] * view.position_stride + task.head * view.head_stride;
-    for (int64_t h = 0; h < heads; ++h)
+    const T* row = base + tokens[lane] * view.position_stride + of(task).head * view.head_stride;
+    for (int64_t h = 0; h <= of(*tasks[heads - 1]).head - of(task).head; ++h)
       for (int64_t d = 0; d < width; d += 64 / sizeof(T)) __builtin_prefetch(row + h * view.head_stride + d);
   }
   bool direct = std::is_same<T, float>::value && view.feature_stride == 1 && width % 4 == 0 && valid == V;
   for (int64_t h = 0; h < heads; ++h) {
-    float* to = of(*tasks[h]).to + block * width * V;
-    int64_t head = tasks[h]->head * view.head_stride;
+    const GatherTarget target = of(*tasks[h]);
+    float* to = target.to + block * width * V;
+    int64_t head = target.head * view.head_stride;
     auto transpose = [&](const float* const* from, int64_t at, float* __restrict out, int64_t features) {
       for (int64_t d = 0; d < features; d += 4) {
         F x[4];
@@ -108,17 +110,33 @@ void write_token_major(const float* x, int64_t width, int64_t block, int64_t tok
   });
 }
 
+MINILM_INLINE bool counts(const Task& task, int64_t row) {
+  return !task.query_mask || task.query_mask[task.tokens[row]];
+}
+
+// Sets the queries of rows that do not count to zero, because they may be NaN.
+void clear_uncounted(const Task& task, int64_t block, float* queries, int64_t width) {
+  if (!task.query_mask) return;
+  for (int64_t lane = 0; lane < V && block * V + lane < task.length; ++lane)
+    if (!counts(task, block * V + lane))
+      for (int64_t d = 0; d < width; ++d) queries[(block * width + d) * V + lane] = 0.0f;
+}
+
 void gather(const Task* const* tasks, int64_t heads, int64_t block) {
   for (ModelBuffers Task::* model : {&Task::teacher, &Task::student}) {
     const ModelBuffers& one = tasks[0]->*model;
-    gather_tensor(tasks, heads, block,
-                  [model](const Task& task) { return GatherTarget{&(task.*model).operands->key, (task.*model).keys}; });
+    gather_tensor(tasks, heads, block, [model](const Task& task) {
+      const ModelBuffers& x = task.*model;
+      return GatherTarget{&x.operands->key, x.key_head, x.keys};
+    });
     if (one.queries != one.keys)
       gather_tensor(tasks, heads, block, [model](const Task& task) {
-        return GatherTarget{&(task.*model).operands->query, (task.*model).queries};
+        const ModelBuffers& x = task.*model;
+        return GatherTarget{&x.operands->query, task.head, x.queries};
       });
     for (int64_t h = 0; h < heads; ++h) {
       const ModelBuffers& x = tasks[h]->*model;
+      if (x.queries != x.keys) clear_uncounted(*tasks[h], block, x.queries, x.width);
       int64_t tokens = tasks[h]->blocks * V, at = block * x.width * V;
       if (x.key_tokens) write_token_major(x.keys + at, x.width, block, tokens, x.key_tokens);
       if (x.query_tokens != x.key_tokens) write_token_major(x.queries + at, x.width, block, tokens, x.query_tokens);

@@ -16,7 +16,7 @@ constexpr int64_t kFlushRowBlocks = 16;  // row blocks that are summed before th
 // One model's tokens, gradients and statistics in a task.
 struct ModelBuffers {
   const ModelOperands* operands;
-  int64_t width;
+  int64_t width, key_head;
   float *keys, *queries;             // the same memory in a self relation with a positive scale
   float *key_tokens, *query_tokens;  // student with gradient: unscaled tokens in the layout of gradients.inl
   float *key_grads, *query_grads;    // student with gradient: one accumulator per slice, in the same layout
@@ -29,6 +29,7 @@ struct Task {
   const Relation* relation;
   int64_t sequence, head, length, blocks;
   const int64_t* tokens;  // (length,)
+  const bool* query_mask;  // (positions,): true on rows that count, or null
   int64_t prefix;         // rows and keys below it see each other; equal to `length` for a bidirectional mask
   ModelBuffers teacher, student;
   bool paired;             // multiply features in pairs (scores.inl)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "exp2.inl"
+#include "gather.inl"
 #include "gradients.inl"
 #include "scores.inl"
 
@@ -57,6 +58,12 @@ MINILM_INLINE float row_kl(const float* u_t, const float* u_s, const float* e_t,
   return sum_lanes(sum);
 }
 
+MINILM_INLINE bool any_counts(const Task& task, int64_t first, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r)
+    if (counts(task, first + r)) return true;
+  return false;
+}
+
 void row_wise(const Task& task, int64_t slice, float* scratch) {
   const ModelBuffers &t = task.teacher, &s = task.student;
   int64_t size = task.blocks * V * token_floats(s.width), block_floats = task.blocks * R * V;
@@ -69,6 +76,11 @@ void row_wise(const Task& task, int64_t slice, float* scratch) {
   double total = 0.0;
   for (int64_t first = slice * R; first < task.length; first += task.slices * R) {
     int64_t rows = task.length - first < R ? task.length - first : R;
+    bool last = first + task.slices * R >= task.length;
+    if (!any_counts(task, first, rows)) {
+      grads.end_row_block(last);
+      continue;
+    }
     int64_t most = first + rows > task.prefix ? first + rows : task.prefix;  // keys that the last row sees
     int64_t least = first + 1 > task.prefix ? first + 1 : task.prefix;       // keys that the first row sees
     int64_t blocks = (most - 1) / V + 1;
@@ -84,7 +96,7 @@ void row_wise(const Task& task, int64_t slice, float* scratch) {
       }
     for (int r = 0; r < R; ++r) {
       int64_t at = r * V;
-      if (r >= rows) {  // beyond the last row
+      if (r >= rows || !counts(task, first + r)) {
         for (int64_t b = 0; b < blocks; ++b) store(e_t + b * R * V + at, set1(0.0f));
         continue;
       }
@@ -99,7 +111,7 @@ void row_wise(const Task& task, int64_t slice, float* scratch) {
       total += kl;
     }
     if (task.gradient) gradients(e_t, task, first, 0, blocks, query_grads, grads.recent());
-    grads.end_row_block(first + task.slices * R >= task.length);
+    grads.end_row_block(last);
   }
   task.kl[slice] = total;
 }

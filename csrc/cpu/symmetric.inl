@@ -258,6 +258,12 @@ void symmetric_rows(const Task& task) {
     F e_t = maskz(valid, exp2_accurate(u_t)), e_s = maskz(valid, exp2_accurate(u_s));
     F all_t = add(sums[0], e_t), all_s = add(sums[1], e_s);
     F i_t = maskz(valid, div(set1(1.0f), all_t)), i_s = maskz(valid, div(set1(1.0f), all_s));
+    if (task.query_mask) {  // with p = q = 0, a row has neither value nor gradient
+      float counted[V];
+      for (int lane = 0; lane < V; ++lane) counted[lane] = i + lane < task.length && counts(task, i + lane);
+      i_t = mul(i_t, load(counted));
+      i_s = mul(i_s, load(counted));
+    }
     store(l_t + i, all_t);
     store(l_s + i, all_s);
     store(y + i, fma(e_t, sub(u_s, u_t), sums[2]));
@@ -272,6 +278,7 @@ void symmetric_rows(const Task& task) {
   double sum = 0.0;
   Log2Sum logs_t, logs_s;
   for (int64_t i = 0; i < task.length; ++i) {
+    if (!counts(task, i)) continue;
     sum += static_cast<double>(y[i]) * inverse_t[i];
     logs_t.add(l_t[i]);
     logs_s.add(l_s[i]);

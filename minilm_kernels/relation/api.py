@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ def relation_kl(
     max_seqlen: int | None = None,
     causal: bool = False,
     prefix_lens: Tensor | None = None,
+    query_mask: Tensor | None = None,
     teacher_scale: float | None = None,
     student_scale: float | None = None,
     reduction: Reduction = "sequence",
@@ -46,7 +48,8 @@ def relation_kl(
 
         KL[b, a, i] = Σ_j R_t[b, a, i, j] · (log R_t[b, a, i, j] − log R_s[b, a, i, j])
 
-    (MiniLM, arXiv 2002.10957, equations 5 to 8; MiniLMv2, arXiv 2012.15828, equations 6 to 8).
+    (MiniLM, arXiv 2002.10957, equations 5 to 8; MiniLMv2, arXiv 2012.15828, equations 6 to 8). A reduced loss is the
+    mean or sum over the rows that count: valid tokens that `query_mask` does not leave out.
 
     The result is differentiable once with respect to the student's tensors. A reduced loss computes its gradient in the
     forward pass. torch.func.grad and torch.func.vjp are supported; vmap, forward-mode derivatives and double backward
@@ -55,14 +58,16 @@ def relation_kl(
     Args:
         teacher_query: (B, S, A, D_t), or packed (T, A, D_t); float16, bfloat16, float32 or float64, with any strides.
             The teacher's tensors must not require grad; they may be inference tensors.
-        teacher_key: like `teacher_query`. If both keys are None, the call is a self relation: the queries are also the
-            keys.
+        teacher_key: like `teacher_query`, or (B, S, A_k, D_t) with fewer heads, as in grouped-query attention: A_k
+            divides A, and query head a reads key head a // (A / A_k). The result is that of `key.repeat_interleave(A //
+            A_k, dim=-2)`. If both keys are None, the call is a self relation: the queries are also the keys.
         student_query: (B, S, A, D_s), or packed (T, A, D_s). Width and dtype may differ from the teacher's.
-        student_key: like `student_query`; None if and only if `teacher_key` is None. To use the query as key in one
-            model only, pass that model's query as its key, too. If both models' keys are the same tensors as their
-            queries, or equal views of the same tensors, the call is treated as a self relation, which is faster; the
-            gradient of two equal student views then goes through `student_query` only. Under tracing, equal views are
-            not recognised.
+        student_key: like `student_query`, also with fewer heads, whose number may differ from the teacher's. Its
+            gradient has its own shape. None if and only if `teacher_key` is None. To use the query as key in one model
+            only, pass that model's query as its key, too. If both models' keys are the same tensors as their queries,
+            or equal views of the same tensors, the call is treated as a self relation, which is faster; the gradient of
+            two equal student views then goes through `student_query` only. Under tracing, equal views are not
+            recognised.
         attention_mask: (B, S), nonzero on valid tokens: bool, integers, or floats of 0 and 1. For dense inputs only.
             Padding may be at any position; the values of padded tokens never matter, not even NaN. On the CPU and
             outside torch.compile, additive masks (0 and large negative numbers) and segment numbers (1 1 2 2) raise an
@@ -77,16 +82,21 @@ def relation_kl(
         prefix_lens: (B,), or packed (N,), integers: row i of sequence b sees key j if j ≤ i or j < prefix_lens[b]
             (UniLM's sequence-to-sequence mask). Positions count from the start of the sequence and include padding.
             With `prefix_lens`, `causal` has no effect.
+        query_mask: (B, S), or packed (T,), nonzero on rows that count, of the same dtypes as `attention_mask`: for
+            instance True on the tokens of completions. A valid token that is left out is still a key that other rows
+            see. Its own row adds nothing to loss and gradient and is not counted in averages; in a cross relation, its
+            query never matters, not even NaN. As for `attention_mask`, values other than 0 and 1 raise an error on the
+            CPU and make the result NaN where the host does not read them.
         teacher_scale: factor of the teacher's scores. None: 1 / sqrt(D_t).
         student_scale: factor of the student's scores. None: 1 / sqrt(D_s).
-        reduction: "sequence" averages over heads and valid rows of each sequence, then over the sequences that have
-            valid tokens; "token" averages over heads and valid rows of the batch; "sum" adds up heads and rows; "none"
-            returns every row.
+        reduction: "sequence" averages over heads and counted rows of each sequence, then over the sequences that have
+            such rows; "token" averages over heads and counted rows of the batch; "sum" adds up heads and counted rows;
+            "none" returns every row.
         backend: "auto", or a name from `backend_status()`.
 
     Returns:
-        The KL divergence in nats: a scalar, or with reduction "none" (B, A, S), packed (A, T), with 0 on rows of
-        padding. The dtype is float32, or float64 if any input is float64.
+        The KL divergence in nats: a scalar, or with reduction "none" (B, A, S), packed (A, T), with 0 on rows that do
+        not count. The dtype is float32, or float64 if any input is float64.
 
     Raises:
         TypeError: an argument has the wrong type or dtype. The message names the argument.
@@ -128,6 +138,7 @@ def relation_kl(
         max_seqlen=max_seqlen,
         causal=causal,
         prefix_lens=prefix_lens,
+        query_mask=query_mask,
         teacher_scale=teacher_scale,
         student_scale=student_scale,
         reduction=reduction,
@@ -145,6 +156,7 @@ def relation_kl_multi(
     max_seqlen: int | None = None,
     causal: bool = False,
     prefix_lens: Tensor | None = None,
+    query_mask: Tensor | None = None,
     teacher_scale: float | None = None,
     student_scale: float | None = None,
     reduction: Reduction = "sequence",
@@ -154,7 +166,8 @@ def relation_kl_multi(
 
     Args:
         teacher: the teacher's tensors by name, each (B, S, A, D_t) or packed (T, A, D_t). Widths may differ between
-            tensors, but query and key of one relation must have equal widths.
+            tensors, but query and key of one relation must have equal widths. All queries have the same number of heads
+            A; tensors that are only keys may have fewer heads, as in `relation_kl`.
         student: the student's tensors under the same names, each (B, S, A, D_s) or packed (T, A, D_s).
         relations: the names of the query tensor and the key tensor of each of the R relations.
         attention_mask: see `relation_kl`.
@@ -162,6 +175,7 @@ def relation_kl_multi(
         max_seqlen: see `relation_kl`.
         causal: see `relation_kl`.
         prefix_lens: see `relation_kl`.
+        query_mask: see `relation_kl`.
         teacher_scale: see `relation_kl`.
         student_scale: see `relation_kl`.
         reduction: see `relation_kl`.
@@ -186,7 +200,7 @@ def relation_kl_multi(
         tensor([0.9393, 0.5509])
     """
     token_shape, device = _check_tensors(teacher, student, relations, packed=cu_seqlens is not None)
-    _check_masks(token_shape, device, attention_mask, cu_seqlens, max_seqlen, causal, prefix_lens)
+    _check_masks(token_shape, device, attention_mask, cu_seqlens, max_seqlen, causal, prefix_lens, query_mask)
     _check_scale("teacher_scale", teacher_scale)
     _check_scale("student_scale", student_scale)
     if reduction not in REDUCTIONS:
@@ -194,12 +208,7 @@ def relation_kl_multi(
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: expected auto or one of {', '.join(BACKENDS)}, got {backend!r}")
 
-    factor = None
-    if attention_mask is not None and attention_mask.is_floating_point():
-        if not host_readable(attention_mask):  # a wrong mask cannot raise an error, so it makes the result NaN
-            zero_or_one = ((attention_mask == 0) | (attention_mask == 1)).all()
-            factor = torch.where(zero_or_one, 1.0, torch.nan)
-        attention_mask = attention_mask != 0
+    attention_mask, query_mask, factor = _without_floats(attention_mask, query_mask)
     pairs = [
         (query, query)
         if _same_tensor(teacher[query], teacher[key]) and _same_tensor(student[query], student[key])
@@ -214,6 +223,7 @@ def relation_kl_multi(
         attention_mask,
         cu_seqlens,
         prefix_lens,
+        query_mask,
         *(model[name] for model in (teacher, student) for name in names),
     )
     return values if factor is None else values * factor
@@ -286,12 +296,26 @@ def _check_tensors(
             raise ValueError(f"{name}: expected shape {layout}, got {tuple(x.shape)}")
         if x.shape[-2] == 0 or x.shape[-1] == 0:
             raise ValueError(f"{name}: expected at least one head of width 1 or more, got shape {tuple(x.shape)}")
-    first_name, first = next(iter(named.items()))
+    first_name = f"teacher_{relations[0][0]}"
+    first = named[first_name]
+    queries, keys = ({pair[role] for pair in relations} for role in (0, 1))
     for name, x in named.items():
-        if x.shape[:-1] != first.shape[:-1]:
+        sizes, heads, role = x.shape[:-2], x.shape[-2], name.partition("_")[2]
+        if sizes != first.shape[:-2]:
             raise ValueError(
-                f"{name}: expected the batch, sequence and head sizes of {first_name}, {tuple(first.shape[:-1])}, "
+                f"{name}: expected the batch and sequence sizes of {first_name}, {tuple(first.shape[:-2])}, "
                 f"got shape {tuple(x.shape)}"
+            )
+        if role in queries and heads != first.shape[-2]:
+            raise ValueError(
+                f"{name}: expected the {first.shape[-2]} heads of {first_name}, got {heads}, shape {tuple(x.shape)}; "
+                "only the key of a cross relation may have fewer. For the self relation of keys that have fewer heads, "
+                "make a call with these keys alone"
+            )
+        if role in keys and first.shape[-2] % heads:
+            raise ValueError(
+                f"{name}: expected the {first.shape[-2]} heads of {first_name}, or a number that divides them, got "
+                f"{heads}, shape {tuple(x.shape)}"
             )
         if x.device != first.device:
             raise ValueError(f"{name}: expected the device of {first_name}, {first.device}, got {x.device}")
@@ -301,8 +325,8 @@ def _check_tensors(
             if width != other:
                 raise ValueError(
                     f"{model}_{key}: expected the head width of {model}_{query}, {width}, got {other}; both widths of "
-                    "a relation must be equal (grouped-query models have narrower keys and values: leave out their "
-                    "mixed relations)"
+                    "a relation must be equal (grouped-query models have fewer key heads, not narrower ones: cut the "
+                    f"key into heads of width {width})"
                 )
     for name, x in teacher.items():
         if x.requires_grad:
@@ -335,10 +359,28 @@ def check_dense(name: str, x: object) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got {found}: pass {conversion}")
 
 
-def _check_mask_values(mask: Tensor) -> None:
+def _without_floats(*masks: Tensor | None) -> tuple[Any, ...]:
+    """Returns the masks, float ones as bool, and a factor of the result, or None.
+
+    The factor is NaN if a float mask that the host cannot read, and for which no error can be raised, has a value other
+    than 0 and 1.
+    """
+    factor = None
+    converted = []
+    for mask in masks:
+        if mask is not None and mask.is_floating_point():
+            if not host_readable(mask):
+                zero_or_one = ((mask == 0) | (mask == 1)).all()
+                factor = torch.where(zero_or_one, 1.0 if factor is None else factor, torch.nan)
+            mask = mask != 0
+        converted.append(mask)
+    return *converted, factor
+
+
+def _check_mask_values(name: str, mask: Tensor) -> None:
     """Raises ValueError unless the mask is bool, floats of 0 and 1, or integers of 0 and one other value (−1 or more).
 
-    The message has advice for additive masks and for segment numbers.
+    The message has advice for additive masks, labels and segment numbers.
     """
     if mask.dtype == torch.bool or not mask.numel() or not host_readable(mask):
         return
@@ -351,14 +393,19 @@ def _check_mask_values(mask: Tensor) -> None:
     if not mask.is_floating_point() and low >= -1 and bool((nonzero == nonzero[0]).all()):
         return
     shown = f"numbers from {low} to {high}"
-    if low < 0:
-        hint = ", like an additive mask: pass mask == 0, which is True on valid tokens"
+    meaning = "valid tokens" if name == "attention_mask" else "rows that count"
+    if name == "query_mask" and low == -100:
+        hint = ", like labels: pass labels != -100"
+    elif low < 0:
+        hint = f", like an additive mask: pass mask == 0, which is True on {meaning}"
+    elif name == "query_mask":
+        hint = ""
     elif bool((mask == mask.round()).all()):
         hint = ", like segment numbers: pack the segments and pass cu_seqlens"
     else:
         hint = ""
     expected = "floats of 0 and 1" if mask.is_floating_point() else "0 and one other number"
-    raise ValueError(f"attention_mask: expected bool, or {expected}, nonzero on valid tokens, got {shown}{hint}")
+    raise ValueError(f"{name}: expected bool, or {expected}, nonzero on {meaning}, got {shown}{hint}")
 
 
 def _check_masks(
@@ -369,15 +416,21 @@ def _check_masks(
     max_seqlen: int | None,
     causal: bool,
     prefix_lens: Tensor | None,
+    query_mask: Tensor | None,
 ) -> None:
     if not isinstance(causal, bool):
         raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")
-    masks = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens, "prefix_lens": prefix_lens}
+    masks = {
+        "attention_mask": attention_mask,
+        "cu_seqlens": cu_seqlens,
+        "prefix_lens": prefix_lens,
+        "query_mask": query_mask,
+    }
     for name, mask in masks.items():
         if mask is None:
             continue
         check_dense(name, mask)
-        floats = _FLOATS if name == "attention_mask" else ()
+        floats = _FLOATS if name in ("attention_mask", "query_mask") else ()
         if mask.dtype not in _INTEGERS and mask.dtype not in floats:
             expected = "bool, integers, or floats of 0 and 1" if floats else "integers"
             raise TypeError(f"{name}: expected {expected}, got {mask.dtype}")
@@ -385,10 +438,13 @@ def _check_masks(
             raise ValueError(f"{name}: expected the device of the other tensors, {device}, got {mask.device}")
     if attention_mask is not None and cu_seqlens is not None:
         raise ValueError("attention_mask: expected None for packed inputs, whose tokens are all valid, got a tensor")
-    if attention_mask is not None and tuple(attention_mask.shape) != token_shape:
-        raise ValueError(f"attention_mask: expected shape (B, S) = {token_shape}, got {tuple(attention_mask.shape)}")
-    if attention_mask is not None:
-        _check_mask_values(attention_mask)
+    for name, mask in (("attention_mask", attention_mask), ("query_mask", query_mask)):
+        if mask is None:
+            continue
+        if tuple(mask.shape) != token_shape:
+            letters = "(B, S)" if cu_seqlens is None else "(T,)"
+            raise ValueError(f"{name}: expected shape {letters} = {token_shape}, got {tuple(mask.shape)}")
+        _check_mask_values(name, mask)
     if cu_seqlens is not None:
         if cu_seqlens.dtype != torch.int32:
             raise TypeError(f"cu_seqlens: expected int32, got {cu_seqlens.dtype}: pass cu_seqlens.int()")

@@ -24,8 +24,8 @@ class RelationInputs:
     from tensor n.
     """
 
-    teacher: Sequence[Tensor]  # each (B, S, A, D_t) or (T, A, D_t), any strides
-    student: Sequence[Tensor]  # each (B, S, A, D_s) or (T, A, D_s), any strides
+    teacher: Sequence[Tensor]  # each (B, S, A, D_t) or (T, A, D_t), any strides; keys may have fewer heads
+    student: Sequence[Tensor]  # each (B, S, A, D_s) or (T, A, D_s), likewise
     relations: Sequence[tuple[int, int]]
     mask: Mask
     teacher_scale: float | None = None  # None: 1 / sqrt(D_t)
@@ -33,13 +33,18 @@ class RelationInputs:
 
     @property
     def heads(self) -> int:
-        """Number of relation heads, A."""
-        return self.student[0].shape[-2]
+        """Number of relation heads, A, which all queries have."""
+        return self.student[self.relations[0][0]].shape[-2]
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of results and stored gradients: float32, or float64 if any input is float64."""
         return result_dtype(self.teacher, self.student)
+
+    def key_groups(self, relation: tuple[int, int]) -> tuple[int, int]:
+        """Returns how many query heads share a key head in the teacher, and how many in the student."""
+        _, key = relation
+        return self.heads // self.teacher[key].shape[-2], self.heads // self.student[key].shape[-2]
 
     def scales(self, relation: tuple[int, int]) -> tuple[float, float]:
         """Returns the scale of the teacher's scores and that of the student's."""
@@ -65,14 +70,24 @@ class Backend(Protocol):
     def forward_reduced(self, inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
         """Returns the weighted sum of the rows' KL of each relation, (R,), and its gradients if `gradient` is True.
 
-        All rows of sequence n have the weight `weights[n]`, (N,).
+        All rows of sequence n that count have the weight `weights[n]`, (N,).
         """
 
     def forward_none(self, inputs: RelationInputs) -> Tensor:
-        """Returns the KL of every row, (R, B, A, S) or (R, A, T), with 0 on rows of padding."""
+        """Returns the KL of every row, (R, B, A, S) or (R, A, T), with 0 on rows that do not count."""
 
     def backward_none(self, inputs: RelationInputs, row_grads: Tensor) -> list[Tensor]:
         """Returns the gradients of sum(row_grads * forward_none(inputs))."""
+
+
+def unsupported_so_far(inputs: RelationInputs) -> list[str]:
+    """Returns the reasons of a backend that supports neither query masks nor grouped keys yet."""
+    reasons = []
+    if inputs.mask.query_mask is not None:
+        reasons.append("it does not support query_mask")
+    if any(inputs.key_groups(relation) != (1, 1) for relation in inputs.relations):
+        reasons.append("it does not support keys with fewer heads than queries")
+    return reasons
 
 
 def result_dtype(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> torch.dtype:

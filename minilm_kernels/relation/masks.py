@@ -1,7 +1,7 @@
-"""Masks that all backends share: valid tokens, visible keys, and the weight of a row in a reduced loss.
+"""Masks that all backends share: valid tokens, visible keys, rows that count and their weight in a reduced loss.
 
-A mask is stored as the caller passes it: a padding mask or cu_seqlens, a causal flag, prefix lengths. Only `Mask.dense`
-builds a tensor of size S×S; the reference backend uses it.
+A mask is stored as the caller passes it: a padding mask or cu_seqlens, a causal flag, prefix lengths, a query mask.
+Only `Mask.dense` builds a tensor of size S×S; the reference backend uses it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from minilm_kernels._choices import Reduction
 
 
 class MaskArgs(TypedDict, total=False):
-    """Keyword arguments, besides `attention_mask`, that describe which keys a row sees; see `relation_kl`."""
+    """Keyword arguments, besides `attention_mask`, that describe rows and the keys they see; see `relation_kl`."""
 
     cu_seqlens: Tensor | None
     max_seqlen: int | None
     causal: bool
     prefix_lens: Tensor | None
+    query_mask: Tensor | None
 
 
 def host_readable(x: Tensor) -> bool:
@@ -57,6 +58,7 @@ class Mask:
     max_seqlen: int | None = None
     causal: bool = False
     prefix_lens: Tensor | None = None  # (B,) or (N,) integer
+    query_mask: Tensor | None = None  # (B, S) or (T,) bool or integer, nonzero on rows that count
 
     @property
     def packed(self) -> bool:
@@ -78,6 +80,11 @@ class Mask:
         return self.attention_mask != 0
 
     @cached_property
+    def counted(self) -> Tensor:
+        """Rows that count, which are valid and not left out by `query_mask`: bool of shape `token_shape`."""
+        return self.valid if self.query_mask is None else self.valid & (self.query_mask != 0)
+
+    @cached_property
     def lengths(self) -> Tensor:
         """Number of valid tokens of each sequence: (N,) int64."""
         if self.cu_seqlens is not None:
@@ -85,6 +92,16 @@ class Mask:
         if self.attention_mask is None:
             return torch.full(self.token_shape[:1], self.token_shape[1], device=self.device)
         return self.valid.sum(-1)
+
+    @cached_property
+    def row_counts(self) -> Tensor:
+        """Number of rows of each sequence that count: (N,) int64."""
+        if self.query_mask is None:
+            return self.lengths
+        if self.cu_seqlens is None:
+            return self.counted.sum(-1)
+        before = torch.nn.functional.pad(self.counted.cumsum(0), (1, 0))
+        return before[self.cu_seqlens.long().clamp(0, self.token_shape[0])].diff()  # the bounds may be malformed
 
     def sequences_and_positions(self) -> tuple[Tensor, Tensor]:
         """Returns each token's sequence index and its position in that sequence: two int64 of shape `token_shape`."""
@@ -130,12 +147,12 @@ class Mask:
         return positions, starts, (self.valid & in_prefix).sum(-1)
 
     def dense(self) -> Tensor:
-        """Returns whether row i sees key j: bool of shape (B, S, S), or (1, T, T) for packed inputs."""
-        valid = self.valid
+        """Returns whether row i counts and sees key j: bool of shape (B, S, S), or (1, T, T) for packed inputs."""
+        valid, counted = self.valid, self.counted
         sequence, position = self.sequences_and_positions()
         if self.packed:
-            valid, sequence, position = valid[None], sequence[None], position[None]
-        visible = valid[:, :, None] & valid[:, None, :] & (sequence[:, :, None] == sequence[:, None, :])
+            valid, counted, sequence, position = valid[None], counted[None], sequence[None], position[None]
+        visible = counted[:, :, None] & valid[:, None, :] & (sequence[:, :, None] == sequence[:, None, :])
         if self.bidirectional:
             return visible
         allowed = position[:, None, :] <= position[:, :, None]
@@ -144,14 +161,14 @@ class Mask:
         return visible & allowed
 
     def sequence_weights(self, reduction: Reduction, heads: int, dtype: torch.dtype) -> Tensor:
-        """Returns the weight of each row of a sequence in the reduced loss, (N,). Empty sequences have no rows."""
-        lengths = self.lengths
+        """Returns the weight in the reduced loss of each row of a sequence that counts, (N,)."""
+        counts = self.row_counts
         if reduction == "sum":
-            return torch.ones(lengths.shape, dtype=dtype, device=self.device)
+            return torch.ones(counts.shape, dtype=dtype, device=self.device)
         if reduction == "token":
-            return (1 / (heads * lengths.sum().clamp(min=1).to(dtype))).expand(lengths.shape)
-        nonempty = (lengths > 0).sum().clamp(min=1).to(dtype)
-        return 1 / (heads * nonempty * lengths.clamp(min=1).to(dtype))
+            return (1 / (heads * counts.sum().clamp(min=1).to(dtype))).expand(counts.shape)
+        nonempty = (counts > 0).sum().clamp(min=1).to(dtype)
+        return 1 / (heads * nonempty * counts.clamp(min=1).to(dtype))
 
     def sanitize_bounds(self) -> tuple[Mask, Tensor | None]:
         """Returns a mask whose `cu_seqlens` is safe to index with, and a fault. Does not wait for the device.

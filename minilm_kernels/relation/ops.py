@@ -32,6 +32,7 @@ class Options(NamedTuple):
     backend: BackendName = "auto"
 
 
+_NUM_MASKS = 4  # tensors among the masks: attention_mask, cu_seqlens, prefix_lens, query_mask
 _DOUBLE_BACKWARD = "relation_kl: differentiable once; its gradient, taken with create_graph=True, has no derivative"
 _NO_VMAP = "relation_kl: no rule for torch.func.vmap; use the batch axis B, or a loop"
 _NO_JVP = "relation_kl: no forward-mode derivative (jvp, jacfwd, hessian); use torch.func.grad"
@@ -43,6 +44,7 @@ def relation_values(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     prefix_lens: Tensor | None,
+    query_mask: Tensor | None,
     *tensors: Tensor,
 ) -> Tensor:
     """Returns the values of all relations, (R,) or (R, *rows), differentiable in the student's tensors.
@@ -53,41 +55,28 @@ def relation_values(
         attention_mask: see `relation_kl`.
         cu_seqlens: see `relation_kl`.
         prefix_lens: see `relation_kl`.
+        query_mask: see `relation_kl`.
         *tensors: the teacher's tensors, then equally many of the student's.
     """
     transforms = not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
-    _, student = _teacher_and_student(tensors)
-    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in student)
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors[len(tensors) // 2 :])
     function = _RelationKLForTransforms if transforms else RelationKL
-    return function.apply(gradient, pairs, options, attention_mask, cu_seqlens, prefix_lens, *tensors)[0]
+    return function.apply(gradient, pairs, options, attention_mask, cu_seqlens, prefix_lens, query_mask, *tensors)[0]
 
 
 def _forward(
-    gradient: bool,
-    pairs: list[int],
-    options: Options,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    prefix_lens: Tensor | None,
-    *tensors: Tensor,
+    gradient: bool, pairs: list[int], options: Options, *masks_and_tensors: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Returns the values and, for a reduced loss, the gradients. The backward only scales these gradients.
 
     The gradients are outputs of the autograd node. A second derivative therefore calls the node again, and the node
     raises an error.
     """
-    teacher, student = _teacher_and_student(tensors)
+    masks, teacher, student = _split(masks_and_tensors)
     values, grads = torch.ops.minilm_kernels.relation_kl(
-        teacher,
-        student,
-        pairs,
-        attention_mask,
-        cu_seqlens,
-        prefix_lens,
-        *options,
-        gradient and options.reduction != "none",
+        teacher, student, pairs, *masks, *options, gradient and options.reduction != "none"
     )
     return (values, *grads)
 
@@ -96,7 +85,7 @@ def _save(ctx: Any, arguments: Sequence[Any], outputs: Sequence[Tensor]) -> None
     _, ctx.pairs, ctx.options, *kept = arguments
     ctx.set_materialize_grads(False)
     ctx.rows = ctx.options.reduction == "none"
-    ctx.dtypes = [x.dtype for x in _teacher_and_student(kept[3:])[1]]
+    ctx.dtypes = [x.dtype for x in _split(kept)[2]]
     if not ctx.rows:
         ctx.save_for_backward(*outputs[1:])
         return
@@ -138,7 +127,7 @@ class RelationKL(torch.autograd.Function):
             so_far = grads[m]
             grads[m] = part if so_far is None else so_far + part
         student_grads = (g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-        return None, None, None, None, None, None, *[None] * len(ctx.dtypes), *student_grads
+        return *[None] * (3 + _NUM_MASKS + len(ctx.dtypes)), *student_grads
 
 
 class _RelationKLForTransforms(torch.autograd.Function):
@@ -164,9 +153,8 @@ class _RelationKLForTransforms(torch.autograd.Function):
 
 
 def _rows_backward(grad: Tensor, pairs: list[int], options: Options, *kept: Any) -> tuple[Tensor, ...]:
-    masks, tensors = kept[:3], kept[3:]
     *schema_options, _, backend = options
-    teacher, student = _teacher_and_student(tensors)
+    masks, teacher, student = _split(kept)
     return torch.ops.minilm_kernels.relation_kl_rows_backward(
         grad, teacher, student, pairs, *masks, *schema_options, backend
     )
@@ -206,9 +194,11 @@ def _can_skip_scaling(grad: Tensor) -> bool:
     )
 
 
-def _teacher_and_student(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _split(masks_and_tensors: Sequence[Any]) -> tuple[Sequence[Tensor | None], list[Tensor], list[Tensor]]:
+    """Returns the masks, the teacher's tensors and the student's."""
+    masks, tensors = masks_and_tensors[:_NUM_MASKS], masks_and_tensors[_NUM_MASKS:]
     half = len(tensors) // 2
-    return list(tensors[:half]), list(tensors[half:])
+    return masks, list(tensors[:half]), list(tensors[half:])
 
 
 def _relations(pairs: list[int]) -> list[tuple[int, int]]:
@@ -217,7 +207,7 @@ def _relations(pairs: list[int]) -> list[tuple[int, int]]:
 
 _SCHEMA_INPUTS = (
     "Tensor[] teacher, Tensor[] student, int[] pairs, "
-    "Tensor? attention_mask, Tensor? cu_seqlens, Tensor? prefix_lens, "
+    "Tensor? attention_mask, Tensor? cu_seqlens, Tensor? prefix_lens, Tensor? query_mask, "
     "SymInt? max_seqlen, bool causal, float? teacher_scale, float? student_scale"
 )
 torch.library.define(
@@ -239,7 +229,7 @@ def _inputs(
     masks: Sequence[Tensor | None],
     options: Options,
 ) -> RelationInputs:
-    attention_mask, cu_seqlens, prefix_lens = masks
+    attention_mask, cu_seqlens, prefix_lens, query_mask = masks
     mask = Mask(
         tuple(student[0].shape[:-2]),
         student[0].device,
@@ -248,6 +238,7 @@ def _inputs(
         options.max_seqlen,
         options.causal,
         prefix_lens,
+        query_mask,
     )
     mask.check_packing()
     return RelationInputs(teacher, student, _relations(pairs), mask, options.teacher_scale, options.student_scale)
@@ -262,7 +253,7 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
 def _relation_kl(
     teacher: list[Tensor], student: list[Tensor], pairs: list[int], *arguments: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    masks, options, gradient = arguments[:3], Options(*arguments[3:-1]), arguments[-1]
+    masks, options, gradient = arguments[:_NUM_MASKS], Options(*arguments[_NUM_MASKS:-1]), arguments[-1]
     with _without_autocast(student[0].device.type):
         inputs = _inputs(teacher, student, pairs, masks, options)
         if options.reduction == "none":
@@ -277,7 +268,7 @@ def _relation_kl_fake(
 ) -> tuple[Tensor, list[Tensor]]:
     *_, reduction, _, gradient = arguments
     relations = _relations(pairs)
-    *batch, positions, heads, _ = student[0].shape
+    *batch, positions, heads, _ = student[pairs[0]].shape
     shape = (len(relations), *batch, heads, positions) if reduction == "none" else (len(relations),)
     values = student[0].new_empty(shape, dtype=result_dtype(teacher, student))
     return values, _empty_grads(teacher, student, relations) if gradient and reduction != "none" else []

@@ -24,10 +24,10 @@ MUTANTS = [
     ),
     Mutant(
         _API,
-        "if x.shape[:-1] != first.shape[:-1]:",
-        "if x.shape[0] != first.shape[0]:",
+        "if sizes != first.shape[:-2]:",
+        "if sizes[0] != first.shape[0]:",
         _VALIDATION,
-        "tensors of other lengths or head counts reach the kernels",
+        "tensors of other lengths reach the kernels",
     ),
     Mutant(
         _API,
@@ -53,8 +53,8 @@ MUTANTS = [
     ),
     Mutant(
         _MASKS,
-        "nonempty = (lengths > 0).sum().clamp(min=1)",
-        "nonempty = (lengths >= 0).sum().clamp(min=1)",
+        "nonempty = (counts > 0).sum().clamp(min=1)",
+        "nonempty = (counts >= 0).sum().clamp(min=1)",
         "tests/relation/test_masks.py",
         "the mean includes sequences without tokens: the loss is too small",
     ),

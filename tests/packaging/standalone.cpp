@@ -151,8 +151,8 @@ Result<float> compute(const Case& c, const Inputs& in, const char* instruction_s
   out.rows.assign(c.sequences * c.heads * c.positions, 0);
   out.query_grad.assign(in.query_s.exact.size(), 0);
   out.key_grad.assign(in.key_s.exact.size(), 0);
-  Relation relation{{in.query_t.view, in.key_t.view, in.scale_t},
-                    {in.query_s.view, in.key_s.view, in.scale_s},
+  Relation relation{{in.query_t.view, in.key_t.view, in.scale_t, 1},
+                    {in.query_s.view, in.key_s.view, in.scale_s, 1},
                     out.query_grad.data(),
                     c.cross ? out.key_grad.data() : out.query_grad.data(),
                     0,

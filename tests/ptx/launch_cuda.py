@@ -51,8 +51,8 @@ class _Operators:
 
     def relation_kl(self, *arguments) -> str:
         self.device.memory.clear()
-        names = ("teacher", "student", "", "", "tokens", "starts", "prefixes", "", "weights", "row_grads", "values",
-                 "rows", "grads", "", "", "", "")  # fmt: skip
+        names = ("teacher", "student", "", "", "tokens", "starts", "prefixes", "query_mask", "", "weights", "row_grads",
+                 "values", "rows", "grads", "", "", "", "")  # fmt: skip
         for name, x in zip(names, arguments, strict=True):
             if isinstance(x, torch.Tensor):
                 self.device.know(x, name)

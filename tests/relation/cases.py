@@ -85,6 +85,9 @@ class Case:
     def oracle(self, reduction: str, upstream: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         return self.to(torch.float64).run(reduction, "reference", upstream)
 
+    def token_shape(self) -> tuple[int, ...]:
+        return tuple(self.tensors[0].shape[:-2])
+
     def row_shape(self) -> tuple[int, ...]:
         *batch, positions, heads, _ = self.tensors[0].shape
         return (*batch, heads, positions)
@@ -101,19 +104,37 @@ def make(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     spread: float = 1.0,
+    rows: float | None = None,
+    groups: tuple[int, int] = (1, 1),
 ) -> Case:
-    """Returns a seeded random case. `mask` is a name in MASKS (for the default batch and length only), or kwargs."""
+    """Returns a seeded random case.
+
+    `mask` is a name in MASKS (for the default batch and length only), or kwargs. `rows` is the share of rows that
+    count. `groups`: query heads per key head of teacher and student, in cross relations.
+    """
     kwargs = MASKS[mask] if isinstance(mask, str) else mask
     generator = torch.Generator().manual_seed(seed)
     token_shape = (int(kwargs["cu_seqlens"][-1]),) if "cu_seqlens" in kwargs else (batch, length)
+    if rows is not None:
+        kwargs = kwargs | {"query_mask": _query_mask(token_shape, kwargs.get("cu_seqlens"), rows)}
 
-    def draw(width: int) -> Tensor:
-        return (spread * torch.randn(*token_shape, heads, width, generator=generator)).to(dtype)
+    def draw(width: int, group: int = 1) -> Tensor:
+        return (spread * torch.randn(*token_shape, heads // group, width, generator=generator)).to(dtype)
 
     width_t, width_s = widths
-    teacher = (draw(width_t), draw(width_t) if cross else None)
-    student = (draw(width_s), draw(width_s) if cross else None)
+    teacher = (draw(width_t), draw(width_t, groups[0]) if cross else None)
+    student = (draw(width_s), draw(width_s, groups[1]) if cross else None)
     return Case((*teacher, *student), kwargs)
+
+
+def _query_mask(token_shape: tuple[int, ...], cu_seqlens: Tensor | None, share: float) -> Tensor:
+    """Returns random rows that count; in a batch of more than 2 sequences, none of the third and all of the first."""
+    mask = torch.rand(token_shape, generator=torch.Generator().manual_seed(7)) < share
+    sequences = list(mask) if cu_seqlens is None else mask.split(cu_seqlens.diff().tolist())
+    if len(sequences) > 2:
+        sequences[0].fill_(True)
+        sequences[2].fill_(False)
+    return mask
 
 
 def malformed(kind: str, cross: bool = False, **more) -> Case:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -81,3 +83,27 @@ def test_sequences_without_tokens_do_not_count_in_the_mean(packed):
     weights = mask.sequence_weights("sequence", 5, torch.float64)
     assert weights[[1, 3]].tolist() == [1 / 10, 1 / 30]
     assert mask.sequence_weights("token", 5, torch.float64).tolist() == [1 / 20] * 4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_only_rows_that_count_weigh(packed):
+    """Weights by hand: of sequences with 2, 0 and 3 valid tokens, 1, 0 and 2 rows count; padding never does."""
+    if packed:
+        query_mask = torch.tensor([0, 1, 7, 0, -1])
+        mask = Mask((5,), CPU, cu_seqlens=torch.tensor([0, 2, 2, 5], dtype=torch.int32), query_mask=query_mask)
+    else:
+        query_mask = torch.tensor([[0, 1, 1], [1, 1, 1], [1, 0, 1]])
+        mask = Mask((3, 3), CPU, torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]]), query_mask=query_mask)
+    assert mask.row_counts.tolist() == [1, 0, 2]
+    assert mask.lengths.tolist() == [2, 0, 3]
+    assert mask.counted.sum() == 3
+    weights = mask.sequence_weights("sequence", 5, torch.float64)
+    assert weights[[0, 2]].tolist() == [1 / 10, 1 / 20]
+    assert mask.sequence_weights("token", 5, torch.float64).tolist() == [1 / 15] * 3
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_rows_of_malformed_packings(kind):
+    """Counting rows reads nothing out of bounds, because it runs before the bounds are sanitized."""
+    mask = replace(_mask(*MALFORMED[kind]), query_mask=torch.ones(40, dtype=torch.bool))
+    assert mask.row_counts.abs().max() <= 40

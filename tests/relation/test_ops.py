@@ -28,6 +28,7 @@ def _arguments(mask: str, cross: bool) -> tuple:
         kwargs.get("attention_mask"),
         kwargs.get("cu_seqlens"),
         kwargs.get("prefix_lens"),
+        kwargs.get("query_mask"),
         kwargs.get("max_seqlen"),
         kwargs.get("causal", False),
         None,

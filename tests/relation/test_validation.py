@@ -39,8 +39,22 @@ DENSE_ERRORS = [
         ValueError,
         r"teacher_query: .*\(B, S, A, D\).*cu_seqlens.*\(10, 3, 8\)",
     ),
-    ({"student_query": torch.randn(2, 6, 3, 4)}, ValueError, r"student_query: .*\(2, 5, 3\).*\(2, 6, 3, 4\)"),
-    ({"student_query": torch.randn(2, 5, 4, 4)}, ValueError, r"student_query: .*\(2, 5, 3\).*\(2, 5, 4, 4\)"),
+    ({"student_query": torch.randn(2, 6, 3, 4)}, ValueError, r"student_query: .*\(2, 5\).*\(2, 6, 3, 4\)"),
+    ({"student_query": torch.randn(2, 5, 4, 4)}, ValueError, r"student_query: .*the 3 heads.*\(2, 5, 4, 4\)"),
+    (
+        {"teacher_key": torch.randn(2, 5, 2, 8), "student_key": torch.randn(2, 5, 3, 4)},
+        ValueError,
+        r"teacher_key: expected the 3 heads of teacher_query, or a number that divides them, got 2, .*\(2, 5, 2, 8\)",
+    ),
+    (
+        {"teacher_key": torch.randn(2, 5, 1, 8), "student_key": torch.randn(2, 5, 6, 4)},
+        ValueError,
+        "student_key: .* divides them, got 6",
+    ),
+    ({"query_mask": torch.ones(2, 5, dtype=torch.complex64)}, TypeError, "query_mask: .*floats of 0 and 1, got .*comp"),
+    ({"query_mask": torch.ones(2, 4).bool()}, ValueError, r"query_mask: .*\(B, S\) = \(2, 5\), got \(2, 4\)"),
+    ({"query_mask": [[1] * 5] * 2}, TypeError, "query_mask: expected a tensor, got list"),
+    ({"query_mask": torch.ones(2, 5, device="meta").bool()}, ValueError, "query_mask: .*cpu, got meta"),
     ({"student_query": torch.randn(2, 5, 3, 0)}, ValueError, r"student_query: .*width 1 or more.*\(2, 5, 3, 0\)"),
     (
         {"teacher_key": torch.randn(2, 5, 3, 8), "student_key": torch.randn(2, 5, 3, 6)},
@@ -105,6 +119,12 @@ MASK_ERRORS = [
     (_VALID * 0.5, "floats of 0 and 1, .* 0.0 to 0.5$"),
     (_VALID * torch.nan, "nan"),
 ]
+QUERY_MASK_ERRORS = [
+    (torch.where(_VALID > 0, 17, -100), "rows that count, .* -100 to 17, like labels: pass labels != -100"),
+    ((1 - _VALID) * -10000.0, "additive.* True on rows that count"),
+    (_VALID * 0.5, "floats of 0 and 1, .* 0.0 to 0.5$"),
+    (_SEGMENTS, "0 to 2$"),
+]
 PACKED_ERRORS = [
     ({"attention_mask": torch.ones(2, 5).bool()}, ValueError, "attention_mask: .*packed"),
     ({"cu_seqlens": torch.tensor([0, 4, 10])}, TypeError, r"cu_seqlens: .*int32, got torch.int64: .*\.int\(\)"),
@@ -113,6 +133,7 @@ PACKED_ERRORS = [
     ({"cu_seqlens": torch.tensor([0, 4, 9], dtype=torch.int32)}, ValueError, r"cu_seqlens: .*10 .*\[0, 4, 9\]"),
     ({"cu_seqlens": torch.tensor([0, 7, 4, 10], dtype=torch.int32)}, ValueError, r"cu_seqlens: .*\[0, 7, 4, 10\]"),
     ({"cu_seqlens": torch.tensor([2, 4, 10], dtype=torch.int32)}, ValueError, "cu_seqlens: .*rise from 0"),
+    ({"query_mask": torch.ones(2, 5).bool()}, ValueError, r"query_mask: expected shape \(T,\) = \(10,\), got \(2, 5\)"),
     ({"max_seqlen": 5}, ValueError, "max_seqlen: .*6 tokens, got 5"),
     ({"max_seqlen": -1}, ValueError, "max_seqlen: .*got -1"),
     ({"max_seqlen": 6.0}, TypeError, "max_seqlen: .*float"),
@@ -141,16 +162,24 @@ def test_masks_that_say_something_else(mask, message):
         _call(attention_mask=mask)
 
 
+@pytest.mark.parametrize(("mask", "message"), QUERY_MASK_ERRORS, ids=lambda x: "")
+def test_query_masks_that_say_something_else(mask, message):
+    with pytest.raises(ValueError, match=f"^query_mask: .*{message}"):
+        _call(query_mask=mask)
+
+
 def test_a_float_mask_that_cannot_be_read_makes_nan():
     """A compiled call, like a call on an accelerator, reads no values: floats other than 0 and 1 give NaN."""
     teacher, student = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 3, 4)
 
-    def call(mask):
-        return relation_kl(teacher, None, student, None, attention_mask=mask)
+    def call(mask, rows):
+        return relation_kl(teacher, None, student, None, attention_mask=mask, query_mask=rows, backend="reference")
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(_VALID.float()), call(_VALID))
-    assert compiled((1 - _VALID) * -10000.0).isnan()
+    good, bad = _VALID.float(), (1 - _VALID) * -10000.0
+    torch.testing.assert_close(compiled(good, good), call(_VALID, _VALID))
+    for masks in ((bad, good), (good, bad), (bad, bad)):
+        assert compiled(*masks).isnan()
 
 
 def _kinds(x):
@@ -188,12 +217,20 @@ def test_distributed_tensors():
         _call(teacher_query=torch.randn(2, 5, 3, 8).as_subclass(DTensor))
 
 
-def test_mixed_relations_of_a_grouped_query_model():
-    """With keys narrower than queries, relations of equal width are computed and mixed relations raise an error."""
-    sides = [{"query": torch.randn(2, 5, 3, width), "key": torch.randn(2, 5, 3, width // 4)} for width in (16, 8)]
+def test_relations_of_a_grouped_query_model():
+    """Mixed relations need heads of one width, and self relations need the heads of all queries of the call."""
+    sides = [{"query": torch.randn(2, 5, 4, width), "key": torch.randn(2, 5, 4, width // 4)} for width in (16, 8)]
     assert relation_kl_multi(*sides, [("query", "query"), ("key", "key")]).shape == (2,)
-    with pytest.raises(ValueError, match=r"teacher_key: .*16, got 4.*grouped-query"):
+    with pytest.raises(ValueError, match=r"teacher_key: .*16, got 4.*grouped-query.*cut the key .* width 16"):
         relation_kl_multi(*sides, [("query", "key")])
+    for side, width in zip(sides, (16, 8), strict=True):
+        side["key"] = side["key"].flatten(2).unflatten(-1, (-1, width))
+    assert relation_kl_multi(*sides, [("query", "key")], backend="reference").shape == (1,)
+    with pytest.raises(
+        ValueError, match=r"teacher_key: expected the 4 heads .*, got 1.*a call with these"
+    ):
+        relation_kl_multi(*sides, [("query", "query"), ("key", "key")])
+    assert relation_kl_multi(*sides, [("key", "key")]).shape == (1,)
 
 
 def test_validation_reads_no_tensor_values():

@@ -25,13 +25,13 @@ cuda::DeviceProps device_props(int64_t device) {
 
 // Launches a call's kernels, or returns the names of those that must be loaded first, one per line.
 std::string relation_kl(Tensors teacher, Tensors student, std::vector<int64_t> indices, std::vector<double> scales,
-                        Tensor tokens, Tensor starts, OptionalTensor prefixes, bool causal, OptionalTensor weights,
-                        OptionalTensor row_grads, OptionalTensor values, OptionalTensor rows, Tensors grads,
-                        bool padded, int64_t max_length, int64_t stream, int64_t device) {
-  const Tensor& like = student.at(0);
+                        Tensor tokens, Tensor starts, OptionalTensor prefixes, OptionalTensor query_mask, bool causal,
+                        OptionalTensor weights, OptionalTensor row_grads, OptionalTensor values, OptionalTensor rows,
+                        Tensors grads, bool padded, int64_t max_length, int64_t stream, int64_t device) {
+  const Tensor& like = student.at(indices.at(0));
   std::vector<Relation> relations = relations_of(teacher, student, indices, scales, grads);
-  Call call = call_of(like, relations.size(), tokens, starts, prefixes, causal, weights, row_grads, values, rows,
-                      !grads.empty());
+  Call call = call_of(like, relations.size(), tokens, starts, prefixes, query_mask, causal, weights, row_grads, values,
+                      rows, !grads.empty());
   call.padded = padded;
   if (max_length < call.max_length) call.max_length = max_length;
   const cuda::DeviceProps props = device_props(device);

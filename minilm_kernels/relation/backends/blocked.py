@@ -46,7 +46,7 @@ def forward_reduced(inputs: RelationInputs, weights: Tensor, gradient: bool) -> 
     grads = _zero_gradients(inputs) if gradient else [[]] * len(inputs.relations)
     for group in _groups(inputs):
         row_weights = weights[group.sequences].repeat_interleave(inputs.heads)[:, None].expand(-1, group.length)
-        row_weights = group.zero_padding(row_weights)
+        row_weights = group.zero_uncounted(row_weights)
         for r in range(len(inputs.relations)):
             kl = _relation_kl(inputs, group, r, row_weights, grads[r], exact=not gradient)
             values[r] += _deterministic_sum(kl * row_weights)
@@ -58,7 +58,8 @@ def forward_none(inputs: RelationInputs) -> Tensor:
     out = torch.zeros(shape, dtype=inputs.dtype, device=inputs.mask.device)
     for group in _groups(inputs):
         for r in range(len(inputs.relations)):
-            group.scatter(_relation_kl(inputs, group, r, None, [], exact=True)[..., None], out[r, ..., None])
+            kl = group.zero_uncounted(_relation_kl(inputs, group, r, None, [], exact=True))
+            group.scatter(kl[..., None], out[r, ..., None])
     return out.transpose(-1, -2).contiguous()
 
 
@@ -67,7 +68,7 @@ def backward_none(inputs: RelationInputs, row_grads: Tensor) -> list[Tensor]:
     for group in _groups(inputs):
         for r in range(len(inputs.relations)):
             row_weights = group.gather(row_grads[r].transpose(-1, -2)[..., None], inputs.dtype)[..., 0]
-            _relation_kl(inputs, group, r, group.zero_padding(row_weights), grads[r], exact=False)
+            _relation_kl(inputs, group, r, group.zero_uncounted(row_weights), grads[r], exact=False)
     return [buffer for buffers in grads for buffer in buffers]
 
 
@@ -87,13 +88,16 @@ class _Group:
     index: tuple[Tensor, ...]  # indexes a tensor of `token_shape` to (n, L) tokens; padding repeats the last token
     length: int
     valid: Tensor | None  # (n, L) bool; None without padding
+    counted: Tensor | None  # (n, L) bool, rows that count; None if all do
+    counted_rows: list[bool] | None  # (L,), whether a row counts in any sequence; None without query mask
     causal: bool
     prefix: Tensor | None  # (n,) int64, lengths in gathered tokens
     longest_prefix: int
 
-    def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Gathers (B, S, A, D) or (T, A, D) to (n·A, L, D)."""
-        return x[self.index].transpose(1, 2).to(dtype).flatten(0, 1).contiguous()
+    def gather(self, x: Tensor, dtype: torch.dtype, repeats: int = 1) -> Tensor:
+        """Gathers (B, S, A, D) or (T, A, D) to (n·A·repeats, L, D)."""
+        heads = x[self.index].transpose(1, 2).to(dtype)[:, :, None]
+        return heads.expand(-1, -1, repeats, -1, -1).flatten(0, 2).contiguous()
 
     def scatter(self, values: Tensor, out: Tensor) -> None:
         """Writes (n·A, L, D) to the valid tokens of `out`, (B, S, A, D) or (T, A, D)."""
@@ -103,12 +107,12 @@ class _Group:
         else:
             out[tuple(part.expand(self.valid.shape)[self.valid] for part in self.index)] = values[self.valid]
 
-    def zero_padding(self, row_weights: Tensor) -> Tensor:
-        """Returns row weights (n·A, L) with 0 on padding."""
-        if self.valid is None:
-            return row_weights
-        valid = self.valid.repeat_interleave(row_weights.shape[0] // self.valid.shape[0], 0)
-        return row_weights.masked_fill(~valid, 0.0)
+    def zero_uncounted(self, rows: Tensor) -> Tensor:
+        """Returns (n·A, L) or (n·A, L, D) with 0 on padding and on rows that do not count."""
+        if self.counted is None:
+            return rows
+        counted = self.counted.repeat_interleave(rows.shape[0] // self.counted.shape[0], 0)
+        return rows.masked_fill(~(counted if rows.dim() == 2 else counted[..., None]), 0.0)
 
     def num_keys(self, rows_end: int) -> int:
         """Returns how many keys the rows before `rows_end` can see."""
@@ -142,9 +146,10 @@ def _groups(inputs: RelationInputs) -> Iterator[_Group]:
         mask.check_bounds()  # the next line waits for the device in any case
         bounds = starts.tolist()
     lengths = [end - start for start, end in pairwise(bounds)]
+    row_counts = lengths if mask.query_mask is None else mask.row_counts.tolist()
 
     budget = _block_scores(mask.device)
-    order = sorted((n for n in range(mask.num_sequences) if lengths[n]), key=lambda n: -lengths[n])
+    order = sorted((n for n in range(mask.num_sequences) if row_counts[n]), key=lambda n: -lengths[n])
     while order:
         longest = lengths[order[0]]
         fit = max(1, budget // (inputs.heads * longest * longest))
@@ -158,11 +163,19 @@ def _groups(inputs: RelationInputs) -> Iterator[_Group]:
         offsets = torch.arange(longest, device=mask.device)
         position = tokens[index([bounds[n] for n in members])[:, None] + offsets.minimum(ends - 1)]
         prefix = None if prefixes is None else prefixes[sequences]
+        token = (position,) if mask.packed else (sequences[:, None], position)
+        valid = counted = None if lengths[members[-1]] == longest else offsets < ends
+        counted_rows = None
+        if mask.query_mask is not None:
+            counted = mask.counted[token] & (offsets < ends)
+            counted_rows = counted.any(0).tolist()
         yield _Group(
             sequences=sequences,
-            index=(position,) if mask.packed else (sequences[:, None], position),
+            index=token,
             length=longest,
-            valid=None if lengths[members[-1]] == longest else offsets < ends,
+            valid=valid,
+            counted=counted,
+            counted_rows=counted_rows,
             causal=not mask.bidirectional,
             prefix=prefix,
             longest_prefix=0 if prefix is None else int(prefix.max()),
@@ -183,12 +196,11 @@ def _relation_kl(
     """
     query, key = relation = inputs.relations[r]
     scale_t, scale_s = inputs.scales(relation)
-    k_t, k_s = (group.gather(model[key], inputs.dtype) for model in (inputs.teacher, inputs.student))
-    q_t, q_s = (
-        (k_t, k_s)
-        if query == key
-        else (group.gather(model[query], inputs.dtype) for model in (inputs.teacher, inputs.student))
-    )
+    models, groups = (inputs.teacher, inputs.student), inputs.key_groups(relation)
+    k_t, k_s = (group.gather(model[key], inputs.dtype, size) for model, size in zip(models, groups, strict=True))
+    q_t, q_s = (k_t, k_s) if query == key else (group.gather(model[query], inputs.dtype) for model in models)
+    if query != key and group.counted_rows is not None:  # the queries of other rows may be NaN
+        q_t, q_s = group.zero_uncounted(q_t), group.zero_uncounted(q_s)
     q_t = q_t * scale_t
     matrices, length = q_s.shape[:2]
     kl = q_s.new_zeros(matrices, length)
@@ -203,6 +215,8 @@ def _relation_kl(
             i = slice(matrices * block // blocks, matrices * (block + 1) // blocks)
             for start in range(0, length, block_rows):
                 rows = slice(start, min(start + block_rows, length))
+                if group.counted_rows is not None and not any(group.counted_rows[rows]):
+                    continue
                 keys = slice(group.num_keys(rows.stop))
                 scores_t = torch.bmm(q_t[i, rows], k_t[i, keys].mT)
                 scores_s = torch.bmm(q_s[i, rows] * scale_s, k_s[i, keys].mT)
@@ -212,7 +226,8 @@ def _relation_kl(
                     grads[0][i, rows] += torch.bmm(excess, k_s[i, keys]) * weights
                     grads[-1][i, keys] += torch.bmm(excess.mT, q_s[i, rows] * weights)
     for buffer, grad in zip(buffers, grads, strict=True):
-        group.scatter(grad * scale_s, buffer)
+        one, *others = grad.unflatten(0, (-1, inputs.heads // buffer.shape[-2])).unbind(1)
+        group.scatter(sum(others, one) * scale_s, buffer)
     return kl
 
 

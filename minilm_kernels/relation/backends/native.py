@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
+from minilm_kernels.relation.inputs import RelationInputs, grad_buffers, unsupported_so_far
 from minilm_kernels.relation.masks import add_fault
 
 from . import cuda_compiler
@@ -71,7 +71,7 @@ class NativeBackend:
         inputs, fault = self._sanitized(inputs)
         *batch, positions = inputs.mask.token_shape
         shape = (len(inputs.relations), *batch, inputs.heads, positions)
-        new = torch.zeros if _padded(inputs) else torch.empty
+        new = torch.zeros if _padded(inputs) or inputs.mask.query_mask is not None else torch.empty
         out = new(shape, dtype=torch.float32, device=inputs.mask.device)
         self._run(inputs, rows=out)
         return add_fault(out, fault)
@@ -108,6 +108,7 @@ class NativeBackend:
             tokens,
             starts,
             prefixes,
+            None if inputs.mask.query_mask is None else inputs.mask.counted.contiguous(),
             not inputs.mask.bidirectional,
             weights,
             row_grads,
@@ -233,7 +234,7 @@ class CUDABackend(NativeBackend):
         return self._load_library() or cuda_compiler.unavailable_reason()
 
     def unsupported_reasons(self, inputs: RelationInputs) -> list[str]:
-        if reasons := super().unsupported_reasons(inputs):
+        if reasons := super().unsupported_reasons(inputs) + unsupported_so_far(inputs):
             return reasons
         device, _ = self.device(inputs.mask.device)
         try:

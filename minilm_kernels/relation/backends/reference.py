@@ -1,6 +1,8 @@
 """Backend `reference`: the definition of the loss, dense and in float64. It is the specification of all backends.
 
 R = softmax(scale X Yᵀ) over the visible keys;  KL_i = Σ_j R_t[i, j] (log R_t[i, j] − log R_s[i, j])
+
+Rows that do not count are rows without visible keys here.
 """
 
 from __future__ import annotations
@@ -73,8 +75,11 @@ def _log_relation(
     inputs: RelationInputs, tensors: Sequence[Tensor], relation: tuple[int, int], scale: float, visible: Tensor
 ) -> Tensor:
     """Returns log R of one model, (B, A, S, S) in float64. Packed tokens are treated as a batch of one sequence."""
-    valid = inputs.mask.valid[..., None, None]
-    query, key = (torch.where(valid, tensors[m].double(), 0.0) for m in relation)
+    query, key = (
+        torch.where(used[..., None, None], tensors[m].double(), 0.0)
+        for m, used in zip(relation, (inputs.mask.counted, inputs.mask.valid), strict=True)
+    )
+    key = key.repeat_interleave(inputs.heads // key.shape[-2], dim=-2)
     if inputs.mask.packed:
         query, key = query[None], key[None]
     scores = scale * torch.einsum("biad,bjad->baij", query, key)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
+from minilm_kernels.relation.inputs import RelationInputs, grad_buffers, unsupported_so_far
 from minilm_kernels.relation.masks import add_fault
 
 from .config import FINALIZE_BLOCK, FUSION, PIVOT_BLOCK, LaunchConfig, padded_width, sliced
@@ -46,7 +46,7 @@ def interpreted() -> bool:
 
 
 def unsupported_reasons(inputs: RelationInputs) -> list[str]:
-    reasons = []
+    reasons = unsupported_so_far(inputs)
     device = inputs.mask.device.type
     tensors = (*inputs.teacher, *inputs.student)
     if device != ("cpu" if interpreted() else "cuda"):
