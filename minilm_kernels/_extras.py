@@ -9,6 +9,7 @@ from contextlib import contextmanager
 EXTRAS = {
     "hf": ("transformers", "safetensors", "tokenizers", "huggingface_hub"),
     "distill": ("transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "tqdm", "yaml"),
+    "trainer": ("transformers", "safetensors", "tokenizers", "huggingface_hub", "accelerate"),
     "data": ("datasets", "pyarrow"),
     "sentence-transformers": ("sentence_transformers", "transformers", "accelerate", "datasets"),
     "trl": ("trl", "transformers", "accelerate", "datasets"),

@@ -7,6 +7,7 @@ The term records teacher and student during their own forwards. It is no module:
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -213,6 +214,13 @@ class RelationTerm:
     def num_items(self, attention_mask: Tensor, query_mask: Tensor | None = None) -> Tensor:
         """Returns the number of items over which the loss averages; see `MiniLMv2Loss.num_items`."""
         return self._parts[0].loss.num_items(attention_mask, query_mask)
+
+    def student_alone(self) -> AbstractContextManager[None]:
+        """Returns a context in which the student runs only as far as the last recorded layer, and returns nothing.
+
+        It is for the relation loss alone, without a wrapper such as DistributedDataParallel around the student.
+        """
+        return until_recorded(*(part.student for part in self._parts))
 
     def clear(self) -> None:
         """Forgets the forwards of both models, such as those of generation."""

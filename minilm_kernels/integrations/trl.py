@@ -19,7 +19,7 @@ class RelationDistillationTrainer(DistillationTrainer):
 
     The relation loss compares the rows of the generated tokens; the tokens of prompts and of tools' results are only
     keys. Both losses belong to the same forward of student and teacher. The trainer logs the relation loss as
-    "relation", without its weight.
+    "relation_kl", without its weight.
 
     Micro-batches of a step, on one or several processes, have the gradient of one large batch. With
     `reduction="token"` each generated token counts the same, with "sequence" each completion.
@@ -27,8 +27,9 @@ class RelationDistillationTrainer(DistillationTrainer):
     It overrides `_compute_loss`, which TRL 1.15 and 1.16 have in this form.
 
     Args:
-        relation_loss: `MiniLMLoss` or `MiniLMv2Loss` with reduction "sequence" or "token", and with `layers` unless the
-            last layers are compared; or a dict of them, see `RelationTerm`.
+        relation_loss: `MiniLMLoss` or `MiniLMv2Loss` with reduction "sequence" or "token", or a dict of them, see
+            `RelationTerm`.
+        layers: the layers to compare, teacher's to student's; see `RelationTerm`.
         relation_weight: factor of the relation loss.
         args, kwargs: arguments of `DistillationTrainer`, such as `model`, `teacher_model` and `args`.
 
@@ -45,20 +46,21 @@ class RelationDistillationTrainer(DistillationTrainer):
         ...         relation_loss=MiniLMv2Loss(num_relation_heads=16, reduction="token"), relation_weight=0.1,
         ...     )
         ...     trainer.train()
-        ...     return trainer.evaluate(prompts)["eval_relation"]
+        ...     return trainer.evaluate(prompts)["eval_relation_kl"]
     """
 
     def __init__(
         self,
         *args: Any,
         relation_loss: Loss | Mapping[Rotary, Loss],
+        layers: Mapping[int, int] | None = None,
         relation_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         if self.teacher_model is None:
             raise ValueError("teacher_model: expected a model or its name, got None")
-        self.relation_term = RelationTerm(self.model, self.teacher_model, relation_loss)
+        self.relation_term = RelationTerm(self.model, self.teacher_model, relation_loss, layers)
         self.relation_weight = relation_weight
         if (reduction := self.relation_term.reduction) not in ("sequence", "token"):
             raise ValueError(f'relation_loss: expected reduction "sequence" or "token", got {reduction!r}')
@@ -82,5 +84,5 @@ class RelationDistillationTrainer(DistillationTrainer):
     ) -> Any:
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["relation"].append(self.accelerator.gather_for_metrics(self._relation).mean().item())
+        self._metrics[mode]["relation_kl"].append(self.accelerator.gather_for_metrics(self._relation).mean().item())
         return result

@@ -99,7 +99,7 @@ def test_rows_of_the_completions_count(tmp_path, name):
     trainer.relation_term.clear()
     found = trainer.compute_loss(student, rows)
     torch.testing.assert_close(found, own + 0.5 * expected_relation(student, teacher, rows, LOSSES[name]))
-    assert trainer._metrics["eval"]["relation"] == [pytest.approx(2 * float(found - own), rel=1e-5)]
+    assert trainer._metrics["eval"]["relation_kl"] == [pytest.approx(2 * float(found - own), rel=1e-5)]
 
 
 class FixedCompletions(RelationDistillationTrainer):
@@ -189,10 +189,10 @@ def test_training(tmp_path):
     trainer.train()
     assert eval_kl(trainer) < 0.9 * before
     logged = trainer.state.log_history
-    relations = [entry["relation"] for entry in logged if "relation" in entry]
+    relations = [entry["relation_kl"] for entry in logged if "relation_kl" in entry]
     assert len(relations) == 15
     assert relations[-1] < relations[0]
-    assert sum("eval_relation" in entry for entry in logged) == 3
+    assert sum("eval_relation_kl" in entry for entry in logged) == 3
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-15")
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(saved.get_parameter(name), parameter)
