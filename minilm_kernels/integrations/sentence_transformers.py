@@ -159,7 +159,7 @@ class RelationDistillLoss(nn.Module):
                 f"{', '.join(features)}. Flattened sentences are not supported: set model[0].unpad_inputs = False"
             )
         if unwrap(model, runs_whole=True) is not unwrap(self.term.student, runs_whole=True):
-            self.term.remove()  # of a model that the trainer has replaced, see its `model_init`
+            self.term.remove()  # the trainer has replaced the model, see its `model_init`
             self.term = RelationTerm(model, **self._options)
         self.term.clear()  # the forwards of evaluators
         self.term.run_teacher(**features)

@@ -1,6 +1,9 @@
 """RelationDistillLoss and RelationKLEvaluator with SentenceTransformerTrainer."""
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -316,6 +319,22 @@ def test_students_made_by_removing_layers(teacher, tmp_path):
         saved.encode(TEXTS["anchor"], convert_to_tensor=True), student.encode(TEXTS["anchor"], convert_to_tensor=True)
     )
     assert len(saved.transformers_model.encoder.layer) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("teacher")
+def test_example(tmp_path):
+    (tmp_path / "sentences.txt").write_text("\n".join(make_texts(80, 1, 20)), encoding="utf-8")
+    script = Path(__file__).resolve().parents[2] / "examples" / "sentence_transformers_trainer.py"
+    command = [sys.executable, script, tmp_path / "teacher", tmp_path / "sentences.txt", tmp_path / "out"]
+    options = ["--relation-heads=4", "--max-steps=20", "--batch-size=8", "--learning-rate=5e-3"]
+    run = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240, check=False)
+    assert run.returncode == 0, run.stderr
+    before, after = map(float, re.search(r"eval KL (\S+) before, (\S+) after", run.stdout).groups())
+    assert after < 0.9 * before
+    saved = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert saved.encode(["w1 w2"]).shape == (1, 48)
+    assert len(saved.transformers_model.encoder.layer) == 1
 
 
 def test_model_init(teacher, tmp_path):

@@ -1,6 +1,9 @@
 """RelationDistillationTrainer with tiny decoders."""
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -196,6 +199,24 @@ def test_training(tmp_path):
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-15")
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(saved.get_parameter(name), parameter)
+
+
+@pytest.mark.slow
+def test_example(tmp_path):
+    for name, model in (("teacher", decoder(1, hidden_size=48)), ("student", decoder(0))):
+        model.save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "prompts.txt").write_text("\n".join(make_texts(80, 1, 10)), encoding="utf-8")
+    script = Path(__file__).resolve().parents[2] / "examples" / "trl_trainer.py"
+    command = [sys.executable, script, *(tmp_path / name for name in ("teacher", "student", "prompts.txt", "out"))]
+    options = ["--relation-heads=4", "--max-steps=20", "--max-completion-length=6", "--learning-rate=1e-2"]
+    run = subprocess.run(
+        [*command, *options, "--relation-weight=10"], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    before, after = map(float, re.search(r"eval KL (\S+) before, (\S+) after", run.stdout).groups())
+    assert after < before
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_adapters(tmp_path):
