@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .losses import QKV, MiniLMLoss, MiniLMv2Loss
+    from .losses import QKV, MiniLMLoss, MiniLMv2Loss, SelfRelationLoss
     from .qkv import QKVExtractor
     from .recording import record_qkv
     from .relation import backend_status, relation_kl, relation_kl_multi
@@ -25,6 +25,7 @@ __all__ = [
     "MiniLMv2Loss",
     "Preset",
     "QKVExtractor",
+    "SelfRelationLoss",
     "backend_status",
     "copied_student",
     "preset_config",
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 _NAMES = {
-    ".losses": ("QKV", "MiniLMLoss", "MiniLMv2Loss"),
+    ".losses": ("QKV", "MiniLMLoss", "MiniLMv2Loss", "SelfRelationLoss"),
     ".qkv": ("QKVExtractor",),
     ".recording": ("record_qkv",),
     ".relation": ("backend_status", "relation_kl", "relation_kl_multi"),

@@ -11,6 +11,7 @@ MODULES = [
     "distill.loop",
     "distill.optimizer",
     "integrations.relation_term",
+    "losses",
     "qkv",
     "recording",
     "students",

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from minilm_kernels import MiniLMLoss, MiniLMv2Loss, QKVExtractor, integrations, record_qkv
 from minilm_kernels.integrations import RelationTerm
+
 from .test_qkv import batch_of, make, make_rotary
 
 LOSS = MiniLMv2Loss(6)
@@ -110,6 +111,24 @@ def test_relations_before_and_after_the_rotation():
     assert list(components) == ["before/qq", "before/kk", "before/vv", "after/qq"]
     torch.testing.assert_close(components, expected, rtol=0, atol=0)
     torch.testing.assert_close(term.total(components), sum(expected.values()))
+
+
+def test_rows_of_completions():
+    (student, teacher), batch = decoders(), batch_of()
+    mask = batch["attention_mask"]
+    completion = torch.zeros_like(mask)
+    completion[:, 6:] = 1
+    term = RelationTerm(student, teacher, MiniLMv2Loss(6, reduction="token"))
+    term.run_teacher(**batch)
+    student(**batch)
+    value = term.value(mask, query_mask=completion)
+    rows = MiniLMv2Loss(6, reduction="none")
+    with record_qkv(teacher) as of_teacher, record_qkv(student) as of_student, torch.no_grad():
+        teacher(**batch)
+        student.eval()(**batch)
+        each = rows(of_teacher.pop()[-1], of_student.pop()[-1], mask, causal=True).sum(1)
+    counted = (mask * completion).bool()
+    torch.testing.assert_close(value, each[counted].sum() / (6 * counted.sum()))
 
 
 def test_one_value_for_each_column():

@@ -161,22 +161,18 @@ class RelationTerm:
                 self.teacher(**batch)
         return None
 
-    def value(
-        self, attention_mask: Tensor | None = None, query_mask: Tensor | None = None, **masks: Unpack[MaskArgs]
-    ) -> Tensor:
+    def value(self, attention_mask: Tensor | None = None, **masks: Unpack[MaskArgs]) -> Tensor:
         """Returns the loss of the last forward of each model: `total(components(...))`; arguments are as there."""
-        return self.total(self.components(attention_mask, query_mask, **masks))
+        return self.total(self.components(attention_mask, **masks))
 
-    def components(
-        self, attention_mask: Tensor | None = None, query_mask: Tensor | None = None, **masks: Unpack[MaskArgs]
-    ) -> dict[str, Tensor]:
+    def components(self, attention_mask: Tensor | None = None, **masks: Unpack[MaskArgs]) -> dict[str, Tensor]:
         """Returns the unweighted KL of each relation in the last forward of each model, and forgets the forwards.
 
         Args:
             attention_mask: (B, S), nonzero on valid tokens; see `relation_kl`.
-            query_mask: (B, S), nonzero on the rows that count, such as those of a completion; see `relation_kl`.
-            **masks: `cu_seqlens`, `max_seqlen`, `prefix_lens` as in `relation_kl`, and `causal`, by default that of the
-                term. With `cu_seqlens`, models have run on packed tokens, (1, T) or (T,).
+            **masks: `query_mask` (nonzero on the rows that count, such as those of a completion), `prefix_lens`,
+                `cu_seqlens` and `max_seqlen` as in `relation_kl`, and `causal`, by default that of the term. With
+                `cu_seqlens`, the models have run on packed tokens, (1, T) or (T,).
 
         Returns:
             Scalars in the student's graph by the relation's name: "qq" or, if the loss has several layers, "12/qq" with
@@ -187,9 +183,7 @@ class RelationTerm:
                 `record_qkv.pop`. The message says which model.
             ValueError: the models ran on different numbers of tokens; see also `relation_kl`.
         """
-        options: dict[str, Any] = {"causal": self.causal, **masks}
-        if query_mask is not None:
-            options["query_mask"] = query_mask
+        masks = {"causal": self.causal, **masks}
         found = {}
         for part, (teacher, student) in zip(self._parts, self._pop(), strict=True):
             student = {layer: _placed(qkv, None, masks) for layer, qkv in student.items()}
@@ -197,9 +191,9 @@ class RelationTerm:
             teacher = {layer: _placed(qkv, like, masks) for layer, qkv in teacher.items()}
             if part.loss.layers is None:
                 (of_teacher,), (of_student,) = teacher.values(), student.values()
-                values = part.loss.components(of_teacher, of_student, attention_mask, **options)
+                values = part.loss.components(of_teacher, of_student, attention_mask, **masks)
             else:
-                values = part.loss.components(teacher, student, attention_mask, **options)
+                values = part.loss.components(teacher, student, attention_mask, **masks)
             found.update({part.prefix + name: value for name, value in values.items()})
         return found
 

@@ -226,9 +226,7 @@ def test_relations_of_a_grouped_query_model():
     for side, width in zip(sides, (16, 8), strict=True):
         side["key"] = side["key"].flatten(2).unflatten(-1, (-1, width))
     assert relation_kl_multi(*sides, [("query", "key")], backend="reference").shape == (1,)
-    with pytest.raises(
-        ValueError, match=r"teacher_key: expected the 4 heads .*, got 1.*a call with these"
-    ):
+    with pytest.raises(ValueError, match=r"teacher_key: expected the 4 heads .*, got 1.*a call with these"):
         relation_kl_multi(*sides, [("query", "query"), ("key", "key")])
     assert relation_kl_multi(*sides, [("key", "key")]).shape == (1,)
 
