@@ -88,7 +88,9 @@ LOSSES = {
     "token": TOKEN,
     "sequence": MiniLMv2Loss(RELATION_HEADS),
     "q-k": MiniLMLoss(4),  # two key heads
-    "all": MiniLMv2Loss(2, relations={"qq": 1.0, "kk": 0.5, "vv": 2.0}, reduction="token"),
+    "all": MiniLMv2Loss(
+        2, relations={"qq": 1.0, "kk": 0.5, "vv": 2.0, "qk": 0.25}, attention_heads=4, reduction="token"
+    ),
 }
 
 
