@@ -24,7 +24,7 @@ class RelationDistillationTrainer(DistillationTrainer):
     Micro-batches of a step, on one or several processes, have the gradient of one large batch. With
     `reduction="token"` each generated token counts the same, with "sequence" each completion.
 
-    It overrides `_compute_loss`, which TRL 1.15 and 1.16 have in this form.
+    It overrides the private method `_compute_loss` of TRL 1.16.
 
     Args:
         relation_loss: `MiniLMLoss` or `MiniLMv2Loss` with reduction "sequence" or "token", or a dict of them, see
