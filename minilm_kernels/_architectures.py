@@ -36,7 +36,7 @@ _POSITION_TERMS = re.compile(
     "rel(ative)?_(pos|att)|position_bias|pos_bias|alibi|pos_att_type|distance_embedding|emb_rel"
 )
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
-_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,11 @@ class Stack:
             return "content" if _position_terms(attention) else "projection"
         forward = source(type(attention).forward)
         names = " ".join(name for name, child in attention._modules.items() if child is not None)
+        may_rotate = [getattr(attention, "use_rope", True), getattr(attention, "position_embedding_type", "rotary")]
         found = {
-            "normed": re.search(r"\b(q|k|query|key)\w*norm", names),
+            "normed": re.search(r"\b(q|k|qk|query|key)_?(layer_?)?norm", names),
             "scaled": re.search(r"(query\w*|q_proj\(.*\)) \*=? self\.(scal|attention_head_size)", forward),
-            "rotated": re.search("rotary|rope", forward) and getattr(attention, "use_rope", True),
+            "rotated": re.search("rotary|rope", forward) and may_rotate == [True, "rotary"],
             "value-normed": re.search(r"\bv(alue)?_norm", names),
         }
         return ", ".join(name for name, is_so in found.items() if is_so) or "projection"
@@ -288,7 +289,7 @@ def find_stack(model: nn.Module, projections: Sequence[str] | Mapping[str, str] 
     if projections is not None and not isinstance(projections, str):
         return Stack(root, tuple(_validated(model, root, projections)), "")
     model_type = getattr(getattr(root, "config", None), "model_type", None)
-    stacks = [Stack(root, *found) for found in _searched(root)]
+    stacks = find_stacks(root)
     found = stacks
     if projections is not None:
         part = f"{_below_base(model, root, projections)}."
@@ -312,8 +313,8 @@ def find_stack(model: nn.Module, projections: Sequence[str] | Mapping[str, str] 
     )
 
 
-def _searched(root: nn.Module) -> list[tuple[tuple[str, ...], str]]:
-    """The projections of every list of layers with self-attention, found by their usual names."""
+def find_stacks(root: nn.Module) -> list[Stack]:
+    """Every list of layers with self-attention whose projections have usual names."""
     found = []
     for path, module in root.named_modules():
         path = _WRAPPERS.sub("", path)
@@ -336,7 +337,8 @@ def _searched(root: nn.Module) -> list[tuple[tuple[str, ...], str]]:
         }
         for pattern in (r"^(\D+?)\.\d+\.(.+)$", r"^(.+)\.\d+\.(\D+)$")
     )
-    return list((first if len(first) <= len(last) else last).items())
+    fewer = first if len(first) <= len(last) else last
+    return [Stack(root, templates, order) for templates, order in fewer.items()]
 
 
 def resolve_layer(layer: int, count: int) -> int:
