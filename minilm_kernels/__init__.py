@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from .qkv import QKVExtractor
     from .recording import record_qkv
     from .relation import backend_status, relation_kl, relation_kl_multi
-    from .students import PRESETS, Preset, copied_student, preset_config, random_student, student_config
+    from .students import (
+        PRESETS,
+        Preset,
+        copied_student,
+        pca_student,
+        preset_config,
+        random_student,
+        student_config,
+    )
 
 __version__ = "0.1.0"
 
@@ -27,6 +35,7 @@ __all__ = [
     "QKVExtractor",
     "backend_status",
     "copied_student",
+    "pca_student",
     "preset_config",
     "random_student",
     "record_qkv",
@@ -40,7 +49,15 @@ _NAMES = {
     ".qkv": ("QKVExtractor",),
     ".recording": ("record_qkv",),
     ".relation": ("backend_status", "relation_kl", "relation_kl_multi"),
-    ".students": ("PRESETS", "Preset", "copied_student", "preset_config", "random_student", "student_config"),
+    ".students": (
+        "PRESETS",
+        "Preset",
+        "copied_student",
+        "pca_student",
+        "preset_config",
+        "random_student",
+        "student_config",
+    ),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

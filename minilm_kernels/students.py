@@ -21,6 +21,7 @@ __all__ = [
     "Preset",
     "copied_student",
     "parameter_count",
+    "pca_student",
     "preset_config",
     "random_student",
     "student_config",
@@ -333,6 +334,78 @@ def random_student(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedMode
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.random.default_generator.manual_seed(seed)
         return AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32)  # from_config modifies the config
+
+
+def pca_student(teacher: PreTrainedModel, config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
+    """Creates a narrower student whose embeddings are the teacher's, reduced by PCA, in float32 on the CPU.
+
+    The columns of W (teacher's hidden size, student's) are the principal directions of the teacher's word embeddings E:
+    the eigenvectors of their covariance with the largest eigenvalues, computed in float64. E W, and the product of W
+    with every other embedding of the same width (positions, token types), are the student's embeddings. W is
+    orthonormal, so E W keeps as much of the variance of E as a projection to this width can. All other weights are
+    random as in `random_student(config, seed=seed)`. Embeddings whose width does not change are copied.
+
+    Args:
+        teacher: a transformers model, with or without a task head.
+        config: config of the student, from `student_config(teacher.config, ...)`.
+        seed: seed of the other weights.
+
+    Returns:
+        The student, without a task head.
+
+    Raises:
+        TypeError: `teacher` is not a transformers model.
+        ValueError: the student's word embeddings are wider than the teacher's, or have another vocabulary; or the
+            teacher's are not finite.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> from minilm_kernels import pca_student, student_config
+        >>> teacher = BertModel(BertConfig(vocab_size=100, num_hidden_layers=2))
+        >>> student = pca_student(teacher, student_config(teacher.config, num_hidden_layers=1, hidden_size=48))
+        >>> student.embeddings.word_embeddings.weight.shape
+        torch.Size([100, 48])
+    """
+    if not isinstance(teacher, PreTrainedModel):
+        raise TypeError(f"teacher: expected a transformers model, got {type(teacher).__name__}")
+    base = teacher.base_model
+    words: torch.Tensor = base.get_input_embeddings().weight
+    student = random_student(config, seed=seed)
+    rows, width = student.get_input_embeddings().weight.shape
+    if rows != words.shape[0]:
+        raise ValueError(f"config: its vocab_size is {rows}, but the teacher's word embeddings have {words.shape[0]} rows")
+    if width > words.shape[1]:
+        raise ValueError(
+            f"config: the student's word embeddings have {width} columns, more than the teacher's {words.shape[1]}; "
+            "use random_student"
+        )
+    directions = principal_directions(words, width)
+    sources = dict(base.named_modules())
+    with torch.no_grad():
+        for name, module in student.named_modules():
+            source = sources.get(name)
+            if isinstance(module, torch.nn.Embedding) and isinstance(source, torch.nn.Embedding):
+                weight = source.weight.detach().to("cpu", torch.float64)
+                if weight.shape[1] == words.shape[1] and module.weight.shape == (len(weight), width):
+                    module.weight.copy_(weight @ directions)
+    return student
+
+
+def principal_directions(embeddings: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` principal directions of the rows of a matrix, (columns, count) float64 with orthonormal columns.
+
+    Eigenvectors have no sign: the largest component of each is made positive. If `count` is the number of columns, the
+    directions are the unit vectors.
+    """
+    rows = embeddings.detach().to("cpu", torch.float64)
+    if not rows.isfinite().all():
+        raise ValueError("teacher: its word embeddings are not finite")
+    if count == rows.shape[1]:
+        return torch.eye(count, dtype=torch.float64)
+    rows = rows - rows.mean(0)
+    directions = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)[:, :count]  # eigenvalues ascend
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))  # (1, count)
+    return directions * largest.sign()
 
 
 def copied_student(

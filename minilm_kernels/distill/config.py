@@ -93,18 +93,24 @@ class DistillConfig:
     )
     student_num_hidden_layers: int | None = _option(
         None,
-        "create a randomly initialized student with this many layers (requires --student-hidden-size)",
+        "create a new student with this many layers (requires --student-hidden-size)",
         positive=True,
         largest=_LARGEST_LAYERS,
     )
     student_hidden_size: int | None = _option(
         None,
-        "hidden size of the randomly initialized student; its intermediate size is 4 times as large",
+        "hidden size of the new student; its intermediate size is 4 times as large",
         positive=True,
         largest=_LARGEST_WIDTH,
     )
     student_num_attention_heads: int = _option(
-        12, "number of attention heads of the randomly initialized student", positive=True, largest=_LARGEST_WIDTH
+        12, "number of attention heads of the new student", positive=True, largest=_LARGEST_WIDTH
+    )
+    student_init: str = _option(
+        "random",
+        "new student of another size; random: all weights are random; pca: its embeddings are the teacher's, reduced to "
+        "its hidden size by PCA",
+        choices=("random", "pca"),
     )
     dropout: float | None = _option(None, "dropout of the student in training; by default, that of its config")
 

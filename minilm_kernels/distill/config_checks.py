@@ -56,7 +56,7 @@ def check_combinations(config: DistillConfig) -> None:
     if config.method == "minilm" and config.relations != DEFAULT_RELATIONS:
         raise ValueError("--relations belongs to --method minilmv2; minilm has the relations qk and vv")
     if (config.student_num_hidden_layers is None) != (config.student_hidden_size is None):
-        raise ValueError("a random student needs both --student-num-hidden-layers and --student-hidden-size")
+        raise ValueError("a new student needs both --student-num-hidden-layers and --student-hidden-size")
     students = {
         "--student": config.student,
         "--copy-layers": config.copy_layers,
@@ -65,6 +65,8 @@ def check_combinations(config: DistillConfig) -> None:
     given = [name for name, value in students.items() if value is not None]
     if len(given) != 1:
         raise ValueError(f"give exactly one of {', '.join(students)}, got {' and '.join(given) or 'none of them'}")
+    if config.student_init != "random" and config.student_num_hidden_layers is None:
+        raise ValueError(f"--student-init {config.student_init} belongs to --student-num-hidden-layers")
     if bool(config.text) == bool(config.dataset_name):
         raise ValueError("give the training text as either --text or --dataset-name")
     if config.warmup_steps is not None and config.warmup_steps > config.max_steps:

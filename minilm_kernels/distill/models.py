@@ -15,7 +15,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from minilm_kernels.losses import QKV, MiniLMLoss, MiniLMv2Loss
 from minilm_kernels.qkv import QKVExtractor
-from minilm_kernels.students import copied_student, random_student, student_config
+from minilm_kernels.students import copied_student, pca_student, random_student, student_config
 
 from .batch import Batch
 from .config import DistillConfig
@@ -145,7 +145,13 @@ def _make_student(config: DistillConfig, teacher: LayerModel, tokenizer: Any) ->
             raise ValueError(
                 f"--student-num-hidden-layers, --student-hidden-size, --student-num-attention-heads: {error}"
             ) from error
-        student = random_student(shape, seed=config.seed)
+        if config.student_init == "pca":
+            try:
+                student = pca_student(teacher.model, shape, seed=config.seed)
+            except ValueError as error:
+                raise ValueError(f"--student-init pca: {error}") from error
+        else:
+            student = random_student(shape, seed=config.seed)
     return (student if config.dropout is None else _with_dropout(student, config.dropout)), info
 
 
