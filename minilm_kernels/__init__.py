@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         random_student,
         student_config,
     )
+    from .vocabulary import TrimmedVocabulary, trim_vocabulary
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "MiniLMv2Loss",
     "Preset",
     "QKVExtractor",
+    "TrimmedVocabulary",
     "backend_status",
     "copied_student",
     "pca_student",
@@ -42,6 +44,7 @@ __all__ = [
     "relation_kl",
     "relation_kl_multi",
     "student_config",
+    "trim_vocabulary",
 ]
 
 _NAMES = {
@@ -58,6 +61,7 @@ _NAMES = {
         "random_student",
         "student_config",
     ),
+    ".vocabulary": ("TrimmedVocabulary", "trim_vocabulary"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -28,13 +28,18 @@ __all__ = [
 ]
 
 # Names of the width of the feed-forward layers in configs.
-_INTERMEDIATE = ("intermediate_size", "hidden_dim", "ffn_dim", "ffn_hidden_size", "d_ff", "d_inner", "n_inner")
+_INTERMEDIATE = [
+    *("intermediate_size", "hidden_dim", "ffn_dim", "ffn_hidden_size", "d_ff", "d_inner", "n_inner"),
+    *("encoder_ffn_dim", "decoder_ffn_dim"),
+]
+# T5's first layer of a stack has the position bias of all of them.
+_SHARED_BY_LAYERS = re.compile("relative_attention_bias")
 # Patterns for the names of settings that change with a size, if they are equal to this size in the teacher.
 _HEAD_WIDTH = re.compile(r"head_(dim|size)$|^d_(kv|head)$|^kv_channels$")
 _KEY_HEADS = re.compile(r"(key_value|kv)_heads?$|num_query_groups$")
 _HEADS = re.compile(rf"attention_heads$|{_KEY_HEADS.pattern}")
 _WIDTH = re.compile(r"(embed|embedding|proj|lru|model|attention|hidden)_?(size|dim|width)$")
-_POSITION = re.compile(r"(idx|index|_id|number)$|^training$")
+_POSITION = re.compile(rf"(idx|index|_id|number)$|^training$|{_SHARED_BY_LAYERS.pattern}")
 _NOT_PER_LAYER = frozenset(PreTrainedConfig().to_dict()) | {"languages"}
 
 
@@ -71,7 +76,7 @@ def student_config(
         TypeError: `teacher_config` is not a config, or a size is not an integer.
         ValueError: a size is below 1; the number of heads does not divide the hidden size, or the number of key heads
             does not divide that of heads (the message lists valid numbers); the config has no attribute with the name
-            of an override; the config is that of an encoder-decoder or of several models; or a model with these sizes
+            of an override; the config is that of several models; or a model with these sizes
             cannot be built or run.
 
     Example:
@@ -135,15 +140,11 @@ def one_line(error: BaseException) -> str:
 
 
 def _check_single_stack(config: Any) -> None:
-    """Raises `ValueError` for configs that do not describe one stack of layers."""
+    """Raises `ValueError` for configs of several models, or of layers that cannot be resized."""
     kind = type(config).__name__
     parts = [name for name in config.sub_configs if getattr(config, name, None) is not None]
     if parts:
         raise ValueError(f"teacher_config: {kind} contains {', '.join(parts)}; give the config of its text model")
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"teacher_config.is_encoder_decoder: {kind} describes an encoder-decoder, but a student is a single stack"
-        )
     if getattr(config, "is_heterogeneous", False):
         raise ValueError("teacher_config.per_layer_config: layers with individual settings cannot be resized")
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
@@ -158,10 +159,10 @@ def _own_names(config: Any, sizes: dict[str, int], intermediate_given: bool) -> 
     own: dict[str, Any] = dict(sizes)
     intermediate = own.pop("intermediate_size")
     names = [name for name in _INTERMEDIATE if hasattr(config, name)]
-    if names:
-        listed = isinstance(getattr(config, names[0]), (list, tuple))
-        own[names[0]] = [intermediate] * sizes["num_hidden_layers"] if listed else intermediate
-    elif intermediate_given:
+    for name in names if config.is_encoder_decoder else names[:1]:
+        listed = isinstance(getattr(config, name), (list, tuple))
+        own[name] = [intermediate] * sizes["num_hidden_layers"] if listed else intermediate
+    if intermediate_given and not names:
         raise ValueError(f"intermediate_size: {type(config).__name__} has no such attribute")
     return {config.attribute_map.get(name, name): size for name, size in own.items()}
 
@@ -211,6 +212,8 @@ def _resize(name: str, value: Any, old: Sequence[int], new: Sequence[int]) -> An
             return new_width // new_heads
         if _HEADS.search(name) and value == heads:
             return new_heads
+        if _KEY_HEADS.search(name) and value > 0 and new_heads % value and value * new_heads % heads == 0:
+            return value * new_heads // heads  # as many query heads for each key head as in the teacher
         if _WIDTH.search(name) and value == width:
             return new_width
         if name.endswith("layers") and value == depth:
@@ -368,12 +371,14 @@ def pca_student(teacher: PreTrainedModel, config: PreTrainedConfig, *, seed: int
     """
     if not isinstance(teacher, PreTrainedModel):
         raise TypeError(f"teacher: expected a transformers model, got {type(teacher).__name__}")
-    base = teacher.base_model
+    base: Any = teacher.base_model
     words: torch.Tensor = base.get_input_embeddings().weight
-    student = random_student(config, seed=seed)
+    student: Any = random_student(config, seed=seed)
     rows, width = student.get_input_embeddings().weight.shape
     if rows != words.shape[0]:
-        raise ValueError(f"config: its vocab_size is {rows}, but the teacher's word embeddings have {words.shape[0]} rows")
+        raise ValueError(
+            f"config: its vocab_size is {rows}, but the teacher's word embeddings have {words.shape[0]} rows"
+        )
     if width > words.shape[1]:
         raise ValueError(
             f"config: the student's word embeddings have {width} columns, more than the teacher's {words.shape[1]}; "
@@ -409,7 +414,7 @@ def principal_directions(embeddings: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def copied_student(
-    teacher: PreTrainedModel, layers: Sequence[int], *, projections: Sequence[str] | None = None
+    teacher: PreTrainedModel, layers: int | Sequence[int], *, projections: Sequence[str] | None = None
 ) -> PreTrainedModel:
     """Creates a student from some layers of the teacher, in float32 on the CPU.
 
@@ -419,7 +424,8 @@ def copied_student(
     Args:
         teacher: a model of an architecture that `QKVExtractor` supports, or any other model with a single list of
             layers and `projections`.
-        layers: the teacher's layer for each layer of the student, counted from 1, or from -1 backwards.
+        layers: the number of layers of the student, which are then evenly spaced layers of the teacher up to its last;
+            or the teacher's layer for each layer of the student, counted from 1, or from -1 backwards.
         projections: for other models, the names of the teacher's projections, see `QKVExtractor`.
 
     Returns:
@@ -447,6 +453,10 @@ def copied_student(
     base = teacher.base_model
     path = layer_path(base, projections)
     count = len(base.get_submodule(path)._modules)
+    if isinstance(layers, int):
+        if not 0 < layers <= count:
+            raise ValueError(f"layers={layers}: expected a number of layers from 1 to the teacher's {count}")
+        layers = [-(-i * count // layers) for i in range(1, layers + 1)]  # i * count / layers, rounded up
     sources = [resolve_layer(layer, count) - 1 for layer in layers]
     if not sources:
         raise ValueError(f"layers: expected at least one of the teacher's layers, 1 to {count}")
@@ -463,6 +473,8 @@ def copied_student(
     with torch.no_grad():
         for name, tensor in student.state_dict().items():
             source_name = layer_index.sub(lambda index: str(sources[int(index[0])]), name)
+            if _SHARED_BY_LAYERS.search(name):
+                source_name = name
             if source_name in given:
                 tensor.copy_(given[source_name])
             elif name.startswith(f"{path}."):
@@ -494,7 +506,11 @@ def _picked_config(teacher_config: Any, sources: Sequence[int], count: int) -> A
 def _check_same_layer(student: Any, teacher: Any, at: str, source: str) -> None:
     """Raises `ValueError` if the student's layer `at` does not compute the same as the teacher's layer `source`."""
     mine, theirs = (
-        {name: _plain_settings(module) for name, module in model.get_submodule(path).named_modules()}
+        {
+            name: _plain_settings(module)
+            for name, module in model.get_submodule(path).named_modules()
+            if not _SHARED_BY_LAYERS.search(name)
+        }
         for model, path in ((student, at), (teacher, source))
     )
     different = {name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)}
@@ -507,7 +523,7 @@ def _check_same_layer(student: Any, teacher: Any, at: str, source: str) -> None:
 
 def _plain_settings(module: torch.nn.Module) -> dict[str, Any]:
     """Class, shapes and settings of a module (window, type of attention, ...), without its position."""
-    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    shapes = {name: x.shape for name, x in module.state_dict().items() if not _SHARED_BY_LAYERS.search(name)}
     settings = {
         name: value
         for name, value in vars(module).items()

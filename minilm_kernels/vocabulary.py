@@ -71,7 +71,7 @@ class TrimmedVocabulary:
         """
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
-        base = model.base_model
+        base: Any = model.base_model
         words = base.get_input_embeddings().weight
         if words.shape[0] <= int(self.teacher_ids[-1]):
             raise ValueError(
@@ -175,7 +175,9 @@ def trim_vocabulary(tokenizer: Any, texts: Iterable[str] | None = None, size: in
     for token in _always(tokenizer, content, ids):
         kept |= _closure(token, needed, kept)
     if size is not None and len(kept) > size:
-        raise ValueError(f"size={size}: the tokenizer has {len(kept)} special tokens, bytes and others that are always kept")
+        raise ValueError(
+            f"size={size}: the tokenizer has {len(kept)} special tokens, bytes and others that are always kept"
+        )
     for token in candidates:
         if size is not None and len(kept) >= size:
             break
@@ -266,7 +268,7 @@ def _always(tokenizer: Any, content: Mapping[str, Any], ids: Mapping[str, int]) 
     model = content["model"]
     kept = {token["id"] for token in content["added_tokens"]} | set(tokenizer.all_special_ids)
     if content["post_processor"]:
-        _renumber_post_processor(copy.deepcopy(content["post_processor"]), lambda i: kept.add(i) or i)
+        kept |= _post_processor_ids(content["post_processor"])
     if model["type"] == "Unigram":
         # Its score determines the score of unknown characters, and so the division of texts that contain them.
         scores = [score for _, score in model["vocab"]]
@@ -313,22 +315,29 @@ def _renumbered(content: dict[str, Any], ids: Mapping[int, int]) -> dict[str, An
     for token in content["added_tokens"]:
         token["id"] = ids[token["id"]]
     if content["post_processor"]:
-        _renumber_post_processor(content["post_processor"], lambda i: ids[i])
+        _renumber(content["post_processor"], ids)
     if content["padding"]:
         content["padding"]["pad_id"] = ids.get(content["padding"]["pad_id"], 0)
     return content
 
 
-def _renumber_post_processor(processor: dict[str, Any], new: Callable[[int], int]) -> None:
-    """Replaces the ids of special tokens in a post-processor."""
+def _post_processor_ids(processor: Mapping[str, Any]) -> set[int]:
+    """The ids of the special tokens that a post-processor adds."""
+    found = {i for inner in processor.get("processors", ()) for i in _post_processor_ids(inner)}
+    found |= {processor[name][1] for name in ("sep", "cls") if name in processor}  # BertProcessing, RobertaProcessing
+    templates = processor.get("special_tokens") or {}  # TemplateProcessing
+    return found | {i for token in templates.values() for i in token["ids"]}
+
+
+def _renumber(processor: dict[str, Any], ids: Mapping[int, int]) -> None:
+    """Replaces the ids of `_post_processor_ids`."""
     for inner in processor.get("processors", ()):
-        _renumber_post_processor(inner, new)
-    for name in ("sep", "cls"):  # BertProcessing, RobertaProcessing
+        _renumber(inner, ids)
+    for name in ("sep", "cls"):
         if name in processor:
-            processor[name] = [processor[name][0], new(processor[name][1])]
-    templates = processor.get("special_tokens")
-    for token in templates.values() if isinstance(templates, dict) else ():  # TemplateProcessing
-        token["ids"] = [new(i) for i in token["ids"]]
+            processor[name][1] = ids[processor[name][1]]
+    for token in (processor.get("special_tokens") or {}).values():
+        token["ids"] = [ids[i] for i in token["ids"]]
 
 
 def _reloaded(tokenizer: Any, content: dict[str, Any], ids: Mapping[int, int]) -> Any:
@@ -342,6 +351,8 @@ def _reloaded(tokenizer: Any, content: dict[str, Any], ids: Mapping[int, int]) -
         settings_file = Path(folder) / "tokenizer_config.json"
         settings = json.loads(settings_file.read_text(encoding="utf-8"))
         if decoder := settings.get("added_tokens_decoder"):
-            settings["added_tokens_decoder"] = {str(ids[int(i)]): token for i, token in decoder.items() if int(i) in ids}
+            settings["added_tokens_decoder"] = {
+                str(ids[int(i)]): token for i, token in decoder.items() if int(i) in ids
+            }
             settings_file.write_text(json.dumps(settings), encoding="utf-8")
         return type(tokenizer).from_pretrained(folder)

@@ -55,7 +55,10 @@ def check_combinations(config: DistillConfig) -> None:
         raise ValueError("--relation-heads belongs to --method minilmv2; minilm uses the attention heads")
     if config.method == "minilm" and config.relations != DEFAULT_RELATIONS:
         raise ValueError("--relations belongs to --method minilmv2; minilm has the relations qk and vv")
-    if (config.student_num_hidden_layers is None) != (config.student_hidden_size is None):
+    copied = config.student_init == "copy"
+    if copied and config.student_hidden_size is not None:
+        raise ValueError("--student-init copy keeps the teacher's sizes; leave out --student-hidden-size")
+    if (config.student_num_hidden_layers is None) != (config.student_hidden_size is None) and not copied:
         raise ValueError("a new student needs both --student-num-hidden-layers and --student-hidden-size")
     students = {
         "--student": config.student,
