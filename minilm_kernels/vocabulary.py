@@ -355,4 +355,6 @@ def _reloaded(tokenizer: Any, content: dict[str, Any], ids: Mapping[int, int]) -
                 str(ids[int(i)]): token for i, token in decoder.items() if int(i) in ids
             }
             settings_file.write_text(json.dumps(settings), encoding="utf-8")
-        return type(tokenizer).from_pretrained(folder)
+        student = type(tokenizer).from_pretrained(folder)
+        student.name_or_path = ""
+        return student
