@@ -48,6 +48,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", _GROUPED),
     "gemma2": ("gemma2", {**_GROUPED, "sliding_window": 6}),
 }
+CAUSAL = {"gpt2", "llama", "qwen3", "gemma", "gemma2"}
+# BART counts positions in the sample, and DeBERTa takes no mask of pairs.
+NOT_PACKED = {"bart", "deberta-v2"}
 
 
 def make_teacher(family: str) -> PreTrainedModel:
