@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from .qkv import QKVExtractor
     from .recording import record_qkv
     from .relation import backend_status, prefix_mask, relation_kl, relation_kl_multi
-    from .students import PRESETS, Preset, copied_student, preset_config, random_student, student_config
+    from .students import (
+        PRESETS,
+        Preset,
+        copied_student,
+        pca_student,
+        preset_config,
+        random_student,
+        student_config,
+    )
+    from .vocabulary import TrimmedVocabulary, trim_vocabulary
 
 __version__ = "0.1.0"
 
@@ -26,8 +35,10 @@ __all__ = [
     "Preset",
     "QKVExtractor",
     "SelfRelationLoss",
+    "TrimmedVocabulary",
     "backend_status",
     "copied_student",
+    "pca_student",
     "prefix_mask",
     "preset_config",
     "random_student",
@@ -35,6 +46,7 @@ __all__ = [
     "relation_kl",
     "relation_kl_multi",
     "student_config",
+    "trim_vocabulary",
 ]
 
 _NAMES = {
@@ -42,7 +54,16 @@ _NAMES = {
     ".qkv": ("QKVExtractor",),
     ".recording": ("record_qkv",),
     ".relation": ("backend_status", "prefix_mask", "relation_kl", "relation_kl_multi"),
-    ".students": ("PRESETS", "Preset", "copied_student", "preset_config", "random_student", "student_config"),
+    ".students": (
+        "PRESETS",
+        "Preset",
+        "copied_student",
+        "pca_student",
+        "preset_config",
+        "random_student",
+        "student_config",
+    ),
+    ".vocabulary": ("TrimmedVocabulary", "trim_vocabulary"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

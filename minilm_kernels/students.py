@@ -21,19 +21,25 @@ __all__ = [
     "Preset",
     "copied_student",
     "parameter_count",
+    "pca_student",
     "preset_config",
     "random_student",
     "student_config",
 ]
 
 # Names of the width of the feed-forward layers in configs.
-_INTERMEDIATE = ("intermediate_size", "hidden_dim", "ffn_dim", "ffn_hidden_size", "d_ff", "d_inner", "n_inner")
+_INTERMEDIATE = [
+    *("intermediate_size", "hidden_dim", "ffn_dim", "ffn_hidden_size", "d_ff", "d_inner", "n_inner"),
+    *("encoder_ffn_dim", "decoder_ffn_dim"),
+]
+# T5's first layer of a stack has the position bias of all of them.
+_SHARED_BY_LAYERS = re.compile("relative_attention_bias")
 # Patterns for the names of settings that change with a size, if they are equal to this size in the teacher.
 _HEAD_WIDTH = re.compile(r"head_(dim|size)$|^d_(kv|head)$|^kv_channels$")
 _KEY_HEADS = re.compile(r"(key_value|kv)_heads?$|num_query_groups$")
 _HEADS = re.compile(rf"attention_heads$|{_KEY_HEADS.pattern}")
 _WIDTH = re.compile(r"(embed|embedding|proj|lru|model|attention|hidden)_?(size|dim|width)$")
-_POSITION = re.compile(r"(idx|index|_id|number)$|^training$")
+_POSITION = re.compile(rf"(idx|index|_id|number)$|^training$|{_SHARED_BY_LAYERS.pattern}")
 _NOT_PER_LAYER = frozenset(PreTrainedConfig().to_dict()) | {"languages"}
 
 
@@ -70,7 +76,7 @@ def student_config(
         TypeError: `teacher_config` is not a config, or a size is not an integer.
         ValueError: a size is below 1; the number of heads does not divide the hidden size, or the number of key heads
             does not divide that of heads (the message lists valid numbers); the config has no attribute with the name
-            of an override; the config is that of an encoder-decoder or of several models; or a model with these sizes
+            of an override; the config is that of several models; or a model with these sizes
             cannot be built or run.
 
     Example:
@@ -134,15 +140,11 @@ def one_line(error: BaseException) -> str:
 
 
 def _check_single_stack(config: Any) -> None:
-    """Raises `ValueError` for configs that do not describe one stack of layers."""
+    """Raises `ValueError` for configs of several models, or of layers that cannot be resized."""
     kind = type(config).__name__
     parts = [name for name in config.sub_configs if getattr(config, name, None) is not None]
     if parts:
         raise ValueError(f"teacher_config: {kind} contains {', '.join(parts)}; give the config of its text model")
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"teacher_config.is_encoder_decoder: {kind} describes an encoder-decoder, but a student is a single stack"
-        )
     if getattr(config, "is_heterogeneous", False):
         raise ValueError("teacher_config.per_layer_config: layers with individual settings cannot be resized")
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
@@ -157,10 +159,10 @@ def _own_names(config: Any, sizes: dict[str, int], intermediate_given: bool) -> 
     own: dict[str, Any] = dict(sizes)
     intermediate = own.pop("intermediate_size")
     names = [name for name in _INTERMEDIATE if hasattr(config, name)]
-    if names:
-        listed = isinstance(getattr(config, names[0]), (list, tuple))
-        own[names[0]] = [intermediate] * sizes["num_hidden_layers"] if listed else intermediate
-    elif intermediate_given:
+    for name in names if config.is_encoder_decoder else names[:1]:
+        listed = isinstance(getattr(config, name), (list, tuple))
+        own[name] = [intermediate] * sizes["num_hidden_layers"] if listed else intermediate
+    if intermediate_given and not names:
         raise ValueError(f"intermediate_size: {type(config).__name__} has no such attribute")
     return {config.attribute_map.get(name, name): size for name, size in own.items()}
 
@@ -210,6 +212,8 @@ def _resize(name: str, value: Any, old: Sequence[int], new: Sequence[int]) -> An
             return new_width // new_heads
         if _HEADS.search(name) and value == heads:
             return new_heads
+        if _KEY_HEADS.search(name) and value > 0 and new_heads % value and value * new_heads % heads == 0:
+            return value * new_heads // heads  # as many query heads for each key head as in the teacher
         if _WIDTH.search(name) and value == width:
             return new_width
         if name.endswith("layers") and value == depth:
@@ -335,8 +339,82 @@ def random_student(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedMode
         return AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32)  # from_config modifies the config
 
 
+def pca_student(teacher: PreTrainedModel, config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
+    """Creates a narrower student whose embeddings are the teacher's, reduced by PCA, in float32 on the CPU.
+
+    The columns of W (teacher's hidden size, student's) are the principal directions of the teacher's word embeddings E:
+    the eigenvectors of their covariance with the largest eigenvalues, computed in float64. E W, and the product of W
+    with every other embedding of the same width (positions, token types), are the student's embeddings. W is
+    orthonormal, so E W keeps as much of the variance of E as a projection to this width can. All other weights are
+    random as in `random_student(config, seed=seed)`. Embeddings whose width does not change are copied.
+
+    Args:
+        teacher: a transformers model, with or without a task head.
+        config: config of the student, from `student_config(teacher.config, ...)`.
+        seed: seed of the other weights.
+
+    Returns:
+        The student, without a task head.
+
+    Raises:
+        TypeError: `teacher` is not a transformers model.
+        ValueError: the student's word embeddings are wider than the teacher's, or have another vocabulary; or the
+            teacher's are not finite.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> from minilm_kernels import pca_student, student_config
+        >>> teacher = BertModel(BertConfig(vocab_size=100, num_hidden_layers=2))
+        >>> student = pca_student(teacher, student_config(teacher.config, num_hidden_layers=1, hidden_size=48))
+        >>> student.embeddings.word_embeddings.weight.shape
+        torch.Size([100, 48])
+    """
+    if not isinstance(teacher, PreTrainedModel):
+        raise TypeError(f"teacher: expected a transformers model, got {type(teacher).__name__}")
+    base: Any = teacher.base_model
+    words: torch.Tensor = base.get_input_embeddings().weight
+    student: Any = random_student(config, seed=seed)
+    rows, width = student.get_input_embeddings().weight.shape
+    if rows != words.shape[0]:
+        raise ValueError(
+            f"config: its vocab_size is {rows}, but the teacher's word embeddings have {words.shape[0]} rows"
+        )
+    if width > words.shape[1]:
+        raise ValueError(
+            f"config: the student's word embeddings have {width} columns, more than the teacher's {words.shape[1]}; "
+            "use random_student"
+        )
+    directions = principal_directions(words, width)
+    sources = dict(base.named_modules())
+    with torch.no_grad():
+        for name, module in student.named_modules():
+            source = sources.get(name)
+            if isinstance(module, torch.nn.Embedding) and isinstance(source, torch.nn.Embedding):
+                weight = source.weight.detach().to("cpu", torch.float64)
+                if weight.shape[1] == words.shape[1] and module.weight.shape == (len(weight), width):
+                    module.weight.copy_(weight @ directions)
+    return student
+
+
+def principal_directions(embeddings: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` principal directions of the rows of a matrix, (columns, count) float64 with orthonormal columns.
+
+    Eigenvectors have no sign: the largest component of each is made positive. If `count` is the number of columns, the
+    directions are the unit vectors.
+    """
+    rows = embeddings.detach().to("cpu", torch.float64)
+    if not rows.isfinite().all():
+        raise ValueError("teacher: its word embeddings are not finite")
+    if count == rows.shape[1]:
+        return torch.eye(count, dtype=torch.float64)
+    rows = rows - rows.mean(0)
+    directions = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)[:, :count]  # eigenvalues ascend
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))  # (1, count)
+    return directions * largest.sign()
+
+
 def copied_student(
-    teacher: PreTrainedModel, layers: Sequence[int], *, projections: Sequence[str] | None = None
+    teacher: PreTrainedModel, layers: int | Sequence[int], *, projections: Sequence[str] | None = None
 ) -> PreTrainedModel:
     """Creates a student from some layers of the teacher, in float32 on the CPU.
 
@@ -346,7 +424,8 @@ def copied_student(
     Args:
         teacher: a model of an architecture that `QKVExtractor` supports, or any other model with a single list of
             layers and `projections`.
-        layers: the teacher's layer for each layer of the student, counted from 1, or from -1 backwards.
+        layers: the number of layers of the student, which are then evenly spaced layers of the teacher up to its last;
+            or the teacher's layer for each layer of the student, counted from 1, or from -1 backwards.
         projections: for other models, the names of the teacher's projections, see `QKVExtractor`.
 
     Returns:
@@ -374,6 +453,10 @@ def copied_student(
     base = teacher.base_model
     path = layer_path(base, projections)
     count = len(base.get_submodule(path)._modules)
+    if isinstance(layers, int):
+        if not 0 < layers <= count:
+            raise ValueError(f"layers={layers}: expected a number of layers from 1 to the teacher's {count}")
+        layers = [-(-i * count // layers) for i in range(1, layers + 1)]  # i * count / layers, rounded up
     sources = [resolve_layer(layer, count) - 1 for layer in layers]
     if not sources:
         raise ValueError(f"layers: expected at least one of the teacher's layers, 1 to {count}")
@@ -390,6 +473,8 @@ def copied_student(
     with torch.no_grad():
         for name, tensor in student.state_dict().items():
             source_name = layer_index.sub(lambda index: str(sources[int(index[0])]), name)
+            if _SHARED_BY_LAYERS.search(name):
+                source_name = name
             if source_name in given:
                 tensor.copy_(given[source_name])
             elif name.startswith(f"{path}."):
@@ -421,7 +506,11 @@ def _picked_config(teacher_config: Any, sources: Sequence[int], count: int) -> A
 def _check_same_layer(student: Any, teacher: Any, at: str, source: str) -> None:
     """Raises `ValueError` if the student's layer `at` does not compute the same as the teacher's layer `source`."""
     mine, theirs = (
-        {name: _plain_settings(module) for name, module in model.get_submodule(path).named_modules()}
+        {
+            name: _plain_settings(module)
+            for name, module in model.get_submodule(path).named_modules()
+            if not _SHARED_BY_LAYERS.search(name)
+        }
         for model, path in ((student, at), (teacher, source))
     )
     different = {name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)}
@@ -434,7 +523,7 @@ def _check_same_layer(student: Any, teacher: Any, at: str, source: str) -> None:
 
 def _plain_settings(module: torch.nn.Module) -> dict[str, Any]:
     """Class, shapes and settings of a module (window, type of attention, ...), without its position."""
-    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    shapes = {name: x.shape for name, x in module.state_dict().items() if not _SHARED_BY_LAYERS.search(name)}
     settings = {
         name: value
         for name, value in vars(module).items()

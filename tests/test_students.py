@@ -13,7 +13,9 @@ from minilm_kernels.students import (
     PRESETS,
     copied_student,
     parameter_count,
+    pca_student,
     preset_config,
+    principal_directions,
     random_student,
     student_config,
 )
@@ -158,7 +160,6 @@ def test_key_heads_follow_or_must_divide(tmp_path):
     ("config", "message"),
     [
         (lambda: AutoConfig.for_model("clip"), "CLIPConfig contains .*text_config"),
-        (lambda: AutoConfig.for_model("t5"), "is_encoder_decoder: T5Config"),
         (lambda: AutoConfig.for_model("resnet"), "num_hidden_layers: ResNetConfig has no such attribute"),
         (lambda: AutoConfig.for_model("mobilebert"), "MobileBertConfig of num_hidden_layers=2, .* cannot run"),
         (lambda: AutoConfig.for_model("qwen3_next", **DECODER, num_experts=4), "num_hidden_layers=2.* cannot run"),
@@ -350,6 +351,116 @@ def test_copied_student_holds_the_layers_asked_for(model_type, auto):
     torch.optim.SGD(student.parameters(), lr=1.0).step()
     torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
     assert not torch.equal(student.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(6, [1, 2, 3, 4, 5, 6]), (4, [2, 3, 5, 6]), (3, [2, 4, 6]), (2, [3, 6]), (1, [6])]
+)
+def test_a_number_of_layers_is_evenly_spaced(count, expected):
+    teacher = AutoModel.from_config(teacher_config("bert"))
+    student, same = copied_student(teacher, count), copied_student(teacher, expected)
+    torch.testing.assert_close(student.state_dict(), same.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="layers=7: expected a number of layers from 1 to the teacher's 6"):
+        copied_student(teacher, 7)
+
+
+T5_NAMES = [f"encoder.block.{{i}}.layer.0.SelfAttention.{letter}" for letter in "qkv"]
+T5 = {"d_model": 48, "d_kv": 12, "num_layers": 4, "num_heads": 4, "d_ff": 96, "vocab_size": 90}
+
+
+def test_students_of_encoder_decoders_are_encoder_decoders(tmp_path):
+    t5 = AutoConfig.for_model("t5", **T5, decoder_start_token_id=0)
+    student = student_config(t5, 2, 24, num_attention_heads=3)
+    assert (student.num_layers, student.num_decoder_layers, student.d_kv, student.d_ff) == (2, 2, 8, 96)
+    sides = {f"{x}_{name}": n for x in ("encoder", "decoder") for name, n in (("layers", 4), ("attention_heads", 4))}
+    bart = AutoConfig.for_model("bart", d_model=48, encoder_ffn_dim=96, decoder_ffn_dim=96, vocab_size=90, **sides)
+    student = student_config(bart, 2, 24, num_attention_heads=3, intermediate_size=40)
+    assert (student.encoder_layers, student.decoder_layers, student.decoder_attention_heads) == (2, 2, 3)
+    assert (student.encoder_ffn_dim, student.decoder_ffn_dim) == (40, 40)
+    made_and_reloaded(student, tmp_path)
+
+
+def test_copied_layers_of_t5_keep_the_bias_of_the_first():
+    """Only T5's first layer has the position bias, which all layers use."""
+    teacher = AutoModel.from_config(AutoConfig.for_model("t5", **T5)).eval()
+    student = copied_student(teacher, [2, 4], projections=T5_NAMES).eval()
+    ids = torch.randint(5, 90, (2, 9))
+    blocks = teacher.encoder.block
+    with torch.no_grad():
+        found = student.encoder(input_ids=ids).last_hidden_state
+        bias = blocks[0].layer[0].SelfAttention.relative_attention_bias
+        blocks[1].layer[0].SelfAttention.relative_attention_bias = bias
+        blocks[1].layer[0].SelfAttention.has_relative_attention_bias = True
+        blocks._modules = {"0": blocks[1], "1": blocks[3]}
+        torch.testing.assert_close(found, teacher.encoder(input_ids=ids).last_hidden_state)
+    assert len(student.decoder.block) == 4
+
+
+def test_key_heads_keep_their_ratio_where_their_number_does_not_divide():
+    teacher = AutoConfig.for_model("llama", **{**DECODER, "num_attention_heads": 8, "num_key_value_heads": 4})
+    assert student_config(teacher, 2, 24, num_attention_heads=4).num_key_value_heads == 4
+    assert student_config(teacher, 2, 24, num_attention_heads=6).num_key_value_heads == 3
+    with pytest.raises(ValueError, match="give num_key_value_heads too, one of 1, 3"):
+        student_config(teacher, 2, 24, num_attention_heads=3)
+
+
+def test_pca_embeddings_keep_the_most_variance():
+    """By the theorem of Eckart and Young: what is left of the variance are the largest squared singular values."""
+    torch.manual_seed(0)
+    teacher = AutoModel.from_config(teacher_config("bert"), dtype=torch.bfloat16)
+    with torch.no_grad():
+        teacher.embeddings.word_embeddings.weight.mul_(torch.linspace(0.1, 2, 48)).add_(0.3)
+    config = student_config(teacher.config, 2, 24)
+    student = pca_student(teacher, config, seed=3)
+    theirs, mine = (m.embeddings.word_embeddings.weight.detach().double() for m in (teacher, student))
+    values = torch.linalg.svdvals(theirs - theirs.mean(0))
+    left = (mine - mine.mean(0)).square().sum()
+    torch.testing.assert_close(left, values[:24].square().sum(), rtol=1e-6, atol=0)
+    directions = principal_directions(theirs, 24)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-12)
+    # All tables that are added to the words have the same directions.
+    for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
+        expected = teacher.get_submodule(f"embeddings.{name}").weight.double() @ directions
+        assert torch.equal(student.get_submodule(f"embeddings.{name}").weight, expected.float())
+    # Everything else is that of a random student.
+    random = random_student(config, seed=3).state_dict()
+    same = {name for name, x in student.state_dict().items() if torch.equal(x, random[name])}
+    assert random.keys() - same == {f"embeddings.{x}_embeddings.weight" for x in ("word", "position", "token_type")}
+    torch.testing.assert_close(pca_student(teacher, config, seed=3).state_dict(), student.state_dict(), rtol=0, atol=0)
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+
+
+def test_directions_do_not_depend_on_order_or_sign():
+    rows = torch.randn(80, 9, dtype=torch.float64) * torch.arange(1, 10)
+    expected = principal_directions(rows, 4)
+    for other in (rows.flip(0), -rows, rows + 5):
+        torch.testing.assert_close(principal_directions(other, 4), expected, rtol=0, atol=1e-10)
+    assert torch.equal(principal_directions(rows, 9), torch.eye(9, dtype=torch.float64))
+
+
+def test_pca_leaves_tables_of_the_same_width():
+    """ELECTRA's embeddings are narrower than its layers and are copied, also the position bias of T5."""
+    electra = AutoModel.from_config(teacher_config("electra", embedding_size=16))
+    student = pca_student(electra, student_config(electra.config, 2, 24))
+    torch.testing.assert_close(student.embeddings.word_embeddings.weight, electra.embeddings.word_embeddings.weight)
+    t5 = AutoModel.from_config(AutoConfig.for_model("t5", **T5))
+    narrow = pca_student(t5, student_config(t5.config, 2, 24, num_attention_heads=4))
+    assert narrow.encoder.embed_tokens.weight.shape == narrow.decoder.embed_tokens.weight.shape == (90, 24)
+    torch.testing.assert_close(narrow.shared.weight, narrow.encoder.embed_tokens.weight)
+
+
+def test_embeddings_that_pca_cannot_reduce():
+    teacher = AutoModel.from_config(teacher_config("bert"))
+    with pytest.raises(TypeError, match="teacher"):
+        pca_student(torch.nn.Linear(2, 2), teacher.config)
+    with pytest.raises(ValueError, match="60 columns, more than the teacher's 48"):
+        pca_student(teacher, student_config(teacher.config, 2, 60))
+    with pytest.raises(ValueError, match="vocab_size is 30, .* 211 rows"):
+        pca_student(teacher, student_config(teacher.config, 2, 24, vocab_size=30))
+    with torch.no_grad():
+        teacher.embeddings.word_embeddings.weight[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        pca_student(teacher, student_config(teacher.config, 2, 24))
 
 
 QKV = [f"self_attn.{letter}_proj" for letter in "qkv"]

@@ -83,18 +83,27 @@ class Batch:
         self._longest = int(lengths.max())
         self._mask: Tensor | None = None
 
-    def model_inputs(self, position_offset: int, additive: bool) -> dict[str, Any]:
+    def model_inputs(
+        self, position_offset: int, additive: bool, *, causal_model: bool = False, reach: int | None = None
+    ) -> dict[str, Any]:
         """Arguments for the forward of a model.
 
         Args:
             position_offset: position id of a document's first token.
             additive: True if the model adds its mask to the scores (eager attention) and accepts no boolean mask.
+            causal_model: True if the model itself attends to earlier tokens only.
+            reach: for models with layers that attend to near tokens only, the largest distance of these tokens.
         """
-        mask: Tensor
-        if self._packed or self.causal or self.prefixes is not None:
-            mask = self._attention_mask()
-            if additive:
-                mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, torch.finfo(torch.float16).min)
+        mask: Any
+        if self._packed or self.causal != causal_model or self.prefixes is not None:
+            full = self._attention_mask()
+            if reach is None:
+                mask = _added(full) if additive else full
+            else:  # transformers' models with layers of both kinds take a mask for each
+                order = torch.arange(self.ids.shape[1], device=self.ids.device)
+                near = full & ((order[:, None] - order[None, :]).abs() <= reach)
+                kinds = {"full_attention": full, "sliding_attention": near}
+                mask = {kind: _added(x) if additive else x for kind, x in kinds.items()}
         else:
             mask = self.positions != PADDING
         return {
@@ -138,3 +147,8 @@ class Batch:
         if self._packed:
             return {**arguments, "cu_seqlens": self._cu_seqlens, "max_seqlen": self._longest}
         return {**arguments, "attention_mask": self.positions != PADDING}
+
+
+def _added(mask: Tensor) -> Tensor:
+    """A boolean mask as numbers that are added to the scores."""
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, torch.finfo(torch.float16).min)

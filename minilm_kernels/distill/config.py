@@ -93,18 +93,40 @@ class DistillConfig:
     )
     student_num_hidden_layers: int | None = _option(
         None,
-        "create a randomly initialized student with this many layers (requires --student-hidden-size)",
+        "create a new student with this many layers (requires --student-hidden-size)",
         positive=True,
         largest=_LARGEST_LAYERS,
     )
     student_hidden_size: int | None = _option(
         None,
-        "hidden size of the randomly initialized student; its intermediate size is 4 times as large",
+        "hidden size of the new student; its intermediate size is 4 times as large",
         positive=True,
         largest=_LARGEST_WIDTH,
     )
     student_num_attention_heads: int = _option(
-        12, "number of attention heads of the randomly initialized student", positive=True, largest=_LARGEST_WIDTH
+        12, "number of attention heads of the new student", positive=True, largest=_LARGEST_WIDTH
+    )
+    student_num_key_value_heads: int | None = _option(
+        None,
+        "number of key and value heads of the new student; by default, that of the teacher, or as many query heads for "
+        "each key head as in the teacher",
+        positive=True,
+        largest=_LARGEST_WIDTH,
+    )
+    student_init: str = _option(
+        "random",
+        "weights of the new student; random: all are random; pca: its embeddings are the teacher's, reduced to its "
+        "hidden size by PCA; copy: it consists of evenly spaced layers of the teacher (without --student-hidden-size)",
+        choices=("random", "pca", "copy"),
+    )
+    trim_vocabulary: int | None = _option(
+        None,
+        "give the student a vocabulary of at most this many tokens, the teacher's most frequent ones in the training "
+        "text",
+        positive=True,
+    )
+    trim_vocabulary_documents: int = _option(
+        100_000, "number of documents of the training text in which --trim-vocabulary counts tokens", positive=True
     )
     dropout: float | None = _option(None, "dropout of the student in training; by default, that of its config")
 
@@ -135,9 +157,9 @@ class DistillConfig:
     )
     student_projections: tuple[str, ...] | None = _option(None, "the same names for the student", nargs="+")
     mask: str = _option(
-        "bidirectional",
-        "attention mask of both models and of the loss",
-        choices=("bidirectional", "causal", "prefix"),
+        "auto",
+        "attention mask of both models and of the loss; auto: that of the models, which is causal for decoders",
+        choices=("auto", "bidirectional", "causal", "prefix"),
     )
     prefix_range: tuple[float, float] = _option(
         (0.25, 0.75),

@@ -55,8 +55,11 @@ def check_combinations(config: DistillConfig) -> None:
         raise ValueError("--relation-heads belongs to --method minilmv2; minilm uses the attention heads")
     if config.method == "minilm" and config.relations != DEFAULT_RELATIONS:
         raise ValueError("--relations belongs to --method minilmv2; minilm has the relations qk and vv")
-    if (config.student_num_hidden_layers is None) != (config.student_hidden_size is None):
-        raise ValueError("a random student needs both --student-num-hidden-layers and --student-hidden-size")
+    copied = config.student_init == "copy"
+    if copied and config.student_hidden_size is not None:
+        raise ValueError("--student-init copy keeps the teacher's sizes; leave out --student-hidden-size")
+    if (config.student_num_hidden_layers is None) != (config.student_hidden_size is None) and not copied:
+        raise ValueError("a new student needs both --student-num-hidden-layers and --student-hidden-size")
     students = {
         "--student": config.student,
         "--copy-layers": config.copy_layers,
@@ -65,6 +68,8 @@ def check_combinations(config: DistillConfig) -> None:
     given = [name for name, value in students.items() if value is not None]
     if len(given) != 1:
         raise ValueError(f"give exactly one of {', '.join(students)}, got {' and '.join(given) or 'none of them'}")
+    if config.student_init != "random" and config.student_num_hidden_layers is None:
+        raise ValueError(f"--student-init {config.student_init} belongs to --student-num-hidden-layers")
     if bool(config.text) == bool(config.dataset_name):
         raise ValueError("give the training text as either --text or --dataset-name")
     if config.warmup_steps is not None and config.warmup_steps > config.max_steps:

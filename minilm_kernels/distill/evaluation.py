@@ -42,7 +42,7 @@ def evaluate(
         if stopped():
             break
         part = slice(start, start + micro_batch)
-        batch = make_batch(config, samples, dist.device, (config.seed, 2), part)
+        batch = make_batch(config, models.mask, samples, dist.device, (config.seed, 2), part)
         weight = LossWeights.of(samples.part(part)).weight(config.reduction, total)
         sums += weight * loss_vector(config, models, batch, requires_grad=False).double()
     models.student.model.train(training)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from .model_card import write_student
 from .models import TeacherStudent, load_models
 from .optimizer import learning_rate_at, make_optimizer
 from .packing import Packer, Samples
-from .preflight import check_saving, check_text
+from .preflight import check_masks, check_saving, check_text
 from .run_folder import CHECKPOINTS, METRICS, SETTINGS, STUDENT, is_finished, output_folder, refuse_differences
 from .run_state import RunState
 from .sample_stream import SampleStream
@@ -161,6 +162,8 @@ class TrainingLoop:
         saved = self._choose_checkpoint() if config.resume_from_checkpoint else None
         dist.on_all(lambda: self._prepare(saved))
         dist.check_equal(self.state.teacher_digests, "the files of --teacher")
+        if (vocabulary := self.models.vocabulary) is not None:
+            dist.check_equal(vocabulary.teacher_ids.tolist(), "the tokens that --trim-vocabulary keeps")
         self.progress = Progress(self.state.step, config.max_steps, dist.is_main)
 
     def _choose_checkpoint(self) -> Checkpoint | None:
@@ -198,13 +201,18 @@ class TrainingLoop:
             refuse_differences(config, [f"processes: {saved.state.get('world_size')} before, {dist.world_size} now"])
         tell = say if dist.is_main else _ignore
         sources, eval_sources = _open_text(config, tell)
-        models = load_models(config, dist.device)
+        counted = islice(_texts(sources), config.trim_vocabulary_documents)
+        teacher_ids = None if saved is None else saved.tensors["progress"].get("vocabulary")
+        models = load_models(config, dist.device, counted, teacher_ids)
         if dist.is_main:
-            check_saving(models.student.model, models.tokenizer, self.metrics_path.parent)
+            if models.vocabulary is not None:
+                kept, ids = len(models.vocabulary.teacher_ids), len(models.tokenizer)
+                tell(f"--trim-vocabulary: the student has {kept} of the teacher's {ids} tokens")
+            check_saving(models.student.model, models.student_tokenizer, self.metrics_path.parent)
         tokenizer = DocumentTokenizer(models.tokenizer)
-        documents = (document for source in sources for document in source.read())
-        texts = (document.text for document in documents if document.text is not None)
-        check_text(tokenizer, texts, models.teacher.model, models.student.model)
+        student = models.student.model if models.vocabulary is None else None
+        check_text(tokenizer, _texts(sources), models.teacher.model, student)
+        check_masks(models, tokenizer, config.max_seq_length, config.packing)
         eval_set: EvalSet | None = None
         if saved is None and (eval_sources or config.eval_fraction):
             separate = bool(eval_sources)
@@ -337,7 +345,7 @@ class TrainingLoop:
         self.buffer.zero_()
         for start in range(dist.rank * share, (dist.rank + 1) * share, micro):
             part = slice(start, start + micro)
-            batch = make_batch(config, samples, dist.device, (config.seed, 3, state.step), part)
+            batch = make_batch(config, self.models.mask, samples, dist.device, (config.seed, 3, state.step), part)
             values = loss_vector(config, self.models, batch, requires_grad=True)
             losses = LossWeights.of(samples.part(part)).weight(config.reduction, total) * values
             torch.dot(losses, self.weights).backward()
@@ -397,6 +405,12 @@ class TrainingLoop:
 
 def _ignore(message: str) -> None:
     pass
+
+
+def _texts(sources: Iterable[Source]) -> Iterator[str]:
+    """The text of all documents that have one."""
+    documents = (document for source in sources for document in source.read())
+    return (document.text for document in documents if document.text is not None)
 
 
 def _open_text(config: DistillConfig, say: Callable[[str], None]) -> tuple[list[Source], list[Source]]:

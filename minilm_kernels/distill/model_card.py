@@ -40,7 +40,7 @@ def write_student(
 
     def fill(folder: Path) -> None:
         models.student.model.save_pretrained(folder)
-        models.tokenizer.save_pretrained(folder)
+        models.student_tokenizer.save_pretrained(folder)
         (folder / "settings.json").write_text(json.dumps(config.as_dict(), indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(config, models, evaluations, processes), encoding="utf-8")
         shutil.copy(metrics, folder / "metrics.jsonl")
@@ -73,7 +73,7 @@ def model_card(config: DistillConfig, models: TeacherStudent, evaluations: EvalR
         "## Training",
         "",
         f"Method {config.method} with relations {relations} and {models.loss.num_heads} heads, from teacher layer "
-        f"{models.teacher.extractor.layer} to student layer {models.student.extractor.layer}, {config.mask} mask; "
+        f"{models.teacher.extractor.layer} to student layer {models.student.extractor.layer}, {models.mask} mask; "
         f"{config.max_steps} steps of {config.total_batch_size} samples of up to {config.max_seq_length} tokens.",
         "",
         "```",

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from minilm_kernels.losses import QKV, MiniLMLoss, MiniLMv2Loss
 from minilm_kernels.qkv import QKVExtractor
-from minilm_kernels.students import copied_student, random_student, student_config
+from minilm_kernels.students import copied_student, pca_student, random_student, student_config
+from minilm_kernels.vocabulary import TrimmedVocabulary, restricted, trim_vocabulary
 
 from .batch import Batch
 from .config import DistillConfig
@@ -34,39 +36,76 @@ class LayerModel:
         layer: the layer, counted from 1, or from -1 backwards.
         projections: names of the query, key and value modules for other architectures, see `QKVExtractor`.
         role: "teacher" or "student"; a teacher is frozen.
+        ids: the model's id of each of the teacher's token ids; None if both have the same vocabulary.
 
     Attributes:
         extractor: the `QKVExtractor`.
         max_positions: number of positions of the model.
+        causal: True if a token of the model attends to earlier tokens only.
 
     Raises:
         ValueError: the layer or the projections do not exist. The message names the option.
     """
 
     def __init__(
-        self, model: Any, layer: int, projections: Sequence[str] | None, role: Literal["teacher", "student"]
+        self,
+        model: Any,
+        layer: int,
+        projections: Sequence[str] | None,
+        role: Literal["teacher", "student"],
+        ids: Tensor | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.role, self._ids = model, role, ids
         try:
             self.extractor = QKVExtractor(model, layer, frozen=role == "teacher", projections=projections)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"--{role}-layer, --{role}-projections: {error}") from error
-        self._additive = model.config._attn_implementation == "eager"
         self._offset, self.max_positions = position_range(model)
+        self._takes_positions = "position_ids" in inspect.signature(type(model.base_model).forward).parameters
+        self.causal = _attends_causally(model)
 
     def project(self, batch: Batch) -> QKV:
         """Query, key and value in the layout of the loss: (B, S, hidden), or (T, hidden) for a packed batch."""
-        return batch.for_loss(self.extractor(**batch.model_inputs(self._offset, self._additive)))
+        config = self.model.config
+        reach = None
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+            reach = config.sliding_window - self.causal  # a window counts the token itself only if it is causal
+        inputs = batch.model_inputs(
+            self._offset, config._attn_implementation == "eager", causal_model=self.causal, reach=reach
+        )
+        if not self._takes_positions:
+            del inputs["position_ids"]
+        if self._ids is not None:
+            inputs["input_ids"] = self._ids[inputs["input_ids"]]
+        return batch.for_loss(self.extractor(**inputs))
+
+    def widths(self) -> list[int]:
+        """The last dimensions of query, key and value, of which grouped heads have fewer in key and value."""
+        ids = torch.zeros(1, 2, dtype=torch.long, device=next(self.model.parameters()).device)
+        with torch.no_grad():
+            return [x.shape[-1] for x in self.extractor(input_ids=ids)]
 
 
 @dataclass(frozen=True)
 class TeacherStudent:
-    """The teacher, the student, their loss, and the tokenizer that both use."""
+    """The teacher, the student, their loss and their tokenizers.
+
+    Attributes:
+        tokenizer: the teacher's tokenizer, which divides the text for both models.
+        mask: "bidirectional", "causal" or "prefix".
+        vocabulary: the student's part of the teacher's vocabulary; None if it has all of it.
+    """
 
     teacher: LayerModel
     student: LayerModel
     loss: MiniLMLoss | MiniLMv2Loss
     tokenizer: Any
+    mask: str = "bidirectional"
+    vocabulary: TrimmedVocabulary | None = None
+
+    @property
+    def student_tokenizer(self) -> Any:
+        return self.tokenizer if self.vocabulary is None else self.vocabulary.tokenizer
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The student's parameters on which the loss depends, by name.
@@ -81,13 +120,19 @@ class TeacherStudent:
         return {name: p for name, p in self.student.model.named_parameters() if id(p) in reached}
 
 
-def load_models(config: DistillConfig, device: torch.device) -> TeacherStudent:
+def load_models(
+    config: DistillConfig, device: torch.device, texts: Iterable[str] = (), teacher_ids: Tensor | None = None
+) -> TeacherStudent:
     """Loads the frozen teacher and the float32 student with its initial weights on `device`.
+
+    Args:
+        texts: with `--trim-vocabulary`, the texts whose tokens are counted.
+        teacher_ids: the vocabulary that they have given before, for a run that is resumed.
 
     Raises:
         FileNotFoundError: there is no such model.
         ValueError: a model cannot be loaded or lacks the layer, or the models do not fit each other (vocabulary,
-            relation heads, attention heads, positions).
+            relation heads, attention heads, positions, mask).
     """
     source = resolve_source(config.teacher, "--teacher")
     tokenizer = load_tokenizer(source, "--teacher")
@@ -97,8 +142,20 @@ def load_models(config: DistillConfig, device: torch.device) -> TeacherStudent:
     check_weights(teacher.extractor, info, f"--teacher {config.teacher}", teacher=True)
     torch.manual_seed(config.seed)
     model, info = _make_student(config, teacher, tokenizer)
-    projections = config.student_projections or (config.teacher_projections if config.copy_layers else None)
-    student = LayerModel(model.to(device), config.student_layer, projections, "student")
+    vocabulary, ids = None, None
+    if config.trim_vocabulary is not None:
+        try:
+            if teacher_ids is None:
+                vocabulary = trim_vocabulary(tokenizer, texts, config.trim_vocabulary)
+            else:
+                vocabulary = restricted(tokenizer, teacher_ids)
+            model = vocabulary.trim(model)
+        except ValueError as error:
+            raise ValueError(f"--trim-vocabulary: {error}") from error
+        ids = vocabulary.student_ids.to(device)
+    copied = config.copy_layers is not None or config.student_init == "copy"
+    projections = config.student_projections or (config.teacher_projections if copied else None)
+    student = LayerModel(model.to(device), config.student_layer, projections, "student", ids)
     if config.student is not None:
         check_weights(student.extractor, info, f"--student {config.student}", teacher=False)
     for name, side in (("teacher", teacher), ("student", student)):
@@ -106,8 +163,33 @@ def load_models(config: DistillConfig, device: torch.device) -> TeacherStudent:
             raise ValueError(
                 f"--max-seq-length {config.max_seq_length} exceeds the {side.max_positions} positions of the {name}"
             )
-    check_ids(tokenizer, teacher.model, student.model)
-    return TeacherStudent(teacher, student, _make_loss(config, teacher.model.config, student.model.config), tokenizer)
+    check_ids(tokenizer, teacher.model, student.model if vocabulary is None else None)
+    mask = config.mask
+    if mask == "auto":
+        if teacher.causal != student.causal:
+            words = {True: "earlier tokens only", False: "all tokens"}
+            raise ValueError(
+                f"--mask auto: the teacher attends to {words[teacher.causal]}, the student to {words[student.causal]}; "
+                "choose the mask of both"
+            )
+        mask = "causal" if teacher.causal else "bidirectional"
+    return TeacherStudent(teacher, student, _make_loss(config, teacher, student), tokenizer, mask, vocabulary)
+
+
+def _attends_causally(model: Any) -> bool:
+    """True if the outputs of the first tokens do not depend on the last one."""
+    training = model.training
+    first = torch.tensor([[5, 6, 7, 5, 6, 7]], device=next(model.parameters()).device)
+    last = first.clone()
+    last[:, -1] = 5
+    try:
+        with torch.no_grad():
+            before, after = (model.eval()(input_ids=ids).last_hidden_state[:, :-1] for ids in (first, last))
+    except Exception:  # an encoder-decoder, which needs other inputs; its encoder is bidirectional
+        return False
+    finally:
+        model.train(training)
+    return torch.equal(before, after)
 
 
 def position_range(model: Any) -> tuple[int, int]:
@@ -130,23 +212,34 @@ def _make_student(config: DistillConfig, teacher: LayerModel, tokenizer: Any) ->
         source = resolve_source(config.student, "--student")
         student, info = load_model(source, "--student")
         _check_vocabulary(config, source, tokenizer)
-    elif config.copy_layers is not None:
+    elif config.copy_layers is not None or config.student_init == "copy":
+        layers = config.student_num_hidden_layers if config.copy_layers is None else config.copy_layers
+        option = "--student-num-hidden-layers" if config.copy_layers is None else "--copy-layers"
+        assert layers is not None
         try:
-            student = copied_student(teacher.model, config.copy_layers, projections=config.teacher_projections)
+            student = copied_student(teacher.model, layers, projections=config.teacher_projections)
         except ValueError as error:
-            raise ValueError(f"--copy-layers: {error}") from error
+            raise ValueError(f"{option}: {error}") from error
     else:
         assert config.student_num_hidden_layers is not None
         assert config.student_hidden_size is not None
         sizes = (config.student_num_hidden_layers, config.student_hidden_size)
-        heads = config.student_num_attention_heads
+        heads, key_heads = config.student_num_attention_heads, config.student_num_key_value_heads
+        grouped = {} if key_heads is None else {"num_key_value_heads": key_heads}
         try:
-            shape = student_config(teacher.model.config, *sizes, num_attention_heads=heads)
+            shape = student_config(teacher.model.config, *sizes, num_attention_heads=heads, **grouped)
         except ValueError as error:
             raise ValueError(
-                f"--student-num-hidden-layers, --student-hidden-size, --student-num-attention-heads: {error}"
+                "--student-num-hidden-layers, --student-hidden-size, --student-num-attention-heads, "
+                f"--student-num-key-value-heads: {error}"
             ) from error
-        student = random_student(shape, seed=config.seed)
+        if config.student_init == "pca":
+            try:
+                student = pca_student(teacher.model, shape, seed=config.seed)
+            except ValueError as error:
+                raise ValueError(f"--student-init pca: {error}") from error
+        else:
+            student = random_student(shape, seed=config.seed)
     return (student if config.dropout is None else _with_dropout(student, config.dropout)), info
 
 
@@ -184,26 +277,31 @@ def _check_vocabulary(config: DistillConfig, source: str, tokenizer: Any) -> Non
         )
 
 
-def _make_loss(config: DistillConfig, teacher: Any, student: Any) -> MiniLMLoss | MiniLMv2Loss:
-    for role, settings in (("teacher", teacher), ("student", student)):
+def _make_loss(config: DistillConfig, teacher: LayerModel, student: LayerModel) -> MiniLMLoss | MiniLMv2Loss:
+    sides = {"teacher": teacher, "student": student}
+    for role, side in sides.items():
+        settings = side.model.config
         for name in ("hidden_size", "num_attention_heads"):
             if not isinstance(getattr(settings, name, None), int):
                 raise ValueError(f"the {role}'s {type(settings).__name__} has no {name}; give a text model")
     common: dict[str, Any] = {"reduction": config.reduction, "backend": config.backend}
     if config.method == "minilm":
-        heads_t, heads_s = teacher.num_attention_heads, student.num_attention_heads
+        heads_t, heads_s = teacher.model.config.num_attention_heads, student.model.config.num_attention_heads
         if heads_t != heads_s:
             raise ValueError(
                 f"--method minilm needs as many attention heads in the student ({heads_s}) as in the teacher "
                 f"({heads_t}); choose such a student, or --method minilmv2"
             )
         return MiniLMLoss(heads_t, **common)
-    widths = math.gcd(teacher.hidden_size, student.hidden_size)
-    heads = config.relation_heads or (64 if teacher.hidden_size >= 1024 else 48)
-    if widths % heads:
-        valid = ", ".join(str(n) for n in range(1, widths + 1) if widths % n == 0)
+    heads = config.relation_heads or (64 if teacher.model.config.hidden_size >= 1024 else 48)
+    letters = sorted(set("".join(config.relations)))
+    widths = {role: dict(zip("qkv", side.widths(), strict=True)) for role, side in sides.items()}
+    divisor = math.gcd(*(widths[role][letter] for role in sides for letter in letters))
+    if divisor % heads:
+        valid = ", ".join(str(n) for n in range(1, divisor + 1) if divisor % n == 0)
+        shown = {role: " / ".join(str(n) for n in dict.fromkeys(widths[role][x] for x in letters)) for role in sides}
         raise ValueError(
-            f"--relation-heads {heads} does not divide the hidden sizes of teacher ({teacher.hidden_size}) and student "
-            f"({student.hidden_size}); valid numbers are {valid}"
+            f"--relation-heads {heads} does not divide the hidden sizes of teacher ({shown['teacher']}) and student "
+            f"({shown['student']}); valid numbers are {valid}"
         )
     return MiniLMv2Loss(heads, relations=config.relations, **common)

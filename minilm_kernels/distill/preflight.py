@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -18,7 +19,9 @@ from transformers import AutoModel, AutoTokenizer
 from minilm_kernels.qkv import QKV, QKVExtractor
 from minilm_kernels.students import one_line
 
+from .batch import Batch
 from .checkpoint import TEMPORARY, write_error
+from .packing import PADDING, Packer, stack
 from .tokenization import DocumentTokenizer
 
 CHECKED_DOCUMENTS, CHECKED_CHARACTERS = 256, 1 << 18  # the first documents of the text, up to these limits
@@ -30,6 +33,8 @@ MOST_ROWS_A_TOKEN, MOST_PADDING = 2, 128
 # A tokenizer without an unknown token drops unknown words, so that it returns few tokens. A known text never has this
 # many characters per token.
 MOST_CHARACTERS_A_TOKEN = 64
+# Float32 rounding in another order of the keys gives 1e-6; a mask that is ignored gives more than 1e-2.
+PACKING_TOLERANCE = 1e-3
 
 
 def check_weights(extractor: QKVExtractor, info: Mapping[str, Any], option: str, *, teacher: bool) -> None:
@@ -132,7 +137,10 @@ def embedding_rows(model: Any) -> int | None:
 
 
 def check_ids(tokenizer: Any, teacher: Any, student: Any) -> None:
-    """Raises `ValueError` if token ids exceed an embedding, or if the tokenizer has too few of them."""
+    """Raises `ValueError` if token ids exceed an embedding, or if the tokenizer has too few of them.
+
+    The student is None if it has a vocabulary of its own.
+    """
     ids = set(tokenizer.get_vocab().values())
     for name, model in (("teacher", teacher), ("student", student)):
         rows = embedding_rows(model)
@@ -149,11 +157,66 @@ def check_ids(tokenizer: Any, teacher: Any, student: Any) -> None:
         )
 
 
+def check_masks(models: Any, tokenizer: DocumentTokenizer, max_seq_length: int, packing: bool) -> None:
+    """Checks that a document has the same Q, K and V beside others as alone, and that the loss accepts them.
+
+    Args:
+        models: a `TeacherStudent`.
+
+    Raises:
+        ValueError: a model does not accept the mask of packed documents, or ignores it, or the loss does not accept
+            the heads of the models.
+    """
+    length = min(max_seq_length, 512)
+    device = next(models.student.model.parameters()).device
+    rows: int = models.teacher.model.get_input_embeddings().weight.shape[0]
+    ids = np.random.default_rng(0).integers(rows, size=length).astype(np.int32)
+    lengths = (length // 2 - 2, length // 4)
+    batches = []
+    for is_packed in (False, packing):
+        packer = Packer(tokenizer, length, is_packed)
+        for count in lengths:
+            packer.add(ids[:count])
+        packer.flush()
+        samples = stack(packer.samples, length)
+        prefixes = np.array([count // 2 for count in lengths]) if models.mask == "prefix" else None
+        batches.append(Batch(samples, device, packed=is_packed, causal=models.mask == "causal", prefixes=prefixes))
+    alone, together = batches
+    projected = []
+    for side in (models.teacher, models.student):
+        training = side.model.training
+        side.model.eval()
+        try:
+            with torch.no_grad():
+                expected = side.project(alone)
+                try:
+                    found = side.project(together)
+                except Exception as error:  # models that take no mask of this form raise exceptions of any kind
+                    raise ValueError(
+                        f"--packing: the {side.role}'s {type(side.model).__name__} does not accept packed documents "
+                        f"({one_line(error)}); use --no-packing"
+                    ) from error
+        finally:
+            side.model.train(training)
+        valid = alone.positions != PADDING
+        for name, x, y in zip(QKV._fields, expected, found, strict=True):
+            x, y = x[valid], y if packing else y[valid]
+            difference = float((x - y).abs().max() / x.abs().max())
+            if not difference < PACKING_TOLERANCE:
+                raise ValueError(
+                    f"--packing: the {name} of the {side.role}'s {type(side.model).__name__} depends on the other "
+                    f"documents of a sample (relative difference {difference:.1e}); use --no-packing"
+                )
+        projected.append(found)
+    models.loss.components(*projected, **together.loss_arguments())
+
+
 def check_text(tokenizer: DocumentTokenizer, texts: Iterable[str], teacher: Any, student: Any) -> None:
     """Checks the tokenizer against the first documents.
 
     Args:
         texts: the training documents, of which a few are read.
+        student: the student; None if it has a vocabulary of its own.
 
     Raises:
         ValueError: the tokenizer does not know most of the words, or token ids exceed an embedding.

@@ -69,6 +69,8 @@ class RunState:
         if self.dist.device.type == "cuda":
             states = self.dist.gather(torch.cuda.get_rng_state(self.dist.device))
             rng |= {f"cuda.{rank}": state for rank, state in enumerate(states)}
+        kept = self.models.vocabulary
+        vocabulary = {} if kept is None else {"vocabulary": kept.teacher_ids}
         moments = {
             f"{name}.{key}": torch.as_tensor(value)
             for name, parameter in self.parameters.items()
@@ -89,7 +91,7 @@ class RunState:
                 "model": self.models.student.model.state_dict(),
                 "optimizer": moments,
                 "data": data,
-                "progress": {"window": self.finite_window(), **rng},
+                "progress": {"window": self.finite_window(), **vocabulary, **rng},
             },
         )
 
@@ -163,7 +165,7 @@ class RunState:
         window = saved.tensors["progress"]["window"]
         columns = len(self.models.loss.relations) + 1
         expect(window.dim() == 2 and window.shape[1] == columns, f"window has shape {tuple(window.shape)}")
-        words = self.models.student.model.get_input_embeddings().weight.shape[0]
+        words = self.models.teacher.model.get_input_embeddings().weight.shape[0]
         data = saved.tensors["data"]
         sample = (config.max_seq_length,)
         parts = {"buffer": sample, "drawn": sample, "open": ()} | ({"eval": sample} if "eval.ids" in data else {})

@@ -19,21 +19,22 @@ from .packing import Samples
 
 
 def make_batch(
-    config: DistillConfig, samples: Samples, device: torch.device, seed: tuple[int, ...], part: slice
+    config: DistillConfig, mask: str, samples: Samples, device: torch.device, seed: tuple[int, ...], part: slice
 ) -> Batch:
     """Creates a batch of a part of the samples.
 
     Args:
+        mask: "bidirectional", "causal" or "prefix".
         samples: all samples of the step, (samples, max_seq_length).
         seed: seed of the prefixes. They are drawn for all samples, so that they do not depend on `part`.
         part: the samples of the batch.
     """
     prefixes = None
-    if config.mask == "prefix":
+    if mask == "prefix":
         before = LossWeights.of(samples.part(slice(0, part.start))).documents
         count = LossWeights.of(samples.part(part)).documents
         prefixes = prefix_lengths(samples, *config.prefix_range, seed)[before : before + count]
-    causal = config.mask == "causal"
+    causal = mask == "causal"
     return Batch(samples.part(part), device, packed=config.packing, causal=causal, prefixes=prefixes)
 
 

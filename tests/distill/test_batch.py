@@ -138,7 +138,7 @@ def test_parts_have_the_prefixes_of_the_whole(packing: bool, settings: Callable[
     samples = pack(make_texts(40), packing)
 
     def prefixes(part: slice) -> list[int]:
-        found = make_batch(config, samples, CPU, (0,), part).prefixes
+        found = make_batch(config, "prefix", samples, CPU, (0,), part).prefixes
         assert found is not None
         return found.tolist()
 

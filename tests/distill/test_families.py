@@ -1,0 +1,89 @@
+"""`minilm-distill` on a small teacher of each family of text models, with its real layout."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from minilm_kernels.distill import DistillConfig, distill
+from minilm_kernels.distill.models import load_models
+
+from .families import CAUSAL, FAMILIES, NOT_PACKED, make_teacher
+from .tiny import make_texts, make_tokenizer
+
+PROJECTIONS = {
+    "t5": tuple(f"encoder.block.{{i}}.layer.0.SelfAttention.{x}" for x in "qkv"),
+    "bart": tuple(f"encoder.layers.{{i}}.self_attn.{x}_proj" for x in "qkv"),
+}
+NEW = {"student_num_hidden_layers": 2, "student_hidden_size": 24, "student_num_attention_heads": 4}
+STUDENTS = {
+    "random": NEW,
+    "pca, trimmed": {**NEW, "student_init": "pca", "trim_vocabulary": 50},
+    "copied": {"student_init": "copy", "student_num_hidden_layers": 2},
+}
+
+
+@pytest.fixture
+def run(tmp_path, text_file):
+    def settings(family, **options):
+        teacher = tmp_path / family
+        if not teacher.exists():
+            make_teacher(family).save_pretrained(teacher)
+            make_tokenizer().save_pretrained(teacher)
+        base = {
+            "teacher": str(teacher),
+            "teacher_projections": PROJECTIONS.get(family),
+            "student_projections": PROJECTIONS.get(family),
+            "output_dir": str(tmp_path / "run"),
+            "text": [str(text_file)],
+            "relation_heads": 4,
+            "dropout": None,
+            "max_seq_length": 40,
+            "total_batch_size": 8,
+            "max_steps": 6,
+            "learning_rate": 3e-3,
+            "warmup_steps": 0,
+            "eval_samples": 8,
+            "packing": family not in NOT_PACKED,
+            "device": "cpu",
+        }
+        return DistillConfig(**{**base, **options})
+
+    return settings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_distilled(family, run, tmp_path):
+    for number, (name, options) in enumerate(STUDENTS.items()):
+        config = run(family, output_dir=str(tmp_path / f"run-{number}"), **options)
+        result = distill(config)
+        assert result.eval_after["eval_loss"] < result.eval_before["eval_loss"], name
+        student, tokenizer = AutoModel.from_pretrained(result.student), AutoTokenizer.from_pretrained(result.student)
+        teacher = AutoModel.from_pretrained(config.teacher)
+        assert type(student) is type(teacher)
+        assert student.config.num_hidden_layers == 2
+        assert student.config.hidden_size == (48 if name == "copied" else 24)
+        rows = student.get_input_embeddings().weight.shape[0]
+        assert (rows, len(tokenizer)) == ((50, 50) if "trimmed" in name else (65, 65))
+        record = json.loads((result.student / "settings.json").read_text())
+        assert record["mask"] == "auto"
+        card = (result.student / "README.md").read_text()
+        assert f"{'causal' if family in CAUSAL else 'bidirectional'} mask" in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "modernbert"])
+def test_layers_with_windows_are_refused_and_others_are_listed(family, run):
+    partial = {"gemma2": ([1, 3], "2, 4"), "modernbert": ([2, 3], "1, 4")}
+    layers, legal = partial[family]
+    for layer in layers:
+        with pytest.raises(ValueError, match=rf"--teacher-layer.*layer={layer}.*layers with full attention: {legal}"):
+            load_models(run(family, teacher_layer=layer, **NEW), torch.device("cpu"))
+    student = {**NEW, "student_num_hidden_layers": 3}
+    with pytest.raises(ValueError, match=r"--student-layer.*layers with full attention: "):
+        load_models(run(family, **student), torch.device("cpu"))
+    models = load_models(run(family, student_layer=2 if family == "gemma2" else 1, **student), torch.device("cpu"))
+    assert models.teacher.extractor.layer == 4
