@@ -499,7 +499,7 @@ private:
   const Kernels& k_;
   bool paired_, gradient_;
   std::vector<double> kl_;
-  std::vector<std::unique_ptr<Memory>> head_grads_;  // of relations with fewer key heads; otherwise null
+  std::vector<std::unique_ptr<Memory>> head_grads_;  // per relation; null if keys have all heads
 };
 
 }  // namespace

@@ -118,6 +118,10 @@ def relation_kl(
         ('0.443', torch.Size([2, 6, 3, 4]))
         >>> relation_kl(teacher, None, student, None, attention_mask=mask, reduction="none").shape
         torch.Size([2, 3, 6])
+        >>> rows = torch.arange(6) >= 2  # the first two tokens are a prompt: they are keys, but do not count as rows
+        >>> completion = relation_kl(teacher, None, student, None, causal=True, query_mask=rows.expand(2, 6))
+        >>> key_t, key_s = torch.randn(2, 6, 1, 8), torch.randn(2, 6, 1, 4)  # one key head for three query heads
+        >>> grouped = relation_kl(teacher, key_t, student, key_s, attention_mask=mask)
     """
     if (teacher_key is None) != (student_key is None):
         missing, given = ("teacher", "student") if teacher_key is None else ("student", "teacher")
