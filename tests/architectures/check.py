@@ -13,7 +13,7 @@ from minilm_kernels._architectures import Stack, find_stacks
 from minilm_kernels.students import copied_student
 
 from .products import Products, kinds
-from .small_models import batch, folder, small_models
+from .small_models import batches, folder, small_models
 
 
 class Wrong(Exception):
@@ -46,21 +46,11 @@ class Row:
 def check(model_type: str) -> list[dict[str, Any]]:
     """The rows of a model type."""
     row = Row(model_type, folder(model_type))
-    failure: Exception | None = None
-    models = small_models(model_type)
-    while True:
-        try:
-            model = next(models)
-            inputs = batch(model)
-            ran = _ran(model, inputs)
-            break
-        except StopIteration:
-            row.reasons["build"] = _line(failure)
-            return [asdict(row)]
-        except Exception as error:
-            failure = failure or error
-            if "too large" in str(error):
-                models = iter(())
+    try:
+        model, inputs, ran = _running(model_type)
+    except Exception as error:
+        row.reasons["build"] = _line(error)
+        return [asdict(row)]
     row.runs = True
     row.has_attention = any(re.search("attention|attn", type(m).__name__, re.IGNORECASE) for m in ran.values())
     base = model.base_model
@@ -69,6 +59,30 @@ def check(model_type: str) -> list[dict[str, Any]]:
         row.reasons["record"] = _failure(lambda: record_qkv(model)) or "the layers did not run with the scan's inputs"
         return [asdict(row)]
     return [asdict(_check_stack(Row(**asdict(row)), model, stack, inputs)) for stack in stacks[:2]]
+
+
+def _running(model_type: str) -> tuple[Any, dict[str, Any], dict[str, nn.Module]]:
+    """The first small model and batch that run, and the modules that did.
+
+    Raises:
+        Exception: none does; the first failure.
+    """
+    failure: Exception = ValueError("too large")
+    first = True
+    models = small_models(model_type)
+    while True:
+        try:
+            model = next(models)
+        except StopIteration:
+            raise failure from None
+        except Exception as error:
+            raise (error if first else failure) from None
+        for inputs in batches(model):
+            try:
+                return model, inputs, _ran(model, inputs)
+            except Exception as error:
+                failure = error if first else failure
+                first = False
 
 
 def _ran(model: nn.Module, inputs: dict[str, Any]) -> dict[str, nn.Module]:

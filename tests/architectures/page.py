@@ -42,7 +42,7 @@ def _served(row: dict[str, Any]) -> bool:
 def _folders(rows: list[dict[str, Any]]) -> tuple[dict[str, list[dict[str, Any]]], ...]:
     """Rows by folder: of folders that are served; that run with attention, but are not served; and of others."""
     by_folder: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["folder"]):
         by_folder[row["folder"]].append(row)
     served, refused, others = {}, {}, {}
     for name, found in by_folder.items():
