@@ -23,6 +23,7 @@ def build(model_type: str, **settings) -> PreTrainedModel:
     """A float64 model with nonzero biases."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **(SMALL | {"max_position_embeddings": 40} | settings))
+    config.use_cache = False
     model = AutoModel.from_config(config).double().eval()
     for parameter in model.parameters():
         if parameter.dim() == 1:

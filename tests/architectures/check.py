@@ -106,8 +106,6 @@ def _check_stack(row: Row, model: Any, stack: Stack, inputs: dict[str, Any]) -> 
     row.stack = stack.layers
     one = len(stack.templates) == 1
     named: Any = {stack.templates[0]: stack.order} if one else list(stack.templates)
-    if stack.order == "latent":
-        named = stack.layers
     options = {"projections": named}
     layers = [i + 1 for i in range(stack.count) if not _failure(lambda i=i: stack.resolve(i + 1))]
     if not layers:
@@ -224,10 +222,10 @@ def _set_mask(row: Row, model: Any, inputs: dict[str, Any]) -> None:
     """Finds out whether the first token sees the last one, by changing it."""
     of_decoder = row.stack.startswith("decoder") and "decoder_input_ids" in inputs
     name = "decoder_input_ids" if of_decoder else "input_ids"
-    first: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
 
     def keep(module: nn.Module, arguments: Any, output: Any) -> None:
-        first.append((output[0] if isinstance(output, tuple) else output)[:, 0].clone())
+        outputs.append((output[0] if isinstance(output, tuple) else output).clone())
 
     handle = model.base_model.get_submodule(row.stack).get_submodule("0").register_forward_hook(keep)
     with torch.no_grad():
@@ -236,7 +234,8 @@ def _set_mask(row: Row, model: Any, inputs: dict[str, Any]) -> None:
             ids[:, -1] -= difference
             model(**(inputs | {name: ids}))
     handle.remove()
-    row.mask = "causal" if torch.equal(first[0], first[-1]) else "full"
+    if not torch.equal(outputs[0], outputs[-1]):  # otherwise the stack does not see the tokens
+        row.mask = "causal" if torch.equal(outputs[0][:, 0], outputs[-1][:, 0]) else "full"
 
 
 def _copy(model: Any, stack: Stack, inputs: dict[str, Any], options: Any) -> None:

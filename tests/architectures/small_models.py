@@ -54,8 +54,9 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def model_types() -> list[str]:
-    """All types that AutoModel builds."""
-    return sorted(name for name in CONFIG_MAPPING if CONFIG_MAPPING[name] in MODEL_MAPPING)
+    """All types that AutoModel builds, models of several parts last: most of these parts are types of their own."""
+    types = sorted(name for name in CONFIG_MAPPING if CONFIG_MAPPING[name] in MODEL_MAPPING)
+    return sorted(types, key=lambda name: bool(CONFIG_MAPPING[name].sub_configs))
 
 
 def folder(model_type: str) -> str:
