@@ -19,7 +19,7 @@ _PROJECTIONS: list[tuple[tuple[str, ...], str]] = [
     (("q_proj", "kv_a_proj_with_mqa", "kv_b_proj"), "latent"),
     (("query", "key", "value"), ""),
     *((tuple(name.format(x) for x in ("query", "key", "value")), "") for name in ("{}_proj", "projection_{}")),
-    *((tuple(name.format(x) for x in "qkv"), "") for name in ("{}_proj", "{}_lin", "linear_{}", "project_{}", "{}")),
+    *((tuple(name.format(x) for x in "qkv"), "") for name in ("{}_proj", "{}_lin", "linear_{}", "project_{}", "to_{}", "W{}", "{}")),
     *(((name,), "blocks") for name in ("Wqkv", "qkv", "qkv_proj", "c_attn")),
     *(((name,), "heads") for name in ("query_key_value", "in_proj")),
 ]

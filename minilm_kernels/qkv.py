@@ -204,8 +204,8 @@ class QKVExtractor(nn.Module):
             stack.check_operands(self.layer)
         if stack.order == "latent":
             raise ValueError(
-                f"model: the projections of {type(model).__name__} have different inputs (multi-head latent attention), "
-                "so that it cannot be cut before them. Record them with record_qkv"
+                f"model: {type(model).__name__} has multi-head latent attention, whose projections have different "
+                "inputs, so that it cannot be cut before them. Record them with record_qkv"
             )
         root, layers = stack.root, stack.layers
         if stack.count != stack.groups:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ class Wrong(Exception):
 
 @dataclass
 class Row:
-    """What is served of the layers of one stack of a model type; empty strings: not reached."""
+    """Results for one stack of layers of a model type. Columns without a result are empty."""
 
     model_type: str
     folder: str
@@ -115,6 +115,7 @@ def _check_stack(row: Row, model: Any, stack: Stack, inputs: dict[str, Any]) -> 
     row.attention = type(model.base_model.get_submodule(stack.at(stack.attention, layer))).__name__
     recorded: dict[str, QKV] = {}
     measured: list[str] = []
+    rotary: Literal["before", "after"]
     for rotary in ("before", "after"):
         try:
             recorded[rotary], found, row_quantity = _record(model, stack, layer, rotary, options, inputs)
@@ -160,10 +161,16 @@ def _record(
     attention = model.base_model.get_submodule(stack.at(stack.attention, layer))
     call, _ = stack.calls(stack.attention, layer)
     values: dict[str, list[tuple[torch.Tensor, nn.Module]]] = {}
+
+    def keep(path: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, arguments: Any) -> None:
+            if arguments:
+                values.setdefault(path, []).append((arguments[0].clone(), module))
+
+        return hook
+
     handles = [
-        model.base_model.get_submodule(path).register_forward_pre_hook(
-            lambda m, args, path=path: values.setdefault(path, []).append((args[0].clone(), m)) if args else None
-        )
+        model.base_model.get_submodule(path).register_forward_pre_hook(keep(path))
         for path in dict.fromkeys(stack.paths(layer))
     ]
     with record_qkv(model, [layer], rotary, **options) as recorder, torch.no_grad(), Products(attention) as products:
@@ -174,7 +181,7 @@ def _record(
         handle.remove()
     if rotary == "before" and not stack.order:
         for x, path in zip(recorded, stack.paths(layer), strict=True):
-            taken = values[path][call] if len(values[path]) > call else None
+            taken = values[path][call] if len(values.get(path, ())) > call else None
             expected = None if taken is None else _product(*taken)
             if expected is not None and expected.shape == x.shape and not torch.allclose(x, expected, 1e-4, 1e-5):
                 raise Wrong(f"{path}: not the product of its input and its weight")
