@@ -1,9 +1,8 @@
-"""Trains a student on masked words and on the relations of its teacher, in a loop of PyTorch's.
+"""Trains every other layer of a model on masked words and on the model's relations, in a plain PyTorch loop.
 
     python examples/plain_loop.py TEACHER TEXT OUTPUT
 
-TEXT is a text file with one document per line; the last tenth is the eval set. TEACHER is a folder or a name on the
-hub. The student has every other layer of it.
+TEACHER is a folder or a name on the hub. TEXT has one document per line; the last tenth is the eval set.
 """
 
 import argparse
@@ -25,7 +24,6 @@ def main() -> None:
     for name, default in (("relation-heads", 48), ("max-steps", 10_000), ("batch-size", 32), ("learning-rate", 3e-4)):
         parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, teacher = AutoTokenizer.from_pretrained(args.teacher), AutoModelForMaskedLM.from_pretrained(args.teacher)
     copied = copied_student(teacher, range(2, teacher.config.num_hidden_layers + 1, 2))
@@ -33,7 +31,7 @@ def main() -> None:
     student.base_model.load_state_dict(copied.state_dict(), strict=False)  # without its pooler
     term = RelationTerm(student, teacher, MiniLMv2Loss(args.relation_heads))
 
-    lines = Path(args.text).read_text(encoding="utf-8").splitlines()
+    lines = Path(args.text).read_text("utf-8").splitlines()
     samples = [tokenizer(line, truncation=True, max_length=512) for line in lines]
     split, collate = len(samples) * 9 // 10, DataCollatorForLanguageModeling(tokenizer)
     train = DataLoader(samples[:split], args.batch_size, shuffle=True, collate_fn=collate)

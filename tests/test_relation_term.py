@@ -242,6 +242,16 @@ def test_a_teacher_of_another_dtype():
     value.backward()
 
 
+def test_a_teacher_moves_from_the_cpu_to_its_inputs():
+    """The meta device stands for an accelerator."""
+    (student, teacher), batch = student_and_teacher(), batch_of()
+    far = {name: x.to("meta") for name, x in batch.items()}
+    term = RelationTerm(student, teacher, LOSS)
+    assert term._teacher_batch(far)["input_ids"].device.type == "meta"
+    assert {parameter.device.type for parameter in teacher.parameters()} == {"meta"}
+    assert term._teacher_batch(batch)["input_ids"].device.type == "meta"  # it does not move back
+
+
 def test_the_teacher_stays_in_evaluation_mode():
     (student, teacher), batch = student_and_teacher(), batch_of()
     teacher.train()

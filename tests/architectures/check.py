@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from minilm_kernels._architectures import Stack, find_stacks
 from minilm_kernels.students import copied_student
 
 from .products import Products, kinds
-from .small_models import batch, folder, small_models
+from .small_models import batches, folder, small_models
 
 
 class Wrong(Exception):
@@ -22,7 +22,7 @@ class Wrong(Exception):
 
 @dataclass
 class Row:
-    """What is served of the layers of one stack of a model type; empty strings: not reached."""
+    """Results for one stack of layers of a model type. Columns without a result are empty."""
 
     model_type: str
     folder: str
@@ -46,21 +46,11 @@ class Row:
 def check(model_type: str) -> list[dict[str, Any]]:
     """The rows of a model type."""
     row = Row(model_type, folder(model_type))
-    failure: Exception | None = None
-    models = small_models(model_type)
-    while True:
-        try:
-            model = next(models)
-            inputs = batch(model)
-            ran = _ran(model, inputs)
-            break
-        except StopIteration:
-            row.reasons["build"] = _line(failure)
-            return [asdict(row)]
-        except Exception as error:
-            failure = failure or error
-            if "too large" in str(error):
-                models = iter(())
+    try:
+        model, inputs, ran = _running(model_type)
+    except Exception as error:
+        row.reasons["build"] = _line(error)
+        return [asdict(row)]
     row.runs = True
     row.has_attention = any(re.search("attention|attn", type(m).__name__, re.IGNORECASE) for m in ran.values())
     base = model.base_model
@@ -69,6 +59,30 @@ def check(model_type: str) -> list[dict[str, Any]]:
         row.reasons["record"] = _failure(lambda: record_qkv(model)) or "the layers did not run with the scan's inputs"
         return [asdict(row)]
     return [asdict(_check_stack(Row(**asdict(row)), model, stack, inputs)) for stack in stacks[:2]]
+
+
+def _running(model_type: str) -> tuple[Any, dict[str, Any], dict[str, nn.Module]]:
+    """The first small model and batch that run, and the modules that did.
+
+    Raises:
+        Exception: none does; the first failure.
+    """
+    failure: Exception = ValueError("too large")
+    first = True
+    models = small_models(model_type)
+    while True:
+        try:
+            model = next(models)
+        except StopIteration:
+            raise failure from None
+        except Exception as error:
+            raise (error if first else failure) from None
+        for inputs in batches(model):
+            try:
+                return model, inputs, _ran(model, inputs)
+            except Exception as error:
+                failure = error if first else failure
+                first = False
 
 
 def _ran(model: nn.Module, inputs: dict[str, Any]) -> dict[str, nn.Module]:
@@ -92,8 +106,6 @@ def _check_stack(row: Row, model: Any, stack: Stack, inputs: dict[str, Any]) -> 
     row.stack = stack.layers
     one = len(stack.templates) == 1
     named: Any = {stack.templates[0]: stack.order} if one else list(stack.templates)
-    if stack.order == "latent":
-        named = stack.layers
     options = {"projections": named}
     layers = [i + 1 for i in range(stack.count) if not _failure(lambda i=i: stack.resolve(i + 1))]
     if not layers:
@@ -103,6 +115,7 @@ def _check_stack(row: Row, model: Any, stack: Stack, inputs: dict[str, Any]) -> 
     row.attention = type(model.base_model.get_submodule(stack.at(stack.attention, layer))).__name__
     recorded: dict[str, QKV] = {}
     measured: list[str] = []
+    rotary: Literal["before", "after"]
     for rotary in ("before", "after"):
         try:
             recorded[rotary], found, row_quantity = _record(model, stack, layer, rotary, options, inputs)
@@ -148,10 +161,16 @@ def _record(
     attention = model.base_model.get_submodule(stack.at(stack.attention, layer))
     call, _ = stack.calls(stack.attention, layer)
     values: dict[str, list[tuple[torch.Tensor, nn.Module]]] = {}
+
+    def keep(path: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, arguments: Any) -> None:
+            if arguments:
+                values.setdefault(path, []).append((arguments[0].clone(), module))
+
+        return hook
+
     handles = [
-        model.base_model.get_submodule(path).register_forward_pre_hook(
-            lambda m, args, path=path: values.setdefault(path, []).append((args[0].clone(), m)) if args else None
-        )
+        model.base_model.get_submodule(path).register_forward_pre_hook(keep(path))
         for path in dict.fromkeys(stack.paths(layer))
     ]
     with record_qkv(model, [layer], rotary, **options) as recorder, torch.no_grad(), Products(attention) as products:
@@ -162,7 +181,7 @@ def _record(
         handle.remove()
     if rotary == "before" and not stack.order:
         for x, path in zip(recorded, stack.paths(layer), strict=True):
-            taken = values[path][call] if len(values[path]) > call else None
+            taken = values[path][call] if len(values.get(path, ())) > call else None
             expected = None if taken is None else _product(*taken)
             if expected is not None and expected.shape == x.shape and not torch.allclose(x, expected, 1e-4, 1e-5):
                 raise Wrong(f"{path}: not the product of its input and its weight")
@@ -210,10 +229,10 @@ def _set_mask(row: Row, model: Any, inputs: dict[str, Any]) -> None:
     """Finds out whether the first token sees the last one, by changing it."""
     of_decoder = row.stack.startswith("decoder") and "decoder_input_ids" in inputs
     name = "decoder_input_ids" if of_decoder else "input_ids"
-    first: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
 
     def keep(module: nn.Module, arguments: Any, output: Any) -> None:
-        first.append((output[0] if isinstance(output, tuple) else output)[:, 0].clone())
+        outputs.append((output[0] if isinstance(output, tuple) else output).clone())
 
     handle = model.base_model.get_submodule(row.stack).get_submodule("0").register_forward_hook(keep)
     with torch.no_grad():
@@ -222,7 +241,8 @@ def _set_mask(row: Row, model: Any, inputs: dict[str, Any]) -> None:
             ids[:, -1] -= difference
             model(**(inputs | {name: ids}))
     handle.remove()
-    row.mask = "causal" if torch.equal(first[0], first[-1]) else "full"
+    if not torch.equal(outputs[0], outputs[-1]):  # otherwise the stack does not see the tokens
+        row.mask = "causal" if torch.equal(outputs[0][:, 0], outputs[-1][:, 0]) else "full"
 
 
 def _copy(model: Any, stack: Stack, inputs: dict[str, Any], options: Any) -> None:

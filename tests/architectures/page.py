@@ -24,7 +24,19 @@ with the operands of the products that the attention computes. {summary}
 - **mask**: "causal" means that `causal=True` belongs to the loss.
 - **quantity**: `quantity` of the extractor and of the recorder, before and after, see `QKVExtractor`.
 
-The layers of models with several stacks are chosen with `projections="<stack>"`.
+A stack is the name of a list of layers. Where a model has several, `projections="<stack>"` chooses one. Models that are
+not listed here work in the same way if their projections have usual names. For others, give the three names, or the
+name of a fused projection and the order of its output, as `QKVExtractor` describes.
+
+## Quantities
+
+Teacher and student should give the same quantity. The losses accept any two, but for different ones the loss of two
+equal models is not 0: "scaled" divides the scores of a query relation by the head width once more, "normed" gives them
+another temperature, and "rotated" makes them depend on the distance of the positions. The outputs of projections
+(`rotary="before"`, the default) are comparable between all architectures. "content" says that the model adds terms of
+the relative position to its own scores, which no relation has.
+
+## Served
 
 | folder | attention | stack | extract | before | after | student | mask | quantity |
 |---|---|---|---|---|---|---|---|---|
@@ -42,7 +54,7 @@ def _served(row: dict[str, Any]) -> bool:
 def _folders(rows: list[dict[str, Any]]) -> tuple[dict[str, list[dict[str, Any]]], ...]:
     """Rows by folder: of folders that are served; that run with attention, but are not served; and of others."""
     by_folder: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["folder"]):
         by_folder[row["folder"]].append(row)
     served, refused, others = {}, {}, {}
     for name, found in by_folder.items():

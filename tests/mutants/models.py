@@ -5,6 +5,7 @@ from . import Mutant
 _QKV = "minilm_kernels/qkv.py"
 _VIEW = "minilm_kernels/_module_view.py"
 _RECORDING = "minilm_kernels/recording.py"
+_TERM = "minilm_kernels/integrations/relation_term.py"
 _STUDENTS = "minilm_kernels/students.py"
 _QUICK = "-k 'not compiles and not distributed'"
 
@@ -134,5 +135,41 @@ MUTANTS = [
         "torch.random.default_generator.manual_seed(0)",
         "tests/test_students.py",
         "the seed of a random student is ignored",
+    ),
+    # RelationTerm.
+    Mutant(
+        _TERM,
+        'masks = {"causal": self.causal, **masks}',
+        'masks = {"causal": False, **masks}',
+        "tests/test_relation_term.py -k causal_values",
+        "relations of decoders are not causal",
+    ),
+    Mutant(
+        _TERM,
+        "            self.clear()  # otherwise the next step would find the other recordings of this one\n",
+        "",
+        "tests/test_relation_term.py -k runs_once",
+        "an error of one step makes the next one fail, too",
+    ),
+    Mutant(
+        _TERM,
+        "        memo[id(self.teacher)] = self.teacher\n",
+        "",
+        "tests/test_relation_term.py -k copies",
+        "each copy of a student has a teacher of its own in memory",
+    ),
+    Mutant(
+        _RECORDING,
+        "        if self._eager.calls.get(key, 0) > self._calls[key][0]:\n",
+        "        if self._eager.calls.get(key, 0) > self._calls[key][0] and key[1] == 0:\n",
+        "tests/test_relation_term.py -k ends_after",
+        "the teacher runs to its end although nobody wants its output",
+    ),
+    Mutant(
+        _RECORDING,
+        "        if calls <= number:  # torch.compile compiles again for each count\n            self.calls",
+        "        if True:\n            self.calls",
+        "tests/test_recording.py -k not_popped",
+        "torch.compile compiles the model anew for each forward that is not popped",
     ),
 ]
