@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -159,7 +160,9 @@ class RelationTrainer(Trainer):
     def train(self, *args: Any, **options: Any) -> TrainOutput:
         # An evaluation before the training marks the student as prepared, and accelerate would not wrap it any more:
         # every process would train a student of its own.
-        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+        wrapped = any(isinstance(module, DistributedDataParallel) for module in self.model_wrapped.modules())
+        if not (wrapped or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.model_wrapped = self.model
             vars(self.model).pop("_is_accelerate_prepared", None)
         return super().train(*args, **options)
 
