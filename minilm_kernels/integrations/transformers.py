@@ -88,7 +88,7 @@ class RelationTrainer(Trainer):
     Raises:
         TypeError: `args` are no RelationTrainingArguments, or see `RelationTerm`.
         ValueError: several GPUs without a launcher, for which Trainer uses DataParallel; tensor, context or sequence
-            parallelism; `model_init`; another reduction; teacher and student with different vocabularies; or see
+            parallelism; another reduction; teacher and student are one model, or have different vocabularies; or see
             `RelationTerm`.
 
     Example:
@@ -129,6 +129,8 @@ class RelationTrainer(Trainer):
             raise TypeError(f"args: expected RelationTrainingArguments, got {type(args).__name__}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}; there is no model_init")
+        if unwrap(teacher) is unwrap(model):
+            raise ValueError("teacher: expected another model than the student, got the student")
         if args.n_gpu > 1:
             raise ValueError(
                 f"args: {args.n_gpu} GPUs without a launcher, for which Trainer uses DataParallel, whose copies of the "
