@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from minilm_kernels._wrappers import unwrap
-from minilm_kernels.integrations.relation_term import Loss, RelationTerm
+from minilm_kernels.integrations.relation_term import Loss, RelationTerm, Rotary
 
 __all__ = ["RelationTrainer", "RelationTrainingArguments"]
 
@@ -77,7 +78,8 @@ class RelationTrainer(Trainer):
         model: the student.
         args: the training arguments.
         teacher: the teacher; see `RelationTerm`. It is moved to the student's device and put in evaluation mode.
-        loss: `MiniLMLoss` or `MiniLMv2Loss`, or a mapping as in `RelationTerm`. The reduction is "sequence" or "token".
+        relation_loss: `MiniLMLoss` or `MiniLMv2Loss` with the reduction "sequence" or "token", or a mapping as in
+            `RelationTerm`.
         layers: the layers to compare, teacher's to student's; see `RelationTerm`.
         term_options: further arguments of `RelationTerm`, such as `rotary`.
         **options: the other arguments of Trainer.
@@ -99,7 +101,7 @@ class RelationTrainer(Trainer):
         >>> data = [{"input_ids": torch.randint(100, (9,)), "attention_mask": torch.ones(9)} for _ in range(16)]
         >>> args = RelationTrainingArguments("output", max_steps=2, use_cpu=True, disable_tqdm=True, report_to="none")
         >>> trainer = RelationTrainer(
-        ...     student, args, teacher=teacher, loss=MiniLMv2Loss(4), layers={3: 2}, train_dataset=data
+        ...     student, args, teacher=teacher, relation_loss=MiniLMv2Loss(4), layers={3: 2}, train_dataset=data
         ... )
         >>> trainer.train().global_step
         {'train_runtime': ...}
@@ -109,6 +111,7 @@ class RelationTrainer(Trainer):
     """
 
     args: RelationTrainingArguments
+    model: Any
 
     def __init__(
         self,
@@ -116,7 +119,7 @@ class RelationTrainer(Trainer):
         args: RelationTrainingArguments,
         *,
         teacher: nn.Module,
-        loss: Loss | Mapping[str, Loss],
+        relation_loss: Loss | Mapping[Rotary, Loss],
         layers: Mapping[int, int] | None = None,
         term_options: Mapping[str, Any] | None = None,
         **options: Any,
@@ -124,9 +127,7 @@ class RelationTrainer(Trainer):
         if not isinstance(args, RelationTrainingArguments):
             raise TypeError(f"args: expected RelationTrainingArguments, got {type(args).__name__}")
         if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"model: expected a torch.nn.Module, got {type(model).__name__}; model_init is not supported"
-            )
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}; there is no model_init")
         if args.n_gpu > 1:
             raise ValueError(
                 f"args: {args.n_gpu} GPUs without a launcher, for which Trainer uses DataParallel, whose copies of the "
@@ -137,24 +138,30 @@ class RelationTrainer(Trainer):
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
             raise ValueError("args: tensor, context and sequence parallelism split what a relation needs in one piece")
         self._check_vocabularies(unwrap(model), unwrap(teacher))
-        self.term = RelationTerm(self.model, teacher, loss, layers, **(term_options or {}))
+        self.term = RelationTerm(self.model, teacher, relation_loss, layers, **(term_options or {}))
         self.term.num_items(torch.ones(1, 1))  # raises an error for reductions that are no averages
         self._averages = _Averages()
-        self._shifts = LOSS_MAPPING.get(getattr(unwrap(model), "loss_type", None)) is ForCausalLMLoss
+        self._shifts = LOSS_MAPPING.get(getattr(unwrap(model), "loss_type", "")) is ForCausalLMLoss
         # Trainer takes the losses as they are and does not divide them by the accumulation steps.
         self.model_accepts_loss_kwargs = True
         if not args.model_loss_weight and args.label_names is None:
             self.label_names, self.can_return_loss = [], True  # evaluation computes a loss without labels
 
-    def _check_vocabularies(self, student: nn.Module, teacher: nn.Module) -> None:
-        sizes = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (teacher, student)]
-        if None in sizes or sizes[0] == sizes[1]:
-            return
-        if self.processing_class is None or len(self.processing_class) > min(sizes):
+    def _check_vocabularies(self, student: Any, teacher: Any) -> None:
+        tokenizer: Any = self.processing_class
+        sizes: list[Any] = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (teacher, student)]
+        if sizes[0] != sizes[1] and None not in sizes and (tokenizer is None or len(tokenizer) > min(sizes)):
             raise ValueError(
                 f"teacher: its vocabulary has {sizes[0]} tokens and that of the student {sizes[1]}, but both read the "
                 "same input_ids. If only unused tokens make the difference, give the tokenizer as processing_class"
             )
+
+    def train(self, *args: Any, **options: Any) -> TrainOutput:
+        # An evaluation before the training marks the student as prepared, and accelerate would not wrap it any more:
+        # every process would train a student of its own.
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            vars(self.model).pop("_is_accelerate_prepared", None)
+        return super().train(*args, **options)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         names = super().get_decay_parameter_names(model)
@@ -168,7 +175,7 @@ class RelationTrainer(Trainer):
 
     def _unreached(self) -> set[int]:
         """The ids of the student's parameters on which the relation loss does not depend, found with two tokens."""
-        batch = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=self.args.device)}
+        batch: dict[str, Any] = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=self.args.device)}
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         training = self.model.training
         self.term.clear()
@@ -233,7 +240,7 @@ class RelationTrainer(Trainer):
                 outputs = model(**batch)
                 if model.training:  # wrappers need a loss that depends on all outputs
                     own = 0.0 * sum(x.sum() for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad)
-        components = self.term.components(attention_mask, query_mask)
+        components = self.term.components(attention_mask, query_mask=query_mask)
         relation = self.term.total(components)
         named = {f"relation_kl_{name.replace('/', '_')}": value for name, value in components.items()}
         self._averages.add({"relation_kl": relation, **named}, counts[0])
@@ -258,15 +265,24 @@ class RelationTrainer(Trainer):
         own = torch.arange(len(mask), device=mask.device) < (ranks == rank).sum()
         return mask * own[:, None]
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         training, self._averages = self._averages, _Averages()
         try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
             averages = self._averages.pop(self.accelerator)
         finally:
             self._averages = training
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in averages.items()})
-        return output
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in averages.items()}
+        return output._replace(metrics={**(output.metrics or {}), **metrics})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
