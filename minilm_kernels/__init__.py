@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .losses import QKV, MiniLMLoss, MiniLMv2Loss, SelfRelationLoss
     from .qkv import QKVExtractor
     from .recording import record_qkv
-    from .relation import backend_status, relation_kl, relation_kl_multi
+    from .relation import backend_status, prefix_mask, relation_kl, relation_kl_multi
     from .students import PRESETS, Preset, copied_student, preset_config, random_student, student_config
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "SelfRelationLoss",
     "backend_status",
     "copied_student",
+    "prefix_mask",
     "preset_config",
     "random_student",
     "record_qkv",
@@ -40,7 +41,7 @@ _NAMES = {
     ".losses": ("QKV", "MiniLMLoss", "MiniLMv2Loss", "SelfRelationLoss"),
     ".qkv": ("QKVExtractor",),
     ".recording": ("record_qkv",),
-    ".relation": ("backend_status", "relation_kl", "relation_kl_multi"),
+    ".relation": ("backend_status", "prefix_mask", "relation_kl", "relation_kl_multi"),
     ".students": ("PRESETS", "Preset", "copied_student", "preset_config", "random_student", "student_config"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

@@ -23,6 +23,7 @@ _NO_WINDOWS = re.compile("^use_|max_window_layers|pattern|kernel|conv|dropout|pr
 _OF_ENCODERS = {"attention_window", "local_radius"}  # LED and LongT5, whose decoders have full attention
 _FULL = {"full_attention", "attention", "global"}
 _IGNORES_LAYER_TYPES = {"minimax"}  # its sliding_window applies to the layers that layer_types calls full
+_POSITION_WINDOWS = {"vits"}  # its window_size is the range of relative positions
 
 
 def nearest_config(root: nn.Module, path: str) -> Any:
@@ -31,25 +32,24 @@ def nearest_config(root: nn.Module, path: str) -> Any:
     return configs[-1] if configs else None
 
 
-def check_full_attention(root: nn.Module, template: str, layer: int, count: int) -> None:
+def check_full_attention(root: nn.Module, paths: Sequence[str], layer: int) -> None:
     """Checks that the attention of a layer is full.
 
     Args:
         root: the base model.
-        template: path of the attention module in `root`, with {i} for the index of the layer.
+        paths: the attention module of every layer, as paths in `root`.
         layer: the layer, from 1.
-        count: number of layers.
 
     Raises:
         ValueError: the attention is partial. The message lists the layers with full attention.
     """
-    paths = [template.replace("{i}", str(i)) for i in range(count)]
-    partial = [_partial_attention(root, path, i, count) for i, path in enumerate(paths)]
-    if partial[layer - 1] is not None:
-        exists = [len(_modules_on(root, path)) == path.count(".") + 2 for path in paths]
-        full = ", ".join(str(i + 1) for i in range(count) if exists[i] and partial[i] is None)
+    exists = [len(_modules_on(root, path)) == path.count(".") + 2 for path in paths]
+    partial = [_partial_attention(root, path, i, len(paths)) for i, path in enumerate(paths)]
+    reason = partial[layer - 1] or (None if exists[layer - 1] or not any(exists) else "no self-attention")
+    if reason is not None:
+        full = ", ".join(str(i + 1) for i in range(len(paths)) if exists[i] and partial[i] is None)
         raise ValueError(
-            f"layer={layer} has {partial[layer - 1]}, so its attention is not a relation over all tokens; "
+            f"layer={layer} has {reason}, so its attention is not a relation over all tokens; "
             f"layers with full attention: {full or 'none'}"
         )
 
@@ -86,6 +86,8 @@ def _partial_attention(root: nn.Module, path: str, index: int, count: int) -> st
             if isinstance(kind, str) and _KINDS.search(kind):
                 return f"{kind} ({name}.{attribute})"
     if types and getattr(config, "model_type", None) not in _IGNORES_LAYER_TYPES:
+        return None
+    if getattr(config, "model_type", None) in _POSITION_WINDOWS:
         return None
     for source in (config, *modules):
         for name, value in getattr(source, "__dict__", {}).items():

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,24 @@ def cut(root: nn.Module, layers: str, layer: int, replaced: Mapping[str, nn.Modu
     last = view.get_submodule(layers).get_submodule(str(layer - 1))
     last.__dict__["gradient_checkpointing"] = False
     return view
+
+
+def unrolled(root: nn.Module, layers: str, order: Sequence[int], setting: str) -> nn.Module:
+    """A copy whose list of layers has an entry for each run of a layer, such as ALBERT's, which share their modules.
+
+    Args:
+        layers: the list of layers, as a path in `root`.
+        order: the index of the module of each layer.
+        setting: the number of different layers in the config of the module that has the list.
+    """
+    parent, _, name = layers.rpartition(".")
+    owner, modules = shell(root.get_submodule(parent)), shell(root.get_submodule(layers))
+    same = list(modules._modules.values())
+    modules.__dict__["_modules"] = {str(i): same[index] for i, index in enumerate(order)}
+    owner._modules[name] = modules
+    owner.__dict__["config"] = copy.deepcopy(owner.config)
+    setattr(owner.config, setting, len(order))
+    return graft(root, {parent: owner})
 
 
 def register_only(module: nn.Module, reached: set[int]) -> nn.Module:

@@ -8,13 +8,13 @@ three projections to that input. The model itself is not changed, and calls keep
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from minilm_kernels._architectures import find_stack, merge_heads, submodule
-from minilm_kernels._full_attention import nearest_config
 from minilm_kernels._module_view import (
     cut,
     follow,
@@ -25,6 +25,7 @@ from minilm_kernels._module_view import (
     private,
     register_only,
     switches,
+    unrolled,
     with_attention,
 )
 from minilm_kernels._wrappers import is_pretrained_model, unwrap
@@ -85,10 +86,10 @@ def _register_capture() -> None:
 class QKVExtractor(nn.Module):
     """Computes the queries, keys and values of one Transformer layer, without running the rest of the model.
 
-    BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet and other families whose projections have usual names (`query`,
-    `q_proj`, `q_lin`, ...) are supported directly, as base models or with a task head, which is not run. With
-    `projections`, any other model works whose self-attention has three projection modules. `record_qkv` is for losses
-    that need the rest of the forward, too.
+    Encoders and decoders whose projections have usual names (`query`, `q_proj`, `q_lin`, `Wqkv`, `c_attn`, ...) are
+    supported directly, as base models or with a task head, which is not run. With `projections`, any other model works
+    whose self-attention has three projections of one input, or one for all three. `record_qkv` is for losses that need
+    the rest of the forward, too, and for models whose projections have different inputs.
 
     The model stays as it is: it gets no hooks, no new attributes and no copied weights. Only the modules before the
     projections run, so only their parameters receive gradients, and `parameters()` returns exactly these and the
@@ -113,28 +114,38 @@ class QKVExtractor(nn.Module):
         frozen: use the extractor as a teacher. It always runs in evaluation mode and without gradient, and has no
             parameters, buffers or submodules, so that a module which contains it neither trains nor saves the teacher.
             The mode and `requires_grad` of the model itself do not change.
-        projections: for other models, and to choose one of several stacks of layers (encoder and decoder), the names of
-            the query, key and value modules as in `model.named_modules()`, with `{i}` for the index of the layer in its
-            list (0 for layer 1). The prefix of a base model ("model.") may be left out. A module that computes queries,
-            keys and values in one product cannot be used.
-        rotary: "before" returns the output of the projections. "after", for models with rotary embeddings only,
-            returns queries and keys after the rotation (and after the query and key norms, where the model has them).
-        example: the batch of a dry run that determines the reached parameters, by default two tokens of id 0. Required
+        projections: for models with several stacks of layers, the name of one, such as "encoder". For models with
+            unusual names, the names of the query, key and value modules as in `model.named_modules()`, with `{i}` for
+            the index of the layer in its list (0 for layer 1). For a module that projects all three, its name and the
+            order of its output, such as `{"layers.{i}.attention.to_qkv": "blocks"}`: "blocks" is [query | key | value],
+            each over all heads; "heads" has the queries of each key head, its key and its value side by side; "codegen"
+            has four groups of [query | value | key]. The prefix of a base model ("model.") may be left out.
+        rotary: "before" returns the output of the projections. "after" returns the operands of the attention, to which
+            rotary embeddings and query and key norms have been applied. Models whose attention goes through
+            transformers' attention interface have it.
+        example: the batch of a dry run that determines the reached parameters, by default two tokens. Required
             for models that take no `input_ids`.
 
     Attributes:
         model: the model without wrappers.
         layer: the layer, counted from 1.
         base: the part of the model that runs.
-        projections: the query, key and value modules.
+        projections: the query, key and value modules, or the one that projects all three.
+        quantity: the quantity that is computed. "projection" is the output of the projections, and "content" the same
+            in a model that adds terms of the relative position to its scores (DeBERTa, T5, MPNet). With
+            `rotary="after"`, it lists what has been applied: "normed" (query and key norms, which change the
+            temperature of the relations, as in Qwen3), "scaled" (queries times head width**-0.5, as in Whisper),
+            "rotated", "value-normed". Relations of different quantities of teacher and student can be distilled, but
+            they are different distributions even for equal models.
 
     Raises:
         TypeError: `model` is not a module, or `layer` is not an integer.
         ValueError: the layer does not exist; a wrapper cannot be removed, or parameters are sharded or offloaded; the
             architecture is unknown, has several stacks, or a name is wrong; the layer has windowed, sparse, linear or
             other partial attention, so that its rows do not attend to all tokens over which the relations are defined;
-            the projections have different inputs, run several times in one forward, or do not return (B, S, hidden);
-            `rotary="after"` without rotary embeddings. The message names the valid choices or a remedy.
+            the projections have different inputs, run several times in one forward, or do not return (B, S, hidden); a
+            fused projection has another order than the given one; `rotary="after"` without the attention interface, or
+            with scores that have further terms. The message names the valid choices or a remedy.
         RuntimeError: the dry run failed or did not reach the projections, or a module of the model has a replaced
             `forward` with other results than that of its class.
 
@@ -174,7 +185,7 @@ class QKVExtractor(nn.Module):
         layer: int = -1,
         frozen: bool = False,
         *,
-        projections: Sequence[str] | None = None,
+        projections: str | Sequence[str] | Mapping[str, str] | None = None,
         rotary: Literal["before", "after"] = "before",
         example: Mapping[str, Any] | None = None,
     ):
@@ -187,10 +198,21 @@ class QKVExtractor(nn.Module):
             raise ValueError(f'rotary={rotary!r}: expected "before" or "after"')
         model = unwrap(model)
         stack = find_stack(model, projections)
-        root, layers = stack.root, stack.layers
         self.layer = stack.resolve(layer)  # from 1
+        self.quantity = stack.quantity(self.layer, rotary)
+        if rotary == "after":
+            stack.check_operands(self.layer)
+        if stack.order == "latent":
+            raise ValueError(
+                f"model: the projections of {type(model).__name__} have different inputs (multi-head latent attention),"
+                " so that it cannot be cut before them. Record them with record_qkv"
+            )
+        root, layers = stack.root, stack.layers
+        if stack.count != stack.groups:
+            order = [stack.group(i + 1) for i in range(stack.count)]
+            root = unrolled(root, layers, order, "num_hidden_groups")
         self.frozen, self._rotary = frozen, rotary
-        paths = stack.paths(self.layer)
+        self._paths = paths = [template.replace("{i}", str(self.layer - 1)) for template in stack.templates]
         modules = {path: submodule(root, path) for path in paths}
 
         names = list(inspect.signature(type(root).forward).parameters.values())[1:]  # without self
@@ -203,15 +225,21 @@ class QKVExtractor(nn.Module):
             if name in self._accepted or takes_any
         }
 
+        self._divide = replace(stack.division(self.layer), attention=paths[0].rpartition(".")[0])
         view = cut(root, layers, self.layer, {path: _Probe() for path in paths})
         with torch.inference_mode(False):
             example = self._example(root, example)
             if any(has_own_forward(module) for module in root.modules()):
                 self._compare(root, pinned(view, {}) if frozen else view, modules[paths[0]], example)
             outputs, aliases = self._dry_run(root, modules, example)
-            if rotary == "after":
-                view = cut(root, layers, self.layer, _capturing_attention(root, paths))
-                outputs, aliases = self._dry_run_after(view, example)
+            if rotary == "after" or (stack.order and not stack.operands_reason(self.layer)):
+                attention = cut(root, layers, self.layer, _capturing_attention(root, self._divide.attention))
+                operands, aliases_after = self._dry_run_after(attention, example)
+                if stack.order:
+                    normed = "normed" in stack.quantity(self.layer, "after")
+                    self._check_division(paths[0], outputs, operands, normed)
+                if rotary == "after":
+                    view, outputs, aliases = attention, operands, aliases_after
         found = leaves(outputs)
         reached = {original for original, alias in aliases.items() if id(alias) in found}
 
@@ -269,8 +297,7 @@ class QKVExtractor(nn.Module):
             raise RuntimeError(f"the model's forward ended without reaching the projections of layer {self.layer}")
         if len(found) == 3:
             return QKV(*found)
-        query, key, value = self.projections
-        return QKV(query(found[0]), key(found[0]), value(found[0]))
+        return QKV(*self._divide(self.base, [projection(found[0]) for projection in self.projections]))
 
     def unused_parameters(self) -> list[str]:
         """Names of the model's parameters on which query, key and value do not depend.
@@ -317,7 +344,9 @@ class QKVExtractor(nn.Module):
                     f"example: {type(root).__name__} takes no input_ids; give a small batch of its arguments: "
                     f"{', '.join(sorted(self._accepted))}"
                 )
-            ids = torch.zeros(1, 2, dtype=torch.long, device=next(root.parameters()).device)
+            padding = getattr(getattr(root, "config", None), "pad_token_id", None)  # its embedding is often 0
+            device = next(root.parameters()).device
+            ids = torch.tensor([[i for i in range(3) if i != padding][:2]], device=device)
             example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             example = {name: value for name, value in example.items() if name in self._accepted}
         inference = {name for name, x in example.items() if isinstance(x, torch.Tensor) and x.is_inference()}
@@ -348,10 +377,10 @@ class QKVExtractor(nn.Module):
         inputs = []
         for path, found in calls.items():
             arguments, output = found[0]
-            if len(found) > 1:
+            if len(found) > 1 and path == list(calls)[-1]:  # DeBERTa also projects positions to queries and keys
                 raise ValueError(
-                    f"layer={self.layer}: {path} is applied {len(found)} times in one forward: layers that share "
-                    "their modules cannot be extracted"
+                    f"layer={self.layer}: {path} is applied {len(found)} times in one forward, as if several layers "
+                    "shared it. Name the layers by their own modules, or record them with record_qkv"
                 )
             if len(arguments) != 1 or not isinstance(output, torch.Tensor):
                 kind = type(modules[path]).__name__
@@ -368,7 +397,7 @@ class QKVExtractor(nn.Module):
             inputs.append(arguments[0])
         if any(x is not inputs[0] and (x.shape != inputs[0].shape or not torch.equal(x, inputs[0])) for x in inputs):
             raise ValueError(f"projections: {', '.join(calls)} have different inputs: this is not self-attention")
-        return [found[0][1] for found in calls.values()], aliases
+        return self._divide(trial, [calls[path][0][1] for path in self._paths]), aliases
 
     def _dry_run_after(self, view: nn.Module, example: Mapping[str, Any]) -> tuple[list[torch.Tensor], dict]:
         """The dry run for rotary="after", where queries and keys may depend on more parameters, such as a norm's."""
@@ -379,6 +408,28 @@ class QKVExtractor(nn.Module):
         except _Reached as reached:
             return list(reached.args), aliases
         raise RuntimeError(f'rotary="after": {type(view).__name__} did not run the attention function of its config')
+
+    def _check_division(
+        self, path: str, divided: Sequence[torch.Tensor], operands: Sequence[torch.Tensor], normed: bool
+    ) -> None:
+        """Compares the parts of a fused projection with the operands of the attention.
+
+        The values must be equal. A rotation or a scale keeps the ratios of the norms of all heads and positions in
+        queries, and in keys. With query and key norms, only the values can be compared.
+
+        Raises:
+            ValueError: they differ.
+        """
+        equal = torch.equal(divided[2], operands[2])
+        for heads, part, operand in zip(self._divide.sizes, divided[:2], operands[:2], strict=True):
+            before, after = (x.detach().float().unflatten(-1, (heads, -1)).norm(dim=-1) for x in (part, operand))
+            scale = after.mean() / before.mean().clamp_min(1e-30)
+            equal = equal and (normed or bool((after - scale * before).abs().max() <= 0.05 * after.mean()))
+        if not equal:
+            raise ValueError(
+                f"projections: the output of {path} has another order than {self._divide.order!r}: its parts are not "
+                "the operands of the attention"
+            )
 
     def _compare(self, root: nn.Module, view: nn.Module, projection: nn.Module, example: Mapping[str, Any]) -> None:
         """Compares the view with the model, for models with a replaced `forward` on some module.
@@ -416,11 +467,7 @@ class QKVExtractor(nn.Module):
             )
 
 
-def _capturing_attention(root: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    """Path of the layer's attention module to a copy of it that has `_capture` as its attention implementation."""
-    path = paths[0].rpartition(".")[0]
-    attention = root.get_submodule(path)
-    if getattr(nearest_config(root, path), "rope_parameters", None) is None or not hasattr(attention, "config"):
-        raise ValueError(f'rotary="after": {type(root).__name__} has no rotary embedding that can be applied')
+def _capturing_attention(root: nn.Module, path: str) -> dict[str, nn.Module]:
+    """The path of an attention module to a copy of it that has `_capture` as its attention implementation."""
     _register_capture()
-    return {path: with_attention(attention, _CAPTURE)}
+    return {path: with_attention(root.get_submodule(path), _CAPTURE)}

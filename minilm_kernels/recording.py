@@ -5,12 +5,9 @@ attention module gets a config of its own, which names an attention function tha
 not enough: torch.compile does not check them before it runs compiled code again, so layers that share code lose them.
 """
 
-import inspect
-import re
-import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
@@ -19,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from minilm_kernels._architectures import find_stack, merge_heads, submodule
+from minilm_kernels._architectures import Division, defined_beside, find_stack, merge_heads, submodule
 from minilm_kernels._module_view import config_with_attention
 from minilm_kernels._wrappers import compiled_original, unwrap
 from minilm_kernels.losses import QKV
@@ -34,26 +31,28 @@ _Key = tuple[int, int]  # layer, and the position of the module among the layer'
 
 
 class _Outputs:
-    """The recorded outputs since the last `pop`, and the modules that ran more than once."""
+    """The recorded outputs since the last `pop`, and the number of calls of their modules."""
 
     def __init__(self) -> None:
-        self.last: dict[_Key, Any] = {}
-        self.again: dict[_Key, bool] = {}
+        self.found: dict[_Key, Any] = {}
+        self.calls: dict[_Key, int] = {}
 
-    def put(self, key: _Key, output: Any) -> None:
-        if key in self.last:
-            self.again[key] = True
-        self.last[key] = output
+    def put(self, key: _Key, call: int, output: Any) -> None:
+        """Keeps the output of the module's call with index `call`."""
+        calls = self.calls.get(key, 0)
+        if calls == call:
+            self.found[key] = output
+        self.calls[key] = calls + 1
 
     def clear(self) -> None:
-        self.last.clear()
-        self.again.clear()
+        self.found.clear()
+        self.calls.clear()
 
 
 class _ThreadOutputs(_Outputs, threading.local):
-    """Outputs of the calling thread, and the recorders of `until_recorded`."""
+    """Outputs of the calling thread, and the modules that `until_recorded` awaits."""
 
-    awaited: "tuple[record_qkv, ...]" = ()
+    awaited: set[tuple[int, _Key]] | None = None
 
 
 class _Recorded(Exception):
@@ -67,14 +66,15 @@ def until_recorded(*recorders: "record_qkv") -> Iterator[None]:
     Code that torch.compile has compiled and models with fully_shard, whose state would be incomplete, run to the end.
     """
     whole = any(_is_sharded(recorder._stack.root.modules()) for recorder in recorders)
+    awaited = {(id(recorder), key) for recorder in recorders for key in recorder._modules}
     for recorder in recorders:
-        recorder._eager.awaited = () if whole else recorders
+        recorder._eager.awaited = None if whole else awaited
     try:
         with suppress(_Recorded):
             yield
     finally:
         for recorder in recorders:
-            recorder._eager.awaited = ()
+            recorder._eager.awaited = None
 
 
 class _KeepActivations:
@@ -168,8 +168,10 @@ def _sinks(module: nn.Module, name: str, wrapped: Callable, operands: bool) -> l
         output = wrapped(self, *args, **kwargs)
         for recorder, key in sinks:
             recorder._put(self is module, key, args[:3] if operands else output)
-        if not torch.compiler.is_compiling() and any(recorder._ends_forward() for recorder, _ in sinks):
-            raise _Recorded
+        if not torch.compiler.is_compiling():
+            ends = [recorder._ends_forward(key) for recorder, key in sinks]  # all of them count
+            if any(ends):
+                raise _Recorded
         return output
 
     method.__name__ = name  # by which a pickle of the model refers to it
@@ -206,7 +208,7 @@ def _record_attention(module: Any) -> list:
         vars(module)[_FIRST_CONFIG] = module.config
         vars(module)["config"] = config_with_attention(module.config, _ATTENTION)
     chosen = vars(module)[_FIRST_CONFIG]._attn_implementation
-    eager = _defined_beside(module, "eager_attention_forward")
+    eager = defined_beside(module, "eager_attention_forward")
     return _sinks(module, _ATTEND, AttentionInterface().get_interface(chosen, eager), True)
 
 
@@ -219,34 +221,6 @@ def _restore(module: Any, name: str, sinks: list) -> None:
         vars(module)["config"] = vars(module).pop(_FIRST_CONFIG)
     elif _FIRST_FORWARD in vars(module):
         vars(module)["forward"] = vars(module).pop(_FIRST_FORWARD)
-
-
-def _defined_beside(module: nn.Module, name: str) -> Any:
-    """A global of the file that defines the class of a module, or one of its base classes."""
-    files = [vars(sys.modules[cls.__module__]) for cls in type(module).__mro__ if cls.__module__ in sys.modules]
-    return next((names[name] for names in files if name in names), None)
-
-
-def _check_attention(module: nn.Module, path: str) -> None:
-    """Checks that an attention module calls the attention function of its config and does nothing else with its name.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if not hasattr(module, "config") or _defined_beside(module, "ALL_ATTENTION_FUNCTIONS") is None:
-        reason = "does not use transformers' attention interface"
-    elif re.search(r"_attn_implementation (not )?in ", _source(type(module).forward)):
-        reason = "computes something else if its attention function has another name"
-    else:
-        return
-    raise ValueError(f'rotary="after": {path} ({type(module).__name__}) {reason}; use rotary="before"')
-
-
-def _source(function: Callable) -> str:
-    try:
-        return inspect.getsource(function)
-    except OSError:  # defined without a file
-        return ""
 
 
 def _called(model: nn.Module, base: nn.Module) -> nn.Module:
@@ -287,13 +261,17 @@ class record_qkv:
             operands of the attention, to which rotary embeddings, query, key and value norms, and in some models (ESM,
             OPT, Whisper) the scale of the queries have been applied. Models whose attention goes through transformers'
             attention interface have it.
-        projections: for models in which they are not found, the names of the query, key and value modules, as in
-            `QKVExtractor`.
+        projections: the name of a stack of layers, the names of the projections, or a fused projection and its order,
+            as in `QKVExtractor`, which also checks the order.
+
+    Attributes:
+        quantity: the quantity of each layer as asked for, see `QKVExtractor`.
 
     Raises:
         TypeError: `model` is not a module, or a layer is not an integer.
         ValueError: a layer does not exist or has windowed, sparse or other partial attention; the architecture is
-            unknown; the wrapper is DataParallel or FSDP1; `rotary="after"` without attention interface.
+            unknown; the wrapper is DataParallel or FSDP1; `rotary="after"` without attention interface, or with scores
+            that have further terms than the product of queries and keys.
 
     Example:
         >>> import torch
@@ -320,7 +298,7 @@ class record_qkv:
         layers: Sequence[int] = (-1,),
         rotary: Literal["before", "after"] = "before",
         *,
-        projections: Sequence[str] | None = None,
+        projections: str | Sequence[str] | Mapping[str, str] | None = None,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -328,27 +306,35 @@ class record_qkv:
             raise ValueError(f'rotary={rotary!r}: expected "before" or "after"')
         if not isinstance(layers, Sequence) or isinstance(layers, str) or not layers:
             raise ValueError(f"layers={layers!r}: expected at least one number, such as [-1]")
-        self._stack = find_stack(unwrap(model, runs_whole=True), projections, fused=True)
-        self._numbers = {layer: self._stack.resolve(layer) for layer in layers}
+        self._stack = stack = find_stack(unwrap(model, runs_whole=True), projections)
+        self._numbers = {layer: stack.resolve(layer) for layer in layers}
         self._rotary, self._removed = rotary, False
         self._compiled, self._eager = _Outputs(), _ThreadOutputs()
         self._modules: dict[_Key, tuple[str, nn.Module]] = {}
         self._parents: dict[str, tuple[nn.Module, str]] = {}
+        self._calls: dict[_Key, tuple[int, int]] = {}
+        self._divisions: dict[int, Division] = {}
         containers = []
-        for layer in self._numbers.values():
-            paths = self._stack.paths(layer)
+        for layer in dict.fromkeys(self._numbers.values()):
+            templates = stack.templates
             if rotary == "after":
-                paths = [paths[0].rpartition(".")[0]]
-            for position, path in enumerate(paths):
-                module = compiled_original(submodule(self._stack.root, path))
-                if rotary == "after":
-                    _check_attention(module, path)
-                elif isinstance(module, nn.Conv1d):
+                stack.check_operands(layer)
+                templates = (stack.attention,)
+            else:
+                self._divisions[layer] = stack.division(layer)
+            for position, template in enumerate(templates):
+                path = stack.at(template, layer)
+                module = compiled_original(submodule(stack.root, path))
+                if isinstance(module, nn.Conv1d):
                     raise ValueError(f"layer={layer}: {path} is a Conv1d, which returns (B, hidden, S)")
+                if any(module is other and path != at for (i, _), (at, other) in self._modules.items() if i == layer):
+                    raise ValueError(f"layer={layer}: {path} has the same module as another projection of the layer")
                 self._modules[layer, position] = path, module
+                self._calls[layer, position] = stack.calls(template, layer)
                 parent, _, name = path.rpartition(".")
-                self._parents[path] = submodule(self._stack.root, parent), name
-            containers += self._containers(layer, paths[0])
+                self._parents[path] = submodule(stack.root, parent), name
+            containers += self._containers(layer, path)
+        self.quantity = {layer: stack.quantity(number, rotary) for layer, number in self._numbers.items()}
         self._lists: list[tuple[nn.Module, list]] = []
         for key, (_, module) in self._modules.items():
             sinks = _record_forward(module) if rotary == "before" else _record_attention(module)
@@ -367,11 +353,11 @@ class record_qkv:
 
         Raises:
             RuntimeError: since the last call, a layer did not run in this thread or ran more than once (a second
-                forward, or layers that share their modules); a recorded module has been replaced (by adapters, for
+                forward); a recorded module has been replaced (by adapters, for
                 example); the recorder was removed; the model is in training mode with dropout, or with gradients
                 enabled, and the forward had no gradients (a teacher without `eval()`, or reentrant checkpointing).
         """
-        found, again = self._take()
+        found, calls = self._take()
         if self._removed:
             raise RuntimeError("pop: the recorder was removed from the model")
         for (layer, _), (path, module) in self._modules.items():
@@ -381,16 +367,17 @@ class record_qkv:
                     f"layer {layer}: {path} was replaced after the recorder was created, by adapters for example; "
                     "create the recorder after that"
                 )
-        for key in self._modules:
-            if key not in found:
+        for layer, position in self._modules:
+            if (layer, position) not in found:
                 raise RuntimeError(
-                    f"layer {key[0]} did not run since the last pop(): call the model that is recorded, not a copy, in "
+                    f"layer {layer} did not run since the last pop(): call the model that is recorded, not a copy, in "
                     "this thread, and pop() once after it"
                 )
-            if key in again:
+        # Queries and keys may be projected again: DeBERTa also projects its relative positions.
+        for last in {key[0]: key for key in self._modules}.values():
+            if calls[last] > self._calls[last][1]:
                 raise RuntimeError(
-                    f"layer {key[0]} ran more than once since the last pop(): call pop() or clear() after each "
-                    "forward. Layers that share their modules cannot be recorded"
+                    f"layer {last[0]} ran more than once since the last pop(): call pop() or clear() after each forward"
                 )
         numbers = {layer: self._result(layer, found) for layer in dict.fromkeys(self._numbers.values())}
         self._watch.passed = None  # belongs to the forward of these recordings
@@ -421,26 +408,32 @@ class record_qkv:
         return [submodule(self._stack.root, ".".join(names[:end])) for end in range(first, len(names))]
 
     def _put(self, own: bool, key: _Key, output: Any) -> None:
+        call = self._calls[key][0]
         if torch.compiler.is_compiling():  # neither the thread nor the backward is known, and neither matters
             if own:
-                self._compiled.put(key, output)
+                self._compiled.put(key, call, output)
         elif own and torch._C._current_graph_task_id() == -1:  # not a recomputation, which runs in the backward
-            self._eager.put(key, output)
+            self._eager.put(key, call, output)
 
-    def _ends_forward(self) -> bool:
-        """True if `until_recorded` awaits this recorder, and no other one any more."""
+    def _ends_forward(self, key: _Key) -> bool:
+        """True if `until_recorded` awaits no other module than this one."""
         awaited = self._eager.awaited
-        return bool(awaited) and all(len(recorder._eager.last) == len(recorder._modules) for recorder in awaited)
+        if not awaited:
+            return False
+        if self._eager.calls.get(key, 0) > self._calls[key][0]:
+            awaited.discard((id(self), key))
+        return not awaited
 
-    def _take(self) -> tuple[dict[_Key, Any], set[_Key]]:
-        """The outputs of this thread, which are forgotten, and the keys that were recorded more than once."""
+    def _take(self) -> tuple[dict[_Key, Any], dict[_Key, int]]:
+        """The outputs of this thread, which are forgotten, and the numbers of calls."""
         found: dict[_Key, Any] = {}
-        again: set[_Key] = set()
+        calls: dict[_Key, int] = {}
         for outputs in [self._compiled] if torch.compiler.is_compiling() else [self._compiled, self._eager]:
-            again |= outputs.again.keys() | (found.keys() & outputs.last.keys())
-            found.update(outputs.last)
+            found.update(outputs.found)
+            for key, count in outputs.calls.items():
+                calls[key] = calls.get(key, 0) + count
             outputs.clear()
-        return found, again
+        return found, calls
 
     def _result(self, layer: int, found: dict[_Key, Any]) -> QKV:
         outputs: Any = [found[key] for key in self._modules if key[0] == layer]
@@ -450,10 +443,13 @@ class record_qkv:
                 self._watch.check(recorded)
         if self._rotary == "after":
             outputs = merge_heads(*outputs[0])
-        elif self._stack.order:
-            outputs = self._stack.divide(outputs[0], layer)
-        if not all(isinstance(x, torch.Tensor) and x.shape[:-1] == outputs[0].shape[:-1] for x in outputs):
+        elif not all(isinstance(x, torch.Tensor) for x in outputs):
             kinds = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in outputs]
+            raise RuntimeError(f"layer {layer}: {path} and its neighbours return {kinds}; expected (B, S, hidden) each")
+        else:
+            outputs = self._divisions[layer](self._stack.root, outputs)
+        if any(x.shape[:-1] != outputs[0].shape[:-1] for x in outputs):
+            kinds = [tuple(x.shape) for x in outputs]
             raise RuntimeError(f"layer {layer}: {path} and its neighbours return {kinds}; expected (B, S, hidden) each")
         if not torch.compiler.is_compiling() and module.training and not any(x.requires_grad for x in outputs):
             self._check_mode(layer, module)

@@ -71,10 +71,11 @@ class TeacherStudent:
     def trained(self) -> dict[str, nn.Parameter]:
         """The student's parameters on which the loss depends, by name.
 
-        A projection that occurs in no relation is left out.
+        A projection that occurs in no relation is left out, unless one module projects queries, keys and values.
         """
         letters = set("".join(self.loss.relations))
-        projections = zip("qkv", self.student.extractor.projections, strict=True)
+        modules = self.student.extractor.projections
+        projections = zip("qkv", modules, strict=True) if len(modules) == 3 else ()
         unused = {id(p) for letter, module in projections if letter not in letters for p in module.parameters()}
         reached = {id(parameter) for parameter in self.student.extractor.parameters()} - unused
         return {name: p for name, p in self.student.model.named_parameters() if id(p) in reached}

@@ -1,6 +1,7 @@
-"""Public functions: each validates its arguments and calls one operator.
+"""Public functions: each validates its arguments. The relations call one operator.
 
-`relation_kl` computes one relation, and `relation_kl_multi` computes all relations of a loss at once.
+`relation_kl` computes one relation, and `relation_kl_multi` computes all relations of a loss at once. `prefix_mask`
+gives models the mask of `prefix_lens`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.autograd.function import BackwardCFunction
 
 from minilm_kernels._choices import BACKENDS, REDUCTIONS, BackendName, Reduction
 
-from .masks import host_readable
+from .masks import Mask, host_readable
 from .ops import Options, relation_values
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -227,6 +228,46 @@ def relation_kl_multi(
         *(model[name] for model in (teacher, student) for name in names),
     )
     return values if factor is None else values * factor
+
+
+def prefix_mask(attention_mask: Tensor, prefix_lens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns UniLM's sequence-to-sequence mask in the form that models of transformers take.
+
+    A model that gets it as `attention_mask` lets row i of sequence b see the keys that it sees in `relation_kl` with
+    the same `attention_mask` and `prefix_lens`: valid keys with j ≤ i or j < prefix_lens[b]. Models whose attention
+    implementation is "sdpa" or "eager" take it, encoders and decoders; they derive no position ids from it.
+
+    Args:
+        attention_mask: (B, S), nonzero on valid tokens.
+        prefix_lens: (B,) integers, the length of each prefix; positions include padding.
+        dtype: floating-point dtype of the mask, that of the model.
+
+    Returns:
+        (B, 1, S, S), 0 where row i sees key j, otherwise -65504, which also float16 can represent.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has a wrong dtype.
+        ValueError: an argument has a wrong shape, or they are on different devices.
+
+    Example:
+        >>> import torch
+        >>> from minilm_kernels import prefix_mask
+        >>> prefix_mask(torch.tensor([[1, 1, 1, 0]]), torch.tensor([2])).eq(0).int()
+        tensor([[[[1, 1, 0, 0],
+                  [1, 1, 0, 0],
+                  [1, 1, 1, 0],
+                  [0, 0, 0, 0]]]], dtype=torch.int32)
+    """
+    check_dense("attention_mask", attention_mask)
+    check_dense("prefix_lens", prefix_lens)
+    if attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask: expected shape (B, S), got {tuple(attention_mask.shape)}")
+    shape, device = tuple(attention_mask.shape), attention_mask.device
+    _check_masks(shape, device, attention_mask, None, None, False, prefix_lens, None)
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+    visible = Mask(shape, device, attention_mask, prefix_lens=prefix_lens).dense()[:, None]
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(torch.float16).min)
 
 
 def _same_tensor(x: Tensor, y: Tensor) -> bool:

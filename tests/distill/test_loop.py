@@ -28,11 +28,11 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoTokenizer,
-    BloomConfig,
-    BloomModel,
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
+    XLNetConfig,
+    XLNetModel,
 )
 
 from minilm_kernels.distill import (
@@ -805,9 +805,9 @@ def test_other_architectures_name_their_projections(settings: Settings, tmp_path
     assert sum(values[-5:]) < 0.98 * sum(values[:5])
     assert losses(distill(settings(output_dir=tmp_path / "found", **common))) == values  # by their usual names
 
-    unusual = tmp_path / "bloom"  # one projection for queries, keys and values
-    BloomModel(BloomConfig(vocab_size=65, hidden_size=48, n_head=4, n_layer=2)).save_pretrained(unusual)
-    with pytest.raises(ValueError, match=r"--student-projections: .*BloomModel"):
+    unusual = tmp_path / "xlnet"  # projections that are no modules
+    XLNetModel(XLNetConfig(vocab_size=65, d_model=48, n_head=4, n_layer=2, d_inner=96)).save_pretrained(unusual)
+    with pytest.raises(ValueError, match=r"--student-projections: .*XLNetModel"):
         distill(settings(output_dir=tmp_path / "other", student=unusual, copy_layers=None, **common))
 
 
