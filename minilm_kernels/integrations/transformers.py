@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -87,7 +88,7 @@ class RelationTrainer(Trainer):
     Raises:
         TypeError: `args` are no RelationTrainingArguments, or see `RelationTerm`.
         ValueError: several GPUs without a launcher, for which Trainer uses DataParallel; tensor, context or sequence
-            parallelism; `model_init`; another reduction; teacher and student with different vocabularies; or see
+            parallelism; another reduction; teacher and student are one model, or have different vocabularies; or see
             `RelationTerm`.
 
     Example:
@@ -128,6 +129,8 @@ class RelationTrainer(Trainer):
             raise TypeError(f"args: expected RelationTrainingArguments, got {type(args).__name__}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}; there is no model_init")
+        if unwrap(teacher) is unwrap(model):
+            raise ValueError("teacher: expected another model than the student, got the student")
         if args.n_gpu > 1:
             raise ValueError(
                 f"args: {args.n_gpu} GPUs without a launcher, for which Trainer uses DataParallel, whose copies of the "
@@ -159,7 +162,9 @@ class RelationTrainer(Trainer):
     def train(self, *args: Any, **options: Any) -> TrainOutput:
         # An evaluation before the training marks the student as prepared, and accelerate would not wrap it any more:
         # every process would train a student of its own.
-        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+        wrapped = any(isinstance(module, DistributedDataParallel) for module in self.model_wrapped.modules())
+        if not (wrapped or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.model_wrapped = self.model
             vars(self.model).pop("_is_accelerate_prepared", None)
         return super().train(*args, **options)
 
