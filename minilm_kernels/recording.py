@@ -37,12 +37,13 @@ class _Outputs:
         self.found: dict[_Key, Any] = {}
         self.calls: dict[_Key, int] = {}
 
-    def put(self, key: _Key, call: int, output: Any) -> None:
-        """Keeps the output of the module's call with index `call`."""
+    def put(self, key: _Key, call: int, number: int, output: Any) -> None:
+        """Keeps the output of the module's call with index `call`, and counts up to one call more than `number`."""
         calls = self.calls.get(key, 0)
         if calls == call:
             self.found[key] = output
-        self.calls[key] = calls + 1
+        if calls <= number:  # torch.compile compiles again for each count
+            self.calls[key] = calls + 1
 
     def clear(self) -> None:
         self.found.clear()
@@ -408,12 +409,12 @@ class record_qkv:
         return [submodule(self._stack.root, ".".join(names[:end])) for end in range(first, len(names))]
 
     def _put(self, own: bool, key: _Key, output: Any) -> None:
-        call = self._calls[key][0]
+        call, number = self._calls[key]
         if torch.compiler.is_compiling():  # neither the thread nor the backward is known, and neither matters
             if own:
-                self._compiled.put(key, call, output)
+                self._compiled.put(key, call, number, output)
         elif own and torch._C._current_graph_task_id() == -1:  # not a recomputation, which runs in the backward
-            self._eager.put(key, call, output)
+            self._eager.put(key, call, number, output)
 
     def _ends_forward(self, key: _Key) -> bool:
         """True if `until_recorded` awaits no other module than this one."""

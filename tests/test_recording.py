@@ -1,10 +1,33 @@
-"""record_qkv: values, gradients, wrappers around the model, misuse, and the model after removal."""
+"""record_qkv: values, gradients, wrappers around the model, misuse, and the model after removal.
+
+Wrappers and their tests:
+
+    none                        test_values_and_gradients_are_those_of_the_extractor, test_a_fused_projection_is_divided
+    several processes           test_wrappers_of_several_processes: DDP in three modes, FSDP2 in bfloat16, with any
+                                layers and with checkpointing, both compiled outside or inside, the relation alone
+    torch.compile               test_compiled_to_one_graph, test_compiled_with_inductor,
+                                test_forwards_that_are_not_popped_are_not_compiled_again,
+                                test_a_compiled_step_with_pop_inside, test_a_recorder_after_compilation_and_its_removal
+    layer.compile()             test_regional_compilation
+    checkpointing               test_gradient_checkpointing, test_gradient_checkpointing_with_the_relation_alone,
+                                test_a_checkpoint_around_the_model, test_compiled_with_checkpointing
+    autocast                    test_autocast
+    adapters                    test_adapters, test_adapters_of_several_families
+    sentence-transformers       test_sentence_transformers
+    copies, threads             test_a_deep_copy_uses_its_own_weights_and_records_nothing,
+                                test_threads_have_their_own_recordings
+    accelerate's hooks          test_a_forward_on_the_instance_is_kept
+    DataParallel, offloading    test_other_wrong_arguments
+"""
 
 import contextlib
 import copy
 import gc
 import io
+import sys
 import weakref
+from collections import Counter
+from collections.abc import Callable
 
 import accelerate
 import peft
@@ -16,7 +39,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, LlamaForCausalLM, PreTrainedModel
 
 from minilm_kernels import QKV, QKVExtractor, record_qkv
@@ -86,10 +111,12 @@ def joint_loss(call, recorder: record_qkv, batch: dict[str, torch.Tensor]) -> to
     return output.square().mean() + sum(loss_of(qkv) for qkv in recorder.pop().values())
 
 
-def plain_gradients(batch: dict[str, torch.Tensor], rotary: str = "before", make=bert) -> dict[str, torch.Tensor]:
-    """Gradients of the joint loss of layers 2 and -1 without any wrapper."""
+def plain_gradients(
+    batch: dict[str, torch.Tensor], rotary: str = "before", make=bert, layers=(2, -1)
+) -> dict[str, torch.Tensor]:
+    """Gradients of the joint loss without any wrapper."""
     model = make()
-    with record_qkv(model, [2, -1], rotary) as recorder:
+    with record_qkv(model, layers, rotary) as recorder:
         return gradients(joint_loss(model, recorder, batch), model)
 
 
@@ -357,6 +384,17 @@ def test_gradient_checkpointing(rotary, reentrant, enabled_first):
     assert all(layer.gradient_checkpointing for layer in model.encoder.layer)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_with_the_relation_alone(reentrant):
+    model, batch = bert(), batch_of()
+    with record_qkv(model, [2, -1]) as recorder:
+        expected = gradients(relation_alone(model, recorder, batch), model)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        relation_alone(model, recorder, batch).backward()
+    close(stored_gradients(model), expected)
+    assert any(gradient.any() for name, gradient in expected.items() if name.startswith("encoder.layer.0"))
+
+
 def test_a_checkpoint_around_the_model():
     """Without reentrance the recording is right, and the second one, in the backward, is ignored."""
     model, batch = bert(), batch_of()
@@ -411,9 +449,10 @@ def test_adapters():
     assert all("lora_" in name for name in trained)
 
 
-def gradients_of_trained(loss: torch.Tensor, model: nn.Module) -> dict[str, torch.Tensor]:
+def gradients_of_trained(loss: torch.Tensor, model: nn.Module, allow_unused: bool = False) -> dict[str, torch.Tensor]:
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=allow_unused)
+    return {name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -432,6 +471,31 @@ def test_adapters_with_checkpointing(reentrant):
             joint_loss(wrapped, recorder, batch).backward()
         found.append({n: p.grad for n, p in wrapped.named_parameters() if "lora_" in n})
     close(*found)
+
+
+LORA = {"bert": ["query", "value"], "qwen3": ["q_proj", "v_proj"], "modernbert": ["Wqkv"], "gpt2": ["c_attn"]}
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointing", "reentrant"])
+@pytest.mark.parametrize("family", LORA)
+def test_adapters_of_several_families(family, checkpointing):
+    """Every adapter up to the recorded layer is trained, by the values that the adapted layers compute."""
+    families = {"bert": bert, "qwen3": lambda: make_rotary("qwen3")}
+    model = families[family]() if family in families else small(family, **FUSED[family])
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    options = {"target_modules": LORA[family], "init_lora_weights": False, "fan_in_fan_out": family == "gpt2"}
+    wrapped, batch = peft.get_peft_model(model, peft.LoraConfig(**options)).train(), batch_of()
+    with record_qkv(wrapped, [2]) as recorder:
+        expected = gradients_of_trained(relation_alone(wrapped, recorder, batch), wrapped, allow_unused=True)
+        if checkpointing is not None:
+            wrapped.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+            wrapped.enable_input_require_grads()
+        relation_alone(wrapped, recorder, batch).backward()
+    found = {n: p.grad for n, p in wrapped.named_parameters() if p.grad is not None}
+    close(found, expected)
+    assert len(found) == 2 * 2 * len(LORA[family])  # layers, two matrices of an adapter, modules
 
 
 def test_sentence_transformers(folder):
@@ -499,6 +563,20 @@ def test_compiled_with_inductor(dynamo):
     with record_qkv(model, [1]) as recorder:
         expected = gradients(joint_loss(model, recorder, batch), model)
         close(gradients(joint_loss(torch.compile(model, fullgraph=True), recorder, batch), model), expected, 1e-6)
+
+
+def test_forwards_that_are_not_popped_are_not_compiled_again(dynamo):
+    """A list or a count of forwards would be guarded, and each forward compiled anew."""
+    model, batch, counter = bert(1), batch_of(), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with record_qkv(compiled) as recorder:
+        for _ in range(6):
+            compiled(**batch)
+        assert counter.frame_count <= 3
+        with pytest.raises(RuntimeError, match="more than once"):
+            recorder.pop()
+        compiled(**batch)
+        recorder.pop()
 
 
 @ROTARY
@@ -627,13 +705,13 @@ WRAPPERS = {
 
 
 def gradients_of_processes(
-    rank: int, wrap, rotary: str, recorder_first: bool, make=without_pooler, loss_of_step=joint_loss
+    rank: int, wrap, rotary: str, recorder_first: bool, make=without_pooler, loss_of_step=joint_loss, layers=(2, -1)
 ) -> dict[str, torch.Tensor]:
     torch._dynamo.reset()
     model = make()
-    recorder = record_qkv(model, [2, -1], rotary) if recorder_first else None
+    recorder = record_qkv(model, layers, rotary) if recorder_first else None
     wrapped = wrap(model)
-    recorder = recorder or record_qkv(wrapped, [2, -1], rotary)
+    recorder = recorder or record_qkv(wrapped, layers, rotary)
     for _ in range(2):
         model.zero_grad()
         loss_of_step(wrapped, recorder, {name: x[2 * rank : 2 * rank + 2] for name, x in BATCH.items()}).backward()
@@ -663,6 +741,10 @@ def check_wrappers(rank: int, _: str) -> None:
             print(family, name, flush=True)
             found = gradients_of_processes(rank, WRAPPERS[name], "before", name == "FSDP2", maker)
             close(found, expected_of_family, 1e-5)
+    for i, layers in enumerate(((2,), (-1,), (1, 2, -1))):
+        print("FSDP2", layers, flush=True)
+        found = gradients_of_processes(rank, WRAPPERS["FSDP2"], "before", i == 0, layers=layers)
+        close(found, plain_gradients(BATCH, make=without_pooler, layers=layers), 1e-6)
     model = without_pooler()
     with record_qkv(model, [2, -1]) as recorder:
         alone = gradients(relation_alone(model, recorder, BATCH), model)
@@ -670,7 +752,7 @@ def check_wrappers(rank: int, _: str) -> None:
     def with_zero(call, recorder, batch):
         return relation_alone(call, recorder, batch, 0.0)
 
-    for name in ("DDP plain", "DDP static_graph", "FSDP2"):
+    for name in ("DDP plain", "DDP find_unused", "DDP static_graph", "FSDP2"):
         for rotary in ("before", "after"):
             close(gradients_of_processes(rank, WRAPPERS[name], rotary, True, loss_of_step=with_zero), alone, 1e-6)
             with pytest.raises(RuntimeError, match="the loss does not depend on the output of the model"):
@@ -680,6 +762,79 @@ def check_wrappers(rank: int, _: str) -> None:
 @pytest.mark.slow
 def test_wrappers_of_several_processes(tmp_path):
     run_two(check_wrappers, tmp_path)
+
+
+# Cost
+
+
+class Operations(TorchDispatchMode):
+    """Counts tensor operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def bytecodes(call: Callable[[], object]) -> int:
+    """The number of Python's instructions that a call executes."""
+    count = 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@ROTARY
+def test_cost(rotary):
+    """Recording two layers of a BERT-base takes under 2 % of the processor instructions of a forward of 4 x 128 tokens.
+
+    It adds no tensor operation but views, and some Python, which does not depend on the width of the model. One of
+    Python's instructions, with the C code that it calls, is taken for 1000 of the processor's. A forward needs at least
+    one instruction for 32 floating-point operations: AVX-512 multiplies and adds 16 numbers at once.
+    """
+    model, batch = make("bert", 12, 24, **NO_DROPOUT).train(), batch_of()
+
+    def step(recorder: record_qkv | None) -> None:
+        output = model(**batch)[0]
+        if recorder:
+            recorder.pop()
+        output.sum().backward()
+        model.zero_grad()
+
+    def forward(recorder: record_qkv | None) -> None:
+        model(**batch)
+        if recorder:
+            recorder.pop()
+
+    counts = []
+    for layers in (None, [6, -1]):
+        with record_qkv(model, layers, rotary) if layers else contextlib.nullcontext() as recorder:
+            forward(recorder)
+            with Operations() as operations:
+                step(recorder)
+            counts.append((operations.counts, bytecodes(lambda recorder=recorder: forward(recorder))))
+    (plain, without), (recorded, with_recorder) = counts
+    merged = {torch.ops.aten.transpose.int: 6, torch.ops.aten.view.default: 6} if rotary == "after" else {}
+    assert recorded - plain == Counter(merged)  # views
+    assert not plain - recorded
+    with torch.device("meta"), FlopCounterMode(display=False) as flops:
+        AutoModel.from_config(AutoConfig.for_model("bert"))(torch.ones(4, 128, dtype=torch.long))
+    assert flops.get_total_flops() > 8e10
+    assert 0 < (with_recorder - without) * 1000 < 0.02 * flops.get_total_flops() / 32
 
 
 # Errors
@@ -801,6 +956,8 @@ def test_other_wrong_arguments():
         record_qkv(model, rotary="behind")
     with pytest.raises(ValueError, match="which a recorder does not support"):
         record_qkv(nn.DataParallel(model))
+    with pytest.raises(ValueError, match="accelerate offloads its weights"):
+        record_qkv(accelerate.cpu_offload(bert(), torch.device("cpu")))
     config = peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="acts in the forward of"):
         record_qkv(peft.get_peft_model(model, config))
