@@ -11,6 +11,8 @@ EXTRAS = {
     "distill": ("transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "tqdm", "yaml"),
     "trainer": ("transformers", "safetensors", "tokenizers", "huggingface_hub", "accelerate"),
     "data": ("datasets", "pyarrow"),
+    "sentence-transformers": ("sentence_transformers", "transformers", "accelerate", "datasets"),
+    "trl": ("trl", "transformers", "accelerate", "datasets"),
 }
 
 

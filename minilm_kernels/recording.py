@@ -224,6 +224,12 @@ def _restore(module: Any, name: str, sinks: list) -> None:
         vars(module)["forward"] = vars(module).pop(_FIRST_FORWARD)
 
 
+def _called(model: nn.Module, base: nn.Module) -> nn.Module:
+    """The module whose call runs the base model. sentence-transformers calls the model's `forward`, without hooks."""
+    callers = [module for module in model.modules() if base in module.children()]
+    return next((m for m in callers if type(m).__module__.partition(".")[0] == "sentence_transformers"), base)
+
+
 def _uses_dropout(root: nn.Module) -> bool:
     return any(
         isinstance(value, float) and value > 0 and ("drop" in name or isinstance(module, nn.Dropout))
@@ -335,8 +341,9 @@ class record_qkv:
             sinks = _record_forward(module) if rotary == "before" else _record_attention(module)
             sinks.append((self, key))
             self._lists.append((module, sinks))
-        self._activations = _KeepActivations(self._stack.root, containers)
-        self._watch = _OutputWatch(self._stack.root, containers)
+        called = _called(model, self._stack.root)
+        self._activations = _KeepActivations(called, containers)
+        self._watch = _OutputWatch(called, [self._stack.root, *containers])
 
     def pop(self) -> dict[int, QKV]:
         """Returns the recordings of the forward since the last `pop()` or `clear()`, and forgets them.

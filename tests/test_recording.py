@@ -514,6 +514,22 @@ def test_sentence_transformers(folder):
     (loss + loss_of(found)).backward()
 
 
+def test_checkpointed_sentence_transformers(folder):
+    """sentence-transformers calls the forward of its model without the hooks of the model."""
+    bert().save_pretrained(folder)
+    found = []
+    for reentrant in (None, False, True):
+        sentences = SentenceTransformer(str(folder), device="cpu").train()
+        if reentrant is not None:
+            sentences.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with record_qkv(sentences, [2]) as recorder:
+            loss = sentences(sentences.preprocess(["w1 w2 w3", "w4"]))["sentence_embedding"].square().mean()
+            (loss + loss_of(recorder.pop()[2])).backward()
+        found.append({name: p.grad for name, p in sentences.named_parameters() if p.grad is not None})
+    close(*found[:2])
+    close(*found[1:])
+
+
 # torch.compile
 
 

@@ -10,12 +10,24 @@ from minilm_kernels._extras import optional_imports
 
 if TYPE_CHECKING:
     from .relation_term import RelationTerm
+    from .sentence_transformers import RelationDistillLoss, RelationKLEvaluator
     from .transformers import RelationTrainer, RelationTrainingArguments
+    from .trl import RelationDistillationTrainer
 
-__all__ = ["RelationTerm", "RelationTrainer", "RelationTrainingArguments"]
+__all__ = [
+    "RelationDistillLoss",
+    "RelationDistillationTrainer",
+    "RelationKLEvaluator",
+    "RelationTerm",
+    "RelationTrainer",
+    "RelationTrainingArguments",
+]
 
 # Name -> its module here, and the extra that it needs.
 _NAMES: dict[str, tuple[str, str | None]] = {
+    "RelationDistillLoss": ("sentence_transformers", "sentence-transformers"),
+    "RelationDistillationTrainer": ("trl", "trl"),
+    "RelationKLEvaluator": ("sentence_transformers", "sentence-transformers"),
     "RelationTerm": ("relation_term", None),
     "RelationTrainer": ("transformers", "trainer"),
     "RelationTrainingArguments": ("transformers", "trainer"),

@@ -75,6 +75,7 @@ class RelationTerm:
         student: the student.
         teacher: the teacher.
         causal: whether rows see only the keys j ≤ i.
+        reduction: the reduction of the losses.
 
     Raises:
         TypeError: `loss` is no such loss; see also `record_qkv`.
@@ -117,6 +118,7 @@ class RelationTerm:
             raise TypeError(f"loss: expected MiniLMLoss or MiniLMv2Loss, or {{rotary: loss}}, got {loss!r}")
         if len(reductions := {one.reduction for one in losses.values()}) > 1:
             raise ValueError(f"loss: expected losses of one reduction, got {' and '.join(sorted(reductions))}")
+        self.reduction = reductions.pop()
         self._parts: list[_Part] = []
         self._recorders: list[record_qkv] = []
         try:
