@@ -246,7 +246,7 @@ def joint(student: SentenceTransformer) -> dict:
 
 
 def one_step(folder: Path, size: int, accumulation: int, loss=alone, **options) -> dict[str, torch.Tensor]:
-    """The gradient of a step of 16 sentences with two columns; each sentence counts the same."""
+    """The gradient of a step of 16 sentences with two columns, before an evaluation. Each sentence counts the same."""
     teacher, student = (SentenceTransformer(str(folder / name), device="cpu") for name in ("teacher", "student"))
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     data = Dataset.from_dict({**TEXTS, "label": torch.linspace(-1, 1, 16).tolist()})
@@ -259,10 +259,13 @@ def one_step(folder: Path, size: int, accumulation: int, loss=alone, **options) 
         lr_scheduler_type="constant",
         optim="sgd",
         max_grad_norm=0,
+        eval_strategy="steps",
+        eval_steps=1,
         **options,
     )
     relation = RelationDistillLoss(student, teacher, LOSS, **loss(student))
-    SentenceTransformerTrainer(student, args, train_dataset=data, loss=relation).train()
+    evaluator = RelationKLEvaluator(TEXTS["anchor"], relation)
+    SentenceTransformerTrainer(student, args, train_dataset=data, loss=relation, evaluator=evaluator).train()
     return {name: before[name] - p.detach() for name, p in student.named_parameters()}
 
 
@@ -298,6 +301,15 @@ def test_gradient_checkpointing(tmp_path, reentrant):
     expected = one_step(tmp_path, 16, 1)
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     assert_close(one_step(tmp_path, 16, 1, **options), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("student", "teacher")
+def test_compiled_model(tmp_path):
+    expected = one_step(tmp_path, 8, 2)
+    torch._dynamo.reset()
+    assert_close(one_step(tmp_path, 8, 2, torch_compile=True, torch_compile_backend="eager"), expected)
+    torch._dynamo.reset()
 
 
 def test_students_made_by_removing_layers(teacher, tmp_path):

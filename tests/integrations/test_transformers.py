@@ -285,6 +285,33 @@ def test_two_processes(tmp_path):
     run_two(check_two_processes, tmp_path)
 
 
+FSDP2 = {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}
+
+
+def check_fsdp(rank: int, folder: str) -> None:
+    as_rank(rank)
+    torch.distributed.barrier()
+    for own in (0.0, 0.5):
+        found = []
+        for kind in ("ddp", "fsdp"):
+            student = make("bert", "masked-lm", seed=1)
+            settings = {"max_steps": 3, "learning_rate": 5e-3, "logging_steps": 1, "gradient_accumulation_steps": 2}
+            settings |= {"model_loss_weight": own, "weight_decay": 0.1, "save_strategy": "steps", "save_steps": 3}
+            settings |= {"fsdp": "full_shard", "fsdp_config": FSDP2} if kind == "fsdp" else {}
+            trainer = make_trainer(Path(folder) / f"{kind}-{own}", student, "masked-lm", **settings)
+            trainer.train()
+            logs = [log["relation_kl"] for log in trainer.state.log_history if "relation_kl" in log]
+            loaded = AutoModel.from_pretrained(Path(folder) / f"{kind}-{own}" / "checkpoint-3")
+            kl = eval_kl(loaded, trainer.term.teacher, trainer.eval_dataset)
+            found.append([*logs, trainer.evaluate()["eval_relation_kl"], kl])
+        assert len(found[0]) == 5
+        assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_fsdp2(tmp_path):
+    run_two(check_fsdp, tmp_path)
+
+
 # Options, evaluation and checkpoints
 
 
@@ -469,6 +496,12 @@ def test_wrong_weights(settings, message):
 def test_wrong_arguments(options, error, message, tmp_path):
     with pytest.raises(error, match=message):
         make_trainer(tmp_path, make(), options=options)
+
+
+def test_the_teacher_is_another_model(tmp_path):
+    student = make()
+    with pytest.raises(ValueError, match="teacher: expected another model than the student"):
+        make_trainer(tmp_path, student, options={"teacher": student})
 
 
 def test_a_vocabulary_that_is_padded(tmp_path):
