@@ -85,6 +85,9 @@ class RelationTrainer(Trainer):
         term_options: further arguments of `RelationTerm`, such as `rotary`.
         **options: the other arguments of Trainer.
 
+    Attributes:
+        term: the `RelationTerm`. `trainer.term.remove()` ends the recording of the student after the training.
+
     Raises:
         TypeError: `args` are no RelationTrainingArguments, or see `RelationTerm`.
         ValueError: several GPUs without a launcher, for which Trainer uses DataParallel; tensor, context or sequence
@@ -143,11 +146,14 @@ class RelationTrainer(Trainer):
         self._check_vocabularies(unwrap(model), unwrap(teacher))
         self.term = RelationTerm(self.model, teacher, relation_loss, layers, **(term_options or {}))
         self.term.num_items(torch.ones(1, 1))  # raises an error for reductions that are no averages
+        alone = not args.model_loss_weight
+        text = getattr(self.model, "main_input_name", None) == "input_ids"
+        self._unreached = self._find_unreached() if alone and args.weight_decay and text else set()
         self._averages = _Averages()
         self._shifts = LOSS_MAPPING.get(getattr(unwrap(model), "loss_type", "")) is ForCausalLMLoss
         # Trainer takes the losses as they are and does not divide them by the accumulation steps.
-        self.model_accepts_loss_kwargs = True
-        if not args.model_loss_weight and args.label_names is None:
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs or self.compute_loss_func is None
+        if alone and args.label_names is None:
             self.label_names, self.can_return_loss = [], True  # evaluation computes a loss without labels
 
     def _check_vocabularies(self, student: Any, teacher: Any) -> None:
@@ -169,28 +175,24 @@ class RelationTrainer(Trainer):
         return super().train(*args, **options)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        names = super().get_decay_parameter_names(model)
-        if self.args.model_loss_weight or not self.args.weight_decay or self.model.main_input_name != "input_ids":
-            return names
-        # A parameter that the relation loss does not reach has the gradient 0 instead of None in a wrapped student, and
-        # would decay.
-        unreached = self._unreached()
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        return [name for name in names if id(parameters[name]) not in unreached]
+        return [name for name in super().get_decay_parameter_names(model) if name not in self._unreached]
 
-    def _unreached(self) -> set[int]:
-        """The ids of the student's parameters on which the relation loss does not depend, found with two tokens."""
+    def _find_unreached(self) -> set[str]:
+        """Names of the student's parameters on which the relation loss does not depend, found with two tokens.
+
+        In a wrapped student their gradient is 0 instead of None, so that they would decay.
+        """
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
         batch: dict[str, Any] = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=self.args.device)}
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         training = self.model.training
-        self.term.clear()
         with self.term.student_alone():
             self.model.eval()(**batch)
         self.model.train(training)
         self.term.run_teacher(**batch)
-        relation = self.term.total(self.term.components())
-        gradients = torch.autograd.grad(relation, parameters, allow_unused=True)
-        return {id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is None}
+        gradients = torch.autograd.grad(self.term.value(), trained, allow_unused=True)
+        reached = {id(p) for p, gradient in zip(trained, gradients, strict=True) if gradient is not None}
+        return {name for name, parameter in parameters.items() if id(parameter) not in reached}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -302,8 +304,10 @@ class _Averages:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor], count: Tensor) -> None:
+        dtype = torch.float32 if count.device.type == "mps" else torch.float64
         for name, value in values.items():
-            self._sums[name] = torch.stack([value.detach().float() * count, count]) + self._sums.get(name, 0)
+            sums = torch.stack([value.detach() * count, count]).to(dtype)
+            self._sums[name] = sums + self._sums.get(name, 0)
 
     def pop(self, accelerator: Any) -> dict[str, float]:
         """Returns the averages and starts new ones; every process has to call it."""

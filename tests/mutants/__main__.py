@@ -23,7 +23,7 @@ from pathlib import Path
 from . import Mutant, devices, distillation, models, native, package, relations, trainers
 
 ROOT = Path(__file__).parents[2]
-_LISTS = (relations, models, distillation, native, devices, package, trainers)
+_LISTS = (relations, models, trainers, distillation, native, devices, package)
 MUTANTS: list[Mutant] = [mutant for module in _LISTS for mutant in module.MUTANTS]
 SECONDS = 600  # limit for the tests of a mutant; a mutant that exceeds it counts as found
 _CPU_LIBRARY = Path("minilm_kernels/_cpu.abi3.so")
