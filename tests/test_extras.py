@@ -73,6 +73,18 @@ def test_losses_and_extractor_need_torch_alone() -> None:
             for module, marks in {"transformers": (), "safetensors": SLOW, "tqdm": SLOW, "tokenizers": SLOW}.items()
         ],
         ("yaml", "import minilm_kernels.distill.config_file", 'yaml.*"minilm_kernels[distill]"'),
+        *[
+            pytest.param(
+                module,
+                f"from minilm_kernels.integrations import {name}",
+                f'{module}.*"minilm_kernels[{extra}]"',
+                marks=SLOW,
+            )
+            for module, name, extra in [
+                ("sentence_transformers", "RelationDistillLoss", "sentence-transformers"),
+                ("trl", "RelationDistillationTrainer", "trl"),
+            ]
+        ],
     ],
 )
 def test_a_missing_package_is_an_error_that_names_the_extra(module: str, code: str, message: str) -> None:
