@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from minilm_kernels import QKV, QKVExtractor, record_qkv
-from minilm_kernels._architectures import Stack, find_stacks
+from minilm_kernels._architectures import Stack, base_model, find_stacks
 from minilm_kernels.students import copied_student
 
 from .products import Products, kinds
@@ -53,7 +53,7 @@ def check(model_type: str) -> list[dict[str, Any]]:
         return [asdict(row)]
     row.runs = True
     row.has_attention = any(re.search("attention|attn", type(m).__name__, re.IGNORECASE) for m in ran.values())
-    base = model.base_model
+    base = base_model(model)
     stacks = [stack for stack in find_stacks(base) if _runs(stack, base, ran)]
     if not stacks:
         row.reasons["record"] = _failure(lambda: record_qkv(model)) or "the layers did not run with the scan's inputs"
@@ -89,7 +89,7 @@ def _ran(model: nn.Module, inputs: dict[str, Any]) -> dict[str, nn.Module]:
     ran: dict[str, nn.Module] = {}
     handles = [
         module.register_forward_pre_hook(lambda m, _, name=name: ran.update({name: m}))
-        for name, module in model.base_model.named_modules()
+        for name, module in base_model(model).named_modules()
     ]
     with torch.no_grad():
         model(**inputs)
@@ -112,7 +112,7 @@ def _check_stack(row: Row, model: Any, stack: Stack, inputs: dict[str, Any]) -> 
         row.reasons["record"] = _failure(lambda: stack.resolve(stack.count)) or ""
         return row
     layer = layers[-1]
-    row.attention = type(model.base_model.get_submodule(stack.at(stack.attention, layer))).__name__
+    row.attention = type(base_model(model).get_submodule(stack.at(stack.attention, layer))).__name__
     recorded: dict[str, QKV] = {}
     measured: list[str] = []
     rotary: Literal["before", "after"]
@@ -158,7 +158,7 @@ def _record(
     model: Any, stack: Stack, layer: int, rotary: Any, options: Any, inputs: dict[str, Any]
 ) -> tuple[QKV, list[str], str]:
     """The recording of one forward, and its relation to the operands of the products in the attention."""
-    attention = model.base_model.get_submodule(stack.at(stack.attention, layer))
+    attention = base_model(model).get_submodule(stack.at(stack.attention, layer))
     call, _ = stack.calls(stack.attention, layer)
     values: dict[str, list[tuple[torch.Tensor, nn.Module]]] = {}
 
@@ -170,7 +170,7 @@ def _record(
         return hook
 
     handles = [
-        model.base_model.get_submodule(path).register_forward_pre_hook(keep(path))
+        base_model(model).get_submodule(path).register_forward_pre_hook(keep(path))
         for path in dict.fromkeys(stack.paths(layer))
     ]
     with record_qkv(model, [layer], rotary, **options) as recorder, torch.no_grad(), Products(attention) as products:
@@ -179,6 +179,10 @@ def _record(
         quantity = recorder.quantity[layer]
     for handle in handles:
         handle.remove()
+    for name in ("input_ids", "decoder_input_ids"):
+        swapped = inputs[name].T.shape if name in inputs else None
+        if swapped == recorded.query.shape[:-1] and swapped[0] != swapped[1]:
+            raise Wrong("(S, B, hidden)")
     if rotary == "before" and not stack.order:
         for x, path in zip(recorded, stack.paths(layer), strict=True):
             taken = values[path][call] if len(values.get(path, ())) > call else None
@@ -234,7 +238,7 @@ def _set_mask(row: Row, model: Any, inputs: dict[str, Any]) -> None:
     def keep(module: nn.Module, arguments: Any, output: Any) -> None:
         outputs.append((output[0] if isinstance(output, tuple) else output).clone())
 
-    handle = model.base_model.get_submodule(row.stack).get_submodule("0").register_forward_hook(keep)
+    handle = base_model(model).get_submodule(row.stack).get_submodule("0").register_forward_hook(keep)
     with torch.no_grad():
         for difference in (0, 1):
             ids = inputs[name].clone()

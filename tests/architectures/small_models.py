@@ -101,6 +101,11 @@ def _small(config: Any, every: bool) -> Any:
             given[name] = VOCABULARY - 1 - len(given) % 50
     if isinstance(values.get("layer_types"), list):
         given["layer_types"] = _kinds(values["layer_types"])
+    for name in ("fullatt_block_indexes", "attn_layer_indices"):
+        if name in values:
+            given[name] = [LAYERS - 1]
+    if "attn_layer_period" in values:
+        given |= {"attn_layer_period": LAYERS, "attn_layer_offset": LAYERS - 1}
     if every:
         given |= {name: size for name, size in _NEEDED.items() if values.get(name, size) is None}
     if every and "kv_lora_rank" in values:
@@ -158,6 +163,8 @@ def batches(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     others = {name: make for name, make in _OTHERS.items() if name in names}
     found |= {name: make(model) for name, make in others.items() if name in needed or not has_tokens}
     yield found
+    if "input_features" in found:  # some models have the bands of frequencies last, others first
+        yield found | {"input_features": found["input_features"].transpose(1, 2)}
     if has_tokens and others:
         yield found | {name: make(model) for name, make in others.items()}
 
