@@ -296,4 +296,4 @@ def check_saving(student: Any, tokenizer: Any, output: Path) -> None:
 def _settings(config: Any) -> dict[str, str]:
     """The settings that the config's class declares, as JSON. Other settings have no effect on the model."""
     known = getattr(type(config), "__dataclass_fields__", config.to_dict()).keys() - {"architectures", "dtype"}
-    return {key: json.dumps(value, default=str) for key, value in config.to_dict().items() if key in known}
+    return {key: json.dumps(value, default=str, sort_keys=True) for key, value in config.to_dict().items() if key in known}
