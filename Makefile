@@ -13,7 +13,7 @@ JOBS ?= 2
 PYTEST := -m pytest --numprocesses $(JOBS) --dist worksteal
 
 .PHONY: help demo test slow check lint format docs bench ratios sanitize soak compute-sanitizer packaging wheels cuda
-.PHONY: mutants clean
+.PHONY: mutants architectures clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -95,6 +95,9 @@ cuda: $(INSTALLED)  ## compile the CUDA kernels of head widths 16 and 8 for all 
 
 mutants: $(INSTALLED)  ## put bugs into copies of the sources, one at a time; the tests must find each
 	$(BIN)/python -m tests.mutants $(ARGS)
+
+architectures: $(INSTALLED)  ## check every model type of transformers; update docs/architectures.md; twenty minutes
+	$(BIN)/python -m tests.architectures --jobs $(JOBS) --update docs/architectures.md $(ARGS)
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info minilm_kernels/*.so minilm_kernels/*.missing demo-output .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -36,7 +36,7 @@ _POSITION_TERMS = re.compile(
     "rel(ative)?_(pos|att)|position_bias|pos_bias|alibi|pos_att_type|distance_embedding|emb_rel"
 )
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
-_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Stack:
     def resolve(self, layer: int) -> int:
         """The number of a layer from 1, which has full attention."""
         layer = resolve_layer(layer, self.count)
-        check_full_attention(self.root, [self.at(self.attention, i + 1) for i in range(self.count)], layer)
+        check_full_attention(self.root, [self.at(self.templates[-1], i + 1) for i in range(self.count)], layer)
         return layer
 
     def group(self, layer: int) -> int:
@@ -120,9 +120,9 @@ class Stack:
         forward = source(type(attention).forward)
         names = " ".join(name for name, child in attention._modules.items() if child is not None)
         found = {
-            "normed": re.search(r"\b(q|k|query|key)\w*norm", names),
+            "normed": re.search(r"\b(q|k|qk|query|key)_?(layer_?)?norm", names),
             "scaled": re.search(r"(query\w*|q_proj\(.*\)) \*=? self\.(scal|attention_head_size)", forward),
-            "rotated": re.search("rotary|rope", forward) and getattr(attention, "use_rope", True),
+            "rotated": _rotates(attention, forward),
             "value-normed": re.search(r"\bv(alue)?_norm", names),
         }
         return ", ".join(name for name, is_so in found.items() if is_so) or "projection"
@@ -262,6 +262,21 @@ def _setting(attention: nn.Module, config: Any, names: Sequence[str], default: i
     return default
 
 
+def _rotates(attention: Any, forward: str) -> bool:
+    """True if the forward of an attention module rotates the queries and keys of a layer with full attention."""
+    conditions = (cond(attention) for pattern, cond in _ROTATIONS.items() if re.search(pattern, forward))
+    return re.search("rotary|rope", forward) is not None and all(conditions)
+
+
+# Conditions in the source of a forward, and when layers with full attention meet them.
+_ROTATIONS: dict[str, Callable[[Any], bool]] = {
+    r"if self\.use_rope": lambda attention: attention.use_rope,
+    r"if self\.position_embedding_type": lambda attention: attention.position_embedding_type == "rotary",
+    r"if self\.(sliding_window is not None|is_local_attention)": lambda a: getattr(a, "force_rope", False),
+    r"if self\.sliding_window is None or": lambda attention: attention.sliding_window is None,
+}
+
+
 def _position_terms(attention: nn.Module) -> bool:
     """True if the attention adds a term of the relative position to the products of queries and keys."""
     config = getattr(attention, "config", None)
@@ -286,9 +301,11 @@ def find_stack(model: nn.Module, projections: Sequence[str] | Mapping[str, str] 
     if isinstance(projections, Mapping):
         return Stack(root, *_validated_fused(model, root, projections))
     if projections is not None and not isinstance(projections, str):
-        return Stack(root, tuple(_validated(model, root, projections)), "")
+        names = tuple(_validated(model, root, projections))
+        last = tuple(name.rpartition(".")[2] for name in names)
+        return Stack(root, names, next((order for known, order in _PROJECTIONS if known == last), ""))
     model_type = getattr(getattr(root, "config", None), "model_type", None)
-    stacks = [Stack(root, *found) for found in _searched(root)]
+    stacks = find_stacks(root)
     found = stacks
     if projections is not None:
         part = f"{_below_base(model, root, projections)}."
@@ -312,8 +329,8 @@ def find_stack(model: nn.Module, projections: Sequence[str] | Mapping[str, str] 
     )
 
 
-def _searched(root: nn.Module) -> list[tuple[tuple[str, ...], str]]:
-    """The projections of every list of layers with self-attention, found by their usual names."""
+def find_stacks(root: nn.Module) -> list[Stack]:
+    """Every list of layers with self-attention whose projections have usual names."""
     found = []
     for path, module in root.named_modules():
         path = _WRAPPERS.sub("", path)
@@ -336,7 +353,8 @@ def _searched(root: nn.Module) -> list[tuple[tuple[str, ...], str]]:
         }
         for pattern in (r"^(\D+?)\.\d+\.(.+)$", r"^(.+)\.\d+\.(\D+)$")
     )
-    return list((first if len(first) <= len(last) else last).items())
+    fewer = first if len(first) <= len(last) else last
+    return [Stack(root, templates, order) for templates, order in fewer.items()]
 
 
 def resolve_layer(layer: int, count: int) -> int:

@@ -204,8 +204,8 @@ class QKVExtractor(nn.Module):
             stack.check_operands(self.layer)
         if stack.order == "latent":
             raise ValueError(
-                f"model: the projections of {type(model).__name__} have different inputs (multi-head latent attention),"
-                " so that it cannot be cut before them. Record them with record_qkv"
+                f"model: the projections of {type(model).__name__} have different inputs (multi-head latent attention), "
+                "so that it cannot be cut before them. Record them with record_qkv"
             )
         root, layers = stack.root, stack.layers
         if stack.count != stack.groups:
@@ -396,7 +396,10 @@ class QKVExtractor(nn.Module):
                 )
             inputs.append(arguments[0])
         if any(x is not inputs[0] and (x.shape != inputs[0].shape or not torch.equal(x, inputs[0])) for x in inputs):
-            raise ValueError(f"projections: {', '.join(calls)} have different inputs: this is not self-attention")
+            raise ValueError(
+                f"projections: {', '.join(calls)} have different inputs, so that the model cannot be cut before them. "
+                "Record them with record_qkv"
+            )
         return self._divide(trial, [calls[path][0][1] for path in self._paths]), aliases
 
     def _dry_run_after(self, view: nn.Module, example: Mapping[str, Any]) -> tuple[list[torch.Tensor], dict]:

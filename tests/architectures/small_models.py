@@ -1,163 +1,209 @@
-"""Small random models of every type of the installed transformers, with inputs that they accept."""
+"""Small random models of all types of the installed transformers, and batches for them."""
 
+import copy
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 
-LAYERS, HEADS, KEY_HEADS, WIDTH = 2, 4, 2, 64
+LAYERS, HEADS, KEY_HEADS, HEAD_WIDTH, WIDTH, VOCABULARY = 2, 4, 2, 16, 64, 300
+MOST_PARAMETERS = 120_000_000
 
-# Settings by patterns of their names, the first that matches; applied to integers (and to lists of them) only.
-_SIZES: list[tuple[str, int]] = [
-    (r"^(num_)?(key_value|kv)_heads?$|num_key_value_heads|num_kv_heads|n_kv_heads|^multi_query_group_num$", KEY_HEADS),
-    (r"heads?$|n_head$|^decoder_attention_heads|num_heads", HEADS),
-    (r"num_hidden_groups|inner_group_num", 1),
-    (r"feat_extract_layers|conv_layers", 0),
-    (r"(^|_)(n_layers?|layers|num_layers|num_blocks|depth)$|num_hidden_layers|num_block_layers", LAYERS),
-    (r"^qk_nope_head_dim$|^v_head_dim$|^kv_channels$|^global_head_dim$|^attention_key_size$", 16),
-    (r"^qk_rope_head_dim$", 8),
-    (r"^(attention_)?head_(dim|size)$|^d_kv$|_head_dim$|^dim_head$", 16),
-    (r"vocab_size$", 300),
-    (r"lora_rank$|^index_topk$|_rank$", 16),
-    (r"num_(local_|routed_)?experts$|n_routed_experts|^num_experts$", 4),
-    (r"experts_per_tok|n_group$|topk_group|n_shared_experts|moe_top_?k|^top_k$|num_shared_experts", 1),
-    (r"intermediate_size$|ffn_dim$|^d_ff$|^d_inner$|^n_inner$|ffn_hidden_size|_ff_dim$|^feed_forward_size", 96),
-    (r"^(hidden_size|d_model|n_embd|dim|embed_dim|hidden_dim|embedding_size|word_embed_proj_dim|emb_dim|model_dim)$", WIDTH),
-    (r"hidden_size$|hidden_dim$|_embed_dim$|embedding_size$|_embd$|projection_dim$|^projection_size|_embed_size$", WIDTH),
-    (r"^(max_position_embeddings|n_positions|max_target_positions|max_source_positions|n_ctx)$", 128),
-]  # fmt: skip
-# Exceptions by model type: settings that the patterns do not fit.
+# Integer settings of small configs: the first pattern that matches the name counts. None keeps the default.
+_SIZES: list[tuple[str, int | None]] = [
+    (r"num_hidden_groups|inner_group_num|feat_extract_layers|conv_layers", None),
+    (r"num_kv_shared_layers", 0),
+    (r"mamba_d_ssm$", 2 * WIDTH),
+    (r"mamba_d_head$|mamba_head_dim$", WIDTH // 2),
+    (r"^qk_head_dim$", HEAD_WIDTH + HEAD_WIDTH // 2),
+    (r"^upsample_groups$", WIDTH),
+    (r"(key_value|kv)_(n_)?heads?$|kv_n_heads|^multi_query_group_num$", KEY_HEADS),
+    (r"heads?$|n_head$|num_heads", HEADS),
+    (r"(^|_)(n_layers?|layers|num_blocks|depth)$|num_(hidden|block)_layers", LAYERS),
+    (r"^qk_rope_head_dim$|^rotary_dim$", HEAD_WIDTH // 2),
+    (r"head_(dim|size)$|^d_kv$|^dim_head$|^kv_channels$|^attention_key_size$", HEAD_WIDTH),
+    (r"vocab_size$", VOCABULARY),
+    (r"_rank$|^index_topk$", 16),
+    (r"(^|_)experts$", 4),
+    (r"experts_per_tok(en)?$|n_group$|topk_group$|shared_experts$|top_?k$|^moe_k$", 1),
+    (r"intermediate_size$|ffn_dim$|^d_ff$|^(d|n)_inner$|ffn_hidden_size$", 96),
+    (r"(hidden|embedding|projection|embed)_(size|dim)$|_embd$|^(d_model|dim|emb_dim|model_dim|embed_dim)$", WIDTH),
+    (r"^(max_position_embeddings|n_positions|max_(source|target)_positions|n_ctx)$", 128),
+]
+# Settings that are None by default in models that need them.
+_NEEDED = {"n_routed_experts": 4, "num_experts_per_tok": 1, "num_key_value_heads": KEY_HEADS, "head_dim": HEAD_WIDTH}
+_LATENT = {"num_key_value_heads": HEADS, "head_dim": HEAD_WIDTH // 2}  # multi-head latent attention
+_PROTEIN = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "max_position_embeddings": 128}
+_SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _SETTINGS: dict[str, dict[str, Any]] = {
     "big_bird": {"attention_type": "original_full"},
     "bigbird_pegasus": {"attention_type": "original_full"},
+    "esm": _PROTEIN,
+    "esmc": {"num_key_value_heads": HEADS},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "dbrx": {"attn_config": {"kv_n_heads": KEY_HEADS, "clip_qkv": 8.0, "rope_theta": 10000.0}},
+    **{name: {"rope_parameters": _SECTIONS} for name in ("glm4v_text", "glm_image_text", "glmga_text", "glm_ocr_text")},
+    "glm4v_moe_text": {"rope_parameters": _SECTIONS | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
 }
 
 
 def model_types() -> list[str]:
-    return [name for name in CONFIG_MAPPING if CONFIG_MAPPING[name] in MODEL_MAPPING]
+    """All types that AutoModel builds, models of several parts last: most of these parts are types of their own."""
+    types = sorted(name for name in CONFIG_MAPPING if CONFIG_MAPPING[name] in MODEL_MAPPING)
+    return sorted(types, key=lambda name: bool(CONFIG_MAPPING[name].sub_configs))
 
 
 def folder(model_type: str) -> str:
-    """The folder of transformers that has the model's code."""
+    """The folder of transformers that has the code of a type."""
     return model_type_to_module_name(model_type)
 
 
-def small_config(model_type: str) -> PreTrainedConfig:
-    return _shrunk(CONFIG_MAPPING[model_type](), _SETTINGS.get(model_type, {}))
+def small_models(model_type: str) -> Iterator[PreTrainedModel]:
+    """Models of a type: one that is small in all sizes, then one that is small in depth and vocabulary only.
+
+    Sizes may be too different from the defaults for one another, which shows when a model is built or runs.
+
+    Raises:
+        Exception: the model cannot be built.
+    """
+    for every in (True, False):
+        torch.manual_seed(0)
+        config = _small(CONFIG_MAPPING[model_type](), every)
+        if not every:
+            with torch.device("meta"):
+                parameters = sum(p.numel() for p in AutoModel.from_config(copy.deepcopy(config)).parameters())
+            if parameters > MOST_PARAMETERS:
+                return
+        model = AutoModel.from_config(config, attn_implementation="eager").float().eval()
+        for parameter in model.parameters():  # biases of 0 would hide that they are left out
+            if parameter.dim() == 1:
+                nn.init.normal_(parameter, float(parameter.mean() > 0.5), 0.1)
+        yield model
 
 
-def _shrunk(config: Any, settings: dict[str, Any]) -> Any:
+def _small(config: Any, every: bool) -> Any:
+    """A config like `config` with small sizes; with the depth and the vocabulary alone if not `every`."""
     values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    every = every and not any(isinstance(values.get(name), (list, tuple)) for name in ("num_heads", "depths"))
     given: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
-            given[name] = _shrunk(value, _SETTINGS.get(value.model_type, {}))
-        elif (size := _size(name, value)) is not None:
+            given[name] = _small(value, every)
+        elif (size := _size(name, value, every)) is not None:
             given[name] = size
-    if "head_dim" in values and values["head_dim"] is None:
-        given.pop("head_dim", None)
+        elif re.search("token_(id|index)$", name) and isinstance(value, int) and value >= VOCABULARY:
+            given[name] = VOCABULARY - 1 - len(given) % 50
     if isinstance(values.get("layer_types"), list):
         given["layer_types"] = _kinds(values["layer_types"])
-    given |= {name: value for name, value in settings.items()}
-    for name in list(values):
-        if re.search("token_id$|token_index$", name) and isinstance(values[name], int) and values[name] >= 300:
-            given[name] = 290 - len(given) % 40
-    kept = {
-        k: v
-        for k, v in values.items()
-        if k not in given and not _per_layer(v, config) and k not in ("transformers_version",)
+    if every:
+        given |= {name: size for name, size in _NEEDED.items() if values.get(name, size) is None}
+    if every and "kv_lora_rank" in values:
+        given |= _LATENT
+    rope = values.get("rope_parameters")
+    if every and isinstance(rope, dict) and "mrope_section" in rope:
+        half = int(HEAD_WIDTH * rope.get("partial_rotary_factor", 1.0)) // 2
+        given["rope_parameters"] = rope | {"mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
+    given |= _SETTINGS.get(config.model_type, {})
+    others = {
+        name: value
+        for name, value in values.items()
+        if name not in given and not isinstance(value, (list, tuple, dict)) and name != "transformers_version"
     }
-    errors = []
-    for base in (given, kept | given):
-        try:
-            return type(config)(**base)
-        except Exception as error:
-            errors.append(error)
-    raise errors[0]
+    try:
+        return type(config)(**given)
+    except Exception:
+        return type(config)(**(others | given))
 
 
-def _per_layer(value: Any, config: Any) -> bool:
-    return isinstance(value, (list, tuple, dict))
-
-
-def _size(name: str, value: Any) -> Any:
-    for pattern, size in _SIZES:
-        if re.search(pattern, name):
-            if not size:
-                return None
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return min(size, value) if size < WIDTH else size
-            return None
-    return None
+def _size(name: str, value: Any, every: bool) -> int | None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        return None
+    size = next((size for pattern, size in _SIZES if re.search(pattern, name)), None)
+    if size is None or (not every and (size not in (LAYERS, VOCABULARY) or "head" in name)):
+        return None
+    return size if size >= WIDTH else min(size, value)
 
 
 def _kinds(types: list[str]) -> list[str]:
-    kinds = sorted(set(types), key=lambda kind: "full" in kind or kind == "attention")
-    return (kinds if len(kinds) >= LAYERS else kinds * LAYERS)[-max(LAYERS, 2) :]
+    """Types of layers for two layers, of which the last has full attention if there is such a layer."""
+    kinds = sorted(set(types), key=lambda kind: ("full" in kind or kind == "attention", kind))
+    return (kinds * LAYERS)[:LAYERS] if len(kinds) == 1 else kinds[-LAYERS:]
 
 
-def small_model(model_type: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = small_config(model_type)
-    model = AutoModel.from_config(config)
-    if sum(p.numel() for p in model.parameters()) > 3e8:
-        raise ValueError("too large")
-    for parameter in model.parameters():  # zeros would hide mistakes
-        if parameter.is_floating_point() and parameter.dim() < 2:
-            torch.nn.init.normal_(parameter.data, 1.0 if parameter.data.mean() > 0.5 else 0.0, 0.1)
-    return model.float().eval()
-
-
-def inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def batches(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Arguments of the model's forward: two sequences of nine tokens, images or sounds; first with tokens alone."""
     names = inspect.signature(type(model).forward).parameters
+    needed = {name for name, p in names.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    ids = torch.randint(5, min(VOCABULARY - 60, getattr(model.config, "vocab_size", None) or VOCABULARY), (2, 9))
+    tokens = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "decoder_input_ids": ids,
+        "bbox": torch.zeros(2, 9, 4, dtype=torch.long),
+    }
+    has_tokens = "input_ids" in names
+    found = {
+        name: value
+        for name, value in tokens.items()
+        if name in needed or (name in names and (has_tokens or name == "decoder_input_ids"))
+    }
+    if "use_cache" in names:
+        found["use_cache"] = False
+    others = {name: make for name, make in _OTHERS.items() if name in names}
+    found |= {name: make(model) for name, make in others.items() if name in needed or not has_tokens}
+    yield found
+    if has_tokens and others:
+        yield found | {name: make(model) for name, make in others.items()}
+
+
+def _setting(model: PreTrainedModel, *names: str, default: Any) -> Any:
+    """A setting of the config or of one of its parts."""
     config: Any = model.config
-    found: dict[str, torch.Tensor] = {}
-    ids = torch.randint(5, 200, (2, 9))
+    parts = [config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))]
+    return next((value for part in parts for name in names if (value := getattr(part, name, None))), default)
 
-    def of(name, default):
-        for c in (
-            config,
-            getattr(config, "vision_config", None),
-            getattr(config, "audio_config", None),
-            getattr(config, "encoder_config", None),
-            getattr(config, "backbone_config", None),
-        ):
-            v = getattr(c, name, None)
-            if v is not None:
-                return v
-        return default
 
-    main = model.main_input_name
-    if "input_ids" in names:
-        found["input_ids"] = ids
-        if "attention_mask" in names:
-            found["attention_mask"] = torch.ones_like(ids)
-    if "decoder_input_ids" in names:
-        found["decoder_input_ids"] = ids
-    if "bbox" in names:
-        found["bbox"] = torch.zeros(2, 9, 4, dtype=torch.long)
-    if "pixel_values" in names and (
-        "input_ids" not in names
-        or main == "pixel_values"
-        or names["pixel_values"].default is inspect.Parameter.empty
-        or hasattr(config, "vision_config")
-        and hasattr(config, "projection_dim")
-    ):
-        size = of("image_size", 224)
-        h, w = size if isinstance(size, (list, tuple)) else (size, size)
-        found["pixel_values"] = torch.randn(2, of("num_channels", 3), h, w)
-    if "input_features" in names and "input_ids" not in names:
-        found["input_features"] = (
-            torch.randn(2, of("num_mel_bins", 80), 2 * of("max_source_positions", 64))
-            if "max_source_positions" in vars(config)
-            and hasattr(config, "num_mel_bins")
-            and "speech_to_text" not in config.model_type
-            else torch.randn(2, 64, of("num_mel_bins", of("feature_size", of("input_feat_per_channel", 80))))
-        )
-    if "input_values" in names:
-        found["input_values"] = torch.randn(2, 8000)
-    return found
+def _image(model: PreTrainedModel) -> torch.Tensor:
+    size = _setting(model, "image_size", default=224)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return torch.randn(2, _setting(model, "num_channels", "in_channels", default=3), height, width)
+
+
+def _sound(model: PreTrainedModel) -> torch.Tensor:
+    bands = _setting(model, "num_mel_bins", "input_dim", "feature_size", "input_feat_per_channel", default=80)
+    if hasattr(model.config, "max_source_positions") and not hasattr(model.config, "input_feat_per_channel"):
+        return torch.randn(2, bands, 2 * model.config.max_source_positions)
+    return torch.randn(2, 64, bands)
+
+
+def _wave(model: PreTrainedModel) -> torch.Tensor:
+    if hasattr(model.config, "spectrogram_length") or hasattr(model.config, "max_length"):
+        return torch.randn(2, _setting(model, "max_length", default=1024), _setting(model, "num_mel_bins", default=128))
+    if re.match("omniasr|pe_audio|mimi|encodec|xcodec|dac", model.config.model_type):
+        return torch.randn(2, 1, 8000)
+    return torch.randn(2, 8000)
+
+
+def _patches(model: PreTrainedModel) -> torch.Tensor:
+    """16 patches of an image, each a row, for vision models that take several images in one sequence."""
+    frames = _setting(model, "temporal_patch_size", default=1)
+    width = _setting(model, "in_channels", "num_channels", "in_chans", default=3)
+    return torch.randn(16, width * frames * _setting(model, "patch_size", "spatial_patch_size", default=14) ** 2)
+
+
+_OTHERS = {
+    "pixel_values": _image,
+    "input_features": _sound,
+    "input_values": _wave,
+    "hidden_states": _patches,
+    "grid_thw": lambda model: torch.tensor([[1, 4, 4]]),
+    "query_embeds": lambda model: torch.randn(2, 9, model.config.hidden_size),
+    "encoder_hidden_states": lambda model: torch.randn(2, 9, _setting(model, "encoder_hidden_size", default=WIDTH)),
+    "past_values": lambda model: torch.randn(2, model.config.context_length, model.config.num_input_channels),
+}
