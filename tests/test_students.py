@@ -450,6 +450,8 @@ def test_directions_do_not_depend_on_order_or_sign():
     for other in (rows.flip(0), -rows, rows + 5):
         torch.testing.assert_close(principal_directions(other, 4), expected, rtol=0, atol=1e-10)
     assert torch.equal(principal_directions(rows, 9), torch.eye(9, dtype=torch.float64))
+    largest = expected.gather(0, expected.abs().argmax(0, keepdim=True))
+    assert (largest > 0).all()
 
 
 def test_pca_leaves_tables_of_the_same_width():

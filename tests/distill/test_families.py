@@ -7,7 +7,10 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from minilm_kernels.distill import DistillConfig, distill
+from minilm_kernels.distill.batch import Batch
 from minilm_kernels.distill.models import load_models
+from minilm_kernels.distill.preflight import check_masks
+from minilm_kernels.distill.tokenization import DocumentTokenizer
 
 from .families import CAUSAL, FAMILIES, NOT_PACKED, make_teacher
 from .tiny import make_tokenizer
@@ -81,3 +84,48 @@ def test_layers_with_windows_are_refused_and_others_are_listed(family, run):
         load_models(run(family, **student), torch.device("cpu"))
     models = load_models(run(family, student_layer=2 if family == "gemma2" else 1, **student), torch.device("cpu"))
     assert models.teacher.extractor.layer == 4
+
+
+@pytest.mark.parametrize(("family", "layer"), [("gemma2", 2), ("modernbert", 1)])
+def test_packed_documents_keep_their_windows(family, layer, run, monkeypatch):
+    models = load_models(run(family, student_layer=layer, **NEW), torch.device("cpu"))
+    tokenizer = DocumentTokenizer(models.tokenizer)
+    check_masks(models, tokenizer, 40, packing=True)
+    inputs = Batch.model_inputs
+
+    def wider(*arguments, reach, **options):
+        return inputs(*arguments, reach=reach + 1, **options)
+
+    monkeypatch.setattr(Batch, "model_inputs", wider)
+    with pytest.raises(ValueError, match=r"--packing: the query of the teacher's .*; use --no-packing"):
+        check_masks(models, tokenizer, 40, packing=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "problem"), [("bart", "depends on the other documents"), ("deberta-v2", "does not accept packed")]
+)
+def test_models_that_cannot_separate_documents_need_no_packing(family, problem, run):
+    models = load_models(run(family, **NEW), torch.device("cpu"))
+    tokenizer = DocumentTokenizer(models.tokenizer)
+    with pytest.raises(ValueError, match=rf"--packing: .*teacher's .*{problem}.*; use --no-packing"):
+        check_masks(models, tokenizer, 40, packing=True)
+    check_masks(models, tokenizer, 40, packing=False)
+
+
+def test_the_mask_is_that_of_the_models(run, tmp_path):
+    for family, mask in (("llama", "causal"), ("bert", "bidirectional"), ("t5", "bidirectional")):
+        assert load_models(run(family, **NEW), torch.device("cpu")).mask == mask
+    other = {"student": str(tmp_path / "bert")}
+    with pytest.raises(ValueError, match="--mask auto: the teacher attends to earlier tokens only, the student to all"):
+        load_models(run("llama", **other), torch.device("cpu"))
+    assert load_models(run("llama", mask="causal", **other), torch.device("cpu")).mask == "causal"
+
+
+def test_a_fused_projection_and_a_stack_can_be_named(run):
+    found = load_models(run("gpt2", **NEW), torch.device("cpu"))
+    named = load_models(run("gpt2", teacher_projections=("h.{i}.attn.c_attn:blocks",), **NEW), torch.device("cpu"))
+    ids = {"input_ids": torch.tensor([[5, 6, 7]])}
+    for x, y in zip(found.teacher.extractor(**ids), named.teacher.extractor(**ids), strict=True):
+        assert torch.equal(x, y)
+    decoder = load_models(run("t5", teacher_projections=("encoder",), **NEW), torch.device("cpu"))
+    assert decoder.teacher.extractor(**ids).query.shape == (1, 3, 48)
