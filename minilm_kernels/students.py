@@ -4,13 +4,13 @@ import contextlib
 import copy
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from minilm_kernels._architectures import layer_path, resolve_layer
+from minilm_kernels._architectures import find_stack, layer_path, resolve_layer
 from minilm_kernels._extras import optional_imports
 
 with optional_imports("hf", "minilm_kernels.students"):
@@ -256,7 +256,13 @@ def _per_layer(values: Sequence[Any], count: int) -> list[Any]:
     for period in range(1, length // 2 + 1):
         if all(values[i] == values[i % period] for i in range(length)):
             return [values[i % period] for i in range(count)]
-    return [values[round(i * (length - 1) / (count - 1)) if count > 1 else length - 1] for i in range(count)]
+    return _evenly(values, count)
+
+
+def _evenly(values: Sequence[Any], count: int) -> list[Any]:
+    """Evenly spaced entries, with the first and the last; only the last if `count` is 1."""
+    last = len(values) - 1
+    return [values[round(i * last / (count - 1)) if count > 1 else last] for i in range(count)]
 
 
 def _check_student(config: Any, teacher_config: Any) -> None:
@@ -414,7 +420,10 @@ def principal_directions(embeddings: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def copied_student(
-    teacher: PreTrainedModel, layers: int | Sequence[int], *, projections: Sequence[str] | None = None
+    teacher: PreTrainedModel,
+    layers: int | Sequence[int],
+    *,
+    projections: str | Sequence[str] | Mapping[str, str] | None = None,
 ) -> PreTrainedModel:
     """Creates a student from some layers of the teacher, in float32 on the CPU.
 
@@ -424,9 +433,10 @@ def copied_student(
     Args:
         teacher: a model of an architecture that `QKVExtractor` supports, or any other model with a single list of
             layers and `projections`.
-        layers: the number of layers of the student, which are then evenly spaced layers of the teacher up to its last;
-            or the teacher's layer for each layer of the student, counted from 1, or from -1 backwards.
-        projections: for other models, the names of the teacher's projections, see `QKVExtractor`.
+        layers: the number of layers of the student, which are then evenly spaced layers of the teacher from its first
+            to its last; or the teacher's layer for each layer of the student, counted from 1, or from -1 backwards.
+        projections: for other models, the names of the teacher's projections or, for one of several stacks, its name;
+            see `QKVExtractor`. Other stacks, such as a decoder, are copied as a whole.
 
     Returns:
         The student, without a task head.
@@ -451,17 +461,23 @@ def copied_student(
     if not isinstance(teacher, PreTrainedModel):
         raise TypeError(f"teacher: expected a transformers model, got {type(teacher).__name__}")
     base = teacher.base_model
-    path = layer_path(base, projections)
-    count = len(base.get_submodule(path)._modules)
+    stack = find_stack(base, projections)
+    path, count = stack.layers, stack.count
     if isinstance(layers, int):
         if not 0 < layers <= count:
             raise ValueError(f"layers={layers}: expected a number of layers from 1 to the teacher's {count}")
-        layers = [-(-i * count // layers) for i in range(1, layers + 1)]  # i * count / layers, rounded up
+        layers = _evenly(range(1, count + 1), layers)
     sources = [resolve_layer(layer, count) - 1 for layer in layers]
     if not sources:
         raise ValueError(f"layers: expected at least one of the teacher's layers, 1 to {count}")
 
     student = random_student(_picked_config(base.config, sources, count))
+    if stack.groups < count:  # one module runs in several layers
+        if stack.groups > 1:
+            raise ValueError(
+                f"teacher: the layers of {type(base).__name__} share {stack.groups} modules; use random_student"
+            )
+        sources = [0]
     kept = student.get_submodule(path)._modules if path in dict(student.named_modules()) else {}
     if len(kept) != len(sources):
         raise ValueError(f"teacher: {type(student).__name__}.{path} has {len(kept)} layers, expected {len(sources)}")

@@ -55,6 +55,10 @@ class TrimmedVocabulary:
     teacher_ids: torch.Tensor
     student_ids: torch.Tensor
 
+    def summary(self, teacher_tokenizer: Any) -> str:
+        """One sentence with the sizes of both vocabularies, without its full stop."""
+        return f"The student has {len(self.teacher_ids)} of the teacher's {len(teacher_tokenizer)} tokens"
+
     def trim(self, model: PreTrainedModel) -> PreTrainedModel:
         """Creates the base model that has only the rows of its word embedding that belong to kept tokens.
 
@@ -188,9 +192,17 @@ def trim_vocabulary(tokenizer: Any, texts: Iterable[str] | None = None, size: in
 
 
 def restricted(tokenizer: Any, teacher_ids: torch.Tensor) -> TrimmedVocabulary:
-    """The vocabulary that keeps the tokens `teacher_ids`, ascending, as a `trim_vocabulary` has selected them."""
+    """The vocabulary that keeps the tokens `teacher_ids`, ascending, as a `trim_vocabulary` has selected them.
+
+    Raises:
+        ValueError: a token that is always kept is missing; see also `trim_vocabulary`.
+    """
     content = _content(tokenizer)
     ids = {old: new for new, old in enumerate(teacher_ids.tolist())}
+    if missing := _always(tokenizer, content, tokenizer.get_vocab()) - ids.keys():
+        raise ValueError(
+            f"teacher_ids: special tokens are missing ({sorted(missing)[:3]}): the tokenizer is another one"
+        )
     vocabulary = {token: ids[old] for token, old in tokenizer.get_vocab().items() if old in ids}
     student = _reloaded(tokenizer, _renumbered(content, ids), ids)
     if student.get_vocab() != vocabulary:

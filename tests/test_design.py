@@ -16,7 +16,7 @@ FLOORS = [
     ("relation",),
     ("losses",),
     ("qkv", "recording"),
-    ("students",),
+    ("students", "vocabulary"),
     ("integrations",),
     ("distill",),
     ("examples",),

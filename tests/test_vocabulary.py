@@ -210,6 +210,11 @@ def test_the_vocabulary_can_be_restored(tokenizer):
     assert trim_vocabulary(tokenizer, iter(CORPUS), 600).teacher_ids.equal(trimmed.teacher_ids)
 
 
+def test_ids_of_another_tokenizer_cannot_be_restored():
+    with pytest.raises(ValueError, match="teacher_ids: special tokens are missing"):
+        restricted(word_level(), torch.tensor([4, 5, 6]))
+
+
 def test_a_tokenizer_without_unknown_token():
     backend = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
     teacher = PreTrainedTokenizerFast(tokenizer_object=backend)

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo.initialization",
         description="Distill MiniLM-L6 into students of half its width, initialized at random and by PCA of its "
-        "embeddings, and compare their loss on held-out text.",
+        "embeddings, and compare their evaluation loss.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output-dir", type=Path, default=Path("initialization-output"), help="folder for the runs")

@@ -152,7 +152,9 @@ class DistillConfig:
     teacher_projections: tuple[str, ...] | None = _option(
         None,
         "for teachers whose query, key and value modules have unusual names: these names, with {i} for the index of "
-        "the layer from 0, for example layers.{i}.attention.to_q layers.{i}.attention.to_k layers.{i}.attention.to_v",
+        "the layer from 0, for example layers.{i}.attention.to_q layers.{i}.attention.to_k layers.{i}.attention.to_v; "
+        "or the one of a fused projection and the order of its output, as in layers.{i}.attention.to_qkv:blocks; or "
+        "the name of one of several stacks of layers, which for encoder-decoders is encoder by default",
         nargs="+",
     )
     student_projections: tuple[str, ...] | None = _option(None, "the same names for the student", nargs="+")

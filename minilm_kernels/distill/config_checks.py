@@ -45,8 +45,10 @@ def check_ranges(config: DistillConfig) -> None:
         raise ValueError("--copy-layers: expected at least one of the teacher's layers, got none")
     for name in ("teacher_projections", "student_projections"):
         value = getattr(config, name)
-        if value is not None and len(value) != 3:
-            raise ValueError(f"{flag(name)}: expected three names, of query, key and value, got {len(value)}")
+        if value is not None and len(value) not in (1, 3):
+            raise ValueError(
+                f"{flag(name)}: expected three names, of query, key and value, or one name, got {len(value)}"
+            )
 
 
 def check_combinations(config: DistillConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -163,7 +164,8 @@ class TrainingLoop:
         dist.on_all(lambda: self._prepare(saved))
         dist.check_equal(self.state.teacher_digests, "the files of --teacher")
         if (vocabulary := self.models.vocabulary) is not None:
-            dist.check_equal(vocabulary.teacher_ids.tolist(), "the tokens that --trim-vocabulary keeps")
+            kept = hashlib.sha256(vocabulary.teacher_ids.numpy().tobytes()).hexdigest()
+            dist.check_equal(kept, "the tokens that --trim-vocabulary keeps")
         self.progress = Progress(self.state.step, config.max_steps, dist.is_main)
 
     def _choose_checkpoint(self) -> Checkpoint | None:
@@ -206,8 +208,7 @@ class TrainingLoop:
         models = load_models(config, dist.device, counted, teacher_ids)
         if dist.is_main:
             if models.vocabulary is not None:
-                kept, ids = len(models.vocabulary.teacher_ids), len(models.tokenizer)
-                tell(f"--trim-vocabulary: the student has {kept} of the teacher's {ids} tokens")
+                tell(f"--trim-vocabulary: {models.vocabulary.summary(models.tokenizer)}")
             check_saving(models.student.model, models.student_tokenizer, self.metrics_path.parent)
         tokenizer = DocumentTokenizer(models.tokenizer)
         student = models.student.model if models.vocabulary is None else None

@@ -52,6 +52,7 @@ def model_card(config: DistillConfig, models: TeacherStudent, evaluations: EvalR
     """The model card in Markdown, with the YAML front matter that the Hugging Face hub reads."""
     trained = models.trained()
     untrained = [name for name, _ in models.student.model.named_parameters() if name not in trained]
+    vocabulary = models.vocabulary
     student, teacher = models.student.model.config, models.teacher.model.config
     parameters = sum(parameter.numel() for parameter in models.student.model.parameters())
     relations = ", ".join(f"{name} (weight {weight:g})" for name, weight in models.loss.relations.items())
@@ -61,7 +62,7 @@ def model_card(config: DistillConfig, models: TeacherStudent, evaluations: EvalR
         "",
         f"A student of {student.num_hidden_layers} layers, hidden size {student.hidden_size} and {parameters:,} "
         f"parameters, distilled from `{config.teacher}` ({teacher.num_hidden_layers} layers, hidden size "
-        f"{teacher.hidden_size}).",
+        f"{teacher.hidden_size})." + ("" if vocabulary is None else f" {vocabulary.summary(models.tokenizer)}."),
         "",
         "```python",
         "from transformers import AutoModel, AutoTokenizer",

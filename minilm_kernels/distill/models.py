@@ -34,7 +34,7 @@ class LayerModel:
     Args:
         model: a transformers model.
         layer: the layer, counted from 1, or from -1 backwards.
-        projections: names of the query, key and value modules for other architectures, see `QKVExtractor`.
+        projections: one or three names for other architectures, see `_projections`.
         role: "teacher" or "student"; a teacher is frozen.
         ids: the model's id of each of the teacher's token ids; None if both have the same vocabulary.
 
@@ -57,7 +57,8 @@ class LayerModel:
     ) -> None:
         self.model, self.role, self._ids = model, role, ids
         try:
-            self.extractor = QKVExtractor(model, layer, frozen=role == "teacher", projections=projections)
+            names = _projections(model, projections)
+            self.extractor = QKVExtractor(model, layer, frozen=role == "teacher", projections=names)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"--{role}-layer, --{role}-projections: {error}") from error
         self._offset, self.max_positions = position_range(model)
@@ -192,6 +193,21 @@ def _attends_causally(model: Any) -> bool:
     return torch.equal(before, after)
 
 
+def _projections(model: Any, names: Sequence[str] | None) -> Any:
+    """The argument `projections` of `QKVExtractor`.
+
+    Args:
+        names: the names of query, key and value; or that of a fused projection with its order, such as
+            "layers.{i}.attention.to_qkv:blocks"; or that of a stack. By default, the encoder of an encoder-decoder.
+    """
+    if names is None:
+        return "encoder" if model.config.is_encoder_decoder else None
+    if len(names) == 3:
+        return names
+    path, colon, order = names[0].partition(":")
+    return {path: order} if colon else path
+
+
 def position_range(model: Any) -> tuple[int, int]:
     """Returns (position id of a sequence's first token, number of positions).
 
@@ -216,8 +232,9 @@ def _make_student(config: DistillConfig, teacher: LayerModel, tokenizer: Any) ->
         layers = config.student_num_hidden_layers if config.copy_layers is None else config.copy_layers
         option = "--student-num-hidden-layers" if config.copy_layers is None else "--copy-layers"
         assert layers is not None
+        names = _projections(teacher.model, config.teacher_projections)
         try:
-            student = copied_student(teacher.model, layers, projections=config.teacher_projections)
+            student = copied_student(teacher.model, layers, projections=names)
         except ValueError as error:
             raise ValueError(f"{option}: {error}") from error
     else:

@@ -169,8 +169,8 @@ def check_masks(models: Any, tokenizer: DocumentTokenizer, max_seq_length: int, 
     """
     length = min(max_seq_length, 512)
     device = next(models.student.model.parameters()).device
-    rows: int = models.teacher.model.get_input_embeddings().weight.shape[0]
-    ids = np.random.default_rng(0).integers(rows, size=length).astype(np.int32)
+    largest = max(models.tokenizer.get_vocab().values())
+    ids = np.random.default_rng(0).integers(largest + 1, size=length).astype(np.int32)
     lengths = (length // 2 - 2, length // 4)
     batches = []
     for is_packed in (False, packing):
@@ -296,4 +296,6 @@ def check_saving(student: Any, tokenizer: Any, output: Path) -> None:
 def _settings(config: Any) -> dict[str, str]:
     """The settings that the config's class declares, as JSON. Other settings have no effect on the model."""
     known = getattr(type(config), "__dataclass_fields__", config.to_dict()).keys() - {"architectures", "dtype"}
-    return {key: json.dumps(value, default=str) for key, value in config.to_dict().items() if key in known}
+    return {
+        key: json.dumps(value, default=str, sort_keys=True) for key, value in config.to_dict().items() if key in known
+    }

@@ -1,22 +1,20 @@
 """`minilm-distill` on a small teacher of each family of text models, with its real layout."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
 from minilm_kernels.distill import DistillConfig, distill
+from minilm_kernels.distill.batch import Batch
 from minilm_kernels.distill.models import load_models
+from minilm_kernels.distill.preflight import check_masks
+from minilm_kernels.distill.tokenization import DocumentTokenizer
 
 from .families import CAUSAL, FAMILIES, NOT_PACKED, make_teacher
-from .tiny import make_texts, make_tokenizer
+from .tiny import make_tokenizer
 
-PROJECTIONS = {
-    "t5": tuple(f"encoder.block.{{i}}.layer.0.SelfAttention.{x}" for x in "qkv"),
-    "bart": tuple(f"encoder.layers.{{i}}.self_attn.{x}_proj" for x in "qkv"),
-}
 NEW = {"student_num_hidden_layers": 2, "student_hidden_size": 24, "student_num_attention_heads": 4}
 STUDENTS = {
     "random": NEW,
@@ -34,12 +32,9 @@ def run(tmp_path, text_file):
             make_tokenizer().save_pretrained(teacher)
         base = {
             "teacher": str(teacher),
-            "teacher_projections": PROJECTIONS.get(family),
-            "student_projections": PROJECTIONS.get(family),
             "output_dir": str(tmp_path / "run"),
             "text": [str(text_file)],
             "relation_heads": 4,
-            "dropout": None,
             "max_seq_length": 40,
             "total_batch_size": 8,
             "max_steps": 6,
@@ -58,13 +53,15 @@ def run(tmp_path, text_file):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_distilled(family, run, tmp_path):
     for number, (name, options) in enumerate(STUDENTS.items()):
+        if family == "modernbert" and name != "copied":  # every third layer is global: 1 and 4
+            options = {**options, "student_num_hidden_layers": 4}
         config = run(family, output_dir=str(tmp_path / f"run-{number}"), **options)
         result = distill(config)
         assert result.eval_after["eval_loss"] < result.eval_before["eval_loss"], name
         student, tokenizer = AutoModel.from_pretrained(result.student), AutoTokenizer.from_pretrained(result.student)
         teacher = AutoModel.from_pretrained(config.teacher)
         assert type(student) is type(teacher)
-        assert student.config.num_hidden_layers == 2
+        assert student.config.num_hidden_layers == options["student_num_hidden_layers"]
         assert student.config.hidden_size == (48 if name == "copied" else 24)
         rows = student.get_input_embeddings().weight.shape[0]
         assert (rows, len(tokenizer)) == ((50, 50) if "trimmed" in name else (65, 65))
@@ -87,3 +84,48 @@ def test_layers_with_windows_are_refused_and_others_are_listed(family, run):
         load_models(run(family, **student), torch.device("cpu"))
     models = load_models(run(family, student_layer=2 if family == "gemma2" else 1, **student), torch.device("cpu"))
     assert models.teacher.extractor.layer == 4
+
+
+@pytest.mark.parametrize(("family", "layer"), [("gemma2", 2), ("modernbert", 1)])
+def test_packed_documents_keep_their_windows(family, layer, run, monkeypatch):
+    models = load_models(run(family, student_layer=layer, **NEW), torch.device("cpu"))
+    tokenizer = DocumentTokenizer(models.tokenizer)
+    check_masks(models, tokenizer, 40, packing=True)
+    inputs = Batch.model_inputs
+
+    def wider(*arguments, reach, **options):
+        return inputs(*arguments, reach=reach + 1, **options)
+
+    monkeypatch.setattr(Batch, "model_inputs", wider)
+    with pytest.raises(ValueError, match=r"--packing: the query of the teacher's .*; use --no-packing"):
+        check_masks(models, tokenizer, 40, packing=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "problem"), [("bart", "depends on the other documents"), ("deberta-v2", "does not accept packed")]
+)
+def test_models_that_cannot_separate_documents_need_no_packing(family, problem, run):
+    models = load_models(run(family, **NEW), torch.device("cpu"))
+    tokenizer = DocumentTokenizer(models.tokenizer)
+    with pytest.raises(ValueError, match=rf"--packing: .*teacher's .*{problem}.*; use --no-packing"):
+        check_masks(models, tokenizer, 40, packing=True)
+    check_masks(models, tokenizer, 40, packing=False)
+
+
+def test_the_mask_is_that_of_the_models(run, tmp_path):
+    for family, mask in (("llama", "causal"), ("bert", "bidirectional"), ("t5", "bidirectional")):
+        assert load_models(run(family, **NEW), torch.device("cpu")).mask == mask
+    other = {"student": str(tmp_path / "bert")}
+    with pytest.raises(ValueError, match="--mask auto: the teacher attends to earlier tokens only, the student to all"):
+        load_models(run("llama", **other), torch.device("cpu"))
+    assert load_models(run("llama", mask="causal", **other), torch.device("cpu")).mask == "causal"
+
+
+def test_a_fused_projection_and_a_stack_can_be_named(run):
+    found = load_models(run("gpt2", **NEW), torch.device("cpu"))
+    named = load_models(run("gpt2", teacher_projections=("h.{i}.attn.c_attn:blocks",), **NEW), torch.device("cpu"))
+    ids = {"input_ids": torch.tensor([[5, 6, 7]])}
+    for x, y in zip(found.teacher.extractor(**ids), named.teacher.extractor(**ids), strict=True):
+        assert torch.equal(x, y)
+    decoder = load_models(run("t5", teacher_projections=("encoder",), **NEW), torch.device("cpu"))
+    assert decoder.teacher.extractor(**ids).query.shape == (1, 3, 48)

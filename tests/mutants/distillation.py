@@ -327,4 +327,26 @@ MUTANTS = [
         _T + "test_distributed.py",
         "if the main process fails, the others continue or wait forever",
     ),
+    # Students of other families.
+    Mutant(
+        _D + "models.py",
+        "self._ids[inputs",
+        "self._ids.flip(0)[inputs",
+        _T + "test_trimming.py -k see_the_same",
+        "a student with a trimmed vocabulary reads other tokens than its teacher",
+    ),
+    Mutant(
+        _D + "batch.py",
+        ".abs() <= reach)",
+        ".abs() < reach)",
+        _T + "test_families.py -k windows",
+        "windows of packed documents are narrower than those of the model",
+    ),
+    Mutant(
+        _D + "run_state.py",
+        "{} if kept is None else",
+        "{} if kept else",
+        _T + "test_trimming.py -k stopped",
+        "a resumed run counts its vocabulary again, in another text",
+    ),
 ]

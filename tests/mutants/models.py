@@ -172,4 +172,32 @@ MUTANTS = [
         "tests/test_recording.py -k not_popped",
         "torch.compile compiles the model anew for each forward that is not popped",
     ),
+    Mutant(
+        _STUDENTS,
+        "flip(1)[:, :count]",
+        "[:, :count]",
+        "tests/test_students.py -k pca",
+        "embeddings are projected to the directions of least variance",
+    ),
+    Mutant(
+        _STUDENTS,
+        "directions * largest.sign()",
+        "directions",
+        "tests/test_students.py -k directions",
+        "the signs of reduced embeddings depend on the library of linear algebra",
+    ),
+    Mutant(
+        "minilm_kernels/vocabulary.py",
+        "return lambda token: parts.get(token, ())",
+        "return lambda token: ()",
+        "tests/test_vocabulary.py",
+        "a trimmed BPE tokenizer lacks the merges that build its tokens",
+    ),
+    Mutant(
+        "minilm_kernels/vocabulary.py",
+        "tensor[rows] if",
+        "tensor[: len(rows)] if",
+        "tests/test_vocabulary.py -k trimmed_model",
+        "a trimmed student has the embeddings of other tokens",
+    ),
 ]
