@@ -23,20 +23,20 @@ def main(
     teacher = AutoModelForMaskedLM.from_pretrained(teacher)
     student = AutoModelForMaskedLM.from_config(student_config(teacher.config, layers, width, num_attention_heads=heads))
     rows = [tokenizer(line, truncation=True, max_length=128) for line in Path(text).read_text("utf-8").splitlines()]
-    held_out = tokenizer.pad(rows[:64], return_tensors="pt").to(accelerator.device)
+    eval_batch = tokenizer.pad(rows[:64], return_tensors="pt").to(accelerator.device)
     loader = DataLoader(rows[64:], batch_size, shuffle=True, collate_fn=DataCollatorForLanguageModeling(tokenizer))
     optimizer = torch.optim.AdamW(student.parameters(), lr=6e-4)
     student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
     term = RelationTerm(student, teacher, MiniLMv2Loss(relation_heads))
 
     @torch.no_grad()
-    def held_out_kl():
-        term.run_teacher(**held_out)
-        student.eval()(**held_out)
+    def eval_kl():
+        term.run_teacher(**eval_batch)
+        student.eval()(**eval_batch)
         student.train()
-        return term.value(held_out["attention_mask"]).item()
+        return term.value(eval_batch["attention_mask"]).item()
 
-    before, batches = held_out_kl(), chain.from_iterable(repeat(loader))
+    before, batches = eval_kl(), chain.from_iterable(repeat(loader))
     for _ in range(steps):
         step = list(islice(batches, micro_batches))
         totals = torch.tensor([[len(b["labels"]), (b["labels"] != -100).sum()] for b in step]).sum(0)
@@ -51,7 +51,7 @@ def main(
                 accelerator.backward(loss * accelerator.num_processes)  # DDP takes the mean of the gradients
         optimizer.step()
         optimizer.zero_grad()
-    accelerator.print(f"held-out KL {before:.3f} before, {held_out_kl():.3f} after")
+    accelerator.print(f"eval KL {before:.4f} before, {eval_kl():.4f} after")
     accelerator.unwrap_model(student).save_pretrained(output, is_main_process=accelerator.is_main_process)
     tokenizer.save_pretrained(output)
 

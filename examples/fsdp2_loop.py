@@ -25,17 +25,17 @@ def main(teacher, text, output, layers=6, width=384, heads=12, relation_heads=48
     term = RelationTerm(student, teacher, MiniLMv2Loss(relation_heads))
     optimizer = torch.optim.AdamW(student.parameters(), lr=6e-4)
     rows = [tokenizer(line, truncation=True, max_length=128) for line in Path(text).read_text("utf-8").splitlines()]
-    held_out, rows = tokenizer.pad(rows[:64], return_tensors="pt").to(device), rows[64:]
+    eval_batch, rows = tokenizer.pad(rows[:64], return_tensors="pt").to(device), rows[64:]
     sampler, collate = DistributedSampler(rows), DataCollatorForLanguageModeling(tokenizer)
 
     @torch.no_grad()
-    def held_out_kl():
-        term.run_teacher(**held_out)
-        student.eval()(**held_out)
+    def eval_kl():
+        term.run_teacher(**eval_batch)
+        student.eval()(**eval_batch)
         student.train()
-        return term.value(held_out["attention_mask"]).item()
+        return term.value(eval_batch["attention_mask"]).item()
 
-    before = held_out_kl()
+    before = eval_kl()
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         for batch in DataLoader(rows, batch_size, sampler=sampler, collate_fn=collate, drop_last=True):
@@ -47,10 +47,10 @@ def main(teacher, text, output, layers=6, width=384, heads=12, relation_heads=48
             (loss + term.value(batch["attention_mask"])).backward()
             optimizer.step()
             optimizer.zero_grad()
-    after = held_out_kl()
+    after = eval_kl()
     weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if distributed.get_rank() == 0:
-        print(f"held-out KL {before:.3f} before, {after:.3f} after")
+        print(f"eval KL {before:.4f} before, {after:.4f} after")
         student.save_pretrained(output, state_dict=weights)
         tokenizer.save_pretrained(output)
 

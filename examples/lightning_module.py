@@ -36,7 +36,7 @@ class Distillation(lightning.LightningModule):
     def validation_step(self, batch, _):
         self.term.run_teacher(**batch)
         self.student(**batch)
-        self.log("held_out_kl", self.term.value(batch["attention_mask"]), sync_dist=True)
+        self.log("eval_kl", self.term.value(batch["attention_mask"]), sync_dist=True)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.student.parameters(), lr=6e-4)
@@ -47,11 +47,11 @@ def main(teacher, text, output, layers=6, width=384, heads=12, relation_heads=48
     tokenizer, teacher = AutoTokenizer.from_pretrained(teacher), AutoModelForMaskedLM.from_pretrained(teacher)
     student = AutoModelForMaskedLM.from_config(student_config(teacher.config, layers, width, num_attention_heads=heads))
     rows = [tokenizer(line, truncation=True, max_length=128) for line in Path(text).read_text("utf-8").splitlines()]
-    held_out = DataLoader(rows[:64], 64, collate_fn=DataCollatorWithPadding(tokenizer))
+    eval_loader = DataLoader(rows[:64], 64, collate_fn=DataCollatorWithPadding(tokenizer))
     module, trainer = Distillation(student, teacher, relation_heads, micro_batch), lightning.Trainer(max_steps=steps)
-    trainer.validate(module, held_out)  # prints the held-out KL
+    trainer.validate(module, eval_loader)  # prints the eval KL
     trainer.fit(module, DataLoader(rows[64:], 32, True, collate_fn=DataCollatorForLanguageModeling(tokenizer)))
-    trainer.validate(module, held_out)
+    trainer.validate(module, eval_loader)
     student.save_pretrained(output)
     tokenizer.save_pretrained(output)
 

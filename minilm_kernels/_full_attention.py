@@ -87,7 +87,7 @@ def _partial_attention(root: nn.Module, path: str, index: int, count: int) -> st
                 return f"{kind} ({name}.{attribute})"
     if types and getattr(config, "model_type", None) not in _IGNORES_LAYER_TYPES:
         return None
-    full_layers = getattr(config, "fullatt_block_indexes", None) or ()  # of vision models with windows
+    full_layers = getattr(config, "fullatt_block_indexes", None) or ()  # set by vision models with windows
     if getattr(config, "model_type", None) in _POSITION_WINDOWS or index in full_layers:
         return None
     for source in (config, *modules):

@@ -14,8 +14,8 @@ import minilm_kernels as mk
 
 PUBLIC = {
     "PRESETS", "QKV", "MiniLMLoss", "MiniLMv2Loss", "Preset", "QKVExtractor", "backend_status", "copied_student",
-    "pca_student", "preset_config", "random_student", "record_qkv", "relation_kl", "relation_kl_multi",
-    "student_config", "TrimmedVocabulary", "trim_vocabulary",
+    "pca_student", "prefix_mask", "preset_config", "random_student", "record_qkv", "relation_kl", "relation_kl_multi",
+    "SelfRelationLoss", "student_config", "TrimmedVocabulary", "trim_vocabulary",
 }  # fmt: skip
 
 
