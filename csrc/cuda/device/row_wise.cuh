@@ -531,6 +531,7 @@ struct ReduceKernel {
       if (!find_sequence(call, n, sequence)) broken = 1.0;
     }
     value = block_sum(value, reinterpret_cast<double*>(memory));
+    if (value < 0.0) value = 0.0;  // rounding errors of blocks have either sign: only their sum may be clamped
     broken = block_sum(broken, reinterpret_cast<double*>(memory));
     if (thread_index() == 0)
       call.values[reduction.index[r]] = broken > 0.0 ? as_float(0x7fc00000u) : static_cast<float>(value);

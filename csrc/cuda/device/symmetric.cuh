@@ -279,7 +279,7 @@ struct SymmetricKernel {
     const BlockState& state = shared.state();
     const Sequence& sequence = state.sequence;
     const float weight = call.weights[state.n];
-    if (thread_index() == 0) *partial_of(params, state) = weight * (value < 0.0 ? 0.0 : value);
+    if (thread_index() == 0) *partial_of(params, state) = weight * value;
     const float factor = state.relation->student.scale * weight;
     const int width = state.relation->student.key.width, chunks = shared.chunks_s();
     const int64_t stride = call.num_heads * width;

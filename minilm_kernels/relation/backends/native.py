@@ -217,9 +217,6 @@ class CUDABackend(NativeBackend):
         super().__init__("cuda")
         self.loader = KernelLoader()
 
-    def unavailable_reason(self) -> str | None:
-        return self.loader.error or super().unavailable_reason()
-
     def device(self, device: torch.device) -> tuple[int, int]:
         """Number and current stream of a device."""
         return device.index or 0, torch.cuda.current_stream(device).cuda_stream
