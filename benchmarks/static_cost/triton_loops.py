@@ -127,7 +127,7 @@ def variants_of(
             signature=arguments,
             constants=values,
             divisible_by_16=pointers,
-            options={**options, **FUSION},
+            options=options,
             dtype=dtype,
             d_t=d_t,
             d_s=d_s,
@@ -151,11 +151,11 @@ def variants_of(
             # With a causal or prefix mask, a self relation's gradient has one loop below and one above the diagonal.
             copies=2 if name == "gradient" and mask != primitives.BIDIRECTIONAL else 1,
         )
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        return variant(name, fn, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **given}, options, (loop,))
+        given |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        return variant(name, fn, given, config.options, (loop,))
 
     if per_head_kernels:
-        yield variant("pivot", row_stats.pivot_kernel, {"BLOCK": PIVOT_BLOCK}, {})
+        yield variant("pivot", row_stats.pivot_kernel, {"BLOCK": PIVOT_BLOCK}, FUSION)
     training_kl = {"COMPUTE_KL": not rows} | ({"kl_rows": None} if rows else {})
     yield tile_variant("row_stats", row_stats.row_stats_kernel, "row_stats", **training_kl)
     if rows:
@@ -163,7 +163,7 @@ def variants_of(
     if per_head_kernels or rows:
         absent = {} if rows else {"row_grads": None, "weights": None}
         given = {**training_kl, **absent, "GRADIENT": True, "BLOCK": FINALIZE_BLOCK}
-        yield variant("finalize", row_stats.finalize_kernel, given, {})
+        yield variant("finalize", row_stats.finalize_kernel, given, FUSION)
     roles = {"gradient of query": gradient.QUERY, "gradient of key": gradient.KEY}
     for name, role in ({"gradient": gradient.SELF} if self_relation else roles).items():
         yield tile_variant(name, gradient.gradient_kernel, "gradient", ROLE=role.value)

@@ -24,6 +24,14 @@ def on() -> str:
     return "cpu" if triton_backend.interpreted() else "cuda"
 
 
+def _allowed(error: float) -> float:
+    """Returns an error that the interpreter stays below, or what a GPU may have instead.
+
+    The exponential of a GPU has a relative error of up to 2^-22, that of the interpreter up to 2^-24.
+    """
+    return error if triton_backend.interpreted() else 4 * error
+
+
 @pytest.mark.parametrize("mask", ["holes", "causal", "prefix-left", "packed"])
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 def test_scores_beyond_one_pivot(on, mask, cross):
@@ -31,12 +39,12 @@ def test_scores_beyond_one_pivot(on, mask, cross):
     case = make(mask, cross=cross, spread=14.0, heads=2).on(on)
     value, grads = case.run("sequence", "triton")
     expected, expected_grads = case.oracle("sequence")
-    assert error(value, expected) < 1e-5
-    assert all(error(g, e) < 3e-4 for g, e in zip(grads, expected_grads, strict=True))
+    assert error(value, expected) < _allowed(1e-5)
+    assert all(error(g, e) < _allowed(3e-4) for g, e in zip(grads, expected_grads, strict=True))
     rows, row_grads = case.run("none", "triton")
     expected, expected_grads = case.oracle("none")
-    assert error(rows, expected) < 1e-5
-    assert all(error(g, e) < 3e-4 for g, e in zip(row_grads, expected_grads, strict=True))
+    assert error(rows, expected) < _allowed(1e-5)
+    assert all(error(g, e) < _allowed(3e-4) for g, e in zip(row_grads, expected_grads, strict=True))
 
 
 @pytest.mark.parametrize("wide", ["teacher", "student"])
@@ -49,8 +57,8 @@ def test_one_model_beyond_one_pivot(on, wide):
     case = Case(tuple(tensors), case.kwargs).on(on)
     rows, (grad,) = case.run("none", "triton")
     expected, (expected_grad,) = case.oracle("none")
-    assert error(rows, expected) < 2e-6
-    assert error(grad, expected_grad) < 2e-6
+    assert error(rows, expected) < _allowed(2e-6)
+    assert error(grad, expected_grad) < _allowed(2e-6)
 
 
 def test_a_wide_head_does_not_disturb_others(on):
@@ -73,8 +81,8 @@ def test_negative_scales(on):
     case = Case(base.tensors, base.kwargs | {"teacher_scale": -0.5, "student_scale": -2.0})
     value, (grad,) = case.run("sum", "triton")
     expected, (expected_grad,) = case.oracle("sum")
-    assert error(value, expected) < 2e-6
-    assert error(grad, expected_grad) < 5e-6
+    assert error(value, expected) < _allowed(2e-6)
+    assert error(grad, expected_grad) < _allowed(5e-6)
 
 
 @pytest.mark.parametrize("mask", ["prefix-holes", "packed-prefix", "causal"])
@@ -96,8 +104,8 @@ def test_tiles_of_every_kind(on, mask):
         for reduction in ("sequence", "none"):
             value, grads = case.run(reduction, "triton")
             expected, expected_grads = case.oracle(reduction)
-            assert error(value, expected) < 1e-6
-            assert all(error(g, e) < 2e-6 for g, e in zip(grads, expected_grads, strict=True))
+            assert error(value, expected) < _allowed(1e-6)
+            assert all(error(g, e) < _allowed(2e-6) for g, e in zip(grads, expected_grads, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

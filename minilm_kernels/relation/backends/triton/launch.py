@@ -312,7 +312,7 @@ class _Group:
     def _launch_heads(self, kernel: Any, block: int, **arguments: Any) -> None:
         """Launches one program per relation, sequence and head. A program takes `block` rows at a time."""
         programs = self.head_stats[..., 0].numel()
-        self._start(kernel, programs, arguments | {"head_stats": self.head_stats, "BLOCK": block} | FUSION)
+        self._start(kernel, programs, arguments | {"head_stats": self.head_stats, "BLOCK": block}, FUSION)
 
     def _launch_tiles(self, kernel: Any, name: str, **arguments: Any) -> None:
         """Launches one program per tile of tokens."""
@@ -340,18 +340,14 @@ class _Group:
             "tile_map": sequence_of_tile,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-            **FUSION,
         }
-        self._start(kernel, call.inputs.heads * tiles * sequences * len(self.relations), arguments)
+        self._start(kernel, call.inputs.heads * tiles * sequences * len(self.relations), arguments, config.options)
 
-    def _start(self, kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+    def _start(self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
         """Launches a kernel with those arguments that it declares; the others are dropped."""
         available = {**self.sizes, **self.call.mask_arguments, **self.call.mask_constants, **arguments}
-        names = {*kernel.arg_names, "num_warps", "num_stages", *FUSION}
         with _device_of(self.head_stats):
-            kernel[(programs,)](**{name: value for name, value in available.items() if name in names})
+            kernel[(programs,)](**{name: available[name] for name in kernel.arg_names if name in available}, **options)
 
 
 def tile_map(cu_seqlens: Tensor, total: int, block: int) -> Tensor:

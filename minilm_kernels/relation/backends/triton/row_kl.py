@@ -27,8 +27,10 @@ def _divergence(log_p, log_q):
     For |delta| < 1/4 the result is computed as a series, because the terms of q - p - p delta, the form for larger
     |delta|, would cancel.
     """
+    # static: begin row_kl
     p = tl.exp2(log_p)
     q = tl.exp2(log_q)
+    # static: end row_kl
     delta = LN2 * (log_q - log_p)
     series = delta * (1 / 720 + delta * (1 / 5040 + delta * (1 / 40320)))
     series = delta * delta * (1 / 2 + delta * (1 / 6 + delta * (1 / 24 + delta * (1 / 120 + series))))
