@@ -175,7 +175,8 @@ class Mask:
 
         The fault is 0 if `cu_seqlens` is well-formed and NaN if it is malformed. `add_fault` adds it to the results. If
         `cu_seqlens` is malformed, the returned mask has N sequences of about T / N tokens and all rows count, so that
-        every token gets a (NaN) result and no access is out of bounds. For dense inputs, the mask itself and None are returned.
+        every token gets a (NaN) result and no access is out of bounds. For dense inputs, the mask itself and None are
+        returned.
         """
         if self.cu_seqlens is None or self.num_sequences == 0:
             return self, None
