@@ -63,8 +63,8 @@ MUTANTS = [
     ),
     Mutant(
         _DRIVER,
-        "return kl < 0.0 ? 0.0 : kl;",
-        "return kl > 0.0 ? kl : 0.0;",
+        "call_.values[r] = value < 0.0 ? 0.0f : static_cast<float>(value);",
+        "call_.values[r] = value > 0.0 ? static_cast<float>(value) : 0.0f;",
         _NATIVE,
         "a NaN loss becomes 0, and training continues",
     ),
