@@ -40,7 +40,7 @@ _LEFT_OUT = """not (bfloat16 or test_teacher_and_student_dtypes)
 # Query masks and grouped keys: those cases whose launches differ.
 _ROWS = "test_rows or test_grouped or test_a_query or test_no_row or test_queries or test_several_relations"
 _ROWS_CHOSEN = """test_rows_that and (holes or packed) and (sequence or none) or test_grouped and none
-    or test_rows_and_groups_of and (65 or 257) and 0.95 or test_rows_and_groups_in and float16 and 16 and 8
+    or test_rows_and_groups_of and (65 or 257) and 0.95 or test_rows_and_groups_in and not bfloat16 and 16 and 8
     or (test_a_query or test_no_row or test_queries) and holes and (sequence or none)
     or test_several_relations""".replace("\n", " ")
 SHARDS = {  # arguments of pytest, and the smallest number of tests
