@@ -80,9 +80,13 @@ def variants_of(
         "ALIGN_S": math.gcd(16 // itemsize, d_s),
         "SLICED_T": sliced(padded_width(d_t), itemsize),
         "SLICED_S": sliced(padded_width(d_s), itemsize),
+        "GROUP_T": 1,
+        "GROUP_S": 1,
         "PRECISION": "ieee",
         "PACKED": packed,
         "HAS_INDICES": padded,
+        "HAS_QUERY_MASK": False,
+        "counted": None,
         "MASK": mask.value,
         "SHIFT": 14.0 if dtype == "float16" else 0.0,
         "ROW_WEIGHTS": rows,
@@ -99,11 +103,13 @@ def variants_of(
     signature = {
         **dict.fromkeys(("teacher", "student"), (pointer,) * 3),
         **dict.fromkeys(("teacher_strides", "student_strides"), ("i32",) * 9),
+        "relations": ("i32",) * 3,
         **dict.fromkeys(("scale_t", "scale_s", "gradient_scale"), "fp32"),
-        **{name: "i32" for name in primitives.SIZES if not name.endswith("strides")},
+        **dict.fromkeys(primitives.UNSPECIALIZED["do_not_specialize"], "i32"),
         **dict.fromkeys(("sum_t", "sum_s", "pivot_t", "pivot_s"), "*fp32"),
         **dict.fromkeys(("kl_rows", "values", "head_stats", "weights"), "*fp32"),
-        **dict.fromkeys(("row_grads", "out"), ("*fp32",) * 3),
+        **dict.fromkeys(("row_grads", "rows_out"), "*fp32"),
+        "out": ("*fp32",) * 3,
         **dict.fromkeys(("indices", "prefixes", "tile_map"), "*i64"),
         "starts": "*i32" if packed else "*i64",
     }
@@ -113,14 +119,15 @@ def variants_of(
     ) -> TritonVariant:
         values = {n: v for n, v in {**constants, **given}.items() if n in fn.arg_names}
         arguments = {n: "constexpr" if n in values else signature[n] for n in fn.arg_names}
-        pointers = tuple(n for n in arguments if "*" in str(arguments[n]))
+        unaligned = primitives.UNSPECIALIZED["do_not_specialize_on_alignment"]
+        pointers = tuple(n for n in arguments if "*" in str(arguments[n]) and n not in unaligned)
         return TritonVariant(
             kernel=name,
             fn=fn,
             signature=arguments,
             constants=values,
             divisible_by_16=pointers,
-            options={**options, **FUSION},
+            options=options,
             dtype=dtype,
             d_t=d_t,
             d_s=d_s,
@@ -144,11 +151,11 @@ def variants_of(
             # With a causal or prefix mask, a self relation's gradient has one loop below and one above the diagonal.
             copies=2 if name == "gradient" and mask != primitives.BIDIRECTIONAL else 1,
         )
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        return variant(name, fn, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **given}, options, (loop,))
+        given |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        return variant(name, fn, given, config.options, (loop,))
 
     if per_head_kernels:
-        yield variant("pivot", row_stats.pivot_kernel, {"BLOCK": PIVOT_BLOCK}, {})
+        yield variant("pivot", row_stats.pivot_kernel, {"BLOCK": PIVOT_BLOCK}, FUSION)
     training_kl = {"COMPUTE_KL": not rows} | ({"kl_rows": None} if rows else {})
     yield tile_variant("row_stats", row_stats.row_stats_kernel, "row_stats", **training_kl)
     if rows:
@@ -156,7 +163,7 @@ def variants_of(
     if per_head_kernels or rows:
         absent = {} if rows else {"row_grads": None, "weights": None}
         given = {**training_kl, **absent, "GRADIENT": True, "BLOCK": FINALIZE_BLOCK}
-        yield variant("finalize", row_stats.finalize_kernel, given, {})
+        yield variant("finalize", row_stats.finalize_kernel, given, FUSION)
     roles = {"gradient of query": gradient.QUERY, "gradient of key": gradient.KEY}
     for name, role in ({"gradient": gradient.SELF} if self_relation else roles).items():
         yield tile_variant(name, gradient.gradient_kernel, "gradient", ROLE=role.value)

@@ -102,10 +102,9 @@ def _get(item: Any, name: str, default: Any = _REQUIRED) -> Any:
     return value
 
 
-def compile_triton(item: Any, arch: int) -> Any:
-    """Returns the kernel that Triton compiles for an architecture such as 90."""
+def triton_source(item: Any) -> Any:
+    """Returns the source of a variant with its argument types, constants and attributes, as Triton compiles it."""
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     function = _get(item, "fn")
@@ -117,10 +116,18 @@ def compile_triton(item: Any, arch: int) -> Any:
         number, kind = function.arg_names.index(name), signature[name]
         places += [(number, k) for k in range(len(kind))] if isinstance(kind, tuple) else [(number,)]
     attributes = {place: [["tt.divisibility", 16]] for place in places}
-    source = ASTSource(function, signature, dict(_get(item, "constants")), attributes)
+    return ASTSource(function, signature, dict(_get(item, "constants")), attributes)
+
+
+def compile_triton(item: Any, arch: int) -> Any:
+    """Returns the kernel that Triton compiles for an architecture such as 90."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source = triton_source(item)
     with triton.knobs.cache.scope():
         # Triton's cache finds a kernel by its text alone. A kernel of another checkout has other paths in its lines.
-        checkout = hashlib.sha256(str(inspect.getsourcefile(function.fn)).encode()).hexdigest()[:16]
+        checkout = hashlib.sha256(str(inspect.getsourcefile(source.fn.fn)).encode()).hexdigest()[:16]
         triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir) / f"static-{checkout}")
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(_get(item, "options", {})))
 

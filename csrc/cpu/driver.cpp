@@ -140,7 +140,7 @@ public:
         double value = 0.0;
         for (int64_t n = 0; n < call_.num_sequences; ++n)
           for (int64_t a = 0; a < heads; ++a) value += call_.weights[n] * kl_at(n, r, a);
-        call_.values[r] = static_cast<float>(value);
+        call_.values[r] = value < 0.0 ? 0.0f : static_cast<float>(value);  // NaN stays NaN
       }
   }
 
@@ -390,10 +390,9 @@ private:
     if (work.task.symmetric) k_.symmetric_gradient(work.task, slice, work.scratch[slice]);
   }
 
-  double kl_of(const Task& task) const {
-    double kl = std::accumulate(task.kl, task.kl + task.slices + 1, 0.0);
-    return kl < 0.0 ? 0.0 : kl;  // NaN stays NaN
-  }
+  // A divergence near 0 may round to a negative number. Only the sum over all tasks is clamped to 0: the positive errors
+  // alone would be a bias.
+  double kl_of(const Task& task) const { return std::accumulate(task.kl, task.kl + task.slices + 1, 0.0); }
 
   void run_stage(Work& work, int64_t stage, int64_t slice) const {
     Task& task = work.task;
@@ -499,7 +498,7 @@ private:
   const Kernels& k_;
   bool paired_, gradient_;
   std::vector<double> kl_;
-  std::vector<std::unique_ptr<Memory>> head_grads_;  // of relations with fewer key heads; otherwise null
+  std::vector<std::unique_ptr<Memory>> head_grads_;  // per relation; null if keys have all heads
 };
 
 }  // namespace

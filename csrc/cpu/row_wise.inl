@@ -106,8 +106,7 @@ void row_wise(const Task& task, int64_t slice, float* scratch) {
       float* m = task.gradient ? e_t + at : nullptr;
       float kl = task.exact ? row_kl<true>(u_t + at, u_s + at, e_t + at, e_s + at, row_t, row_s, weight, blocks, m)
                             : row_kl<false>(u_t + at, u_s + at, e_t + at, e_s + at, row_t, row_s, weight, blocks, m);
-      if (kl < 0.0f) kl = 0.0f;
-      if (task.row_values) task.row_values[token] = kl;
+      if (task.row_values) task.row_values[token] = kl < 0.0f ? 0.0f : kl;
       total += kl;
     }
     if (task.gradient) gradients(e_t, task, first, 0, blocks, query_grads, grads.recent());

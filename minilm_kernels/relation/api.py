@@ -118,6 +118,10 @@ def relation_kl(
         ('0.443', torch.Size([2, 6, 3, 4]))
         >>> relation_kl(teacher, None, student, None, attention_mask=mask, reduction="none").shape
         torch.Size([2, 3, 6])
+        >>> rows = torch.arange(6) >= 2  # the first two tokens are a prompt: they are keys, but do not count as rows
+        >>> completion = relation_kl(teacher, None, student, None, causal=True, query_mask=rows.expand(2, 6))
+        >>> key_t, key_s = torch.randn(2, 6, 1, 8), torch.randn(2, 6, 1, 4)  # one key head for three query heads
+        >>> grouped = relation_kl(teacher, key_t, student, key_s, attention_mask=mask)
     """
     if (teacher_key is None) != (student_key is None):
         missing, given = ("teacher", "student") if teacher_key is None else ("student", "teacher")
@@ -339,25 +343,9 @@ def _check_tensors(
             raise ValueError(f"{name}: expected at least one head of width 1 or more, got shape {tuple(x.shape)}")
     first_name = f"teacher_{relations[0][0]}"
     first = named[first_name]
-    queries, keys = ({pair[role] for pair in relations} for role in (0, 1))
     for name, x in named.items():
-        sizes, heads, role = x.shape[:-2], x.shape[-2], name.partition("_")[2]
-        if sizes != first.shape[:-2]:
-            raise ValueError(
-                f"{name}: expected the batch and sequence sizes of {first_name}, {tuple(first.shape[:-2])}, "
-                f"got shape {tuple(x.shape)}"
-            )
-        if role in queries and heads != first.shape[-2]:
-            raise ValueError(
-                f"{name}: expected the {first.shape[-2]} heads of {first_name}, got {heads}, shape {tuple(x.shape)}; "
-                "only the key of a cross relation may have fewer. For the self relation of keys that have fewer heads, "
-                "make a call with these keys alone"
-            )
-        if role in keys and first.shape[-2] % heads:
-            raise ValueError(
-                f"{name}: expected the {first.shape[-2]} heads of {first_name}, or a number that divides them, got "
-                f"{heads}, shape {tuple(x.shape)}"
-            )
+        if x.shape[:-1] != first.shape[:-1]:
+            _check_sizes(name, x, first_name, first, relations)
         if x.device != first.device:
             raise ValueError(f"{name}: expected the device of {first_name}, {first.device}, got {x.device}")
     for query, key in relations:
@@ -376,6 +364,29 @@ def _check_tensors(
                 "trained: run it under torch.no_grad() or pass teacher.detach()"
             )
     return tuple(first.shape[:-2]), first.device
+
+
+def _check_sizes(name: str, x: Tensor, first_name: str, first: Tensor, relations: Sequence[tuple[str, str]]) -> None:
+    """Checks a tensor that has not all of the first query's sizes: it may only be a key with fewer heads."""
+    if x.shape[:-2] != first.shape[:-2]:
+        raise ValueError(
+            f"{name}: expected the batch and sequence sizes of {first_name}, {tuple(first.shape[:-2])}, got shape "
+            f"{tuple(x.shape)}"
+        )
+    heads, own = first.shape[-2], x.shape[-2]
+    queries, keys = ({pair[role] for pair in relations} for role in (0, 1))
+    role = name.partition("_")[2]
+    if role in queries and own != heads:
+        raise ValueError(
+            f"{name}: expected the {heads} heads of {first_name}, got {own}, shape {tuple(x.shape)}; only the key of a "
+            "cross relation may have fewer. For the self relation of keys that have fewer heads, make a call with them "
+            "alone"
+        )
+    if role in keys and heads % own:
+        raise ValueError(
+            f"{name}: expected the {heads} heads of {first_name}, or a number that divides them, got {own}, shape "
+            f"{tuple(x.shape)}"
+        )
 
 
 def check_dense(name: str, x: object) -> None:

@@ -80,16 +80,6 @@ class Backend(Protocol):
         """Returns the gradients of sum(row_grads * forward_none(inputs))."""
 
 
-def unsupported_so_far(inputs: RelationInputs) -> list[str]:
-    """Returns the reasons of a backend that supports neither query masks nor grouped keys yet."""
-    reasons = []
-    if inputs.mask.query_mask is not None:
-        reasons.append("it does not support query_mask")
-    if any(inputs.key_groups(relation) != (1, 1) for relation in inputs.relations):
-        reasons.append("it does not support keys with fewer heads than queries")
-    return reasons
-
-
 def result_dtype(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> torch.dtype:
     """Returns float64 if any input is float64, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in (*teacher, *student)) else torch.float32

@@ -174,8 +174,9 @@ class Mask:
         """Returns a mask whose `cu_seqlens` is safe to index with, and a fault. Does not wait for the device.
 
         The fault is 0 if `cu_seqlens` is well-formed and NaN if it is malformed. `add_fault` adds it to the results. If
-        `cu_seqlens` is malformed, the returned mask has N sequences of about T / N tokens, so that every token gets a
-        (NaN) result and no access is out of bounds. For dense inputs, the mask itself and None are returned.
+        `cu_seqlens` is malformed, the returned mask has N sequences of about T / N tokens and all rows count, so that
+        every token gets a (NaN) result and no access is out of bounds. For dense inputs, the mask itself and None are
+        returned.
         """
         if self.cu_seqlens is None or self.num_sequences == 0:
             return self, None
@@ -191,6 +192,7 @@ class Mask:
             self,
             cu_seqlens=torch.where(malformed, even, bounds).to(self.cu_seqlens.dtype),
             max_seqlen=None if self.max_seqlen is None else max(self.max_seqlen, -(-total // sequences)),
+            query_mask=None if self.query_mask is None else (self.query_mask != 0) | malformed,
         )
         return mask, torch.zeros((), dtype=torch.float32, device=self.device).masked_fill(malformed, torch.nan)
 

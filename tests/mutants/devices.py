@@ -14,6 +14,10 @@ _EMULATED = (
     "'unordered_pairs or malformed or bounds or masks_and_reductions or range_of_norms or beyond_shared or lengths "
     "or nan'"
 )
+_ROWS_AND_GROUPS = (
+    "tests/relation/backends/test_cuda_emulated.py -k "
+    "'rows_that_count or grouped_keys or range_of_norms or queries_that_do_not_count or several_relations_with'"
+)
 
 MUTANTS = [
     Mutant(
@@ -121,6 +125,48 @@ MUTANTS = [
         "grad += row < visible_to_other ? (q - p) : 0.0f;",
         _EMULATED,
         'with reduction="none" the keys\' gradients ignore the upstream gradient',
+    ),
+    Mutant(
+        _CUDA + "symmetric.cuh",
+        "l_s = counted ? 1.0f / l_s : 0.0f;",
+        "l_s = i < state.sequence.length ? 1.0f / l_s : 0.0f;",
+        _ROWS_AND_GROUPS,
+        "rows that do not count have a gradient",
+    ),
+    Mutant(
+        _CUDA + "row_wise.cuh",
+        "log2_sum[row] = !counts(sequence, first + row) ? -kNegInf : kExact",
+        "log2_sum[row] = kExact",
+        _ROWS_AND_GROUPS,
+        "rows that do not count have a loss",
+    ),
+    Mutant(
+        _CUDA + "row_wise.cuh",
+        "weights[i] = !counts(sequence, first + i) ? 0.0f : given ?",
+        "weights[i] = given ?",
+        _ROWS_AND_GROUPS,
+        "a NaN in the upstream gradient of a row that does not count reaches the keys",
+    ),
+    Mutant(
+        _CUDA + "row_wise.cuh",
+        "chunks_s, splits_s, forward && !relation.self);",
+        "chunks_s, splits_s);",
+        _ROWS_AND_GROUPS,
+        "a NaN in a query that does not count changes the result",
+    ),
+    Mutant(
+        _CUDA + "row_wise.cuh",
+        "load_tokens(own_x_t, sequence, forward ? head : key_head_t, work.first",
+        "load_tokens(own_x_t, sequence, forward ? head : key_head_s, work.first",
+        _ROWS_AND_GROUPS,
+        "the teacher's keys are grouped as the student's are",
+    ),
+    Mutant(
+        _CUDA + "row_wise.cuh",
+        "if (first == streamed.first) {",
+        "if (first == streamed.first && head == work.head) {",
+        _ROWS_AND_GROUPS,
+        "all query heads of a group meet the teacher's keys of the first one",
     ),
     Mutant(
         _CUDA + "row_wise.cuh",

@@ -5,11 +5,48 @@ from . import Mutant
 _DRIVER = "csrc/cpu/driver.cpp"
 _SYMMETRIC = "csrc/cpu/symmetric.inl"
 _ROW_WISE = "csrc/cpu/row_wise.inl"
+_GATHER = "csrc/cpu/gather.inl"
 _NUMERICS = "csrc/common/numerics.h"
 _NATIVE = "tests/relation/backends/test_native_cpu.py -k 'not peak_memory'"
 _BOTH = "tests/relation/backends/test_native_cpu.py tests/relation/test_contract.py -k 'not peak_memory'"
 
 MUTANTS = [
+    # Rows that count and keys with fewer heads.
+    Mutant(
+        _ROW_WISE,
+        "if (r >= rows || !counts(task, first + r)) {",
+        "if (r >= rows) {",
+        _BOTH,
+        "rows outside the query mask are computed and count",
+    ),
+    Mutant(
+        _SYMMETRIC,
+        "    if (!counts(task, i)) continue;\n",
+        "",
+        _BOTH,
+        "the sums of rows outside the query mask are part of the loss",
+    ),
+    Mutant(
+        _GATHER,
+        "      if (x.queries != x.keys) clear_uncounted(*tasks[h], block, x.queries, x.width);\n",
+        "",
+        _BOTH,
+        "a NaN in a query that does not count reaches the gradients of the keys",
+    ),
+    Mutant(
+        _DRIVER,
+        "task.student.key_head = a / relations_[r].student.group;",
+        "task.student.key_head = a / relations_[r].teacher.group;",
+        _BOTH,
+        "the student's queries read the key heads of the teacher's groups",
+    ),
+    Mutant(
+        _DRIVER,
+        "if (!relation.self) clear(relation.key_grad, token / relation.student.group);",
+        "if (!relation.self) clear(relation.key_grad, token);",
+        _NATIVE,
+        "gradients of padding are cleared beyond the end of a key with fewer heads",
+    ),
     Mutant(
         _DRIVER,
         "    if (gradient_ && !call_.packed) clear_padding();\n",
@@ -26,8 +63,8 @@ MUTANTS = [
     ),
     Mutant(
         _DRIVER,
-        "return kl < 0.0 ? 0.0 : kl;",
-        "return kl > 0.0 ? kl : 0.0;",
+        "call_.values[r] = value < 0.0 ? 0.0f : static_cast<float>(value);",
+        "call_.values[r] = value > 0.0 ? static_cast<float>(value) : 0.0f;",
         _NATIVE,
         "a NaN loss becomes 0, and training continues",
     ),

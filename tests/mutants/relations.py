@@ -24,8 +24,8 @@ MUTANTS = [
     ),
     Mutant(
         _API,
-        "if sizes != first.shape[:-2]:",
-        "if sizes[0] != first.shape[0]:",
+        "if x.shape[:-2] != first.shape[:-2]:",
+        "if x.shape[0] != first.shape[0]:",
         _VALIDATION,
         "tensors of other lengths reach the kernels",
     ),
@@ -42,6 +42,35 @@ MUTANTS = [
         "if math.isinf(scale):",
         _VALIDATION,
         "a scale of NaN gives a loss of NaN and no message",
+    ),
+    # Rows that count and keys with fewer heads.
+    Mutant(
+        _MASKS,
+        "return self.valid if self.query_mask is None else self.valid & (self.query_mask != 0)",
+        "return self.valid if self.query_mask is None else self.query_mask != 0",
+        _CONTRACT,
+        "padding counts if the query mask is nonzero there",
+    ),
+    Mutant(
+        _BLOCKED,
+        "    if query != key and group.counted_rows is not None:",
+        "    if query != key and group.counted_rows is None:",
+        _ON_TORCH,
+        "a NaN in a query that does not count reaches the gradients of the keys",
+    ),
+    Mutant(
+        _BLOCKED,
+        "return heads.expand(-1, -1, repeats, -1, -1).flatten(0, 2).contiguous()",
+        "return heads.transpose(1, 2).expand(-1, repeats, -1, -1, -1).flatten(0, 2).contiguous()",
+        _ON_TORCH,
+        "query head a reads key head a % A_k",
+    ),
+    Mutant(
+        _API,
+        "if role in keys and heads % own:",
+        "if role in keys and own > heads:",
+        _VALIDATION,
+        "key heads that do not divide the query heads reach the kernels",
     ),
     # Masks.
     Mutant(
@@ -168,15 +197,15 @@ MUTANTS = [
     ),
     Mutant(
         _BLOCKED,
-        "group.scatter(grad * scale_s, buffer)",
-        "group.scatter(grad * scale_t, buffer)",
+        "group.scatter(sum(others, one) * scale_s, buffer)",
+        "group.scatter(sum(others, one) * scale_t, buffer)",
         _ON_TORCH,
         "gradients of a student narrower than the teacher are too small",
     ),
     Mutant(
         _BLOCKED,
-        "        return row_weights.masked_fill(~valid, 0.0)",
-        "        return row_weights",
+        "return rows.masked_fill(~(counted if rows.dim() == 2 else counted[..., None]), 0.0)",
+        "return rows",
         _ON_TORCH,
         "padding of a group of sequences counts in the loss",
     ),

@@ -59,7 +59,11 @@ class Call:
 
 
 def draw(seed: int, only: dict[str, Any] | None = None) -> Call:
-    """The random call of a seed. `only` fixes some of the random choices."""
+    """The random call of a seed. `only` fixes some of the random choices.
+
+    Two choices are never random: `rows`, the share of rows that count, and `groups`, the numbers of query heads per key
+    head of teacher and student.
+    """
     dice, only = random.Random(seed), only or {}
     generator = torch.Generator().manual_seed(seed)
 
@@ -89,11 +93,18 @@ def draw(seed: int, only: dict[str, Any] | None = None) -> Call:
         "all": [("q", "k"), ("v", "v"), ("k", "q"), ("q", "q")],
     }[relations]
     used = list(dict.fromkeys(name for pair in pairs for name in pair))
+    queries = {query for query, _ in pairs}
 
-    def side(width: int, kind: str) -> dict[str, Tensor]:
-        return {name: _tensor(token_shape, heads, width, DTYPES[kind], spread, layout, generator) for name in used}
+    def side(width: int, kind: str, group: int) -> dict[str, Tensor]:
+        heads_of = {name: heads if name in queries else heads // group for name in used}
+        return {
+            name: _tensor(token_shape, heads_of[name], width, DTYPES[kind], spread, layout, generator) for name in used
+        }
 
-    teacher, student = side(widths[0], teacher_dtype), side(widths[1], dtype)
+    group_t, group_s = only.get("groups", (1, 1))
+    teacher, student = side(widths[0], teacher_dtype, group_t), side(widths[1], dtype, group_s)
+    if "rows" in only:
+        kwargs["query_mask"] = torch.rand(token_shape, generator=generator) < only["rows"]
     if "attention_mask" in kwargs:
         hidden = kwargs["attention_mask"] == 0
         for x in (*teacher.values(), *student.values()):

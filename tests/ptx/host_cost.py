@@ -50,8 +50,8 @@ def _arguments(pairs: list[int], packed: bool) -> tuple:
     tokens = torch.arange(token_shape[0]) if packed else torch.arange(128).repeat(8)
     scales = [0.25, 0.35] * len(relations)
     weights, values = torch.ones(starts.numel() - 1), torch.empty(len(relations))
-    return (teacher, student, pairs, scales, tokens, starts, None, False, weights, None, values, None, grads, False,
-            token_shape[-1], 0, _GPU)  # fmt: skip
+    return (teacher, student, pairs, scales, tokens, starts, None, None, False, weights, None, values, None, grads,
+            False, token_shape[-1], 0, _GPU)  # fmt: skip
 
 
 def _microseconds(call: Callable, arguments: tuple, calls: int = 200) -> float:

@@ -63,6 +63,20 @@ def test_every_kind(family, mask, relations, reduction, dtype):
     assert [str(finding) for finding in findings] == []
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("mask", "reduction"), [("none", "sequence"), ("prefix-holes", "none"), ("packed", "token")])
+@pytest.mark.parametrize(("relations", "groups"), [("q", (1, 1)), ("qk", (2, 4))])
+@pytest.mark.parametrize("family", [*TRITON, *CUDA])
+def test_rows_that_count_and_grouped_keys(family, relations, groups, mask, reduction, dtype):
+    fixed = {"dtype": dtype, "mask": mask, "relations": relations, "reduction": reduction, "length": 70, "batch": 2}
+    fixed |= {"widths": (16, 8), "heads": 4, "layout": "slice", "spread": 1.0, "rows": 0.5, "groups": groups}
+    device = Device()
+    with _emulated(family, device) as backend:
+        _, wrong, findings = outcome(device, draw(1, fixed), backend)
+    assert wrong == []
+    assert [str(finding) for finding in findings] == []
+
+
 @pytest.mark.parametrize("relations", ["q", "qk"])
 @pytest.mark.parametrize("family", TRITON)
 def test_threads_agree_on_a_row(family, relations):

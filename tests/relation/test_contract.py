@@ -167,36 +167,21 @@ def test_padding_never_matters(backend, device, mask, reduction):
             assert not grad.masked_select(~real).any()
 
 
-# Backends that do not support query masks and keys with fewer heads yet.
-_WITHOUT_ROWS_AND_GROUPS = ("cuda", "triton")
-
-
-def _refused(case: Case, backend: str) -> bool:
-    """Returns whether the backend does not support the call yet. Its message then says so."""
-    if backend not in _WITHOUT_ROWS_AND_GROUPS:
-        return False
-    with pytest.raises(RuntimeError, match=r"does not support (query_mask|keys with fewer heads)"):
-        case.run("none", backend)
-    return True
-
-
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_rows_that_count(backend, device, mask, cross, reduction):
     """Every mask together with a query mask, and in cross relations with grouped keys."""
     case = make(mask, cross=cross, heads=6, rows=0.6, groups=(2, 3)).on(device)
-    if not _refused(case, backend):
-        _check(case, reduction, backend)
+    _check(case, reduction, backend)
 
 
 @pytest.mark.parametrize("mask", ["none", "prefix-holes", "packed-causal"])
 @pytest.mark.parametrize("groups", [(1, 6), (6, 1), (3, 3)], ids=str)
 def test_grouped_keys(backend, device, mask, groups):
     case = make(mask, cross=True, heads=6, groups=groups).on(device)
-    if not _refused(case, backend):
-        for reduction in ("sequence", "none"):
-            _check(case, reduction, backend)
+    for reduction in ("sequence", "none"):
+        _check(case, reduction, backend)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.95])
@@ -206,9 +191,8 @@ def test_rows_and_groups_of_any_length(backend, device, length, kind, share):
     groups = (2, 4) if kind == "grouped" else (1, 1)
     mask = {65: {"causal": True}, 130: {"prefix_lens": torch.tensor([70, 3])}}.get(length, {})
     case = make(mask, batch=2, length=length, heads=4, cross=kind != "self", groups=groups, rows=share).on(device)
-    if not _refused(case, backend):
-        for reduction in ("token", "none"):
-            _check(case, reduction, backend)
+    for reduction in ("token", "none"):
+        _check(case, reduction, backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -216,9 +200,8 @@ def test_rows_and_groups_of_any_length(backend, device, length, kind, share):
 def test_rows_and_groups_in_half_precision(backend, device, widths, dtype):
     for cross in (False, True):
         case = make("holes", cross=cross, widths=widths, dtype=dtype, heads=4, rows=0.7, groups=(2, 4)).on(device)
-        if not _refused(case, backend):
-            _check(case, "none", backend, widths, dtype)
-            _check(case, "sequence", backend, widths, dtype)
+        _check(case, "none", backend, widths, dtype)
+        _check(case, "sequence", backend, widths, dtype)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -227,11 +210,10 @@ def test_a_query_mask_of_all_rows_changes_no_bit(backend, device, mask, reductio
     for cross in (False, True):
         case = make(mask, cross=cross).on(device)
         every = replace(case, kwargs=case.kwargs | {"query_mask": torch.ones(case.token_shape(), device=device)})
-        if not _refused(every, backend):
-            value, grads = every.run(reduction, backend)
-            expected, expected_grads = case.run(reduction, backend)
-            assert torch.equal(value, expected)
-            assert all(torch.equal(g, e) for g, e in zip(grads, expected_grads, strict=True))
+        value, grads = every.run(reduction, backend)
+        expected, expected_grads = case.run(reduction, backend)
+        assert torch.equal(value, expected)
+        assert all(torch.equal(g, e) for g, e in zip(grads, expected_grads, strict=True))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -241,17 +223,14 @@ def test_no_row_counts(backend, device, mask, reduction):
         case = make(mask, cross=cross, heads=4, rows=0.0, groups=(2, 4))
         case.kwargs["query_mask"][...] = False
         case = case.on(device)
-        if not _refused(case, backend):
-            value, grads = case.run(reduction, backend)
-            assert not any(x.any() for x in (value, *grads))
+        value, grads = case.run(reduction, backend)
+        assert not any(x.any() for x in (value, *grads))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("mask", ["none", "causal-holes", "packed-prefix"])
 def test_queries_that_do_not_count_never_matter(backend, device, mask, reduction):
     case = make(mask, cross=True, heads=4, rows=0.6, groups=(2, 4)).on(device)
-    if _refused(case, backend):
-        return
     valid = case.kwargs.get("attention_mask", torch.ones(case.token_shape(), device=device)) != 0
     counted = (case.kwargs["query_mask"] & valid)[..., None, None]
     valid = valid[..., None, None]
@@ -269,8 +248,6 @@ def test_queries_that_do_not_count_never_matter(backend, device, mask, reduction
 
 def test_any_dtype_of_a_query_mask(backend, device):
     case = make("holes", cross=True, rows=0.6).on(device)
-    if _refused(case, backend):
-        return
     expected, _ = case.run("sequence", backend)
     rows = case.kwargs["query_mask"]
     dtypes = (torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float64)
@@ -281,8 +258,6 @@ def test_any_dtype_of_a_query_mask(backend, device):
 def test_several_relations_with_rows_and_groups(backend, device):
     """Self relations and cross relations, with and without grouped keys, in one call; each has its own weight."""
     case = make("holes", cross=True, heads=4, rows=0.6, groups=(2, 4)).on(device)
-    if _refused(case, backend):
-        return
     other = make("holes", cross=True, heads=4, seed=1).on(device)
     names, pairs = "qkv", [("q", "q"), ("q", "k"), ("v", "k"), ("v", "q"), ("v", "v")]
     upstream = torch.tensor([1.0, -0.5, 2.0, 0.25, 0.0], device=device)
@@ -498,7 +473,8 @@ def _uneven_tokens(x):
 def test_tokens_as_models_make_them(request, backend, device, change, widths):
     if backend == "cuda" and change is _large_feature:
         reason = "its float32 products round at the size of the score, where dense PyTorch errs less (docs/cuda.md)"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
+        # The emulated tensor cores truncate as much as their documentation allows. Those of a GPU may err less.
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=device == "cpu"))
     case = make(batch=1, length=150, heads=3, widths=widths)
     case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors)).on(device)
     expected, (expected_grad,) = case.oracle("sequence")

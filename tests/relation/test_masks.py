@@ -107,3 +107,5 @@ def test_rows_of_malformed_packings(kind):
     """Counting rows reads nothing out of bounds, because it runs before the bounds are sanitized."""
     mask = replace(_mask(*MALFORMED[kind]), query_mask=torch.ones(40, dtype=torch.bool))
     assert mask.row_counts.abs().max() <= 40
+    sanitized, _ = replace(mask, query_mask=torch.zeros(40)).sanitize_bounds()
+    assert sanitized.counted.all()  # every row becomes NaN

@@ -43,6 +43,12 @@ def test_no_allocation_of_quadratic_size(backend, mode, cross, reduction):
     assert _largest_allocation(case, reduction, backend) < B * A * S * S
 
 
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
+def test_rows_and_groups_allocate_nothing_of_quadratic_size(backend, reduction):
+    case = make(MODES["causal holes"], batch=B, length=S, heads=4, widths=(8, 6), cross=True, rows=0.5, groups=(2, 4))
+    assert _largest_allocation(case, reduction, backend) < B * 4 * S * S
+
+
 def test_the_guard_sees_a_dense_backend():
     case = make(batch=B, length=S, heads=A, widths=(8, 6))
     assert _largest_allocation(case, "sequence", "reference") >= B * A * S * S

@@ -16,9 +16,9 @@ from .cases import MASKS, Case, error, make
 PER_MASK = ["none", "holes", "causal", "prefix-left", "packed", "packed-prefix"]
 
 
-def _arguments(mask: str, cross: bool) -> tuple:
+def _arguments(case: Case) -> tuple:
     """Returns the first arguments of the registered operators, from the tensors to the scales."""
-    case = make(mask, cross=cross, heads=2)
+    cross = case.tensors[1] is not None
     q_t, k_t, q_s, k_s = case.tensors
     kwargs = case.kwargs
     return (
@@ -36,21 +36,40 @@ def _arguments(mask: str, cross: bool) -> tuple:
     )
 
 
-@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
-@pytest.mark.parametrize("mask", PER_MASK)
-def test_opcheck(backend, mask, cross):
+def _opcheck(case: Case, backend: str) -> None:
     ops = torch.ops.minilm_kernels
-    arguments = _arguments(mask, cross)
+    arguments = _arguments(case)
     for reduction, gradient in (("sequence", True), ("token", False), ("none", False)):
         torch.library.opcheck(ops.relation_kl.default, (*arguments, reduction, backend, gradient))
     rows = ops.relation_kl(*arguments, "none", backend, False)[0]
     torch.library.opcheck(ops.relation_kl_rows_backward.default, (torch.rand_like(rows), *arguments, backend))
 
 
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("mask", PER_MASK)
+def test_opcheck(backend, mask, cross):
+    _opcheck(make(mask, cross=cross, heads=2), backend)
+
+
+@pytest.mark.parametrize("mask", ["holes", "packed-prefix"])
+def test_opcheck_with_rows_and_groups(backend, mask):
+    case = make(mask, cross=True, heads=4, rows=0.6, groups=(2, 4))
+    _opcheck(case, backend)
+
+
 @pytest.mark.parametrize("reduction", ["sequence", "token", "sum", "none"])
 @pytest.mark.parametrize("mask", PER_MASK)
 def test_gradcheck(mask, reduction):
-    case = make(mask, cross=True, heads=1, widths=(3, 2), dtype=torch.float64)
+    _gradcheck(make(mask, cross=True, heads=1, widths=(3, 2), dtype=torch.float64), reduction)
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
+def test_gradcheck_with_rows_and_groups(reduction):
+    shape = {"cross": True, "heads": 2, "widths": (3, 2), "dtype": torch.float64}
+    _gradcheck(make("causal-holes", rows=0.6, groups=(1, 2), **shape), reduction)
+
+
+def _gradcheck(case, reduction):
     q_t, k_t, q_s, k_s = case.tensors
 
     def loss(query, key):
@@ -90,6 +109,28 @@ def test_compiles_to_one_graph_with_dynamic_shapes(backend, mask):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
+def test_rows_and_groups_compile_to_one_graph(backend, reduction):
+    """Batch, length and mask change without a recompilation; float masks are checked inside the graph."""
+
+    def step(query_t, key_t, query_s, key_s, rows):
+        options = {"query_mask": rows, "causal": True, "reduction": reduction, "backend": backend}
+        return relation_kl(query_t, key_t, 2 * query_s, key_s, **options).sum()
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for batch, length in ((3, 23), (5, 16), (2, 11)):
+        case = make({}, batch=batch, length=length, cross=True, heads=4, rows=0.6, groups=(2, 4))
+        results = []
+        for function in (step, compiled):
+            student = [x.clone().requires_grad_() for x in case.tensors[2:]]
+            value = function(*case.tensors[:2], *student, case.kwargs["query_mask"].float())
+            results.append((value.detach(), *torch.autograd.grad(value, student)))
+        torch.testing.assert_close(results[1], results[0])
+    assert counter.frame_count == 1
+
+
 @pytest.mark.slow
 def test_compiles_rows_with_inductor(backend):
     case = make("causal-holes", heads=2)
@@ -110,13 +151,13 @@ def test_compiles_rows_with_inductor(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_does_not_reach_the_scores(backend, dtype):
-    case = make("right", cross=True)
-    for reduction in ("sequence", "none"):
-        expected = case.run(reduction, backend)
-        with torch.autocast("cpu", dtype=dtype):
-            value, grads = case.run(reduction, backend)
-        assert torch.equal(value, expected[0])
-        assert all(torch.equal(g, e) for g, e in zip(grads, expected[1], strict=True))
+    for case in (make("right", cross=True), make("right", cross=True, heads=4, rows=0.6, groups=(2, 4))):
+        for reduction in ("sequence", "none"):
+            expected = case.run(reduction, backend)
+            with torch.autocast("cpu", dtype=dtype):
+                value, grads = case.run(reduction, backend)
+            assert torch.equal(value, expected[0])
+            assert all(torch.equal(g, e) for g, e in zip(grads, expected[1], strict=True))
 
 
 def test_backward_under_amp_and_grad_scaler(backend):
@@ -339,6 +380,18 @@ def test_torch_func(reduction):
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
+def test_torch_func_with_rows_and_groups(backend, reduction):
+    case = make("holes", cross=True, heads=4, rows=0.6, groups=(2, 4))
+
+    def loss(query, key):
+        return relation_kl(*case.tensors[:2], query, key, reduction=reduction, backend=backend, **case.kwargs).sum()
+
+    _, expected = case.run(reduction, backend)
+    for got, wanted in zip(torch.func.grad(loss, argnums=(0, 1))(*case.tensors[2:]), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
 def test_transforms_without_a_rule_say_so(reduction):
     loss, student = _loss(reduction), torch.randn(2, 9, 4, 6)
     with pytest.raises(RuntimeError, match=r"relation_kl: no rule for torch\.func\.vmap"):
@@ -364,11 +417,12 @@ def test_activation_checkpointing(backend, reduction, reentrant):
     assert all(torch.equal(x.grad, e) for x, e in zip(student, expected, strict=True))
 
 
+@pytest.mark.parametrize("rows", [None, 0.6], ids=["all", "rows"])
 @pytest.mark.parametrize("mask", ["none", "prefix-holes", "packed-prefix"])
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
-def test_inference_tensors(backend, reduction, mask):
+def test_inference_tensors(backend, reduction, mask, rows):
     """Teacher, masks, and student tensors without gradient may be inference tensors."""
-    case = make(mask, cross=True)
+    case = make(mask, cross=True, rows=rows)
     expected, (expected_grad, _) = case.run(reduction, backend)
     with torch.inference_mode():
         q_t, k_t, _, k_s = (x.clone() for x in case.tensors)

@@ -1,5 +1,6 @@
 """Properties that hold for random shapes, masks and values."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -9,10 +10,16 @@ from .cases import Case, error, make
 anything = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+def _groups(heads: int) -> list[tuple[int, int]]:
+    return [(1, 1), (heads, heads), (1, heads)]
+
+
 @st.composite
 def cases(draw) -> Case:
     cross = draw(st.booleans())
-    sizes = {"heads": draw(st.integers(1, 3)), "widths": (draw(st.integers(1, 20)), draw(st.integers(1, 20)))}
+    heads = draw(st.integers(1, 3))
+    sizes = {"heads": heads, "widths": (draw(st.integers(1, 20)), draw(st.integers(1, 20)))}
+    sizes |= {"rows": draw(st.sampled_from([None, 0.0, 0.5, 0.9])), "groups": draw(st.sampled_from(_groups(heads)))}
     spread, seed = draw(st.sampled_from([0.1, 1.0, 3.0])), draw(st.integers(0, 1000))
     if draw(st.booleans()):
         lengths = draw(st.lists(st.integers(0, 40), max_size=5))
@@ -72,5 +79,18 @@ def test_order_of_heads_does_not_matter(backend, case, random):
     heads = list(range(case.tensors[0].shape[-2]))
     random.shuffle(heads)
     rows, _ = case.run("none", backend)
-    shuffled = Case(tuple(None if x is None else x[..., heads, :] for x in case.tensors), case.kwargs)
+    shuffled = Case(tuple(x if x is None or x.shape[-2] == 1 else x[..., heads, :] for x in case.tensors), case.kwargs)
     assert error(shuffled.run("none", backend)[0], rows[..., heads, :]) < 1e-6
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_rounding_errors_near_zero_average_out(backend, cross):
+    """The loss of 25,600 rows that are almost equal to their teacher's: errors of both signs are summed.
+
+    In float32 a row's KL has an error of about 3e-8 of random sign, which is 2e-10 in the mean. The sum of the positive errors
+    alone would be 1e-9 and more if the errors of sequences were clamped to 0, and 6e-9 for those of rows.
+    """
+    x = torch.randn(200, 64, 2, 16, generator=torch.Generator().manual_seed(0))
+    y = x + 1e-6 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    case = Case((x, x.flip(1) if cross else None, y, y.flip(1) if cross else None), {})
+    assert case.run("token", backend)[0] < 1e-9

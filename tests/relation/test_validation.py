@@ -226,7 +226,7 @@ def test_relations_of_a_grouped_query_model():
     for side, width in zip(sides, (16, 8), strict=True):
         side["key"] = side["key"].flatten(2).unflatten(-1, (-1, width))
     assert relation_kl_multi(*sides, [("query", "key")], backend="reference").shape == (1,)
-    with pytest.raises(ValueError, match=r"teacher_key: expected the 4 heads .*, got 1.*a call with these"):
+    with pytest.raises(ValueError, match=r"teacher_key: expected the 4 heads .*, got 1.*a call with them"):
         relation_kl_multi(*sides, [("query", "query"), ("key", "key")])
     assert relation_kl_multi(*sides, [("key", "key")]).shape == (1,)
 
@@ -237,6 +237,7 @@ def test_validation_reads_no_tensor_values():
         value = _call(
             attention_mask=torch.ones(2, 5).long(),
             prefix_lens=torch.tensor([1, 2]),
+            query_mask=torch.ones(2, 5),
             student_query=torch.randn(2, 5, 3, 4, requires_grad=True),
             teacher_query=torch.randn(2, 5, 3, 8),
         )
@@ -246,6 +247,7 @@ def test_validation_reads_no_tensor_values():
             teacher_query=torch.randn(10, 3, 8),
             student_query=torch.randn(10, 3, 4),
             cu_seqlens=torch.tensor([0, 4, 10], dtype=torch.int32),
+            query_mask=torch.ones(10).bool(),
         )
         assert packed.shape == ()
         with pytest.raises(DataDependentOutputException):  # shows that reading a value raises an error here

@@ -85,10 +85,11 @@ MINILM_DEVICE void add_row_stats(PerRow& maximum, PerRow& total, const float (&s
     }
 }
 
-// Combines the four lanes of each row and writes log2 Σ 2^u of the warp's own rows below `end`.
+// Combines the four lanes of each row and writes log2 Σ 2^u of the warp's own rows below `end`. Row 0 is row `first` of
+// the sequence. Rows that do not count get a finite number in place of ∞, so that p, q and their KL divergence are 0.
 template <bool kExact>
 MINILM_DEVICE void write_row_stats(float* log2_sum, float* row_max, const PerRow& maximum, const PerRow& total,
-                                   int end) {
+                                   const Sequence& sequence, int first, int end) {
   MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
     MINILM_UNROLL_FOR (int half = 0; half < 2; ++half) {
       float max = maximum[m][half], sum = total[m][half];
@@ -100,7 +101,7 @@ MINILM_DEVICE void write_row_stats(float* log2_sum, float* row_max, const PerRow
       }
       const int row = own_row(m, half);
       if (lane_index() % 4 == 0 && row < end) {
-        log2_sum[row] = kExact ? log2f(sum) : max + log2f(sum);
+        log2_sum[row] = !counts(sequence, first + row) ? -kNegInf : kExact ? log2f(sum) : max + log2f(sum);
         if (kExact) row_max[row] = max;
       }
     }
@@ -229,7 +230,9 @@ struct RowWiseLayout {
 struct RowWork {
   const Relation* relation;
   Sequence sequence;
-  int64_t n, head;
+  int64_t n;
+  int head;      // query head; if the own tokens are keys, the first query head of their group
+  int end_head;  // end of the query heads that the block processes
   int first;
   bool empty;
 };
@@ -240,12 +243,14 @@ MINILM_DEVICE RowWork find_row_work(const LaunchParams& params, int own, double*
   const Call& call = params.call;
   int64_t block = block_index();
   RowWork work;
-  work.head = block % call.num_heads;
+  work.head = static_cast<int>(block % call.num_heads);
   block /= call.num_heads;
   const int64_t total = call.packed ? call.positions : call.num_sequences * call.positions;
   const int64_t blocks = total / own + call.num_sequences;
   work.relation = &params.relations[block / blocks];
   block %= blocks;
+  const int heads = params.keys ? work.relation->student.group : 1;
+  work.end_head = work.head + heads;
   int64_t low = 0, high = call.num_sequences - 1;
   while (low < high) {
     int64_t middle = (low + high + 1) / 2;
@@ -258,18 +263,18 @@ MINILM_DEVICE RowWork find_row_work(const LaunchParams& params, int own, double*
   bool valid = find_sequence(call, low, work.sequence);
   int64_t first = (block - call.starts[low] / own - low) * own;
   work.empty = !valid || first < 0 || first >= work.sequence.length || work.sequence.length < params.min_length ||
-               work.sequence.length > params.max_length;
+               work.sequence.length > params.max_length || work.head % heads != 0;
   work.first = work.empty ? 0 : static_cast<int>(first);
   *partial =
       params.partials + work.relation->index * params.slots + params.first_slot + block * call.num_heads + work.head;
   return work;
 }
 
-// Offset of the row statistics of a sequence in scratch memory.
-MINILM_DEVICE int64_t first_row_stats(const LaunchParams& params, const RowWork& work) {
+// Offset of the row statistics of a sequence and a query head in scratch memory.
+MINILM_DEVICE int64_t first_row_stats(const LaunchParams& params, const RowWork& work, int head) {
   const Call& call = params.call;
   const int64_t total = call.packed ? call.positions : call.num_sequences * call.positions;
-  return (work.relation->index * call.num_heads + work.head) * total + work.sequence.first;
+  return (work.relation->index * call.num_heads + head) * total + work.sequence.first;
 }
 
 MINILM_DEVICE RowStats at(const LaunchParams& params, int64_t row) {
@@ -278,11 +283,11 @@ MINILM_DEVICE RowStats at(const LaunchParams& params, int64_t row) {
   return {first, first + all, first + 2 * all, first + 3 * all};
 }
 
-// Offset of the rows of a sequence in (R, N, A, S) or (R, A, T).
-MINILM_DEVICE int64_t first_row(const LaunchParams& params, const RowWork& work) {
+// Offset of the rows of a sequence and a query head in (R, N, A, S) or (R, A, T).
+MINILM_DEVICE int64_t first_row(const LaunchParams& params, const RowWork& work, int head) {
   const Call& call = params.call;
   const int64_t matrices = call.packed ? 1 : call.num_sequences;
-  return ((work.relation->index * matrices + work.sequence.batch) * call.num_heads + work.head) * call.positions;
+  return ((work.relation->index * matrices + work.sequence.batch) * call.num_heads + head) * call.positions;
 }
 
 // Range [first, end) of the other tokens that an own token sees (forward), or whose rows see an own token (backward).
@@ -329,10 +334,11 @@ struct RowStatsKernel {
     const int chunks_t = shape.chunks_t(), splits_t = shape.splits_t();
     const int chunks_s = shape.chunks_s(), splits_s = shape.splits_s();
     const RowWiseLayout shared(memory, own, params.capacity, chunks_t * splits_t, chunks_s * splits_s, 0);
-    load_tokens(relation.teacher.query, sequence, work.head, work.first, own, writable(shared.own_t),
-                shared.own_t.plane, chunks_t, splits_t);
-    load_tokens(relation.student.query, sequence, work.head, work.first, own, writable(shared.own_s),
-                shared.own_s.plane, chunks_s, splits_s);
+    const int head = work.head, key_head_t = head / relation.teacher.group, key_head_s = head / relation.student.group;
+    load_tokens(relation.teacher.query, sequence, head, work.first, own, writable(shared.own_t), shared.own_t.plane,
+                chunks_t, splits_t, !relation.self);
+    load_tokens(relation.student.query, sequence, head, work.first, own, writable(shared.own_s), shared.own_s.plane,
+                chunks_s, splits_s, !relation.self);
     const TokenRange streamed = find_streamed(sequence, work.first, own, true, false);
     const float scale_t = relation.teacher.scale * kLog2e, scale_s = relation.student.scale * kLog2e;
 
@@ -343,9 +349,9 @@ struct RowStatsKernel {
     }
     MINILM_NO_UNROLL_FOR (int first = streamed.first; first < streamed.end; first += params.capacity) {
       syncthreads();
-      load_tokens(relation.teacher.key, sequence, work.head, first, params.capacity, writable(shared.other_t),
+      load_tokens(relation.teacher.key, sequence, key_head_t, first, params.capacity, writable(shared.other_t),
                   shared.other_t.plane, chunks_t, splits_t);
-      load_tokens(relation.student.key, sequence, work.head, first, params.capacity, writable(shared.other_s),
+      load_tokens(relation.student.key, sequence, key_head_s, first, params.capacity, writable(shared.other_s),
                   shared.other_s.plane, chunks_s, splits_s);
       syncthreads();
       MINILM_NO_UNROLL_FOR (int tile = 0; tile < params.capacity; tile += kTile) {
@@ -357,10 +363,10 @@ struct RowStatsKernel {
         add_row_stats<kExact>(max_s, total_s, score, scale_s, sequence, origin);
       }
     }
-    const RowStats out = at(params, first_row_stats(params, work) + work.first + warp);
-    const int end = sequence.length - work.first - warp;
-    write_row_stats<kExact>(out.log2_sum_t, out.max_t, max_t, total_t, end);
-    write_row_stats<kExact>(out.log2_sum_s, out.max_s, max_s, total_s, end);
+    const RowStats out = at(params, first_row_stats(params, work, head) + work.first + warp);
+    const int first = work.first + warp, end = sequence.length - first;
+    write_row_stats<kExact>(out.log2_sum_t, out.max_t, max_t, total_t, sequence, first, end);
+    write_row_stats<kExact>(out.log2_sum_s, out.max_s, max_s, total_s, sequence, first, end);
   }
 };
 
@@ -396,13 +402,6 @@ struct RowWiseKernel {
     const int chunks_s = shape.chunks_s(), splits_s = shape.splits_s();
     const RowWiseLayout shared(memory, own_tokens, params.capacity, chunks_t * splits_t, chunks_s * splits_s,
                                kSplits ? chunks_s : 0);
-    const int64_t row_stats_at = first_row_stats(params, work), row_at = first_row(params, work);
-
-    load_tokens(own_x_t, sequence, work.head, work.first, own_tokens, writable(shared.own_t), shared.own_t.plane,
-                chunks_t, splits_t);
-    load_tokens(own_x_s, sequence, work.head, work.first, own_tokens, writable(shared.own_s), shared.own_s.plane,
-                chunks_s, splits_s);
-    load_row_stats(params, sequence, row_stats_at, row_at, work.first, own_tokens, shared.own_rows, shared.own_weights);
     if (kSplits)
       for (int i = thread_index(); i < chunks_s * own_tokens * 8; i += thread_count()) shared.grads[i] = 0.0f;
     const TokenRange streamed = find_streamed(sequence, work.first, own_tokens, forward, backward);
@@ -411,12 +410,22 @@ struct RowWiseKernel {
     const TileOperands all{shared.other_t, shared.other_s, shared.other_rows, shared.other_weights};
 
     PerRow kl = {};
-    MINILM_NO_UNROLL_FOR (int first = streamed.first; first < streamed.end; first += params.capacity) {
+    MINILM_NO_UNROLL_FOR (int head = work.head, first = streamed.first; head < work.end_head;) {
+      const int key_head_t = head / relation.teacher.group, key_head_s = head / relation.student.group;
+      const int64_t row_stats_at = first_row_stats(params, work, head), row_at = first_row(params, work, head);
       syncthreads();
-      load_tokens(other_x_t, sequence, work.head, first, params.capacity, writable(shared.other_t),
-                  shared.other_t.plane, chunks_t, splits_t);
-      load_tokens(other_x_s, sequence, work.head, first, params.capacity, writable(shared.other_s),
-                  shared.other_s.plane, chunks_s, splits_s);
+      if (first == streamed.first) {
+        load_tokens(own_x_t, sequence, forward ? head : key_head_t, work.first, own_tokens, writable(shared.own_t),
+                    shared.own_t.plane, chunks_t, splits_t, forward && !relation.self);
+        load_tokens(own_x_s, sequence, forward ? head : key_head_s, work.first, own_tokens, writable(shared.own_s),
+                    shared.own_s.plane, chunks_s, splits_s, forward && !relation.self);
+        load_row_stats(params, sequence, row_stats_at, row_at, work.first, own_tokens, shared.own_rows,
+                       shared.own_weights);
+      }
+      load_tokens(other_x_t, sequence, forward ? key_head_t : head, first, params.capacity, writable(shared.other_t),
+                  shared.other_t.plane, chunks_t, splits_t, !forward);
+      load_tokens(other_x_s, sequence, forward ? key_head_s : head, first, params.capacity, writable(shared.other_s),
+                  shared.other_s.plane, chunks_s, splits_s, !forward);
       load_row_stats(params, sequence, row_stats_at, row_at, first, params.capacity, shared.other_rows,
                      shared.other_weights);
       syncthreads();
@@ -436,9 +445,14 @@ struct RowWiseKernel {
         else
           process(Direction<kSplits ? 2 : 1>{});
       }
+      first += params.capacity;
+      if (first >= streamed.end) {
+        first = streamed.first;
+        ++head;
+      }
     }
 
-    if (forward) write_rows(params, work, kl, row_at, warp, shared.scratch, partial);
+    if (forward) write_rows(params, work, kl, warp, shared.scratch, partial);
     if (kSplits) {
       syncthreads();
       write_gradient(params, work, own_x_s.width, chunks_s, shared);
@@ -457,13 +471,14 @@ struct RowWiseKernel {
         rows.max_t[i] = valid ? from.max_t[i] : 0.0f;
         rows.max_s[i] = valid ? from.max_s[i] : 0.0f;
       }
-      weights[i] = !valid ? 0.0f : given ? given[row_at + sequence.tokens[first + i]] : 1.0f;
+      weights[i] = !counts(sequence, first + i) ? 0.0f : given ? given[row_at + sequence.tokens[first + i]] : 1.0f;
     }
   }
 
-  static MINILM_DEVICE void write_rows(const LaunchParams& params, const RowWork& work, PerRow& kl, int64_t row_at,
-                                       int warp, double* scratch, double* partial) {
+  static MINILM_DEVICE void write_rows(const LaunchParams& params, const RowWork& work, PerRow& kl, int warp,
+                                       double* scratch, double* partial) {
     const Call& call = params.call;
+    const int64_t row_at = first_row(params, work, work.head);
     double value = 0.0;
     MINILM_UNROLL_FOR (int i = 0; i < 4; ++i) {
       float row = kl[i / 2][i % 2];
@@ -487,12 +502,14 @@ struct RowWiseKernel {
     const Call& call = params.call;
     const Relation& relation = *work.relation;
     const float factor = relation.student.scale * (call.weights ? call.weights[work.n] : 1.0f);
+    const int group = params.keys ? relation.student.group : 1;
+    const int64_t heads = call.num_heads / group;
     float* out = (params.keys ? relation.key_grad : relation.query_grad) +
-                 (work.sequence.batch * call.positions * call.num_heads + work.head) * width;
+                 (work.sequence.batch * call.positions * heads + work.head / group) * width;
     for (int item = thread_index(); item < shared.own * chunks; item += thread_count()) {
       const int slot = item / chunks, chunk = item % chunks;
       if (work.first + slot < work.sequence.length)
-        write_chunk(out + work.sequence.tokens[work.first + slot] * call.num_heads * width, width, chunk,
+        write_chunk(out + work.sequence.tokens[work.first + slot] * heads * width, width, chunk,
                     shared.grads + (chunk * shared.own + slot) * 8, factor);
     }
   }
@@ -514,6 +531,7 @@ struct ReduceKernel {
       if (!find_sequence(call, n, sequence)) broken = 1.0;
     }
     value = block_sum(value, reinterpret_cast<double*>(memory));
+    if (value < 0.0) value = 0.0;  // rounding errors of blocks have either sign: only their sum may be clamped
     broken = block_sum(broken, reinterpret_cast<double*>(memory));
     if (thread_index() == 0)
       call.values[reduction.index[r]] = broken > 0.0 ? as_float(0x7fc00000u) : static_cast<float>(value);

@@ -22,9 +22,10 @@ struct BlockState {
   Sequence sequence;
   const Relation* relation;
   int64_t n, head;
-  int capacity, tiles, chunks_t, splits_t, chunks_s;
+  int chunks_t, splits_t, chunks_s;
   int bound;  // mirrored pairs (column, row) are visible if row < bound
   float scale_t, scale_s, reference_t, reference_s;
+  int capacity, tiles;
 };
 static_assert(sizeof(BlockState) <= kBlockStateBytes, "");
 
@@ -278,7 +279,7 @@ struct SymmetricKernel {
     const BlockState& state = shared.state();
     const Sequence& sequence = state.sequence;
     const float weight = call.weights[state.n];
-    if (thread_index() == 0) *partial_of(params, state) = weight * (value < 0.0 ? 0.0 : value);
+    if (thread_index() == 0) *partial_of(params, state) = weight * value;
     const float factor = state.relation->student.scale * weight;
     const int width = state.relation->student.key.width, chunks = shared.chunks_s();
     const int64_t stride = call.num_heads * width;
@@ -310,11 +311,11 @@ struct SymmetricKernel {
 
     CompensatedSum value;
     for (int i = thread_index(); i < state.tiles * kTile; i += thread_count()) {
-      const bool valid = i < state.sequence.length;
+      const bool counted = counts(state.sequence, i);
       float &l_t = shared.sums_t()[i], &l_s = shared.sums_s()[i];
-      if (valid) value += kLn2 * log2_of_ratio(l_s, l_t);
-      l_t = valid ? 1.0f / l_t : 0.0f;
-      l_s = valid ? 1.0f / l_s : 0.0f;
+      if (counted) value += kLn2 * log2_of_ratio(l_s, l_t);
+      l_t = counted ? 1.0f / l_t : 0.0f;  // 0: every probability of the row is 0
+      l_s = counted ? 1.0f / l_s : 0.0f;
     }
     syncthreads();
 
@@ -392,7 +393,8 @@ struct SymmetricKernel {
         }
         const RowStats rows = shared.row_stats();
         write_row_stats<kExact>((student ? rows.log2_sum_s : rows.log2_sum_t) + tile * kTile,
-                                (student ? rows.max_s : rows.max_t) + tile * kTile, maximum, total, kTile);
+                                (student ? rows.max_s : rows.max_t) + tile * kTile, maximum, total, state.sequence,
+                                tile * kTile, kTile);
       }
     }
     syncthreads();

@@ -31,6 +31,7 @@ struct Sequence {
   int64_t batch;          // index in padded tensors, 0 in packed ones
   int64_t first;          // index of its first token among the valid tokens of all sequences
   const int64_t* tokens;  // positions
+  const bool* counted;    // by position: true on rows that count; null: all rows count
   int length;
   int prefix;  // row i sees the keys below max(i + 1, prefix)
 };
@@ -43,6 +44,7 @@ MINILM_DEVICE bool find_sequence(const Call& call, int64_t n, Sequence& sequence
   sequence.batch = call.packed ? 0 : n;
   sequence.first = first;
   sequence.tokens = call.tokens + first;
+  sequence.counted = call.query_mask ? call.query_mask + sequence.batch * call.positions : nullptr;
   sequence.length = static_cast<int>(end - first);
   sequence.prefix = sequence.length;
   if (call.causal) {
@@ -55,6 +57,11 @@ MINILM_DEVICE bool find_sequence(const Call& call, int64_t n, Sequence& sequence
 // Bound of the keys that row `row` sees: all keys below it.
 MINILM_DEVICE int bound_of(const Sequence& sequence, int row) {
   return row < sequence.length ? max_of(row + 1, sequence.prefix) : 0;
+}
+
+// Rows that do not count have neither a loss nor a gradient. Their tokens are keys of other rows all the same.
+MINILM_DEVICE bool counts(const Sequence& sequence, int row) {
+  return row < sequence.length && (!sequence.counted || sequence.counted[sequence.tokens[row]]);
 }
 
 // ---- Loading ----------------------------------------------------------------------------------------------------
@@ -96,16 +103,17 @@ MINILM_DEVICE float low_of(uint32_t packed) { return as_float(packed << 16); }
 MINILM_DEVICE float high_of(uint32_t packed) { return as_float(packed & 0xffff0000u); }
 
 // Loads `count` tokens of one head, from token `first` of the sequence on, with all threads of the block. Tokens beyond
-// the end of the sequence are 0. `plane`: size of a plane in bytes; a plane holds one chunk of one split. Neighbouring
-// threads load the chunks of a token, then those of the next token. One head of a token may be as small as 16 bytes;
-// blocks of neighbouring heads run at the same time and share the sectors in L2.
+// the end of the sequence are 0 and, with `rows`, those of rows that do not count. `plane`: size of a plane in bytes; a
+// plane holds one chunk of one split. Neighbouring threads load the chunks of a token, then those of the next token.
+// One head of a token may be as small as 16 bytes; blocks of neighbouring heads run at the same time and share the
+// sectors in L2.
 MINILM_DEVICE void load_tokens(const TensorView& x, const Sequence& sequence, int64_t head, int first, int count,
-                               char* planes, int plane, int chunks, int splits) {
+                               char* planes, int plane, int chunks, int splits, bool rows = false) {
   int64_t base = sequence.batch * x.batch_stride + head * x.head_stride;
   for (int item = thread_index(); item < count * chunks; item += thread_count()) {
     int slot = item / chunks, chunk = item % chunks;
     float value[8] = {};
-    if (first + slot < sequence.length)
+    if (rows ? counts(sequence, first + slot) : first + slot < sequence.length)
       load_chunk(x, base + sequence.tokens[first + slot] * x.position_stride, chunk, value);
     char* to = planes + chunk * plane + slot * 16;
     for (int split = 0; split < splits; ++split) {

@@ -50,7 +50,7 @@ def forward_reduced(inputs: RelationInputs, weights: Tensor, gradient: bool) -> 
         for r in range(len(inputs.relations)):
             kl = _relation_kl(inputs, group, r, row_weights, grads[r], exact=not gradient)
             values[r] += _deterministic_sum(kl * row_weights)
-    return values, [buffer for buffers in grads for buffer in buffers]
+    return values.clamp_(min=0.0), [buffer for buffers in grads for buffer in buffers]
 
 
 def forward_none(inputs: RelationInputs) -> Tensor:
@@ -59,7 +59,7 @@ def forward_none(inputs: RelationInputs) -> Tensor:
     for group in _groups(inputs):
         for r in range(len(inputs.relations)):
             kl = group.zero_uncounted(_relation_kl(inputs, group, r, None, [], exact=True))
-            group.scatter(kl[..., None], out[r, ..., None])
+            group.scatter(kl.clamp_(min=0.0)[..., None], out[r, ..., None])
     return out.transpose(-1, -2).contiguous()
 
 
@@ -191,6 +191,9 @@ def _relation_kl(
 ) -> Tensor:
     """Returns the KL of a group's rows in relation r, (n·A, L); writes the gradient of their weighted sum to `buffers`.
 
+    A KL near 0 may round to a negative number. The sum of many rows is clamped to 0, and not each row, because the
+    positive errors alone would be a bias.
+
     `buffers` holds the gradient buffer of a self relation, or those of query and key of a cross relation. It is empty
     if no gradient is needed.
     """
@@ -279,4 +282,4 @@ def _block_kl(scores_t: Tensor, scores_s: Tensor, masked: Tensor | None, exact: 
         kl = torch.where(delta.abs() < 0.25, small, excess - p * delta).sum(-1)
     else:
         kl = excess.sum(-1) - p.mul_(delta).sum(-1)
-    return kl.clamp_(min=0.0), excess
+    return kl, excess

@@ -30,7 +30,11 @@ _SPLITS = {"bfloat16": 1, "float16": 2, "float32": 3}  # number of bfloat16 term
 
 
 class CompilerError(RuntimeError):
-    """Kernels cannot be compiled. The message has the reason."""
+    """Kernels cannot be compiled. The message has the reason. `kernel`: the only one concerned, or None."""
+
+    def __init__(self, reason: str, kernel: str | None = None) -> None:
+        super().__init__(reason)
+        self.kernel = kernel
 
 
 class Kernel(NamedTuple):
@@ -196,7 +200,8 @@ def compile_text(text: str, name: str, architecture: int, target: str, options: 
             log = _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace")
             raise CompilerError(
                 f"NVRTC {_version()} could not compile {name} for {kind}_{architecture}: {status.name}\n"
-                + log.strip("\0\n ")
+                + log.strip("\0\n "),
+                name,
             )
         if target == "ptx":
             return _text(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program)

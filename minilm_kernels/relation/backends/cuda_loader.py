@@ -20,8 +20,8 @@ class KernelLoader:
     limit = 256  # loaded kernels: a process with ever changing shapes must not compile forever
 
     def __init__(self) -> None:
-        self.error: str | None = None  # reason why kernels could not be compiled or loaded
         self.loaded: set[tuple[int, str]] = set()  # device, kernel
+        self.failed: dict[tuple[int, str], str] = {}  # kernels that are not tried again, and why
         self._lock = threading.Lock()
 
     @cached_property
@@ -38,21 +38,29 @@ class KernelLoader:
             operators: the library's operators.
 
         Raises:
-            BackendUnavailable: a kernel does not compile or load, or `limit` is reached.
+            BackendUnavailable: a kernel does not compile or load, now or in an earlier call, or `limit` is reached.
+                Calls that do not need this kernel are not affected.
         """
         with self._lock:
             names = [name for name in names if (device, name) not in self.loaded]
             if not names:  # another thread has loaded them
                 return
+            for name in names:
+                if reason := self.failed.get((device, name)):
+                    raise BackendUnavailable(reason)
             if len(self.loaded) + len(names) > self.limit:
                 raise BackendUnavailable(
                     f"this process compiled kernels for many shapes; it does not load more than {self.limit} kernels"
                 )
+            failing = names
             try:
                 code = cuda_compiler.compile_kernels(names, operators.capability(device), cache=self.cache)
                 for name in names:
+                    failing = [name]
                     operators.load(name, torch.frombuffer(bytearray(code[name]), dtype=torch.uint8), device)
-            except (cuda_compiler.CompilerError, RuntimeError) as error:
-                self.error = str(error)
-                raise BackendUnavailable(self.error) from error
-            self.loaded.update((device, name) for name in names)
+                    self.loaded.add((device, name))
+            except RuntimeError as error:
+                if isinstance(error, cuda_compiler.CompilerError) and error.kernel:
+                    failing = [error.kernel]
+                self.failed.update(dict.fromkeys(((device, name) for name in failing), str(error)))
+                raise BackendUnavailable(str(error)) from error

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilm_kernels.relation.inputs import RelationInputs, grad_buffers, unsupported_so_far
+from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
 from minilm_kernels.relation.masks import add_fault
 
 from . import cuda_compiler
@@ -217,9 +217,6 @@ class CUDABackend(NativeBackend):
         super().__init__("cuda")
         self.loader = KernelLoader()
 
-    def unavailable_reason(self) -> str | None:
-        return self.loader.error or super().unavailable_reason()
-
     def device(self, device: torch.device) -> tuple[int, int]:
         """Number and current stream of a device."""
         return device.index or 0, torch.cuda.current_stream(device).cuda_stream
@@ -234,7 +231,7 @@ class CUDABackend(NativeBackend):
         return self._load_library() or cuda_compiler.unavailable_reason()
 
     def unsupported_reasons(self, inputs: RelationInputs) -> list[str]:
-        if reasons := super().unsupported_reasons(inputs) + unsupported_so_far(inputs):
+        if reasons := super().unsupported_reasons(inputs):
             return reasons
         device, _ = self.device(inputs.mask.device)
         try:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from minilm_kernels.relation.api import relation_kl_multi
 from minilm_kernels.relation.backends import cuda_compiler, native
 from minilm_kernels.relation.backends.cuda_cache import VARIABLE, KernelCache
 from minilm_kernels.relation.backends.cuda_compiler import CompilerError, compile_kernels, kernel_names
+from minilm_kernels.relation.backends.cuda_loader import KernelLoader
+from minilm_kernels.relation.inputs import BackendUnavailable
 from tests.relation.cases import Case, make
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NVRTC is for Linux")
@@ -300,18 +303,40 @@ def test_auto_goes_on_where_kernels_cannot_be_compiled(new_gpu, monkeypatch, cap
     monkeypatch.setattr(cuda_compiler, "compile_kernels", fail)
     new_gpu()
     case = make()
-    with pytest.raises(RuntimeError, match=str(error)):
-        case.run("sequence", "cuda")
-    monkeypatch.setattr(native.cuda.loader, "error", None)
     with caplog.at_level(logging.INFO, "minilm_kernels"):
         for _ in range(3):
             value, _ = case.run("sequence", "auto")
     torch.testing.assert_close(value, case.run("sequence", "torch")[0])
     warning = f"backend cuda failed; the next one serves the call: {error}"
     assert [record.getMessage() for record in caplog.records] == [warning]
-    assert backend_status()["cuda"] == str(error)
-    with pytest.raises(RuntimeError, match=f"backend: 'cuda' cannot serve this call: {error}"):
+    with pytest.raises(RuntimeError, match=str(error)):
         case.run("sequence", "cuda")
+
+
+@pytest.mark.parametrize("stage", ["compile", "load"])
+def test_only_the_kernel_that_fails_is_given_up(monkeypatch, stage):
+    """It is tried once on each device. Calls that do not need it go on."""
+    tried = []
+
+    def compile_them(names, *_, **__):
+        tried.extend(names)
+        if stage == "compile" and "broken" in names:
+            raise CompilerError("no code", "broken")
+        return dict.fromkeys(names, b"code")
+
+    def load(name, *_):
+        if stage == "load" and name == "broken":
+            raise RuntimeError("no code")
+
+    monkeypatch.setattr(cuda_compiler, "compile_kernels", compile_them)
+    operators = SimpleNamespace(load=load, capability=lambda _device: 90)
+    loader = KernelLoader()
+    for device in (0, 1):
+        for _ in range(3):
+            with pytest.raises(BackendUnavailable, match="no code"):
+                loader.load(["broken", "shared"], device, operators)
+            loader.load(["shared", "other"], device, operators)
+        assert tried.count("broken") == device + 1
 
 
 @pytest.fixture

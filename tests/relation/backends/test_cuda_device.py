@@ -5,7 +5,7 @@ import torch
 
 from minilm_kernels import backend_status, relation_kl
 from minilm_kernels.relation.api import relation_kl_multi
-from tests.relation.cases import MASKS, Case, error, make
+from tests.relation.cases import MASKS, Case, dense, error, make
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,15 +70,21 @@ def test_the_same_bits_every_time(dtype, length):
 
 
 @pytest.mark.parametrize("length", [64, 100, 512, 513, 2049])
-def test_float32_is_as_good_as_it_can_be(length):
-    """Error bounds that the emulation predicts from a worst-case model of the tensor cores."""
+def test_float32_is_as_good_as_dense_pytorch(length):
+    """The contract's limit at lengths of the symmetric path: twice the error of dense PyTorch, plus one rounding.
+
+    In the emulation, whose tensor cores err as much as their documentation allows, the errors are a third of the limit.
+    """
+    unit = torch.finfo(torch.float32).eps
     for cross in (False, True):
         case = make(batch=1, length=length, heads=2, widths=(16, 8), cross=cross)
+        rows, dense_grads = dense(case, torch.full(case.row_shape(), 0.5 / length))
         expected, expected_grads = case.oracle("sequence")
         value, grads = case.on("cuda").run("sequence", "cuda")
-        assert error(value.cpu(), expected) < 5e-7
+        assert error(value.cpu(), expected) <= 2 * error(rows, case.oracle("none")[0]) + unit
+        allowed = 2 * max(error(g, e) for g, e in zip(dense_grads, expected_grads, strict=True)) + unit
         for grad, expected_grad in zip(grads, expected_grads, strict=True):
-            assert error(grad.cpu(), expected_grad) < 1e-6
+            assert error(grad.cpu(), expected_grad) <= allowed
 
 
 def test_another_stream_and_another_device():

@@ -146,7 +146,7 @@ def test_an_error_names_the_call(gpu, call, caplog):
         _run()
     # Calls succeed again as soon as the driver's calls succeed.
     gpu.failing = ""
-    native.cuda.loader.error = None
+    native.cuda.loader.failed.clear()
     with gpu.recorded():
         _run()
 
@@ -198,8 +198,8 @@ def test_more_blocks_than_a_launch_takes_are_refused(gpu, compiled):
     tokens, starts = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1])
     with gpu.recorded(), pytest.raises(RuntimeError, match="more than 2\\^31 - 1 thread blocks"):
         torch.ops.minilm_kernels_cuda.relation_kl(
-            [teacher], [student], [0, 0] * 3, [1.0] * 6, tokens, starts, None, False, weights, None, values, None,
-            [], False, 1, 0, gpu.number,
+            [teacher], [student], [0, 0] * 3, [1.0] * 6, tokens, starts, None, None, False, weights, None, values,
+            None, [], False, 1, 0, gpu.number,
         )  # fmt: skip
     assert gpu.of("cuLaunchKernel") == []
 

@@ -51,8 +51,10 @@ def _check(case: Case, reduction: str = "sequence") -> None:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks(instruction_set, mask, reduction):
-    _check(make(mask), reduction)
-    _check(make(mask, cross=True), reduction)
+    for rows in (None, 0.6):
+        _check(make(mask, rows=rows), reduction)
+        _check(make(mask, cross=True, rows=rows), reduction)
+    _check(make(mask, cross=True, heads=4, rows=0.6, groups=(2, 4)), reduction)
 
 
 _LONG = {  # for the symmetric path: lengths and prefixes that end inside and between row blocks and key blocks
@@ -68,6 +70,13 @@ _LONG = {  # for the symmetric path: lengths and prefixes that end inside and be
 def test_widths(instruction_set, widths, mask):
     for cross in (False, True):
         _check(make(_LONG[mask], batch=3, length=131, heads=2, widths=widths, cross=cross))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9], ids=["row-wise", "either", "symmetric"])
+@pytest.mark.parametrize("mask", _LONG)
+def test_rows_of_long_sequences(instruction_set, mask, share):
+    for cross in (False, True):
+        _check(make(_LONG[mask], batch=3, length=131, heads=4, cross=cross, rows=share, groups=(4, 2)))
 
 
 @pytest.mark.parametrize("length", [63, 64, 65, 71, 72, 80, 95, 96, 97, 127, 128, 129, 255, 256, 257, 300])
@@ -168,7 +177,7 @@ def test_nan_in_a_valid_token_propagates(instruction_set, cross):
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "kwargs"),
     [
-        (3, 40, 5, {}),
+        (3, 40, 6, {}),
         (2, 150, 12, {"attention_mask": torch.rand(2, 150, generator=torch.Generator().manual_seed(4)) < 0.5}),
         (1, 1037, 1, {}),  # few tasks: the slices of one task run in parallel
         (1, 1037, 2, {"causal": True}),
@@ -179,8 +188,12 @@ def test_nan_in_a_valid_token_propagates(instruction_set, cross):
 def test_bits_do_not_depend_on_threads(instruction_set, threads, batch, length, heads, kwargs, cross):
     if length > 8000 and instruction_set == "portable":
         length, kwargs = 1999, {"prefix_lens": torch.tensor([1500])}
-    case = make(kwargs, batch=batch, length=length, heads=heads, widths=(6, 4), cross=cross)
-    for reduction in ("sequence", "none"):
+    plain = make(kwargs, batch=batch, length=length, heads=heads, widths=(6, 4), cross=cross)
+    half = heads // 2 or 1
+    grouped = make(
+        kwargs, batch=batch, length=length, heads=heads, widths=(6, 4), cross=cross, rows=0.7, groups=(half, half)
+    )
+    for case, reduction in ((plain, "sequence"), (plain, "none"), (grouped, "sequence")):
         threads(1)
         value, grads = case.run(reduction, "cpu")
         for count in (2, 2, 3):
@@ -194,6 +207,7 @@ def test_slices_of_one_task(instruction_set):
     case = make({"causal": True}, batch=1, length=1037, heads=1, widths=(16, 8))
     _check(case)
     _check(make(batch=1, length=1037, heads=1, widths=(8, 4), cross=True))
+    _check(make(batch=1, length=600, heads=2, widths=(8, 4), cross=True, rows=0.5, groups=(2, 2)))
 
 
 def test_half_precision_is_read_exactly(instruction_set):
@@ -228,9 +242,9 @@ def test_all_of_a_gradient_is_written(poisoned, threads, length, reduction):
     valid[2] = False
     x, y = (torch.randn(4, length, 3, width).requires_grad_(width == 12) for width in (16, 12))
     values = relation_kl_multi(
-        {"q": x, "k": x + 1},
-        {"q": y, "k": y.square()},
-        [("q", "q"), ("q", "k")],
+        {"q": x, "k": x + 1, "one": x[:, :, :1] + 2},
+        {"q": y, "k": y.square(), "one": y[:, :, 1:2].exp()},
+        [("q", "q"), ("q", "k"), ("q", "one")],
         attention_mask=valid,
         reduction=reduction,
         backend="cpu",
@@ -245,7 +259,8 @@ def test_the_lock_of_python_is_released():
     x, y = torch.randn(1, 4096, 8, 16), torch.randn(1, 4096, 8, 8)  # long enough for another thread to be scheduled
     entered, finished = threading.Event(), []
     values, grad = torch.empty(1), torch.zeros_like(y)
-    arguments = (torch.arange(4096), torch.tensor([0, 4096]), None, False, torch.ones(1), None, values, None, [grad])
+    masks = (torch.arange(4096), torch.tensor([0, 4096]), None, None, False)
+    arguments = (*masks, torch.ones(1), None, values, None, [grad])
 
     def work():
         entered.set()

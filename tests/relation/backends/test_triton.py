@@ -18,8 +18,11 @@ from tests.ptx.parser import parse
 
 triton = pytest.importorskip("triton", reason="Triton is not built for this platform")
 
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
 from benchmarks.static_cost.triton_loops import variants, variants_of  # noqa: E402
-from benchmarks.static_cost.variants import compile_triton  # noqa: E402
+from benchmarks.static_cost.variants import compile_triton, triton_source  # noqa: E402
+from minilm_kernels.relation.backends.triton import gradient, row_kl, row_stats  # noqa: E402
 from minilm_kernels.relation.backends.triton import launch as triton_backend  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
@@ -34,10 +37,17 @@ _LEFT_OUT = """not (bfloat16 or test_teacher_and_student_dtypes)
     and not (float16 and (6 or 17 or 32))
     and not (test_small_divergences and (0.1 or 0.001))
     and not (test_defaults and (float16 or -none or packed)) and not test_any_dtype""".replace("\n", " ")
+# Query masks and grouped keys: those cases whose launches differ.
+_ROWS = "test_rows or test_grouped or test_a_query or test_no_row or test_queries or test_several_relations"
+_ROWS_CHOSEN = """test_rows_that and (holes or packed) and (sequence or none) or test_grouped and none
+    or test_rows_and_groups_of and (65 or 257) and 0.95 or test_rows_and_groups_in and float16 and 16 and 8
+    or (test_a_query or test_no_row or test_queries) and holes and (sequence or none)
+    or test_several_relations""".replace("\n", " ")
 SHARDS = {  # arguments of pytest, and the smallest number of tests
     "sample": ([_CONTRACT, "-k", "test_masks and (holes-self or packed-prefix-cross) and (sequence or none)"], 8),
     "masks": ([_CONTRACT, "-k", f"({_MASKS}) and {_LEFT_OUT}"], 60),
-    "contract": ([_CONTRACT, "-k", f"not ({_MASKS}) and {_LEFT_OUT}"], 46),
+    "contract": ([_CONTRACT, "-k", f"not ({_MASKS} or {_ROWS}) and {_LEFT_OUT}"], 46),
+    "rows": ([_CONTRACT, "-k", _ROWS_CHOSEN], 40),
     "kernels": (["tests/relation/backends/test_triton_kernels.py"], 5),
     "operator": (["tests/relation/test_ops.py", "-k", "opcheck and (none or holes) or inductor or upstream"], 5),
 }
@@ -105,6 +115,109 @@ def test_wgmma_sees_what_was_copied():
     assert unfenced(parse(ptx)[compiled.metadata.name]) == []
 
 
+class _Gpu:
+    """Stands in for Triton's driver: an sm_90 device on which nothing is launched."""
+
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda _device: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Collects what Triton would compile for launches with CPU tensors, by its cache key. Nothing is compiled."""
+    found = {}
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Gpu())
+    monkeypatch.setattr(triton_backend, "interpreted", lambda: False)
+
+    def add(*, key, fn, compile, **_):
+        found[key] = (fn.name, compile)
+        return True
+
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_cache_hook = add
+        yield found
+    for module in (gradient, row_kl, row_stats):
+        for kernel in vars(module).values():
+            if hasattr(kernel, "device_caches"):
+                kernel.device_caches.clear()
+
+
+def _launch_everything(heads: int, token_shape, widths=(16, 8), relations=((0, 0), (1, 1), (2, 2)), **mask) -> None:
+    """Launches the kernels of a loss with gradient, of an evaluation and of single rows, all in bfloat16.
+
+    Tensors are slices of a fused projection.
+    """
+    teacher, student = (torch.zeros(*token_shape, 3, heads, width, dtype=torch.bfloat16).unbind(-3) for width in widths)
+    inputs = RelationInputs(teacher, student, relations, Mask(token_shape, torch.device("cpu"), **mask))
+    weights = inputs.mask.sequence_weights("sequence", heads, torch.float32)
+    for with_gradient in (False, True):
+        triton_backend.forward_reduced(inputs, weights, with_gradient)
+    rows = triton_backend.forward_none(inputs)
+    triton_backend.backward_none(inputs, rows)
+
+
+_BOUNDS = torch.tensor([0, 0, 7, 20, 31], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "relations"),
+    [("none", "self"), ("none", "cross"), ("holes", "cross"), ("packed", "self"), ("query mask", "cross")],
+)
+def test_other_shapes_compile_nothing(compilations, kind, relations):
+    """Sizes and strides that are 1, odd or multiples of 16, and bounds at any address, reuse the compiled kernels.
+
+    Otherwise a new batch size or length would cost seconds and, while a CUDA graph is captured, fail.
+    """
+    pairs = {"self": ((0, 0), (1, 1), (2, 2)), "cross": ((0, 1), (1, 2), (2, 0))}[relations]
+    counts = []
+    for batch, length, heads in ((2, 32, 16), (1, 31, 1), (3, 1, 5), (1, 16, 2)):
+        token_shape, mask = (batch, length), {}
+        if kind == "holes":
+            mask = {"attention_mask": torch.arange(length).expand(token_shape) % 3 > 0}
+            mask["prefix_lens"] = torch.arange(1, 2 + batch)[1:]  # not aligned
+        elif kind == "query mask":
+            mask = {"query_mask": torch.ones(token_shape)}
+        elif kind == "packed":
+            bounds = _BOUNDS[len(_BOUNDS) - 1 - batch :]
+            token_shape, mask = (31,), {"cu_seqlens": bounds, "causal": True}
+        _launch_everything(heads, token_shape, relations=pairs, **mask)
+        counts.append(len(compilations))
+    assert counts[0] > 4
+    assert len(set(counts)) == 1, counts
+
+
+@pytest.mark.parametrize(
+    ("group", "mask"),
+    [
+        ("self", {}),
+        ("cross", {}),
+        ("self rows", {}),
+        ("self packed causal", {"cu_seqlens": _BOUNDS, "causal": True}),
+        (
+            "cross padded prefix rows",
+            {"attention_mask": torch.arange(62).view(2, 31) % 3, "prefix_lens": torch.tensor([3, 9])},
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_static_cost_is_that_of_what_runs(compilations, group, mask):
+    """Every kernel that `python -m benchmarks static` compiles is one that a call launches."""
+    relations = [(0, 0), (1, 1), (2, 2)] if "self" in group else [(0, 1), (1, 2), (2, 0)]
+    _launch_everything(4, (31,) if "packed" in group else (2, 31), relations=relations, **mask)
+    launched = []
+    for name, compiled in compilations.values():
+        attributes = {place: value for place, value in compiled["configs"][0].items() if value}
+        options = {option: compiled[option] for option in ("num_warps", "num_stages", "enable_fp_fusion")}
+        launched.append((name, compiled["signature"], compiled["constants"], attributes, options))
+    for variant in variants_of("bfloat16", 16, 8, group, per_head_kernels="self" in group):
+        source = triton_source(variant)
+        constants = {place: getattr(value, "value", value) for place, value in source.constants.items()}
+        options = {"num_warps": 4, "num_stages": 3} | variant.options
+        declared = (source.fn.fn.__qualname__, source.signature, constants, source.attrs, options)
+        assert declared in launched, [one for one in launched if one[0] == declared[0]]
+
+
 @pytest.mark.parametrize("block", [16, 64, 128])
 def test_tile_map(block):
     """The grid has every tile of every sequence once. The remaining tiles belong to no sequence."""
@@ -135,8 +248,10 @@ def test_tile_map_of_malformed_sequences_stays_inside(values):
         {},
         {"attention_mask": lambda: torch.ones(4, 50, dtype=torch.bool)},
         {"attention_mask": lambda: torch.ones(4, 50), "prefix_lens": lambda: torch.ones(4, dtype=torch.int32)},
+        {"attention_mask": lambda: torch.ones(4, 50), "query_mask": lambda: torch.ones(4, 50)},
         {"causal": True},
         {"cu_seqlens": lambda: torch.zeros(5, dtype=torch.int32), "prefix_lens": lambda: torch.ones(4)},
+        {"cu_seqlens": lambda: torch.zeros(5, dtype=torch.int32), "query_mask": lambda: torch.ones(200)},
     ],
     ids=lambda mask: "-".join(mask) or "none",
 )

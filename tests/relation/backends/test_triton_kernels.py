@@ -7,6 +7,7 @@ import torch
 
 from minilm_kernels import MiniLMv2Loss, backend_status, relation_kl
 from minilm_kernels.losses import QKV
+from minilm_kernels.relation.api import relation_kl_multi
 from minilm_kernels.relation.backends.triton import launch as triton_backend
 from minilm_kernels.relation.inputs import RelationInputs
 from minilm_kernels.relation.masks import Mask
@@ -23,6 +24,14 @@ def on() -> str:
     return "cpu" if triton_backend.interpreted() else "cuda"
 
 
+def _allowed(error: float) -> float:
+    """Returns an error that the interpreter stays below, or what a GPU may have instead.
+
+    The exponential of a GPU has a relative error of up to 2^-22, that of the interpreter up to 2^-24.
+    """
+    return error if triton_backend.interpreted() else 4 * error
+
+
 @pytest.mark.parametrize("mask", ["holes", "causal", "prefix-left", "packed"])
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 def test_scores_beyond_one_pivot(on, mask, cross):
@@ -30,12 +39,12 @@ def test_scores_beyond_one_pivot(on, mask, cross):
     case = make(mask, cross=cross, spread=14.0, heads=2).on(on)
     value, grads = case.run("sequence", "triton")
     expected, expected_grads = case.oracle("sequence")
-    assert error(value, expected) < 1e-5
-    assert all(error(g, e) < 3e-4 for g, e in zip(grads, expected_grads, strict=True))
+    assert error(value, expected) < _allowed(1e-5)
+    assert all(error(g, e) < _allowed(3e-4) for g, e in zip(grads, expected_grads, strict=True))
     rows, row_grads = case.run("none", "triton")
     expected, expected_grads = case.oracle("none")
-    assert error(rows, expected) < 1e-5
-    assert all(error(g, e) < 3e-4 for g, e in zip(row_grads, expected_grads, strict=True))
+    assert error(rows, expected) < _allowed(1e-5)
+    assert all(error(g, e) < _allowed(3e-4) for g, e in zip(row_grads, expected_grads, strict=True))
 
 
 @pytest.mark.parametrize("wide", ["teacher", "student"])
@@ -48,8 +57,8 @@ def test_one_model_beyond_one_pivot(on, wide):
     case = Case(tuple(tensors), case.kwargs).on(on)
     rows, (grad,) = case.run("none", "triton")
     expected, (expected_grad,) = case.oracle("none")
-    assert error(rows, expected) < 2e-6
-    assert error(grad, expected_grad) < 2e-6
+    assert error(rows, expected) < _allowed(2e-6)
+    assert error(grad, expected_grad) < _allowed(2e-6)
 
 
 def test_a_wide_head_does_not_disturb_others(on):
@@ -72,8 +81,8 @@ def test_negative_scales(on):
     case = Case(base.tensors, base.kwargs | {"teacher_scale": -0.5, "student_scale": -2.0})
     value, (grad,) = case.run("sum", "triton")
     expected, (expected_grad,) = case.oracle("sum")
-    assert error(value, expected) < 2e-6
-    assert error(grad, expected_grad) < 5e-6
+    assert error(value, expected) < _allowed(2e-6)
+    assert error(grad, expected_grad) < _allowed(5e-6)
 
 
 @pytest.mark.parametrize("mask", ["prefix-holes", "packed-prefix", "causal"])
@@ -95,8 +104,8 @@ def test_tiles_of_every_kind(on, mask):
         for reduction in ("sequence", "none"):
             value, grads = case.run(reduction, "triton")
             expected, expected_grads = case.oracle(reduction)
-            assert error(value, expected) < 1e-6
-            assert all(error(g, e) < 2e-6 for g, e in zip(grads, expected_grads, strict=True))
+            assert error(value, expected) < _allowed(1e-6)
+            assert all(error(g, e) < _allowed(2e-6) for g, e in zip(grads, expected_grads, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -146,6 +155,15 @@ def test_a_scalar_is_the_sum_of_its_relations(on):
         torch.testing.assert_close(value, sum(relations[name] * parts[name] for name in relations))
         grads.append([value.detach(), *torch.autograd.grad(value, student)])
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-8)
+
+
+def test_more_tensors_than_a_hexadecimal_digit(on):
+    """A launch names its tensors by numbers of a few bits each: nine cross relations have 18 tensors."""
+    relations = [(f"q{r}", f"k{r}") for r in range(9)]
+    names = [name for pair in relations for name in pair]
+    teacher, student = ({name: torch.randn(1, 5, 1, width, device=on) for name in names} for width in (16, 8))
+    values = relation_kl_multi(teacher, student, relations, backend="triton")
+    torch.testing.assert_close(values, relation_kl_multi(teacher, student, relations, backend="reference"))
 
 
 def test_features_that_are_not_side_by_side(on):

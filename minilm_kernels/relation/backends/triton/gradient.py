@@ -13,7 +13,7 @@ import triton.language as tl
 from .primitives import (
     BIDIRECTIONAL,
     CAUSAL,
-    SIZES,
+    UNSPECIALIZED,
     head_offset,
     key_tiles,
     load_k_tile,
@@ -21,7 +21,7 @@ from .primitives import (
     row_offset,
     score_tile,
     sees,
-    select_pointer,
+    select,
     tile_program,
     token_positions,
 )
@@ -117,14 +117,14 @@ def _add_tile(
     return tl.dot(excess.to(k_tile_s.dtype), k_tile_s, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(**UNSPECIALIZED)
 def gradient_kernel(
     teacher, teacher_strides, student, student_strides, query_codes, key_codes, scale_t, scale_s, gradient_scale,
     heads, sequences, positions, total, tiles, stats_head_stride16, stats_seq_stride16,
     indices, starts, prefixes, tile_map, sum_t, sum_s, pivot_t, pivot_s, head_stats, weights, out,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr,
-    SLICED_T: tl.constexpr, SLICED_S: tl.constexpr,
+    SLICED_T: tl.constexpr, SLICED_S: tl.constexpr, GROUP_T: tl.constexpr, GROUP_S: tl.constexpr,
     PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, MASK: tl.constexpr, ROLE: tl.constexpr,
     ROW_WEIGHTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -141,8 +141,8 @@ def gradient_kernel(
     prefix = program.prefix
     if start >= length:
         return
-    LAYOUT_T: tl.constexpr = (D_T, DP_T, ALIGN_T, SLICED_T)
-    LAYOUT_S: tl.constexpr = (D_S, DP_S, ALIGN_S, SLICED_S)
+    LAYOUT_T: tl.constexpr = (D_T, DP_T, ALIGN_T, SLICED_T, GROUP_T)
+    LAYOUT_S: tl.constexpr = (D_S, DP_S, ALIGN_S, SLICED_S, GROUP_S)
     if HAS_INDICES:
         indices += program.indices_start
     row = row_offset(program, heads, stats_head_stride16, stats_seq_stride16, PACKED)
@@ -227,4 +227,4 @@ def gradient_kernel(
     position = q_position.to(tl.int64) + (program.first if PACKED else program.sequence.to(tl.int64) * positions)
     feature = tl.arange(0, DP_S)[None, :]
     offset = ((position * heads + program.head) * D_S)[:, None] + feature  # [BLOCK_M, DP_S]
-    tl.store(select_pointer(out, program.relation) + offset, acc, mask=in_bounds[:, None] & (feature < D_S))
+    tl.store(select(out, program.relation) + offset, acc, mask=in_bounds[:, None] & (feature < D_S))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilm_kernels.relation.inputs import RelationInputs, grad_buffers, unsupported_so_far
+from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
 from minilm_kernels.relation.masks import add_fault
 
 from .config import FINALIZE_BLOCK, FUSION, PIVOT_BLOCK, LaunchConfig, padded_width, sliced
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WIDTH = 128
-_MAX_RELATIONS = 15  # relations of a launch: an int64 holds 4 bits for each
+_MAX_RELATIONS = 12  # relations of a launch: an int64 holds 5 bits for each, the index of one of up to 24 tensors
 _LOG2_E = math.log2(math.e)
 
 
@@ -46,7 +46,7 @@ def interpreted() -> bool:
 
 
 def unsupported_reasons(inputs: RelationInputs) -> list[str]:
-    reasons = unsupported_so_far(inputs)
+    reasons = []
     device = inputs.mask.device.type
     tensors = (*inputs.teacher, *inputs.student)
     if device != ("cpu" if interpreted() else "cuda"):
@@ -87,7 +87,7 @@ def forward_none(inputs: RelationInputs) -> Tensor:
     out = call.new((len(inputs.relations), *batch, inputs.heads, positions), covered=True)
     for group in call.groups() if call.has_tiles else []:
         group.row_stats(None)
-        group.row_kl(None, tuple(out[r] for r in group.relations))
+        group.row_kl(None, out)
     return add_fault(out, call.fault)
 
 
@@ -98,7 +98,7 @@ def backward_none(inputs: RelationInputs, row_grads: Tensor) -> list[Tensor]:
     for group in call.groups() if call.has_tiles else []:
         weights = group.new_row_stats()
         group.row_stats(None)
-        group.finalize(None, True, tuple(row_grads[r] for r in group.relations), weights)
+        group.finalize(None, True, row_grads, weights)
         group.gradients(weights, True, grads)
     return list(grads.values())
 
@@ -132,9 +132,15 @@ class _Call:
             "indices": indices,
             "starts": starts if starts is None else starts.contiguous(),
             "prefixes": prefixes if prefixes is None else prefixes.long().contiguous(),
+            "counted": mask.counted.contiguous() if mask.query_mask is not None else None,
         }
         kind = BIDIRECTIONAL if mask.bidirectional else CAUSAL if prefixes is None else PREFIX
-        self.mask_constants = {"PACKED": mask.packed, "HAS_INDICES": indices is not None, "MASK": kind.value}
+        self.mask_constants = {
+            "PACKED": mask.packed,
+            "HAS_INDICES": indices is not None,
+            "HAS_QUERY_MASK": mask.query_mask is not None,
+            "MASK": kind.value,
+        }
 
     def new(self, shape: tuple[int, ...], covered: bool = False) -> Tensor:
         """Allocates float32. `covered`: the kernels write the entries of valid tokens only, so all others must be 0."""
@@ -146,14 +152,18 @@ class _Call:
         return {(r, m): self.new(tuple(self.inputs.student[m].shape), covered=True) for r, m in buffers}
 
     def groups(self) -> Iterator[_Group]:
-        """Yields groups of relations of equal kind, width and scale. A group has at most `_MAX_RELATIONS` relations."""
-        members: dict[tuple[bool, tuple[int, ...]], list[int]] = {}
+        """Yields groups of relations of equal kind, width, scale and key groups, at most `_MAX_RELATIONS` in each."""
+        members: dict[tuple[bool, tuple[int, ...], tuple[int, int]], list[int]] = {}
         for r, (query, key) in enumerate(self.inputs.relations):
             widths = tuple(model[query].shape[-1] for model in (self.inputs.teacher, self.inputs.student))
-            members.setdefault((query == key, widths), []).append(r)
-        for (self_relation, _), relations in members.items():
+            members.setdefault((query == key, widths, self.inputs.key_groups((query, key))), []).append(r)
+        for (self_relation, *_), relations in members.items():
             for first in range(0, len(relations), _MAX_RELATIONS):
                 yield _Group(self, relations[first : first + _MAX_RELATIONS], self_relation)
+
+    def operand(self, x: Tensor, clear: bool) -> Tensor:
+        """Returns x, or with `clear` a copy that is 0 on rows that do not count."""
+        return x.masked_fill(~self.inputs.mask.counted[..., None, None], 0) if clear else x
 
     def tile_grid(self, block: int) -> tuple[int, Tensor | None]:
         """Returns the number of tiles of `block` tokens per head and, for packed inputs, the sequence of each tile."""
@@ -171,10 +181,14 @@ class _Group:
         self.call, self.relations, self.self_relation = call, relations, self_relation
         inputs = call.inputs
         pairs = [inputs.relations[r] for r in relations]
-        used = sorted({m for pair in pairs for m in pair})
+        # Queries of rows that do not count are set to 0, unless they are keys, too: NaN in them must not matter.
+        cleared = inputs.mask.query_mask is not None and not self_relation
+        queries, keys = ([(m, cleared) for m, _ in pairs], [(m, False) for _, m in pairs])
+        used = sorted({*queries, *keys})
         self.scale_t, self.scale_s = inputs.scales(pairs[0])
-        self.teacher, strides_t, align_t = _aligned([inputs.teacher[m] for m in used])
-        self.student, strides_s, align_s = _aligned([inputs.student[m] for m in used])
+        self.group_t, self.group_s = inputs.key_groups(pairs[0])
+        self.teacher, strides_t, align_t = _aligned([call.operand(inputs.teacher[m], clear) for m, clear in used])
+        self.student, strides_s, align_s = _aligned([call.operand(inputs.student[m], clear) for m, clear in used])
         self.operands: dict[str, Any] = {
             "teacher": self.teacher,
             "teacher_strides": strides_t,
@@ -188,14 +202,17 @@ class _Group:
             "DP_S": padded_width(self.student[0].shape[-1]),
             "ALIGN_T": align_t,
             "ALIGN_S": align_s,
+            "GROUP_T": self.group_t,
+            "GROUP_S": self.group_s,
             "PRECISION": "ieee",
         }
         # Rows of packed sequences are adjacent; each dense sequence begins at a multiple of 16 rows.
         seq_stride16 = -(-call.positions // 16)
         self.head_stride16 = seq_stride16 if inputs.mask.packed else call.sequences * seq_stride16
-        self.sizes = {
-            "query_codes": _encode([used.index(query) for query, _ in pairs]),
-            "key_codes": _encode([used.index(key) for _, key in pairs]),
+        self.sizes: dict[str, Any] = {
+            "relations": encode_integers(relations),
+            "query_codes": _encode([used.index(query) for query in queries]),
+            "key_codes": _encode([used.index(key) for key in keys]),
             "heads": inputs.heads,
             "sequences": call.sequences,
             "positions": call.positions,
@@ -226,17 +243,17 @@ class _Group:
             COMPUTE_KL=kl_rows is not None,
         )
 
-    def row_kl(self, kl_rows: Tensor | None, out: tuple[Tensor, ...] | None) -> None:
-        """Writes the exact KL of every row to `out` or to `kl_rows`."""
+    def row_kl(self, kl_rows: Tensor | None, out: Tensor | None) -> None:
+        """Writes the exact KL of every row to `out`, which has the rows of all relations, or to `kl_rows`."""
         from .row_kl import row_kl_kernel
 
-        self._launch_tiles(row_kl_kernel, "row_kl", kl_rows=kl_rows, out=out, TO_OUTPUT=out is not None)
+        self._launch_tiles(row_kl_kernel, "row_kl", kl_rows=kl_rows, rows_out=out, TO_OUTPUT=out is not None)
 
     def finalize(
         self,
         kl_rows: Tensor | None,
         gradient: bool,
-        row_grads: tuple[Tensor, ...] | None = None,
+        row_grads: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
         """Returns the sums of `kl_rows`, (R, N, A), and prepares the statistics for the gradient kernel."""
@@ -265,16 +282,27 @@ class _Group:
 
         for role in (SELF,) if self.self_relation else (QUERY, KEY):
             owned = (self.call.inputs.relations[r][role.value == KEY.value] for r in self.relations)
+            sums = [grads[r, m] for r, m in zip(self.relations, owned, strict=True)]
+            group = self.group_s if role.value == KEY.value else 1
+            outs = sums if group == 1 else [self._per_query_head(x) for x in sums]
             self._launch_tiles(
                 gradient_kernel,
                 "gradient",
                 head_stats=self.head_stats,
                 weights=weights,
-                out=tuple(grads[r, m] for r, m in zip(self.relations, owned, strict=True)),
+                out=tuple(outs),
                 ROLE=role.value,
                 ROW_WEIGHTS=row_weights,
                 gradient_scale=self.scale_s * 2.0**-self._shift,
             )
+            if group > 1:
+                for total, parts in zip(sums, outs, strict=True):
+                    torch.sum(parts.unflatten(-2, (-1, group)), -2, out=total)
+
+    def _per_query_head(self, grad: Tensor) -> Tensor:
+        """Allocates one gradient per query head for the gradient of a key tensor, whose heads may be fewer."""
+        call = self.call
+        return call.new((*grad.shape[:-2], call.inputs.heads, grad.shape[-1]), covered=True)
 
     @property
     def _shift(self) -> float:
@@ -284,7 +312,7 @@ class _Group:
     def _launch_heads(self, kernel: Any, block: int, **arguments: Any) -> None:
         """Launches one program per relation, sequence and head. A program takes `block` rows at a time."""
         programs = self.head_stats[..., 0].numel()
-        self._start(kernel, programs, arguments | {"head_stats": self.head_stats, "BLOCK": block} | FUSION)
+        self._start(kernel, programs, arguments | {"head_stats": self.head_stats, "BLOCK": block}, FUSION)
 
     def _launch_tiles(self, kernel: Any, name: str, **arguments: Any) -> None:
         """Launches one program per tile of tokens."""
@@ -312,18 +340,14 @@ class _Group:
             "tile_map": sequence_of_tile,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-            **FUSION,
         }
-        self._start(kernel, call.inputs.heads * tiles * sequences * len(self.relations), arguments)
+        self._start(kernel, call.inputs.heads * tiles * sequences * len(self.relations), arguments, config.options)
 
-    def _start(self, kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+    def _start(self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
         """Launches a kernel with those arguments that it declares; the others are dropped."""
         available = {**self.sizes, **self.call.mask_arguments, **self.call.mask_constants, **arguments}
-        names = {*kernel.arg_names, "num_warps", "num_stages", *FUSION}
         with _device_of(self.head_stats):
-            kernel[(programs,)](**{name: value for name, value in available.items() if name in names})
+            kernel[(programs,)](**{name: available[name] for name in kernel.arg_names if name in available}, **options)
 
 
 def tile_map(cu_seqlens: Tensor, total: int, block: int) -> Tensor:
@@ -346,12 +370,21 @@ def _aligned(tensors: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]
     aligned = tuple(x.to(dtype) if x.stride(-1) == 1 or x.shape[-1] == 1 else x.to(dtype).contiguous() for x in tensors)
     strides = [s for x in aligned for s in ((0,) * (4 - x.dim()) + x.stride())[:3]]  # batch, token, head
     unit = math.gcd(16 // dtype.itemsize, *strides)
-    return aligned, tuple(s // unit for s in strides), unit
+    return aligned, encode_integers(s // unit for s in strides), unit
+
+
+def encode_integers(integers: Iterable[int]) -> tuple[int, ...]:
+    """Returns 2 n + 3 of each integer. The kernels decode them.
+
+    Triton compiles a kernel again if an integer in a tuple becomes 1 or a multiple of 16. These numbers never do.
+    `do_not_specialize` has no effect in a tuple.
+    """
+    return tuple(2 * n + 3 for n in integers)
 
 
 def _encode(indices: list[int]) -> int:
-    """Packs tensor indices into an integer, 4 bits each."""
-    return sum(index << 4 * k for k, index in enumerate(indices))
+    """Packs tensor indices into an integer, 5 bits each."""
+    return sum(index << 5 * k for k, index in enumerate(indices))
 
 
 def _device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -19,11 +19,14 @@ import triton.language as tl
 # Values of the constexpr argument MASK.
 BIDIRECTIONAL, CAUSAL, PREFIX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-# Integer arguments whose values must not trigger a recompilation.
-SIZES = (
-    "teacher_strides", "student_strides", "query_codes", "key_codes", "heads", "sequences", "positions", "total",
-    "tiles", "stats_head_stride16", "stats_seq_stride16",
-)  # fmt: skip
+# Arguments whose values must not trigger a compilation. Integers in tuples are encoded for that, see `decode_integer`.
+UNSPECIALIZED: dict[str, Any] = {
+    "do_not_specialize": (
+        "query_codes", "key_codes", "heads", "sequences", "positions", "total", "tiles", "stats_head_stride16",
+        "stats_seq_stride16",
+    ),
+    "do_not_specialize_on_alignment": ("starts", "prefixes", "row_grads"),  # the caller's tensors
+}  # fmt: skip
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -53,19 +56,25 @@ class Operands(NamedTuple):
 
 
 @triton.jit
-def select_pointer(pointers, index):
-    """Returns pointers[index] from a tuple of pointers, for an index that is known only at run time."""
-    chosen = pointers[0]
-    for k in tl.static_range(1, len(pointers)):
+def select(items, index):
+    """Returns items[index] from a tuple of pointers or numbers, for an index that is known only at run time."""
+    chosen = items[0]
+    for k in tl.static_range(1, len(items)):
         if index == k:
-            chosen = pointers[k]
+            chosen = items[k]
     return chosen
 
 
 @triton.jit
+def decode_integer(x):
+    """Returns the integer that `launch.encode_integers` encoded, as int64."""
+    return (tl.cast(x, tl.int64) - 3) >> 1
+
+
+@triton.jit
 def decode_relation(codes, relation):
-    """Returns the tensor index of a relation: `codes` holds 4 bits for each relation."""
-    return (codes >> (4 * relation)) & 15
+    """Returns the tensor index of a relation: `codes` holds 5 bits for each relation."""
+    return (codes >> (5 * relation)) & 31
 
 
 @triton.jit
@@ -146,31 +155,35 @@ def head_offset(program, heads, sequences):
 
 
 @triton.jit
-def output_offset(program, heads, positions, total, PACKED: tl.constexpr):
-    """Returns the offset of a sequence's position 0 in a tensor (B, A, S) or (A, T)."""
+def output_offset(program, relations, heads, positions, total, PACKED: tl.constexpr):
+    """Returns the offset of a sequence's position 0 in a tensor (R, B, A, S) or (R, A, T).
+
+    `relations` holds the number in the call of each relation of the launch, encoded.
+    """
+    start = decode_integer(select(relations, program.relation)) * heads * total
     if PACKED:
-        return program.head.to(tl.int64) * total + program.first
-    return (program.sequence.to(tl.int64) * heads + program.head) * positions
+        return start + program.head.to(tl.int64) * total + program.first
+    return start + (program.sequence.to(tl.int64) * heads + program.head) * positions
 
 
 @triton.jit
-def head_pointer(tensors, strides, index, program, ALIGN: tl.constexpr, PACKED: tl.constexpr):
+def head_pointer(tensors, strides, index, head, program, ALIGN: tl.constexpr, PACKED: tl.constexpr):
     """Returns a pointer to a sequence's position 0 in one head of tensors[index], and the stride of its tokens.
 
-    `strides` holds batch, token and head stride of each tensor, in units of ALIGN elements.
+    `strides` holds batch, token and head stride of each tensor, in units of ALIGN elements and encoded.
     """
     x = tensors[0]
-    batch_stride = tl.cast(strides[0], tl.int64)
-    token_stride = tl.cast(strides[1], tl.int64)
-    head_stride = tl.cast(strides[2], tl.int64)
+    batch_stride = decode_integer(strides[0])
+    token_stride = decode_integer(strides[1])
+    head_stride = decode_integer(strides[2])
     for k in tl.static_range(1, len(tensors)):
         if index == k:
             x = tensors[k]
-            batch_stride = tl.cast(strides[3 * k], tl.int64)
-            token_stride = tl.cast(strides[3 * k + 1], tl.int64)
-            head_stride = tl.cast(strides[3 * k + 2], tl.int64)
+            batch_stride = decode_integer(strides[3 * k])
+            token_stride = decode_integer(strides[3 * k + 1])
+            head_stride = decode_integer(strides[3 * k + 2])
     offset = program.first * token_stride if PACKED else program.sequence.to(tl.int64) * batch_stride
-    return x + (offset + program.head.to(tl.int64) * head_stride) * ALIGN, token_stride
+    return x + (offset + head.to(tl.int64) * head_stride) * ALIGN, token_stride
 
 
 @triton.jit
@@ -205,11 +218,17 @@ def load_tile(
 @triton.jit
 def load_operands(
     tensors, strides, scale, q_index, k_index, program, q_position,
-    LAYOUT: tl.constexpr, PACKED: tl.constexpr, BLOCK_M: tl.constexpr,
+    LAYOUT: tl.constexpr, PACKED: tl.constexpr, OWNS_KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Returns the `Operands` of one model. LAYOUT is (D, DP, ALIGN, SLICED)."""
-    q, q_stride = head_pointer(tensors, strides, q_index, program, LAYOUT[2], PACKED)
-    k, k_stride = head_pointer(tensors, strides, k_index, program, LAYOUT[2], PACKED)
+    """Returns the `Operands` of one model.
+
+    LAYOUT is (D, DP, ALIGN, SLICED, GROUP): GROUP consecutive query heads share a key head.
+    """
+    key_head = program.head // LAYOUT[4]
+    q_head = key_head if OWNS_KEYS else program.head
+    k_head = program.head if OWNS_KEYS else key_head
+    q, q_stride = head_pointer(tensors, strides, q_index, q_head, program, LAYOUT[2], PACKED)
+    k, k_stride = head_pointer(tensors, strides, k_index, k_head, program, LAYOUT[2], PACKED)
     q_tile = load_tile(
         q, q_position, q_stride, program.start, program.length, BLOCK_M, LAYOUT[0], LAYOUT[1], LAYOUT[2], False
     )
@@ -233,10 +252,10 @@ def load_models(
     k_index = query if OWNS_KEYS else key
     q_position = token_positions(indices, program.start, program.length, BLOCK_M, HAS_INDICES, False)
     t = load_operands(
-        teacher, teacher_strides, scale_t, q_index, k_index, program, q_position, LAYOUT_T, PACKED, BLOCK_M
+        teacher, teacher_strides, scale_t, q_index, k_index, program, q_position, LAYOUT_T, PACKED, OWNS_KEYS, BLOCK_M
     )
     s = load_operands(
-        student, student_strides, scale_s, q_index, k_index, program, q_position, LAYOUT_S, PACKED, BLOCK_M
+        student, student_strides, scale_s, q_index, k_index, program, q_position, LAYOUT_S, PACKED, OWNS_KEYS, BLOCK_M
     )
     return q_position, t, s
 
@@ -254,7 +273,7 @@ def score_tile(
 ):  # fmt: skip
     """Returns the products of the owned tile and a looped tile, [BLOCK_M, BLOCK_N], not scaled.
 
-    With SLICED (the last entry of LAYOUT), both tiles are loaded again, 16 features at a time. This is for wide float32
+    With SLICED, both tiles are loaded again, 16 features at a time. This is for wide float32
     rows: their products are ordinary multiply-adds, for which a thread would otherwise keep whole rows in registers.
     All kernels multiply in the same order, so that a score is the same number in every phase.
     """
@@ -299,6 +318,20 @@ def score_tiles(
         s, k_tile_s, program, q_position, k_position, k_start, LAYOUT_S, PRECISION, FULL, BLOCK_M, BLOCK_N
     )
     return dot_t, dot_s
+
+
+@triton.jit
+def rows_that_count(
+    counted, indices, program, start, positions,
+    BLOCK: tl.constexpr, PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, HAS_QUERY_MASK: tl.constexpr,
+):  # fmt: skip
+    """Returns which of the BLOCK rows from the `start`-th on are rows of the sequence that count, [BLOCK]."""
+    counts = start + tl.arange(0, BLOCK) < program.length
+    if HAS_QUERY_MASK:
+        position = token_positions(indices, start, program.length, BLOCK, HAS_INDICES, False)
+        counted += program.first if PACKED else program.sequence.to(tl.int64) * positions
+        counts = counts & (tl.load(counted + position, mask=counts, other=0) != 0)
+    return counts
 
 
 @triton.jit

@@ -7,14 +7,14 @@ import triton.language as tl
 
 from .primitives import (
     LN2,
-    SIZES,
+    UNSPECIALIZED,
     key_tiles,
     load_models,
     output_offset,
     partial_sums,
     row_offset,
+    rows_that_count,
     score_tiles,
-    select_pointer,
     tile_program,
     visible_keys,
 )
@@ -27,8 +27,10 @@ def _divergence(log_p, log_q):
     For |delta| < 1/4 the result is computed as a series, because the terms of q - p - p delta, the form for larger
     |delta|, would cancel.
     """
+    # static: begin row_kl
     p = tl.exp2(log_p)
     q = tl.exp2(log_q)
+    # static: end row_kl
     delta = LN2 * (log_q - log_p)
     series = delta * (1 / 720 + delta * (1 / 5040 + delta * (1 / 40320)))
     series = delta * delta * (1 / 2 + delta * (1 / 6 + delta * (1 / 24 + delta * (1 / 120 + series))))
@@ -60,18 +62,18 @@ def _add_row_kl(
     return kl + partial_sums(terms, WIDTH)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(**UNSPECIALIZED)
 def row_kl_kernel(
     teacher, teacher_strides, student, student_strides, query_codes, key_codes, scale_t, scale_s,
     heads, sequences, positions, total, tiles, stats_head_stride16, stats_seq_stride16,
-    indices, starts, prefixes, tile_map, sum_t, sum_s, pivot_t, pivot_s, kl_rows, out,
+    indices, starts, prefixes, counted, tile_map, sum_t, sum_s, pivot_t, pivot_s, kl_rows, relations, rows_out,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr,
-    SLICED_T: tl.constexpr, SLICED_S: tl.constexpr,
-    PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, MASK: tl.constexpr, TO_OUTPUT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SLICED_T: tl.constexpr, SLICED_S: tl.constexpr, GROUP_T: tl.constexpr, GROUP_S: tl.constexpr,
+    PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, MASK: tl.constexpr,
+    TO_OUTPUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Writes the exact KL of every row: to `out`, (B, A, S) or (A, T) per relation, or to `kl_rows` for a reduction."""
+    """Writes the exact KL of every row: to `rows_out`, (R, B, A, S) or (R, A, T), or to `kl_rows` for a reduction."""
     program = tile_program(
         heads, sequences, positions, total, tiles, starts, prefixes, tile_map, BLOCK_M, PACKED, HAS_INDICES, MASK
     )
@@ -79,8 +81,8 @@ def row_kl_kernel(
     start = program.start
     if start >= length:
         return
-    LAYOUT_T: tl.constexpr = (D_T, DP_T, ALIGN_T, SLICED_T)
-    LAYOUT_S: tl.constexpr = (D_S, DP_S, ALIGN_S, SLICED_S)
+    LAYOUT_T: tl.constexpr = (D_T, DP_T, ALIGN_T, SLICED_T, GROUP_T)
+    LAYOUT_S: tl.constexpr = (D_S, DP_S, ALIGN_S, SLICED_S, GROUP_S)
     if HAS_INDICES:
         indices += program.indices_start
     i = start + tl.arange(0, BLOCK_M)
@@ -111,7 +113,12 @@ def row_kl_kernel(
 
     row_kl = tl.maximum(tl.sum(kl, 1), 0.0)  # [BLOCK_M]
     if TO_OUTPUT:
-        out = select_pointer(out, program.relation) + output_offset(program, heads, positions, total, PACKED)
-        tl.store(out + q_position, row_kl, mask=in_bounds)
+        if HAS_QUERY_MASK:
+            counts = rows_that_count(
+                counted, indices, program, start, positions, BLOCK_M, PACKED, HAS_INDICES, HAS_QUERY_MASK
+            )
+            row_kl = tl.where(counts, row_kl, 0.0)
+        rows_out += output_offset(program, relations, heads, positions, total, PACKED)
+        tl.store(rows_out + q_position, row_kl, mask=in_bounds)
     else:
         tl.store(kl_rows + row, row_kl, mask=in_bounds)

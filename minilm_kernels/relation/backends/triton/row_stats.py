@@ -11,7 +11,7 @@ import triton.language as tl
 from .primitives import (
     BIDIRECTIONAL,
     LN2,
-    SIZES,
+    UNSPECIALIZED,
     decode_relation,
     head_offset,
     head_pointer,
@@ -22,9 +22,9 @@ from .primitives import (
     output_offset,
     partial_sums,
     row_offset,
+    rows_that_count,
     rowwise_dot,
     score_tiles,
-    select_pointer,
     tile_program,
     token_positions,
     visible_keys,
@@ -36,7 +36,7 @@ _OVERFLOW = tl.constexpr(2.0**100)
 _SHARED_PIVOT_RANGE = tl.constexpr(160.0)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(**UNSPECIALIZED)
 def pivot_kernel(
     teacher, teacher_strides, student, student_strides, query_codes, scale_t, scale_s,
     heads, sequences, positions, total, indices, starts, prefixes, head_stats,
@@ -55,8 +55,8 @@ def pivot_kernel(
     program = head_program(heads, sequences, positions, total, starts, prefixes, PACKED, HAS_INDICES, MASK)
     length = program.length
     q_index = decode_relation(query_codes, program.relation)
-    q_t, q_t_stride = head_pointer(teacher, teacher_strides, q_index, program, ALIGN_T, PACKED)
-    q_s, q_s_stride = head_pointer(student, student_strides, q_index, program, ALIGN_S, PACKED)
+    q_t, q_t_stride = head_pointer(teacher, teacher_strides, q_index, program.head, program, ALIGN_T, PACKED)
+    q_s, q_s_stride = head_pointer(student, student_strides, q_index, program.head, program, ALIGN_S, PACKED)
     if HAS_INDICES:
         indices += program.indices_start
     low_t = tl.full([BLOCK], float("inf"), tl.float32)
@@ -131,14 +131,14 @@ def _add_row_stats(
     return sums_t, sums_s, weighted
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(**UNSPECIALIZED)
 def row_stats_kernel(
     teacher, teacher_strides, student, student_strides, query_codes, key_codes, scale_t, scale_s,
     heads, sequences, positions, total, tiles, stats_head_stride16, stats_seq_stride16,
     indices, starts, prefixes, tile_map, head_stats, sum_t, sum_s, pivot_t, pivot_s, kl_rows,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr,
-    SLICED_T: tl.constexpr, SLICED_S: tl.constexpr,
+    SLICED_T: tl.constexpr, SLICED_S: tl.constexpr, GROUP_T: tl.constexpr, GROUP_S: tl.constexpr,
     PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, MASK: tl.constexpr, SELF_RELATION: tl.constexpr,
     COMPUTE_KL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -155,8 +155,8 @@ def row_stats_kernel(
     start = program.start
     if start >= length:
         return
-    LAYOUT_T: tl.constexpr = (D_T, DP_T, ALIGN_T, SLICED_T)
-    LAYOUT_S: tl.constexpr = (D_S, DP_S, ALIGN_S, SLICED_S)
+    LAYOUT_T: tl.constexpr = (D_T, DP_T, ALIGN_T, SLICED_T, GROUP_T)
+    LAYOUT_S: tl.constexpr = (D_S, DP_S, ALIGN_S, SLICED_S, GROUP_S)
     if HAS_INDICES:
         indices += program.indices_start
     i = start + tl.arange(0, BLOCK_M)
@@ -235,11 +235,11 @@ def row_stats_kernel(
         tl.store(kl_rows + row, log_ratio - LN2 * (v / l_t), mask=in_bounds)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(**UNSPECIALIZED)
 def finalize_kernel(
-    heads, sequences, positions, total, stats_head_stride16, stats_seq_stride16, indices, starts, prefixes,
-    sum_t, sum_s, pivot_t, pivot_s, kl_rows, values, head_stats, row_grads, weights,
-    PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, MASK: tl.constexpr,
+    heads, sequences, positions, total, stats_head_stride16, stats_seq_stride16, indices, starts, prefixes, counted,
+    sum_t, sum_s, pivot_t, pivot_s, kl_rows, values, head_stats, relations, row_grads, weights,
+    PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, MASK: tl.constexpr,
     SELF_RELATION: tl.constexpr, COMPUTE_KL: tl.constexpr, GRADIENT: tl.constexpr, ROW_WEIGHTS: tl.constexpr,
     SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -249,29 +249,36 @@ def finalize_kernel(
     ROW_WEIGHTS: writes the upstream gradients to `weights`, and the largest magnitude among them to head_stats.
     GRADIENT: replaces each sum by its inverse times 2**SHIFT and, with ROW_WEIGHTS, times the row's weight divided by
         the largest weight. If the head has a shared pivot, the sum is relative to that pivot.
+
+    A row that does not count has KL, weight and inverse 0, so that neither p nor q of this row enters a gradient.
     """
     program = head_program(heads, sequences, positions, total, starts, prefixes, PACKED, HAS_INDICES, MASK)
     length = program.length
     row = row_offset(program, heads, stats_head_stride16, stats_seq_stride16, PACKED)
     lane = tl.arange(0, BLOCK)
     head_stats += tl.program_id(0) * 4
+    if HAS_INDICES:
+        indices += program.indices_start
 
     if COMPUTE_KL:
         total_kl = tl.zeros([BLOCK], tl.float32)
         for start in range(0, length, BLOCK):
-            total_kl += tl.load(kl_rows + row + start + lane, mask=start + lane < length, other=0.0)
+            counts = rows_that_count(
+                counted, indices, program, start, positions, BLOCK, PACKED, HAS_INDICES, HAS_QUERY_MASK
+            )
+            total_kl += tl.load(kl_rows + row + start + lane, mask=counts, other=0.0)
         tl.store(values + tl.program_id(0), tl.sum(total_kl, 0))
 
     inverse_largest = 1.0
-    if HAS_INDICES:
-        indices += program.indices_start
     if ROW_WEIGHTS:
-        row_grads = select_pointer(row_grads, program.relation)
-        row_grads += output_offset(program, heads, positions, total, PACKED)
+        row_grads += output_offset(program, relations, heads, positions, total, PACKED)
         magnitudes = tl.zeros([BLOCK], tl.float32)
         for start in range(0, length, BLOCK):
             position = token_positions(indices, start, length, BLOCK, HAS_INDICES, False)
-            weight = tl.load(row_grads + position, mask=start + lane < length, other=0.0)
+            counts = rows_that_count(
+                counted, indices, program, start, positions, BLOCK, PACKED, HAS_INDICES, HAS_QUERY_MASK
+            )
+            weight = tl.load(row_grads + position, mask=counts, other=0.0)
             tl.store(weights + row + start + lane, weight, mask=start + lane < length)
             magnitudes = tl.maximum(magnitudes, tl.abs(weight))
         largest = tl.max(magnitudes, 0)
@@ -298,6 +305,10 @@ def finalize_kernel(
                 shift_s += tl.where(shared_pivot, shared_s - row_s, 0.0)
             # A row that sees only itself has p = q = 1: its gradient is exactly 0, not a rounding error.
             alone = (length == 1) | ((start + lane == 0) & (program.prefix <= 1) & (MASK != BIDIRECTIONAL))
+            if HAS_QUERY_MASK:
+                alone = alone | (
+                    rows_that_count(counted, indices, program, start, positions, BLOCK, PACKED, HAS_INDICES, True) == 0
+                )
             inverse_t = tl.where(alone, 0.0, tl.exp2(shift_t) / l_t)
             inverse_s = tl.where(alone, 0.0, tl.exp2(shift_s) / l_s)
             if ROW_WEIGHTS:
