@@ -111,7 +111,8 @@ class RelationTerm:
         student_projections: Sequence[str] | None = None,
         teacher_projections: Sequence[str] | None = None,
     ):
-        self._arguments = {name: value for name, value in locals().items() if name != "self"}
+        self._arguments = dict(locals())
+        del self._arguments["self"]
         self.student, self.teacher = student, teacher
         losses = dict(loss) if isinstance(loss, Mapping) else {rotary: loss}
         if not losses or not all(isinstance(one, MiniLMLoss | MiniLMv2Loss) for one in losses.values()):
