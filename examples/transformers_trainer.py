@@ -11,7 +11,7 @@ import argparse
 
 import torch
 from datasets import load_dataset
-from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoModel, AutoTokenizer
 
 from minilm_kernels import MiniLMv2Loss, copied_student
 from minilm_kernels.integrations import RelationTrainer, RelationTrainingArguments
@@ -19,9 +19,8 @@ from minilm_kernels.integrations import RelationTrainer, RelationTrainingArgumen
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teacher")
-    parser.add_argument("text")
-    parser.add_argument("output")
+    for name in ("teacher", "text", "output"):
+        parser.add_argument(name)
     parser.add_argument("--relation-heads", type=int, default=48)
     parser.add_argument("--max-steps", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -45,8 +44,7 @@ def main() -> None:
         ),
         teacher=teacher,
         relation_loss=MiniLMv2Loss(args.relation_heads),
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
+        processing_class=tokenizer,  # the collator pads with it
         train_dataset=tokens["train"],
         eval_dataset=tokens["test"],
     )
