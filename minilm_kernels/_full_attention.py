@@ -12,8 +12,8 @@ from torch import nn
 # Classes of models, layers or attention modules that never compute the full softmax.
 _CLASSES = re.compile(
     "Longformer|LEDEncoder|BlockSparse|Local(Self)?Attention|TransientGlobal|GlobalLocal|ProbSparse|LSH|Reformer"
-    "|Nystromformer|Yoso|^Mra|Funnel|FNet|Fourier|Doge|Delta(Net|Attention)|Linear(Self)?Attention|Performer|Linformer"
-    "|Swin|xLSTM|Mamba|Rwkv|RetNet"
+    "|Nystromformer|Yoso|^Mra|Funnel|FNet|Fourier|Doge|Delta(Net|Attention)|(?<!Kimi)Linear(Self)?Attention|Performer"
+    "|Linformer|Swin|xLSTM|Mamba|Rwkv|RetNet"
 )
 # Words in the values of `attention_type`, `layer_type` and similar settings.
 _KINDS = re.compile("local|sliding|window|chunk|sparse|linear|prob|lsh|indexed|compress|recurrent|mamba|conv|hybrid")
