@@ -216,15 +216,14 @@ def _verdict(rotary: str, quantity: str, found: list[str], stack: Stack, row: Ro
     return "yes"
 
 
-_VALUES: dict[str, set[str]] = {"equal": set(), "scaled": {"value-scaled"}}
-_VALUES |= dict.fromkeys(("rotated", "rotated, scaled", "other"), {"value-normed"})
+_VALUES = {"equal": set[str](), "scaled": {"value-scaled"}}
 
 
 def _check_quantity(measured: list[str], quantity: str) -> None:
     """Compares the operands' relation to the projections' outputs with the quantity that the recorder names."""
     words = set(quantity.split(", ")) - {"projection"}
     query, key, value = measured
-    expected = ({"normed"} if "other" in (query, key) else set()) | _VALUES[value]
+    expected = ({"normed"} if "other" in (query, key) else set()) | _VALUES.get(value, {"value-normed"})
     if query == key == "rotated, scaled":  # scaled rotary embeddings, as in YaRN
         query = key = "rotated"
     expected |= {word for kind in (query, key) for word in kind.split(", ") if word in ("rotated", "scaled")}
