@@ -276,7 +276,7 @@ def _setting(attention: nn.Module, config: Any, names: Sequence[str], default: i
 def _rotates(attention: Any, forward: str) -> bool:
     """True if the forward of an attention module rotates the queries and keys of a layer with full attention."""
     conditions = (cond(attention) for pattern, cond in _ROTATIONS.items() if re.search(pattern, forward))
-    return re.search("rotary|rope", forward) is not None and all(conditions)
+    return re.search("rotary|rope(?!_head)", forward) is not None and all(conditions)
 
 
 # Conditions in the source of a forward, and when layers with full attention meet them.

@@ -101,6 +101,8 @@ def _small(config: Any, every: bool) -> Any:
             given[name] = VOCABULARY - 1 - len(given) % 50
     if isinstance(values.get("layer_types"), list):
         given["layer_types"] = _kinds(values["layer_types"])
+    elif isinstance(values.get("sliding_window"), int):
+        given["sliding_window"] = None
     for name in ("fullatt_block_indexes", "attn_layer_indices"):
         if name in values:
             given[name] = [LAYERS - 1]
@@ -137,6 +139,8 @@ def _size(name: str, value: Any, every: bool) -> int | None:
 
 def _kinds(types: list[str]) -> list[str]:
     """Types of layers for two layers, of which the last has full attention if there is such a layer."""
+    if set(types) == {"sliding_attention"}:  # the config's default; others have layers with full attention
+        types = ["sliding_attention", "full_attention"]
     kinds = sorted(set(types), key=lambda kind: ("full" in kind or kind == "attention", kind))
     return (kinds * LAYERS)[:LAYERS] if len(kinds) == 1 else kinds[-LAYERS:]
 
@@ -212,5 +216,7 @@ _OTHERS = {
     "grid_thw": lambda model: torch.tensor([[1, 4, 4]]),
     "query_embeds": lambda model: torch.randn(2, 9, model.config.hidden_size),
     "encoder_hidden_states": lambda model: torch.randn(2, 9, _setting(model, "encoder_hidden_size", default=WIDTH)),
+    "visual_feats": lambda model: torch.randn(2, 4, model.config.visual_feat_dim),
+    "visual_pos": lambda model: torch.rand(2, 4, 4),
     "past_values": lambda model: torch.randn(2, model.config.context_length, model.config.num_input_channels),
 }
