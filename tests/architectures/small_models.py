@@ -39,6 +39,7 @@ _SIZES: list[tuple[str, int | None]] = [
 _NEEDED = {"n_routed_experts": 4, "num_experts_per_tok": 1, "num_key_value_heads": KEY_HEADS, "head_dim": HEAD_WIDTH}
 _LATENT = {"num_key_value_heads": HEADS, "head_dim": HEAD_WIDTH // 2}  # multi-head latent attention
 _PROTEIN = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "max_position_embeddings": 128}
+_WITH_SECTIONS = ("glm4v_text", "glm_image_text", "glmga_text", "glm_ocr_text", "qwen2_vl_text", "qwen2_5_vl_text")
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _SETTINGS: dict[str, dict[str, Any]] = {
     "big_bird": {"attention_type": "original_full"},
@@ -48,7 +49,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "dbrx": {"attn_config": {"kv_n_heads": KEY_HEADS, "clip_qkv": 8.0, "rope_theta": 10000.0}},
-    **{name: {"rope_parameters": _SECTIONS} for name in ("glm4v_text", "glm_image_text", "glmga_text", "glm_ocr_text")},
+    **{name: {"rope_parameters": _SECTIONS} for name in _WITH_SECTIONS},
     "glm4v_moe_text": {"rope_parameters": _SECTIONS | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
 }
 
@@ -103,7 +104,7 @@ def _small(config: Any, every: bool) -> Any:
         given["layer_types"] = _kinds(values["layer_types"])
     elif isinstance(values.get("sliding_window"), int):
         given["sliding_window"] = None
-    for name in ("fullatt_block_indexes", "attn_layer_indices"):
+    for name in ("fullatt_block_indexes", "global_attn_indexes", "attn_layer_indices"):
         if name in values:
             given[name] = [LAYERS - 1]
     if "attn_layer_period" in values:
