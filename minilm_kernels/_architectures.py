@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,12 +127,14 @@ class Stack:
         if rotary == "before":
             return "content" if _position_terms(attention) else "projection"
         forward = source(type(attention).forward)
-        names = " ".join(name for name, child in attention._modules.items() if child is not None)
+        children = attention._modules.items()
+        names = " ".join(name for name, child in children if not isinstance(child, nn.Identity | types.NoneType))
         found = {
             "normed": re.search(r"\b(q|k|qk|query|key)_?(layer_?)?norm", names),
             "scaled": re.search(r"(query\w*|q_proj\(.*\)) \*=? self\.(scal|attention_head_size)", forward),
             "rotated": _rotates(attention, forward),
             "value-normed": re.search(r"\bv(alue)?_norm", names),
+            "value-scaled": getattr(attention, "v_scale", 1.0) != 1.0,
         }
         return ", ".join(name for name, is_so in found.items() if is_so) or "projection"
 
@@ -273,7 +276,7 @@ def _setting(attention: nn.Module, config: Any, names: Sequence[str], default: i
 def _rotates(attention: Any, forward: str) -> bool:
     """True if the forward of an attention module rotates the queries and keys of a layer with full attention."""
     conditions = (cond(attention) for pattern, cond in _ROTATIONS.items() if re.search(pattern, forward))
-    return re.search("rotary|rope", forward) is not None and all(conditions)
+    return re.search("rotary|rope(?!_head)", forward) is not None and all(conditions)
 
 
 # Conditions in the source of a forward, and when layers with full attention meet them.

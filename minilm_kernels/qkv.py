@@ -135,8 +135,8 @@ class QKVExtractor(nn.Module):
             in a model that adds terms of the relative position to its scores (DeBERTa, T5, MPNet). With
             `rotary="after"`, it lists what has been applied: "normed" (query and key norms, which change the
             temperature of the relations, as in Qwen3), "scaled" (queries times head width**-0.5, as in Whisper),
-            "rotated", "value-normed". Relations of different quantities of teacher and student can be distilled, but
-            they are different distributions even for equal models.
+            "rotated", "value-normed", "value-scaled". Relations of different quantities of teacher and student can be
+            distilled, but they are different distributions even for equal models.
 
     Raises:
         TypeError: `model` is not a module, or `layer` is not an integer.

@@ -136,11 +136,13 @@ def _check_stack(row: Row, model: Any, stack: Stack, inputs: dict[str, Any]) -> 
         given = {name: value for name, value in inputs.items() if name != "use_cache"}
         example = None if set(given) <= {"input_ids", "attention_mask"} else given
         extractor = QKVExtractor(model, layer, rotary=rotary, example=example, **options)
+        torch.manual_seed(0)
         with torch.no_grad():
             found = extractor(**given)
-        if not all(torch.equal(a, b) for a, b in zip(found, recorded[rotary], strict=True)):
+        pairs = list(zip(found, recorded[rotary], strict=True))
+        if not all(torch.allclose(a, b, 1e-5, 1e-5) for a, b in pairs):
             raise Wrong("extractor and recorder differ")
-        row.extract = "yes"
+        row.extract = "yes" if all(torch.equal(a, b) for a, b in pairs) else "rounded"
     except Wrong as error:
         row.reasons["extract"] = f"WRONG: {error}"
     except Exception as error:
@@ -174,6 +176,7 @@ def _record(
         for path in dict.fromkeys(stack.paths(layer))
     ]
     with record_qkv(model, [layer], rotary, **options) as recorder, torch.no_grad(), Products(attention) as products:
+        torch.manual_seed(0)  # some models draw random numbers in evaluation, too
         model(**inputs)
         recorded = recorder.pop()[layer]
         quantity = recorder.quantity[layer]
@@ -216,11 +219,16 @@ def _verdict(rotary: str, quantity: str, found: list[str], stack: Stack, row: Ro
     return "yes"
 
 
+_VALUES = {"equal": set[str](), "scaled": {"value-scaled"}}
+
+
 def _check_quantity(measured: list[str], quantity: str) -> None:
     """Compares the operands' relation to the projections' outputs with the quantity that the recorder names."""
     words = set(quantity.split(", ")) - {"projection"}
     query, key, value = measured
-    expected = ({"normed"} if "other" in (query, key) else set()) | ({"value-normed"} if value != "equal" else set())
+    expected = ({"normed"} if "other" in (query, key) else set()) | _VALUES.get(value, {"value-normed"})
+    if query == key == "rotated, scaled":  # scaled rotary embeddings, as in YaRN
+        query = key = "rotated"
     expected |= {word for kind in (query, key) for word in kind.split(", ") if word in ("rotated", "scaled")}
     if "normed" in expected:  # hides a rotation and a scale
         words -= {"rotated", "scaled"}
@@ -252,7 +260,10 @@ def _set_mask(row: Row, model: Any, inputs: dict[str, Any]) -> None:
 def _copy(model: Any, stack: Stack, inputs: dict[str, Any], options: Any) -> None:
     student = copied_student(model, list(range(1, stack.count + 1)), **options).eval()
     with torch.no_grad():
-        expected, found = model.base_model(**inputs)[0], student.base_model(**inputs)[0]
+        torch.manual_seed(0)
+        expected = model.base_model(**inputs)[0]
+        torch.manual_seed(0)
+        found = student.base_model(**inputs)[0]
     if not torch.allclose(expected, found, 1e-4, 1e-5):
         raise Wrong("a student with all layers computes something else than its teacher")
 

@@ -14,7 +14,7 @@ _HEAD = """# Architectures
 {torch}, CPU), runs `QKVExtractor` and `record_qkv` on its last layer with full attention, and compares what they return
 with the operands of the products that the attention computes. {summary}
 
-- **extract**: `QKVExtractor` returns the recorder's values, bit for bit.
+- **extract**: `QKVExtractor` returns the recorder's values, bit for bit; "rounded": up to 1e-5.
 - **before**: `record_qkv` with `rotary="before"`. "yes": values are the operands of the attention, and queries and keys
   the same up to a rotation, a scale or a norm. "recomputed": the attention computes no products that could be compared
   with them; they are the products of input and weights. "unproved": a fused projection whose order could not be
