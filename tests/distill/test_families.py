@@ -19,7 +19,7 @@ NEW = {"student_num_hidden_layers": 2, "student_hidden_size": 24, "student_num_a
 STUDENTS = {
     "random": NEW,
     "pca, trimmed": {**NEW, "student_init": "pca", "trim_vocabulary": 50},
-    "copied": {"student_init": "copy", "student_num_hidden_layers": 2},
+    "copied": {"student_init": "copy", "student_num_hidden_layers": 2, "learning_rate": 2e-4},  # near its optimum
 }
 
 
