@@ -121,6 +121,7 @@ def test_the_mask_is_that_of_the_models(run, tmp_path):
     assert load_models(run("llama", mask="causal", **other), torch.device("cpu")).mask == "causal"
 
 
+@pytest.mark.slow
 def test_a_fused_projection_and_a_stack_can_be_named(run):
     found = load_models(run("gpt2", **NEW), torch.device("cpu"))
     named = load_models(run("gpt2", teacher_projections=("h.{i}.attn.c_attn:blocks",), **NEW), torch.device("cpu"))
