@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,10 @@ _PROJECTIONS: list[tuple[tuple[str, ...], str]] = [
     (("q_proj", "kv_a_proj_with_mqa", "kv_b_proj"), "latent"),
     (("query", "key", "value"), ""),
     *((tuple(name.format(x) for x in ("query", "key", "value")), "") for name in ("{}_proj", "projection_{}")),
-    *((tuple(name.format(x) for x in "qkv"), "") for name in ("{}_proj", "{}_lin", "linear_{}", "project_{}", "{}")),
+    *(
+        (tuple(name.format(x) for x in "qkv"), "")
+        for name in ("{}_proj", "{}_lin", "linear_{}", "project_{}", "to_{}", "W{}", "{}")
+    ),
     *(((name,), "blocks") for name in ("Wqkv", "qkv", "qkv_proj", "c_attn")),
     *(((name,), "heads") for name in ("query_key_value", "in_proj")),
 ]
@@ -27,6 +31,8 @@ _PROJECTIONS: list[tuple[tuple[str, ...], str]] = [
 _ORDERS = {"codegen": "codegen", "gpt_bigcode": "heads"}
 # Modules with these names that project all three belong to an attention module with a further parameter.
 _REQUIRED = {"in_proj": "q_bias"}  # elsewhere in_proj is the input of a convolution or a state-space model
+
+_SEQUENCE_FIRST = {"fsmt"}  # model types with layers of (S, B, hidden)
 
 ORDERS = ("blocks", "heads", "codegen")
 _CROSS = re.compile("cross|(enc|encoder)_?(dec|attn)", re.IGNORECASE)
@@ -78,6 +84,9 @@ class Stack:
     def resolve(self, layer: int) -> int:
         """The number of a layer from 1, which has full attention."""
         layer = resolve_layer(layer, self.count)
+        model_type = getattr(nearest_config(self.root, self.layers), "model_type", None)
+        if model_type in _SEQUENCE_FIRST:
+            raise ValueError(f"model: the layers of model type {model_type!r} have (S, B, hidden), not (B, S, hidden)")
         check_full_attention(self.root, [self.at(self.templates[-1], i + 1) for i in range(self.count)], layer)
         return layer
 
@@ -118,12 +127,14 @@ class Stack:
         if rotary == "before":
             return "content" if _position_terms(attention) else "projection"
         forward = source(type(attention).forward)
-        names = " ".join(name for name, child in attention._modules.items() if child is not None)
+        children = attention._modules.items()
+        names = " ".join(name for name, child in children if not isinstance(child, nn.Identity | types.NoneType))
         found = {
             "normed": re.search(r"\b(q|k|qk|query|key)_?(layer_?)?norm", names),
             "scaled": re.search(r"(query\w*|q_proj\(.*\)) \*=? self\.(scal|attention_head_size)", forward),
             "rotated": _rotates(attention, forward),
             "value-normed": re.search(r"\bv(alue)?_norm", names),
+            "value-scaled": getattr(attention, "v_scale", 1.0) != 1.0,
         }
         return ", ".join(name for name, is_so in found.items() if is_so) or "projection"
 
@@ -265,7 +276,7 @@ def _setting(attention: nn.Module, config: Any, names: Sequence[str], default: i
 def _rotates(attention: Any, forward: str) -> bool:
     """True if the forward of an attention module rotates the queries and keys of a layer with full attention."""
     conditions = (cond(attention) for pattern, cond in _ROTATIONS.items() if re.search(pattern, forward))
-    return re.search("rotary|rope", forward) is not None and all(conditions)
+    return re.search("rotary|rope(?!_head)", forward) is not None and all(conditions)
 
 
 # Conditions in the source of a forward, and when layers with full attention meet them.
@@ -297,7 +308,7 @@ def find_stack(model: nn.Module, projections: Sequence[str] | Mapping[str, str] 
     Raises:
         ValueError: the names are wrong, or there are none and the architecture is unknown or has several stacks.
     """
-    root: Any = model.base_model if is_pretrained_model(model) else model
+    root = base_model(model)
     if isinstance(projections, Mapping):
         return Stack(root, *_validated_fused(model, root, projections))
     if projections is not None and not isinstance(projections, str):
@@ -329,6 +340,14 @@ def find_stack(model: nn.Module, projections: Sequence[str] | Mapping[str, str] 
     )
 
 
+def base_model(model: Any) -> Any:
+    """The base model of a model with a task head; other models are returned unchanged."""
+    if not is_pretrained_model(model):
+        return model
+    base = model.base_model  # in some models, the encoder, which takes other inputs
+    return base if model.main_input_name in inspect.signature(type(base).forward).parameters else model
+
+
 def find_stacks(root: nn.Module) -> list[Stack]:
     """Every list of layers with self-attention whose projections have usual names."""
     found = []
@@ -339,7 +358,7 @@ def find_stacks(root: nn.Module) -> list[Stack]:
         needed = _REQUIRED.get(names[0]) if names else None
         if (
             names
-            and re.search(r"\.\d+\.", path)
+            and re.search(r"\.\d+(\.|$)", path)
             and not _CROSS.search(path)
             and (not needed or hasattr(module, needed))
         ):

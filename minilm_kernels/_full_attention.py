@@ -12,8 +12,8 @@ from torch import nn
 # Classes of models, layers or attention modules that never compute the full softmax.
 _CLASSES = re.compile(
     "Longformer|LEDEncoder|BlockSparse|Local(Self)?Attention|TransientGlobal|GlobalLocal|ProbSparse|LSH|Reformer"
-    "|Nystromformer|Yoso|^Mra|Funnel|FNet|Fourier|Doge|Delta(Net|Attention)|Linear(Self)?Attention|Performer|Linformer"
-    "|Swin|xLSTM|Mamba|Rwkv|RetNet"
+    "|Nystromformer|Yoso|^Mra|Funnel|FNet|Fourier|Doge|Delta(Net|Attention)|(?<!Kimi)Linear(Self)?Attention|Performer"
+    "|Linformer|Swin|xLSTM|Mamba|Rwkv|RetNet"
 )
 # Words in the values of `attention_type`, `layer_type` and similar settings.
 _KINDS = re.compile("local|sliding|window|chunk|sparse|linear|prob|lsh|indexed|compress|recurrent|mamba|conv|hybrid")
@@ -23,6 +23,7 @@ _NO_WINDOWS = re.compile("^use_|max_window_layers|pattern|kernel|conv|dropout|pr
 _OF_ENCODERS = {"attention_window", "local_radius"}  # LED and LongT5, whose decoders have full attention
 _FULL = {"full_attention", "attention", "global"}
 _IGNORES_LAYER_TYPES = {"minimax"}  # its sliding_window applies to the layers that layer_types calls full
+_FULL_LAYERS = ("fullatt_block_indexes", "global_attn_indexes")  # layers of vision models that have no window
 _POSITION_WINDOWS = {"vits"}  # its window_size is the range of relative positions
 
 
@@ -87,7 +88,8 @@ def _partial_attention(root: nn.Module, path: str, index: int, count: int) -> st
                 return f"{kind} ({name}.{attribute})"
     if types and getattr(config, "model_type", None) not in _IGNORES_LAYER_TYPES:
         return None
-    if getattr(config, "model_type", None) in _POSITION_WINDOWS:
+    full_layers = [layer for name in _FULL_LAYERS for layer in getattr(config, name, None) or ()]
+    if getattr(config, "model_type", None) in _POSITION_WINDOWS or index in full_layers:
         return None
     for source in (config, *modules):
         for name, value in getattr(source, "__dict__", {}).items():

@@ -135,8 +135,8 @@ class QKVExtractor(nn.Module):
             in a model that adds terms of the relative position to its scores (DeBERTa, T5, MPNet). With
             `rotary="after"`, it lists what has been applied: "normed" (query and key norms, which change the
             temperature of the relations, as in Qwen3), "scaled" (queries times head width**-0.5, as in Whisper),
-            "rotated", "value-normed". Relations of different quantities of teacher and student can be distilled, but
-            they are different distributions even for equal models.
+            "rotated", "value-normed", "value-scaled". Relations of different quantities of teacher and student can be
+            distilled, but they are different distributions even for equal models.
 
     Raises:
         TypeError: `model` is not a module, or `layer` is not an integer.
@@ -204,8 +204,8 @@ class QKVExtractor(nn.Module):
             stack.check_operands(self.layer)
         if stack.order == "latent":
             raise ValueError(
-                f"model: the projections of {type(model).__name__} have different inputs (multi-head latent attention), "
-                "so that it cannot be cut before them. Record them with record_qkv"
+                f"model: {type(model).__name__} has multi-head latent attention, whose projections have different "
+                "inputs, so that it cannot be cut before them. Record them with record_qkv"
             )
         root, layers = stack.root, stack.layers
         if stack.count != stack.groups:

@@ -139,8 +139,8 @@ def test_latent_attention():
     after = recorded(model, 2, batch, "after")
     assert torch.equal(after.value, found.value)
     scores = [(x.query * x.key).unflatten(-1, (4, 18)).sum(-1) for x in (found, after)]
-    torch.testing.assert_close(*scores)  # of each position with itself, which a rotation does not change
-    with pytest.raises(ValueError, match=r"different inputs \(multi-head latent attention\).*record_qkv"):
+    torch.testing.assert_close(*scores)  # each position with itself: a rotation does not change these
+    with pytest.raises(ValueError, match=r"multi-head latent attention, .*record_qkv"):
         QKVExtractor(model)
 
 

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from minilm_kernels import QKV, QKVExtractor, record_qkv
-from minilm_kernels._architectures import Stack, find_stacks
+from minilm_kernels._architectures import Stack, base_model, find_stacks
 from minilm_kernels.students import copied_student
 
 from .products import Products, kinds
@@ -22,7 +22,7 @@ class Wrong(Exception):
 
 @dataclass
 class Row:
-    """What is served of the layers of one stack of a model type; empty strings: not reached."""
+    """Results for one stack of layers of a model type. Columns without a result are empty."""
 
     model_type: str
     folder: str
@@ -53,7 +53,7 @@ def check(model_type: str) -> list[dict[str, Any]]:
         return [asdict(row)]
     row.runs = True
     row.has_attention = any(re.search("attention|attn", type(m).__name__, re.IGNORECASE) for m in ran.values())
-    base = model.base_model
+    base = base_model(model)
     stacks = [stack for stack in find_stacks(base) if _runs(stack, base, ran)]
     if not stacks:
         row.reasons["record"] = _failure(lambda: record_qkv(model)) or "the layers did not run with the scan's inputs"
@@ -89,7 +89,7 @@ def _ran(model: nn.Module, inputs: dict[str, Any]) -> dict[str, nn.Module]:
     ran: dict[str, nn.Module] = {}
     handles = [
         module.register_forward_pre_hook(lambda m, _, name=name: ran.update({name: m}))
-        for name, module in model.base_model.named_modules()
+        for name, module in base_model(model).named_modules()
     ]
     with torch.no_grad():
         model(**inputs)
@@ -112,9 +112,10 @@ def _check_stack(row: Row, model: Any, stack: Stack, inputs: dict[str, Any]) -> 
         row.reasons["record"] = _failure(lambda: stack.resolve(stack.count)) or ""
         return row
     layer = layers[-1]
-    row.attention = type(model.base_model.get_submodule(stack.at(stack.attention, layer))).__name__
+    row.attention = type(base_model(model).get_submodule(stack.at(stack.attention, layer))).__name__
     recorded: dict[str, QKV] = {}
     measured: list[str] = []
+    rotary: Literal["before", "after"]
     for rotary in ("before", "after"):
         try:
             recorded[rotary], found, row_quantity = _record(model, stack, layer, rotary, options, inputs)
@@ -157,13 +158,19 @@ def _record(
     model: Any, stack: Stack, layer: int, rotary: Any, options: Any, inputs: dict[str, Any]
 ) -> tuple[QKV, list[str], str]:
     """The recording of one forward, and its relation to the operands of the products in the attention."""
-    attention = model.base_model.get_submodule(stack.at(stack.attention, layer))
+    attention = base_model(model).get_submodule(stack.at(stack.attention, layer))
     call, _ = stack.calls(stack.attention, layer)
     values: dict[str, list[tuple[torch.Tensor, nn.Module]]] = {}
+
+    def keep(path: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, arguments: Any) -> None:
+            if arguments:
+                values.setdefault(path, []).append((arguments[0].clone(), module))
+
+        return hook
+
     handles = [
-        model.base_model.get_submodule(path).register_forward_pre_hook(
-            lambda m, args, path=path: values.setdefault(path, []).append((args[0].clone(), m)) if args else None
-        )
+        base_model(model).get_submodule(path).register_forward_pre_hook(keep(path))
         for path in dict.fromkeys(stack.paths(layer))
     ]
     with record_qkv(model, [layer], rotary, **options) as recorder, torch.no_grad(), Products(attention) as products:
@@ -172,9 +179,13 @@ def _record(
         quantity = recorder.quantity[layer]
     for handle in handles:
         handle.remove()
+    for name in ("input_ids", "decoder_input_ids"):
+        swapped = inputs[name].T.shape if name in inputs else None
+        if swapped == recorded.query.shape[:-1] and swapped[0] != swapped[1]:
+            raise Wrong("(S, B, hidden)")
     if rotary == "before" and not stack.order:
         for x, path in zip(recorded, stack.paths(layer), strict=True):
-            taken = values[path][call] if len(values[path]) > call else None
+            taken = values[path][call] if len(values.get(path, ())) > call else None
             expected = None if taken is None else _product(*taken)
             if expected is not None and expected.shape == x.shape and not torch.allclose(x, expected, 1e-4, 1e-5):
                 raise Wrong(f"{path}: not the product of its input and its weight")
@@ -205,11 +216,16 @@ def _verdict(rotary: str, quantity: str, found: list[str], stack: Stack, row: Ro
     return "yes"
 
 
+_VALUES = {"equal": set[str](), "scaled": {"value-scaled"}}
+
+
 def _check_quantity(measured: list[str], quantity: str) -> None:
     """Compares the operands' relation to the projections' outputs with the quantity that the recorder names."""
     words = set(quantity.split(", ")) - {"projection"}
     query, key, value = measured
-    expected = ({"normed"} if "other" in (query, key) else set()) | ({"value-normed"} if value != "equal" else set())
+    expected = ({"normed"} if "other" in (query, key) else set()) | _VALUES.get(value, {"value-normed"})
+    if query == key == "rotated, scaled":  # scaled rotary embeddings, as in YaRN
+        query = key = "rotated"
     expected |= {word for kind in (query, key) for word in kind.split(", ") if word in ("rotated", "scaled")}
     if "normed" in expected:  # hides a rotation and a scale
         words -= {"rotated", "scaled"}
@@ -227,7 +243,7 @@ def _set_mask(row: Row, model: Any, inputs: dict[str, Any]) -> None:
     def keep(module: nn.Module, arguments: Any, output: Any) -> None:
         outputs.append((output[0] if isinstance(output, tuple) else output).clone())
 
-    handle = model.base_model.get_submodule(row.stack).get_submodule("0").register_forward_hook(keep)
+    handle = base_model(model).get_submodule(row.stack).get_submodule("0").register_forward_hook(keep)
     with torch.no_grad():
         for difference in (0, 1):
             ids = inputs[name].clone()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = {torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__}
-_ADDED = {torch.baddbmm, torch.Tensor.baddbmm}  # whose first argument is a summand
+_ADDED = {torch.baddbmm, torch.Tensor.baddbmm}  # the first argument is a summand
 
 
 class Products(TorchFunctionMode):

@@ -39,6 +39,7 @@ _SIZES: list[tuple[str, int | None]] = [
 _NEEDED = {"n_routed_experts": 4, "num_experts_per_tok": 1, "num_key_value_heads": KEY_HEADS, "head_dim": HEAD_WIDTH}
 _LATENT = {"num_key_value_heads": HEADS, "head_dim": HEAD_WIDTH // 2}  # multi-head latent attention
 _PROTEIN = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "max_position_embeddings": 128}
+_WITH_SECTIONS = ("glm4v_text", "glm_image_text", "glmga_text", "glm_ocr_text", "qwen2_vl_text", "qwen2_5_vl_text")
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _SETTINGS: dict[str, dict[str, Any]] = {
     "big_bird": {"attention_type": "original_full"},
@@ -48,7 +49,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "dbrx": {"attn_config": {"kv_n_heads": KEY_HEADS, "clip_qkv": 8.0, "rope_theta": 10000.0}},
-    **{name: {"rope_parameters": _SECTIONS} for name in ("glm4v_text", "glm_image_text", "glmga_text", "glm_ocr_text")},
+    **{name: {"rope_parameters": _SECTIONS} for name in _WITH_SECTIONS},
     "glm4v_moe_text": {"rope_parameters": _SECTIONS | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
 }
 
@@ -101,6 +102,13 @@ def _small(config: Any, every: bool) -> Any:
             given[name] = VOCABULARY - 1 - len(given) % 50
     if isinstance(values.get("layer_types"), list):
         given["layer_types"] = _kinds(values["layer_types"])
+    elif isinstance(values.get("sliding_window"), int):
+        given["sliding_window"] = None
+    for name in ("fullatt_block_indexes", "global_attn_indexes", "attn_layer_indices"):
+        if name in values:
+            given[name] = [LAYERS - 1]
+    if "attn_layer_period" in values:
+        given |= {"attn_layer_period": LAYERS, "attn_layer_offset": LAYERS - 1}
     if every:
         given |= {name: size for name, size in _NEEDED.items() if values.get(name, size) is None}
     if every and "kv_lora_rank" in values:
@@ -132,6 +140,8 @@ def _size(name: str, value: Any, every: bool) -> int | None:
 
 def _kinds(types: list[str]) -> list[str]:
     """Types of layers for two layers, of which the last has full attention if there is such a layer."""
+    if set(types) == {"sliding_attention"}:  # the config's default; others have layers with full attention
+        types = ["sliding_attention", "full_attention"]
     kinds = sorted(set(types), key=lambda kind: ("full" in kind or kind == "attention", kind))
     return (kinds * LAYERS)[:LAYERS] if len(kinds) == 1 else kinds[-LAYERS:]
 
@@ -158,6 +168,8 @@ def batches(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     others = {name: make for name, make in _OTHERS.items() if name in names}
     found |= {name: make(model) for name, make in others.items() if name in needed or not has_tokens}
     yield found
+    if "input_features" in found:  # some models have the bands of frequencies last, others first
+        yield found | {"input_features": found["input_features"].transpose(1, 2)}
     if has_tokens and others:
         yield found | {name: make(model) for name, make in others.items()}
 
@@ -205,5 +217,7 @@ _OTHERS = {
     "grid_thw": lambda model: torch.tensor([[1, 4, 4]]),
     "query_embeds": lambda model: torch.randn(2, 9, model.config.hidden_size),
     "encoder_hidden_states": lambda model: torch.randn(2, 9, _setting(model, "encoder_hidden_size", default=WIDTH)),
+    "visual_feats": lambda model: torch.randn(2, 4, model.config.visual_feat_dim),
+    "visual_pos": lambda model: torch.rand(2, 4, 4),
     "past_values": lambda model: torch.randn(2, model.config.context_length, model.config.num_input_channels),
 }
