@@ -150,6 +150,7 @@ def test_texts_of_kept_tokens_have_the_same_tokens(tokenizer, tmp_path):
     assert [again(text)["input_ids"] for text in TEXTS] == [trimmed.tokenizer(text)["input_ids"] for text in TEXTS]
 
 
+@pytest.mark.slow
 def test_sizes(tokenizer):
     size = 330
     by_count = trim_vocabulary(tokenizer, CORPUS, size)

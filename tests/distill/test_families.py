@@ -19,7 +19,7 @@ NEW = {"student_num_hidden_layers": 2, "student_hidden_size": 24, "student_num_a
 STUDENTS = {
     "random": NEW,
     "pca, trimmed": {**NEW, "student_init": "pca", "trim_vocabulary": 50},
-    "copied": {"student_init": "copy", "student_num_hidden_layers": 2},
+    "copied": {"student_init": "copy", "student_num_hidden_layers": 2, "learning_rate": 2e-4},  # near its optimum
 }
 
 
@@ -121,6 +121,7 @@ def test_the_mask_is_that_of_the_models(run, tmp_path):
     assert load_models(run("llama", mask="causal", **other), torch.device("cpu")).mask == "causal"
 
 
+@pytest.mark.slow
 def test_a_fused_projection_and_a_stack_can_be_named(run):
     found = load_models(run("gpt2", **NEW), torch.device("cpu"))
     named = load_models(run("gpt2", teacher_projections=("h.{i}.attn.c_attn:blocks",), **NEW), torch.device("cpu"))

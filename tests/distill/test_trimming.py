@@ -57,6 +57,7 @@ def test_teacher_and_student_see_the_same_tokens(packing: bool, settings: Settin
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_keeps_its_vocabulary(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
