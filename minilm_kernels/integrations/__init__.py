@@ -10,7 +10,11 @@ from minilm_kernels._extras import optional_imports
 
 if TYPE_CHECKING:
     from .relation_term import RelationTerm
-    from .sentence_transformers import RelationDistillLoss, RelationKLEvaluator
+    from .sentence_transformers import (
+        RelationDistillLoss,
+        RelationKLEvaluator,
+        RelationSentenceTransformerTrainer,
+    )
     from .transformers import RelationTrainer, RelationTrainingArguments
     from .trl import RelationDistillationTrainer
 
@@ -18,6 +22,7 @@ __all__ = [
     "RelationDistillLoss",
     "RelationDistillationTrainer",
     "RelationKLEvaluator",
+    "RelationSentenceTransformerTrainer",
     "RelationTerm",
     "RelationTrainer",
     "RelationTrainingArguments",
@@ -28,6 +33,7 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "RelationDistillLoss": ("sentence_transformers", "sentence-transformers"),
     "RelationDistillationTrainer": ("trl", "trl"),
     "RelationKLEvaluator": ("sentence_transformers", "sentence-transformers"),
+    "RelationSentenceTransformerTrainer": ("sentence_transformers", "sentence-transformers"),
     "RelationTerm": ("relation_term", None),
     "RelationTrainer": ("transformers", "trainer"),
     "RelationTrainingArguments": ("transformers", "trainer"),

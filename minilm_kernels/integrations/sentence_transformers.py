@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from minilm_kernels._wrappers import unwrap
 from minilm_kernels.integrations.relation_term import Loss, RelationTerm, Rotary
 from minilm_kernels.losses import MiniLMLoss
 
-__all__ = ["RelationDistillLoss", "RelationKLEvaluator"]
+__all__ = ["RelationDistillLoss", "RelationKLEvaluator", "RelationSentenceTransformerTrainer"]
 
 # Tokenizers with the same vocabulary can still differ, in their lower-casing for example.
 _PROBE = "Two tokenizers, ONE vocabulary: naïve CAFÉ, 3½ km/h (№ 12-34)!"
@@ -52,8 +52,9 @@ class RelationDistillLoss(nn.Module):
     Both models get the student's tokens, at most the student's `max_seq_length`. The teacher is not a submodule: it is
     in no optimizer, state dict or checkpoint, and `loss.to(...)` does not change it.
 
-    With `reduction="sequence"`, accumulated micro-batches and several processes have the gradient of one large batch.
-    SentenceTransformerTrainer takes the mean over the losses of the micro-batches, so they must be equally large.
+    SentenceTransformerTrainer takes the mean over the losses of the micro-batches. With `reduction="sequence"` and
+    equally large micro-batches, they have the gradient of one large batch; use `RelationSentenceTransformerTrainer` for
+    others.
 
     Without an embedding loss, gradients are 0 behind the last layer that is compared. Weight decay still changes these
     parameters.
@@ -122,6 +123,7 @@ class RelationDistillLoss(nn.Module):
         self.term = RelationTerm(model, **self._options)
         if self.term.reduction not in ("sequence", "token"):
             raise ValueError(f'relation_loss: expected reduction "sequence" or "token", got {self.term.reduction!r}')
+        self.items_per_micro_batch: Tensor | None = None  # (columns,), set by RelationSentenceTransformerTrainer
 
     def forward(
         self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None
@@ -139,9 +141,13 @@ class RelationDistillLoss(nn.Module):
         Raises:
             ValueError: a column is not text, or its sequences are flattened into one.
         """
-        columns = [self.relation(features, self.model) for features in sentence_features]
+        features = list(sentence_features)
+        columns = [self.relation(column, self.model) for column in features]
         embeddings = [output["sentence_embedding"] for _, output in columns]
-        relation = self.relation_weight * torch.stack([value for value, _ in columns]).mean()
+        values = torch.stack([value for value, _ in columns])
+        if self.items_per_micro_batch is not None and torch.is_grad_enabled():
+            values = values * (self.num_items(features).to(values) / self.items_per_micro_batch)
+        relation = self.relation_weight * values.mean()
         if not hasattr(self, "loss"):
             # The loss has to depend on the model's output in distributed training, see record_qkv.
             return {"relation": relation + 0.0 * sum(x.float().sum() for x in embeddings)}
@@ -166,6 +172,10 @@ class RelationDistillLoss(nn.Module):
         output = model(dict(features))
         return self.term.value(features["attention_mask"]), output
 
+    def num_items(self, sentence_features: Iterable[Mapping[str, Any]]) -> Tensor:
+        """The number of items over which the relation loss averages in each column, (columns,)."""
+        return torch.stack([self.term.num_items(column["attention_mask"]) for column in sentence_features])
+
     def get_config_dict(self) -> dict[str, Any]:
         """The settings that the model card lists."""
         options = {name: value for name, value in self._options.items() if name not in ("teacher", "loss")}
@@ -175,6 +185,40 @@ class RelationDistillLoss(nn.Module):
     def citation(self) -> str:
         """The paper of the relation loss in BibTeX, for the model card."""
         return _MINILM if isinstance(self._options["loss"], MiniLMLoss) else _MINILM_V2
+
+
+class RelationSentenceTransformerTrainer(SentenceTransformerTrainer):
+    """SentenceTransformerTrainer whose relation loss is exact for micro-batches of any size.
+
+    The relation loss of a step is the mean over its sentences, or with reduction "token" over its tokens, however they
+    are divided into micro-batches and processes. SentenceTransformerTrainer weights every micro-batch equally, although
+    the last one of an epoch is often smaller. The embedding loss is weighted as there. Arguments are those of
+    SentenceTransformerTrainer; `loss` is a `RelationDistillLoss`.
+
+    Raises:
+        TypeError: `loss` is not a `RelationDistillLoss`.
+
+    Example:
+        >>> from minilm_kernels.integrations import RelationDistillLoss, RelationSentenceTransformerTrainer
+        >>> def train(student, teacher, relation_loss, args, sentences):
+        ...     loss = RelationDistillLoss(student, teacher, relation_loss)
+        ...     RelationSentenceTransformerTrainer(student, args, train_dataset=sentences, loss=loss).train()
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.loss, RelationDistillLoss):
+            raise TypeError(f"loss: expected a RelationDistillLoss, got {type(self.loss).__name__}")
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            totals = sum(self.loss.num_items(self.collect_features(batch)[0]).to(device) for batch in batches)
+            micro_batches = len(batches) * self.accelerator.num_processes
+            self.loss.items_per_micro_batch = self.accelerator.reduce(totals) / micro_batches
+        return batches, num_items
 
 
 class RelationKLEvaluator(BaseEvaluator):

@@ -19,13 +19,18 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 from torch import nn
 
 from minilm_kernels import MiniLMLoss, MiniLMv2Loss, QKVExtractor
-from minilm_kernels.integrations.sentence_transformers import RelationDistillLoss, RelationKLEvaluator
+from minilm_kernels.integrations.sentence_transformers import (
+    RelationDistillLoss,
+    RelationKLEvaluator,
+    RelationSentenceTransformerTrainer,
+)
 from tests.distill.tiny import WORDS, make_texts, make_tokenizer
 from tests.integrations.tiny import RELATION_HEADS, make
 from tests.processes import run_two
 
 TEXTS = {"anchor": make_texts(16, 1, 20), "positive": make_texts(16, 2, 12)}
 LOSS = MiniLMv2Loss(RELATION_HEADS)
+TOKENS = MiniLMv2Loss(RELATION_HEADS, reduction="token")
 
 
 def sentence_model(folder: Path, seed: int = 0, words: list[str] = WORDS, **overrides) -> SentenceTransformer:
@@ -245,7 +250,15 @@ def joint(student: SentenceTransformer) -> dict:
     return {"embedding_loss": st_losses.CosineSimilarityLoss(student)}
 
 
-def one_step(folder: Path, size: int, accumulation: int, loss=alone, **options) -> dict[str, torch.Tensor]:
+def one_step(
+    folder: Path,
+    size: int,
+    accumulation: int,
+    loss=alone,
+    trainer=SentenceTransformerTrainer,
+    relation_loss=LOSS,
+    **options,
+) -> dict[str, torch.Tensor]:
     """The gradient of a step of 16 sentences with two columns, before an evaluation. Each sentence counts the same."""
     teacher, student = (SentenceTransformer(str(folder / name), device="cpu") for name in ("teacher", "student"))
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
@@ -263,9 +276,9 @@ def one_step(folder: Path, size: int, accumulation: int, loss=alone, **options) 
         eval_steps=1,
         **options,
     )
-    relation = RelationDistillLoss(student, teacher, LOSS, **loss(student))
+    relation = RelationDistillLoss(student, teacher, relation_loss, **loss(student))
     evaluator = RelationKLEvaluator(TEXTS["anchor"], relation)
-    SentenceTransformerTrainer(student, args, train_dataset=data, loss=relation, evaluator=evaluator).train()
+    trainer(student, args, train_dataset=data, loss=relation, evaluator=evaluator).train()
     return {name: before[name] - p.detach() for name, p in student.named_parameters()}
 
 
@@ -276,12 +289,29 @@ def test_micro_batches_equal_one_batch(tmp_path, loss):
     assert_close(one_step(tmp_path, 4, 4, loss=loss), expected)
 
 
+@pytest.mark.parametrize("relation_loss", [LOSS, TOKENS], ids=["sequence", "token"])
+@pytest.mark.usefixtures("student", "teacher")
+def test_micro_batches_of_other_sizes_equal_one_batch(tmp_path, relation_loss):
+    settings = {"trainer": RelationSentenceTransformerTrainer, "relation_loss": relation_loss}
+    expected = one_step(tmp_path, 16, 1, **settings)
+    assert_close(one_step(tmp_path, 6, 3, **settings), expected)  # 6, 6 and 4 sentences
+
+
+def test_exact_trainer_needs_a_relation_loss(student, tmp_path):
+    data = Dataset.from_dict(TEXTS)
+    loss = st_losses.MultipleNegativesRankingLoss(student)
+    with pytest.raises(TypeError, match="loss: expected a RelationDistillLoss, got MultipleNegativesRankingLoss"):
+        RelationSentenceTransformerTrainer(student, arguments(tmp_path), train_dataset=data, loss=loss)
+
+
 def two_processes(rank: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     for loss in (alone, joint):
         for size, accumulation in ((8, 1), (2, 4)):
             found = one_step(Path(folder), size, accumulation, loss=loss)
             torch.save(found, Path(folder) / f"{loss.__name__}-{size}-{rank}.pt")
+    found = one_step(Path(folder), 4, 2, trainer=RelationSentenceTransformerTrainer, relation_loss=TOKENS)
+    torch.save(found, Path(folder) / f"tokens-{rank}.pt")
 
 
 @pytest.mark.slow
@@ -293,6 +323,9 @@ def test_two_processes_equal_one(tmp_path):
         for size in (8, 2):
             for rank in range(2):
                 assert_close(torch.load(tmp_path / f"{loss.__name__}-{size}-{rank}.pt"), expected)
+    expected = one_step(tmp_path, 16, 1, trainer=RelationSentenceTransformerTrainer, relation_loss=TOKENS)
+    for rank in range(2):
+        assert_close(torch.load(tmp_path / f"tokens-{rank}.pt"), expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
