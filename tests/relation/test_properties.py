@@ -87,8 +87,8 @@ def test_order_of_heads_does_not_matter(backend, case, random):
 def test_rounding_errors_near_zero_average_out(backend, cross):
     """The loss of 25,600 rows that are almost equal to their teacher's: errors of both signs are summed.
 
-    In float32 a row's KL has an error of about 3e-8 of random sign, which is 2e-10 in the mean. The sum of the positive errors
-    alone would be 1e-9 and more if the errors of sequences were clamped to 0, and 6e-9 for those of rows.
+    In float32 a row's KL has an error of about 3e-8 of random sign, which is 2e-10 in the mean. The sum of the positive
+    errors alone would be 1e-9 and more if the errors of sequences were clamped to 0, and 6e-9 for those of rows.
     """
     x = torch.randn(200, 64, 2, 16, generator=torch.Generator().manual_seed(0))
     y = x + 1e-6 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
