@@ -41,6 +41,8 @@ _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")  # names tha
 _POSITION_TERMS = re.compile(
     "rel(ative)?_(pos|att)|position_bias|pos_bias|alibi|pos_att_type|distance_embedding|emb_rel"
 )
+# Sources of forwards that scale the queries before they call the attention function.
+_SCALED = re.compile(r"(query\w*|q_proj\(.*\)) \*=? self\.(scal|attention_head_size)|self\.scaling \* query")
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 
@@ -131,7 +133,7 @@ class Stack:
         names = " ".join(name for name, child in children if not isinstance(child, nn.Identity | types.NoneType))
         found = {
             "normed": re.search(r"\b(q|k|qk|query|key)_?(layer_?)?norm", names),
-            "scaled": re.search(r"(query\w*|q_proj\(.*\)) \*=? self\.(scal|attention_head_size)", forward),
+            "scaled": _SCALED.search(forward),
             "rotated": _rotates(attention, forward),
             "value-normed": re.search(r"\bv(alue)?_norm", names),
             "value-scaled": getattr(attention, "v_scale", 1.0) != 1.0,

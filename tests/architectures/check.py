@@ -123,7 +123,7 @@ def _check_stack(row: Row, model: Any, stack: Stack, inputs: dict[str, Any]) -> 
             setattr(row, rotary, _verdict(rotary, row_quantity, found, stack, row))
             if rotary == "before":
                 measured = found
-            elif row.before:
+            elif row.before and recorded[rotary].query.shape[-2] > 1:  # the first position is not rotated
                 _check_quantity(measured, row_quantity)
         except Wrong as error:
             row.reasons[rotary] = f"WRONG: {_line(error)}"

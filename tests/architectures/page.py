@@ -12,7 +12,9 @@ _HEAD = """# Architectures
 
 `python -m tests.architectures` builds every model type of transformers {version} small and with random weights (torch
 {torch}, CPU), runs `QKVExtractor` and `record_qkv` on its last layer with full attention, and compares what they return
-with the operands of the products that the attention computes. {summary}
+with the operands of the products that the attention computes.
+
+{summary}
 
 - **extract**: `QKVExtractor` returns the recorder's values, bit for bit; "rounded": up to 1e-5.
 - **before**: `record_qkv` with `rotary="before"`. "yes": values are the operands of the attention, and queries and keys
@@ -70,7 +72,7 @@ def _folders(rows: list[dict[str, Any]]) -> tuple[dict[str, list[dict[str, Any]]
 def summary(rows: list[dict[str, Any]]) -> str:
     served, refused, others = _folders(rows)
     return (
-        f"{len(served)} of the {len(served) + len(refused)} folders in which an attention ran are served. "
+        f"{len(served)} of the {len(served) + len(refused)} folders in which an attention ran are served.\n"
         f"{len(others)} folders have no attention or did not run."
     )
 
