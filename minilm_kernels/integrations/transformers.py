@@ -166,12 +166,7 @@ class RelationTrainer(Trainer):
             )
 
     def train(self, *args: Any, **options: Any) -> TrainOutput:
-        # An evaluation before the training marks the student as prepared, and accelerate would not wrap it any more:
-        # every process would train a student of its own.
-        wrapped = any(isinstance(module, DistributedDataParallel) for module in self.model_wrapped.modules())
-        if not (wrapped or self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            self.model_wrapped = self.model
-            vars(self.model).pop("_is_accelerate_prepared", None)
+        forget_evaluation(self)
         return super().train(*args, **options)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -327,3 +322,15 @@ def _attention_mask(batch: Mapping[str, Any]) -> Tensor:
         )
     tokens = next(value for name, value in batch.items() if name != "labels")
     return torch.ones(tokens.shape[:2], device=tokens.device)
+
+
+def forget_evaluation(trainer: Trainer) -> None:
+    """Makes `train` wrap a student that was evaluated before.
+
+    The evaluation marks the student as prepared, and accelerate would not wrap it any more: every process would train a
+    student of its own.
+    """
+    wrapped = any(isinstance(module, DistributedDataParallel) for module in trainer.model_wrapped.modules())
+    if not (wrapped or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        trainer.model_wrapped = trainer.model
+        vars(trainer.model).pop("_is_accelerate_prepared", None)

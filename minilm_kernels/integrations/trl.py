@@ -10,6 +10,7 @@ from torch import Tensor
 from trl import DistillationTrainer
 
 from minilm_kernels.integrations.relation_term import Loss, RelationTerm, Rotary
+from minilm_kernels.integrations.transformers import forget_evaluation
 
 __all__ = ["RelationDistillationTrainer"]
 
@@ -64,6 +65,10 @@ class RelationDistillationTrainer(DistillationTrainer):
         self.relation_weight = relation_weight
         if (reduction := self.relation_term.reduction) not in ("sequence", "token"):
             raise ValueError(f'relation_loss: expected reduction "sequence" or "token", got {reduction!r}')
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        forget_evaluation(self)
+        return super().train(*args, **options)
 
     def _compute_loss(self, unwrapped_student: Any, inputs: dict, num_items_in_batch: Any) -> tuple[Tensor, ...]:
         self.relation_term.clear()  # the forwards of the generation

@@ -120,7 +120,7 @@ class FixedCompletions(RelationDistillationTrainer):
 
 
 def one_step(folder: Path, size: int, accumulation: int, loss="token", **options) -> dict[str, torch.Tensor]:
-    """The gradient of a step on 16 completions with different numbers of tokens."""
+    """The gradient of a step on 16 completions with different numbers of tokens, after an evaluation."""
     step = {"learning_rate": 1.0, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0}
     trainer = trainer_of(
         folder,
@@ -132,6 +132,7 @@ def one_step(folder: Path, size: int, accumulation: int, loss="token", **options
         **options,
     )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.evaluate()
     trainer.train()
     return {name: before[name] - p.detach() for name, p in trainer.model.named_parameters()}
 

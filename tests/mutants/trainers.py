@@ -45,7 +45,7 @@ MUTANTS = [
     ),
     Mutant(
         _TRANSFORMERS,
-        '            vars(self.model).pop("_is_accelerate_prepared", None)\n',
+        '        vars(trainer.model).pop("_is_accelerate_prepared", None)\n',
         "",
         f"{_TRANSFORMERS_TESTS} -k two_processes",
         "after an evaluation, every process trains a student of its own",
