@@ -69,6 +69,7 @@ class LaunchConfig:
             itemsize: the larger item size of their dtypes, in bytes.
             indices_and_prefix: whether the call has both a padding mask and a prefix mask.
         """
+        older = _version() < (3, 9)
         if itemsize == 4:
             # Tensor cores have no exact float32 product, so each thread holds slices of rows. Of the tiles that were
             # tried, these are the largest that do not spill.
@@ -76,10 +77,12 @@ class LaunchConfig:
                 return cls(32, 16, 2 if kernel == "gradient" else 4, 1)
             # The assemblers of Triton 3.6 and 3.8 spill a few registers, to reach 64 or 128, unless more are allowed.
             # Gradients that did not spill become 2 % slower.
-            registers = {"gradient": 128, "row_kl": 168}.get(kernel) if _version() < (3, 9) else None
+            registers = {"gradient": 128, "row_kl": 168}.get(kernel) if older else None
             return cls(64 if width <= 16 and kernel != "gradient" else 32, 32, 8, 1, registers)
         if kernel == "gradient" and indices_and_prefix:
-            return cls(64, 16, 4, 1)  # 64 x 32 spills on sm_80, 128 x 32 on sm_100
+            return cls(64, 16, 4, 1, 128 if older else None)  # 64 x 32 spills on sm_80, 128 x 32 on sm_100
+        if kernel == "row_stats" and width > 64 and not supports_pipelining():
+            return cls(64, 32, 4, 1, 255)  # Triton 3.6 spills to reach 168 registers
         if kernel == "row_stats" and supports_pipelining():
             return cls(64, 32, 4, 2)  # sm_90, (16, 8): 96 registers, 20 warps/SM; 127 in one stage; 160 with 64 x 64
         return cls(64, 32, 4, 1)  # gradient, sm_90, (16, 8): 12.1 slots, 112 registers; in two stages 14 slots

@@ -173,15 +173,18 @@ def head_pointer(tensors, strides, index, head, program, ALIGN: tl.constexpr, PA
     `strides` holds batch, token and head stride of each tensor, in units of ALIGN elements and encoded.
     """
     x = tensors[0]
-    batch_stride = decode_integer(strides[0])
-    token_stride = decode_integer(strides[1])
-    head_stride = decode_integer(strides[2])
+    batch_stride = tl.cast(strides[0], tl.int64)
+    token_stride = tl.cast(strides[1], tl.int64)
+    head_stride = tl.cast(strides[2], tl.int64)
     for k in tl.static_range(1, len(tensors)):
         if index == k:
             x = tensors[k]
-            batch_stride = decode_integer(strides[3 * k])
-            token_stride = decode_integer(strides[3 * k + 1])
-            head_stride = decode_integer(strides[3 * k + 2])
+            batch_stride = tl.cast(strides[3 * k], tl.int64)
+            token_stride = tl.cast(strides[3 * k + 1], tl.int64)
+            head_stride = tl.cast(strides[3 * k + 2], tl.int64)
+    batch_stride = decode_integer(batch_stride)
+    token_stride = decode_integer(token_stride)
+    head_stride = decode_integer(head_stride)
     offset = program.first * token_stride if PACKED else program.sequence.to(tl.int64) * batch_stride
     return x + (offset + head.to(tl.int64) * head_stride) * ALIGN, token_stride
 
