@@ -58,12 +58,13 @@ class _Scores:
             raise ValueError(f'normalize: expected "cosine" or None, got {normalize!r}')
         self.normalize: Normalize | None = normalize
         self.temperature: float = _checked_temperature(temperature)
+        self.plain = normalize is None and temperature == 1  # torch.compile would guard a comparison of floats
 
     def scale(self, heads: Tensor) -> float | None:
         """Factor of the products; None is 1 / sqrt(D)."""
-        if self.normalize:
-            return 1 / self.temperature
-        return None if self.temperature == 1 else 1 / (math.sqrt(heads.shape[-1]) * self.temperature)
+        if self.plain:
+            return None
+        return 1 / self.temperature if self.normalize else 1 / (math.sqrt(heads.shape[-1]) * self.temperature)
 
     def vectors(self, heads: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The vectors, (..., A, D), whose products are the scores."""

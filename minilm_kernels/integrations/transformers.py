@@ -324,7 +324,7 @@ def _attention_mask(batch: Mapping[str, Any]) -> Tensor:
     return torch.ones(tokens.shape[:2], device=tokens.device)
 
 
-def forget_evaluation(trainer: Trainer) -> None:
+def forget_evaluation(trainer: Any) -> None:
     """Makes `train` wrap a student that was evaluated before.
 
     The evaluation marks the student as prepared, and accelerate would not wrap it any more: every process would train a
