@@ -35,7 +35,7 @@ def main() -> None:
     samples = [tokenizer(line, truncation=True, max_length=512) for line in lines]
     split, collate = len(samples) * 9 // 10, DataCollatorForLanguageModeling(tokenizer)
     train = DataLoader(samples[:split], args.batch_size, shuffle=True, collate_fn=collate)
-    held_out = [batch.to(device) for batch in DataLoader(samples[split:], args.batch_size, collate_fn=collate)]
+    eval_batches = [batch.to(device) for batch in DataLoader(samples[split:], args.batch_size, collate_fn=collate)]
 
     def losses(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         term.run_teacher(**batch)
@@ -44,7 +44,7 @@ def main() -> None:
     @torch.no_grad()
     def evaluate() -> float:
         student.eval()
-        return sum(losses(batch)[1].item() for batch in held_out) / len(held_out)
+        return sum(losses(batch)[1].item() for batch in eval_batches) / len(eval_batches)
 
     before, optimizer = evaluate(), torch.optim.AdamW(student.parameters(), args.learning_rate)
     for batch in islice(chain.from_iterable(repeat(train)), args.max_steps):

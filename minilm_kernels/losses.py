@@ -72,7 +72,8 @@ class _Scores:
             return heads
         if attention_mask is not None:  # the derivative of a norm is NaN where padding has NaN
             heads = heads.masked_fill((attention_mask == 0)[..., None, None], 0.0)
-        return functional.normalize(heads, dim=-1)
+        smallest = max(1e-12, torch.finfo(heads.dtype).tiny)  # 1e-12 is 0 in float16, and 0 / 0 would be NaN
+        return functional.normalize(heads, dim=-1, eps=smallest)
 
     def __repr__(self) -> str:
         return f"normalize={self.normalize!r}, temperature={self.temperature}"

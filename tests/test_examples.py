@@ -59,6 +59,11 @@ def test_public_docstrings_have_examples_that_run(module, name, tmp_path, monkey
     assert not runner.summarize(verbose=False).failed, output.getvalue()
 
 
+def test_scripts_are_short():
+    for script in (ROOT / "examples").glob("*.py"):
+        assert len(script.read_text(encoding="utf-8").splitlines()) <= 60, script.name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

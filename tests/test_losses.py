@@ -282,6 +282,17 @@ def test_cosines_and_temperature(backend, normalize, temperature):
     torch.testing.assert_close(values, {pair: x.detach().float() for pair, x in expected.items()}, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cosines_of_a_zero_vector_are_zero(dtype):
+    teacher, student = torch.randn(B, S, HIDDEN_T).to(dtype), torch.randn(B, S, HIDDEN_S).to(dtype)
+    teacher[0, 2] = student[0, 2] = 0.0
+    loss = SelfRelationLoss(3, normalize="cosine")
+    expected = loss(student.double(), teacher.double(), MASK)
+    value = loss(student.requires_grad_(), teacher, MASK)
+    torch.testing.assert_close(value.double(), expected, rtol=2e-2, atol=0)
+    assert torch.autograd.grad(value, student)[0].isfinite().all()
+
+
 def test_without_normalization_nothing_changes():
     teacher, student = _qkv(HIDDEN_T, dtype=torch.bfloat16), _qkv(HIDDEN_S, dtype=torch.bfloat16)
     pairs = [("query", "query"), ("key", "key"), ("value", "value")]

@@ -210,6 +210,12 @@ class RelationSentenceTransformerTrainer(SentenceTransformerTrainer):
         if not isinstance(self.loss, RelationDistillLoss):
             raise TypeError(f"loss: expected a RelationDistillLoss, got {type(self.loss).__name__}")
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.loss.items_per_micro_batch = None  # another trainer may get the loss
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:

@@ -1,5 +1,6 @@
 """`RelationTrainer`: transformers' Trainer with a relation loss, alone or beside the loss of the student's own head."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from minilm_kernels._wrappers import unwrap
@@ -116,6 +117,7 @@ class RelationTrainer(Trainer):
 
     args: RelationTrainingArguments
     model: Any
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -150,7 +152,7 @@ class RelationTrainer(Trainer):
         text = getattr(self.model, "main_input_name", None) == "input_ids"
         self._unreached = self._find_unreached() if alone and args.weight_decay and text else set()
         self._averages = _Averages()
-        self._shifts = LOSS_MAPPING.get(getattr(unwrap(model), "loss_type", "")) is ForCausalLMLoss
+        self._shifts = _shifts_labels(unwrap(model))
         # Trainer takes the losses as they are and does not divide them by the accumulation steps.
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs or self.compute_loss_func is None
         if alone and args.label_names is None:
@@ -167,6 +169,7 @@ class RelationTrainer(Trainer):
 
     def train(self, *args: Any, **options: Any) -> TrainOutput:
         forget_evaluation(self)
+        self._averages = _Averages()
         return super().train(*args, **options)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -188,6 +191,11 @@ class RelationTrainer(Trainer):
         gradients = torch.autograd.grad(self.term.value(), trained, allow_unused=True)
         reached = {id(p) for p, gradient in zip(trained, gradients, strict=True) if gradient is not None}
         return {name for name, parameter in parameters.items() if id(parameter) not in reached}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "query_mask" not in self._signature_columns:  # otherwise Trainer removes the column
+            self._signature_columns.append("query_mask")
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -308,6 +316,15 @@ class _Averages:
         """Returns the averages and starts new ones; every process has to call it."""
         sums, self._sums = self._sums, {}
         return {name: (total / count).item() for name, (total, count) in accelerator.reduce(sums, "sum").items()}
+
+
+def _shifts_labels(model: Any) -> bool:
+    """True if the head has the loss of causal language models, which leaves out the first label of a sequence.
+
+    The class of the head does not tell: BART's decoder and T5 compute another loss than the one they are assigned.
+    """
+    computed_by = inspect.unwrap(type(model).forward).__code__.co_names
+    return "loss_function" in computed_by and model.loss_function is ForCausalLMLoss
 
 
 def _attention_mask(batch: Mapping[str, Any]) -> Tensor:

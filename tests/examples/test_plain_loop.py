@@ -14,7 +14,6 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "plain_loop.py"
 
 
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
-    assert len(SCRIPT.read_text().splitlines()) <= 60
     teacher = AutoModelForMaskedLM.from_config(BertConfig(**SIZES, **LAYERS | {"num_hidden_layers": 4}))
     with torch.no_grad():
         for parameter in teacher.parameters():

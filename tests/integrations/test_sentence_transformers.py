@@ -279,6 +279,7 @@ def one_step(
     relation = RelationDistillLoss(student, teacher, relation_loss, **loss(student))
     evaluator = RelationKLEvaluator(TEXTS["anchor"], relation)
     trainer(student, args, train_dataset=data, loss=relation, evaluator=evaluator).train()
+    assert relation.items_per_micro_batch is None  # the loss may be used elsewhere
     return {name: before[name] - p.detach() for name, p in student.named_parameters()}
 
 

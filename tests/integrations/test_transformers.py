@@ -28,7 +28,7 @@ from minilm_kernels.integrations import RelationTrainer, RelationTrainingArgumen
 from tests.distill.tiny import make_texts, make_tokenizer
 from tests.processes import run_two
 
-from .tiny import RELATION_HEADS, eval_kl, make, make_dataset
+from .tiny import DECODERS, RELATION_HEADS, eval_kl, make, make_dataset
 
 TOKENIZER = make_tokenizer()
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
@@ -121,7 +121,7 @@ def expected_step(
     columns = [name for name in rows.column_names if name != "text"]
     batch = dict(COLLATORS[head]([{name: row[name] for name in columns} for row in rows]))
     labels = batch.pop("labels", None)
-    masks = {"causal": student.config.model_type == "qwen3", "query_mask": batch.pop("query_mask", None)}
+    masks = {"causal": student.config.model_type in DECODERS, "query_mask": batch.pop("query_mask", None)}
     with record_qkv(student) as recorder_s, record_qkv(teacher) as recorder_t:
         output = student(**batch)
         with torch.no_grad():
@@ -147,6 +147,7 @@ STEPS = [
     ("modernbert", "masked-lm", (1.0, 0.5), "sequence"),
     ("modernbert", "none", (1.0, 0.0), "token"),
     ("qwen3", "causal-lm", (1.0, 0.5), "token"),
+    ("gpt2", "causal-lm", (1.0, 0.5), "token"),
     ("qwen3", "sequence-classification", (1.0, 0.5), "sequence"),
     ("qwen3", "none", (1.0, 0.0), "sequence"),
 ]
@@ -187,6 +188,16 @@ def test_rows_that_count(reduction, tmp_path):
     trainer.train()
     assert_close(gradients.found, expected)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(losses["loss"], rel=1e-5)
+
+
+def test_rows_that_count_can_be_a_column(tmp_path):
+    """Trainer removes columns that the student's forward does not take; it must not remove this one."""
+    ids, mask = torch.randint(5, 60, (8, 12)).tolist(), [[0] * 5 + [1] * 7] * 8
+    rows = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 12] * 8, "query_mask": mask})
+    student, loss = make(seed=1), MiniLMv2Loss(RELATION_HEADS)
+    trainer = make_trainer(tmp_path, student, options={"eval_dataset": rows})
+    _, losses = expected_step(student, trainer.term.teacher, "none", (1.0, 0.0), loss, rows)
+    assert trainer.evaluate()["eval_relation_kl"] == pytest.approx(losses["relation_kl"], rel=1e-5)
 
 
 def test_a_micro_batch_without_labels(tmp_path):
@@ -421,6 +432,17 @@ def test_resuming(own, tmp_path):
         assert trainer.state.global_step == 12
         weights.append(student.state_dict())
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_second_training_starts_new_averages(tmp_path):
+    """The third step of a run is not logged; it must not reach the first log of the next run."""
+    settings = {"max_steps": 3, "logging_steps": 2, "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, make(seed=1), **settings)
+    logged = []
+    for _ in range(2):
+        trainer.train()
+        logged.append(trainer.state.log_history[0]["relation_kl"])
+    assert logged[0] == logged[1]
 
 
 def test_the_best_model_has_the_smallest_kl(tmp_path):

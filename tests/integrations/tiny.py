@@ -28,7 +28,9 @@ FAMILIES = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "modernbert": {"global_attn_every_n_layers": 1},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
+DECODERS = ("gpt2", "qwen3")
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
 RELATION_HEADS = 4
 
@@ -64,5 +66,5 @@ def eval_kl(student: nn.Module, teacher: nn.Module, dataset: Dataset) -> float:
             model(**batch)
             found.append(recorder.pop()[-1])
         model.train(training)
-    causal = student.config.model_type == "qwen3"
+    causal = student.config.model_type in DECODERS
     return MiniLMv2Loss(RELATION_HEADS)(*found, batch["attention_mask"], causal=causal).item()

@@ -10,6 +10,13 @@ _TRANSFORMERS_TESTS = "tests/integrations/test_transformers.py"
 MUTANTS = [
     Mutant(
         _TRANSFORMERS,
+        '    return "loss_function" in computed_by and model.loss_function is ForCausalLMLoss\n',
+        '    return getattr(model, "loss_type", None) == "ForCausalLM"\n',
+        f"{_TRANSFORMERS_TESTS} -k accumulated",
+        "GPT-2's loss is averaged as if it had a label for the first token",
+    ),
+    Mutant(
+        _TRANSFORMERS,
         "        loss = self.args.relation_weight * relation * shares[0] + own\n",
         "        loss = self.args.relation_weight * relation / self.current_gradient_accumulation_steps + own\n",
         f"{_TRANSFORMERS_TESTS} -k accumulated",
