@@ -86,8 +86,7 @@ def relation_kl(
         query_mask: (B, S), or packed (T,), nonzero on rows that count, of the same dtypes as `attention_mask`: for
             instance True on the tokens of completions. A valid token that is left out is still a key that other rows
             see. Its own row adds nothing to loss and gradient and is not counted in averages; in a cross relation, its
-            query never matters, not even NaN. As for `attention_mask`, values other than 0 and 1 raise an error on the
-            CPU and make the result NaN where the host does not read them.
+            query never matters, not even NaN. The values are checked like those of `attention_mask`.
         teacher_scale: factor of the teacher's scores. None: 1 / sqrt(D_t).
         student_scale: factor of the student's scores. None: 1 / sqrt(D_s).
         reduction: "sequence" averages over heads and counted rows of each sequence, then over the sequences that have
