@@ -60,8 +60,9 @@ def relation_kl(
         teacher_query: (B, S, A, D_t), or packed (T, A, D_t); float16, bfloat16, float32 or float64, with any strides.
             The teacher's tensors must not require grad; they may be inference tensors.
         teacher_key: like `teacher_query`, or (B, S, A_k, D_t) with fewer heads, as in grouped-query attention: A_k
-            divides A, and query head a reads key head a // (A / A_k). The result is that of `key.repeat_interleave(A //
-            A_k, dim=-2)`. If both keys are None, the call is a self relation: the queries are also the keys.
+            divides A, and query head a reads key head a // (A / A_k). The result is that of
+            `key.repeat_interleave(A // A_k, dim=-2)`. If both keys are None, the call is a self relation: the queries
+            are also the keys.
         student_query: (B, S, A, D_s), or packed (T, A, D_s). Width and dtype may differ from the teacher's.
         student_key: like `student_query`, also with fewer heads, whose number may differ from the teacher's. Its
             gradient has its own shape. None if and only if `teacher_key` is None. To use the query as key in one model
