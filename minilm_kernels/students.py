@@ -352,7 +352,7 @@ def pca_student(teacher: PreTrainedModel, config: PreTrainedConfig, *, seed: int
     the eigenvectors of their covariance with the largest eigenvalues, computed in float64. E W, and the product of W
     with every other embedding of the same width (positions, token types), are the student's embeddings. W is
     orthonormal, so E W keeps as much of the variance of E as a projection to this width can. All other weights are
-    random as in `random_student(config, seed=seed)`. Embeddings whose width does not change are copied.
+    random as in `random_student(config, seed=seed)`. If the width does not change, W is the identity.
 
     Args:
         teacher: a transformers model, with or without a task head.

@@ -113,11 +113,12 @@ class TrimmedVocabulary:
         return student
 
     def _translated(self, value: Any) -> Any:
-        """The student's id, or ids, of a special token in the config of a model."""
+        """The student's id, or ids, of a special token in the config of a model; None for an id that no token has."""
         if isinstance(value, (list, tuple)):
             return [self._translated(entry) for entry in value]
-        valid = isinstance(value, int) and 0 <= value < len(self.student_ids)
-        return int(self.student_ids[value]) if valid else value
+        if not isinstance(value, int) or value < 0:
+            return value
+        return int(self.student_ids[value]) if value < len(self.student_ids) else None
 
 
 def trim_vocabulary(tokenizer: Any, texts: Iterable[str] | None = None, size: int | None = None) -> TrimmedVocabulary:

@@ -285,6 +285,17 @@ def test_the_trimmed_model_computes_the_same(family, tmp_path):
     torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
 
 
+def test_a_padding_id_that_no_token_has():
+    """Some teachers have more rows than their tokenizer has tokens, and pad with one of these rows."""
+    teacher_tokenizer = unigram()
+    count = len(teacher_tokenizer)
+    teacher = AutoModel.from_config(
+        AutoConfig.for_model("llama", **SIZES, vocab_size=count + 8, pad_token_id=count + 2)
+    )
+    student = trim_vocabulary(teacher_tokenizer, CORPUS[:2]).trim(teacher)
+    assert student.config.pad_token_id is None
+
+
 def test_models_that_cannot_be_trimmed():
     trimmed = trim_vocabulary(word_level(), CORPUS)
     small = AutoConfig.for_model("bert", vocab_size=20, **SIZES)

@@ -157,7 +157,9 @@ class DistillConfig:
         "the name of one of several stacks of layers, which for encoder-decoders is encoder by default",
         nargs="+",
     )
-    student_projections: tuple[str, ...] | None = _option(None, "the same names for the student", nargs="+")
+    student_projections: tuple[str, ...] | None = _option(
+        None, "the same names for the student; by default, the teacher's if the student is made from it", nargs="+"
+    )
     mask: str = _option(
         "auto",
         "attention mask of both models and of the loss; auto: that of the models, which is causal for decoders",

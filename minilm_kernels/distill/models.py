@@ -26,6 +26,8 @@ from .preflight import check_ids, check_weights
 
 _DROPOUT = re.compile(r"dropout|_pdrop$")
 _DROPOUT_OF_TASK_HEADS = re.compile(r"classif|summary|^qa_")
+# Float32 rounding gives less than 1e-6; in small random encoders, one of six tokens changes the others by 2e-3.
+_CAUSAL_TOLERANCE = 1e-4
 
 
 class LayerModel:
@@ -70,7 +72,8 @@ class LayerModel:
         config = self.model.config
         reach = None
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-            reach = config.sliding_window - self.causal  # a window counts the token itself only if it is causal
+            # A window counts the token itself in decoders, and in encoders that are made of them (Gemma 3).
+            reach = config.sliding_window - (self.causal or hasattr(config, "use_bidirectional_attention"))
         inputs = batch.model_inputs(
             self._offset, config._attn_implementation == "eager", causal_model=self.causal, reach=reach
         )
@@ -154,8 +157,7 @@ def load_models(
         except ValueError as error:
             raise ValueError(f"--trim-vocabulary: {error}") from error
         ids = vocabulary.student_ids.to(device)
-    copied = config.copy_layers is not None or config.student_init == "copy"
-    projections = config.student_projections or (config.teacher_projections if copied else None)
+    projections = config.student_projections or (config.teacher_projections if config.student is None else None)
     student = LayerModel(model.to(device), config.student_layer, projections, "student", ids)
     if config.student is not None:
         check_weights(student.extractor, info, f"--student {config.student}", teacher=False)
@@ -178,7 +180,10 @@ def load_models(
 
 
 def _attends_causally(model: Any) -> bool:
-    """True if the outputs of the first tokens do not depend on the last one."""
+    """True if the outputs of the first tokens do not depend on the last one.
+
+    They are not compared bit by bit: in a mixture of experts, the last token changes the sizes of matrix products.
+    """
     training = model.training
     first = torch.tensor([[5, 6, 7, 5, 6, 7]], device=next(model.parameters()).device)
     last = first.clone()
@@ -190,7 +195,7 @@ def _attends_causally(model: Any) -> bool:
         return False
     finally:
         model.train(training)
-    return torch.equal(before, after)
+    return bool((before - after).abs().max() <= _CAUSAL_TOLERANCE * before.abs().max())
 
 
 def _projections(model: Any, names: Sequence[str] | None) -> Any:

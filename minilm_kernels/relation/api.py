@@ -60,8 +60,9 @@ def relation_kl(
         teacher_query: (B, S, A, D_t), or packed (T, A, D_t); float16, bfloat16, float32 or float64, with any strides.
             The teacher's tensors must not require grad; they may be inference tensors.
         teacher_key: like `teacher_query`, or (B, S, A_k, D_t) with fewer heads, as in grouped-query attention: A_k
-            divides A, and query head a reads key head a // (A / A_k). The result is that of `key.repeat_interleave(A //
-            A_k, dim=-2)`. If both keys are None, the call is a self relation: the queries are also the keys.
+            divides A, and query head a reads key head a // (A / A_k). The result is that of
+            `key.repeat_interleave(A // A_k, dim=-2)`. If both keys are None, the call is a self relation: the queries
+            are also the keys.
         student_query: (B, S, A, D_s), or packed (T, A, D_s). Width and dtype may differ from the teacher's.
         student_key: like `student_query`, also with fewer heads, whose number may differ from the teacher's. Its
             gradient has its own shape. None if and only if `teacher_key` is None. To use the query as key in one model
@@ -86,8 +87,7 @@ def relation_kl(
         query_mask: (B, S), or packed (T,), nonzero on rows that count, of the same dtypes as `attention_mask`: for
             instance True on the tokens of completions. A valid token that is left out is still a key that other rows
             see. Its own row adds nothing to loss and gradient and is not counted in averages; in a cross relation, its
-            query never matters, not even NaN. As for `attention_mask`, values other than 0 and 1 raise an error on the
-            CPU and make the result NaN where the host does not read them.
+            query never matters, not even NaN. The values are checked like those of `attention_mask`.
         teacher_scale: factor of the teacher's scores. None: 1 / sqrt(D_t).
         student_scale: factor of the student's scores. None: 1 / sqrt(D_s).
         reduction: "sequence" averages over heads and counted rows of each sequence, then over the sequences that have

@@ -14,6 +14,7 @@ _SIZES = {**_TEXT, "num_hidden_layers": 4, "hidden_size": 48, "num_attention_hea
 _ROBERTA = {**_SIZES, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "type_vocab_size": 1}
 _DECODER = {**_SIZES, "bos_token_id": 2, "eos_token_id": 3}
 _GROUPED = {**_DECODER, "num_key_value_heads": 2, "head_dim": 12}
+_GEMMA3 = {**_GROUPED, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
 _T5 = {"vocab_size": _TEXT["vocab_size"], "d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 4, "num_heads": 4}
 _BART = {f"{part}_{name}": x for part in ("encoder", "decoder") for name, x in (("layers", 4), ("attention_heads", 4))}
 _BART |= {"encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "d_model": 48, "bos_token_id": 2, "eos_token_id": 3}
@@ -47,8 +48,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", _GROUPED),
     "gemma": ("gemma", _GROUPED),
     "gemma2": ("gemma2", {**_GROUPED, "sliding_window": 6}),
+    "gemma3": ("gemma3_text", _GEMMA3),
+    "embedding-gemma": ("gemma3_text", {**_GEMMA3, "use_bidirectional_attention": True}),
 }
-CAUSAL = {"gpt2", "llama", "qwen3", "gemma", "gemma2"}
+CAUSAL = {"gpt2", "llama", "qwen3", "gemma", "gemma2", "gemma3"}
 # BART counts positions in the sample, and DeBERTa takes no mask of pairs.
 NOT_PACKED = {"bart", "deberta-v2"}
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from minilm_kernels.distill import DistillConfig, distill
 from minilm_kernels.distill.batch import Batch
-from minilm_kernels.distill.models import load_models
+from minilm_kernels.distill.models import LayerModel, load_models
 from minilm_kernels.distill.preflight import check_masks
 from minilm_kernels.distill.tokenization import DocumentTokenizer
 
@@ -86,7 +86,7 @@ def test_layers_with_windows_are_refused_and_others_are_listed(family, run):
     assert models.teacher.extractor.layer == 4
 
 
-@pytest.mark.parametrize(("family", "layer"), [("gemma2", 2), ("modernbert", 1)])
+@pytest.mark.parametrize(("family", "layer"), [("gemma2", 2), ("embedding-gemma", 2), ("modernbert", 1)])
 def test_packed_documents_keep_their_windows(family, layer, run, monkeypatch):
     models = load_models(run(family, student_layer=layer, **NEW), torch.device("cpu"))
     tokenizer = DocumentTokenizer(models.tokenizer)
@@ -119,6 +119,26 @@ def test_the_mask_is_that_of_the_models(run, tmp_path):
     with pytest.raises(ValueError, match="--mask auto: the teacher attends to earlier tokens only, the student to all"):
         load_models(run("llama", **other), torch.device("cpu"))
     assert load_models(run("llama", mask="causal", **other), torch.device("cpu")).mask == "causal"
+
+
+@pytest.mark.parametrize(("model_type", "causal"), [("mixtral", True), ("qwen3_moe", True), ("bert", False)])
+def test_rounding_does_not_hide_a_causal_model(model_type, causal):
+    """The last token changes the sizes of the products of experts, and with them the rounding of other tokens."""
+    sizes = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+        model = AutoModel.from_config(AutoConfig.for_model(model_type, **sizes, **heads))
+        assert LayerModel(model, -1, None, "teacher").causal == causal
+
+
+@pytest.mark.slow
+def test_a_new_student_has_the_teacher_s_projections(run):
+    """The student of a decoder's layer is distilled in its decoder, too, and not in its encoder."""
+    config = run("bart", teacher_projections=("decoder",), mask="causal", **NEW)
+    models = load_models(config, torch.device("cpu"))
+    for side in (models.teacher, models.student):
+        assert "decoder" in side.extractor._paths[0]
 
 
 @pytest.mark.slow

@@ -343,6 +343,20 @@ MUTANTS = [
         "windows of packed documents are narrower than those of the model",
     ),
     Mutant(
+        _D + "models.py",
+        'hasattr(config, "use_bidirectional_attention")',
+        "False",
+        _T + "test_families.py -k windows",
+        "windows of an encoder that is made of a decoder are too wide in packed documents",
+    ),
+    Mutant(
+        _D + "models.py",
+        "_CAUSAL_TOLERANCE * before.abs().max()",
+        "0",
+        _T + "test_families.py -k rounding",
+        "a causal mixture of experts is distilled with a bidirectional mask",
+    ),
+    Mutant(
         _D + "run_state.py",
         "{} if kept is None else",
         "{} if kept else",
