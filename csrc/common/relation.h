@@ -18,8 +18,8 @@ struct TensorView {
   DType dtype;
 };
 
-// Queries and keys of one model, and the scale of their scores. In a self relation, key == query. Query head a reads key
-// head a / group.
+// Queries and keys of one model, and the scale of their scores. In a self relation, key == query. Query head a reads
+// key head a / group.
 struct ModelOperands {
   TensorView query, key;
   float scale;

@@ -390,8 +390,8 @@ private:
     if (work.task.symmetric) k_.symmetric_gradient(work.task, slice, work.scratch[slice]);
   }
 
-  // A divergence near 0 may round to a negative number. Only the sum over all tasks is clamped to 0: the positive errors
-  // alone would be a bias.
+  // A divergence near 0 may round to a negative number. Only the sum over all tasks is clamped to 0: the positive
+  // errors alone would be a bias.
   double kl_of(const Task& task) const { return std::accumulate(task.kl, task.kl + task.slices + 1, 0.0); }
 
   void run_stage(Work& work, int64_t stage, int64_t slice) const {

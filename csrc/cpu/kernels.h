@@ -28,9 +28,9 @@ struct ModelBuffers {
 struct Task {
   const Relation* relation;
   int64_t sequence, head, length, blocks;
-  const int64_t* tokens;  // (length,)
+  const int64_t* tokens;   // (length,)
   const bool* query_mask;  // (positions,): true on rows that count, or null
-  int64_t prefix;         // rows and keys below it see each other; equal to `length` for a bidirectional mask
+  int64_t prefix;          // rows and keys below it see each other; equal to `length` for a bidirectional mask
   ModelBuffers teacher, student;
   bool paired;             // multiply features in pairs (scores.inl)
   bool symmetric;          // take the symmetric path, otherwise the row-wise one

@@ -13,8 +13,8 @@ using Tensors = std::vector<torch::stable::Tensor>;
 using Optional = std::optional<torch::stable::Tensor>;
 
 std::string relation_kl(Tensors, Tensors, std::vector<int64_t>, std::vector<double>, torch::stable::Tensor,
-                        torch::stable::Tensor, Optional, Optional, bool, Optional, Optional, Optional, Optional, Tensors, bool,
-                        int64_t, int64_t, int64_t) {
+                        torch::stable::Tensor, Optional, Optional, bool, Optional, Optional, Optional, Optional,
+                        Tensors, bool, int64_t, int64_t, int64_t) {
   return "";
 }
 
