@@ -39,7 +39,7 @@ _CROSS = re.compile("cross|(enc|encoder)_?(dec|attn)", re.IGNORECASE)
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")  # names that compiled and checkpointed modules add
 # Arguments, attributes and submodules of attentions that add a term of the relative position to the scores.
 _POSITION_TERMS = re.compile(
-    "rel(ative)?_(pos|att)|position_bias|pos_bias|alibi|pos_att_type|distance_embedding|emb_rel"
+    "(rel|relative)_(pos|att)|position_bias|pos_bias|alibi|pos_att_type|distance_embedding|emb_rel"
 )
 # Sources of forwards that scale the queries before they call the attention function.
 _SCALED = re.compile(r"(query\w*|q_proj\(.*\)) \*=? self\.(scal|attention_head_size)|self\.scaling \* query")
@@ -135,7 +135,7 @@ class Stack:
             "normed": re.search(r"\b(q|k|qk|query|key)_?(layer_?)?norm", names),
             "scaled": _SCALED.search(forward),
             "rotated": _rotates(attention, forward),
-            "value-normed": re.search(r"\bv(alue)?_norm", names),
+            "value-normed": re.search(r"\b(v|value)_norm", names),
             "value-scaled": getattr(attention, "v_scale", 1.0) != 1.0,
         }
         return ", ".join(name for name, is_so in found.items() if is_so) or "projection"
