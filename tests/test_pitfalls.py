@@ -298,15 +298,20 @@ def test_16_the_loss_holds_no_teacher():
 
 
 def test_17_grouped_query_models():
-    """If keys and values are narrower than queries, only relations of equal width work, without broadcasting."""
+    """Keys and values that are narrower than queries have fewer heads; nothing is broadcast by accident."""
     teacher = QKV(torch.randn(2, 6, 32), torch.randn(2, 6, 8), torch.randn(2, 6, 8))
     student = QKV(*(torch.randn(2, 6, 16) for _ in range(3)))
     components = MiniLMv2Loss(4).components(teacher, student)
     for name, index in (("qq", 0), ("kk", 1), ("vv", 2)):
         x, y = (side[index].unflatten(-1, (4, -1)) for side in (teacher, student))
         torch.testing.assert_close(components[name], relation_kl(x, None, y, None))
-    with pytest.raises(ValueError, match=r"teacher_key: .*grouped-query"):
-        MiniLMLoss(4)(teacher, student)
+    with pytest.raises(ValueError, match=r"'qk' of teacher.key of width 8 .* needs attention_heads"):
+        MiniLMv2Loss(4, relations={"qk": 1.0})(teacher, student)
+    query, key, value = (x.unflatten(-1, (-1, 8)).expand(2, 6, 4, 8) for x in teacher)  # one key head for four queries
+    q, k, v = (x.unflatten(-1, (4, -1)) for x in student)
+    components = MiniLMLoss(4).components(teacher, student)
+    torch.testing.assert_close(components["qk"], relation_kl(query, key, q, k))
+    torch.testing.assert_close(components["vv"], relation_kl(value, None, v, None))
 
 
 def test_19_no_preset_is_the_layer_dropped_model():

@@ -54,10 +54,10 @@ def scan(types: list[str], jobs: int = 1, timeout: int = 60) -> Iterator[list[di
             try:
                 rows = receiver.recv()
             except EOFError:
-                process.join()
+                process.join(timeout)
                 reason = f"the process ended with status {process.exitcode}"
                 rows = [{"model_type": model_type, "folder": folder(model_type), "reasons": {"build": reason}}]
-            process.join()
+            process.join(timeout)
             running.remove(entry)
             yield rows
 
