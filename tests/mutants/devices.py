@@ -14,6 +14,7 @@ _EMULATED = (
     "'unordered_pairs or malformed or bounds or masks_and_reductions or range_of_norms or beyond_shared or lengths "
     "or nan'"
 )
+_STRIPS = "tests/relation/backends/test_cuda_emulated.py -k 'unordered_pairs or strips'"
 _ROWS_AND_GROUPS = (
     "tests/relation/backends/test_cuda_emulated.py -k "
     "'rows_that_count or grouped_keys or range_of_norms or queries_that_do_not_count or several_relations_with'"
@@ -191,6 +192,34 @@ MUTANTS = [
     ),
     Mutant(
         _CUDA + "schedule.cuh",
+        "(round > 0 && 2 * round == strips && strip >= round)",
+        "(round > 0 && 2 * round == strips && strip > round)",
+        _STRIPS,
+        "two strips meet twice",
+    ),
+    Mutant(
+        _CUDA + "strips.cuh",
+        "j == i && column + i < bound ? 0.5f : 1.0f",
+        "j == i ? 0.5f : 1.0f",
+        _STRIPS,
+        "with a causal mask, pairs of a token with itself count half",
+    ),
+    Mutant(
+        _CUDA + "strips.cuh",
+        "words.word[model] = exists && (model == 1 || i < state.bound) ? 0x3f803f80u : 0u;",
+        "words.word[model] = exists ? 0x3f803f80u : 0u;",
+        _STRIPS,
+        "gradients count pairs that a causal mask hides",
+    ),
+    Mutant(
+        _CUDA + "strips.cuh",
+        "if (j >= length || (kCausal && j > i && j >= bound)) x_t = x_s = 0.0f;",
+        "if (kCausal && j > i && j >= bound) x_t = x_s = 0.0f;",
+        _STRIPS,
+        "tokens beyond the end of a sequence are keys",
+    ),
+    Mutant(
+        _CUDA + "schedule.cuh",
         "  if (a >= rotating) a -= rotating;\n",
         "  if (a >= rotating) a = 0;\n",
         "tests/relation/backends/test_cuda_emulated.py -k 'schedule or unordered_pairs'",
@@ -198,7 +227,7 @@ MUTANTS = [
     ),
     Mutant(
         "csrc/cuda/host/launch_plan.cpp",
-        "token += planes.student_splits == 3 ? 16 : 8;",
+        "token += planes.schedule.strip_rows || planes.student_splits == 3 ? 16 : 8;",
         "token += 8;",
         _EMULATED,
         "float32 students write beyond their shared memory",

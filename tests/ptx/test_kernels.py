@@ -77,6 +77,19 @@ def test_rows_that_count_and_grouped_keys(family, relations, groups, mask, reduc
     assert [str(finding) for finding in findings] == []
 
 
+@pytest.mark.parametrize("mask", ["none", "prefix-holes", "packed-causal"])
+@pytest.mark.parametrize(("widths", "length"), [((16, 8), 200), ((64, 32), 70)])
+def test_strips_of_several_warps(widths, length, mask):
+    """Self relations in bfloat16, in blocks of several warps whose strips meet in several rounds."""
+    fixed = {"dtype": "bfloat16", "mask": mask, "relations": "q", "reduction": "token", "length": length, "batch": 2}
+    fixed |= {"widths": widths, "heads": 1, "layout": "contiguous", "spread": 1.0, "gradient": True, "rows": 0.7}
+    device = Device()
+    with _emulated(CUDA[0], device) as backend:
+        _, wrong, findings = outcome(device, draw(1, fixed), backend)
+    assert wrong == []
+    assert [str(finding) for finding in findings] == []
+
+
 @pytest.mark.parametrize("relations", ["q", "qk"])
 @pytest.mark.parametrize("family", TRITON)
 def test_threads_agree_on_a_row(family, relations):

@@ -11,9 +11,9 @@
     minilm::cuda::__VA_ARGS__::run(params, minilm::cuda::shared_memory());                             \
   }
 
-#define MINILM_SYMMETRIC(name, splits_s, ...)                                       \
-  MINILM_ENTRY(32 * minilm::cuda::kSymmetricWarps[splits_s], 1, name, LaunchParams, \
-               SymmetricKernel<splits_s, __VA_ARGS__>)
+#define MINILM_SYMMETRIC(name, ...)                                                                       \
+  MINILM_ENTRY((32 * minilm::cuda::SymmetricKernel<__VA_ARGS__>::kSchedule.warps), 1, name, LaunchParams, \
+               SymmetricKernel<__VA_ARGS__>)
 #define MINILM_ROW_STATS(name, ...) \
   MINILM_ENTRY(32 * minilm::cuda::kRowWiseWarps, 2, name, LaunchParams, RowStatsKernel<__VA_ARGS__>)
 #define MINILM_ROW_WISE(name, ...) \

@@ -8,9 +8,21 @@ namespace minilm::cuda {
 constexpr int kTile = 32;          // tokens of a tile: a warp processes 32 × 32 pairs at a time
 constexpr int kMaxRelations = 16;  // relations of a launch, limited by the 4 KiB of kernel parameters
 
-// Warps per block of the symmetric kernel, indexed by the student's number of bf16 splits. The kernel is compiled for
-// this many warps, which share the 65 536 registers of an SM. docs/cuda.md lists the registers that it uses.
-constexpr int kSymmetricWarps[] = {0, 12, 12, 8};
+// The schedule of a symmetric kernel, chosen so that no loop over pairs spills registers.
+struct SymmetricSchedule {
+  int strip_rows;  // rows of a strip (strips.cuh); 0: the kernel combines tiles
+  int warps;       // most warps per block. They share the 65 536 registers of an SM
+};
+
+// Per 16 rows, a strip needs two registers per chunk for operands, and four per chunk of the student for gradients.
+constexpr SymmetricSchedule symmetric_schedule(int splits_s, int chunks_t, int splits_t, int chunks_s, int capability) {
+  const int registers = 2 * chunks_t + 6 * chunks_s;
+  if (splits_s != 1 || splits_t != 1 || chunks_t == 0 || registers > 40) return {0, splits_s == 3 ? 8 : 12};
+  if (registers <= 10) return {64, capability < 100 ? 16 : 12};
+  if (registers <= 20) return {32, 12};
+  return {32, 8};
+}
+
 constexpr int kRowWiseWarps = 4;  // warps per block; two blocks run on an SM
 
 // Parts of the shared memory of a symmetric block.

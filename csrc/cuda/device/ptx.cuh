@@ -18,6 +18,8 @@
 
 namespace minilm::cuda {
 
+constexpr int kCapability = __CUDA_ARCH__ / 10;  // 90 for compute capability 9.0
+
 MINILM_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 MINILM_DEVICE int thread_count() { return static_cast<int>(blockDim.x); }
 MINILM_DEVICE int64_t block_index() { return blockIdx.x; }
@@ -64,6 +66,21 @@ MINILM_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                : "r"(address)
                : "memory");
 }
+// The same for two matrices, with the addresses of lanes 0 to 15.
+MINILM_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(address)
+               : "memory");
+}
+MINILM_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(address)
+               : "memory");
+}
 // Transposes an 8×8 matrix of 16-bit elements. The lanes hold it in the layout of ldmatrix_x4.
 MINILM_DEVICE uint32_t movmatrix(uint32_t x) {
   uint32_t y;
@@ -98,6 +115,7 @@ MINILM_DEVICE Uint4 load_uint4(const void* from) {
 MINILM_DEVICE void store_uint4(void* to, const Uint4& x) {
   *static_cast<uint4*>(to) = make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]);
 }
+MINILM_DEVICE uint32_t load_word(const void* from) { return *static_cast<const uint32_t*>(from); }
 struct Float2 {
   float x, y;
 };

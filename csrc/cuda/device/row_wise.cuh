@@ -59,9 +59,6 @@ struct TileOrigin {
 // A value for each of the 4 rows (own tokens) that a lane holds: [m][e / 2].
 using PerRow = float[2][2];
 
-MINILM_DEVICE int own_row(int m, int half) { return 16 * m + 8 * half + lane_index() / 4; }
-MINILM_DEVICE int other_column(int n, int e) { return 8 * n + lane_index() % 4 * 2 + e % 2; }
-
 // Updates the running maxima, and the sums of 2^(u - maximum), with a tile of scores. Each lane handles the columns
 // that it holds.
 template <bool kExact>

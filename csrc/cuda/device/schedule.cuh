@@ -27,4 +27,12 @@ MINILM_INLINE TilePair tile_pair(int tiles, int round, int index) {
   return a > b ? TilePair{a, b} : TilePair{b, a};
 }
 
+// Strips: in round 0 every strip meets itself, and in round d strip i meets strip i + d. With an even number of strips,
+// only the first half of them meets another one in the last round, d = strips / 2. Returns -1 if the strip does not
+// exist or meets no other one.
+MINILM_INLINE int partner_of(int strips, int strip, int round) {
+  if (strip >= strips || (round > 0 && 2 * round == strips && strip >= round)) return -1;
+  return strip + round < strips ? strip + round : strip + round - strips;
+}
+
 }  // namespace minilm::cuda

@@ -6,6 +6,7 @@
 
 #include "row_wise.cuh"
 #include "schedule.cuh"
+#include "strips.cuh"
 
 namespace minilm::cuda {
 
@@ -110,20 +111,6 @@ struct PairTile {
   int rows, columns;
 };
 
-// Sums x[k] over a group of kCount lanes, whose indices differ in the bits from `bit` on. Each lane of the group
-// receives the sum of one k, which is the number in these bits of its index.
-template <int kCount>
-MINILM_DEVICE float distributed_sums(float (&x)[kCount], int bit) {
-  MINILM_UNROLL_FOR (int count = kCount / 2; count > 0; count /= 2) {
-    bool upper = (lane_index() & (bit * count)) != 0;
-    MINILM_UNROLL_FOR (int k = 0; k < count; ++k) {
-      float keep = upper ? x[count + k] : x[k], give = upper ? x[k] : x[count + k];
-      x[k] = keep + shuffle_xor(give, bit * count);
-    }
-  }
-  return x[0];
-}
-
 // Phase 1 for one model: adds the exponentials of a tile to the sums of its rows and, for mirrored pairs, of its
 // columns. No other warp accesses these rows and columns in the same round (schedule.cuh).
 template <bool kMasked, bool kCausal>
@@ -193,16 +180,13 @@ MINILM_DEVICE float find_score_grads(const float (&score_t)[2][2][4], float (&sc
   return fmaf(-kLn2, divergence, total_grad);
 }
 
-MINILM_DEVICE float log2_of_ratio(float x, float y) {
-  float ratio = x / y;
-  return ratio > 1e-30f && ratio < 1e30f ? log2f(ratio) : log2f(x) - log2f(y);
-}
-
 // kSplits: splits of the student's tokens and of the score gradients. kCausal: causal mask, with or without a prefix.
 template <int kSplits, int kChunksT, int kSplitsT, int kChunksS, bool kCausal>
 struct SymmetricKernel {
   using Shared = SymmetricLayout<kSplits, kChunksT, kSplitsT, kChunksS>;
   static constexpr bool kExact = kSplits == 3;
+  static constexpr SymmetricSchedule kSchedule = symmetric_schedule(kSplits, kChunksT, kSplitsT, kChunksS, kCapability);
+  static constexpr int kStripRows = kSchedule.strip_rows;
 
   static MINILM_DEVICE void run(const LaunchParams& params, char* memory) {
     const Shared shared{memory};
@@ -224,7 +208,7 @@ struct SymmetricKernel {
     const bool shares_reference = state.sequence.length >= kMinSymmetricTokens &&
                                   range_t.high - range_t.low <= kMaxNormRange &&
                                   range_s.high - range_s.low <= kMaxNormRange;
-    double value = shares_reference ? symmetric(shared) : row_wise(shared);
+    double value = !shares_reference ? row_wise(shared) : kStripRows ? strips(shared) : symmetric(shared);
     write(params, shared, block_sum(value, shared.scratch()));
   }
 
@@ -258,7 +242,7 @@ struct SymmetricKernel {
 
   static MINILM_DEVICE void load(const LaunchParams& params, const Shared& shared) {
     const BlockState& state = shared.state();
-    const int tokens = state.tiles * kTile;
+    const int tokens = static_cast<int>(round_up(state.sequence.length, kStripRows ? kStripRows : kTile));
     load_tokens(state.relation->teacher.key, state.sequence, state.head, 0, tokens, writable(shared.teacher(0)),
                 shared.plane(), shared.chunks_t(), shared.splits_t());
     load_tokens(state.relation->student.key, state.sequence, state.head, 0, tokens, writable(shared.student(0)),
@@ -289,6 +273,11 @@ struct SymmetricKernel {
       write_chunk(out + sequence.tokens[i] * stride, width, chunk, shared.grads(i) + chunk * shared.grads_plane(),
                   factor);
     }
+  }
+
+  static MINILM_DEVICE double strips(const Shared& shared) {
+    if constexpr (kStripRows > 0) return Strips<Shared, kStripRows / 16, kChunksT, kChunksS, kCausal>::run(shared);
+    return 0.0;
   }
 
   static MINILM_DEVICE double symmetric(const Shared& shared) {

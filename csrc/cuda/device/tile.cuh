@@ -143,6 +143,10 @@ MINILM_DEVICE void write_chunk(float* out, int width, int chunk, const float* su
   }
 }
 
+// Row and column, within a tile, of a lane's element x[m][n][e]; half = e / 2.
+MINILM_DEVICE int own_row(int m, int half) { return 16 * m + 8 * half + lane_index() / 4; }
+MINILM_DEVICE int other_column(int n, int e) { return 8 * n + lane_index() % 4 * 2 + e % 2; }
+
 // ---- Scores -----------------------------------------------------------------------------------------------------
 
 // One model's tokens in shared memory, beginning with the first token of a tile.
@@ -277,6 +281,25 @@ MINILM_DEVICE void add_gradients(float (&m)[2][2][4], float* row_sums, float* co
 }
 
 // ---- Sums -------------------------------------------------------------------------------------------------------
+
+MINILM_DEVICE float log2_of_ratio(float x, float y) {
+  float ratio = x / y;
+  return ratio > 1e-30f && ratio < 1e30f ? log2f(ratio) : log2f(x) - log2f(y);
+}
+
+// Sums x[k] over a group of kCount lanes, whose indices differ in the bits from `bit` on. Each lane of the group
+// receives the sum of one k, which is the number in these bits of its index.
+template <int kCount>
+MINILM_DEVICE float distributed_sums(float (&x)[kCount], int bit) {
+  MINILM_UNROLL_FOR (int count = kCount / 2; count > 0; count /= 2) {
+    bool upper = (lane_index() & (bit * count)) != 0;
+    MINILM_UNROLL_FOR (int k = 0; k < count; ++k) {
+      float keep = upper ? x[count + k] : x[k], give = upper ? x[k] : x[count + k];
+      x[k] = keep + shuffle_xor(give, bit * count);
+    }
+  }
+  return x[0];
+}
 
 // Compensated summation: `rest` collects the rounding errors of `sum`.
 struct CompensatedSum {

@@ -14,15 +14,17 @@ namespace {
 
 constexpr int64_t kMaxBlocks = 0x7fffffff;  // grid limit of a launch
 
-int student_splits(const Relation& relation) { return planes_of(relation).student_splits; }
-
 // The largest number of planes of each kind over several relations.
-Planes max_planes(const std::vector<const Relation*>& relations) {
+Planes max_planes(const std::vector<const Relation*>& relations, const DeviceProps& props) {
   Planes all{};
   for (const Relation* relation : relations) {
-    const Planes one = planes_of(*relation);
-    all = {std::max(all.teacher, one.teacher), std::max(all.student, one.student),
-           std::max(all.student_chunks, one.student_chunks), std::max(all.student_splits, one.student_splits)};
+    const Planes one = planes_of(*relation, props);
+    all = {
+        std::max(all.teacher, one.teacher),
+        std::max(all.student, one.student),
+        std::max(all.student_chunks, one.student_chunks),
+        std::max(all.student_splits, one.student_splits),
+        {std::max(all.schedule.strip_rows, one.schedule.strip_rows), std::max(all.schedule.warps, one.schedule.warps)}};
   }
   return all;
 }
@@ -39,8 +41,8 @@ public:
       if (may_be_symmetric(relation)) symmetric_.push_back(&relation);
     }
     if (!symmetric_.empty())
-      max_symmetric_length_ =
-          std::min<int64_t>(call.max_length, plan_symmetric(props, max_planes(symmetric_), call.max_length).tokens);
+      max_symmetric_length_ = std::min<int64_t>(
+          call.max_length, plan_symmetric(props, max_planes(symmetric_, props), call.max_length).tokens);
     const bool equal_lengths = !call.packed && !call.padded;
     if (max_symmetric_length_ == 0 || (equal_lengths && max_symmetric_length_ < call.max_length)) {
       symmetric_.clear();
@@ -48,7 +50,7 @@ public:
     }
     for (const Relation* relation : all_)
       if (!is_symmetric(relation) || max_symmetric_length_ < call.max_length) row_wise_.push_back(relation);
-    row_wise_plan_ = plan_row_wise(props, max_planes(row_wise_), call.gradient);
+    row_wise_plan_ = plan_row_wise(props, max_planes(row_wise_, props), call.gradient);
     symmetric_slots_ = call.num_sequences * call.num_heads;
     row_blocks_ = row_wise_.empty() ? 0 : total_ / own() + call.num_sequences;
     slots_ = symmetric_slots_ + row_blocks_ * call.num_heads;
@@ -74,7 +76,8 @@ public:
     params.max_length = max_symmetric_length_;
     for (const auto& [kernel, relations] :
          by_kernel(symmetric_, [&](const Relation& r) { return symmetric_kernel(r, call.causal); })) {
-      const SymmetricPlan plan = plan_symmetric(props_, max_planes(relations), round_up(max_symmetric_length_, kTile));
+      const SymmetricPlan plan =
+          plan_symmetric(props_, max_planes(relations, props_), round_up(max_symmetric_length_, kTile));
       fill(params, relations);
       params.capacity = plan.tokens;
       const int64_t blocks = params.num_relations * call.num_sequences * call.num_heads;
@@ -92,7 +95,9 @@ private:
   }
   // Accurate exponentials are for float32 students, and for calls without gradient, which report the KL divergence
   // itself.
-  bool needs_exact(const Relation& relation) const { return !call_.gradient || student_splits(relation) == 3; }
+  bool needs_exact(const Relation& relation) const {
+    return !call_.gradient || planes_of(relation, props_).student_splits == 3;
+  }
   bool is_symmetric(const Relation* relation) const {
     return std::find(symmetric_.begin(), symmetric_.end(), relation) != symmetric_.end();
   }
@@ -195,7 +200,7 @@ std::string unsupported_reason(const std::vector<Relation>& relations, bool grad
            "." + std::to_string(props.capability % 10);
   std::vector<const Relation*> all;
   for (const Relation& relation : relations) all.push_back(&relation);
-  const Planes planes = max_planes(all);
+  const Planes planes = max_planes(all, props);
   if (plan_row_wise(props, planes, gradient).warps == 0)
     return "heads of these widths and dtypes need " + std::to_string(row_wise_bytes(planes, kTile, kTile, gradient)) +
            " bytes of shared memory, but a block of this GPU has " + std::to_string(props.smem_per_block);

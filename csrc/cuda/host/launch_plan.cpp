@@ -27,10 +27,12 @@ std::string name(const char* kind, std::initializer_list<int> arguments) {
 
 }  // namespace
 
-Planes planes_of(const Relation& relation) {
+Planes planes_of(const Relation& relation, const DeviceProps& props) {
   const ModelOperands &teacher = relation.teacher, &student = relation.student;
-  return {chunks_of(teacher) * splits_of(teacher), chunks_of(student) * splits_of(student), chunks_of(student),
-          splits_of(student)};
+  const int chunks_t = chunks_of(teacher), splits_t = splits_of(teacher);
+  const int chunks_s = chunks_of(student), splits_s = splits_of(student);
+  return {chunks_t * splits_t, chunks_s * splits_s, chunks_s, splits_s,
+          symmetric_schedule(splits_s, chunks_t, splits_t, chunks_s, props.capability)};
 }
 
 std::string symmetric_kernel(const Relation& relation, bool causal) {
@@ -51,29 +53,31 @@ std::string row_wise_kernel(const Relation& relation, bool gradient) {
 
 int64_t symmetric_bytes(const Planes& planes, int tokens) {
   // A token needs 16 bytes per plane, 8 float32 gradients per chunk, and its row statistics. Maxima are stored only
-  // with 3 splits.
+  // with 3 splits. Strips need four words.
   int64_t token = 16 * (planes.teacher + planes.student) + 32 * planes.student_chunks;
-  token += planes.student_splits == 3 ? 16 : 8;
+  token += planes.schedule.strip_rows || planes.student_splits == 3 ? 16 : 8;
   return kBlockStateBytes + kScratchBytes + tokens * token;
 }
 
 SymmetricPlan plan_symmetric(const DeviceProps& props, const Planes& planes, int64_t max_length) {
   const int64_t token = symmetric_bytes(planes, 1) - symmetric_bytes(planes, 0);
-  const int64_t fit = (props.smem_per_block - symmetric_bytes(planes, 0)) / token / kTile * kTile;
+  const int64_t unit = std::max(planes.schedule.strip_rows, kTile);
+  const int64_t fit = (props.smem_per_block - symmetric_bytes(planes, 0)) / token / unit * unit;
   SymmetricPlan plan{};
-  plan.tokens = static_cast<int>(std::max<int64_t>(0, std::min(fit, round_up(max_length, kTile))));
+  plan.tokens = static_cast<int>(std::max<int64_t>(0, std::min(fit, round_up(max_length, unit))));
   if (plan.tokens == 0) return plan;
   plan.bytes = symmetric_bytes(planes, plan.tokens);
   // Choose the number of warps per block that keeps most warps of an SM busy: the number of resident warps, times the
-  // fraction of them that have tiles to combine in a round. On a tie the smaller block wins: its barriers are cheaper.
-  const int tile_pairs = (plan.tokens / kTile + 1) / 2;
+  // fraction of them that have strips, or pairs of tiles, in a round. On a tie the smaller block wins: its barriers are
+  // cheaper.
+  const int parts =
+      planes.schedule.strip_rows ? plan.tokens / planes.schedule.strip_rows : (plan.tokens / kTile + 1) / 2;
   const int64_t room = std::max<int64_t>(1, props.smem_per_sm / (plan.bytes + kReservedBytes));
-  const int most = kSymmetricWarps[planes.student_splits];
   double best = 0.0;
-  for (int warps = 1; warps <= std::min(tile_pairs, most); ++warps) {
-    const int blocks = static_cast<int>(std::min<int64_t>(room, most / warps));
-    const int turns = (tile_pairs + warps - 1) / warps;
-    const double busy = static_cast<double>(blocks) * tile_pairs / turns;
+  for (int warps = 1; warps <= std::min(parts, planes.schedule.warps); ++warps) {
+    const int blocks = static_cast<int>(std::min<int64_t>(room, planes.schedule.warps / warps));
+    const int turns = (parts + warps - 1) / warps;
+    const double busy = static_cast<double>(blocks) * parts / turns;
     if (busy > best) {
       best = busy;
       plan.warps = warps;

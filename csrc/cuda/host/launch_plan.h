@@ -11,8 +11,9 @@ namespace minilm::cuda {
 // Numbers of planes in shared memory. A plane holds one chunk (8 features) of one bf16 split of every token.
 struct Planes {
   int teacher, student, student_chunks, student_splits;
+  SymmetricSchedule schedule;
 };
-Planes planes_of(const Relation& relation);
+Planes planes_of(const Relation& relation, const DeviceProps& props);
 
 // Names of the kernels that a relation needs. The name contains the template arguments; see device/kernels.cuh.
 std::string symmetric_kernel(const Relation& relation, bool causal);

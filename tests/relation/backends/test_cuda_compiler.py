@@ -123,6 +123,19 @@ def _sass(name: str, architecture: int, code: bytes, folder: Path):
     return functions[name], resources[name]
 
 
+def _check_registers(name: str, architecture: int, code: bytes, folder: Path) -> None:
+    """No loop over pairs accesses local memory. Kernels of strips may save some registers between these loops."""
+    from benchmarks.static_cost import loops
+
+    function, resources = _sass(name, architecture, code, folder)
+    flow = loops.analyse(function)
+    for body in (flow.code(loop.blocks) for loop in flow.loops if not loop.children):
+        opcodes = {instruction.base for instruction in body}
+        assert not ("HMMA" in opcodes and opcodes & {"LDL", "STL"}), name
+    assert resources.local == 0, name
+    assert resources.stack <= (64 if name.startswith("symmetric_1") else 0), name
+
+
 def test_one_kernel_for_one_gpu():
     code = compile_kernels([TINY], 80)
     assert list(code) == [TINY]
@@ -138,27 +151,24 @@ def test_every_kernel_compiles_without_spills(widths, dtype, architecture, cache
     pytest.importorskip("triton", reason="its wheel brings the disassembler")
     names = kernel_names(*widths, dtype, dtype)
     for name, code in compile_kernels(names, architecture, cache=cache).items():
-        _, resources = _sass(name, architecture, code, tmp_path)
-        assert resources.local == resources.stack == 0, name
+        _check_registers(name, architecture, code, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("widths", [(16, 8), (64, 32), (32, 16), (16, 16)], ids=str)
-def test_fused_kernels_keep_everything_in_registers(widths, architecture, cache, tmp_path):
+@pytest.mark.parametrize("widths", [(8, 8), (32, 16), (16, 16), (24, 24)], ids=str)
+def test_loops_over_pairs_keep_everything_in_registers(widths, architecture, cache, tmp_path):
     pytest.importorskip("triton", reason="its wheel brings the disassembler")
     names = [name for name in kernel_names(*widths) if name.startswith("symmetric")]
     assert len(names) == 2
     for name, code in compile_kernels(names, architecture, cache=cache).items():
-        function, resources = _sass(name, architecture, code, tmp_path)
-        assert resources.local == resources.stack == 0, name
-        assert [i.opcode for i in function.code if i.base in ("LDL", "STL")] == [], name
+        _check_registers(name, architecture, code, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("symbol", "bound"), [
-    ("symmetric_1_2_1_1_0", 17.97), ("symmetric_1_8_1_4_0", 22.7),
-    ("symmetric_1_4_1_2_0", 19.6), ("symmetric_1_2_1_2_0", 19.1),
+    ("symmetric_1_2_1_1_0", 11.2), ("symmetric_1_8_1_4_0", 15.1),
+    ("symmetric_1_4_1_2_0", 13.0), ("symmetric_1_2_1_2_0", 12.6),
 ])  # fmt: skip
 def test_issue_slots_a_pair(symbol, bound):
     """Issue slots of loss and gradient per ordered pair on sm_90, counted in the machine code (docs/static-cost.md)."""

@@ -54,5 +54,5 @@ def plan(library: ctypes.CDLL, kind: str, smem: tuple[int, int], planes: tuple[i
     last_type = ctypes.c_int64 if kind == "symmetric" else ctypes.c_int
     function = getattr(library, f"emulated_plan_{kind}")
     function.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.POINTER(ctypes.c_int), last_type, ctypes.c_void_p)
-    function(*smem, (ctypes.c_int * 4)(*planes), last, out)
+    function(*smem, (ctypes.c_int * 6)(*planes), last, out)
     return list(out)

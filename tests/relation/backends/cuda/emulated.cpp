@@ -61,12 +61,16 @@ extern "C" __attribute__((visibility("default"))) void emulated_tile_pair(int ti
   out[1] = tile.column;
 }
 
+extern "C" __attribute__((visibility("default"))) int emulated_partner(int strips, int strip, int round) {
+  return minilm::cuda::partner_of(strips, strip, round);
+}
+
 // `planes` has the fields of Planes. `out` receives tokens, warps, blocks per SM and bytes.
 extern "C" __attribute__((visibility("default"))) void emulated_plan_symmetric(int64_t block, int64_t processor,
                                                                                const int* planes, int64_t max_length,
                                                                                int64_t* out) {
-  minilm::cuda::SymmetricPlan plan =
-      minilm::cuda::plan_symmetric({block, processor}, {planes[0], planes[1], planes[2], planes[3]}, max_length);
+  minilm::cuda::SymmetricPlan plan = minilm::cuda::plan_symmetric(
+      {block, processor}, {planes[0], planes[1], planes[2], planes[3], {planes[4], planes[5]}}, max_length);
   out[0] = plan.tokens;
   out[1] = plan.warps;
   out[2] = plan.blocks;
@@ -77,8 +81,8 @@ extern "C" __attribute__((visibility("default"))) void emulated_plan_symmetric(i
 extern "C" __attribute__((visibility("default"))) void emulated_plan_row_wise(int64_t block, int64_t processor,
                                                                               const int* planes, int gradient,
                                                                               int64_t* out) {
-  minilm::cuda::RowWisePlan plan =
-      minilm::cuda::plan_row_wise({block, processor}, {planes[0], planes[1], planes[2], planes[3]}, gradient != 0);
+  minilm::cuda::RowWisePlan plan = minilm::cuda::plan_row_wise(
+      {block, processor}, {planes[0], planes[1], planes[2], planes[3], {planes[4], planes[5]}}, gradient != 0);
   out[0] = plan.warps;
   out[1] = plan.streamed;
   out[2] = plan.bytes;

@@ -245,6 +245,8 @@ void mma(const Product* in, Accumulator* out) {
 
 }  // namespace emulation
 
+constexpr int kCapability = 90;
+
 inline int thread_index() { return emulation::machine.current; }
 inline int thread_count() { return emulation::machine.threads; }
 inline int64_t block_index() { return emulation::machine.block; }
@@ -317,6 +319,12 @@ inline MatrixRegisters ldmatrix_x4(const void* row, bool transposed) {
   return transposed ? together<MatrixRegisters>(instruction, row, mirrored)
                     : together<MatrixRegisters>(instruction, row, direct);
 }
+// The addresses of lanes 0 to 15, for all lanes.
+inline const void* first_rows(const void* row) {
+  return together<const void*>("ldmatrix_x2", row, [](const void* const* in, const void** out) {
+    for (int lane = 0; lane < 32; ++lane) out[lane] = in[lane % 16];
+  });
+}
 }  // namespace emulation
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
@@ -326,6 +334,14 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
   auto out = emulation::ldmatrix_x4(row, true);
   std::copy(out.r, out.r + 4, r);
+}
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
+  auto out = emulation::ldmatrix_x4(emulation::first_rows(row), false);
+  std::copy(out.r, out.r + 2, r);
+}
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
+  auto out = emulation::ldmatrix_x4(emulation::first_rows(row), true);
+  std::copy(out.r, out.r + 2, r);
 }
 inline uint32_t movmatrix(uint32_t x) {
   return emulation::together<uint32_t>("movmatrix", x, [](const uint32_t* in, uint32_t* out) {
@@ -364,6 +380,12 @@ inline Uint4 load_uint4(const void* from) {
 inline void store_uint4(void* to, const Uint4& x) {
   if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("16 bytes are not aligned");
   std::memcpy(to, &x, 16);
+}
+inline uint32_t load_word(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 4) emulation::fail("4 bytes are not aligned");
+  uint32_t x;
+  std::memcpy(&x, from, 4);
+  return x;
 }
 struct Float2 {
   float x, y;

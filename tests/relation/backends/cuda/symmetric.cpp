@@ -16,6 +16,8 @@ void symmetric(const LaunchParams params) {
 
 template <bool kCausal>
 void (*kernel_of(const std::string& name, int splits))(const LaunchParams) {
+  if (name.find("symmetric_1_1_1_1_") == 0) return symmetric<1, 1, 1, 1, kCausal>;
+  if (name.find("symmetric_1_2_1_2_") == 0) return symmetric<1, 2, 1, 2, kCausal>;
   if (name.find("symmetric_1_2_1_1_") == 0) return symmetric<1, 2, 1, 1, kCausal>;
   if (name.find("symmetric_1_8_1_4_") == 0) return symmetric<1, 8, 1, 4, kCausal>;
   return splits == 1   ? symmetric<1, 0, 0, 0, kCausal>

@@ -1,0 +1,474 @@
+// The schedule of the symmetric path for bfloat16 heads of few chunks. A warp owns a strip of rows for a whole phase:
+// their operands, their sums and their gradients stay in registers while the strip meets the columns of other strips,
+// 16 at a time. In round d, strip i meets strip i + d (schedule.cuh), so that no two strips of a round share columns.
+//
+// Two things keep the arithmetic beside the exponentials small:
+// - The factors 1/l_i + 1/l_j of phase 2 are products of tensor cores as well: (1/l_i, ones) · (ones, 1/l_j), with 1/l
+// as
+//   the sum of two bfloat16 numbers. The ones are zeros for tokens that do not exist, and for directions that are not
+//   visible. Phase 2 therefore needs no mask, except on the diagonal of a causal relation.
+// - On the diagonal, a strip meets its own 16 columns only from the rows of these columns on. The 16 × 16 square of the
+//   diagonal itself has all its pairs in both orders, so that its rows' sums are complete without those of its columns.
+#pragma once
+
+#include "schedule.cuh"
+#include "tile.cuh"
+
+namespace minilm::cuda {
+
+// kTiles · 16 rows of a strip as the first operand of mma.
+template <int kTiles, int kChunks>
+struct RowOperands {
+  uint32_t x[kTiles][2 * kChunks];
+
+  MINILM_DEVICE void load(const Tokens& rows) {
+    const int lane = lane_index();
+    MINILM_UNROLL_FOR (int chunk = 0; chunk + 1 < kChunks; chunk += 2)
+      MINILM_UNROLL_FOR (int m = 0; m < kTiles; ++m) {
+        uint32_t r[4];
+        ldmatrix_x4(r, rows.planes + 256 * m + lane % 16 * 16 + (chunk + lane / 16) * rows.plane);
+        MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) x[m][2 * chunk + q] = r[q];
+      }
+    if (kChunks % 2)
+      MINILM_UNROLL_FOR (int m = 0; m < kTiles; m += 2) {
+        uint32_t r[4];
+        ldmatrix_x4(r, rows.planes + 256 * m + lane * 16 + (kChunks - 1) * rows.plane);
+        MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) x[m + q / 2][2 * kChunks - 2 + q % 2] = r[q];
+      }
+  }
+};
+
+// 16 columns of one model: a lane's addresses for loading two chunks, and one.
+struct ColumnTokens {
+  const char *two, *one;
+  int plane;
+
+  MINILM_DEVICE explicit ColumnTokens(const Tokens& first)
+      : two(first.planes + (lane_index() / 16 * 8 + lane_index() % 8) * 16 + lane_index() / 8 % 2 * first.plane),
+        one(first.planes + lane_index() % 16 * 16),
+        plane(first.plane) {}
+  MINILM_DEVICE void next() {
+    two += 256;
+    one += 256;
+  }
+
+  // As the second operand of mma.
+  template <int kChunks>
+  MINILM_DEVICE void load(uint32_t (&y)[2][kChunks]) const {
+    MINILM_UNROLL_FOR (int chunk = 0; chunk + 1 < kChunks; chunk += 2) {
+      uint32_t r[4];
+      ldmatrix_x4(r, two + chunk * plane);
+      MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) y[q / 2][chunk + q % 2] = r[q];
+    }
+    if (kChunks % 2) {
+      uint32_t r[2];
+      ldmatrix_x2(r, one + (kChunks - 1) * plane);
+      y[0][kChunks - 1] = r[0];
+      y[1][kChunks - 1] = r[1];
+    }
+  }
+};
+
+// out = scale · x · y - reference for 16 rows and 16 columns.
+template <int kChunks>
+MINILM_DEVICE void exponents(float (&out)[2][4], const uint32_t (&x)[2 * kChunks], const uint32_t (&y)[2][kChunks],
+                             float scale, float reference) {
+  MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) {
+    float (&c)[4] = out[n];
+    MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) c[e] = 0.0f;
+    MINILM_UNROLL_FOR (int chunk = 0; chunk + 1 < kChunks; chunk += 2) {
+      const uint32_t* a = x + 2 * chunk;
+      mma_m16n8k16(c, a[0], a[1], a[2], a[3], y[n][chunk], y[n][chunk + 1]);
+    }
+    if (kChunks % 2) mma_m16n8k8(c, x[2 * kChunks - 2], x[2 * kChunks - 1], y[n][kChunks - 1]);
+    MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) c[e] = fmaf(c[e], scale, -reference);
+  }
+}
+
+// Pairs of a strip and 16 columns.
+enum class Part {
+  whole,         // all pairs, in both orders
+  rows_only,     // only the rows see the columns: they are later
+  columns_only,  // only the columns see the rows
+  square,        // the columns are rows of the strip, which has no padding
+  ragged,        // some tokens are beyond the end of the sequence, or of the prefix
+};
+
+template <class Shared, int kTiles, int kChunksT, int kChunksS, bool kCausal>
+struct Strips {
+  static constexpr int kRows = 16 * kTiles;
+
+  struct Rows {
+    RowOperands<kTiles, kChunksT> t;
+    RowOperands<kTiles, kChunksS> s;
+    float scale_t, scale_s, reference_t, reference_s;
+
+    MINILM_DEVICE void load(const Shared& shared, int first) {
+      const auto& state = shared.state();
+      t.load(shared.teacher(first));
+      s.load(shared.student(first));
+      scale_t = state.scale_t;
+      scale_s = state.scale_s;
+      reference_t = state.reference_t;
+      reference_s = state.reference_s;
+    }
+    MINILM_DEVICE void exponents(float (&u_t)[2][4], float (&u_s)[2][4], int m,
+                                 const uint32_t (&columns_t)[2][kChunksT],
+                                 const uint32_t (&columns_s)[2][kChunksS]) const {
+      cuda::exponents<kChunksT>(u_t, t.x[m], columns_t, scale_t, reference_t);
+      cuda::exponents<kChunksS>(u_s, s.x[m], columns_s, scale_s, reference_s);
+    }
+  };
+
+  // 16 columns: their tokens, and what a lane reads and writes of their factors, sums and gradients.
+  struct Columns {
+    ColumnTokens teacher, student;
+    const char* factors;
+    float *sums, *grads;
+
+    MINILM_DEVICE Columns(const Shared& shared, int first, bool later)
+        : teacher(shared.teacher(first)), student(shared.student(first)) {
+      const int lane = lane_index();
+      factors = factors_of(shared, first) + column_factor(later);
+      // The lane that distributed_sums gives model k = lane / 16, and a column.
+      const int column = lane / 8 % 2 * 8 + lane % 4 * 2 + lane / 4 % 2;
+      sums = reinterpret_cast<float*>(factors_of(shared, first + column)) + 2 + lane / 16;
+      grads = shared.grads(first) + lane / 4 * 8 + lane % 4 * 2;
+    }
+    MINILM_DEVICE void next() {
+      teacher.next();
+      student.next();
+      factors += 256;
+      sums += 64;
+      grads += 128;
+    }
+  };
+
+  // 16 bytes per token, four words. Phase 1: the sums of teacher and student in the last two. Phase 2, pairs of
+  // bfloat16 numbers: ones if earlier tokens see this one; ones if it exists; 1/l of the teacher, 1/l of the student.
+  static MINILM_DEVICE char* factors_of(const Shared& shared, int token) {
+    return reinterpret_cast<char*>(shared.sums_t()) + token * 16;
+  }
+  // Offset of a lane's word of a row as first operand: 1/l_t, 1/l_s, ones, ones. `later`: the rows are later than the
+  // columns. These ones are factors of the columns' 1/l, so they tell whether the columns see the row.
+  static MINILM_DEVICE int row_factor(bool later) {
+    const int t = lane_index() % 4;
+    return lane_index() / 4 * 16 + (t < 2 ? 8 + 4 * t : later ? 0 : 4);
+  }
+  // The same for a column as second operand: ones, ones, 1/l_t, 1/l_s. Each model's product leaves out the other's
+  // words.
+  static MINILM_DEVICE int column_factor(bool later) {
+    const int t = lane_index() % 4;
+    return lane_index() / 4 * 16 + (t >= 2 ? 4 * t : later ? 4 : 0);
+  }
+  // 1/l_i + 1/l_j of 16 rows and 8 columns, each where it is visible.
+  static MINILM_DEVICE void factors(float (&t)[4], float (&s)[4], const uint32_t (&row)[2], uint32_t column) {
+    const bool student = lane_index() % 2 != 0;
+    MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) t[e] = s[e] = 0.0f;
+    mma_m16n8k8(t, row[0], row[1], student ? 0u : column);
+    mma_m16n8k8(s, row[0], row[1], student ? column : 0u);
+  }
+
+  // ---- Phase 1 ----
+
+  struct Sums {
+    float t[kTiles][2], s[kTiles][2];
+  };
+
+  // Square and ragged: rows of the 16-row tiles first ... last - 1; with `diagonal`, tile `first` has the columns'
+  // tokens.
+  template <Part kPart>
+  static MINILM_DEVICE void add_tile_sums(const Shared& shared, const Rows& rows, Sums& sums, const Columns& at,
+                                          int row, int column, int first, int last, bool diagonal) {
+    constexpr bool kAll = kPart != Part::square && kPart != Part::ragged;
+    constexpr bool kMasked = kPart == Part::ragged || (kPart == Part::square && kCausal);
+    const int length = kMasked ? shared.state().sequence.length : 0, bound = kMasked ? shared.state().bound : 0;
+    uint32_t columns_t[2][kChunksT], columns_s[2][kChunksS];
+    at.teacher.template load<kChunksT>(columns_t);
+    at.student.template load<kChunksS>(columns_s);
+    float column_sums[8] = {};  // [model][n][e % 2]
+    MINILM_UNROLL_FOR (int m = 0; m < kTiles; ++m) {
+      if (!kAll && (m < first || m >= last)) continue;
+      const float weight = diagonal && m == first ? 0.0f : 1.0f;
+      float u_t[2][4], u_s[2][4];
+      rows.exponents(u_t, u_s, m, columns_t, columns_s);
+      MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
+        MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) {
+          float x_t = exp2_fast(u_t[n][e]), x_s = exp2_fast(u_s[n][e]);
+          float mirrored_t = x_t, mirrored_s = x_s;
+          if (kMasked) {
+            const int i = row + own_row(m, e / 2), j = column + other_column(n, e);
+            if (j >= length || (kCausal && j > i && j >= bound)) x_t = x_s = 0.0f;
+            if (i >= length || (kCausal && i > j && i >= bound)) mirrored_t = mirrored_s = 0.0f;
+          }
+          if (kPart != Part::columns_only) {
+            sums.t[m][e / 2] += x_t;
+            sums.s[m][e / 2] += x_s;
+          }
+          float &to_t = column_sums[2 * n + e % 2], &to_s = column_sums[4 + 2 * n + e % 2];
+          if (kAll) {
+            const bool begin = m == 0 && e / 2 == 0;
+            to_t = begin ? mirrored_t : to_t + mirrored_t;
+            to_s = begin ? mirrored_s : to_s + mirrored_s;
+          } else {
+            to_t = fmaf(mirrored_t, weight, to_t);
+            to_s = fmaf(mirrored_s, weight, to_s);
+          }
+        }
+    }
+    if (kPart != Part::rows_only) *at.sums += distributed_sums(column_sums, 4);
+  }
+
+  static MINILM_DEVICE void add_sums(const Shared& shared, const Rows& rows, Sums& sums, int strip, int other) {
+    const auto& state = shared.state();
+    const int row = strip * kRows, column = other * kRows, later = max_of(row, column);
+    const bool diagonal = strip == other;
+    Columns at(shared, column, row >= column);
+    const bool cut = kCausal && !diagonal && later < state.bound && later + kRows > state.bound;
+    if (later + kRows > state.sequence.length || cut) {
+      const int last = tiles_of(state, strip), columns = tiles_of(state, other);
+      MINILM_NO_UNROLL_FOR (int c = 0; c < columns; ++c, at.next())
+        add_tile_sums<Part::ragged>(shared, rows, sums, at, row, column + 16 * c, diagonal ? c : 0, last, diagonal);
+    } else if (diagonal) {
+      MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c, at.next())
+        add_tile_sums<Part::square>(shared, rows, sums, at, row, column + 16 * c, c, kTiles, true);
+    } else if (kCausal && later >= state.bound && row > column) {
+      MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c, at.next())
+        add_tile_sums<Part::rows_only>(shared, rows, sums, at, 0, 0, 0, 0, false);
+    } else if (kCausal && later >= state.bound) {
+      MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c, at.next())
+        add_tile_sums<Part::columns_only>(shared, rows, sums, at, 0, 0, 0, 0, false);
+    } else {
+      MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c) {
+        // static: begin strip-sums
+        add_tile_sums<Part::whole>(shared, rows, sums, at, 0, 0, 0, 0, false);
+        at.next();
+        // static: end strip-sums
+      }
+    }
+  }
+
+  static MINILM_DEVICE void write_sums(const Shared& shared, const Sums& sums, int strip) {
+    const int lane = lane_index(), k = lane % 4;  // the lane that distributed_sums gives model k / 2, half k % 2
+    float* at = reinterpret_cast<float*>(factors_of(shared, strip * kRows + k % 2 * 8 + lane / 4)) + 2 + k / 2;
+    MINILM_UNROLL_FOR (int m = 0; m < kTiles; ++m) {
+      float x[4] = {sums.t[m][0], sums.t[m][1], sums.s[m][0], sums.s[m][1]};
+      at[64 * m] += distributed_sums(x, 1);
+    }
+  }
+
+  // ---- Phase 2 ----
+
+  struct Value {
+    float grad[2] = {}, divergence[2] = {};
+    MINILM_DEVICE float operator()() const { return fmaf(-kLn2, divergence[0] + divergence[1], grad[0] + grad[1]); }
+  };
+
+  // Gradients of a strip's rows, of a tile of 16 rows and a chunk.
+  using Grads = float[kTiles][kChunksS][4];
+
+  // `row_factors`, `row_tokens`: a lane's addresses of the factors and of the student's tokens of the rows.
+  template <Part kPart>
+  static MINILM_DEVICE void add_tile_gradients(const Rows& rows, const char* row_factors, const char* row_tokens,
+                                               Grads& grads, Value& value, const Columns& at, int column, int first,
+                                               int last, bool diagonal, int bound) {
+    constexpr bool kAll = kPart == Part::whole;
+    uint32_t columns_t[2][kChunksT], columns_s[2][kChunksS];
+    at.teacher.template load<kChunksT>(columns_t);
+    at.student.template load<kChunksS>(columns_s);
+    const uint32_t column_factors[2] = {load_word(at.factors), load_word(at.factors + 128)};
+    const int plane = at.student.plane;
+    // With one chunk, each 16 rows are done with before the next ones. More chunks share the loads of two.
+    constexpr int kGroup = kChunksS == 1 ? 1 : 2;
+    uint32_t y[2];
+    if (kChunksS == 1) ldmatrix_x2_trans(y, at.student.one);
+    float column_grads[kChunksS][4];
+    MINILM_UNROLL_FOR (int m = 0; m < kTiles; m += kGroup) {
+      uint32_t x[kGroup][4];  // score gradients
+      MINILM_UNROLL_FOR (int k = 0; k < kGroup; ++k)
+        score_gradients<kPart>(x[k], rows, row_factors + 256 * (m + k), value, columns_t, columns_s, column_factors,
+                               m + k, column, first, last, diagonal, bound);
+      MINILM_UNROLL_FOR (int chunk = 0; chunk < kChunksS; ++chunk) {
+        float* out = at.grads + chunk * plane / 2;
+        float (&sum)[4] = column_grads[chunk];
+        if (m == 0) {
+          const Float2 upper = load_float2(out), lower = load_float2(out + 64);
+          sum[0] = upper.x, sum[1] = upper.y, sum[2] = lower.x, sum[3] = lower.y;
+        }
+        if (kChunksS > 1) ldmatrix_x2_trans(y, at.student.one + chunk * plane);
+        uint32_t z[2 * kGroup];
+        if constexpr (kGroup == 1)
+          ldmatrix_x2_trans(z, row_tokens + 256 * m + chunk * plane);
+        else
+          ldmatrix_x4_trans(z, row_tokens + 256 * m + chunk * plane);
+        MINILM_UNROLL_FOR (int k = 0; k < kGroup; ++k) {
+          if (!kAll && (m + k < first || m + k >= last)) continue;
+          const uint32_t (&a)[4] = x[k];
+          mma_m16n8k16(grads[m + k][chunk], a[0], a[1], a[2], a[3], y[0], y[1]);
+          if (kAll || kCausal || !diagonal || m + k != first)
+            mma_m16n8k16(sum, movmatrix(a[0]), movmatrix(a[2]), movmatrix(a[1]), movmatrix(a[3]), z[2 * k],
+                         z[2 * k + 1]);
+        }
+        if (m + kGroup == kTiles) {
+          store_float2(out, sum[0], sum[1]);
+          store_float2(out + 64, sum[2], sum[3]);
+        }
+      }
+    }
+  }
+
+  // Score gradients of 16 rows, tile m of the strip, and 16 columns, packed as the first operand of mma.
+  template <Part kPart>
+  static MINILM_DEVICE void score_gradients(uint32_t (&out)[4], const Rows& rows, const char* row_factors, Value& value,
+                                            const uint32_t (&columns_t)[2][kChunksT],
+                                            const uint32_t (&columns_s)[2][kChunksS],
+                                            const uint32_t (&column_factors)[2], int m, int column, int first, int last,
+                                            bool diagonal, int bound) {
+    constexpr bool kAll = kPart == Part::whole;
+    if (!kAll && (m < first || m >= last)) return;
+    const bool square = !kAll && diagonal && m == first;
+    const uint32_t own[2] = {load_word(row_factors), load_word(row_factors + 128)};
+    float u_t[2][4], u_s[2][4], factor_t[2][4], factor_s[2][4];
+    rows.exponents(u_t, u_s, m, columns_t, columns_s);
+    MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) factors(factor_t[n], factor_s[n], own, column_factors[n]);
+    if (kCausal && square) keep_later_rows(factor_t, factor_s, column, bound);
+    float total = 0.0f, divergence = 0.0f;
+    MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
+      MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) {
+        const float p = exp2_fast(u_t[n][e]) * factor_t[n][e];
+        const float x = fmaf(exp2_fast(u_s[n][e]), factor_s[n][e], -p);
+        float &to = kAll ? value.grad[m % 2] : total, &to_divergence = kAll ? value.divergence[m % 2] : divergence;
+        to += x;
+        to_divergence = fmaf(p, u_s[n][e] - u_t[n][e], to_divergence);
+        u_s[n][e] = x;
+      }
+    if (!kAll) {  // without a mask, a square has each of its pairs twice
+      const float weight = square && !kCausal ? 0.5f : 1.0f;
+      value.grad[0] = fmaf(weight, total, value.grad[0]);
+      value.divergence[0] = fmaf(weight, divergence, value.divergence[0]);
+    }
+    MINILM_UNROLL_FOR (int q = 0; q < 4; ++q)
+      out[q] = pack_bfloat16(u_s[q / 2][2 * (q % 2)], u_s[q / 2][2 * (q % 2) + 1]);
+  }
+
+  // In a square of a causal relation, rows above the diagonal are earlier than their columns: these pairs are left to
+  // the mirrored ones. A pair (i, i) is both of its orders at once, and its gradient has a part of its row and one of
+  // its column.
+  static MINILM_DEVICE void keep_later_rows(float (&factor_t)[2][4], float (&factor_s)[2][4], int column, int bound) {
+    MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
+      MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) {
+        const int i = own_row(0, e / 2), j = other_column(n, e);
+        const float weight = j > i ? 0.0f : j == i && column + i < bound ? 0.5f : 1.0f;
+        factor_t[n][e] *= weight;
+        factor_s[n][e] *= weight;
+      }
+  }
+
+  static MINILM_DEVICE float add_gradients(const Shared& shared, const Rows& rows, Grads& grads, int strip, int other) {
+    const auto& state = shared.state();
+    const int row = strip * kRows, column = other * kRows, bound = state.bound;
+    const bool diagonal = strip == other, later = row >= column;
+    const char* row_factors = factors_of(shared, row) + row_factor(later);
+    const char* row_tokens = shared.student(row).planes + lane_index() % (kChunksS == 1 ? 16 : 32) * 16;
+    Columns at(shared, column, later);
+    Value value;
+    if (max_of(row, column) + kRows > state.sequence.length) {
+      const int last = tiles_of(state, strip), columns = tiles_of(state, other);
+      MINILM_NO_UNROLL_FOR (int c = 0; c < columns; ++c, at.next())
+        add_tile_gradients<Part::ragged>(rows, row_factors, row_tokens, grads, value, at, column + 16 * c,
+                                         diagonal ? c : 0, last, diagonal, bound);
+    } else if (diagonal) {
+      MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c, at.next())
+        add_tile_gradients<Part::square>(rows, row_factors, row_tokens, grads, value, at, column + 16 * c, c, kTiles,
+                                         true, bound);
+    } else {
+      MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c) {
+        // static: begin strip-gradient
+        add_tile_gradients<Part::whole>(rows, row_factors, row_tokens, grads, value, at, 0, 0, 0, false, 0);
+        at.next();
+        // static: end strip-gradient
+      }
+    }
+    return value();
+  }
+
+  static MINILM_DEVICE void write_gradients(const Shared& shared, const Grads& grads, int strip) {
+    float* at = shared.grads(strip * kRows) + lane_index() / 4 * 8 + lane_index() % 4 * 2;
+    MINILM_UNROLL_FOR (int m = 0; m < kTiles; ++m)
+      MINILM_UNROLL_FOR (int chunk = 0; chunk < kChunksS; ++chunk)
+        MINILM_UNROLL_FOR (int half = 0; half < 2; ++half) {
+          float* to = at + chunk * shared.grads_plane() + 128 * m + 64 * half;
+          const float* more = grads[m][chunk] + 2 * half;
+          const Float2 sum = load_float2(to);
+          store_float2(to, sum.x + more[0], sum.y + more[1]);
+        }
+  }
+
+  // ---- Both phases ----
+
+  template <class State>
+  static MINILM_DEVICE int tiles_of(const State& state, int strip) {  // 16-token tiles of a strip that have tokens
+    return min_of(kTiles, (state.sequence.length - strip * kRows + 15) / 16);
+  }
+
+  // Returns the block's contribution to the loss, in parts per thread.
+  static MINILM_DEVICE double run(const Shared& shared) {
+    const auto& state = shared.state();
+    const int strips = (state.sequence.length + kRows - 1) / kRows, warps = thread_count() / 32;
+    for (int i = thread_index(); i < strips * kRows; i += thread_count()) store_uint4(factors_of(shared, i), Uint4{});
+    syncthreads();
+    for (int first = 0; first < strips; first += warps) {
+      const int strip = first + warp_index();
+      Rows rows;
+      Sums sums = {};
+      if (strip < strips) rows.load(shared, strip * kRows);
+      for (int round = 0; 2 * round <= strips; ++round) {
+        const int other = partner_of(strips, strip, round);
+        if (other >= 0) add_sums(shared, rows, sums, strip, other);
+        syncthreads();
+      }
+      if (strip < strips) write_sums(shared, sums, strip);
+      syncthreads();
+    }
+
+    CompensatedSum value;
+    for (int i = thread_index(); i < strips * kRows; i += thread_count()) value += invert_sums(shared, i);
+    syncthreads();
+
+    for (int first = 0; first < strips; first += warps) {
+      const int strip = first + warp_index();
+      Rows rows;
+      Grads grads = {};
+      if (strip < strips) rows.load(shared, strip * kRows);
+      for (int round = 0; 2 * round <= strips; ++round) {
+        const int other = partner_of(strips, strip, round);
+        if (other >= 0) value += add_gradients(shared, rows, grads, strip, other);
+        syncthreads();
+      }
+      if (strip < strips) write_gradients(shared, grads, strip);
+      syncthreads();
+    }
+    return static_cast<double>(value.sum) + value.rest;
+  }
+
+  // Replaces the sums of a token by its factors. Returns its logarithms' contribution to the loss, which takes the same
+  // rounded 1/l as the pairs do: their rounding errors then cancel to first order.
+  static MINILM_DEVICE float invert_sums(const Shared& shared, int i) {
+    const auto& state = shared.state();
+    Uint4 words = load_uint4(factors_of(shared, i));
+    const bool exists = i < state.sequence.length, counted = counts(state.sequence, i);
+    float inverse[2];
+    MINILM_UNROLL_FOR (int model = 0; model < 2; ++model) {
+      const float x = 1.0f / as_float(words.word[2 + model]);
+      const float high = low_of(pack_bfloat16(x, 0.0f));
+      const uint32_t split = pack_bfloat16(high, sub(x, high));
+      inverse[model] = add(high, high_of(split));
+      words.word[model] = exists && (model == 1 || i < state.bound) ? 0x3f803f80u : 0u;
+      words.word[2 + model] = counted ? split : 0u;  // 0: every probability of the row is 0
+    }
+    store_uint4(factors_of(shared, i), words);
+    return counted ? kLn2 * log2_of_ratio(inverse[0], inverse[1]) : 0.0f;
+  }
+};
+
+}  // namespace minilm::cuda
