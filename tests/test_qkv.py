@@ -782,7 +782,7 @@ def test_named_projections_of_a_grouped_query_model(prefix):
         found = extractor(**batch)
         assert_equal(found, QKV(*(getattr(layer.self_attn, f"{p}_proj")(hidden) for p in "qkv")))
     assert [x.shape[-1] for x in found] == [48, 24, 24]
-    with pytest.raises(ValueError, match="'qk' of teacher.key of width 24 and teacher.query of width 48 needs"):
+    with pytest.raises(ValueError, match=r"'qk' of teacher.key of width 24 and teacher.query of width 48 needs"):
         MiniLMv2Loss(4, relations={"qk": 1.0})(found, found)
     assert MiniLMv2Loss(4)(found, found).item() == pytest.approx(0, abs=1e-6)
 
