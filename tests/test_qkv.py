@@ -678,7 +678,10 @@ def test_the_parameters_behind_a_weight_are_trained(name, path):
 # torch.compile and DistributedDataParallel
 
 
-@pytest.mark.parametrize("model_type", [*KNOWN, "llama"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in [*KNOWN, "llama"] if name != "bert")],
+)
 def test_compiles_to_one_graph_with_dynamic_shapes(model_type):
     torch._dynamo.reset()
     layers = 2 if model_type == "bert" else 1

@@ -584,6 +584,7 @@ def test_forwards_that_are_not_popped_are_not_compiled_again(dynamo):
 
 
 @ROTARY
+@pytest.mark.slow
 @pytest.mark.parametrize("compile_first", [False, True])
 def test_regional_compilation(rotary, compile_first, dynamo):
     """The layers share their compiled code, which must not make one of them record for the others or not at all."""
@@ -606,6 +607,7 @@ def test_regional_compilation(rotary, compile_first, dynamo):
 
 
 @ROTARY
+@pytest.mark.slow
 def test_a_recorder_after_compilation_and_its_removal(rotary, dynamo):
     model, batch = bert(1), batch_of()
     compiled = torch.compile(model, backend="eager")

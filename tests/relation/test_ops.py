@@ -325,7 +325,7 @@ def test_a_second_derivative_is_refused(second, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_second_derivative_is_refused(compiler, reduction):
     torch._dynamo.reset()
     loss = torch.compile(_loss(reduction), fullgraph=True, backend=compiler)

@@ -157,7 +157,7 @@ def test_table_and_breakdown():
 
 
 # Largest allowed issue slots per pair of loss and gradient, by the widths of teacher and student.
-MOST_SLOTS = {(16, 8): 17.97, (16, 16): 19.1, (32, 16): 19.6, (64, 32): 22.7}
+MOST_SLOTS = {(16, 8): 11.3, (16, 16): 12.9, (32, 16): 13.2, (64, 32): 15.7}
 
 
 @pytest.mark.slow
@@ -166,9 +166,11 @@ def test_the_packages_cuda_kernels(arch):
     result = static("--backends", "cuda", "--arch", arch, "--json")
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)
-    for row in rows:
-        assert row["spill_bytes"] == 0, row
     totals = {(row["d_t"], row["d_s"]): row for row in rows if row["phase"] == "total"}
+    phases = [row for row in rows if row["phase"] != "total"]
+    for row in phases:
+        assert row["local_per_pair"] == 0, row  # a few registers are saved between the loops over pairs
+    assert len(phases) == 2 * len(MOST_SLOTS)
     assert totals.keys() == MOST_SLOTS.keys()
     for widths, row in totals.items():
         assert row["mufu_per_pair"] == 2
