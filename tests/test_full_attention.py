@@ -210,5 +210,5 @@ def test_what_modules_say_about_themselves(attributes):
 
 def test_numbers_that_only_look_like_windows():
     config = {"max_window_layers": 2, "use_sliding_window": False, "sliding_window": 4, "window_kernel_size": 3}
-    config["layer_types"] = ["basic", "bottleneck"]  # of RT-DETR's convolutions
+    config["layer_types"] = ["basic", "bottleneck"]  # RT-DETR: convolutions
     check(Windowed(config, {}, {}), [f"blocks.{{i}}.{p}" for p in "qkv"], set(), {1, 2}, "")

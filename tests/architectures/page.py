@@ -103,7 +103,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     text += "\n## Not served\n\n| folder | reason |\n|---|---|\n"
     for name, found in refused.items():
         text += f"| {name} | {_reason(found)} |\n"
-    text += "\n## Without attention\n\n| folder | reason |\n|---|---|\n"
+    text += "\n## Without attention of their own\n\n| folder | reason |\n|---|---|\n"
     for name, found in others.items():
         text += f"| {name} | {_reason(found)} |\n"
     return text

@@ -37,10 +37,8 @@ _SIZES: list[tuple[str, int | None]] = [
     (r"^image_embedding_size$", LARGEST_IMAGE // 16),
     (r"experts_per_tok(en)?$|n_group$|topk_group$|shared_experts$|top_?k$|^moe_k$", 1),
     (r"intermediate_size$|ffn_dim$|^d_ff$|^(d|n)_inner$|ffn_hidden_size$", 96),
-    (
-        r"(hidden|embedding|projection|embed|condition)_(size|dim)$|_embd$|^hidden_size_global$|^(d_model|dim|emb_dim|model_dim|embed_dim)$",
-        WIDTH,
-    ),
+    (r"(hidden|embedding|projection|embed|condition)_(size|dim)$|_embd$|^hidden_size_global$", WIDTH),
+    (r"^(d_model|dim|emb_dim|model_dim|embed_dim)$", WIDTH),
     (r"^(max_position_embeddings|n_positions|max_(source|target)_positions|n_ctx)$", 128),
 ]
 # Settings that are None by default in models that need them.
@@ -186,7 +184,9 @@ def _small(config: Any, every: bool) -> Any:
         for name, value in values.items()
         if name not in given and not isinstance(value, (list, tuple, dict)) and name != "transformers_version"
     }
-    features = {"out_features": config.out_features} if getattr(config, "out_features", None) else {}  # of a backbone
+    features = (
+        {"out_features": config.out_features} if getattr(config, "out_features", None) else {}
+    )  # backbones have these
     for settings in (given | features, others | given | features, given, others | given):
         with contextlib.suppress(Exception):  # config classes raise exceptions of their own
             return type(config)(**settings)
@@ -356,7 +356,6 @@ _OTHERS = {
     "rewards": lambda model: torch.randn(2, 9, 1),
     "returns_to_go": lambda model: torch.randn(2, 9, 1),
     "timesteps": lambda model: torch.arange(9).repeat(2, 1),
-    "action_embeds": lambda model: torch.randn(2, 4, WIDTH),
     "image_embeds_position_mask": lambda model: torch.arange(9).repeat(2, 1) < model.config.latent_query_num,
     "spatial_shapes": lambda model: torch.tensor([[4, 4], [4, 4]]),
     "task_inputs": lambda model: torch.ones(2, model.config.task_seq_len, dtype=torch.long),
