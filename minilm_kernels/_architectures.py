@@ -42,7 +42,9 @@ _POSITION_TERMS = re.compile(
     "(rel|relative)_(pos|att)|position_bias|pos_bias|alibi|pos_att_type|distance_embedding|emb_rel"
 )
 # Sources of forwards that scale the queries before they call the attention function.
-_SCALED = re.compile(r"(query\w*|q_proj\(.*\)) \*=? self\.(scal|attention_head_size)|self\.scaling \* query")
+_SCALED = re.compile(
+    r"(query\w*|q_pass|q_proj\(.*\)) \*=? self\.(scal|mla_scale|attention_head_size)|self\.scaling \* query"
+)
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 
@@ -285,6 +287,7 @@ def _rotates(attention: Any, forward: str) -> bool:
 _ROTATIONS: dict[str, Callable[[Any], bool]] = {
     r"if self\.use_rope": lambda attention: attention.use_rope,
     r"if self\.position_embedding_type": lambda attention: attention.position_embedding_type == "rotary",
+    r"if position_embeddings is not None": lambda a: getattr(a.config, "position_embedding_type", "rope") == "rope",
     r"if self\.(sliding_window is not None|is_local_attention)": lambda a: getattr(a, "force_rope", False),
     r"if self\.sliding_window is None or": lambda attention: attention.sliding_window is None,
 }
@@ -347,7 +350,9 @@ def base_model(model: Any) -> Any:
     if not is_pretrained_model(model):
         return model
     base = model.base_model  # in some models, the encoder, which takes other inputs
-    return base if model.main_input_name in inspect.signature(type(base).forward).parameters else model
+    names = model.main_input_name
+    needed = {names} if isinstance(names, str) else set(names)
+    return base if needed.issubset(inspect.signature(type(base).forward).parameters) else model
 
 
 def find_stacks(root: nn.Module) -> list[Stack]:

@@ -13,7 +13,7 @@ from torch import nn
 _CLASSES = re.compile(
     "Longformer|LEDEncoder|BlockSparse|Local(Self)?Attention|TransientGlobal|GlobalLocal|ProbSparse|LSH|Reformer"
     "|Nystromformer|Yoso|^Mra|Funnel|FNet|Fourier|Doge|Delta(Net|Attention)|(?<!Kimi)Linear(Self)?Attention|Performer"
-    "|Linformer|Swin|xLSTM|Mamba|Rwkv|RetNet"
+    "|Linformer|Autoformer|Swin|xLSTM|Mamba|Rwkv|RetNet"
 )
 # Words in the values of `attention_type`, `layer_type` and similar settings.
 _KINDS = re.compile("local|sliding|window|chunk|sparse|linear|prob|lsh|indexed|compress|recurrent|mamba|conv|hybrid")
@@ -21,7 +21,7 @@ _KINDS = re.compile("local|sliding|window|chunk|sparse|linear|prob|lsh|indexed|c
 _WINDOWS = re.compile("window|local_attention|local_radius|attention_chunk")
 _NO_WINDOWS = re.compile("^use_|max_window_layers|pattern|kernel|conv|dropout|prob|ind(ex|ices)|_ids?$|positional")
 _OF_ENCODERS = {"attention_window", "local_radius"}  # LED and LongT5, whose decoders have full attention
-_FULL = {"full_attention", "attention", "global"}
+_FULL = {"full_attention", "attention", "global", "basic", "bottleneck"}  # the last two: convolutions of RT-DETR
 _IGNORES_LAYER_TYPES = {"minimax"}  # its sliding_window applies to the layers that layer_types calls full
 _FULL_LAYERS = ("fullatt_block_indexes", "global_attn_indexes")  # layers of vision models that have no window
 _POSITION_WINDOWS = {"vits"}  # its window_size is the range of relative positions
@@ -103,4 +103,5 @@ def _is_window(name: str, value: Any) -> bool:
     if not _WINDOWS.search(name) or _NO_WINDOWS.search(name):
         return False
     sizes = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    sizes = [size[0] if isinstance(size, (list, tuple)) and size else size for size in sizes]  # [left, right]
     return bool(sizes) and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)

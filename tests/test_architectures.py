@@ -14,6 +14,8 @@ from .architectures.page import wrong
 from .architectures.small_models import model_types
 from .test_qkv import SMALL, assert_equal, batch_of, loss_of
 
+GRANITE = {"layer_types": ["full_attention"] * 3, "mamba_n_heads": 4, "mamba_d_head": 24}
+GRANITE |= {"num_local_experts": 0}  # products of groups have no float64
 MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 12, "v_head_dim": 10}
 MLA |= {"qk_rope_head_dim": 6, "head_dim": 6, "first_k_dense_replace": 3, "rope_interleave": True}
 DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8}
@@ -286,6 +288,8 @@ def test_deberta_v2_gives_the_content(share):
         ("qwen3", {"num_key_value_heads": 2, "head_dim": 12}, "projection", "normed, rotated"),
         ("esm", {"vocab_size": 200, "pad_token_id": 1, "mask_token_id": 4}, "projection", "scaled"),
         ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 48}, "projection", "scaled"),
+        ("granitemoehybrid", GRANITE, "projection", "projection"),
+        ("granitemoehybrid", GRANITE | {"position_embedding_type": "rope"}, "projection", "rotated"),
         ("mpnet", {}, "content", None),
         ("deberta", DEBERTA, "content", None),
         ("deberta", {"relative_attention": False}, "projection", None),
@@ -307,6 +311,13 @@ def test_the_quantity_is_named(model_type, settings, before, after):
 
 
 # Stacks and layers
+
+
+def test_a_model_with_several_main_inputs():
+    model, batch = build("bert"), batch_of()
+    found = recorded(model, 2, batch)
+    model.main_input_name = ["input_ids", "attention_mask"]
+    assert_equal(recorded(model, 2, batch), found, 0)
 
 
 def test_a_stack_is_chosen_by_its_name():

@@ -104,6 +104,7 @@ def test_the_text_tower_of_a_model_of_several_towers():
         ("nystromformer", SMALL | {"num_landmarks": 2, "segment_means_seq_len": 4}, BERT, "local or approximate"),
         ("yoso", SMALL, BERT, "local or approximate"),
         ("pegasus_x", SEQ2SEQ, ENCODER, "local or approximate"),
+        ("autoformer", SEQ2SEQ | {"prediction_length": 4}, ENCODER, "local or approximate"),
         (
             "longt5",
             LONG_T5 | {"encoder_attention_type": "local"},
@@ -189,7 +190,7 @@ class Windowed(nn.Module):
         "local_radius",
     ],
 )
-@pytest.mark.parametrize("size", [4, [4, 4]])
+@pytest.mark.parametrize("size", [4, [4, 4], [[4, 2], [4, 0]]])
 def test_names_of_windows(name, size):
     names = [f"blocks.{{i}}.{p}" for p in "qkv"]
     check(Windowed({name: size}, {}, {}), names, {1, 2}, set(), f".* \\({name}=")
@@ -209,4 +210,5 @@ def test_what_modules_say_about_themselves(attributes):
 
 def test_numbers_that_only_look_like_windows():
     config = {"max_window_layers": 2, "use_sliding_window": False, "sliding_window": 4, "window_kernel_size": 3}
+    config["layer_types"] = ["basic", "bottleneck"]  # RT-DETR: convolutions
     check(Windowed(config, {}, {}), [f"blocks.{{i}}.{p}" for p in "qkv"], set(), {1, 2}, "")

@@ -55,7 +55,8 @@ def scan(types: list[str], jobs: int = 1, timeout: int = 60) -> Iterator[list[di
                 rows = receiver.recv()
             except EOFError:
                 process.join(timeout)
-                reason = f"the process ended with status {process.exitcode}"
+                late = process.exitcode == -signal.SIGALRM
+                reason = f"takes more than {timeout} s" if late else f"process ended with status {process.exitcode}"
                 rows = [{"model_type": model_type, "folder": folder(model_type), "reasons": {"build": reason}}]
             process.join(timeout)
             running.remove(entry)

@@ -1,6 +1,8 @@
 """The generated page docs/architectures.md."""
 
+import re
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,8 +55,16 @@ def _served(row: dict[str, Any]) -> bool:
     return bool(row.get("before") or row.get("after"))
 
 
+def _has_attention(folder: str, rows: list[dict[str, Any]]) -> bool:
+    """True if an attention ran, or the source of the folder defines one."""
+    files = (Path(transformers.__file__).parent / "models" / folder).glob("modeling_*.py")
+    return any(row.get("has_attention") for row in rows) or any(
+        re.search(r"^class \w*(Attention|Attn)\w*\(", file.read_text(), re.MULTILINE) for file in files
+    )
+
+
 def _folders(rows: list[dict[str, Any]]) -> tuple[dict[str, list[dict[str, Any]]], ...]:
-    """Rows by folder: of folders that are served; that run with attention, but are not served; and of others."""
+    """Rows by folder: of folders that are served; that have attention, but are not served; and of others."""
     by_folder: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: row["folder"]):
         by_folder[row["folder"]].append(row)
@@ -62,7 +72,7 @@ def _folders(rows: list[dict[str, Any]]) -> tuple[dict[str, list[dict[str, Any]]
     for name, found in by_folder.items():
         if any(map(_served, found)):
             served[name] = found
-        elif any(row.get("has_attention") for row in found):
+        elif _has_attention(name, found):
             refused[name] = found
         else:
             others[name] = found
@@ -71,9 +81,10 @@ def _folders(rows: list[dict[str, Any]]) -> tuple[dict[str, list[dict[str, Any]]
 
 def summary(rows: list[dict[str, Any]]) -> str:
     served, refused, others = _folders(rows)
+    count = len(served) + len(refused)
     return (
-        f"{len(served)} of the {len(served) + len(refused)} folders in which an attention ran are served.\n"
-        f"{len(others)} folders have no attention or did not run."
+        f"{count} of the {count + len(others)} folders of models have attention: their source defines one.\n"
+        f"{len(served)} of these are served."
     )
 
 
@@ -92,7 +103,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     text += "\n## Not served\n\n| folder | reason |\n|---|---|\n"
     for name, found in refused.items():
         text += f"| {name} | {_reason(found)} |\n"
-    text += "\n## Without attention, or not run\n\n| folder | reason |\n|---|---|\n"
+    text += "\n## Without attention of their own\n\n| folder | reason |\n|---|---|\n"
     for name, found in others.items():
         text += f"| {name} | {_reason(found)} |\n"
     return text
@@ -102,8 +113,10 @@ _COLUMNS = ("extract", "before", "after", "copied", "mask")
 
 
 def _reason(rows: list[dict[str, Any]]) -> str:
+    """The first sentence of the first reason, without names of exceptions."""
+    rows = sorted(rows, key=lambda row: not row.get("has_attention"))
     reasons = [reason for row in rows for reason in row["reasons"].values()]
-    text = reasons[0] if reasons else "no layers with attention"
-    for sign in "|<>*_":
-        text = text.replace(sign, f"\\{sign}")
-    return text if len(text) <= 250 else f"{text[:250]}..."
+    text = re.sub(r"^.*Error: ", "", reasons[0]) if reasons else "no layers with attention"
+    text = re.split(r"\. (?=[A-Z])|; ", text)[0].rstrip(".")
+    text = text if len(text) <= 160 else f"{text[:160]}..."
+    return re.sub(r"([|<>*_])", r"\\\1", text)
