@@ -183,7 +183,7 @@ MINILM_DEVICE float find_score_grads(const float (&score_t)[2][2][4], float (&sc
 // kSplits: splits of the student's tokens and of the score gradients. kCausal: causal mask, with or without a prefix.
 template <int kSplits, int kChunksT, int kSplitsT, int kChunksS, bool kCausal>
 struct SymmetricKernel {
-  static_assert(kSplits >= 1 && kSplits <= 3 && kSplitsT >= 1 && kSplitsT <= 3, "one to three bf16 splits");
+  static_assert(kSplits >= 1 && kSplits <= 3 && kSplitsT <= 3, "one to three bf16 splits");
   using Shared = SymmetricLayout<kSplits, kChunksT, kSplitsT, kChunksS>;
   static constexpr bool kExact = kSplits == 3;
   static constexpr SymmetricSchedule kSchedule = symmetric_schedule(kSplits, kChunksT, kSplitsT, kChunksS, kCapability);
