@@ -86,7 +86,9 @@ class TrimmedVocabulary:
         config.vocab_size = len(self.teacher_ids)
         for name, value in base.config.to_dict().items():
             if name.endswith("_token_id"):
-                setattr(config, name, self._translated(value))
+                translated = self._translated(value)
+                if translated is not None or name == "pad_token_id":  # some configs refuse None for the others
+                    setattr(config, name, translated)
         rows = self.teacher_ids.to(words.device)
         state = {
             name: tensor[rows] if tensor.data_ptr() == words.data_ptr() and tensor.shape == words.shape else tensor
