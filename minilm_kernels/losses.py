@@ -401,12 +401,10 @@ class MiniLMLoss(_RelationLoss):
 
     Args:
         num_heads: number of attention heads A of teacher and student.
-        layers: the layers to compare, teacher's to student's: {12: 6, 9: 3}. The loss then takes dicts from layer to
-            QKV, and sums up the layers. None: one pair of layers, given as QKV.
-        layer_weights: weight of each pair, by the teacher's layer. Layers that are left out have weight 1.
-        normalize: "cosine" divides each vector of a head by its norm, so that scores are cosines, without the factor
-            1 / sqrt(D) (BitDistill, arXiv 2510.13998, algorithm 1). None: the papers' scaled products.
-        temperature: divides the scores of teacher and student. The loss is not multiplied by its square.
+        layers: the layers to compare; see `MiniLMv2Loss`.
+        layer_weights: weight of each pair of layers; see `MiniLMv2Loss`.
+        normalize: "cosine" for cosines as scores; see `MiniLMv2Loss`.
+        temperature: divides the scores; see `MiniLMv2Loss`.
         reduction: "sequence", "token", "sum" or "none"; see `relation_kl`.
         backend: "auto", or a name from `backend_status()`.
 
