@@ -12,6 +12,22 @@ EXTRAS = {
     "trainer": ("transformers", "safetensors", "tokenizers", "huggingface_hub", "accelerate"),
     "data": ("datasets", "pyarrow"),
     "sentence-transformers": ("sentence_transformers", "transformers", "accelerate", "datasets"),
+    "evaluate": (
+        "sentence_transformers",
+        "sklearn",
+        "scipy",
+        "model2vec",
+        "skeletoken",
+        "torchmetrics",
+        "matplotlib",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "numpy",
+        "tqdm",
+        "yaml",
+    ),
+    "mteb": ("mteb",),
     "trl": ("trl", "transformers", "accelerate", "datasets"),
 }
 

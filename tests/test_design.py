@@ -19,6 +19,7 @@ FLOORS = [
     ("students", "vocabulary"),
     ("integrations",),
     ("distill",),
+    ("evaluate",),
     ("examples",),
     ("benchmarks",),
 ]
