@@ -6,19 +6,20 @@ The wheels are only read as archives. No code of them is imported, and no depend
 import base64
 import csv
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 from tempfile import mkdtemp
 from typing import NamedTuple
 
-import torch
 from filelock import FileLock
 
 from . import wikitext
@@ -73,19 +74,17 @@ BBC = Wheel(
 _PLATFORM = ["--only-binary", ":all:", "--python-version", "3.12", "--platform", "manylinux_2_28_x86_64"]
 
 
-class LabelledTexts(NamedTuple):
-    texts: list[str]
-    labels: list[str]
-
-
-class RatedDocuments(NamedTuple):
-    documents: list[str]
-    similarity: torch.Tensor  # (documents, documents) float64, 0 to 1
-
-
 class WikipediaText(NamedTuple):
     train: Path
     evaluation: Path
+
+
+class TestSets(NamedTuple):
+    """Files for `minilm-evaluate`."""
+
+    topics: Path
+    similarity: Path
+    headlines: Path
 
 
 def minilm_l6() -> Path:
@@ -100,41 +99,64 @@ def wikipedia_text() -> WikipediaText:
     of training. The evaluation text has only the first paragraphs of an article, so that articles have similar weights.
     """
     dump = fetch(GENSIM) / GENSIM.members[0]
+
+    def fill(folder: Path) -> None:
+        rows: dict[bool, list[dict[str, str]]] = {False: [], True: []}
+        for number, (title, paragraphs) in enumerate(wikitext.articles(dump)):
+            apart = number % 10 == 9
+            rows[apart].append({"title": title, "text": "\n\n".join(paragraphs[: 8 if apart else None])})
+        _write_lines(folder / "train.jsonl", rows[False])
+        _write_lines(folder / "eval.jsonl", rows[True])
+
+    folder = _written_once("wikipedia-text", fill)
+    return WikipediaText(folder / "train.jsonl", folder / "eval.jsonl")
+
+
+def test_sets() -> TestSets:
+    """Test sets of news texts, which are not part of the training text.
+
+    - topics: every second of 2225 BBC News articles, `text` and one of five classes as `label`.
+    - similarity: every two of the 50 news texts of Lee et al., `sentence1`, `sentence2`, and the mean of human ratings
+      of their similarity as `score`.
+    - headlines: the headline of every eighth BBC article as `query`, the article without it as `answer`.
+    """
+    articles = sorted((fetch(BBC) / BBC.members[0]).glob("*/*.txt"))
+    _, documents, ratings = (fetch(GENSIM) / member for member in GENSIM.members)
+
+    def fill(folder: Path) -> None:
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in articles]  # one of them is Latin-1
+        topics = [
+            {"text": text, "label": file.parent.name} for text, file in zip(texts[::2], articles[::2], strict=True)
+        ]
+        headlines = [text.strip().partition("\n") for text in texts[::8]]
+        rated = documents.read_text(encoding="latin-1").strip().split("\n")
+        rows = [[float(cell) for cell in line.split()] for line in ratings.read_text(encoding="ascii").splitlines()]
+        pairs = itertools.combinations(range(len(rated)), 2)  # the file has the upper triangle only
+        similarity = [{"sentence1": rated[i], "sentence2": rated[j], "score": rows[i][j]} for i, j in pairs]
+        _write_lines(folder / "topics.jsonl", topics)
+        _write_lines(folder / "similarity.jsonl", similarity)
+        _write_lines(folder / "headlines.jsonl", [{"query": a.strip(), "answer": b.strip()} for a, _, b in headlines])
+
+    folder = _written_once("test-sets", fill)
+    return TestSets(*(folder / f"{name}.jsonl" for name in TestSets._fields))
+
+
+def _written_once(name: str, fill: Callable[[Path], None]) -> Path:
+    """A folder of the cache that `fill` has written, whole or not at all."""
     # Changed code gives another folder, so that cached text is never stale.
     version = hashlib.sha256(Path(__file__).read_bytes() + Path(wikitext.__file__).read_bytes()).hexdigest()[:12]
-    folder = cache_folder() / f"wikipedia-text-{version}"
-    text = WikipediaText(folder / "train.jsonl", folder / "eval.jsonl")
-    if folder.is_dir():
-        return text
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            partial = _fresh(Path(f"{folder}.partial"))
-            with (
-                (partial / text.train.name).open("w", encoding="utf-8") as train,
-                (partial / text.evaluation.name).open("w", encoding="utf-8") as evaluation,
-            ):
-                for number, (title, paragraphs) in enumerate(wikitext.articles(dump)):
-                    apart = number % 10 == 9
-                    row = {"title": title, "text": "\n\n".join(paragraphs[: 8 if apart else None])}
-                    print(json.dumps(row), file=evaluation if apart else train)
-            partial.rename(folder)
-    return text
+    folder = cache_folder() / f"{name}-{version}"
+    if not folder.is_dir():
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                partial = _fresh(Path(f"{folder}.partial"))
+                fill(partial)
+                partial.rename(folder)
+    return folder
 
 
-def bbc_news() -> LabelledTexts:
-    """2225 BBC News articles of five classes, which are not part of the training text."""
-    files = sorted((fetch(BBC) / BBC.members[0]).glob("*/*.txt"))
-    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]  # one of the files is Latin-1
-    return LabelledTexts(texts, [file.parent.name for file in files])
-
-
-def lee_similarity() -> RatedDocuments:
-    """The 50 news texts of Lee et al., and the mean human similarity of every two texts (symmetric, diagonal 1)."""
-    _, documents, ratings = (fetch(GENSIM) / member for member in GENSIM.members)
-    rows = [[float(cell) for cell in line.split()] for line in ratings.read_text(encoding="ascii").splitlines()]
-    texts = documents.read_text(encoding="latin-1").strip().split("\n")
-    upper = torch.tensor(rows, dtype=torch.float64)  # the file leaves the lower triangle at zero
-    return RatedDocuments(texts, upper + upper.triu(1).T)
+def _write_lines(file: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def cache_folder() -> Path:

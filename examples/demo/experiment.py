@@ -1,9 +1,8 @@
-"""Trains a student for each seed, and evaluates it before and after training and beside its teacher."""
+"""Trains a student for each seed, and compares it with its start, its teacher and static embeddings."""
 
 import json
-import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ import torch
 import transformers
 from transformers import AutoModel, AutoTokenizer
 
-from minilm_kernels import __version__
 from minilm_kernels.distill import DistillConfig, DistillResult, distill
+from minilm_kernels.evaluate.cli import main as evaluate
 from minilm_kernels.students import copied_student
 
-from . import MARKER, assets, markers, report
+from . import MARKER, assets, markers
 from .plot import plot_losses
-from .probes import probe
 
 SETTINGS: dict[str, Any] = {
     "copy_layers": (2, 4, 6),  # the teacher has six; the student keeps its last one
@@ -27,14 +25,15 @@ SETTINGS: dict[str, Any] = {
     "total_batch_size": 8,
     "learning_rate": 5e-4,
     "logging_steps": 5,
-    "eval_steps": 25,
+    "eval_steps": 50,
+    "eval_samples": 64,
     "save_steps": 100,
     "save_total_limit": 1,
 }
 
 
 def run(output: Path, seeds: Sequence[int], max_steps: int, update: Path | None = None) -> int:
-    """Distills a student for each seed, writes results.json and loss.png, and prints the table.
+    """Distills a student for each seed, runs `minilm-evaluate`, and writes loss.png and the folder evaluation.
 
     Runs that exist in `output` are continued, or used if they are finished, so that the same call continues a stopped
     demo.
@@ -46,13 +45,13 @@ def run(output: Path, seeds: Sequence[int], max_steps: int, update: Path | None 
         update: Markdown file to write the table into, between its markers.
 
     Returns:
-        0, or 128 + the number of the signal that stopped the training.
+        0, 1 for an error of the evaluation, or 128 + the number of the signal that stopped the training.
 
     Raises:
         RuntimeError: the assets cannot be fetched.
         ValueError, OSError: `output` contains a run with other settings, or cannot be written.
     """
-    folder, text, news, rated = assets.minilm_l6(), assets.wikipedia_text(), assets.bbc_news(), assets.lee_similarity()
+    folder, text, tests = assets.minilm_l6(), assets.wikipedia_text(), assets.test_sets()
     results: dict[int, DistillResult] = {}
     for seed in seeds:
         print(f"Distilling with seed {seed}", file=sys.stderr)
@@ -70,67 +69,48 @@ def run(output: Path, seeds: Sequence[int], max_steps: int, update: Path | None 
         if stopped_by := results[seed].stopped_by:
             print("or run the command of the demo again", file=sys.stderr)
             return 128 + stopped_by
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def row(title: str, model: Any, losses: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        print(f"Evaluating: {title}", file=sys.stderr, flush=True)
-        return {"model": title, **_losses(losses or {}), **probe(model, tokenizer, news, rated)}
-
-    teacher = AutoModel.from_pretrained(folder)
-    start = copied_student(teacher, SETTINGS["copy_layers"])
-    rows = [row("before", start, results[seeds[0]].eval_before)]
-    for seed, result in results.items():
-        after = row(f"after, seed {seed}", AutoModel.from_pretrained(str(result.student)), result.eval_after)
-        rows.append({**after, "seed": seed, "training_seconds": _training_seconds(_records(result, "train"))})
-    rows.append(row("teacher", teacher))
-
-    record = {"settings": {**SETTINGS, "max_steps": max_steps}, "versions": _versions(), "rows": rows}
-    (output / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     curves = {
         seed: (_curve(result, "train", "loss"), _curve(result, "eval", "eval_loss")) for seed, result in results.items()
     }
     plot_losses(curves, output / "loss.png")
-    print(f"\n{report.table(rows)}\nlosses   {output / 'loss.png'}\nfigures  {output / 'results.json'}")
-    for result in results.values():
-        print(f"student  {result.student}")
+
+    start = output / "start"
+    copied_student(AutoModel.from_pretrained(folder), SETTINGS["copy_layers"]).save_pretrained(start)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(start)
+    students = [str(result.student) for result in results.values()]
+    words = [str(start), *students, "--titles", "before", *(f"after, seed {seed}" for seed in seeds)]
+    words += ["--teacher", str(folder), "--static", "--text", str(text.evaluation)]
+    words += ["--distill-config", str(output / f"seed-{seeds[0]}" / "settings.json")]
+    words += ["--classification", str(tests.topics), "--pairs", str(tests.similarity)]
+    words += ["--retrieval", str(tests.headlines), "--output-dir", str(output / "evaluation")]
+    if status := evaluate(words):
+        return status
+    print(f"losses   {output / 'loss.png'}")
+    for student in students:
+        print(f"student  {student}")
     if update:
-        markers.update(
-            update, MARKER, report.section(record, f"--seeds {' '.join(map(str, seeds))} --update {update.name}")
-        )
+        command = f"python -m examples.demo --seeds {' '.join(map(str, seeds))} --update {update.name}"
+        table = (output / "evaluation" / "results.md").read_text(encoding="utf-8")
+        markers.update(update, MARKER, _section(table, max_steps, command))
         print(f"table    {update}")
     return 0
 
 
-def _losses(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    names = {"eval_loss": "eval_kl", "eval_qq": "eval_kl_qq", "eval_kk": "eval_kl_kk", "eval_vv": "eval_kl_vv"}
-    return {title: evaluation[name] for name, title in names.items() if name in evaluation}
-
-
-def _records(result: DistillResult, split: str) -> list[dict[str, Any]]:
-    records = map(json.loads, result.metrics.read_text(encoding="utf-8").splitlines())
-    return [record for record in records if record["split"] == split]
-
-
 def _curve(result: DistillResult, split: str, key: str) -> list[tuple[int, float]]:
-    return [(record["step"], record[key]) for record in _records(result, split)]
+    records = map(json.loads, result.metrics.read_text(encoding="utf-8").splitlines())
+    return [(record["step"], record[key]) for record in records if record["split"] == split]
 
 
-def _training_seconds(records: Sequence[Mapping[str, Any]]) -> float:
-    """Time of the optimizer steps over all parts of a run, without evaluation and checkpoints."""
-    tokens = [0, *(record["tokens"] for record in records)]
-    return sum(
-        (after - before) / record["tokens_per_second"]
-        for before, after, record in zip(tokens, tokens[1:], records, strict=False)
-    )
-
-
-def _versions() -> dict[str, Any]:
-    return {
-        "minilm_kernels": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
+def _section(table: str, max_steps: int, command: str) -> str:
+    """The table, followed by its settings and the command that reproduces it."""
+    layers = ", ".join(map(str, SETTINGS["copy_layers"]))
+    lines = [
+        table,
+        f"The student starts with layers {layers} of the teacher and is trained for {max_steps} steps",
+        f"of {SETTINGS['total_batch_size']} × {SETTINGS['max_seq_length']} tokens,",
+        f"with {SETTINGS['relation_heads']} relation heads and learning rate {SETTINGS['learning_rate']:g},",
+        f"on {torch.get_num_threads()} CPU threads",
+        f"(torch {torch.__version__}, transformers {transformers.__version__}).",
+        f"`{command}` makes this table.",
+    ]
+    return "\n".join(lines)

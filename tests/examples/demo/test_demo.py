@@ -13,20 +13,18 @@ BEGIN, END = markers("demo")
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """Short samples, few evaluation samples, few probe texts."""
+def small(monkeypatch, tmp_path):
+    """Short samples, few evaluation samples, few and short test texts."""
     settings = {"max_seq_length": 16, "total_batch_size": 4, "eval_samples": 8, "eval_steps": 4, "logging_steps": 1}
     monkeypatch.setattr(experiment, "SETTINGS", {**experiment.SETTINGS, **settings})
-    news, rated = assets.bbc_news(), assets.lee_similarity()
-    assert len(news.texts) == len(news.labels) == 2225
-    assert len(set(news.labels)) == 5
-    assert rated.similarity.shape == (50, 50)
-    assert (rated.similarity == rated.similarity.T).all()
-    assert (rated.similarity.diagonal() == 1).all()
-    words = [" ".join(text.split()[:12]) for text in news.texts[::150]]
-    monkeypatch.setattr(assets, "bbc_news", lambda: assets.LabelledTexts(words, news.labels[::150]))
-    short = [" ".join(text.split()[:12]) for text in rated.documents[:8]]
-    monkeypatch.setattr(assets, "lee_similarity", lambda: assets.RatedDocuments(short, rated.similarity[:8, :8]))
+    found = assets.test_sets()
+    kept = {}
+    for name, file in found._asdict().items():
+        kept[name] = tmp_path / file.name
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        short = [{key: value[:60] if isinstance(value, str) else value for key, value in row.items()} for row in rows]
+        kept[name].write_text("\n".join(map(json.dumps, short[::40])), encoding="utf-8")
+    monkeypatch.setattr(assets, "test_sets", lambda: found._replace(**kept))
 
 
 @pytest.mark.slow
@@ -36,31 +34,43 @@ def test_demo(tmp_path, capsys):
     readme.write_text(f"# Title\n\n{BEGIN}\n{END}\n\ntail\n")
     arguments = ["--output-dir", str(output), "--max-steps", "6", "--seeds", "3", "--update", str(readme)]
     assert main(arguments) == 0
-    record = json.loads((output / "results.json").read_text())
-    before, after, teacher = record["rows"]
-    assert [row["model"] for row in record["rows"]] == ["before", "after, seed 3", "teacher"]
-    assert after["eval_kl"] < before["eval_kl"]
-    assert after["eval_kl"] == pytest.approx(sum(after[f"eval_kl_{name}"] for name in ("qq", "kk", "vv")))
-    assert after["seed"] == 3
-    assert after["training_seconds"] > 0
-    assert len({before["lee_r"], after["lee_r"], teacher["lee_r"]}) == 3
-    assert record["settings"]["max_steps"] == 6
-    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((output / "evaluation" / "results.json").read_text())
+    before, after, *_ = record["rows"]
+    titles = ["before", "after, seed 3", "teacher", "static embeddings (model2vec)"]
+    assert [row["model"] for row in record["rows"]] == titles
+    assert after["scores"]["relation KL"][0] < before["scores"]["relation KL"][0]
+    for row in record["rows"]:
+        for name in ("topics", "similarity", "headlines"):
+            value, low, high = row["scores"][name]
+            assert low <= value <= high
+    for file in ("loss.png", "evaluation/quality.png"):
+        assert (output / file).read_bytes().startswith(b"\x89PNG")
     assert (output / "seed-3" / "student" / "model.safetensors").is_file()
 
     written = readme.read_text()
     assert written.startswith(f"# Title\n\n{BEGIN}\n|")
     assert written.endswith(f"{END}\n\ntail\n")
-    assert f"{after['lee_r']:.3f}" in written
     assert "--seeds 3 --update README.md" in written
     assert str(tmp_path) not in written
     assert f"{output / 'seed-3' / 'student'}" in capsys.readouterr().out
 
-    # Finished results are used again, and other settings in the same folder are refused.
-    assert main(arguments) == 0
-    assert json.loads((output / "results.json").read_text()) == record
+    # Finished runs are used again, and other settings in the same folder are refused.
     assert main([*arguments, "--max-steps", "7"]) == 1
     assert "--max-steps" in capsys.readouterr().err
+
+
+def test_test_sets_are_whole():
+    found = assets.test_sets()
+    rows = {
+        name: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for name, file in found._asdict().items()
+    }
+    assert len(rows["topics"]) == 1113
+    assert len({row["label"] for row in rows["topics"]}) == 5
+    assert len(rows["similarity"]) == 50 * 49 // 2
+    assert all(0 <= row["score"] <= 1 for row in rows["similarity"])
+    assert len(rows["headlines"]) == 279
+    assert all(row["query"] and row["answer"] for row in rows["headlines"])
 
 
 def test_evaluation_articles_are_not_trained_on_and_news_is_not_either():
@@ -73,7 +83,8 @@ def test_evaluation_articles_are_not_trained_on_and_news_is_not_either():
     assert not {row["text"] for row in train} & {row["text"] for row in evaluation}
     paragraphs = {paragraph for row in train for paragraph in row["text"].split("\n\n")}
     assert len(paragraphs) > 4000
-    assert not any(paragraphs.intersection(text.split("\n\n")) for text in assets.bbc_news().texts)
+    news = [json.loads(line)["text"] for line in assets.test_sets().topics.read_text().splitlines()]
+    assert not any(paragraphs.intersection(text.split("\n\n")) for text in news)
 
 
 def test_a_stopped_run_ends_the_demo_with_the_signals_status(tmp_path, monkeypatch):
@@ -81,7 +92,7 @@ def test_a_stopped_run_ends_the_demo_with_the_signals_status(tmp_path, monkeypat
         experiment, "distill", lambda config: DistillResult(None, tmp_path / "metrics.jsonl", 3, None, None, 15)
     )
     assert main(["--output-dir", str(tmp_path)]) == 128 + 15
-    assert not (tmp_path / "results.json").exists()
+    assert not (tmp_path / "evaluation").exists()
 
 
 @pytest.mark.parametrize("options", [["--max-steps", "0"], ["--seeds", "1", "1"], ["--seeds", "-1"], ["--seeds"]])
