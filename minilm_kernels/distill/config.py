@@ -326,9 +326,11 @@ class DistillConfig:
             "student_num_hidden_layers": None,
             "student_hidden_size": None,
             "student_init": "random" if self.student_init == "copy" else self.student_init,
-            **last,
         }
-        return replace(self, recipe=None, teacher_assistant=tuple(earlier), **own)
+        # An earlier assistant differs from the student, not from the assistant after it.
+        restored = {name: own.get(name, getattr(self, name)) for name in last}
+        others = tuple({**restored, **assistant} for assistant in earlier)
+        return replace(self, recipe=None, teacher_assistant=others, **{**own, **last})
 
     def as_dict(self) -> dict[str, Any]:
         """The settings with JSON types only."""

@@ -171,11 +171,15 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Preset], Pat
     return make
 
 
-@pytest.mark.parametrize("name", PRESETS)
+QUICK = ("minilm-l3-h384-bert-base", "minilmv2-l6-h384-bert-base")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
+)
 def test_every_recipe_starts(
     name: str,
     stand_in: Callable[[Preset], Path],
-    text_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
