@@ -222,7 +222,7 @@ def test_the_folders_are_locked(settings: Settings) -> None:
             distill(settings(**CHAIN))
     with ExitStack() as folders:
         folders.enter_context(output_folder(chain[0].config, DistContext("cpu")))
-        with pytest.raises(RuntimeError, match="another process is running in .*assistant-1"):
+        with pytest.raises(RuntimeError, match=r"another process is running in .*assistant-1"):
             distill(settings(**CHAIN))
 
 
