@@ -258,6 +258,18 @@ class DistillConfig:
     gradient_accumulation_steps: int = _option(
         1, "number of micro-batches into which each process splits its part of the batch", positive=True
     )
+    micro_batch_size: int | None = _option(
+        None,
+        "number of samples that each process computes at once; auto: its part of the batch, divided by "
+        "--gradient-accumulation-steps; if memory runs out, either is halved and the step is repeated",
+        positive=True,
+        absent="auto",
+    )
+    gradient_checkpointing: bool = _option(
+        False,
+        "compute the student's activations again in the backward instead of keeping them, which saves memory",
+        neutral=True,
+    )
     learning_rate: float = _option(6e-4, "peak learning rate", positive=True)
     warmup_steps: int | None = _option(
         None, "number of linear warmup steps; the default is 4000, but at most a tenth of --max-steps"
@@ -267,6 +279,11 @@ class DistillConfig:
     weight_decay: float = _option(0.01, "weight decay of AdamW (not applied to biases and LayerNorms)")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0 turns clipping off")
     bf16: bool = _option(False, "run both models under bfloat16 autocast instead of in float32")
+    teacher_dtype: str = _option(
+        "float32",
+        "type of the teacher's weights and computation; bfloat16 halves their memory",
+        choices=("float32", "bfloat16"),
+    )
     seed: int = _option(0, "random seed for initial weights, sample order, dropout and prefixes", largest=LARGEST_SEED)
     device: str = _option("auto", "auto: CUDA if available, otherwise CPU", choices=("auto", "cpu", "cuda"))
 
@@ -310,6 +327,11 @@ class DistillConfig:
     def warmup(self) -> int:
         """Steps of linear warmup."""
         return min(4000, self.max_steps // 10) if self.warmup_steps is None else self.warmup_steps
+
+    def micro_batch(self, processes: int) -> int:
+        """Number of samples that each process computes at once, as long as memory is enough."""
+        share = self.total_batch_size // processes
+        return min(self.micro_batch_size or share // self.gradient_accumulation_steps, share)
 
     def assistant(self) -> DistillConfig | None:
         """The settings with which the last teacher assistant is distilled; `None` without an assistant.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -25,6 +25,7 @@ from .console import forgiving_streams, say
 from .distributed import DistContext
 from .eval_set import EvalSet, collect_eval_set
 from .evaluation import evaluate
+from .memory import is_out_of_memory, random_state, restore_random_state
 from .metrics import Metrics, Progress, eval_records, read_metrics
 from .model_card import write_student
 from .models import TeacherStudent, load_models
@@ -48,6 +49,8 @@ from .sources import HubDataset, Source, open_sources
 from .stages import Stage, stages
 from .step import GradientBuffer, loss_vector, make_batch
 from .tokenization import DocumentTokenizer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -389,16 +392,7 @@ class TrainingLoop:
         config, dist, state = self.config, self.dist, self.state
         samples = self._samples()
         total = LossWeights.of(samples)
-        share = config.total_batch_size // dist.world_size
-        micro = share // config.gradient_accumulation_steps
-        self.buffer.zero_()
-        for start in range(dist.rank * share, (dist.rank + 1) * share, micro):
-            part = slice(start, start + micro)
-            batch = make_batch(config, self.models.mask, samples, dist.device, (config.seed, 3, state.step), part)
-            values = loss_vector(config, self.models, batch, requires_grad=True)
-            losses = LossWeights.of(samples.part(part)).weight(config.reduction, total) * values
-            torch.dot(losses, self.weights).backward()
-            self.buffer.losses += losses.detach()
+        self._within_memory(lambda micro: self._accumulate(samples, total, micro))
         dist.sum(self.buffer.flat)
         norm = self.buffer.clip_(config.max_grad_norm)
         for group in state.optimizer.param_groups:
@@ -407,6 +401,49 @@ class TrainingLoop:
         state.window.append(torch.cat([self.buffer.losses, norm[None]]))
         state.tokens += total.tokens
         state.step += 1
+
+    def _accumulate(self, samples: Samples, total: LossWeights, micro: int) -> None:
+        """Fills the buffer with the gradient of this process's part of the step, `micro` samples at a time."""
+        config, dist = self.config, self.dist
+        share = config.total_batch_size // dist.world_size
+        end = (dist.rank + 1) * share
+        self.buffer.zero_()
+        for start in range(dist.rank * share, end, micro):
+            part = slice(start, min(start + micro, end))
+            batch = make_batch(config, self.models.mask, samples, dist.device, (config.seed, 3, self.state.step), part)
+            values = loss_vector(config, self.models, batch, requires_grad=True)
+            losses = LossWeights.of(samples.part(part)).weight(config.reduction, total) * values
+            torch.dot(losses, self.weights).backward()
+            self.buffer.losses += losses.detach()
+
+    def _within_memory(self, action: Callable[[int], T]) -> T:
+        """Calls `action` with the size of a micro-batch. If memory runs out on any process, all halve it and repeat.
+
+        `action` must not communicate. It begins with the same random state every time.
+        """
+        dist, state = self.dist, self.state
+        generators = random_state(dist.device)
+        while True:
+            problem, result = "", None
+            try:
+                result = action(state.micro_batch)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not is_out_of_memory(error):
+                    raise
+                problem = str(error)  # the error itself would keep the tensors of its traceback
+            if not dist.max(int(bool(problem))):
+                return cast(T, result)
+            if state.micro_batch == 1:
+                raise RuntimeError(
+                    "out of memory with a micro-batch of one sample; use --gradient-checkpointing, --teacher-dtype "
+                    f"bfloat16, --bf16, or a shorter --max-seq-length ({problem or 'on another process'})"
+                )
+            state.micro_batch = (state.micro_batch + 1) // 2
+            result = None
+            restore_random_state(generators, dist.device)
+            if dist.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.progress.say(f"out of memory: continuing with micro-batches of {state.micro_batch} samples")
 
     def _train_record(self) -> dict[str, Any]:
         """Mean losses since the last line of metrics, and the norm of the last gradient before clipping."""
@@ -431,8 +468,14 @@ class TrainingLoop:
         state, eval_set = self.state, self.stream.eval_set
         measured: dict[str, float] | None = None
         if eval_set is not None:
-            micro = self.config.total_batch_size // (self.dist.world_size * self.config.gradient_accumulation_steps)
-            measured = evaluate(self.config, self.models, eval_set.samples, micro, self.dist, lambda: signals.received)
+            measured = evaluate(
+                self.config,
+                self.models,
+                eval_set.samples,
+                self.dist,
+                lambda: signals.received,
+                self._within_memory,
+            )
             if measured is not None:
                 self._log("eval", {"tokens": state.tokens, **measured})
                 self.progress.say(f"step {state.step}: eval_loss {measured['eval_loss']:.4f}")

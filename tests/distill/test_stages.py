@@ -183,7 +183,7 @@ def test_other_settings_are_refused_in_every_stage(
     other = [{**CHAIN["teacher_assistant"][0], "learning_rate": 5e-3}]
     with pytest.raises(ValueError, match=r"--teacher-assistant: .*before, .*0\.005"):
         distill(settings(**{**again, "teacher_assistant": other}))
-    with pytest.raises(ValueError, match="--student-hidden-size: 24 before, 36 now"):  # of the stage to come
+    with pytest.raises(ValueError, match="--student-hidden-size: 24 before, 36 now"):  # the stage to come
         distill(settings(**{**again, "student_hidden_size": 36}))
     with pytest.raises(ValueError, match="--teacher-assistant"):
         distill(settings(resume_from_checkpoint=True, dropout=0.2))
