@@ -11,18 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .losses import QKV, MiniLMLoss, MiniLMv2Loss, SelfRelationLoss
+    from .presets import PRESETS, Preset
     from .qkv import QKVExtractor
     from .recording import record_qkv
     from .relation import backend_status, prefix_mask, relation_kl, relation_kl_multi
-    from .students import (
-        PRESETS,
-        Preset,
-        copied_student,
-        pca_student,
-        preset_config,
-        random_student,
-        student_config,
-    )
+    from .students import copied_student, pca_student, preset_config, random_student, student_config
     from .vocabulary import TrimmedVocabulary, trim_vocabulary
 
 __version__ = "0.1.0"
@@ -51,18 +44,11 @@ __all__ = [
 
 _NAMES = {
     ".losses": ("QKV", "MiniLMLoss", "MiniLMv2Loss", "SelfRelationLoss"),
+    ".presets": ("PRESETS", "Preset"),
     ".qkv": ("QKVExtractor",),
     ".recording": ("record_qkv",),
     ".relation": ("backend_status", "prefix_mask", "relation_kl", "relation_kl_multi"),
-    ".students": (
-        "PRESETS",
-        "Preset",
-        "copied_student",
-        "pca_student",
-        "preset_config",
-        "random_student",
-        "student_config",
-    ),
+    ".students": ("copied_student", "pca_student", "preset_config", "random_student", "student_config"),
     ".vocabulary": ("TrimmedVocabulary", "trim_vocabulary"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

@@ -1,4 +1,4 @@
-"""Student models: configs, initialization, and the students of the two papers as presets."""
+"""Student models: configs, initialization, and the configs of the published students."""
 
 import contextlib
 import copy
@@ -12,13 +12,12 @@ import torch
 
 from minilm_kernels._architectures import find_stack, layer_path, resolve_layer
 from minilm_kernels._extras import optional_imports
+from minilm_kernels.presets import PRESETS
 
 with optional_imports("hf", "minilm_kernels.students"):
     from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 __all__ = [
-    "PRESETS",
-    "Preset",
     "copied_student",
     "parameter_count",
     "pca_student",
@@ -548,40 +547,6 @@ def _plain_settings(module: torch.nn.Module) -> dict[str, Any]:
     return {"class": type(module), **shapes, **settings}
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A published student, and how it was distilled.
-
-    Attributes:
-        method: "minilm" or "minilmv2".
-        teacher: name of the teacher; "assistant" is a 12 x 384 model that was itself distilled from a base model.
-        family: model type, which also determines the vocabulary.
-        teacher_layers: number of layers of the teacher.
-        teacher_layer: the distilled layer, counted from 1.
-        relation_heads: number of relation heads, which for MiniLM are the attention heads.
-        num_hidden_layers, hidden_size: sizes of the student.
-        million_parameters: as published, see `parameter_count`; None if not published.
-        speedup: speed of inference relative to a 12 x 768 base model, as published.
-
-    Example:
-        >>> from minilm_kernels import PRESETS
-        >>> preset = PRESETS["minilmv2-l6-h384-bert-base"]
-        >>> preset.num_hidden_layers, preset.hidden_size, preset.relation_heads, preset.speedup
-        (6, 384, 48, 5.3)
-    """
-
-    method: str
-    teacher: str
-    family: str
-    teacher_layers: int
-    teacher_layer: int
-    relation_heads: int
-    num_hidden_layers: int
-    hidden_size: int
-    million_parameters: int | None
-    speedup: float
-
-
 # Settings of the published checkpoints. The positions of RoBERTa and XLM-R include the offset of the padding index.
 _ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 _FAMILIES: dict[str, dict[str, Any]] = {
@@ -589,37 +554,6 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "roberta": {"vocab_size": 50265, **_ROBERTA},
     "xlm-roberta": {"vocab_size": 250002, **_ROBERTA},
 }
-_SPEEDUP = {(6, 768): 2.0, (12, 384): 2.7, (6, 384): 5.3, (4, 384): 7.8, (3, 384): 10.1}
-_MILLIONS = {
-    "bert": {(6, 768): 66, (12, 384): 33, (6, 384): 22},
-    "roberta": {(6, 768): 81, (12, 384): 41, (6, 384): 30},
-    "xlm-roberta": {(12, 384): 117, (6, 384): 107},
-}
-# Method, teacher, family, its layers, the distilled layer, relation heads, (layers, hidden size) of the students.
-_PUBLISHED: list[tuple[str, str, str, int, int, int, list[tuple[int, int]]]] = [
-    ("minilm", "bert-base", "bert", 12, 12, 12, [(6, 768), (6, 384), (4, 384), (3, 384)]),
-    ("minilm", "in-house-base", "bert", 12, 12, 12, [(12, 384)]),
-    ("minilm", "assistant", "bert", 12, 12, 12, [(6, 384)]),
-    ("minilm", "xlm-roberta-base", "xlm-roberta", 12, 12, 12, [(12, 384)]),
-    ("minilmv2", "bert-base", "bert", 12, 12, 48, [(6, 768), (6, 384)]),
-    ("minilmv2", "bert-large", "bert", 24, 21, 64, [(6, 768), (6, 384)]),
-    ("minilmv2", "roberta-large", "roberta", 24, 19, 64, [(6, 768), (12, 384), (6, 384)]),
-    ("minilmv2", "xlm-roberta-large", "xlm-roberta", 24, 19, 64, [(12, 384), (6, 384)]),
-]
-
-
-def _presets() -> dict[str, Preset]:
-    presets = {}
-    for method, teacher, family, depth, layer, heads, shapes in _PUBLISHED:
-        for shape in shapes:
-            name = f"{method}-l{shape[0]}-h{shape[1]}-{teacher}"
-            figures = _MILLIONS[family].get(shape), _SPEEDUP[shape]
-            presets[name] = Preset(method, teacher, family, depth, layer, heads, *shape, *figures)
-    return presets
-
-
-PRESETS: dict[str, Preset] = _presets()
-"""The students of the papers by name, such as "minilmv2-l6-h384-roberta-large"."""
 
 
 def preset_config(name: str) -> PreTrainedConfig:

@@ -12,7 +12,8 @@ DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 
 # The floors, from the lowest to the highest. A module may import modules of its own floor and of lower floors.
 FLOORS = [
-    ("_choices", "_extras", "_source_tree", "_module_view", "_wrappers", "_full_attention", "_architectures"),
+    ("_choices", "_extras", "_source_tree", "presets"),
+    ("_module_view", "_wrappers", "_full_attention", "_architectures"),
     ("relation",),
     ("losses",),
     ("qkv", "recording"),

@@ -12,6 +12,7 @@ MODULES = [
     "distill.optimizer",
     "integrations.relation_term",
     "losses",
+    "presets",
     "qkv",
     "recording",
     "students",

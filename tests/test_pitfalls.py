@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from minilm_kernels import QKV, MiniLMLoss, MiniLMv2Loss, QKVExtractor, relation_kl
-from minilm_kernels.students import PRESETS
+from minilm_kernels.presets import PRESETS
 
 B, S, A, D_T, D_S = 3, 12, 4, 8, 6
 LENGTHS = torch.tensor([12, 5, 8])

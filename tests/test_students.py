@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
+from minilm_kernels.presets import PRESETS
 from minilm_kernels.qkv import QKVExtractor
 from minilm_kernels.students import (
-    PRESETS,
     copied_student,
     parameter_count,
     pca_student,
@@ -577,6 +577,8 @@ PUBLISHED = {
     (30522, 6, 768): 66,
     (30522, 12, 384): 33,
     (30522, 6, 384): 22,
+    (30522, 4, 384): 19,
+    (30522, 3, 384): 17,
     (50265, 6, 768): 81,
     (50265, 12, 384): 41,
     (50265, 6, 384): 30,
@@ -589,13 +591,10 @@ PUBLISHED = {
 def test_presets_have_the_published_parameter_counts(name):
     preset, config = PRESETS[name], preset_config(name)
     shape = (config.num_hidden_layers, config.hidden_size)
-    published = PUBLISHED.get((config.vocab_size, *shape))
+    published = PUBLISHED[(config.vocab_size, *shape)]
     assert preset.million_parameters == published
     count = parameter_count(config)
-    if published is None:
-        assert shape in {(4, 384), (3, 384)}
-    else:
-        assert round(count / 1e6) == published
+    assert round(count / 1e6) == published
     # By formula: word embeddings, and per layer four square projections, the feed-forward and two LayerNorms.
     layer = 4 * (shape[1] ** 2 + shape[1]) + 8 * shape[1] ** 2 + 5 * shape[1] + 4 * shape[1]
     assert count == config.vocab_size * shape[1] + shape[0] * layer
@@ -610,7 +609,7 @@ def test_presets_are_consistent(name):
     assert config.intermediate_size == 4 * config.hidden_size
     assert config.max_position_embeddings == (512 if preset.family == "bert" else 514)
     large = preset.teacher.endswith("large")
-    assert preset.teacher_layers == (24 if large else 12)
+    assert (preset.teacher_layers, preset.teacher_hidden_size) == ((24, 1024) if large else (12, 768))
     if preset.method == "minilm":
         assert preset.relation_heads == 12
         assert preset.teacher_layer == 12
@@ -622,8 +621,9 @@ def test_presets_are_consistent(name):
 
 def test_every_published_student_is_there():
     expected = """
-        minilm-l6-h768-bert-base minilm-l6-h384-bert-base minilm-l4-h384-bert-base minilm-l3-h384-bert-base
-        minilm-l12-h384-in-house-base minilm-l6-h384-assistant minilm-l12-h384-xlm-roberta-base
+        minilm-l6-h768-bert-base minilm-l12-h384-bert-base minilm-l6-h384-bert-base minilm-l4-h384-bert-base
+        minilm-l3-h384-bert-base minilm-l12-h384-in-house-base minilm-l6-h384-in-house-base
+        minilm-l12-h384-xlm-roberta-base minilm-l6-h384-xlm-roberta-base
         minilmv2-l6-h768-bert-base minilmv2-l6-h384-bert-base minilmv2-l6-h768-bert-large minilmv2-l6-h384-bert-large
         minilmv2-l6-h768-roberta-large minilmv2-l12-h384-roberta-large minilmv2-l6-h384-roberta-large
         minilmv2-l12-h384-xlm-roberta-large minilmv2-l6-h384-xlm-roberta-large
@@ -631,6 +631,54 @@ def test_every_published_student_is_there():
     assert set(PRESETS) == set(expected.split())
     speed = {(p.num_hidden_layers, p.hidden_size): p.speedup for p in PRESETS.values()}
     assert speed == {(6, 768): 2.0, (12, 384): 2.7, (6, 384): 5.3, (4, 384): 7.8, (3, 384): 10.1}
+
+
+# (layers, hidden size, teacher) -> batch, peak learning rate, thousands of steps, beta2, scores. From MiniLM,
+# section 4.1 and tables 2, 3, 8, 11, 13.
+MINILM = {
+    (6, 768, "bert-base"): (1024, 5e-4, 400, 0.999, 84.0, 76.4),
+    (12, 384, "bert-base"): (256, 3e-4, 400, 0.999),
+    (6, 384, "bert-base"): (256, 3e-4, 400, 0.999, 82.4, 72.7),
+    (4, 384, "bert-base"): (256, 3e-4, 400, 0.999, 80.6, 69.7),
+    (3, 384, "bert-base"): (256, 3e-4, 400, 0.999, 79.1, 66.9),
+    (12, 384, "in-house-base"): (2048, 6e-4, 400, 0.98, 85.7, 81.7),
+    (6, 384, "in-house-base"): (512, 4e-4, 400, 0.98, 83.3, 75.6),
+    (12, 384, "xlm-roberta-base"): (256, 3e-4, 1000, 0.999, 71.1, 63.2),
+    (6, 384, "xlm-roberta-base"): (512, 6e-4, 400, 0.999, 68.0, 53.7),
+}
+# The scores of the MiniLMv2 students, from the authors' README.
+MINILMV2 = {
+    (6, 768, "roberta-large"): (87.0, 81.6),
+    (12, 384, "roberta-large"): (86.9, 82.3),
+    (6, 384, "roberta-large"): (84.4, 76.4),
+    (6, 768, "bert-large"): (85.0, 77.7),
+    (6, 384, "bert-large"): (83.0, 74.3),
+    (6, 768, "bert-base"): (84.2, 76.3),
+    (6, 384, "bert-base"): (82.8, 72.9),
+    (12, 384, "xlm-roberta-large"): (72.9, 64.9),
+    (6, 384, "xlm-roberta-large"): (69.3, 59.0),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_published_settings_and_scores(name):
+    preset = PRESETS[name]
+    key = (preset.num_hidden_layers, preset.hidden_size, preset.teacher)
+    trained = (preset.total_batch_size, preset.learning_rate, preset.max_steps, preset.adam_betas)
+    if preset.method == "minilm":
+        batch, rate, thousands, beta2, *scores = MINILM[key]
+        assert trained == (batch, rate, 1000 * thousands, (0.9, beta2))
+    else:
+        scores = MINILMV2[key]
+        assert trained == ((256, 6e-4, 400_000, (0.9, 0.999)) if preset.family == "bert" else (None,) * 4)
+    tasks = ("XNLI", "MLQA") if preset.family == "xlm-roberta" else ("MNLI-m", "SQuAD 2.0")
+    assert preset.scores == dict(zip(tasks, scores, strict=False))
+    small = (preset.num_hidden_layers <= preset.teacher_layers / 2) and (
+        preset.hidden_size <= preset.teacher_hidden_size / 2
+    )
+    assisted = preset.method == "minilm" and small
+    assert preset.assistant == (f"minilm-l12-h384-{preset.teacher}" if assisted else None)
+    assert preset.assistant is None or PRESETS[preset.assistant].assistant is None
 
 
 def test_an_unknown_preset_is_an_error_with_the_names():

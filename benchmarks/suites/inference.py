@@ -17,7 +17,8 @@ from benchmarks.measure import records
 from benchmarks.measure.correctness import TOLERANCE, guarded, relative
 from benchmarks.measure.timing import first_run, interleaved, summary
 from benchmarks.measure.workload import Workload
-from minilm_kernels.students import PRESETS, parameter_count, random_student, student_config
+from minilm_kernels.presets import PRESETS
+from minilm_kernels.students import parameter_count, random_student, student_config
 
 SHAPES = {"cpu": ["4x128"], "cuda": ["32x128", "32x512"]}
 BASE = (12, 768)

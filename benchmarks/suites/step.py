@@ -31,7 +31,8 @@ from minilm_kernels.distill.optimizer import make_optimizer
 from minilm_kernels.distill.packing import PADDING, Samples
 from minilm_kernels.distill.step import GradientBuffer, student_qkv, teacher_qkv
 from minilm_kernels.losses import QKV, MiniLMv2Loss
-from minilm_kernels.students import PRESETS, preset_config, random_student, student_config
+from minilm_kernels.presets import PRESETS
+from minilm_kernels.students import preset_config, random_student, student_config
 
 STAGES = ("teacher", "student", "loss", "backward", "optimizer")
 SHAPES = {
@@ -62,8 +63,8 @@ def models(name: str) -> Models:
         student = student_config(preset_config("minilmv2-l6-h384-bert-base"), 2, 24, vocab_size=100)
         return Models(student, student_config(student, 3, 48, num_attention_heads=12), 2, 12)
     preset, student = PRESETS[name], preset_config(name)
-    hidden, heads = (1024, 16) if preset.teacher_layers == 24 else (768, 12)
-    teacher = student_config(student, preset.teacher_layers, hidden, num_attention_heads=heads)
+    hidden = preset.teacher_hidden_size
+    teacher = student_config(student, preset.teacher_layers, hidden, num_attention_heads=hidden // 64)
     return Models(student, teacher, preset.teacher_layer, preset.relation_heads)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .console import say
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TEMPORARY = ".unfinished-"

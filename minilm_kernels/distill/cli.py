@@ -18,6 +18,7 @@ from minilm_kernels import __version__
 from .config import DistillConfig, advice
 from .config_values import default_of, flag, show, shown
 from .console import flush, say
+from .recipes import recipe_table
 
 _HELP = "minilm-distill --help lists the options"
 _LONGEST = 4000  # characters of an error message; messages of other libraries may fill pages
@@ -48,7 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for option in fields(DistillConfig):
         default = default_of(option)
-        shown = "required" if default is MISSING else f"default: {'none' if default in (None, ()) else show(default)}"
+        absent = default in (None, ())
+        shown = (
+            "required" if default is MISSING else f"default: {option.metadata['absent'] if absent else show(default)}"
+        )
         text = f"{option.metadata['help']} ({shown})".replace("%", "%%")
         if isinstance(default, bool):
             parser.add_argument(flag(option.name), action=argparse.BooleanOptionalAction, help=text)
@@ -83,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unknown option {shown(word)}; {advice(word, flag)}")
         if options.pop("version", False):
             print(f"minilm-distill {__version__}, torch {_torch_version()}")
+            return 0
+        if options.get("recipe") == "list":
+            print(recipe_table())
             return 0
         file = options.pop("config", None)
         settings = {}

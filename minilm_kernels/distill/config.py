@@ -6,17 +6,23 @@ import difflib
 import json
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 from minilm_kernels._choices import BACKENDS
 
 from .config_checks import DEFAULT_RELATIONS, check_combinations, check_ranges
 from .config_values import coerce, default_of, flag, show, shown
+from .recipes import recipe_options
 
 LARGEST_SEED = 2**63 - 1  # the largest int64, which both torch and numpy accept
 # Larger than in any model, so that a typing error is reported at once instead of using up the memory.
 _LARGEST_LAYERS, _LARGEST_WIDTH = 10_000, 2**20
+# Options of a whole run, which a teacher assistant cannot have of its own.
+_NOT_OF_ASSISTANTS = {
+    *("recipe", "teacher", "teacher_layer", "teacher_projections", "teacher_assistant"),
+    *("output_dir", "resume_from_checkpoint", "device"),
+}
 
 
 def _option(
@@ -29,6 +35,7 @@ def _option(
     nargs: str = "",
     path: bool = False,
     largest: int = 2**31 - 1,
+    absent: str = "none",
 ) -> Any:
     """A dataclass field that carries its help text and constraints as metadata.
 
@@ -39,6 +46,7 @@ def _option(
         nargs: `nargs` of the argument in argparse.
         path: True if the value may name a file or folder; `~` is then expanded.
         largest: the largest magnitude of an integer.
+        absent: the word for an option that is not set.
     """
     metadata = {
         "help": help,
@@ -48,6 +56,7 @@ def _option(
         "nargs": nargs,
         "path": path,
         "largest": largest,
+        "absent": absent,
     }
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -80,9 +89,21 @@ class DistillConfig:
         minilm-distill --teacher=google-bert/bert-base-uncased --output-dir=run --copy-layers=2,4,6,8,10,12 --text corpus/ --max-steps=100000
     """  # noqa: E501
 
+    recipe: str | None = _option(
+        None,
+        "settings of a published student, its teacher included; other options override them; list prints all recipes",
+        neutral=True,
+    )
     teacher: str = _option(MISSING, "teacher: hub name or local folder with safetensors weights", path=True)
     output_dir: str = _option(
         MISSING, "folder of the run: checkpoints/, metrics.jsonl, student/", neutral=True, path=True
+    )
+
+    teacher_assistant: tuple[dict[str, Any], ...] = _option(
+        (),
+        "distill the teacher into an assistant of this many layers and this hidden size first, and the assistant into "
+        "the student, for example 12x384; several assistants, separated by commas, are distilled one after the other; "
+        "in a settings file, each may be a mapping of options that differ from the student's",
     )
 
     student: str | None = _option(None, "existing model to train as the student: hub name or local folder", path=True)
@@ -237,6 +258,18 @@ class DistillConfig:
     gradient_accumulation_steps: int = _option(
         1, "number of micro-batches into which each process splits its part of the batch", positive=True
     )
+    micro_batch_size: int | None = _option(
+        None,
+        "number of samples that each process computes at once; auto: its part of the batch, divided by "
+        "--gradient-accumulation-steps; if memory runs out, either is halved and the step is repeated",
+        positive=True,
+        absent="auto",
+    )
+    gradient_checkpointing: bool = _option(
+        False,
+        "compute the student's activations again in the backward instead of keeping them, which saves memory",
+        neutral=True,
+    )
     learning_rate: float = _option(6e-4, "peak learning rate", positive=True)
     warmup_steps: int | None = _option(
         None, "number of linear warmup steps; the default is 4000, but at most a tenth of --max-steps"
@@ -246,6 +279,11 @@ class DistillConfig:
     weight_decay: float = _option(0.01, "weight decay of AdamW (not applied to biases and LayerNorms)")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0 turns clipping off")
     bf16: bool = _option(False, "run both models under bfloat16 autocast instead of in float32")
+    teacher_dtype: str = _option(
+        "float32",
+        "type of the teacher's weights and computation; bfloat16 halves their memory",
+        choices=("float32", "bfloat16"),
+    )
     seed: int = _option(0, "random seed for initial weights, sample order, dropout and prefixes", largest=LARGEST_SEED)
     device: str = _option("auto", "auto: CUDA if available, otherwise CPU", choices=("auto", "cpu", "cuda"))
 
@@ -275,13 +313,46 @@ class DistillConfig:
         for option in fields(self):
             value = getattr(self, option.name)
             object.__setattr__(self, option.name, coerce(option, value, hints[option.name]))
+        object.__setattr__(self, "teacher_assistant", tuple(map(_assistant_options, self.teacher_assistant)))
+        if self.recipe is not None:
+            recipe_options(self.recipe)
         check_ranges(self)
         check_combinations(self)
+        try:
+            self.assistant()
+        except ValueError as error:
+            raise ValueError(f"--teacher-assistant: {error}") from error
 
     @property
     def warmup(self) -> int:
         """Steps of linear warmup."""
         return min(4000, self.max_steps // 10) if self.warmup_steps is None else self.warmup_steps
+
+    def micro_batch(self, processes: int) -> int:
+        """Number of samples that each process computes at once, as long as memory is enough."""
+        share = self.total_batch_size // processes
+        return min(self.micro_batch_size or share // self.gradient_accumulation_steps, share)
+
+    def assistant(self) -> DistillConfig | None:
+        """The settings with which the last teacher assistant is distilled; `None` without an assistant.
+
+        They are those of the student, except for its sizes, weights and vocabulary.
+        """
+        if not self.teacher_assistant:
+            return None
+        *earlier, last = self.teacher_assistant
+        own = {
+            "student": None,
+            "copy_layers": None,
+            "trim_vocabulary": None,
+            "student_num_hidden_layers": None,
+            "student_hidden_size": None,
+            "student_init": "random" if self.student_init == "copy" else self.student_init,
+        }
+        # An earlier assistant differs from the student, not from the assistant after it.
+        restored = {name: own.get(name, getattr(self, name)) for name in last}
+        others = tuple({**restored, **assistant} for assistant in earlier)
+        return replace(self, recipe=None, teacher_assistant=others, **{**own, **last})
 
     def as_dict(self) -> dict[str, Any]:
         """The settings with JSON types only."""
@@ -305,24 +376,34 @@ class DistillConfig:
         words = ["minilm-distill"]
         if processes > 1:
             words = ["torchrun", "--nproc-per-node", str(processes), "-m", "minilm_kernels.distill"]
+        recipe = {} if self.recipe is None else recipe_options(self.recipe)
+        given = {}
         for option in fields(self):
             value = getattr(self, option.name)
-            if option.name == "resume_from_checkpoint" or value == default_of(option):
-                continue
+            if value != recipe.get(option.name, default_of(option)) and option.name != "resume_from_checkpoint":
+                given[option.name] = value
+        if self.recipe is not None:
+            implied = recipe_options(self.recipe, given).get("teacher_assistant", ())
+            if self.teacher_assistant == tuple(map(_assistant_options, implied)):
+                given.pop("teacher_assistant", None)
+        for name, value in given.items():
+            option = self.__dataclass_fields__[name]
             if isinstance(value, bool):
-                words.append(flag(option.name) if value else flag(option.name).replace("--", "--no-"))
+                words.append(flag(name) if value else flag(name).replace("--", "--no-"))
             elif option.metadata["nargs"]:
-                words += [flag(option.name), *value]
+                words += [flag(name), *value]
             else:  # joined by "=", so that a value may begin with a dash
-                words.append(f"{flag(option.name)}={show(value)}")
+                words.append(f"{flag(name)}={option.metadata['absent'] if value in (None, ()) else show(value)}")
         return shlex.join(words)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], origin: str = "settings") -> DistillConfig:
         """Creates the settings from option names (`max_steps` or `max-steps`) and values.
 
+        Only this method fills in the options of a recipe.
+
         Args:
-            values: names and values; options that keep their default may be left out.
+            values: names and values; options that keep the value of the recipe or their default may be left out.
             origin: where the values come from, for error messages.
 
         Raises:
@@ -334,10 +415,24 @@ class DistillConfig:
         for name in chosen:
             if name not in legal:
                 raise ValueError(f"{origin}: unknown option {shown(name)}; {advice(name)}")
+        if chosen.get("recipe") is not None:
+            chosen = {**recipe_options(chosen["recipe"], chosen), **chosen}
         for option in fields(cls):
             if default_of(option) is MISSING and option.name not in chosen:
                 raise ValueError(f"{flag(option.name)} is required: {option.metadata['help']}")
         return cls(**chosen)
+
+
+def _assistant_options(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """The options of a teacher assistant, of the declared types."""
+    hints = get_type_hints(DistillConfig)
+    legal = {option.name: option for option in fields(DistillConfig) if option.name not in _NOT_OF_ASSISTANTS}
+    chosen = options_by_name(values, "--teacher-assistant")
+    for name in chosen:
+        if name not in legal:
+            problem = "is an option of the whole run" if name in _NOT_OF_ASSISTANTS else "is unknown"
+            raise ValueError(f"--teacher-assistant: option {shown(name)} {problem}; {advice(name)}")
+    return {name: coerce(legal[name], value, hints[name]) for name, value in chosen.items()}
 
 
 def options_by_name(values: Mapping[Any, Any], origin: str) -> dict[str, Any]:

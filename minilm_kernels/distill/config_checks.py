@@ -76,6 +76,8 @@ def check_combinations(config: DistillConfig) -> None:
         raise ValueError("give the training text as either --text or --dataset-name")
     if config.warmup_steps is not None and config.warmup_steps > config.max_steps:
         raise ValueError(f"--warmup-steps ({config.warmup_steps}) must not exceed --max-steps ({config.max_steps})")
+    if config.micro_batch_size is not None and config.gradient_accumulation_steps > 1:
+        raise ValueError("--micro-batch-size and --gradient-accumulation-steps exclude each other; give one of them")
     if config.total_batch_size % config.gradient_accumulation_steps:
         raise ValueError(
             f"--gradient-accumulation-steps ({config.gradient_accumulation_steps}) must divide --total-batch-size "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field
@@ -29,6 +31,8 @@ def default_of(option: Field[Any]) -> Any:
 
 def show(value: Any) -> str:
     """A value in the spelling of the command line; objects that are no option value are printed by `shown`."""
+    if value and isinstance(value, tuple) and all(isinstance(item, dict) for item in value):
+        return _show_assistants(value)
     if isinstance(value, dict) and all(isinstance(weight, (int, float)) for weight in value.values()):
         return ",".join(f"{name}:{_number(weight)}" for name, weight in value.items())
     if isinstance(value, (tuple, list)) and all(isinstance(item, (str, int, float)) for item in value):
@@ -60,11 +64,15 @@ def shown(value: Any) -> str:
 def coerce(option: Field[Any], value: Any, hint: Any) -> Any:
     """Converts `value` to the declared type of `option`.
 
-    Text is parsed for every type, because YAML 1.1 reads `6e-4` as text.
+    Text is parsed for every type, because YAML 1.1 reads `6e-4` as text. The word for an option that is not set, which
+    is "none" for most options, is read as well.
 
     Raises:
         ValueError: the value does not have the type, or is none of the choices. The message names the option.
     """
+    absent = default_of(option)
+    if isinstance(value, str) and value == option.metadata["absent"] and absent in (None, ()) and not _is_text(hint):
+        return absent
     if NoneType in get_args(hint):
         if value is None:
             return None
@@ -75,11 +83,18 @@ def coerce(option: Field[Any], value: Any, hint: Any) -> Any:
     try:
         if get_origin(hint) is dict:
             return _relations(value)
+        if get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is dict:
+            return _assistants(value)
         if get_origin(hint) is tuple:
             return _sequence(value, get_args(hint), option.metadata["path"])
         return _scalar(value, hint, option.metadata["path"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{flag(option.name)}: {error}") from error
+
+
+def _is_text(hint: Any) -> bool:
+    """True if any text is a value of this type."""
+    return hint is str or (get_origin(hint) is not dict and any(map(_is_text, get_args(hint))))
 
 
 _EXPECTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -159,3 +174,30 @@ def _relations(value: Any) -> dict[str, float]:
             f"expected at least one relation with a weight above 0, got {shown(value) if value else 'none'}"
         )
     return relations
+
+
+_LAYERS, _HIDDEN = "student_num_hidden_layers", "student_hidden_size"
+
+
+def _assistants(value: Any) -> tuple[dict[str, Any], ...]:
+    """The options of teacher assistants, from sizes such as "12x384", mappings of options, or JSON of both."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.lstrip().startswith(("[", "{")) else value.split(",")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"expected JSON, got {shown(value)} ({error})") from error
+    assistants = []
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        size = re.fullmatch(r"\s*([0-9]{1,9})x([0-9]{1,9})\s*", item) if isinstance(item, str) else None
+        if size:
+            item = {_LAYERS: int(size[1]), _HIDDEN: int(size[2])}
+        if not isinstance(item, Mapping):
+            raise ValueError(f"expected layers x hidden size, such as 12x384, or options, got {shown(item)}")
+        assistants.append(dict(item))
+    return tuple(assistants)
+
+
+def _show_assistants(assistants: tuple[dict[str, Any], ...]) -> str:
+    if all(set(assistant) == {_LAYERS, _HIDDEN} for assistant in assistants):
+        return ",".join(f"{assistant[_LAYERS]}x{assistant[_HIDDEN]}" for assistant in assistants)
+    return json.dumps(assistants)

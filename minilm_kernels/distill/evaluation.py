@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .batch import LossWeights
 from .config import DistillConfig
@@ -18,33 +19,39 @@ def evaluate(
     config: DistillConfig,
     models: TeacherStudent,
     samples: Samples,
-    micro_batch: int,
     dist: DistContext,
     stopped: Callable[[], int],
+    within_memory: Callable[[Callable[[int], Tensor]], Tensor],
 ) -> dict[str, float] | None:
     """Measures the loss over all evaluation samples.
 
     Args:
         samples: (samples, max_seq_length). Every process evaluates its share of the micro-batches.
-        micro_batch: number of samples of a micro-batch.
         stopped: called before each micro-batch; a result other than 0 stops the evaluation on all processes.
+        within_memory: calls a function with the number of samples of a micro-batch, and returns its result.
 
     Returns:
         `eval_loss`, and the unweighted loss of each relation (`eval_qq`, ...); `None` if it was stopped.
     """
     total = LossWeights.of(samples)
     relations = models.loss.relations
-    sums = torch.zeros(len(relations), dtype=torch.float64, device=dist.device)
+
+    def share(micro_batch: int) -> Tensor:
+        """The losses of this process, (relations,) float64."""
+        sums = torch.zeros(len(relations), dtype=torch.float64, device=dist.device)
+        starts = range(0, len(samples.ids), micro_batch)
+        for start in starts[dist.rank :: dist.world_size]:
+            if stopped():
+                break
+            part = slice(start, start + micro_batch)
+            batch = make_batch(config, models.mask, samples, dist.device, (config.seed, 2), part)
+            weight = LossWeights.of(samples.part(part)).weight(config.reduction, total)
+            sums += weight * loss_vector(config, models, batch, requires_grad=False).double()
+        return sums
+
     training = models.student.model.training
     models.student.model.eval()
-    starts = range(0, len(samples.ids), micro_batch)
-    for start in starts[dist.rank :: dist.world_size]:
-        if stopped():
-            break
-        part = slice(start, start + micro_batch)
-        batch = make_batch(config, models.mask, samples, dist.device, (config.seed, 2), part)
-        weight = LossWeights.of(samples.part(part)).weight(config.reduction, total)
-        sums += weight * loss_vector(config, models, batch, requires_grad=False).double()
+    sums = within_memory(share)
     models.student.model.train(training)
     if dist.max(stopped()):
         return None

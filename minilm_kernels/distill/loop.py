@@ -3,40 +3,54 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from .bad_documents import BadDocuments
 from .batch import LossWeights
-from .checkpoint import Checkpoint, Checkpoints, read_checkpoint, write_file
+from .checkpoint import TEMPORARY, Checkpoint, Checkpoints, read_checkpoint
 from .conditions import conditions, teacher_digests
 from .config import DistillConfig
 from .console import forgiving_streams, say
 from .distributed import DistContext
 from .eval_set import EvalSet, collect_eval_set
 from .evaluation import evaluate
+from .memory import is_out_of_memory, random_state, restore_random_state
 from .metrics import Metrics, Progress, eval_records, read_metrics
 from .model_card import write_student
 from .models import TeacherStudent, load_models
 from .optimizer import learning_rate_at, make_optimizer
 from .packing import Packer, Samples
-from .preflight import check_masks, check_saving, check_text
-from .run_folder import CHECKPOINTS, METRICS, SETTINGS, STUDENT, is_finished, output_folder, refuse_differences
+from .preflight import CHECKED_DOCUMENTS, check_masks, check_saving, check_text
+from .recipes import recipe_summary
+from .run_folder import (
+    CHECKPOINTS,
+    METRICS,
+    STUDENT,
+    is_finished,
+    output_folder,
+    refuse_differences,
+    write_settings,
+)
 from .run_state import RunState
 from .sample_stream import SampleStream
 from .signals import StopSignals
 from .sources import HubDataset, Source, open_sources
+from .stages import Stage, stages
 from .step import GradientBuffer, loss_vector, make_batch
 from .tokenization import DocumentTokenizer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,58 +129,103 @@ def distill(config: DistillConfig) -> DistillResult:
         >>> result.step, result.student.name, result.eval_before["split"]
         (2, 'student', 'eval')
     """
-    with forgiving_streams(), DistContext(config.device) as dist, _deterministic(dist.device):
-        shares = dist.world_size * config.gradient_accumulation_steps
-        if config.total_batch_size % shares:
-            raise ValueError(
-                f"--total-batch-size {config.total_batch_size} must be divisible by processes x "
-                f"--gradient-accumulation-steps ({dist.world_size} x {config.gradient_accumulation_steps})"
-            )
-        with output_folder(config, dist) as output:
-            student = output / STUDENT
-            if dist.on_main(lambda: is_finished(student)):
-                if dist.is_main:
-                    print(f"minilm-distill: {student} is already finished")
-                return dist.on_main(lambda: _result(output, config.max_steps, None))
-            # Signals are caught from the first step on. Before that they end the process, and no work is lost.
-            with closing(TrainingLoop(config, dist, output)) as loop, StopSignals() as signals:
-                loop.train(signals)
-                stopped_by = None if loop.finished else signals.received
-                if loop.finished:
-                    dist.on_main(lambda: loop.write_student(student))
+    with (
+        forgiving_streams(),
+        DistContext(config.device) as dist,
+        _deterministic(dist.device),
+        ExitStack() as folders,
+    ):
+        chain = stages(config)
+        for stage in chain:
+            _check_batch_size(stage.config, dist.world_size)
+        if config.recipe is not None and dist.is_main:
+            say(recipe_summary(config))
+        for stage in reversed(chain):  # the folder of the run first
+            folders.enter_context(output_folder(stage.config, dist))
+        output = chain[-1].folder
+        if dist.on_main(lambda: is_finished(output / STUDENT)):
             if dist.is_main:
-                command = config.command(dist.world_size)
-                resume = f"stopped at step {loop.state.step}; continue with\n  {command} --resume-from-checkpoint"
-                if skipped := loop.stream.bad_documents.summary():
-                    print(f"minilm-distill: {skipped}")
-                print(f"minilm-distill: {f'the student is in {student}' if stopped_by is None else resume}")
-            return dist.on_main(lambda: _result(output, loop.state.step, stopped_by))
+                print(f"minilm-distill: {output / STUDENT} is already finished")
+            return dist.on_main(lambda: _result(output, config.max_steps, None))
+        for number, stage in enumerate(chain, 1):
+            if not dist.on_main(partial(is_finished, stage.folder / STUDENT)):
+                result = _run_stage(stage, chain[number:], dist)
+                if result.stopped_by is not None:
+                    if dist.is_main:
+                        at = f"step {result.step} of {stage.name}" if stage.name else f"step {result.step}"
+                        command = config.command(dist.world_size)
+                        print(f"minilm-distill: stopped at {at}; continue with\n  {command} --resume-from-checkpoint")
+                    break
+        return result
+
+
+def _run_stage(stage: Stage, later: Sequence[Stage], dist: DistContext) -> DistillResult:
+    """Trains the model of a stage and writes it, or stops at a signal."""
+    output = stage.folder
+    with closing(TrainingLoop(stage, dist)) as loop:
+
+        def begin() -> None:
+            _check_later_stages(later, loop)
+            for each in (stage, *later):  # from here on, their folders contain a run
+                write_settings(each.config)
+
+        dist.on_main(begin)
+        # Signals are caught from the first step on. Before that they end the process, and no work is lost.
+        with StopSignals() as signals:
+            loop.train(signals)
+            if loop.finished:
+                dist.on_main(lambda: loop.write_student(output / STUDENT))
+            # A signal during the last step of a stage comes before the next one.
+            stopped_by = None if loop.finished and not later else dist.max(signals.received) or None
+        if dist.is_main:
+            if skipped := loop.stream.bad_documents.summary():
+                print(f"minilm-distill: {skipped}")
+            if loop.finished:
+                print(f"minilm-distill: {'the student' if not later else stage.name} is in {output / STUDENT}")
+        return dist.on_main(lambda: _result(output, loop.state.step, stopped_by))
+
+
+def _check_batch_size(config: DistillConfig, processes: int) -> None:
+    shares = processes * config.gradient_accumulation_steps
+    if config.total_batch_size % shares:
+        raise ValueError(
+            f"--total-batch-size {config.total_batch_size} must be divisible by processes x "
+            f"--gradient-accumulation-steps ({processes} x {config.gradient_accumulation_steps})"
+        )
 
 
 class TrainingLoop:
-    """The part of a run that one process executes.
+    """The part of a stage that one process executes.
 
     Args:
-        config: the settings.
+        stage: the stage. Its folder is locked.
         dist: rank, device and collectives.
-        output: the locked folder of the run.
 
     Attributes:
+        models: the teacher of this stage, and its student.
         state: everything that checkpoints contain.
         stream: the training samples.
     """
 
-    def __init__(self, config: DistillConfig, dist: DistContext, output: Path) -> None:
-        self.config, self.dist = config, dist
-        self.metrics_path = output / METRICS
-        self.checkpoints = Checkpoints(output / CHECKPOINTS, config.save_total_limit)
+    def __init__(self, stage: Stage, dist: DistContext) -> None:
+        self.stage, self.dist = stage, dist
+        self.config = config = stage.config
+        self.metrics_path = stage.folder / METRICS
+        self.checkpoints = Checkpoints(stage.folder / CHECKPOINTS, config.save_total_limit)
         saved = self._choose_checkpoint() if config.resume_from_checkpoint else None
         dist.on_all(lambda: self._prepare(saved))
         dist.check_equal(self.state.teacher_digests, "the files of --teacher")
         if (vocabulary := self.models.vocabulary) is not None:
             kept = hashlib.sha256(vocabulary.teacher_ids.numpy().tobytes()).hexdigest()
             dist.check_equal(kept, "the tokens that --trim-vocabulary keeps")
-        self.progress = Progress(self.state.step, config.max_steps, dist.is_main)
+        self.progress = Progress(
+            self.state.step,
+            config.max_steps,
+            dist.is_main,
+            stage=stage.name,
+            before=stage.steps_before,
+            after=stage.steps_after,
+        )
 
     def _choose_checkpoint(self) -> Checkpoint | None:
         """Restores the newest complete checkpoint. The main process selects it, and every process reads it."""
@@ -203,17 +262,11 @@ class TrainingLoop:
             refuse_differences(config, [f"processes: {saved.state.get('world_size')} before, {dist.world_size} now"])
         tell = say if dist.is_main else _ignore
         sources, eval_sources = _open_text(config, tell)
-        counted = islice(_texts(sources), config.trim_vocabulary_documents)
         teacher_ids = None if saved is None else saved.tensors["progress"].get("vocabulary")
-        models = load_models(config, dist.device, counted, teacher_ids)
-        if dist.is_main:
-            if models.vocabulary is not None:
-                tell(f"--trim-vocabulary: {models.vocabulary.summary(models.tokenizer)}")
-            check_saving(models.student.model, models.student_tokenizer, self.metrics_path.parent)
-        tokenizer = DocumentTokenizer(models.tokenizer)
-        student = models.student.model if models.vocabulary is None else None
-        check_text(tokenizer, _texts(sources), models.teacher.model, student)
-        check_masks(models, tokenizer, config.max_seq_length, config.packing)
+        output = self.stage.folder if dist.is_main else None
+        models, tokenizer = _checked_models(self.stage.model_config(), dist.device, sources, output, teacher_ids)
+        if models.vocabulary is not None:
+            tell(f"--trim-vocabulary: {models.vocabulary.summary(models.tokenizer)}")
         eval_set: EvalSet | None = None
         if saved is None and (eval_sources or config.eval_fraction):
             separate = bool(eval_sources)
@@ -302,14 +355,12 @@ class TrainingLoop:
         signals.received = stop
 
     def _begin(self) -> None:
-        """Writes the settings. From here on, the folder contains a run."""
+        """Begins or continues metrics.jsonl, and removes old checkpoints."""
         if self.config.resume_from_checkpoint and not self.state.step and (records := read_metrics(self.metrics_path)):
             say(
                 f"there is no checkpoint in {self.checkpoints.folder}: starting from the beginning and removing the "
                 f"{len(records)} lines of {self.metrics_path}"
             )
-        settings = json.dumps(self.config.as_dict(), indent=1) + "\n"
-        write_file(self.metrics_path.with_name(SETTINGS), settings.encode())
         self.metrics = Metrics(self.metrics_path, self.state.step, evaluated=not self.state.eval_pending)
         self.checkpoints.rotate()
 
@@ -341,16 +392,7 @@ class TrainingLoop:
         config, dist, state = self.config, self.dist, self.state
         samples = self._samples()
         total = LossWeights.of(samples)
-        share = config.total_batch_size // dist.world_size
-        micro = share // config.gradient_accumulation_steps
-        self.buffer.zero_()
-        for start in range(dist.rank * share, (dist.rank + 1) * share, micro):
-            part = slice(start, start + micro)
-            batch = make_batch(config, self.models.mask, samples, dist.device, (config.seed, 3, state.step), part)
-            values = loss_vector(config, self.models, batch, requires_grad=True)
-            losses = LossWeights.of(samples.part(part)).weight(config.reduction, total) * values
-            torch.dot(losses, self.weights).backward()
-            self.buffer.losses += losses.detach()
+        self._within_memory(lambda micro: self._accumulate(samples, total, micro))
         dist.sum(self.buffer.flat)
         norm = self.buffer.clip_(config.max_grad_norm)
         for group in state.optimizer.param_groups:
@@ -359,6 +401,49 @@ class TrainingLoop:
         state.window.append(torch.cat([self.buffer.losses, norm[None]]))
         state.tokens += total.tokens
         state.step += 1
+
+    def _accumulate(self, samples: Samples, total: LossWeights, micro: int) -> None:
+        """Fills the buffer with the gradient of this process's part of the step, `micro` samples at a time."""
+        config, dist = self.config, self.dist
+        share = config.total_batch_size // dist.world_size
+        end = (dist.rank + 1) * share
+        self.buffer.zero_()
+        for start in range(dist.rank * share, end, micro):
+            part = slice(start, min(start + micro, end))
+            batch = make_batch(config, self.models.mask, samples, dist.device, (config.seed, 3, self.state.step), part)
+            values = loss_vector(config, self.models, batch, requires_grad=True)
+            losses = LossWeights.of(samples.part(part)).weight(config.reduction, total) * values
+            torch.dot(losses, self.weights).backward()
+            self.buffer.losses += losses.detach()
+
+    def _within_memory(self, action: Callable[[int], T]) -> T:
+        """Calls `action` with the size of a micro-batch. If memory runs out on any process, all halve it and repeat.
+
+        `action` must not communicate. It begins with the same random state every time.
+        """
+        dist, state = self.dist, self.state
+        generators = random_state(dist.device)
+        while True:
+            problem, result = "", None
+            try:
+                result = action(state.micro_batch)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not is_out_of_memory(error):
+                    raise
+                problem = str(error)  # the error itself would keep the tensors of its traceback
+            if not dist.max(int(bool(problem))):
+                return cast(T, result)
+            if state.micro_batch == 1:
+                raise RuntimeError(
+                    "out of memory with a micro-batch of one sample; use --gradient-checkpointing, --teacher-dtype "
+                    f"bfloat16, --bf16, or a shorter --max-seq-length ({problem or 'on another process'})"
+                )
+            state.micro_batch = (state.micro_batch + 1) // 2
+            result = None
+            restore_random_state(generators, dist.device)
+            if dist.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.progress.say(f"out of memory: continuing with micro-batches of {state.micro_batch} samples")
 
     def _train_record(self) -> dict[str, Any]:
         """Mean losses since the last line of metrics, and the norm of the last gradient before clipping."""
@@ -383,15 +468,22 @@ class TrainingLoop:
         state, eval_set = self.state, self.stream.eval_set
         measured: dict[str, float] | None = None
         if eval_set is not None:
-            micro = self.config.total_batch_size // (self.dist.world_size * self.config.gradient_accumulation_steps)
-            measured = evaluate(self.config, self.models, eval_set.samples, micro, self.dist, lambda: signals.received)
+            measured = evaluate(
+                self.config,
+                self.models,
+                eval_set.samples,
+                self.dist,
+                lambda: signals.received,
+                self._within_memory,
+            )
             if measured is not None:
                 self._log("eval", {"tokens": state.tokens, **measured})
                 self.progress.say(f"step {state.step}: eval_loss {measured['eval_loss']:.4f}")
         state.eval_pending = eval_set is not None and measured is None
 
     def _log(self, split: str, record: dict[str, Any]) -> None:
-        self.dist.on_main(lambda: self.metrics.write({"step": self.state.step, "split": split, **record}))
+        stage = {"stage": self.stage.name} if self.stage.name else {}
+        self.dist.on_main(lambda: self.metrics.write({"step": self.state.step, "split": split, **stage, **record}))
 
     def _save(self) -> None:
         checkpoint = self.state.checkpoint()
@@ -406,6 +498,46 @@ class TrainingLoop:
 
 def _ignore(message: str) -> None:
     pass
+
+
+def _checked_models(
+    config: DistillConfig,
+    device: torch.device,
+    sources: Sequence[Source],
+    output: Path | None,
+    teacher_ids: torch.Tensor | None = None,
+) -> tuple[TeacherStudent, DocumentTokenizer]:
+    """Loads the models, and checks them, their tokenizer and the text.
+
+    Args:
+        output: folder in which saving the student is tried; `None` to leave this out.
+        teacher_ids: the student's vocabulary of a run that is resumed.
+    """
+    models = load_models(config, device, islice(_texts(sources), config.trim_vocabulary_documents), teacher_ids)
+    if output is not None:
+        check_saving(models.student.model, models.student_tokenizer, output)
+    tokenizer = DocumentTokenizer(models.tokenizer)
+    student = models.student.model if models.vocabulary is None else None
+    check_text(tokenizer, _texts(sources), models.teacher.model, student)
+    check_masks(models, tokenizer, config.max_seq_length, config.packing)
+    return models, tokenizer
+
+
+def _check_later_stages(later: Sequence[Stage], loop: TrainingLoop) -> None:
+    """Checks the models of later stages before the first step, with untrained assistants as their teachers."""
+    models, device = loop.models, loop.dist.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for stage in later:
+            with tempfile.TemporaryDirectory(
+                prefix=f"{TEMPORARY}{stage.name}-", dir=loop.stage.folder, ignore_cleanup_errors=True
+            ) as folder:
+                models.student.model.save_pretrained(folder)
+                models.student_tokenizer.save_pretrained(folder)
+                config = replace(stage.model_config(Path(folder)), trim_vocabulary_documents=CHECKED_DOCUMENTS)
+                try:
+                    models, _ = _checked_models(config, device, _open_text(config, _ignore)[0], stage.folder)
+                except ValueError as error:
+                    raise ValueError(f"{stage.name}: {error}") from error
 
 
 def _texts(sources: Iterable[Source]) -> Iterator[str]:

@@ -96,16 +96,29 @@ def eval_records(path: Path) -> EvalRecords:
 class Progress:
     """A progress bar with loss, tokens/s and remaining time; without a terminal, a line every `QUIET_SECONDS`.
 
+    The bar and the remaining time are those of all stages of a run; steps in messages are those of the stage.
+
     Args:
-        step: number of steps that are done.
-        max_steps: number of steps of the run.
+        step: number of steps of the stage that are done.
+        max_steps: number of steps of the stage.
         shown: False to print nothing.
+        stage: name of the stage, "" if there is only one.
+        before, after: number of steps of earlier and of later stages.
     """
 
-    def __init__(self, step: int, max_steps: int, shown: bool) -> None:
-        self._shown, self._max_steps = shown, max_steps
+    def __init__(
+        self, step: int, max_steps: int, shown: bool, *, stage: str = "", before: int = 0, after: int = 0
+    ) -> None:
+        self._shown, self._max_steps, self._after = shown, max_steps, after
+        self._prefix = f"{stage}: " if stage else ""
         self._bar = tqdm(
-            total=max_steps, initial=step, unit="step", disable=None if shown else True, dynamic_ncols=True
+            desc=stage or None,
+            total=before + max_steps + after,
+            initial=before + step,
+            unit="step",
+            leave=not after,
+            disable=None if shown else True,
+            dynamic_ncols=True,
         )
         self._first, self._began, self._last = step, time.monotonic(), 0.0
 
@@ -119,7 +132,7 @@ class Progress:
         now = time.monotonic()
         if self._bar.disable and (now - self._last >= QUIET_SECONDS or step == self._max_steps):
             self._last = now
-            left = (now - self._began) / (step - self._first) * (self._max_steps - step)
+            left = (now - self._began) / (step - self._first) * (self._max_steps - step + self._after)
             time_left = tqdm.format_interval(left)
             self.say(
                 f"step {step}/{self._max_steps}, loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, {time_left} left"
@@ -128,7 +141,7 @@ class Progress:
     def say(self, message: str) -> None:
         """Prints a line above the bar."""
         if self._shown:
-            say(message)
+            say(f"{self._prefix}{message}")
 
     def close(self) -> None:
         """Removes the bar."""

@@ -55,14 +55,17 @@ def model_card(config: DistillConfig, models: TeacherStudent, evaluations: EvalR
     vocabulary = models.vocabulary
     student, teacher = models.student.model.config, models.teacher.model.config
     parameters = sum(parameter.numel() for parameter in models.student.model.parameters())
+    sizes = f"{teacher.num_hidden_layers} layers, hidden size {teacher.hidden_size}"
+    through = f" through an assistant ({sizes})" if config.teacher_assistant else f" ({sizes})"
+    taught_by = "the assistant's" if config.teacher_assistant else "teacher"
     relations = ", ".join(f"{name} (weight {weight:g})" for name, weight in models.loss.relations.items())
     lines = [
         *_front_matter(config),
         "# Distilled student",
         "",
         f"A student of {student.num_hidden_layers} layers, hidden size {student.hidden_size} and {parameters:,} "
-        f"parameters, distilled from `{config.teacher}` ({teacher.num_hidden_layers} layers, hidden size "
-        f"{teacher.hidden_size})." + ("" if vocabulary is None else f" {vocabulary.summary(models.tokenizer)}."),
+        f"parameters, distilled from `{config.teacher}`{through}."
+        + ("" if vocabulary is None else f" {vocabulary.summary(models.tokenizer)}."),
         "",
         "```python",
         "from transformers import AutoModel, AutoTokenizer",
@@ -73,7 +76,7 @@ def model_card(config: DistillConfig, models: TeacherStudent, evaluations: EvalR
         "",
         "## Training",
         "",
-        f"Method {config.method} with relations {relations} and {models.loss.num_heads} heads, from teacher layer "
+        f"Method {config.method} with relations {relations} and {models.loss.num_heads} heads, from {taught_by} layer "
         f"{models.teacher.extractor.layer} to student layer {models.student.extractor.layer}, {models.mask} mask; "
         f"{config.max_steps} steps of {config.total_batch_size} samples of up to {config.max_seq_length} tokens.",
         "",

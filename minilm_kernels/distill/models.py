@@ -157,6 +157,16 @@ def load_models(
         except ValueError as error:
             raise ValueError(f"--trim-vocabulary: {error}") from error
         ids = vocabulary.student_ids.to(device)
+    if config.gradient_checkpointing:
+        # transformers 5.24 has renamed the method.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        try:
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            raise ValueError(f"--gradient-checkpointing: {error}") from error
+    # The student has been made from the float32 weights. Buffers, such as frequencies of positions, keep their type.
+    for parameter in teacher.model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, config.teacher_dtype))
     projections = config.student_projections or (config.teacher_projections if config.student is None else None)
     student = LayerModel(model.to(device), config.student_layer, projections, "student", ids)
     if config.student is not None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .checkpoint import make_folder, read_file, remove_unfinished, write_error
+from .checkpoint import make_folder, read_file, remove_unfinished, write_error, write_file
 from .config import DistillConfig
 from .console import say
 from .distributed import DistContext
@@ -94,6 +94,12 @@ def refuse_differences(config: DistillConfig, differences: list[str]) -> None:
             f"--resume-from-checkpoint: {config.output_dir} contains a run with other settings; use the same settings, "
             f"or another --output-dir:\n  {listed}"
         )
+
+
+def write_settings(config: DistillConfig) -> None:
+    """Writes the settings of a run into its folder, which then contains a run. Raises `OSError`."""
+    settings = json.dumps(config.as_dict(), indent=1) + "\n"
+    write_file(Path(config.output_dir) / SETTINGS, settings.encode())
 
 
 def _settings_of(output: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class RunState:
         conditions: machine and versions, see `conditions`.
         step: number of finished steps.
         tokens: number of tokens in these steps.
+        micro_batch: number of samples that each process computes at once; it is halved when memory runs out.
         eval_pending: the student has not been evaluated at `step`.
         window: for each step since the last line of metrics, the loss of each relation and the norm of the gradient,
             (relations + 1,).
@@ -45,6 +46,10 @@ class RunState:
     tokens: int = 0
     eval_pending: bool = True
     window: list[Tensor] = field(default_factory=list)
+    micro_batch: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.micro_batch = self.config.micro_batch(self.dist.world_size)
 
     def finite_window(self) -> Tensor:
         """The attribute `window` as one tensor, (steps, relations + 1) float32 on the CPU.
@@ -82,6 +87,7 @@ class RunState:
                 "settings": self.config.as_dict(),
                 "world_size": self.dist.world_size,
                 "tokens": self.tokens,
+                "micro_batch": self.micro_batch,
                 "eval_pending": self.eval_pending,
                 "teacher": self.teacher_digests,
                 "conditions": self.conditions,
@@ -125,6 +131,7 @@ class RunState:
         self._check(saved)
         self.step = saved.step
         self.tokens = saved.state["tokens"]
+        self.micro_batch = saved.state["micro_batch"]
         self.eval_pending = saved.state["eval_pending"]
         self.models.student.model.load_state_dict(saved.tensors["model"])
         moments: dict[int, dict[str, Tensor]] = {}
@@ -152,9 +159,11 @@ class RunState:
                 raise damaged(saved.folder, ValueError(problem))
 
         expect(0 < saved.step <= config.max_steps, f"step {saved.step} is not among the {config.max_steps} --max-steps")
-        for name, kind in (("tokens", int), ("eval_pending", bool), ("data", dict)):
+        for name, kind in (("tokens", int), ("micro_batch", int), ("eval_pending", bool), ("data", dict)):
             value = saved.state[name]
             expect(type(value) is kind, f"{name} is {value!r}")
+        micro = saved.state["micro_batch"]
+        expect(0 < micro <= config.micro_batch(self.dist.world_size), f"micro_batch is {micro}")
         moments = {
             f"{name}.{moment}": shape
             for name, parameter in self.parameters.items()

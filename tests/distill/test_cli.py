@@ -100,7 +100,18 @@ def test_version_names_package_and_torch(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == f"minilm-distill {__version__}, torch {torch.__version__}\n"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["--learning-rate", "nan"], ["--nonsense"], []])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["--recipe", "list"],
+        ["--recipe", "x"],
+        ["--learning-rate", "nan"],
+        ["--nonsense"],
+        [],
+    ],
+)
 def test_options_are_checked_before_torch_is_imported(words: list[str], tmp_path: Path) -> None:
     code = """
         import sys
@@ -114,7 +125,7 @@ def test_options_are_checked_before_torch_is_imported(words: list[str], tmp_path
     """
     given = [] if words == [] else [*REQUIRED, "--output-dir", str(tmp_path / "o"), *words]
     result = _interpreter(code, *given)
-    assert result.returncode == (0 if words in (["--help"], ["--version"]) else 2), result.stderr
+    assert result.returncode == (0 if words in (["--help"], ["--version"], ["--recipe", "list"]) else 2), result.stderr
     assert "Traceback" not in result.stderr
 
 

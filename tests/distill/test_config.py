@@ -272,7 +272,7 @@ def test_help_shows_every_option_with_its_default(
         default = default_of(option)
         assert f" {flag(option.name)}" in shown
         assert option.metadata["help"] in shown
-        value = "none" if default in (None, ()) else show(default)
+        value = option.metadata["absent"] if default in (None, ()) else show(default)
         after = shown.split(option.metadata["help"], 1)[1]
         assert after.startswith(" (required)" if default is MISSING else f" (default: {value})")
 

@@ -115,6 +115,73 @@ def test_a_run_killed_at_a_random_step_continues_to_the_same_bits(settings: Sett
 
 
 @pytest.mark.slow
+def test_a_chain_killed_in_every_stage_continues_to_the_same_bits(settings: Settings, tmp_path: Path) -> None:
+    """Kills one run at random moments of the assistant, of the change of stages, of the student, and of its end."""
+    changes: dict[str, Any] = {
+        "teacher_assistant": "2x36",
+        "max_steps": 150,
+        "dropout": 0.1,
+        "max_seq_length": 16,
+        "total_batch_size": 2,
+        "eval_samples": 4,
+        "shuffle_buffer_size": 20,
+        "eval_steps": 50,
+        "save_steps": 5,
+    }
+    distill(settings(output_dir=tmp_path / "whole", **changes))
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed of the moments: {seed}")
+    chance = random.Random(seed)
+    config = settings(**changes)
+    first, last = tmp_path / "run" / "assistant-1" / "metrics.jsonl", tmp_path / "run" / "metrics.jsonl"
+    moments = [(first, chance.randint(1, 120)), (first, 150), (last, chance.randint(1, 60)), (last, 100), (last, 150)]
+    for number, (metrics, step) in enumerate(moments):
+        resume = ["--resume-from-checkpoint"] if number else []
+        with started("-m", "minilm_kernels.distill", *options(config), *resume) as process:
+            wait_for_step(process, metrics, step)
+            time.sleep(chance.random() * 0.3)
+            process.kill()
+            assert process.wait(PATIENCE) in (-signal.SIGKILL, 0)
+    distill(settings(**changes, resume_from_checkpoint=True))
+    for folder in ("assistant-1", "."):
+        runs = [tmp_path / name / folder for name in ("run", "whole")]
+        one, other = ((run / "student" / "model.safetensors").read_bytes() for run in runs)
+        assert one == other
+        losses = [
+            [(record["step"], record.get("loss", record.get("eval_loss"))) for record in read_metrics(path)]
+            for path in (run / "metrics.jsonl" for run in runs)
+        ]
+        assert losses[0] == losses[1]
+        assert len(losses[0]) == 150 + 4
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".unfinished")]
+
+
+@pytest.mark.slow
+def test_a_chain_of_two_processes_is_that_of_one(settings: Settings, tmp_path: Path) -> None:
+    """A signal to torchrun stops both processes in the assistant's stage, and both continue through both stages."""
+    changes: dict[str, Any] = {
+        **{"teacher_assistant": "2x36", "max_steps": 20, "dropout": 0.0, "gradient_accumulation_steps": 2},
+        **{"save_steps": 100, "learning_rate": 3e-4},
+    }
+    distill(settings(output_dir=tmp_path / "one", **changes))
+    config = settings(**changes)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "minilm_kernels.distill"]
+    with started(*torchrun, *options(config)) as process:
+        wait_for_step(process, tmp_path / "run" / "assistant-1" / "metrics.jsonl", 2)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=PATIENCE)[0]
+    assert " of assistant-1; continue with\n  torchrun --nproc-per-node 2" in said
+    assert not (tmp_path / "run" / "student").exists()
+    with started(*torchrun, *options(config), "--resume-from-checkpoint") as process:
+        said = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == 0, said
+    for folder in ("assistant-1", "."):
+        one, two = (load_file(tmp_path / name / folder / "student" / "model.safetensors") for name in ("one", "run"))
+        for name, tensor in one.items():
+            assert (two[name] - tensor).abs().max() < 2e-4, name
+
+
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(settings: Settings, tmp_path: Path) -> None:
     """Two processes give the results of one. A signal to torchrun stops both after the same step; both can continue."""
     changes: dict[str, Any] = {

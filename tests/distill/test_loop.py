@@ -51,6 +51,7 @@ from minilm_kernels.distill.checkpoint import Checkpoint, Checkpoints, read_chec
 from minilm_kernels.distill.metrics import Metrics, read_metrics
 from minilm_kernels.distill.run_folder import output_folder
 from minilm_kernels.distill.sample_stream import SampleStream
+from minilm_kernels.distill.stages import stages
 from minilm_kernels.distill.step import loss_components
 from minilm_kernels.students import copied_student
 
@@ -661,7 +662,7 @@ def test_steps_are_those_of_plain_pytorch(clip: float, settings: Settings, tmp_p
     assert (min(norms) > clip) if clip < 1 else (max(norms) < clip)  # all steps are clipped, or none
 
     dist = loop.DistContext("cpu")
-    with closing(loop.TrainingLoop(config, dist, tmp_path)) as run:
+    with closing(loop.TrainingLoop(stages(config)[0], dist)) as run:
         model = run.models.student.model
         groups: dict[float, list[torch.nn.Parameter]] = {0.5: [], 0.0: []}
         for name, parameter in model.named_parameters():
@@ -692,9 +693,9 @@ def test_steps_are_those_of_plain_pytorch(clip: float, settings: Settings, tmp_p
 
 @pytest.mark.parametrize("gradient", [True, False])
 def test_only_the_student_has_gradients(gradient: bool, settings: Settings, tmp_path: Path) -> None:
-    config = settings()
+    config = settings(output_dir=tmp_path)
     dist = loop.DistContext("cpu")
-    with closing(loop.TrainingLoop(config, dist, tmp_path)) as run:
+    with closing(loop.TrainingLoop(stages(config)[0], dist)) as run:
         batch = Batch(run.stream.take(2), dist.device, packed=True)
         values = loss_components(run.models, batch, bf16=config.bf16, requires_grad=gradient)
         assert {value.requires_grad for value in values.values()} == {gradient}
