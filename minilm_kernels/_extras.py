@@ -28,6 +28,8 @@ EXTRAS = {
         "yaml",
     ),
     "mteb": ("mteb",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
     "trl": ("trl", "transformers", "accelerate", "datasets"),
 }
 

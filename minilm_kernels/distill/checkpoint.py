@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .console import say
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TEMPORARY = ".unfinished-"
@@ -210,8 +210,18 @@ class Checkpoints:
             return []
         return [self.folder / name for name in sorted(found, key=lambda name: (_step_of(name), name))]
 
-    def write(self, checkpoint: Checkpoint) -> None:
-        """Writes a checkpoint, then removes old ones. Raises `OSError`; the older checkpoints then remain complete."""
+    def write(
+        self, checkpoint: Checkpoint, extra: Callable[[Path], None] = lambda folder: None, best: int | None = None
+    ) -> None:
+        """Writes a checkpoint, then removes old ones.
+
+        Args:
+            extra: writes further files into the folder, which are not verified when the checkpoint is read.
+            best: step of a checkpoint that is kept.
+
+        Raises:
+            OSError: the disk is full or cannot be written. The older checkpoints remain complete.
+        """
 
         def fill(folder: Path) -> None:
             files = {}
@@ -220,8 +230,9 @@ class Checkpoints:
                 files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
                 _write(folder / name, content)
 
+            extra(folder)
             for name, tensors in checkpoint.tensors.items():
-                add(f"{name}.safetensors", save(_plain(tensors)))
+                add(f"{name}.safetensors", save(_plain(tensors), {"format": "pt"}))
             add(STATE, json.dumps({"step": checkpoint.step, **checkpoint.state}).encode())
             _write(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
 
@@ -229,15 +240,15 @@ class Checkpoints:
         if os.path.lexists(target):
             self._set_aside(target)
         write_folder(target, fill)
-        self.rotate()
+        self.rotate(best)
 
-    def rotate(self) -> None:
-        """Removes checkpoints that are older than the newest `keep` complete ones."""
+    def rotate(self, best: int | None = None) -> None:
+        """Removes checkpoints that are older than the newest `keep` complete ones, except for that of step `best`."""
         remove_unfinished(self.folder)
         names = self.names()
         kept = [folder for folder in names if _looks_complete(folder)][-self.keep :]
         for old in names:
-            if kept and _step_of(old.name) < _step_of(kept[0].name):
+            if kept and _step_of(old.name) < _step_of(kept[0].name) and _step_of(old.name) != best:
                 # The folder is renamed first, so that no incomplete checkpoint has a checkpoint's name.
                 temporary = old.with_name(TEMPORARY + old.name)
                 try:
@@ -276,6 +287,15 @@ class Checkpoints:
                 "start again in another --output-dir"
             )
         return None
+
+    def weights(self, step: int) -> dict[str, Tensor]:
+        """The weights of the student in the checkpoint of a step.
+
+        Raises:
+            ValueError: the checkpoint is damaged.
+            OSError: the disk cannot read it.
+        """
+        return read_checkpoint(self.folder / f"step-{step:09d}").tensors["model"]
 
     def _set_aside(self, path: Path) -> Path:
         """Renames a damaged checkpoint, so that its name is free and it does not count as one."""

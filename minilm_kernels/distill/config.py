@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from minilm_kernels._choices import BACKENDS
@@ -301,7 +302,26 @@ class DistillConfig:
         neutral=True,
         positive=True,
     )
+    load_best_model_at_end: bool = _option(
+        False,
+        "the student gets the weights with the lowest evaluation loss instead of the last ones; a checkpoint is "
+        "written after every evaluation that lowers it",
+    )
     save_total_limit: int = _option(2, "number of checkpoints to keep", neutral=True, positive=True)
+    report_to: tuple[str, ...] = _option(
+        (),
+        "also send the metrics to these: tensorboard (files in --output-dir), wandb (Weights & Biases)",
+        choices=("tensorboard", "wandb"),
+        neutral=True,
+        nargs="+",
+    )
+    push_to_hub: bool = _option(
+        False, "upload the finished student to the Hugging Face hub, with its model card and metrics", neutral=True
+    )
+    hub_model_id: str | None = _option(
+        None, "name of the repository on the hub; by default, that of the folder --output-dir", neutral=True
+    )
+    hub_private_repo: bool = _option(False, "create the repository as a private one", neutral=True)
     resume_from_checkpoint: bool = _option(
         False,
         "continue from the newest complete checkpoint in --output-dir, or start from the beginning if there is none",
@@ -327,6 +347,20 @@ class DistillConfig:
     def warmup(self) -> int:
         """Steps of linear warmup."""
         return min(4000, self.max_steps // 10) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def hub_name(self) -> str:
+        """The repository of `--push-to-hub`."""
+        return self.hub_model_id or Path(self.output_dir).resolve().name
+
+    def published(self) -> DistillConfig:
+        """The settings without folders of this machine: existing files and folders are named without their path."""
+        short: dict[str, Any] = {}
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.metadata["path"] and value is not None:
+                short[option.name] = tuple(map(_name, value)) if isinstance(value, tuple) else _name(value)
+        return replace(self, **{**short, "output_dir": Path(self.output_dir).name or "run"})
 
     def micro_batch(self, processes: int) -> int:
         """Number of samples that each process computes at once, as long as memory is enough."""
@@ -421,6 +455,11 @@ class DistillConfig:
             if default_of(option) is MISSING and option.name not in chosen:
                 raise ValueError(f"{flag(option.name)} is required: {option.metadata['help']}")
         return cls(**chosen)
+
+
+def _name(path: str) -> str:
+    """The last part of an existing path; other values, such as names on the hub, are returned as they are."""
+    return Path(path).resolve().name if Path(path).exists() else path
 
 
 def _assistant_options(values: Mapping[Any, Any]) -> dict[str, Any]:

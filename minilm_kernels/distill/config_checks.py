@@ -76,6 +76,11 @@ def check_combinations(config: DistillConfig) -> None:
         raise ValueError("give the training text as either --text or --dataset-name")
     if config.warmup_steps is not None and config.warmup_steps > config.max_steps:
         raise ValueError(f"--warmup-steps ({config.warmup_steps}) must not exceed --max-steps ({config.max_steps})")
+    if config.load_best_model_at_end and not (config.eval_text or config.eval_fraction):
+        raise ValueError("--load-best-model-at-end needs evaluations: give --eval-text, or --eval-fraction above 0")
+    for name in ("hub_model_id", "hub_private_repo"):
+        if getattr(config, name) and not config.push_to_hub:
+            raise ValueError(f"{flag(name)} belongs to --push-to-hub")
     if config.micro_batch_size is not None and config.gradient_accumulation_steps > 1:
         raise ValueError("--micro-batch-size and --gradient-accumulation-steps exclude each other; give one of them")
     if config.total_batch_size % config.gradient_accumulation_steps:

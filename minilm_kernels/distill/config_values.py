@@ -78,8 +78,9 @@ def coerce(option: Field[Any], value: Any, hint: Any) -> Any:
             return None
         hint = next(kind for kind in get_args(hint) if kind is not NoneType)
     choices = option.metadata["choices"]
-    if choices and value not in choices:
-        raise ValueError(f"{flag(option.name)} must be one of {', '.join(choices)}, got {shown(value)}")
+    for one in value if get_origin(hint) is tuple and isinstance(value, (tuple, list)) else (value,):
+        if choices and one not in choices:
+            raise ValueError(f"{flag(option.name)} must be one of {', '.join(choices)}, got {shown(one)}")
     try:
         if get_origin(hint) is dict:
             return _relations(value)

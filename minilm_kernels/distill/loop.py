@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from . import hub
 from .bad_documents import BadDocuments
 from .batch import LossWeights
 from .checkpoint import TEMPORARY, Checkpoint, Checkpoints, read_checkpoint
@@ -49,6 +50,7 @@ from .sources import HubDataset, Source, open_sources
 from .stages import Stage, stages
 from .step import GradientBuffer, loss_vector, make_batch
 from .tokenization import DocumentTokenizer
+from .trackers import Trackers
 
 T = TypeVar("T")
 
@@ -63,7 +65,7 @@ class DistillResult:
             each relation, `learning_rate`, `grad_norm` and others; lines with `split` "eval" have `eval_loss` and the
             loss of each relation as `eval_qq` and so on.
         step: number of finished optimizer steps.
-        eval_before, eval_after: the first and the last eval record; `None` without evaluation.
+        eval_before, eval_after: the first eval record, and that of the student; `None` without evaluation.
         stopped_by: number of the signal that stopped the run; `None` if it is finished.
 
     Example:
@@ -143,10 +145,13 @@ def distill(config: DistillConfig) -> DistillResult:
         for stage in reversed(chain):  # the folder of the run first
             folders.enter_context(output_folder(stage.config, dist))
         output = chain[-1].folder
+        if config.push_to_hub:
+            dist.on_main(lambda: hub.prepare(config))
         if dist.on_main(lambda: is_finished(output / STUDENT)):
             if dist.is_main:
                 print(f"minilm-distill: {output / STUDENT} is already finished")
-            return dist.on_main(lambda: _result(output, config.max_steps, None))
+            result = dist.on_main(lambda: _result(config, output, config.max_steps, None))
+            chain = []
         for number, stage in enumerate(chain, 1):
             if not dist.on_main(partial(is_finished, stage.folder / STUDENT)):
                 result = _run_stage(stage, chain[number:], dist)
@@ -156,6 +161,8 @@ def distill(config: DistillConfig) -> DistillResult:
                         command = config.command(dist.world_size)
                         print(f"minilm-distill: stopped at {at}; continue with\n  {command} --resume-from-checkpoint")
                     break
+        if config.push_to_hub and result.student is not None:
+            dist.on_main(lambda: hub.push(config, output / STUDENT))
         return result
 
 
@@ -182,7 +189,7 @@ def _run_stage(stage: Stage, later: Sequence[Stage], dist: DistContext) -> Disti
                 print(f"minilm-distill: {skipped}")
             if loop.finished:
                 print(f"minilm-distill: {'the student' if not later else stage.name} is in {output / STUDENT}")
-        return dist.on_main(lambda: _result(output, loop.state.step, stopped_by))
+        return dist.on_main(lambda: _result(stage.config, output, loop.state.step, stopped_by))
 
 
 def _check_batch_size(config: DistillConfig, processes: int) -> None:
@@ -212,6 +219,7 @@ class TrainingLoop:
         self.config = config = stage.config
         self.metrics_path = stage.folder / METRICS
         self.checkpoints = Checkpoints(stage.folder / CHECKPOINTS, config.save_total_limit)
+        self.trackers: Trackers | None = None
         saved = self._choose_checkpoint() if config.resume_from_checkpoint else None
         dist.on_all(lambda: self._prepare(saved))
         dist.check_equal(self.state.teacher_digests, "the files of --teacher")
@@ -315,14 +323,23 @@ class TrainingLoop:
         return self.state.step == self.config.max_steps and not self.state.eval_pending
 
     def close(self) -> None:
-        """Ends the progress bar and the reading thread."""
+        """Ends the trackers, the progress bar and the reading thread."""
+        if self.trackers is not None:
+            self.trackers.close()
         self.progress.close()
         self.stream.close()
 
     def write_student(self, target: Path) -> None:
-        """Writes the finished student."""
-        evaluations = eval_records(self.metrics_path)
-        write_student(target, self.config, self.models, self.metrics_path, evaluations, self.dist.world_size)
+        """Writes the finished student, with the best weights if they are asked for."""
+        step, best = self.state.step, self.state.best_step
+        if best is not None and best != step:
+            try:
+                self.models.student.model.load_state_dict(self.checkpoints.weights(best))
+                step = best
+            except (OSError, ValueError) as error:
+                say(f"--load-best-model-at-end: {error}; the student gets the weights of the last step")
+        evaluations = eval_records(self.metrics_path, best=step == best)
+        write_student(target, self.config, self.models, self.metrics_path, evaluations, self.dist.world_size, step)
 
     def train(self, signals: StopSignals) -> None:
         """Trains until the last step or a stop signal. `signals.received` is then equal on all processes."""
@@ -346,10 +363,9 @@ class TrainingLoop:
                 self.progress.train(state.step, record["loss"], rate)
                 began, tokens = time.perf_counter(), state.tokens
             paused = time.perf_counter()
-            if state.step % config.eval_steps == 0 or last:
-                self._evaluate(signals)
+            improved = (state.step % config.eval_steps == 0 or last) and self._evaluate(signals)
             stop = dist.max(signals.received)
-            if state.step % config.save_steps == 0 or last or stop:
+            if state.step % config.save_steps == 0 or last or stop or improved:
                 self._save()
             began += time.perf_counter() - paused
         signals.received = stop
@@ -362,7 +378,8 @@ class TrainingLoop:
                 f"{len(records)} lines of {self.metrics_path}"
             )
         self.metrics = Metrics(self.metrics_path, self.state.step, evaluated=not self.state.eval_pending)
-        self.checkpoints.rotate()
+        self.checkpoints.rotate(self.state.best_step)
+        self.trackers = Trackers(self.stage.folder, self.config, self.state.step)
 
     def _samples(self) -> Samples:
         """The samples of the next step. If they cannot be read, the steps since the last checkpoint are saved first."""
@@ -463,8 +480,11 @@ class TrainingLoop:
             "grad_norm": norm,
         }
 
-    def _evaluate(self, signals: StopSignals) -> None:
-        """Evaluates the student. If a signal interrupts the evaluation, the resumed run repeats it."""
+    def _evaluate(self, signals: StopSignals) -> bool:
+        """Evaluates the student. If a signal interrupts the evaluation, the resumed run repeats it.
+
+        Returns True if a checkpoint must be written, because `--load-best-model-at-end` may need these weights.
+        """
         state, eval_set = self.state, self.stream.eval_set
         measured: dict[str, float] | None = None
         if eval_set is not None:
@@ -480,20 +500,38 @@ class TrainingLoop:
                 self._log("eval", {"tokens": state.tokens, **measured})
                 self.progress.say(f"step {state.step}: eval_loss {measured['eval_loss']:.4f}")
         state.eval_pending = eval_set is not None and measured is None
+        if measured is None or not (self.config.load_best_model_at_end and state.step):
+            return False
+        if state.best_loss is not None and measured["eval_loss"] >= state.best_loss:
+            return False
+        state.best_step, state.best_loss = state.step, measured["eval_loss"]
+        return True
 
     def _log(self, split: str, record: dict[str, Any]) -> None:
         stage = {"stage": self.stage.name} if self.stage.name else {}
-        self.dist.on_main(lambda: self.metrics.write({"step": self.state.step, "split": split, **stage, **record}))
+        step = self.state.step
+
+        def write() -> None:
+            self.metrics.write({"step": step, "split": split, **stage, **record})
+            assert self.trackers is not None
+            self.trackers.log(step, split, record)
+
+        self.dist.on_main(write)
 
     def _save(self) -> None:
         checkpoint = self.state.checkpoint()
 
         def write() -> None:
             self.metrics.sync()
-            self.checkpoints.write(checkpoint)
+            self.checkpoints.write(checkpoint, self._write_loadable, self.state.best_step)
 
         self.dist.on_main(write)
         self.saved_step = self.state.step
+
+    def _write_loadable(self, folder: Path) -> None:
+        """Writes what `from_pretrained` needs beside the weights, so that every checkpoint is a student."""
+        self.models.student.model.config.save_pretrained(folder)
+        self.models.student_tokenizer.save_pretrained(folder)
 
 
 def _ignore(message: str) -> None:
@@ -575,7 +613,8 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warn)
 
 
-def _result(output: Path, step: int, stopped_by: int | None) -> DistillResult:
-    before, after = eval_records(output / METRICS) or (None, None)
+def _result(config: DistillConfig, output: Path, step: int, stopped_by: int | None) -> DistillResult:
     student = output / STUDENT if stopped_by is None else None
+    best = config.load_best_model_at_end and student is not None
+    before, after = eval_records(output / METRICS, best=best) or (None, None)
     return DistillResult(student, output / METRICS, step, before, after, stopped_by)

@@ -87,10 +87,17 @@ def _record(line: bytes) -> dict[str, Any] | str:
     return record
 
 
-def eval_records(path: Path) -> EvalRecords:
-    """The first and the last eval record of a metrics.jsonl; `None` if it has none."""
+def eval_records(path: Path, *, best: bool = False) -> EvalRecords:
+    """The first eval record of a metrics.jsonl and its last one; `None` if it has none.
+
+    Args:
+        best: True for the one with the lowest loss of a trained student, instead of the last one.
+    """
     records = [record for record in read_metrics(path) if record.get("split") == "eval"]
-    return (records[0], records[-1]) if records else None
+    if not records:
+        return None
+    trained = [record for record in records if record["step"]]
+    return records[0], min(trained, key=lambda record: record["eval_loss"]) if best and trained else records[-1]
 
 
 class Progress:

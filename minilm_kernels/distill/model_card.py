@@ -25,6 +25,7 @@ def write_student(
     metrics: Path,
     evaluations: EvalRecords,
     processes: int,
+    step: int,
 ) -> None:
     """Writes the folder of the finished student atomically: it is complete or does not exist.
 
@@ -33,6 +34,7 @@ def write_student(
         metrics: the metrics.jsonl of the run, which is copied.
         evaluations: the first and the last eval record, if there are any.
         processes: number of processes of the run.
+        step: the step of the weights.
 
     Raises:
         OSError: the folder cannot be written.
@@ -41,14 +43,18 @@ def write_student(
     def fill(folder: Path) -> None:
         models.student.model.save_pretrained(folder)
         models.student_tokenizer.save_pretrained(folder)
-        (folder / "settings.json").write_text(json.dumps(config.as_dict(), indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(config, models, evaluations, processes), encoding="utf-8")
+        (folder / "settings.json").write_text(
+            json.dumps(config.published().as_dict(), indent=1) + "\n", encoding="utf-8"
+        )
+        (folder / "README.md").write_text(model_card(config, models, evaluations, processes, step), encoding="utf-8")
         shutil.copy(metrics, folder / "metrics.jsonl")
 
     write_folder(target, fill)
 
 
-def model_card(config: DistillConfig, models: TeacherStudent, evaluations: EvalRecords, processes: int) -> str:
+def model_card(
+    config: DistillConfig, models: TeacherStudent, evaluations: EvalRecords, processes: int, step: int
+) -> str:
     """The model card in Markdown, with the YAML front matter that the Hugging Face hub reads."""
     trained = models.trained()
     untrained = [name for name, _ in models.student.model.named_parameters() if name not in trained]
@@ -59,8 +65,13 @@ def model_card(config: DistillConfig, models: TeacherStudent, evaluations: EvalR
     through = f" through an assistant ({sizes})" if config.teacher_assistant else f" ({sizes})"
     taught_by = "the assistant's" if config.teacher_assistant else "teacher"
     relations = ", ".join(f"{name} (weight {weight:g})" for name, weight in models.loss.relations.items())
+    best = (
+        "" if step == config.max_steps else f" The weights are those of step {step}, with the lowest evaluation loss."
+    )
+    metadata = _front_matter(config)  # it asks whether the teacher is a local folder
+    config = config.published()
     lines = [
-        *_front_matter(config),
+        *metadata,
         "# Distilled student",
         "",
         f"A student of {student.num_hidden_layers} layers, hidden size {student.hidden_size} and {parameters:,} "
@@ -78,14 +89,14 @@ def model_card(config: DistillConfig, models: TeacherStudent, evaluations: EvalR
         "",
         f"Method {config.method} with relations {relations} and {models.loss.num_heads} heads, from {taught_by} layer "
         f"{models.teacher.extractor.layer} to student layer {models.student.extractor.layer}, {models.mask} mask; "
-        f"{config.max_steps} steps of {config.total_batch_size} samples of up to {config.max_seq_length} tokens.",
+        f"{config.max_steps} steps of {config.total_batch_size} samples of up to {config.max_seq_length} tokens.{best}",
         "",
         "```",
         config.command(processes),
         "```",
         "",
         "`settings.json` contains all settings: `minilm-distill --config settings.json --output-dir FOLDER` repeats",
-        "the run. `metrics.jsonl` contains the losses.",
+        "the run. Local files and folders are named without their path. `metrics.jsonl` contains the losses.",
         "",
         f"Versions: minilm_kernels {minilm_kernels.__version__}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}.",

@@ -30,6 +30,8 @@ class RunState:
         tokens: number of tokens in these steps.
         micro_batch: number of samples that each process computes at once; it is halved when memory runs out.
         eval_pending: the student has not been evaluated at `step`.
+        best_step, best_loss: with `--load-best-model-at-end`, the step with the lowest eval loss, and this loss; `None`
+            before the first evaluation of a trained student.
         window: for each step since the last line of metrics, the loss of each relation and the norm of the gradient,
             (relations + 1,).
     """
@@ -45,6 +47,8 @@ class RunState:
     step: int = 0
     tokens: int = 0
     eval_pending: bool = True
+    best_step: int | None = None
+    best_loss: float | None = None
     window: list[Tensor] = field(default_factory=list)
     micro_batch: int = field(init=False)
 
@@ -89,6 +93,8 @@ class RunState:
                 "tokens": self.tokens,
                 "micro_batch": self.micro_batch,
                 "eval_pending": self.eval_pending,
+                "best_step": self.best_step,
+                "best_loss": self.best_loss,
                 "teacher": self.teacher_digests,
                 "conditions": self.conditions,
                 "data": data_state,
@@ -133,6 +139,7 @@ class RunState:
         self.tokens = saved.state["tokens"]
         self.micro_batch = saved.state["micro_batch"]
         self.eval_pending = saved.state["eval_pending"]
+        self.best_step, self.best_loss = saved.state["best_step"], saved.state["best_loss"]
         self.models.student.model.load_state_dict(saved.tensors["model"])
         moments: dict[int, dict[str, Tensor]] = {}
         index = {
@@ -162,6 +169,9 @@ class RunState:
         for name, kind in (("tokens", int), ("micro_batch", int), ("eval_pending", bool), ("data", dict)):
             value = saved.state[name]
             expect(type(value) is kind, f"{name} is {value!r}")
+        best = saved.state["best_step"], saved.state["best_loss"]
+        known = type(best[0]) is int and 0 < best[0] <= saved.step and type(best[1]) is float
+        expect(best == (None, None) or known, f"best_step and best_loss are {best!r}")
         micro = saved.state["micro_batch"]
         expect(0 < micro <= config.micro_batch(self.dist.world_size), f"micro_batch is {micro}")
         moments = {
