@@ -43,16 +43,15 @@ class _WandB:
         with optional_imports("wandb", "--report-to wandb"):
             import wandb
         file = folder / _WANDB_ID
-        if not (step and file.exists()):
-            write_file(file, wandb.util.generate_id().encode())
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "minilm-distill"),
             name=folder.name,
-            id=read_file(file).decode(),
+            id=read_file(file).decode() if step and file.exists() else None,
             resume="allow",
             dir=str(folder),
             config=config.published().as_dict(),
         )
+        write_file(file, self._run.id.encode())
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)

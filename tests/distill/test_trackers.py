@@ -81,11 +81,14 @@ def test_a_resumed_run_continues_the_wandb_run(
 ) -> None:
     begun: list[dict[str, Any]] = []
     ids = iter(("one", "two"))
-    fake = SimpleNamespace(
-        util=SimpleNamespace(generate_id=lambda: next(ids)), init=lambda **options: begun.append(options)
-    )
+
+    def init(**options: Any) -> SimpleNamespace:
+        begun.append(options)
+        return SimpleNamespace(id=options["id"] or next(ids))
+
+    fake = SimpleNamespace(init=init)
     monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
     for step in (0, 5, 0):
         trackers._WandB(tmp_path, settings(), step)
-    assert [options["id"] for options in begun] == ["one", "one", "two"]
+    assert [options["id"] for options in begun] == [None, "one", None]
     assert str(tmp_path.parent) not in json.dumps(begun[0]["config"])

@@ -11,18 +11,18 @@ from tests.distill.tiny import make_texts, save_model
 @pytest.fixture
 def config(tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(make_texts(60)), encoding="utf-8")
-    return dict(
-        teacher=str(save_model(tmp_path / "teacher")),
-        copy_layers=(2,),
-        text=(str(tmp_path / "text.txt"),),
-        output_dir=str(tmp_path / "run"),
-        relation_heads=12,
-        max_seq_length=32,
-        total_batch_size=4,
-        logging_steps=1,
-        eval_samples=4,
-        device="cpu",
-    )
+    return {
+        "teacher": str(save_model(tmp_path / "teacher")),
+        "copy_layers": (2,),
+        "text": (str(tmp_path / "text.txt"),),
+        "output_dir": str(tmp_path / "run"),
+        "relation_heads": 12,
+        "max_seq_length": 32,
+        "total_batch_size": 4,
+        "logging_steps": 1,
+        "eval_samples": 4,
+        "device": "cpu",
+    }
 
 
 def test_tensorboard_files_have_the_losses(config, tmp_path):
