@@ -63,8 +63,9 @@ class DistillResult:
         student: folder of the finished student, for `AutoModel` and `AutoTokenizer`; `None` if the run was stopped.
         metrics: metrics.jsonl, one JSON object per line. Lines with `split` "train" have `step`, `loss`, the loss of
             each relation, `learning_rate`, `grad_norm` and others; lines with `split` "eval" have `eval_loss` and the
-            loss of each relation as `eval_qq` and so on.
-        step: number of finished optimizer steps.
+            loss of each relation as `eval_qq` and so on. With teacher assistants, every stage has a file, and this is
+            that of the latest one.
+        step: number of finished optimizer steps of this stage.
         eval_before, eval_after: the first eval record, and that of the student; `None` without evaluation.
         stopped_by: number of the signal that stopped the run; `None` if it is finished.
 

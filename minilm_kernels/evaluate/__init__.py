@@ -1,4 +1,4 @@
-"""Evaluation of encoders: held-out relation KL, sentence features, fine-tuning, speed and size (`minilm-evaluate`).
+"""Evaluation of encoders: relation KL, sentence features, fine-tuning, speed and size (`minilm-evaluate`).
 
 Requires the extra `evaluate` (sentence-transformers, scikit-learn, SciPy, model2vec, matplotlib).
 """

@@ -18,8 +18,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Creates the parser."""
     parser = argparse.ArgumentParser(
         prog="minilm-evaluate",
-        description="Compare encoders: relation KL on held-out text, sentence features, fine-tuning, size and speed.",
-        epilog="Example: minilm-evaluate run/student --teacher google-bert/bert-base-uncased --text held-out.txt "
+        description="Compare encoders: relation KL on eval text, sentence features, fine-tuning, size and speed.",
+        epilog="Example: minilm-evaluate run/student --teacher google-bert/bert-base-uncased --text eval.txt "
         "--classification news.jsonl --static",
         allow_abbrev=False,
     )

@@ -95,7 +95,7 @@ def compare(options: argparse.Namespace) -> int:
             row.details[name] = {
                 **found.metrics, "learning_rate": found.learning_rate, "epochs": found.epochs,
             }  # fmt: skip
-        report.write(rows, reference, options.output_dir, _recorded(options))  # what stands is kept if a test fails
+        report.write(rows, reference, options.output_dir, _recorded(options))  # kept if a later test fails
     print(report.table(rows, reference))
     for row in rows:
         for note in row.notes:

@@ -183,8 +183,8 @@ def test_the_size_of_a_micro_batch(given: dict[str, Any], expected: int, setting
 
 @pytest.mark.slow
 def test_all_processes_halve_together(settings: Settings, tmp_path: Path) -> None:
-    """Only the second process runs out of memory."""
-    changes = {"max_steps": 4, "dropout": 0.0, "learning_rate": 1e-4}
+    """Only the second process runs out of memory, with 5 and 3 samples; 2, 2 and 1 fit."""
+    changes = {"total_batch_size": 10, "max_steps": 4, "dropout": 0.0, "learning_rate": 1e-4}
     one = distill(settings(output_dir=tmp_path / "one", **changes))
     code = """
         import sys, os, torch
@@ -205,7 +205,7 @@ def test_all_processes_halve_together(settings: Settings, tmp_path: Path) -> Non
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([*launch, *words], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr[:3000]
-    assert done.stderr.count("continuing with micro-batches of 2 samples") == 1
+    assert [done.stderr.count(f"continuing with micro-batches of {size} samples") for size in (3, 2)] == [1, 1]
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
     assert read_checkpoint(newest).state["micro_batch"] == 2
     for single, double in zip(records(one), read_metrics(tmp_path / "run" / "metrics.jsonl")[1:], strict=False):

@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModel
 
 from minilm_kernels.distill import DistillConfig, distill
 from minilm_kernels.distill.cli import build_parser, main
+from minilm_kernels.distill.config_file import read_settings
 from minilm_kernels.distill.recipes import recipe_options
 from minilm_kernels.distill.run_folder import SETTINGS
+from minilm_kernels.distill.stages import stages
 from minilm_kernels.presets import PRESETS, Preset
 
 from .tiny import ROBERTA, SIZES, make_texts, make_tokenizer
@@ -132,6 +134,16 @@ def test_any_option_of_a_recipe_can_be_overridden(
 def test_a_wrong_recipe_or_assistant_is_named(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         DistillConfig.from_mapping({**NEEDED, "student_num_hidden_layers": 1, "student_hidden_size": 24, **options})
+
+
+def test_the_settings_file_of_the_documentation_is_a_chain(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "students.md").read_text(encoding="utf-8")
+    block = page.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "settings.yaml").write_text(block, encoding="utf-8")
+    chain = stages(DistillConfig.from_mapping(read_settings(tmp_path / "settings.yaml")))
+    configs = [stage.config for stage in chain]
+    sizes = [(each.student_num_hidden_layers, each.student_hidden_size, each.max_steps) for each in configs]
+    assert sizes == [(24, 768, 200_000), (12, 384, 400_000), (3, 384, 400_000)]
 
 
 def test_list_prints_every_recipe_with_its_figures(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,8 +22,8 @@ def files(tmp_path: Path) -> dict[str, str]:
     }
     for name, lines in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    (tmp_path / "held-out.txt").write_text("\n\n".join(make_texts(20, seed=5)), encoding="utf-8")
-    return {name: str(tmp_path / f"{name}.jsonl") for name in rows} | {"text": str(tmp_path / "held-out.txt")}
+    (tmp_path / "eval.txt").write_text("\n\n".join(make_texts(20, seed=5)), encoding="utf-8")
+    return {name: str(tmp_path / f"{name}.jsonl") for name in rows} | {"text": str(tmp_path / "eval.txt")}
 
 
 @pytest.mark.slow

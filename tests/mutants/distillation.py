@@ -77,6 +77,93 @@ MUTANTS = [
         f"{_T}test_config.py {_T}test_loop.py",
         "a run is continued with settings that change its results",
     ),
+    # Memory.
+    Mutant(
+        _D + "loop.py",
+        "            restore_random_state(generators, dist.device)\n",
+        "",
+        _T + "test_memory.py",
+        "a step that is repeated has other dropout",
+    ),
+    Mutant(
+        _D + "loop.py",
+        "slice(start, min(start + micro, end))",
+        "slice(start, start + micro)",
+        _T + "test_memory.py",
+        "the last micro-batch of a process has samples of the next one",
+    ),
+    Mutant(
+        _D + "loop.py",
+        "if not dist.max(int(bool(problem))):",
+        "if not problem:",
+        _T + "test_memory.py",
+        "one process halves its micro-batch alone",
+    ),
+    Mutant(
+        _D + "run_state.py",
+        'self.micro_batch = saved.state["micro_batch"]',
+        "pass",
+        _T + "test_memory.py",
+        "a resumed run begins with the large micro-batch",
+    ),
+    Mutant(
+        _D + "models.py",
+        "    if config.gradient_checkpointing:\n",
+        "    if False:\n",
+        _T + "test_memory.py",
+        "--gradient-checkpointing is ignored",
+    ),
+    # Stages.
+    Mutant(
+        _D + "config.py",
+        "others = tuple({**restored, **assistant} for assistant in earlier)",
+        "others = tuple(earlier)",
+        _T + "test_stages.py",
+        "an assistant has the options of the one after it",
+    ),
+    Mutant(
+        _D + "stages.py",
+        "teacher_layer=before.student_layer",
+        "teacher_layer=-1",
+        _T + "test_stages.py",
+        "the layer of an assistant that is distilled was not trained",
+    ),
+    Mutant(
+        _D + "loop.py",
+        "            _check_later_stages(later, loop)\n",
+        "",
+        _T + "test_stages.py",
+        "a student that cannot be made is found after days of training its assistant",
+    ),
+    Mutant(
+        _D + "loop.py",
+        'with torch.random.fork_rng([device] if device.type == "cuda" else []):',
+        "if True:",
+        _T + "test_stages.py",
+        "checks of later stages change the dropout of the assistant",
+    ),
+    Mutant(
+        _D + "loop.py",
+        "None if loop.finished and not later else",
+        "None if loop.finished else",
+        _T + "test_stages.py",
+        "a signal while an assistant is written does not end the run",
+    ),
+    # Recipes.
+    Mutant(
+        _D + "recipes.py",
+        "(value != options[option] and option not in given)",
+        "value != options[option]",
+        _T + "test_recipes.py",
+        "--max-steps does not apply to the assistant of a recipe",
+    ),
+    Mutant(
+        _D + "config.py",
+        '{**recipe_options(chosen["recipe"], chosen), **chosen}',
+        '{**chosen, **recipe_options(chosen["recipe"], chosen)}',
+        _T + "test_recipes.py",
+        "a recipe overrides the options of the user",
+    ),
     # Batches.
     Mutant(
         _D + "batch.py",
