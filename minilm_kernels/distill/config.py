@@ -70,7 +70,8 @@ class DistillConfig:
 
     The defaults are the published MiniLMv2 recipe. The field `max_steps` is the option `--max-steps` of the command
     line and the key `max_steps` of a settings file, and so on for each field; `minilm-distill --help` describes them. A
-    value may have the declared type or be the text that the command line accepts (`"1,3,5"`, `"qq:1,kk:0.5"`).
+    value may have the declared type or be the text that the command line accepts (`"1,3,5"`, `"qq:1,kk:0.5"`). The
+    field `recipe` only names the recipe that `from_mapping` has filled in.
 
     Raises:
         ValueError: a value is outside its range, or options exclude each other. The message names the option.

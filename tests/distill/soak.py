@@ -1,7 +1,7 @@
 """Interrupts a small run of `minilm-distill` at its file operations, resumes it, and compares the results.
 
     python -m tests.distill.soak [--modes kill,half,...] [--keep 1,2] [--ranks 1,2] [--resume-too] [--damage]
-                                 [--first N] [--last N] [--every N] [--seconds S]
+                                 [--assistant] [--first N] [--last N] [--every N] [--seconds S]
 
 A preloaded library (strike.c, compiled here with `cc`) counts every open, write, sync, rename, removal and new folder
 below the run's output folder. At the n-th operation it kills the process, before or during the operation, makes the
@@ -48,11 +48,13 @@ class Scenario:
     ranks: int
     resumed: bool
     damaged: bool
+    assistant: bool = False
     journal: list[tuple[str, str]] = field(default_factory=list)
     expected: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         extra = (", resumed" if self.resumed else "") + (", newest damaged" if self.damaged else "")
+        extra += ", through an assistant" if self.assistant else ""
         return f"keep {self.keep}, {self.ranks} ranks{extra}"
 
 
@@ -69,14 +71,17 @@ class Soak:
         self.strike.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_char_p]
         self.log, self.journal = work / "log", work / "journal"
 
-    def words(self, keep: int, resume: bool) -> list[str]:
+    def words(self, scenario: Scenario, resume: bool) -> list[str]:
+        more = "--teacher-assistant 1x36 " if scenario.assistant else ""
         return shlex.split(
             f"--teacher {self.work}/teacher --text {self.work}/text.txt --output-dir {self.output} "
             "--student-num-hidden-layers 1 --student-hidden-size 24 --student-num-attention-heads 4 "
             f"--relation-heads 12 --max-seq-length 16 --total-batch-size 4 --learning-rate 1e-3 --max-steps {STEPS} "
             "--dropout 0.1 --eval-fraction 0.1 --eval-samples 4 --shuffle-buffer-size 20 --logging-steps 1 "
-            f"--eval-steps 3 --save-steps 2 --save-total-limit {keep} --device cpu"
-        ) + (["--resume-from-checkpoint"] if resume else [])
+            f"--eval-steps 3 --save-steps 2 --save-total-limit {scenario.keep} --device cpu "
+            + more
+            + ("--resume-from-checkpoint" if resume else "")
+        )
 
     def run(self, scenario: Scenario, *, resume: bool, at: int = 0, how: int = 0, stop: bool = False) -> list[int]:
         """Exit statuses of the ranks. Interrupts the first rank; if `stop`, by a signal in step `STOPPED_AT`."""
@@ -116,7 +121,7 @@ class Soak:
                 loop.TrainingLoop._step = step  # type: ignore[method-assign]
             if rank == 0:
                 self.strike(os.fsencode(self.output), at, how, os.fsencode(self.journal))
-            status = cli.main(self.words(scenario.keep, resume))
+            status = cli.main(self.words(scenario, resume))
         except BaseException:
             traceback.print_exc()
         finally:
@@ -156,7 +161,7 @@ class Soak:
         found: dict[str, Any] = {}
         for path in self.output.rglob("*"):
             name = str(path.relative_to(self.output))
-            if path.is_dir() or path.name == ".lock" or name.startswith("checkpoints/"):
+            if path.is_dir() or path.name == ".lock" or "checkpoints/" in name:
                 found[name.partition("/damaged-")[0] if path.is_dir() else name] = None
             elif path.name == "metrics.jsonl":
                 records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -182,19 +187,21 @@ class Soak:
         if mode in ("kill", "half") and ends[0] != right:
             return f"ended with {ends} instead of {right}:\n{said}"
 
-        # Checkpoints that were complete before the interruption: those of the start, and those renamed before it.
-        steps = [int(path.rpartition("-")[2]) for what, path in scenario.journal[: at - 1] if _is_whole(what, path)]
-        if scenario.resumed:
-            steps.append(STOPPED_AT // 2 if scenario.damaged else STOPPED_AT)
-        whole = []
-        for folder in Checkpoints(self.output / "checkpoints", 1).names():
-            try:
-                whole.append(read_checkpoint(folder).step)
-            except ValueError as error:
-                if not (scenario.damaged and "optimizer.safetensors has a wrong checksum" in str(error)):
-                    return f"a half checkpoint is visible: {error}"
-        if steps and (not whole or max(whole) < max(steps)):
-            return f"step {max(steps)} was lost, {whole or 'nothing'} is left"
+        for folder in (self.output / "assistant-1" / "checkpoints", self.output / "checkpoints"):
+            # Checkpoints that were complete before the interruption: those of the start, and those renamed before it.
+            before = (Path(path) for what, path in scenario.journal[: at - 1] if _is_whole(what, path))
+            steps = [int(path.name.rpartition("-")[2]) for path in before if path.parent == folder]
+            if scenario.resumed and folder.parent == self.output:
+                steps.append(STOPPED_AT // 2 if scenario.damaged else STOPPED_AT)
+            whole = []
+            for found in Checkpoints(folder, 1).names():
+                try:
+                    whole.append(read_checkpoint(found).step)
+                except ValueError as error:
+                    if not (scenario.damaged and "optimizer.safetensors has a wrong checksum" in str(error)):
+                        return f"a half checkpoint is visible: {error}"
+            if steps and (not whole or max(whole) < max(steps)):
+                return f"step {max(steps)} was lost, {whole or 'nothing'} is left"
 
         ends = self.run(scenario, resume=True)
         said = self.said(scenario)
@@ -213,7 +220,7 @@ class Soak:
 
 def _without_older(outcome: dict[str, Any]) -> dict[str, Any]:
     """The outcome, with the number of older checkpoints in place of their names."""
-    older = [name for name in outcome if name.startswith("checkpoints/") and f"step-{STEPS:09d}" not in name]
+    older = [name for name in outcome if "checkpoints/" in name and f"step-{STEPS:09d}" not in name]
     return {**{name: value for name, value in outcome.items() if name not in older}, "older": len(older)}
 
 
@@ -248,6 +255,8 @@ def _trials(soak: Soak, options: argparse.Namespace) -> Iterator[list[tuple[Scen
     if options.damage or options.all:
         resumed.append((True, True))
     scenarios = [Scenario(keep, ranks, *how) for ranks in options.ranks for how in resumed for keep in options.keep]
+    if options.assistant or options.all:
+        scenarios += [Scenario(options.keep[0], ranks, False, False, assistant=True) for ranks in options.ranks]
     for scenario in scenarios:
         soak.measure(scenario)
         print(f"{scenario}: {len(scenario.journal)} operations", flush=True)
@@ -288,12 +297,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=_numbers, help="processes (1,2)")
     parser.add_argument("--resume-too", action="store_true", help="also strike resumed runs")
     parser.add_argument("--damage", action="store_true", help="also strike runs that skip a damaged checkpoint")
+    parser.add_argument("--assistant", action="store_true", help="also strike runs through a teacher assistant")
     parser.add_argument("--first", type=int, default=1, help="first operation to strike")
     parser.add_argument("--last", type=int, default=0, help="last operation to strike; 0: no limit")
     parser.add_argument("--every", type=int, default=1, help="strike every N-th operation only")
     parser.add_argument("--seconds", type=float, default=270.0, help="seconds after which no trial begins (270)")
     options = parser.parse_args(argv)
-    narrow = (options.modes, options.keep, options.ranks, options.resume_too or None, options.damage or None)
+    also = (options.resume_too, options.damage, options.assistant)
+    narrow = (options.modes, options.keep, options.ranks, *(choice or None for choice in also))
     options.all = all(choice is None for choice in narrow)
     options.modes = options.modes or ["kill", "half"]
     options.keep, options.ranks = options.keep or [1, 2], options.ranks or ([1, 2] if options.all else [1])
