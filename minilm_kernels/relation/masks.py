@@ -29,11 +29,13 @@ class MaskArgs(TypedDict, total=False):
 
 
 def host_readable(x: Tensor) -> bool:
-    """Returns whether the host can read the values of x without waiting.
+    """Returns whether the host can read the values of x without waiting: x has values and is on the CPU."""
+    return has_values(x) and x.device.type == "cpu"
 
-    True for CPU tensors, unless they are traced, fake, or batched by vmap.
-    """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu" or torch.jit.is_tracing():
+
+def has_values(x: Tensor) -> bool:
+    """Returns whether x is memory with values. False for traced and fake tensors, and those batched by vmap."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or torch.jit.is_tracing():
         return False
     modes = torch._C._TorchDispatchModeKey
     if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.PROXY, modes.FAKE)):
@@ -145,6 +147,13 @@ class Mask:
             return positions, starts, self.prefix_lens.long().clamp(min=0).minimum(lengths)
         in_prefix = torch.arange(self.token_shape[-1], device=self.device) < self.prefix_lens.long()[:, None]
         return positions, starts, (self.valid & in_prefix).sum(-1)
+
+    def prefix_integers(self) -> Tensor | None:
+        """Returns `prefix_lens` as contiguous int32 or int64."""
+        if self.prefix_lens is None:
+            return None
+        wide = self.prefix_lens.dtype in (torch.int32, torch.int64)
+        return (self.prefix_lens if wide else self.prefix_lens.long()).contiguous()
 
     def dense(self) -> Tensor:
         """Returns whether row i counts and sees key j: bool of shape (B, S, S), or (1, T, T) for packed inputs."""

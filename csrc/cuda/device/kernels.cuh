@@ -4,6 +4,8 @@
 #pragma once
 
 #include "row_wise.cuh"
+#include "scale.cuh"
+#include "sequences.cuh"
 #include "symmetric.cuh"
 
 #define MINILM_ENTRY(threads, blocks, name, Params, ...)                                               \
@@ -18,4 +20,7 @@
   MINILM_ENTRY(32 * minilm::cuda::kRowWiseWarps, 2, name, LaunchParams, RowStatsKernel<__VA_ARGS__>)
 #define MINILM_ROW_WISE(name, ...) \
   MINILM_ENTRY(32 * minilm::cuda::kRowWiseWarps, 2, name, LaunchParams, RowWiseKernel<__VA_ARGS__>)
-#define MINILM_REDUCE(name) MINILM_ENTRY(256, 1, name, ReduceParams, ReduceKernel)
+#define MINILM_REDUCE(name) MINILM_ENTRY(512, 1, name, ReduceParams, ReduceKernel)
+#define MINILM_SEQUENCES(name) MINILM_ENTRY(256, 1, name, SequenceParams, SequencesKernel)
+#define MINILM_WEIGHTS(name) MINILM_ENTRY(512, 1, name, SequenceParams, WeightsKernel)
+#define MINILM_SCALE(name) MINILM_ENTRY(256, 1, name, ScaleParams, ScaleKernel)

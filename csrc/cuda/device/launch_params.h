@@ -46,11 +46,66 @@ static_assert(sizeof(LaunchParams) <= 4096, "kernel parameters");
 // Parameters of the kernel that adds up the partial sums of all blocks.
 struct ReduceParams {
   Call call;
+  bool weighted;     // call.values receives the sum of the relations, times `weight`, in place of each
+  bool accumulates;  // adds to the sum of an earlier launch
+  float weight[kMaxRelations];
   const double* partials;
   int64_t slots, symmetric_slots;
   int32_t num_relations;
   int32_t index[kMaxRelations];
   bool symmetric[kMaxRelations], row_wise[kMaxRelations];  // kernels that have written partial sums
+};
+
+// A mask of tokens (N, S) or (T,): integers, or bool, in `bytes` bytes each. `data` is null if the call has no such
+// mask. The stride of packed masks is position_stride, that of one number per sequence batch_stride.
+struct TokenMask {
+  const void* data;
+  int64_t batch_stride, position_stride;
+  int32_t bytes;
+};
+
+enum class Reduction : int32_t { sum, token, sequence };
+
+// Masks as the caller has passed them.
+struct Masks {
+  TokenMask attention_mask, query_mask, prefix_lens;
+  const int32_t* cu_seqlens;  // (N + 1,); null in dense calls
+  int64_t max_seqlen;         // -1: any length
+  Reduction reduction;
+};
+
+// Parameters of the kernels that turn masks into the arrays of `Call`; arrays that a call does not need are null.
+struct SequenceParams : Masks {
+  int64_t num_sequences, num_heads, positions;
+  int64_t *tokens, *starts, *lengths, *prefixes, *row_counts;
+  bool* counted;
+  float* weights;
+  bool packed;
+};
+
+constexpr int kMaxOutputs = 16, kMaxParts = 48;  // tensors of a launch
+
+// A stored gradient in float32. Its factor is upstream[relation · upstream_stride] · weight.
+struct ScaledPart {
+  const float* data;
+  float weight;
+  int32_t relation;
+};
+
+// The gradient of a tensor: the sum of its parts.
+struct ScaledOutput {
+  void* data;
+  int64_t numel, first_block;
+  DType dtype;
+  int32_t first_part, num_parts;
+};
+
+struct ScaleParams {
+  const float* upstream;
+  int64_t upstream_stride;
+  int32_t num_outputs;
+  ScaledOutput outputs[kMaxOutputs];
+  ScaledPart parts[kMaxParts];
 };
 
 }  // namespace minilm::cuda

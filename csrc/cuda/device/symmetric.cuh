@@ -194,6 +194,9 @@ struct SymmetricKernel {
     BlockState& state = shared.state();
     if (thread_index() == 0) find_work(params, state);
     syncthreads();
+    const Relation& relation = *state.relation;
+    clear_padding(params.call, state.n, 0, params.call.positions, state.head, params.call.num_heads,
+                  relation.student.key.width, relation.query_grad);
     if (state.sequence.length == 0) return;
 
     load(params, shared);
@@ -263,7 +266,7 @@ struct SymmetricKernel {
     const Call& call = params.call;
     const BlockState& state = shared.state();
     const Sequence& sequence = state.sequence;
-    const float weight = call.weights[state.n];
+    const float weight = weight_of(call, state.n);
     if (thread_index() == 0) *partial_of(params, state) = weight * value;
     const float factor = state.relation->student.scale * weight;
     const int width = state.relation->student.key.width, chunks = shared.chunks_s();
@@ -271,7 +274,7 @@ struct SymmetricKernel {
     float* out = state.relation->query_grad + (sequence.batch * call.positions * call.num_heads + state.head) * width;
     for (int item = thread_index(); item < sequence.length * chunks; item += thread_count()) {
       int i = item / chunks, chunk = item % chunks;
-      write_chunk(out + sequence.tokens[i] * stride, width, chunk, shared.grads(i) + chunk * shared.grads_plane(),
+      write_chunk(out + position_of(sequence, i) * stride, width, chunk, shared.grads(i) + chunk * shared.grads_plane(),
                   factor);
     }
   }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "launch_plan.h"
+#include "sequences.h"
 
 namespace minilm::cuda {
 namespace {
@@ -60,7 +61,8 @@ public:
   bool too_large() const { return static_cast<int64_t>(all_.size()) * slots_ > kMaxBlocks; }  // each block has a slot
 
   // Returns the launches in order. `scratch`: device memory of scratch_bytes() bytes.
-  std::vector<Launch> operator()(char* scratch) const {
+  // `weights`: factors of the relations in their sum, or null.
+  std::vector<Launch> operator()(char* scratch, const double* weights) const {
     const Call& call = call_;
     double* partials = reinterpret_cast<double*>(scratch);
     std::vector<Launch> launches;
@@ -84,13 +86,13 @@ public:
       launches.emplace_back(kernel, params, blocks, plan.warps * 32, plan.bytes);
     }
     add_row_wise(params, launches);
-    if (call.values) launches.push_back(reduction(partials));
+    if (call.values) launches.push_back(reduction(partials, weights));
     return launches;
   }
 
 private:
   bool may_be_symmetric(const Relation& relation) const {
-    return relation.self && call_.gradient && call_.weights && relation.teacher.scale >= 0 &&
+    return relation.self && call_.gradient && !call_.row_grads && relation.teacher.scale >= 0 &&
            relation.student.scale >= 0;
   }
   // Accurate exponentials are for float32 students, and for calls without gradient, which report the KL divergence
@@ -164,19 +166,22 @@ private:
     }
   }
 
-  Launch reduction(const double* partials) const {
+  Launch reduction(const double* partials, const double* weights) const {
     ReduceParams reduction{};
     reduction.call = call_;
     reduction.partials = partials - all_[0]->index * slots_;
     reduction.slots = slots_;
     reduction.symmetric_slots = symmetric_slots_;
     reduction.num_relations = static_cast<int32_t>(all_.size());
+    reduction.weighted = weights != nullptr;
+    reduction.accumulates = all_[0]->index > 0;
     for (size_t i = 0; i < all_.size(); ++i) {
+      if (weights) reduction.weight[i] = static_cast<float>(weights[all_[i]->index]);
       reduction.index[i] = all_[i]->index;
       reduction.symmetric[i] = is_symmetric(all_[i]);
       reduction.row_wise[i] = std::find(row_wise_.begin(), row_wise_.end(), all_[i]) != row_wise_.end();
     }
-    return {reduction_kernel(), reduction, reduction.num_relations, 256, 256};
+    return {reduction_kernel(), reduction, weights ? 1 : reduction.num_relations, 512, kScratchBytes};
   }
 
   const Call& call_;
@@ -190,6 +195,20 @@ template <class Body>
 void for_each_run(const Call& call, const Relation* relations, const DeviceProps& props, const Body& body) {
   for (int64_t first = 0; first < call.num_relations; first += kMaxRelations)
     body(Run(call, relations + first, std::min<int64_t>(kMaxRelations, call.num_relations - first), props));
+}
+
+// Launches kernels, or appends those that are not loaded to `missing`.
+const char* launch_all(const std::vector<Launch>& launches, int device, void* stream, std::string& missing) {
+  std::vector<std::string> not_loaded;
+  for (const Launch& launch : launches)
+    if (!is_loaded(device, launch.kernel) &&
+        std::find(not_loaded.begin(), not_loaded.end(), launch.kernel) == not_loaded.end())
+      not_loaded.push_back(launch.kernel);
+  for (const std::string& kernel : not_loaded) missing += (missing.empty() ? "" : "\n") + kernel;
+  if (!not_loaded.empty()) return nullptr;
+  for (const Launch& one : launches)
+    if (const char* error = launch(device, one, stream)) return error;
+  return nullptr;
 }
 
 }  // namespace
@@ -207,33 +226,51 @@ std::string unsupported_reason(const std::vector<Relation>& relations, bool grad
   return "";
 }
 
-int64_t scratch_bytes(const Call& call, const Relation* relations, const DeviceProps& props) {
+int64_t scratch_bytes(const Call& call, const Masks& masks, const Relation* relations, const DeviceProps& props) {
   int64_t most = 0;
   bool too_large = false;
   for_each_run(call, relations, props, [&](const Run& run) {
     most = std::max(most, run.scratch_bytes());
     too_large |= run.too_large();
   });
-  return too_large ? -1 : most;
+  return too_large ? -1 : Sequences(call, masks).bytes() + most;
 }
 
-const char* run(const Call& call, const Relation* relations, const DeviceProps& props, int device, void* stream,
-                void* scratch, std::string& missing) {
+const char* run(Call call, const Masks& masks, const double* weights, const Relation* relations,
+                const DeviceProps& props, int device, void* stream, void* scratch, std::string& missing) {
   std::vector<Launch> launches;
+  const Sequences sequences(call, masks);
+  sequences(call, static_cast<char*>(scratch), launches);
   for_each_run(call, relations, props, [&](const Run& run) {
-    for (Launch& launch : run(static_cast<char*>(scratch)))
+    for (Launch& launch : run(static_cast<char*>(scratch) + sequences.bytes(), weights))
       if (launch.blocks > 0) launches.push_back(std::move(launch));
   });
-  std::vector<std::string> not_loaded;
-  for (const Launch& launch : launches)
-    if (!is_loaded(device, launch.kernel) &&
-        std::find(not_loaded.begin(), not_loaded.end(), launch.kernel) == not_loaded.end())
-      not_loaded.push_back(launch.kernel);
-  for (const std::string& kernel : not_loaded) missing += (missing.empty() ? "" : "\n") + kernel;
-  if (!not_loaded.empty()) return nullptr;
-  for (const Launch& one : launches)
-    if (const char* error = launch(device, one, stream)) return error;
-  return nullptr;
+  return launch_all(launches, device, stream, missing);
+}
+
+const char* scale(const std::vector<ScaledOutput>& outputs, const std::vector<ScaledPart>& parts, const float* upstream,
+                  int64_t upstream_stride, int device, void* stream, std::string& missing) {
+  constexpr int64_t kThreads = 256, kItems = kThreads * 8;  // elements of a block; see ScaleKernel
+  std::vector<Launch> launches;
+  for (size_t next = 0; next < outputs.size();) {
+    ScaleParams params{};
+    params.upstream = upstream;
+    params.upstream_stride = upstream_stride;
+    int64_t blocks = 0;
+    int32_t used = 0;
+    while (next < outputs.size() && params.num_outputs < kMaxOutputs && used + outputs[next].num_parts <= kMaxParts) {
+      ScaledOutput output = outputs[next++];
+      std::copy_n(parts.begin() + output.first_part, output.num_parts, params.parts + used);
+      output.first_part = used;
+      output.first_block = blocks;
+      used += output.num_parts;
+      blocks += (output.numel + kItems - 1) / kItems;
+      params.outputs[params.num_outputs++] = output;
+    }
+    if (params.num_outputs == 0 || blocks > kMaxBlocks) return "too many gradients of a tensor, or too large ones";
+    if (blocks > 0) launches.emplace_back(scale_kernel(), params, blocks, static_cast<int>(kThreads), 0);
+  }
+  return launch_all(launches, device, stream, missing);
 }
 
 }  // namespace minilm::cuda

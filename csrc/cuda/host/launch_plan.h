@@ -20,6 +20,9 @@ std::string symmetric_kernel(const Relation& relation, bool causal);
 std::string row_stats_kernel(const Relation& relation, bool exact);
 std::string row_wise_kernel(const Relation& relation, bool gradient);
 inline const char* reduction_kernel() { return "reduce"; }
+inline const char* sequences_kernel() { return "sequences"; }
+inline const char* weights_kernel() { return "weights"; }
+inline const char* scale_kernel() { return "scale"; }
 
 struct SymmetricPlan {
   int tokens;  // capacity of a block; longer sequences take the row-wise path. 0 if not even one tile fits

@@ -72,6 +72,8 @@ def test_names_are_those_of_the_host_code(needed, widths, dtype_t, dtype_s):
                 found |= needed(lambda case=case, reduction=reduction: case.run(reduction, "cuda"))
             if not cross:
                 found |= needed(lambda case=case: _evaluate(case))
+    masked = replace(case, kwargs={"attention_mask": torch.ones(1, 5)})
+    found |= needed(lambda: masked.run("sequence", "cuda"))
     assert found == set(kernel_names(*widths, dtype_t, dtype_s))
 
 
@@ -100,12 +102,13 @@ def _loss(relations: list[tuple[str, str]], kwargs: dict, dtype, reduction: str,
     ids=["full", "padded", "causal", "packed"],
 )
 @pytest.mark.parametrize("props", [(90, 232448, 233472), (80, 30000, 31000)], ids=["symmetric", "row-wise"])
-def test_a_loss_of_one_shape_needs_at_most_five_kernels(needed, props, kwargs, dtype):
+def test_a_loss_of_one_shape_needs_at_most_eight_kernels(needed, props, kwargs, dtype):
     for relations in ([("q", "q"), ("k", "k"), ("v", "v")], [("q", "k"), ("v", "v")]):
         for reduction in ("sequence", "none"):
             for gradient in (True, False):
                 call = _loss(relations, kwargs, DTYPES[dtype], reduction, gradient)
-                assert 0 < len(needed(call, *props)) <= 5
+                names = needed(call, *props)
+                assert 0 < len(names - set(cuda_compiler.SHARED)) <= 4
 
 
 @pytest.fixture(scope="module")

@@ -150,9 +150,8 @@ def _launch_everything(heads: int, token_shape, widths=(16, 8), relations=((0, 0
     """
     teacher, student = (torch.zeros(*token_shape, 3, heads, width, dtype=torch.bfloat16).unbind(-3) for width in widths)
     inputs = RelationInputs(teacher, student, relations, Mask(token_shape, torch.device("cpu"), **mask))
-    weights = inputs.mask.sequence_weights("sequence", heads, torch.float32)
     for with_gradient in (False, True):
-        triton_backend.forward_reduced(inputs, weights, with_gradient)
+        triton_backend.forward_reduced(inputs, "sequence", with_gradient)
     rows = triton_backend.forward_none(inputs)
     triton_backend.backward_none(inputs, rows)
 
@@ -266,8 +265,7 @@ def test_the_host_never_waits(mask, monkeypatch):
         relations = [(0, 0), (1, 1), (2, 2), (0, 1), (1, 0)]
         problem = RelationInputs(teacher, student, relations, Mask(token_shape, torch.device("cpu"), **mask))
         for gradient in (False, True):
-            weights = problem.mask.sequence_weights("sequence", 3, torch.float32)
-            values, grads = triton_backend.forward_reduced(problem, weights, gradient)
+            values, grads = triton_backend.forward_reduced(problem, "sequence", gradient)
             assert values.shape == (5,)
             assert len(grads) == (7 if gradient else 0)
         rows = triton_backend.forward_none(problem)

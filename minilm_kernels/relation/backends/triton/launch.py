@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilm_kernels._choices import Reduction
 from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
 from minilm_kernels.relation.masks import add_fault
 
@@ -61,9 +62,9 @@ def unsupported_reasons(inputs: RelationInputs) -> list[str]:
     return reasons
 
 
-def forward_reduced(inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+def forward_reduced(inputs: RelationInputs, reduction: Reduction, gradient: bool) -> tuple[Tensor, list[Tensor]]:
     call = _Call(inputs)
-    weights = add_fault(weights, call.fault)
+    weights = add_fault(inputs.mask.sequence_weights(reduction, inputs.heads, inputs.dtype), call.fault)
     values: list[Tensor] = [weights] * len(inputs.relations)  # placeholders; every group replaces its own values
     grads = call.new_gradients() if gradient else {}
     for group in call.groups() if call.has_tiles else []:
@@ -77,8 +78,9 @@ def forward_reduced(inputs: RelationInputs, weights: Tensor, gradient: bool) -> 
         for value, r in zip(sums, group.relations, strict=True):
             values[r] = value
     if not call.has_tiles:
-        return add_fault(call.new((len(values),)).zero_(), call.fault), list(grads.values())
-    return (torch.stack(values).sum(-1) * weights).sum(-1).clamp_(min=0.0), list(grads.values())
+        return inputs.total(add_fault(call.new((len(values),)).zero_(), call.fault)), list(grads.values())
+    totals = (torch.stack(values).sum(-1) * weights).sum(-1).clamp_(min=0.0)
+    return inputs.total(totals), list(grads.values())
 
 
 def forward_none(inputs: RelationInputs) -> Tensor:

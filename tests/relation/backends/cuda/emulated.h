@@ -294,6 +294,17 @@ inline uint32_t pack_bfloat16(float low, float high) {
   };
   return round(low) | round(high) << 16;
 }
+inline uint32_t pack_float16(float low, float high) {
+  auto round = [](float x) -> uint32_t {
+    const uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return 0x7fffu;
+    if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and more
+    // Subnormal float16 are multiples of 2^-24; the sum rounds to them.
+    if (magnitude < 0x38800000u) return sign | (as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f));
+    return sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  };
+  return round(low) | round(high) << 16;
+}
 
 namespace emulation {
 struct MatrixRegisters {
