@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from minilm_kernels.relation.backends.triton import gradient, primitives, row_kl, row_stats
+from minilm_kernels.relation.backends.triton import gradient, primitives, row_kl, row_stats, unordered
 from minilm_kernels.relation.backends.triton.config import (
     FINALIZE_BLOCK,
     FUSION,
@@ -45,6 +45,11 @@ def variants(arch: int = 90) -> Iterator[TritonVariant]:
         yield from variants_of(dtype, 16, 8, "self", arch, per_head_kernels=True)
         for widths in ((12, 6), (64, 32), (128, 128)):
             yield from variants_of(dtype, *widths, "self", arch)
+        if dtype != "float32":
+            yield from variants_of(dtype, 16, 8, "self unordered", arch, per_head_kernels=True)
+            yield from variants_of(dtype, 12, 6, "self unordered", arch)
+            yield from variants_of(dtype, 16, 8, "self unordered packed causal", arch)
+            yield from variants_of(dtype, 16, 8, "self unordered padded prefix", arch)
         for group in ("self rows", "self packed causal", "self padded prefix", "cross", "cross padded prefix rows"):
             yield from variants_of(dtype, 16, 8, group, arch)
 
@@ -58,8 +63,8 @@ def variants_of(
         dtype: dtype of teacher and student.
         d_t: head width of the teacher.
         d_s: head width of the student.
-        group: words that describe the call: "self" or "cross", "packed", "padded", "causal", "prefix", and "rows" for
-            `reduction="none"`.
+        group: words that describe the call: "self" or "cross", "packed", "padded", "causal", "prefix", "rows" for
+            `reduction="none"`, and "unordered" for the kernels of unordered pairs.
         arch: compute capability, such as 90.
         per_head_kernels: also yield the kernels whose work does not grow with the number of pairs.
     """
@@ -91,6 +96,8 @@ def variants_of(
         "SHIFT": 14.0 if dtype == "float16" else 0.0,
         "ROW_WEIGHTS": rows,
         "SELF_RELATION": self_relation,
+        "ONLY_WIDE": False,
+        "DG": 8 if d_s <= 8 else 16,
     }
     if not padded:
         constants["indices"] = None
@@ -154,6 +161,36 @@ def variants_of(
         given |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         return variant(name, fn, given, config.options, (loop,))
 
+    def unordered_variant(name: str, fn: Any) -> TritonVariant:
+        config = LaunchConfig.unordered(name.removeprefix("unordered "), 512)
+        tile = config.block_m * config.block_n
+        # At S = 512, of whole strips. The loops are compiled again for the smaller strips at the sequence's end.
+        diagonal = config.block_m / 512
+        features = padded_width(d_t) + padded_width(d_s)
+        products = 8 if d_s <= 8 else 16
+        macs = tile * (features + (2 * products if "gradient" in name else 0))
+        macs_on_diagonal = tile * (features + (products if "gradient" in name else 0))
+        loops = (
+            SourceLoop(
+                name,
+                2 * tile / (1 - diagonal),
+                2 * tile,
+                macs,
+                "unordered",
+                (512 - config.block_m) / 2 / config.block_n,
+            ),
+            SourceLoop(
+                "diagonal", tile / diagonal, 2 * tile, macs_on_diagonal, "diagonal", config.block_m / config.block_n
+            ),
+        )
+        return variant(name, fn, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}, config.options, loops)
+
+    if "unordered" in words:
+        if per_head_kernels:
+            yield variant("pivot", row_stats.pivot_kernel, {"BLOCK": PIVOT_BLOCK}, FUSION)
+        yield unordered_variant("unordered sums", unordered.unordered_sums_kernel)
+        yield unordered_variant("unordered gradient", unordered.unordered_gradient_kernel)
+        return
     if per_head_kernels:
         yield variant("pivot", row_stats.pivot_kernel, {"BLOCK": PIVOT_BLOCK}, FUSION)
     training_kl = {"COMPUTE_KL": not rows} | ({"kl_rows": None} if rows else {})

@@ -88,6 +88,20 @@ class LaunchConfig:
         return cls(64, 32, 4, 1)  # gradient, sm_90, (16, 8): 12.1 slots, 112 registers; in two stages 14 slots
 
     @classmethod
+    def unordered(cls, kernel: str, longest: int) -> LaunchConfig:
+        """Returns the configuration of a kernel of unordered pairs, "sums" or "gradient".
+
+        Heads that run at the same time must fit into the L2 cache. Longer sequences therefore get programs of more
+        warps, of which fewer run at once. Without a limit of registers, two stages would take 255 of them.
+
+        Args:
+            kernel: name of the kernel.
+            longest: the greatest length of a sequence.
+        """
+        warps = 1 if longest < 1024 else 2 if longest < 2048 else 4
+        return cls(64 * warps, 16, warps, 2, 144 if kernel == "sums" else 168)
+
+    @classmethod
     def for_interpreter(cls, positions: int, packed: bool) -> LaunchConfig:
         """Returns tile sizes for Triton's interpreter, whose time per loop iteration hardly depends on their size."""
-        return cls(32, 16, 4, 1) if positions <= 300 or packed else cls(512, 512, 4, 1)
+        return cls(32, 16, 4, 1) if positions <= 300 or packed else cls(512, 256, 4, 1)

@@ -73,7 +73,7 @@ def forward_reduced(inputs: RelationInputs, weights: Tensor, gradient: bool) -> 
             group.row_kl(kl_rows, None)
         sums = group.finalize(kl_rows, gradient)
         if gradient:
-            group.gradients(weights.contiguous(), False, grads)
+            group.gradients(weights.contiguous(), grads, (kl_rows, sums))
         for value, r in zip(sums, group.relations, strict=True):
             values[r] = value
     if not call.has_tiles:
@@ -99,7 +99,7 @@ def backward_none(inputs: RelationInputs, row_grads: Tensor) -> list[Tensor]:
         weights = group.new_row_stats()
         group.row_stats(None)
         group.finalize(None, True, row_grads, weights)
-        group.gradients(weights, True, grads)
+        group.gradients(weights, grads)
     return list(grads.values())
 
 
@@ -220,9 +220,32 @@ class _Group:
             "stats_head_stride16": self.head_stride16,
             "stats_seq_stride16": seq_stride16,
         }
+        self.unordered = self._has_unordered_kernels()
         self.stats = {name: self.new_row_stats() for name in ("sum_t", "sum_s", "pivot_t", "pivot_s")}
         # (R, N, A, 4): teacher's pivot, student's pivot, 1 if they are shared, largest row weight.
         self.head_stats = call.new((len(relations), call.sequences, inputs.heads, 4))
+
+    def _has_unordered_kernels(self) -> bool:
+        """Returns whether reduced losses use the kernels of unordered pairs for the heads that have a shared pivot."""
+        call, d_s = self.call, self.operands["D_S"]
+        if not self.self_relation or min(self.scale_t, self.scale_s) <= 0:
+            return False
+        if max(self.operands["DP_T"], self.operands["DP_S"]) > 16 or call.positions * call.inputs.heads * d_s >= 2**31:
+            return False
+        if not interpreted() and max(self.teacher[0].itemsize, self.student[0].itemsize) > 2:
+            return False
+        # A GPU is full with about 12 warps of these kernels per multiprocessor. With fewer than 7, the square kernels
+        # are faster (estimates): they take 1.8 times the time, but have a program for every tile.
+        programs = len(self.relations) * call.sequences * call.inputs.heads
+        warps = programs * self._unordered_config("gradient").num_warps
+        return warps >= 7 * _multiprocessors(call.inputs.mask.device)
+
+    def _unordered_config(self, kernel: str) -> LaunchConfig:
+        mask = self.call.inputs.mask
+        longest = mask.max_seqlen if mask.max_seqlen is not None else self.call.total // self.call.sequences
+        return (
+            LaunchConfig.for_interpreter(longest, False) if interpreted() else LaunchConfig.unordered(kernel, longest)
+        )
 
     def new_row_stats(self) -> Tensor:
         """Allocates one float32 per row, (R, A, rows)."""
@@ -231,15 +254,20 @@ class _Group:
     def row_stats(self, kl_rows: Tensor | None) -> None:
         """Computes the statistics of all rows. If `kl_rows` is given, writes the rows' KL in its training form."""
         from .row_stats import pivot_kernel, row_stats_kernel
+        from .unordered import unordered_sums_kernel
 
         if self.self_relation:
             self._launch_heads(pivot_kernel, PIVOT_BLOCK, **self.operands)
+        unordered = self.unordered and kl_rows is not None
+        if unordered:
+            self._launch_unordered(unordered_sums_kernel, "sums", kl_rows=kl_rows)
         self._launch_tiles(
             row_stats_kernel,
             "row_stats",
             head_stats=self.head_stats,
             kl_rows=kl_rows,
             SELF_RELATION=self.self_relation,
+            ONLY_WIDE=unordered,
             COMPUTE_KL=kl_rows is not None,
         )
 
@@ -276,10 +304,35 @@ class _Group:
         )
         return values
 
-    def gradients(self, weights: Tensor, row_weights: bool, grads: dict[tuple[int, int], Tensor]) -> None:
-        """Fills the gradient buffers of the group's relations."""
-        from .gradient import KEY, QUERY, SELF, gradient_kernel
+    def gradients(
+        self, weights: Tensor, grads: dict[tuple[int, int], Tensor], reduced: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Fills the gradient buffers of the group's relations.
 
+        Args:
+            weights: of sequences, (N,), if the loss is reduced, otherwise of rows.
+            grads: the buffers.
+            reduced: `kl_rows` and the result of `finalize`, if the loss is reduced. Kernels of unordered pairs find the
+                values of their heads together with the gradients, and write them to the result.
+        """
+        from .gradient import KEY, QUERY, SELF, gradient_kernel
+        from .unordered import unordered_gradient_kernel
+
+        unordered = self.unordered and reduced is not None
+        if unordered:
+            kl_rows, values = reduced  # type: ignore[misc]
+            d_s = self.operands["D_S"]
+            self._launch_unordered(
+                unordered_gradient_kernel,
+                "gradient",
+                kl_rows=kl_rows,
+                values=values,
+                weights=weights,
+                out=tuple(grads[r, self.call.inputs.relations[r][0]] for r in self.relations),
+                gradient_scale=self.scale_s * 2.0**-self._shift,
+                DG=8 if d_s <= 8 else 16,
+                SHIFT=self._shift,
+            )
         for role in (SELF,) if self.self_relation else (QUERY, KEY):
             owned = (self.call.inputs.relations[r][role.value == KEY.value] for r in self.relations)
             sums = [grads[r, m] for r, m in zip(self.relations, owned, strict=True)]
@@ -292,7 +345,8 @@ class _Group:
                 weights=weights,
                 out=tuple(outs),
                 ROLE=role.value,
-                ROW_WEIGHTS=row_weights,
+                ROW_WEIGHTS=reduced is None,
+                ONLY_WIDE=unordered,
                 gradient_scale=self.scale_s * 2.0**-self._shift,
             )
             if group > 1:
@@ -308,6 +362,18 @@ class _Group:
     def _shift(self) -> float:
         """Exponent of a factor that keeps the gradient's float16 operands (about 1 / length, at most 2) in range."""
         return 14.0 if self.student[0].dtype == torch.float16 else 0.0
+
+    def _launch_unordered(self, kernel: Any, name: str, **arguments: Any) -> None:
+        """Launches one program per relation, sequence and head, which visits its unordered pairs."""
+        config = self._unordered_config(name)
+        arguments |= {
+            **self.operands,
+            **self.stats,
+            "head_stats": self.head_stats,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+        }
+        self._start(kernel, self.head_stats[..., 0].numel(), arguments, config.options)
 
     def _launch_heads(self, kernel: Any, block: int, **arguments: Any) -> None:
         """Launches one program per relation, sequence and head. A program takes `block` rows at a time."""
@@ -348,6 +414,12 @@ class _Group:
         available = {**self.sizes, **self.call.mask_arguments, **self.call.mask_constants, **arguments}
         with _device_of(self.head_stats):
             kernel[(programs,)](**{name: available[name] for name in kernel.arg_names if name in available}, **options)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """Returns the number of multiprocessors of a GPU; 0 for the CPU, in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def tile_map(cu_seqlens: Tensor, total: int, block: int) -> Tensor:

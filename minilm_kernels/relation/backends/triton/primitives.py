@@ -350,6 +350,15 @@ def rowwise_dot(x, y):
 
 
 @triton.jit
+def log_ratio(l_t, l_s):
+    """Returns log(l_s / l_t) as 2 artanh(r): near r = 0, where KL is small, the error of log2 would be too large."""
+    r = (l_s - l_t) / (l_s + l_t)
+    r2 = r * r
+    series = 2.0 * r * (1.0 + r2 * (1 / 3 + r2 * (1 / 5 + r2 * (1 / 7))))
+    return tl.where(r2 < 0.01, series, LN2 * (tl.log2(l_s) - tl.log2(l_t)))
+
+
+@triton.jit
 def sees(i, j, prefix):
     """Returns whether row i sees key j under a causal or prefix mask."""
     return (j <= i) | (j < prefix)

@@ -19,6 +19,7 @@ from .primitives import (
     key_tiles,
     load_models,
     load_tile,
+    log_ratio,
     output_offset,
     partial_sums,
     row_offset,
@@ -80,9 +81,13 @@ def pivot_kernel(
     max_s = tl.max(high_s, 0)
     nonnegative = (min_t >= 0.0) & (min_s >= 0.0)
     shared_pivot = nonnegative & (max_t - min_t <= _SHARED_PIVOT_RANGE) & (max_s - min_s <= _SHARED_PIVOT_RANGE)
+    pivot_t = tl.floor(0.5 * (min_t + max_t))
+    pivot_s = tl.floor(0.5 * (min_s + max_s))
+    # Models with like scores get equal pivots. Otherwise a bit per row would have to cancel in a small KL.
+    pivot_s = tl.where(tl.abs(pivot_s - pivot_t) < 1.5, pivot_t, pivot_s)
     head_stats += tl.program_id(0) * 4
-    tl.store(head_stats, tl.where(shared_pivot, tl.floor(0.5 * (min_t + max_t)), 0.0))
-    tl.store(head_stats + 1, tl.where(shared_pivot, tl.floor(0.5 * (min_s + max_s)), 0.0))
+    tl.store(head_stats, tl.where(shared_pivot, pivot_t, 0.0))
+    tl.store(head_stats + 1, tl.where(shared_pivot, pivot_s, 0.0))
     tl.store(head_stats + 2, shared_pivot.to(tl.float32))
 
 
@@ -140,13 +145,13 @@ def row_stats_kernel(
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr,
     SLICED_T: tl.constexpr, SLICED_S: tl.constexpr, GROUP_T: tl.constexpr, GROUP_S: tl.constexpr,
     PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, MASK: tl.constexpr, SELF_RELATION: tl.constexpr,
-    COMPUTE_KL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ONLY_WIDE: tl.constexpr, COMPUTE_KL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Writes pivot and sum of every row and, with COMPUTE_KL, its KL in the form that training uses.
 
     A row's pivot is the shared pivot of its head (`pivot_kernel`) or, if there is none, the row's self score. Every row
     sees its own position, with any mask, so no sum underflows and no running maximum is needed. If a sum overflows, the
-    program repeats its tile with a running maximum.
+    program repeats its tile with a running maximum. With ONLY_WIDE, heads with a shared pivot are left out.
     """
     program = tile_program(
         heads, sequences, positions, total, tiles, starts, prefixes, tile_map, BLOCK_M, PACKED, HAS_INDICES, MASK
@@ -155,6 +160,11 @@ def row_stats_kernel(
     start = program.start
     if start >= length:
         return
+    if SELF_RELATION:
+        head_stats += head_offset(program, heads, sequences)
+    if ONLY_WIDE:  # noqa: SIM102 - `and` would load
+        if tl.load(head_stats + 2) > 0.5:
+            return
     LAYOUT_T: tl.constexpr = (D_T, DP_T, ALIGN_T, SLICED_T, GROUP_T)
     LAYOUT_S: tl.constexpr = (D_S, DP_S, ALIGN_S, SLICED_S, GROUP_S)
     if HAS_INDICES:
@@ -167,7 +177,6 @@ def row_stats_kernel(
     own_pivot_t = _self_score(t, program, q_position, LAYOUT_T, BLOCK_M)
     own_pivot_s = _self_score(s, program, q_position, LAYOUT_S, BLOCK_M)
     if SELF_RELATION:
-        head_stats += head_offset(program, heads, sequences)
         shared_pivot = tl.load(head_stats + 2) > 0.5
         own_pivot_t = tl.where(shared_pivot, tl.load(head_stats), own_pivot_t)
         own_pivot_s = tl.where(shared_pivot, tl.load(head_stats + 1), own_pivot_s)
@@ -227,12 +236,7 @@ def row_stats_kernel(
     tl.store(pivot_t + row, own_pivot_t, mask=in_bounds)
     tl.store(pivot_s + row, own_pivot_s, mask=in_bounds)
     if COMPUTE_KL:
-        # log(l_s / l_t) as 2 artanh(r): near r = 0, where KL is small, the error of log2 would be too large.
-        r = (l_s - l_t) / (l_s + l_t)
-        r2 = r * r
-        series = 2.0 * r * (1.0 + r2 * (1 / 3 + r2 * (1 / 5 + r2 * (1 / 7))))
-        log_ratio = tl.where(r2 < 0.01, series, LN2 * (tl.log2(l_s) - tl.log2(l_t)))
-        tl.store(kl_rows + row, log_ratio - LN2 * (v / l_t), mask=in_bounds)
+        tl.store(kl_rows + row, log_ratio(l_t, l_s) - LN2 * (v / l_t), mask=in_bounds)
 
 
 @triton.jit(**UNSPECIALIZED)
