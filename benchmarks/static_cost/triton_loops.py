@@ -12,6 +12,7 @@ from minilm_kernels.relation.backends.triton.config import (
     FINALIZE_BLOCK,
     FUSION,
     PIVOT_BLOCK,
+    TOTAL_BLOCK,
     LaunchConfig,
     padded_width,
     sliced,
@@ -96,7 +97,6 @@ def variants_of(
         "SHIFT": 14.0 if dtype == "float16" else 0.0,
         "ROW_WEIGHTS": rows,
         "SELF_RELATION": self_relation,
-        "ONLY_WIDE": False,
         "DG": 8 if d_s <= 8 else 16,
     }
     if not padded:
@@ -114,7 +114,7 @@ def variants_of(
         **dict.fromkeys(("scale_t", "scale_s", "gradient_scale"), "fp32"),
         **dict.fromkeys(primitives.UNSPECIALIZED["do_not_specialize"], "i32"),
         **dict.fromkeys(("sum_t", "sum_s", "pivot_t", "pivot_s"), "*fp32"),
-        **dict.fromkeys(("kl_rows", "values", "head_stats", "weights"), "*fp32"),
+        **dict.fromkeys(("kl_rows", "values", "losses", "head_stats", "weights"), "*fp32"),
         **dict.fromkeys(("row_grads", "rows_out"), "*fp32"),
         "out": ("*fp32",) * 3,
         **dict.fromkeys(("indices", "prefixes", "tile_map"), "*i64"),
@@ -161,35 +161,40 @@ def variants_of(
         given |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         return variant(name, fn, given, config.options, (loop,))
 
-    def unordered_variant(name: str, fn: Any) -> TritonVariant:
-        config = LaunchConfig.unordered(name.removeprefix("unordered "), 512)
+    def unordered_variant(longest: int) -> TritonVariant:
+        config = LaunchConfig.unordered(longest)
         tile = config.block_m * config.block_n
-        # At S = 512, of whole strips. The loops are compiled again for the smaller strips at the sequence's end.
-        diagonal = config.block_m / 512
+        # The loops are compiled again for the smaller strips at the sequence's end and for wide heads.
+        diagonal = config.block_m / longest
         features = padded_width(d_t) + padded_width(d_s)
         products = 8 if d_s <= 8 else 16
-        macs = tile * (features + (2 * products if "gradient" in name else 0))
-        macs_on_diagonal = tile * (features + (products if "gradient" in name else 0))
-        loops = (
-            SourceLoop(
-                name,
-                2 * tile / (1 - diagonal),
-                2 * tile,
-                macs,
-                "unordered",
-                (512 - config.block_m) / 2 / config.block_n,
-            ),
-            SourceLoop(
-                "diagonal", tile / diagonal, 2 * tile, macs_on_diagonal, "diagonal", config.block_m / config.block_n
-            ),
-        )
-        return variant(name, fn, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}, config.options, loops)
+
+        def loops_of(phase: str, products: int) -> tuple[SourceLoop, SourceLoop]:
+            trips = (longest - config.block_m) / 2 / config.block_n
+            macs = tile * (features + 2 * products)
+            macs_on_diagonal = tile * (features + products)
+            on_diagonal = f"{phase}_diagonal"
+            return (
+                SourceLoop(phase, 2 * tile / (1 - diagonal), 2 * tile, macs, phase, trips),
+                SourceLoop(
+                    on_diagonal,
+                    tile / diagonal,
+                    2 * tile,
+                    macs_on_diagonal,
+                    on_diagonal,
+                    config.block_m / config.block_n,
+                ),
+            )
+
+        given = {"WARPS": config.num_warps, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        given |= {"SUMS": True, "INVERSES": True, "GRADIENT": True, "SPLIT": False}
+        loops = loops_of("sums", 0) + loops_of("gradients", products)
+        return variant("unordered", unordered.unordered_kernel, given, config.options, loops)
 
     if "unordered" in words:
+        yield unordered_variant(next((int(word) for word in words if word.isdigit()), 512))
         if per_head_kernels:
-            yield variant("pivot", row_stats.pivot_kernel, {"BLOCK": PIVOT_BLOCK}, FUSION)
-        yield unordered_variant("unordered sums", unordered.unordered_sums_kernel)
-        yield unordered_variant("unordered gradient", unordered.unordered_gradient_kernel)
+            yield variant("total", unordered.total_kernel, {"BLOCK": TOTAL_BLOCK}, FUSION)
         return
     if per_head_kernels:
         yield variant("pivot", row_stats.pivot_kernel, {"BLOCK": PIVOT_BLOCK}, FUSION)
