@@ -43,15 +43,18 @@ class TritonVariant:
 def variants(arch: int = 90) -> Iterator[TritonVariant]:
     """Yields the variants of each dtype: narrow and wide heads, each mask, self and cross relations."""
     for dtype in _DTYPES:
-        yield from variants_of(dtype, 16, 8, "self", arch, per_head_kernels=True)
-        for widths in ((12, 6), (64, 32), (128, 128)):
-            yield from variants_of(dtype, *widths, "self", arch)
-        if dtype != "float32":
+        yield from variants_of(dtype, 64, 32, "self", arch, per_head_kernels=True)
+        yield from variants_of(dtype, 128, 128, "self", arch)
+        if dtype == "float32":
+            for group in ("self", "self packed causal", "self padded prefix"):
+                yield from variants_of(dtype, 16, 8, group, arch)
+            yield from variants_of(dtype, 12, 6, "self", arch)
+        else:
             yield from variants_of(dtype, 16, 8, "self unordered", arch, per_head_kernels=True)
             yield from variants_of(dtype, 12, 6, "self unordered", arch)
-            yield from variants_of(dtype, 16, 8, "self unordered packed causal", arch)
-            yield from variants_of(dtype, 16, 8, "self unordered padded prefix", arch)
-        for group in ("self rows", "self packed causal", "self padded prefix", "cross", "cross padded prefix rows"):
+            for words in ("packed causal", "padded prefix", "split", "1024", "2048"):
+                yield from variants_of(dtype, 16, 8, f"self unordered {words}", arch)
+        for group in ("self rows", "cross", "cross padded prefix rows"):
             yield from variants_of(dtype, 16, 8, group, arch)
 
 
@@ -65,7 +68,8 @@ def variants_of(
         d_t: head width of the teacher.
         d_s: head width of the student.
         group: words that describe the call: "self" or "cross", "packed", "padded", "causal", "prefix", "rows" for
-            `reduction="none"`, and "unordered" for the kernels of unordered pairs.
+            `reduction="none"`, "unordered" for the kernel of unordered pairs, "1024" and "2048" for that many tokens
+            instead of 512, and "split" for few heads.
         arch: compute capability, such as 90.
         per_head_kernels: also yield the kernels whose work does not grow with the number of pairs.
     """
@@ -163,38 +167,34 @@ def variants_of(
         given |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         return variant(name, fn, given, config.options, (loop,))
 
-    def unordered_variant(longest: int) -> TritonVariant:
-        config = LaunchConfig.unordered(longest)
+    def unordered_variants(longest: int, split: bool) -> Iterator[TritonVariant]:
+        config = LaunchConfig.unordered(longest, mask.value == primitives.BIDIRECTIONAL.value, arch)
         tile = config.block_m * config.block_n
         # The loops are compiled again for the smaller strips at the sequence's end and for wide heads.
         diagonal = config.block_m / longest
-        features = padded_width(d_t) + padded_width(d_s)
-        products = 8 if d_s <= 8 else 16
 
-        def loops_of(phase: str, products: int) -> tuple[SourceLoop, SourceLoop]:
+        def loops_of(phase: str, products: int) -> tuple[SourceLoop, ...]:
+            """The loop over tiles of earlier tokens, and the loop over the diagonal."""
+            macs = padded_width(d_t) + padded_width(d_s) + products
             trips = (longest - config.block_m) / 2 / config.block_n
-            macs = tile * (features + 2 * products)
-            macs_on_diagonal = tile * (features + products)
             on_diagonal = f"{phase}_diagonal"
             return (
-                SourceLoop(phase, 2 * tile / (1 - diagonal), 2 * tile, macs, phase, trips),
+                SourceLoop(phase, 2 * tile / (1 - diagonal), 2 * tile, tile * (macs + products), phase, trips),
                 SourceLoop(
-                    on_diagonal,
-                    tile / diagonal,
-                    2 * tile,
-                    macs_on_diagonal,
-                    on_diagonal,
-                    config.block_m / config.block_n,
+                    on_diagonal, tile / diagonal, 2 * tile, tile * macs, on_diagonal, config.block_m / config.block_n
                 ),
             )
 
-        given = {"WARPS": config.num_warps, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-        given |= {"SUMS": True, "INVERSES": True, "GRADIENT": True, "SPLIT": False}
-        loops = loops_of("sums", 0) + loops_of("gradients", products)
-        return variant("unordered", unordered.unordered_kernel, given, config.options, loops)
+        loops = {"SUMS": loops_of("sums", 0), "INVERSES": (), "GRADIENT": loops_of("gradients", 8 if d_s <= 8 else 16)}
+        given = {"WARPS": config.num_warps, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT": split}
+        for phases in [[phase] for phase in loops] if split else [list(loops)]:
+            name = f"unordered {phases[0].lower()}" if split else "unordered"
+            flags = {phase: phase in phases for phase in loops}
+            declared = tuple(loop for phase in phases for loop in loops[phase])
+            yield variant(name, unordered.unordered_kernel, given | flags, config.options, declared)
 
     if "unordered" in words:
-        yield unordered_variant(next((int(word) for word in words if word.isdigit()), 512))
+        yield from unordered_variants(next((int(word) for word in words if word.isdigit()), 512), "split" in words)
         if per_head_kernels:
             absent = {"relation_weights": None, "ADD": False}
             yield variant("total", unordered.total_kernel, absent | {"BLOCK": TOTAL_BLOCK}, FUSION)

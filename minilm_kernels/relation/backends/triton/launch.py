@@ -376,9 +376,14 @@ class _Group:
         call = self.call
         mask = call.inputs.mask
         longest = mask.max_seqlen if mask.max_seqlen is not None else call.total // call.sequences
-        config = LaunchConfig.for_interpreter(longest, False) if interpreted() else LaunchConfig.unordered(longest)
+        processors, arch = _gpu(mask.device)
+        config = (
+            LaunchConfig.for_interpreter(longest, False)
+            if interpreted()
+            else LaunchConfig.unordered(longest, mask.bidirectional, arch)
+        )
         # If there are few heads, several programs share each of them, at most one for each strip.
-        wanted = FULL_GPU * _multiprocessors(mask.device) // (self.programs * config.num_warps)
+        wanted = FULL_GPU * processors // (self.programs * config.num_warps)
         parts = max(1, min(wanted, -(-longest // config.block_m)))
         copies = parts if parts > 1 else 0
         filled = [grads[r, call.inputs.relations[r][0]] for r in self.relations]
@@ -556,9 +561,12 @@ class _Group:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
-    """Returns the number of multiprocessors of a GPU; 0 for the CPU, in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """Returns the number of multiprocessors of a GPU and its compute capability, such as 90; zeros for the CPU."""
+    if device.type != "cuda":
+        return 0, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, 10 * properties.major + properties.minor
 
 
 def tile_map(cu_seqlens: Tensor, total: int, block: int) -> Tensor:
