@@ -6,7 +6,7 @@ Only `Mask.dense` builds a tensor of size S×S; the reference backend uses it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import prod
@@ -42,11 +42,6 @@ def has_values(x: Tensor) -> bool:
         return False
     functorch = torch._C._functorch
     return not (functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x))
-
-
-def add_fault(x: Tensor, fault: Tensor | None) -> Tensor:
-    """Returns x plus the fault of `Mask.sanitize_bounds`: NaN if `cu_seqlens` is malformed, otherwise x itself."""
-    return x if fault is None else x + fault
 
 
 @dataclass(frozen=True)
@@ -178,32 +173,6 @@ class Mask:
             return (1 / (heads * counts.sum().clamp(min=1).to(dtype))).expand(counts.shape)
         nonempty = (counts > 0).sum().clamp(min=1).to(dtype)
         return 1 / (heads * nonempty * counts.clamp(min=1).to(dtype))
-
-    def sanitize_bounds(self) -> tuple[Mask, Tensor | None]:
-        """Returns a mask whose `cu_seqlens` is safe to index with, and a fault. Does not wait for the device.
-
-        The fault is 0 if `cu_seqlens` is well-formed and NaN if it is malformed. `add_fault` adds it to the results. If
-        `cu_seqlens` is malformed, the returned mask has N sequences of about T / N tokens and all rows count, so that
-        every token gets a (NaN) result and no access is out of bounds. For dense inputs, the mask itself and None are
-        returned.
-        """
-        if self.cu_seqlens is None or self.num_sequences == 0:
-            return self, None
-        sequences, total = self.num_sequences, self.token_shape[0]
-        bounds = self.cu_seqlens.long()
-        lengths = bounds.diff()
-        shortest, longest = lengths.aminmax()
-        malformed = (bounds[0] != 0) | (bounds[-1] != total) | (shortest < 0)
-        if self.max_seqlen is not None:
-            malformed |= longest > self.max_seqlen
-        even = torch.arange(sequences + 1, device=self.device) * total // sequences
-        mask = replace(
-            self,
-            cu_seqlens=torch.where(malformed, even, bounds).to(self.cu_seqlens.dtype),
-            max_seqlen=None if self.max_seqlen is None else max(self.max_seqlen, -(-total // sequences)),
-            query_mask=None if self.query_mask is None else (self.query_mask != 0) | malformed,
-        )
-        return mask, torch.zeros((), dtype=torch.float32, device=self.device).masked_fill(malformed, torch.nan)
 
     def check_packing(self) -> None:
         """Checks the shape of `cu_seqlens` and, on a CPU, its values. On an accelerator, reading them would wait."""

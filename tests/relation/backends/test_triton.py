@@ -312,10 +312,10 @@ def test_launches_of_a_loss(monkeypatch, few):
     """Forward and gradient of a loss of three narrow self relations are two launches; few heads take two more."""
     launches = []
     monkeypatch.setattr(triton_backend, "_gpu", lambda _device: (99 if few else 0, 90))
-    monkeypatch.setattr(triton_backend._Group, "_start", lambda self, kernel, *_: launches.append(kernel.__name__))
+    monkeypatch.setattr(triton_backend, "_start", lambda _device, kernel, *_: launches.append(kernel.__name__))
     teacher, student = ([torch.zeros(2, 131, 4, width, dtype=torch.float16)] * 3 for width in (16, 8))
     inputs = RelationInputs(teacher, student, [(0, 0), (1, 1), (2, 2)], Mask((2, 131), torch.device("cpu")))
-    triton_backend.forward_reduced(inputs, torch.ones(2), True)
+    triton_backend.forward_reduced(inputs, "sequence", True)
     assert launches == ["unordered_kernel"] * (3 if few else 1) + ["total_kernel"]
 
 
