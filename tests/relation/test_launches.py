@@ -149,8 +149,8 @@ def test_gradients_of_several_relations_take_one_launch(kernels, unread):
     launched, backend = kernels
     teacher, student = _models({})
     relations = {"qq": 1.0, "qk": 1.0, "vq": 1.0, "kv": 1.0}
+    upstream = torch.ones(())
     for loss in (MiniLMLoss(A, backend=backend), MiniLMv2Loss(A, relations=relations, backend=backend)):
-        upstream = torch.ones(())
         own, others = _count(launched, lambda loss=loss: (loss(teacher, student), upstream), student)
         assert others == []
         assert sum("scale" in name for name in own) == 1
