@@ -43,7 +43,7 @@ def load(folder: Path) -> ctypes.CDLL:
     library = folder / "emulated.so"
     torch.ops.load_library(library)
     loaded = ctypes.CDLL(str(library))
-    loaded.emulated_set_props.argtypes = (ctypes.c_int64, ctypes.c_int64)
+    loaded.emulated_set_props.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
     loaded.emulated_set_seed.argtypes = (ctypes.c_uint64,)
     return loaded
 
