@@ -5,6 +5,7 @@ symmetric path, sequences beyond shared memory, the order of warps, and malforme
 """
 
 import math
+from functools import partial
 from types import FunctionType
 
 import pytest
@@ -63,7 +64,11 @@ def library(made_once):
 
 @pytest.fixture
 def backend(library, monkeypatch):
-    monkeypatch.setattr(native.cuda, "operators", torch.ops.minilm_kernels_cuda_emulated)
+    return _use(library, monkeypatch)
+
+
+def _use(library, monkeypatch) -> str:
+    monkeypatch.setattr(native.cuda, "operators", library.operators)
     monkeypatch.setattr(native.cuda, "device_type", "cpu")
     monkeypatch.setattr(native.cuda, "device", lambda _device: (0, 0))
     monkeypatch.setattr(native.cuda, "load_error", None)
@@ -227,13 +232,19 @@ def _use_windows(library, warps: int, processors: int, widths: tuple[int, int] =
     window = warps * (64 if 2 * chunks_t + 6 * chunks_s <= 10 else 32)
     size = 256 + window * (32 * (chunks_t + chunks_s + 1) + 32 * chunks_s)
     library.emulated_set_props(size, size + 1024, processors)
+    library.emulated_take_segments()
+
+
+def _check_windows(library, case: Case, reduction: str = "sequence") -> None:
+    _check(case, reduction, dtype=_BF16)
+    assert library.emulated_take_segments() == 2
 
 
 @pytest.mark.parametrize("mask", _LONG)
 def test_heads_in_windows(library, backend, mask):
     """Three windows of 64 tokens, each of which is a part."""
     _use_windows(library, 1, 132)
-    _check(make(_LONG[mask], batch=3, length=131, heads=1, widths=(16, 8), dtype=_BF16), dtype=_BF16)
+    _check_windows(library, make(_LONG[mask], batch=3, length=131, heads=1, widths=(16, 8), dtype=_BF16))
 
 
 @pytest.mark.slow
@@ -243,14 +254,14 @@ def test_packed_heads_in_windows(library, backend, more, warps, processors):
     """Sequences that fit into one block are in the same batch."""
     _use_windows(library, warps, processors)
     packed = {"cu_seqlens": torch.tensor([0, 60, 430, 558, 559]).int()}
-    _check(make(packed | more, heads=2, widths=(16, 8), dtype=_BF16, rows=0.8), "token", dtype=_BF16)
+    _check_windows(library, make(packed | more, heads=2, widths=(16, 8), dtype=_BF16, rows=0.8), "token")
 
 
 @pytest.mark.parametrize("widths", [(64, 32), (12, 6), (16, 16), (16, 3)], ids=str)
 def test_widths_of_heads_in_windows(library, backend, widths):
-    _use_windows(library, 2, 132, widths)
+    _use_windows(library, 1 if widths in ((12, 6), (16, 3)) else 2, 132, widths)
     for mask in ("prefix", "rows"):
-        _check(make(_LONG[mask], batch=3, length=131, heads=2, widths=widths, dtype=_BF16), dtype=_BF16)
+        _check_windows(library, make(_LONG[mask], batch=3, length=131, heads=2, widths=widths, dtype=_BF16))
 
 
 @pytest.mark.slow
@@ -284,8 +295,9 @@ def test_4097_tokens_in_windows(library, backend, mask):
     library.emulated_set_props(*_SM_90, 1)
     holes = torch.ones(1, 4200, dtype=torch.bool)
     holes[0, 1000:1103] = False
-    _check(
-        make(mask | {"attention_mask": holes}, batch=1, length=4200, heads=1, widths=(16, 8), dtype=_BF16), dtype=_BF16
+    library.emulated_take_segments()
+    _check_windows(
+        library, make(mask | {"attention_mask": holes}, batch=1, length=4200, heads=1, widths=(16, 8), dtype=_BF16)
     )
 
 
@@ -327,17 +339,84 @@ def test_small_divergences_of_windows(library, backend, target):
     assert abs(value / expected - 1) < 1e-3
 
 
-@pytest.mark.parametrize("mask", ["none", "prefix-rows"])
+@pytest.mark.parametrize("mask", [{}, {"prefix_lens": torch.tensor([100])}], ids=["none", "prefix"])
 def test_windows_in_any_order_of_warps(library, backend, mask):
     _use_windows(library, 2, 132)
-    case = make(_LONG[mask], batch=3, length=131, heads=1, widths=(16, 8), dtype=_BF16)
+    case = make(mask, batch=1, length=270, heads=1, widths=(16, 8), dtype=_BF16)
     results = []
     for seed in range(4):
         library.emulated_set_seed(seed * 0x9E3779B97F4A7C15)
         results.append(case.run("sequence", backend))
+    assert library.emulated_take_segments() == 8
     for value, (grad,) in results[1:]:
         assert torch.equal(value, results[0][0])
         assert torch.equal(grad, results[0][1][0])
+
+
+@pytest.fixture(scope="module")
+def watched_library(made_once):
+    return cuda.load(made_once("races", partial(cuda.build, races=True)), races=True)
+
+
+@pytest.fixture
+def watched(watched_library, monkeypatch):
+    """The library with the race check."""
+    _use(watched_library, monkeypatch)
+    assert cuda.take_races(watched_library) == []
+    yield watched_library
+    watched_library.emulated_ignore_barrier(b"", 0)
+    cuda.take_races(watched_library)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("widths", "dtype"), [
+    ((16, 8), _BF16), ((8, 8), _BF16), ((16, 16), _BF16), ((64, 32), _BF16), ((8, 56), _BF16),
+    ((16, 8), torch.float16), ((7, 5), torch.float32),
+], ids=str)  # fmt: skip
+def test_no_instance_has_a_race(watched, widths, dtype):
+    """No two warps touch one address between two barriers, and no two blocks, if one of them writes."""
+    for mask in ("none", "prefix-rows", "holes"):
+        for reduction in ("sequence", "none"):
+            for cross in (False, True):
+                case = make(_LONG[mask], batch=3, length=131, heads=1, widths=widths, dtype=dtype, cross=cross)
+                case.run(reduction, "cuda")
+                assert cuda.take_races(watched) == []
+    with torch.no_grad():
+        relation_kl_multi({"q": case.tensors[0]}, {"q": case.tensors[2]}, [("q", "q")], backend="cuda")
+    make(batch=1, length=100, heads=1, widths=widths, dtype=dtype, spread=9.0).run("sequence", "cuda")
+    assert cuda.take_races(watched) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("widths", [(16, 8), (16, 16), (64, 32)], ids=str)
+def test_windows_have_no_race(watched, widths):
+    for warps, processors in ((2, 132), (2, 1), (3, 132)):
+        _use_windows(watched, warps, processors, widths)
+        for mask in ({}, {"prefix_lens": torch.tensor([300])}):
+            make(mask, batch=1, length=450, heads=1, widths=widths, dtype=_BF16, rows=0.7).run("sequence", "cuda")
+            assert cuda.take_races(watched) == []
+            assert watched.emulated_take_segments() == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "harmless"), [("symmetric", {3, 7, 17, 18}), ("segments", {16})])
+def test_a_missing_barrier_is_a_race(watched, kernel, harmless):
+    """The harmless barriers have nothing to order: another one follows or precedes them."""
+    if kernel == "segments":
+        _use_windows(watched, 2, 132)
+    case = make({"prefix_lens": torch.tensor([150])}, batch=1, length=260, heads=1, widths=(16, 8), dtype=_BF16)
+    name = f"{kernel}_1_2_1_1_1".encode()
+    watched.emulated_ignore_barrier(name, 0)
+    case.run("sequence", "cuda")
+    barriers = watched.emulated_ignore_barrier(name, 0)
+    missed = set()
+    for barrier in range(1, barriers + 1):
+        watched.emulated_ignore_barrier(name, barrier)
+        case.run("sequence", "cuda")
+        if not cuda.take_races(watched):
+            missed.add(barrier)
+    assert barriers > 15
+    assert missed <= harmless
 
 
 def test_too_little_shared_memory_is_refused(library, backend):

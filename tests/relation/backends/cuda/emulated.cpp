@@ -2,6 +2,8 @@
 
 #include "emulated.h"
 
+#include <utility>
+
 #include "cuda/device/schedule.cuh"
 #include "cuda/host/launch_plan.h"
 #include "kernels.h"
@@ -15,6 +17,7 @@ Machine machine;
 
 namespace {
 
+int segment_launches = 0;
 DeviceProps device_props{232448, 233472, 90, 132};  // sm_90
 
 }  // namespace
@@ -29,6 +32,7 @@ bool is_loaded(int, const std::string&) { return true; }
 const char* load(int, const std::string&, const void*) { return nullptr; }
 
 const char* launch(int, const Launch& launch, void*) {
+  if (launch.kernel.find("segments") == 0) ++segment_launches;
   const char* error = nullptr;
   if (launch_symmetric(launch, error) || launch_segments(launch, error) || launch_row_wise(launch, error)) return error;
   return "the emulation has no such kernel";
@@ -44,6 +48,19 @@ extern "C" __attribute__((visibility("default"))) void emulated_set_props(int64_
 // With seed 0, warps run in order; with other seeds, they run in a random order.
 extern "C" __attribute__((visibility("default"))) void emulated_set_seed(uint64_t seed) {
   minilm::cuda::emulation::machine.seed = seed;
+}
+
+// The race check ignores a barrier of each block of a kernel, counted from 1; 0: none. Returns the most barriers of a
+// block of the kernel since the last call.
+extern "C" __attribute__((visibility("default"))) int emulated_ignore_barrier(const char* kernel, int barrier) {
+  minilm::cuda::emulation::machine.watched = kernel;
+  minilm::cuda::emulation::machine.ignored_barrier = barrier;
+  return std::exchange(minilm::cuda::emulation::machine.most_barriers, 0);
+}
+
+// The number of launches of segment kernels since the last call.
+extern "C" __attribute__((visibility("default"))) int emulated_take_segments() {
+  return std::exchange(minilm::cuda::segment_launches, 0);
 }
 
 // Host functions of csrc/cuda that tests call directly.

@@ -28,7 +28,7 @@ bool launch_segments(const Launch& launch, const char*& error) {
   if (launch.kernel.find("segments_") != 0) return false;
   auto kernel = launch.kernel.back() == '1' ? kernel_of<true>(launch.kernel) : kernel_of<false>(launch.kernel);
   if (!kernel) return false;
-  error = emulate(kernel, launch.parameters, launch.blocks, launch.threads, launch.smem);
+  error = emulate(kernel, launch.kernel, launch.parameters, launch.blocks, launch.threads, launch.smem);
   return true;
 }
 
