@@ -9,7 +9,7 @@
 // the same memory, and the scratch memory is O(S).
 #pragma once
 
-#include "tile.cuh"
+#include "segment_parts.cuh"
 
 namespace minilm::cuda {
 
@@ -327,6 +327,10 @@ struct RowStatsKernel {
     if (work.empty) return;
     const Sequence& sequence = work.sequence;
     const Relation& relation = *work.relation;
+    if (params.segments.window) {
+      const HeadScratch scratch(params, relation, work.n, sequence, work.head);
+      if (scratch.range->shared) return finish_sums(params, sequence, scratch, work.first);
+    }
     const Shape<kChunksT, kSplitsT, kChunksS, kSplitsS> shape(relation);
     const int chunks_t = shape.chunks_t(), splits_t = shape.splits_t();
     const int chunks_s = shape.chunks_s(), splits_s = shape.splits_s();
@@ -390,6 +394,10 @@ struct RowWiseKernel {
       return;
     }
     const Sequence& sequence = work.sequence;
+    if (kSplits && params.segments.window) {
+      const HeadScratch scratch(params, relation, work.n, sequence, work.head);
+      if (scratch.range->shared) return finish(params, work, scratch, memory, partial);
+    }
     const bool forward = !params.keys, backward = kSplits > 0 && (params.keys || relation.self);
     const TensorView& own_x_t = params.keys ? relation.teacher.key : relation.teacher.query;
     const TensorView& own_x_s = params.keys ? relation.student.key : relation.student.query;
@@ -457,6 +465,26 @@ struct RowWiseKernel {
     }
   }
 
+  // Completes the own tokens of a head that the segment kernel has computed.
+  static MINILM_DEVICE void finish(const LaunchParams& params, const RowWork& work, const HeadScratch& scratch,
+                                   char* memory, double* partial) {
+    const Relation& relation = *work.relation;
+    const int width = relation.student.key.width;
+    const float weight = weight_of(params.call, work.n);
+    const float value = finish_gradient(params, work.sequence, scratch, work.first, gradient_of(params, work, 1), width,
+                                        relation.student.scale * weight);
+    const double sum = block_sum(value, reinterpret_cast<double*>(memory));
+    if (thread_index() == 0) *partial = weight * sum;
+  }
+
+  // Gradient of the sequence's first position and the block's head, if `group` heads share one.
+  static MINILM_DEVICE float* gradient_of(const LaunchParams& params, const RowWork& work, int group) {
+    const Relation& relation = *work.relation;
+    return (params.keys ? relation.key_grad : relation.query_grad) +
+           (work.sequence.batch * params.call.positions * (params.call.num_heads / group) + work.head / group) *
+               relation.student.key.width;
+  }
+
   static MINILM_DEVICE void load_row_stats(const LaunchParams& params, const Sequence& sequence, int64_t row_stats_at,
                                            int64_t row_at, int first, int count, const RowStats& rows, float* weights) {
     const float* given = params.call.row_grads;
@@ -496,17 +524,11 @@ struct RowWiseKernel {
     }
   }
 
-  // The gradient of the own tokens.
-  static MINILM_DEVICE float* gradient_of(const LaunchParams& params, const Relation& relation) {
-    return params.keys ? relation.key_grad : relation.query_grad;
-  }
-
   static MINILM_DEVICE void clear_padding(const LaunchParams& params, const RowWork& work, int own) {
-    const Relation& relation = *work.relation;
-    const int group = params.keys ? relation.student.group : 1;
+    const int group = params.keys ? work.relation->student.group : 1, width = work.relation->student.key.width;
     if (work.head % group == 0)
-      cuda::clear_padding(params.call, work.n, work.first, work.first + own, work.head / group,
-                          params.call.num_heads / group, relation.student.key.width, gradient_of(params, relation));
+      cuda::clear_padding(params.call, work.n, work.first, work.first + own, gradient_of(params, work, group),
+                          params.call.num_heads / group * width, width);
   }
 
   static MINILM_DEVICE void write_gradient(const LaunchParams& params, const RowWork& work, int width, int chunks,
@@ -516,7 +538,7 @@ struct RowWiseKernel {
     const float factor = relation.student.scale * weight_of(call, work.n);
     const int group = params.keys ? relation.student.group : 1;
     const int64_t heads = call.num_heads / group;
-    float* out = gradient_of(params, relation) + (work.sequence.batch * call.positions * heads + work.head / group) * width;
+    float* out = gradient_of(params, work, group);
     for (int item = thread_index(); item < shared.own * chunks; item += thread_count()) {
       const int slot = item / chunks, chunk = item % chunks;
       if (work.first + slot < work.sequence.length)
@@ -549,10 +571,9 @@ struct ReduceKernel {
   static MINILM_DEVICE float value_of(const ReduceParams& reduction, int r, double* scratch) {
     const Call& call = reduction.call;
     const double* partials = reduction.partials + reduction.index[r] * reduction.slots;
-    const int64_t first = reduction.symmetric[r] ? 0 : reduction.symmetric_slots;
-    const int64_t end = reduction.row_wise[r] ? reduction.slots : reduction.symmetric_slots;
     double value = 0.0;
-    for (int64_t i = first + thread_index(); i < end; i += thread_count()) value += partials[i];
+    for (int64_t i = reduction.first[r] + thread_index(); i < reduction.end[r]; i += thread_count())
+      value += partials[i];
     value = block_sum(value, scratch);
     if (value < 0.0) value = 0.0;  // rounding errors of blocks have either sign: only their sum may be clamped
     const bool malformed = call.num_sequences > 0 && !(weight_of(call, 0) == weight_of(call, 0));

@@ -155,15 +155,16 @@ MINILM_DEVICE void write_chunk(float* out, int width, int chunk, const float* su
   }
 }
 
-// Sets the gradient of a head to 0 at tokens first ... end of sequence n that are padding. `out`: (N, S, heads, width).
-MINILM_DEVICE void clear_padding(const Call& call, int64_t n, int64_t first, int64_t end, int64_t head, int64_t heads,
-                                 int width, float* out) {
+// Sets the gradient of a head to 0 at tokens first ... end - 1 of sequence n that are padding. `out`: gradient of the
+// sequence's first position; `stride`: numbers per position.
+MINILM_DEVICE void clear_padding(const Call& call, int64_t n, int64_t first, int64_t end, float* out, int64_t stride,
+                                 int width) {
   if (!call.tokens || !call.lengths) return;
   first = first > call.lengths[n] ? first : call.lengths[n];
   end = end < call.positions ? end : call.positions;
   const int64_t* tokens = call.tokens + n * call.positions;
   for (int64_t item = first * width + thread_index(); item < end * width; item += thread_count())
-    out[((n * call.positions + tokens[item / width]) * heads + head) * width + item % width] = 0.0f;
+    out[tokens[item / width] * stride + item % width] = 0.0f;
 }
 
 // Row and column, within a tile, of a lane's element x[m][n][e]; half = e / 2.

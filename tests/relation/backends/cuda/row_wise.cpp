@@ -33,7 +33,7 @@ void scale(const ScaleParams params) { ScaleKernel::run(params, shared_memory())
 
 bool launch_row_wise(const Launch& launch, const char*& error) {
   auto run = [&](auto kernel) {
-    error = emulate(kernel, launch.parameters, launch.blocks, launch.threads, launch.smem);
+    error = emulate(kernel, launch.kernel, launch.parameters, launch.blocks, launch.threads, launch.smem);
     return true;
   };
   int first;
