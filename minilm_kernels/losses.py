@@ -180,7 +180,12 @@ class _RelationLoss(nn.Module):
                 missing.
             RuntimeError: see `relation_kl`.
         """
-        return self.total(self.components(teacher, student, attention_mask, **masks))
+        calls = self._calls(teacher, student, attention_mask, masks)
+        if len(calls) > 1 or self.reduction == "none" or self._repeats(*calls):
+            return self.total(self._components(calls, attention_mask, masks))
+        ((kind, call),) = calls.items()
+        weights = self._weights()
+        return self._values(kind, call, attention_mask, masks, [weights[name] for name in call.components])
 
     def components(
         self, teacher: Operands, student: Operands, attention_mask: Tensor | None = None, **masks: Unpack[MaskArgs]
@@ -189,19 +194,14 @@ class _RelationLoss(nn.Module):
 
         With `layers`, a name is the teacher's layer and the relation: "12/qq".
         """
+        return self._components(self._calls(teacher, student, attention_mask, masks), attention_mask, masks)
+
+    def _components(
+        self, calls: Mapping[tuple, _Call], attention_mask: Tensor | None, masks: MaskArgs
+    ) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for (heads, scale_t, scale_s), call in self._calls(teacher, student, attention_mask, masks).items():
-            values = relation_kl_multi(
-                call.teacher,
-                call.student,
-                call.pairs,
-                attention_mask=attention_mask,
-                **masks,
-                teacher_scale=scale_t,
-                student_scale=scale_s,
-                reduction=self.reduction,
-                backend=self.backend,
-            )
+        for kind, call in calls.items():
+            values, heads = self._values(kind, call, attention_mask, masks), kind[0]
             if heads < self.num_heads and self.reduction == "sum":
                 values = values * (self.num_heads // heads)
             elif heads < self.num_heads and self.reduction == "none":
@@ -209,6 +209,33 @@ class _RelationLoss(nn.Module):
             found.update(zip(call.components, values.unbind(), strict=True))
         prefixes = [f"{layer}/" for layer in self.layers] if self.layers else [""]
         return {prefix + name: found[prefix + name] for prefix in prefixes for name in self.relations}
+
+    def _repeats(self, kind: tuple) -> bool:
+        """Returns True if a call's values count several times, because its tensors have fewer heads than others."""
+        return self.reduction == "sum" and kind[0] < self.num_heads
+
+    def _values(
+        self,
+        kind: tuple,
+        call: _Call,
+        attention_mask: Tensor | None,
+        masks: MaskArgs,
+        weights: list[float] | None = None,
+    ) -> Tensor:
+        """The values of a call's relations, or their weighted sum."""
+        _, scale_t, scale_s = kind
+        return relation_kl_multi(
+            call.teacher,
+            call.student,
+            call.pairs,
+            attention_mask=attention_mask,
+            **masks,
+            teacher_scale=scale_t,
+            student_scale=scale_s,
+            weights=weights,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
 
     def _calls(
         self, teacher: Operands, student: Operands, attention_mask: Tensor | None, masks: MaskArgs
@@ -238,10 +265,13 @@ class _RelationLoss(nn.Module):
 
     def total(self, components: Mapping[str, Tensor]) -> Tensor:
         """Returns the weighted sum of the values that `components` returned, which is the loss."""
-        layers = {f"{layer}/": weight for layer, weight in self.layer_weights.items()} or {"": 1.0}
-        weights = {p + name: w * weight for p, w in layers.items() for name, weight in self.relations.items()}
-        first, *others = (weight * components[name] for name, weight in weights.items())
+        first, *others = (weight * components[name] for name, weight in self._weights().items())
         return sum(others, first)
+
+    def _weights(self) -> dict[str, float]:
+        """The weight of each component in the loss."""
+        layers = {f"{layer}/": weight for layer, weight in self.layer_weights.items()} or {"": 1.0}
+        return {p + name: w * weight for p, w in layers.items() for name, weight in self.relations.items()}
 
     def num_items(self, attention_mask: Tensor, query_mask: Tensor | None = None) -> Tensor:
         """Returns the number of items over which the loss averages, for averages over several batches.

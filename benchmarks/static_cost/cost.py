@@ -87,8 +87,11 @@ def inner_loops(flow: Flow, exponentials: bool = True) -> list[Loop]:
     return [loop for loop in working if not any(child in working for child in loop.children)]
 
 
-def find(flow: Flow, source: SourceLoop) -> list[tuple[Loop, Trip]]:
-    """The machine loop of a source loop, or its `copies`, with the path through it that the marker selects."""
+def find(flow: Flow, source: SourceLoop, warps: int) -> list[tuple[Loop, Trip]]:
+    """The machine loop of a source loop, or its `copies`, with the path through it that the marker selects.
+
+    A loop that is compiled again for another tile size is left out: its exponentials are not those that are declared.
+    """
     found = []
     exponentials = source.exponentials > 0
     for loop in inner_loops(flow, exponentials):
@@ -101,6 +104,13 @@ def find(flow: Flow, source: SourceLoop) -> list[tuple[Loop, Trip]]:
         trip = flow.trip(loop, anchors)
         if anchors and tags(flow.code(trip.may)) == wanted:
             found.append((loop, trip))
+    if len(found) > source.copies and exponentials:
+        lanes = WARP * (warps if source.per == "block" else 1)
+        found = [
+            (loop, trip)
+            for loop, trip in found
+            if count(flow.code(trip.may)).exponentials * lanes % source.exponentials == 0
+        ]
     if len(found) != source.copies:
         listing = "".join(f"\n  {describe(flow, loop)}" for loop in inner_loops(flow, exponentials)) or " none"
         wanted_loops = "one inner loop" if source.copies == 1 else f"{source.copies} inner loops"
@@ -157,7 +167,7 @@ def rows(variant: Variant, arch: str) -> list[dict]:
     if early:
         raise Hazard("registers are written while wgmma reads them:" + "".join(f"\n  {text}" for text in early))
     machine = MACHINES[arch]
-    found = [(source, find(flow, source)) for source in variant.loops]
+    found = [(source, find(flow, source, built.warps)) for source in variant.loops]
     common = {
         "backend": variant.backend,
         "kernel": variant.kernel,

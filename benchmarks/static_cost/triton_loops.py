@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from minilm_kernels.relation.backends.triton import gradient, primitives, row_kl, row_stats
+from minilm_kernels.relation.backends.triton import gradient, primitives, row_kl, row_stats, unordered
 from minilm_kernels.relation.backends.triton.config import (
     FINALIZE_BLOCK,
     FUSION,
     PIVOT_BLOCK,
+    TOTAL_BLOCK,
     LaunchConfig,
     padded_width,
     sliced,
@@ -42,10 +43,18 @@ class TritonVariant:
 def variants(arch: int = 90) -> Iterator[TritonVariant]:
     """Yields the variants of each dtype: narrow and wide heads, each mask, self and cross relations."""
     for dtype in _DTYPES:
-        yield from variants_of(dtype, 16, 8, "self", arch, per_head_kernels=True)
-        for widths in ((12, 6), (64, 32), (128, 128)):
-            yield from variants_of(dtype, *widths, "self", arch)
-        for group in ("self rows", "self packed causal", "self padded prefix", "cross", "cross padded prefix rows"):
+        yield from variants_of(dtype, 64, 32, "self", arch, per_head_kernels=True)
+        yield from variants_of(dtype, 128, 128, "self", arch)
+        if dtype == "float32":
+            for group in ("self", "self packed causal", "self padded prefix"):
+                yield from variants_of(dtype, 16, 8, group, arch)
+            yield from variants_of(dtype, 12, 6, "self", arch)
+        else:
+            yield from variants_of(dtype, 16, 8, "self unordered", arch, per_head_kernels=True)
+            yield from variants_of(dtype, 12, 6, "self unordered", arch)
+            for words in ("packed causal", "padded prefix", "split", "1024", "2048"):
+                yield from variants_of(dtype, 16, 8, f"self unordered {words}", arch)
+        for group in ("self rows", "cross", "cross padded prefix rows"):
             yield from variants_of(dtype, 16, 8, group, arch)
 
 
@@ -58,8 +67,9 @@ def variants_of(
         dtype: dtype of teacher and student.
         d_t: head width of the teacher.
         d_s: head width of the student.
-        group: words that describe the call: "self" or "cross", "packed", "padded", "causal", "prefix", and "rows" for
-            `reduction="none"`.
+        group: words that describe the call: "self" or "cross", "packed", "padded", "causal", "prefix", "rows" for
+            `reduction="none"`, "unordered" for the kernel of unordered pairs, "1024" and "2048" for that many tokens
+            instead of 512, and "split" for few heads.
         arch: compute capability, such as 90.
         per_head_kernels: also yield the kernels whose work does not grow with the number of pairs.
     """
@@ -91,6 +101,7 @@ def variants_of(
         "SHIFT": 14.0 if dtype == "float16" else 0.0,
         "ROW_WEIGHTS": rows,
         "SELF_RELATION": self_relation,
+        "DG": 8 if d_s <= 8 else 16,
     }
     if not padded:
         constants["indices"] = None
@@ -100,14 +111,16 @@ def variants_of(
         constants["prefixes"] = None
     if not packed:
         constants["tile_map"] = None
+    if not (packed or padded or rows):
+        constants["weights"] = None
     signature = {
         **dict.fromkeys(("teacher", "student"), (pointer,) * 3),
         **dict.fromkeys(("teacher_strides", "student_strides"), ("i32",) * 9),
         "relations": ("i32",) * 3,
-        **dict.fromkeys(("scale_t", "scale_s", "gradient_scale"), "fp32"),
+        **dict.fromkeys(("scale_t", "scale_s", "gradient_scale", "weight"), "fp32"),
         **dict.fromkeys(primitives.UNSPECIALIZED["do_not_specialize"], "i32"),
         **dict.fromkeys(("sum_t", "sum_s", "pivot_t", "pivot_s"), "*fp32"),
-        **dict.fromkeys(("kl_rows", "values", "head_stats", "weights"), "*fp32"),
+        **dict.fromkeys(("kl_rows", "values", "losses", "head_stats", "weights"), "*fp32"),
         **dict.fromkeys(("row_grads", "rows_out"), "*fp32"),
         "out": ("*fp32",) * 3,
         **dict.fromkeys(("indices", "prefixes", "tile_map"), "*i64"),
@@ -154,6 +167,38 @@ def variants_of(
         given |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         return variant(name, fn, given, config.options, (loop,))
 
+    def unordered_variants(longest: int, split: bool) -> Iterator[TritonVariant]:
+        config = LaunchConfig.unordered(longest, mask.value == primitives.BIDIRECTIONAL.value, arch)
+        tile = config.block_m * config.block_n
+        # The loops are compiled again for the smaller strips at the sequence's end and for wide heads.
+        diagonal = config.block_m / longest
+
+        def loops_of(phase: str, products: int) -> tuple[SourceLoop, ...]:
+            """The loop over tiles of earlier tokens, and the loop over the diagonal."""
+            macs = padded_width(d_t) + padded_width(d_s) + products
+            trips = (longest - config.block_m) / 2 / config.block_n
+            on_diagonal = f"{phase}_diagonal"
+            return (
+                SourceLoop(phase, 2 * tile / (1 - diagonal), 2 * tile, tile * (macs + products), phase, trips),
+                SourceLoop(
+                    on_diagonal, tile / diagonal, 2 * tile, tile * macs, on_diagonal, config.block_m / config.block_n
+                ),
+            )
+
+        loops = {"SUMS": loops_of("sums", 0), "INVERSES": (), "GRADIENT": loops_of("gradients", 8 if d_s <= 8 else 16)}
+        given = {"WARPS": config.num_warps, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT": split}
+        for phases in [[phase] for phase in loops] if split else [list(loops)]:
+            name = f"unordered {phases[0].lower()}" if split else "unordered"
+            flags = {phase: phase in phases for phase in loops}
+            declared = tuple(loop for phase in phases for loop in loops[phase])
+            yield variant(name, unordered.unordered_kernel, given | flags, config.options, declared)
+
+    if "unordered" in words:
+        yield from unordered_variants(next((int(word) for word in words if word.isdigit()), 512), "split" in words)
+        if per_head_kernels:
+            absent = {"relation_weights": None, "ADD": False}
+            yield variant("total", unordered.total_kernel, absent | {"BLOCK": TOTAL_BLOCK}, FUSION)
+        return
     if per_head_kernels:
         yield variant("pivot", row_stats.pivot_kernel, {"BLOCK": PIVOT_BLOCK}, FUSION)
     training_kl = {"COMPUTE_KL": not rows} | ({"kl_rows": None} if rows else {})

@@ -14,12 +14,6 @@
 
 #include "common/relation.h"
 
-// First arguments of `relation_kl` in both libraries. minilm_kernels/relation/backends/native.py passes them.
-#define MINILM_RELATION_SCHEMA                                                                                  \
-  "Tensor[] teacher, Tensor[] student, int[] indices, float[] scales, Tensor tokens, Tensor starts, "           \
-  "Tensor? prefixes, Tensor? query_mask, bool causal, Tensor? weights, Tensor? row_grads, Tensor(a!)? values, " \
-  "Tensor(b!)? rows, Tensor(c!)[] grads"
-
 namespace minilm {
 
 using torch::headeronly::ScalarType;
@@ -100,30 +94,6 @@ inline std::vector<Relation> relations_of(const Tensors& teacher, const Tensors&
     relation.key_grad = relation.self ? relation.query_grad : output_data(grads.at(next++));
   }
   return relations;
-}
-
-// Returns the struct of a call. `like`: a query of the student, which has the shape of all queries.
-inline Call call_of(const Tensor& like, size_t num_relations, const Tensor& tokens, const Tensor& starts,
-                    const OptionalTensor& prefixes, const OptionalTensor& query_mask, bool causal,
-                    const OptionalTensor& weights, const OptionalTensor& row_grads, const OptionalTensor& values,
-                    const OptionalTensor& rows, bool gradient) {
-  Call call{};
-  call.packed = like.dim() == 3;
-  call.num_relations = static_cast<int64_t>(num_relations);
-  call.num_sequences = starts.numel() - 1;
-  call.num_heads = like.size(call.packed ? 1 : 2);
-  call.positions = call.max_length = like.size(call.packed ? 0 : 1);
-  call.tokens = input_data<int64_t>(tokens, ScalarType::Long);
-  call.starts = input_data<int64_t>(starts, ScalarType::Long);
-  call.prefixes = input_data<int64_t>(prefixes, ScalarType::Long);
-  call.query_mask = input_data<bool>(query_mask, ScalarType::Bool);
-  call.causal = causal;
-  call.weights = input_data<float>(weights, ScalarType::Float);
-  call.row_grads = input_data<float>(row_grads, ScalarType::Float);
-  call.values = values ? output_data(*values) : nullptr;
-  call.row_values = rows ? output_data(*rows) : nullptr;
-  call.gradient = gradient;
-  return call;
 }
 
 }  // namespace minilm

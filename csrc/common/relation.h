@@ -35,17 +35,22 @@ struct Relation {
   bool self;
 };
 
-// Inputs and outputs that the relations of a call share.
+// Inputs and outputs that the relations of a call share. The CPU backend gets `tokens`, `starts` and `weights` in every
+// call, the CUDA backend only where the call's masks need them.
 struct Call {
   int64_t num_relations, num_sequences, num_heads;
   int64_t positions;        // S, or T
   int64_t max_length;       // upper bound on the length of a sequence
-  const int64_t* tokens;    // positions of the valid tokens, sequence after sequence, in ascending order
-  const int64_t* starts;    // (N + 1,): offset of each sequence in `tokens`
+  const int64_t* tokens;    // positions of the valid tokens, sequence after sequence, in ascending order; null: all
+                            // tokens are valid
+  const int64_t* starts;    // (N + 1,): offset of each sequence in `tokens`; null: sequence n begins at n S, and its
+                            // padding follows its valid tokens
+  const int64_t* lengths;   // (N,): number of valid tokens of each sequence; null: as `starts` tells, or S
   const int64_t* prefixes;  // (N,): number of valid tokens in each prefix, or null
   const bool* query_mask;   // (N, S) or (T,): true on rows that count; null if all valid tokens do
-  const float* weights;     // (N,): weight of each sequence's rows in `values` and in the gradient, or null
+  const float* weights;     // (N,): weight of each sequence's rows in `values` and in the gradient; null: `weight`
   const float* row_grads;   // (R, N, A, S) or (R, A, T): weight of each row in the gradient, or null
+  float weight;
   float* values;            // (R,): weighted sums of the KL divergence, or null
   float* row_values;        // (R, N, A, S) or (R, A, T): KL divergence of each row that counts, or null
   bool packed;

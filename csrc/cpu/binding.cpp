@@ -13,6 +13,30 @@ void parallel_run(int64_t count, void (*body)(void*, int64_t), void* context) {
   });
 }
 
+// Returns the struct of a call. `like`: a query of the student, which has the shape of all queries.
+Call call_of(const Tensor& like, size_t num_relations, const Tensor& tokens, const Tensor& starts,
+                    const OptionalTensor& prefixes, const OptionalTensor& query_mask, bool causal,
+                    const OptionalTensor& weights, const OptionalTensor& row_grads, const OptionalTensor& values,
+                    const OptionalTensor& rows, bool gradient) {
+  Call call{};
+  call.packed = like.dim() == 3;
+  call.num_relations = static_cast<int64_t>(num_relations);
+  call.num_sequences = starts.numel() - 1;
+  call.num_heads = like.size(call.packed ? 1 : 2);
+  call.positions = call.max_length = like.size(call.packed ? 0 : 1);
+  call.tokens = input_data<int64_t>(tokens, ScalarType::Long);
+  call.starts = input_data<int64_t>(starts, ScalarType::Long);
+  call.prefixes = input_data<int64_t>(prefixes, ScalarType::Long);
+  call.query_mask = input_data<bool>(query_mask, ScalarType::Bool);
+  call.causal = causal;
+  call.weights = input_data<float>(weights, ScalarType::Float);
+  call.row_grads = input_data<float>(row_grads, ScalarType::Float);
+  call.values = values ? output_data(*values) : nullptr;
+  call.row_values = rows ? output_data(*rows) : nullptr;
+  call.gradient = gradient;
+  return call;
+}
+
 void relation_kl(Tensors teacher, Tensors student, std::vector<int64_t> indices, std::vector<double> scales,
                  Tensor tokens, Tensor starts, OptionalTensor prefixes, OptionalTensor query_mask, bool causal,
                  OptionalTensor weights, OptionalTensor row_grads, OptionalTensor values, OptionalTensor rows,
@@ -36,7 +60,10 @@ std::string instruction_sets() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(minilm_kernels_cpu, m) {
-  m.def("relation_kl(" MINILM_RELATION_SCHEMA ", str instruction_set) -> ()");
+  m.def(
+      "relation_kl(Tensor[] teacher, Tensor[] student, int[] indices, float[] scales, Tensor tokens, Tensor starts, "
+      "Tensor? prefixes, Tensor? query_mask, bool causal, Tensor? weights, Tensor? row_grads, Tensor(a!)? values, "
+      "Tensor(b!)? rows, Tensor(c!)[] grads, str instruction_set) -> ()");
   m.def("instruction_sets() -> str");
 }
 

@@ -164,6 +164,7 @@ def relation_kl_multi(
     query_mask: Tensor | None = None,
     teacher_scale: float | None = None,
     student_scale: float | None = None,
+    weights: Sequence[float] | None = None,
     reduction: Reduction = "sequence",
     backend: BackendName = "auto",
 ) -> Tensor:
@@ -183,12 +184,14 @@ def relation_kl_multi(
         query_mask: see `relation_kl`.
         teacher_scale: see `relation_kl`.
         student_scale: see `relation_kl`.
+        weights: (R,), the weight of each relation in their sum; None for a value of each relation. Not for reduction
+            "none".
         reduction: see `relation_kl`.
         backend: see `relation_kl`.
 
     Returns:
         (R,), or with reduction "none" (R, B, A, S), packed (R, A, T). Each relation's values can be differentiated
-        separately.
+        separately. With `weights`, a scalar.
 
     Raises:
         TypeError: see `relation_kl`.
@@ -212,6 +215,11 @@ def relation_kl_multi(
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: expected auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if weights is not None and (reduction == "none" or len(weights) != len(relations)):
+        expected = 'None with reduction "none"' if reduction == "none" else f"one number per relation, {len(relations)}"
+        raise ValueError(f"weights: expected {expected}, got {weights!r}")
+    for weight in weights or ():
+        _check_weight(weight)
 
     attention_mask, query_mask, factor = _without_floats(attention_mask, query_mask)
     pairs = [
@@ -224,7 +232,7 @@ def relation_kl_multi(
     scale_t, scale_s = (None if scale is None else float(scale) for scale in (teacher_scale, student_scale))
     values = relation_values(
         [names.index(name) for pair in pairs for name in pair],
-        Options(max_seqlen, causal, scale_t, scale_s, reduction, backend),
+        Options(max_seqlen, causal, scale_t, scale_s, reduction, backend, None if weights is None else tuple(weights)),
         attention_mask,
         cu_seqlens,
         prefix_lens,
@@ -517,6 +525,15 @@ def _check_masks(
             raise ValueError(
                 f"prefix_lens: expected one integer per sequence, shape ({sequences},), got {tuple(prefix_lens.shape)}"
             )
+
+
+def _check_weight(weight: float) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if isinstance(weight, bool) or not isinstance(weight, Real):
+        raise TypeError(f"weights: expected numbers, got {type(weight).__name__}")
+    if not math.isfinite(weight):
+        raise ValueError(f"weights: expected finite numbers, got {weight}")
 
 
 def _check_scale(name: str, scale: float | None) -> None:

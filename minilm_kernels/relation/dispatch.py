@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import TypeVar
+
+from torch import Tensor
 
 from minilm_kernels._choices import AUTO_BACKENDS, BACKENDS, BackendName
 
 from .backends import blocked, native, reference
 from .backends.triton import launch as triton
-from .inputs import Backend, BackendUnavailable, RelationInputs
+from .inputs import Backend, BackendUnavailable, RelationInputs, Scaling
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -62,6 +65,20 @@ def run(name: BackendName, inputs: RelationInputs, call: Callable[[Backend], _Re
             except BackendUnavailable as failure:
                 warn_once(f"backend {candidate} failed; the next one serves the call: {failure}")
     raise RuntimeError("backend: none can serve this call")
+
+
+def scale(name: BackendName, scaling: Scaling) -> list[Tensor] | None:
+    """Returns the results of a `Scaling` by the backend `name` or, if it is "auto", by the first that serves it.
+
+    Returns None if none does.
+    """
+    for candidate in AUTO_BACKENDS if name == "auto" else (name,):
+        backend = MODULES[candidate]
+        if hasattr(backend, "scale") and backend.unavailable_reason() is None:
+            with suppress(BackendUnavailable):
+                if (results := backend.scale(scaling)) is not None:
+                    return results
+    return None
 
 
 @cache

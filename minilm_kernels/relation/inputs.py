@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from minilm_kernels._choices import Reduction
 
 from .masks import Mask
 
@@ -30,6 +32,7 @@ class RelationInputs:
     mask: Mask
     teacher_scale: float | None = None  # None: 1 / sqrt(D_t)
     student_scale: float | None = None  # None: 1 / sqrt(D_s)
+    weights: Sequence[float] | None = None  # (R,), weights of a reduced loss's relations in their sum
 
     @property
     def heads(self) -> int:
@@ -53,13 +56,48 @@ class RelationInputs:
         scale_s = width_s**-0.5 if self.student_scale is None else self.student_scale
         return scale_t, scale_s
 
+    def total(self, values: Tensor) -> Tensor:
+        """Returns the weighted sum of the relations' values, a scalar; without weights, the values (R,) themselves."""
+        if self.weights is None:
+            return values
+        first, *others = (weight * value for weight, value in zip(self.weights, values.unbind(), strict=True))
+        return sum(others, first)
+
+
+class Scaling(NamedTuple):
+    """The backward of a reduced loss: result m is the sum of parts[p] · upstream[r] · weights[p] over the parts of m.
+
+    `upstream` may be a scalar, which is then the upstream gradient of all relations.
+    """
+
+    upstream: Tensor  # (R,) or ()
+    parts: list[Tensor]  # stored gradients; those of one result are neighbours
+    relations: list[int]  # r of each part
+    weights: list[float]
+    owners: list[int]  # m of each part
+    dtypes: list[torch.dtype]  # dtypes of the results
+
+    def results(self, device: str) -> list[Tensor] | None:
+        """Allocates the results, or returns None unless a kernel for float32 parts on this type of device serves."""
+        served = (torch.float32, torch.float16, torch.bfloat16)
+        if self.upstream.device.type != device or not all(dtype in served for dtype in self.dtypes):
+            return None
+        if not all(x.dtype == torch.float32 and x.is_contiguous() for x in self.parts):
+            return None
+        firsts = dict(zip(reversed(self.owners), reversed(self.parts), strict=True))
+        return [torch.empty_like(firsts[m], dtype=dtype) for m, dtype in enumerate(self.dtypes)]
+
 
 class BackendUnavailable(RuntimeError):
     """Raised by a backend that fails to start during a call; `backend="auto"` then tries the next one."""
 
 
 class Backend(Protocol):
-    """Interface of a backend module. Gradients are returned in the order of `grad_buffers` and in `inputs.dtype`."""
+    """Interface of a backend module. Gradients are returned in the order of `grad_buffers` and in `inputs.dtype`.
+
+    A backend for GPUs also has `scale(scaling)`. It computes a `Scaling` in one launch, or returns None if it does not
+    serve it.
+    """
 
     def unavailable_reason(self) -> str | None:
         """Returns why the backend cannot run in this process, or None if it can."""
@@ -67,10 +105,12 @@ class Backend(Protocol):
     def unsupported_reasons(self, inputs: RelationInputs) -> list[str]:
         """Returns every reason why the backend cannot serve these inputs. The list is empty if it can."""
 
-    def forward_reduced(self, inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
-        """Returns the weighted sum of the rows' KL of each relation, (R,), and its gradients if `gradient` is True.
+    def forward_reduced(
+        self, inputs: RelationInputs, reduction: Reduction, gradient: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Returns `inputs.total` of the relations' values and, if `gradient` is True, the gradients of each value.
 
-        All rows of sequence n that count have the weight `weights[n]`, (N,).
+        The value of a relation is the sum of its rows' KL; `Mask.sequence_weights` has the weight of each row.
         """
 
     def forward_none(self, inputs: RelationInputs) -> Tensor:

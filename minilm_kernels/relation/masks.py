@@ -6,7 +6,7 @@ Only `Mask.dense` builds a tensor of size S×S; the reference backend uses it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import prod
@@ -29,22 +29,19 @@ class MaskArgs(TypedDict, total=False):
 
 
 def host_readable(x: Tensor) -> bool:
-    """Returns whether the host can read the values of x without waiting.
+    """Returns whether the host can read the values of x without waiting: x has values and is on the CPU."""
+    return has_values(x) and x.device.type == "cpu"
 
-    True for CPU tensors, unless they are traced, fake, or batched by vmap.
-    """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu" or torch.jit.is_tracing():
+
+def has_values(x: Tensor) -> bool:
+    """Returns whether x is memory with values. False for traced and fake tensors, and those batched by vmap."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or torch.jit.is_tracing():
         return False
     modes = torch._C._TorchDispatchModeKey
     if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.PROXY, modes.FAKE)):
         return False
     functorch = torch._C._functorch
     return not (functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x))
-
-
-def add_fault(x: Tensor, fault: Tensor | None) -> Tensor:
-    """Returns x plus the fault of `Mask.sanitize_bounds`: NaN if `cu_seqlens` is malformed, otherwise x itself."""
-    return x if fault is None else x + fault
 
 
 @dataclass(frozen=True)
@@ -146,6 +143,13 @@ class Mask:
         in_prefix = torch.arange(self.token_shape[-1], device=self.device) < self.prefix_lens.long()[:, None]
         return positions, starts, (self.valid & in_prefix).sum(-1)
 
+    def prefix_integers(self) -> Tensor | None:
+        """Returns `prefix_lens` as contiguous int32 or int64."""
+        if self.prefix_lens is None:
+            return None
+        wide = self.prefix_lens.dtype in (torch.int32, torch.int64)
+        return (self.prefix_lens if wide else self.prefix_lens.long()).contiguous()
+
     def dense(self) -> Tensor:
         """Returns whether row i counts and sees key j: bool of shape (B, S, S), or (1, T, T) for packed inputs."""
         valid, counted = self.valid, self.counted
@@ -169,32 +173,6 @@ class Mask:
             return (1 / (heads * counts.sum().clamp(min=1).to(dtype))).expand(counts.shape)
         nonempty = (counts > 0).sum().clamp(min=1).to(dtype)
         return 1 / (heads * nonempty * counts.clamp(min=1).to(dtype))
-
-    def sanitize_bounds(self) -> tuple[Mask, Tensor | None]:
-        """Returns a mask whose `cu_seqlens` is safe to index with, and a fault. Does not wait for the device.
-
-        The fault is 0 if `cu_seqlens` is well-formed and NaN if it is malformed. `add_fault` adds it to the results. If
-        `cu_seqlens` is malformed, the returned mask has N sequences of about T / N tokens and all rows count, so that
-        every token gets a (NaN) result and no access is out of bounds. For dense inputs, the mask itself and None are
-        returned.
-        """
-        if self.cu_seqlens is None or self.num_sequences == 0:
-            return self, None
-        sequences, total = self.num_sequences, self.token_shape[0]
-        bounds = self.cu_seqlens.long()
-        lengths = bounds.diff()
-        shortest, longest = lengths.aminmax()
-        malformed = (bounds[0] != 0) | (bounds[-1] != total) | (shortest < 0)
-        if self.max_seqlen is not None:
-            malformed |= longest > self.max_seqlen
-        even = torch.arange(sequences + 1, device=self.device) * total // sequences
-        mask = replace(
-            self,
-            cu_seqlens=torch.where(malformed, even, bounds).to(self.cu_seqlens.dtype),
-            max_seqlen=None if self.max_seqlen is None else max(self.max_seqlen, -(-total // sequences)),
-            query_mask=None if self.query_mask is None else (self.query_mask != 0) | malformed,
-        )
-        return mask, torch.zeros((), dtype=torch.float32, device=self.device).masked_fill(malformed, torch.nan)
 
     def check_packing(self) -> None:
         """Checks the shape of `cu_seqlens` and, on a CPU, its values. On an accelerator, reading them would wait."""

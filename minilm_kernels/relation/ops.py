@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 from minilm_kernels._choices import BackendName, Reduction
 
 from . import dispatch
-from .inputs import RelationInputs, grad_buffers, result_dtype
-from .masks import Mask, host_readable
+from .inputs import RelationInputs, Scaling, grad_buffers, result_dtype
+from .masks import Mask, has_values, host_readable
 
 
 class Options(NamedTuple):
@@ -30,6 +30,7 @@ class Options(NamedTuple):
     student_scale: float | None = None
     reduction: Reduction = "sequence"
     backend: BackendName = "auto"
+    weights: tuple[float, ...] | None = None  # weights of the relations in their sum
 
 
 _NUM_MASKS = 4  # tensors among the masks: attention_mask, cu_seqlens, prefix_lens, query_mask
@@ -47,7 +48,9 @@ def relation_values(
     query_mask: Tensor | None,
     *tensors: Tensor,
 ) -> Tensor:
-    """Returns the values of all relations, (R,) or (R, *rows), differentiable in the student's tensors.
+    """Returns the values of all relations, (R,) or (R, *rows), or their weighted sum.
+
+    The result is differentiable in the student's tensors.
 
     Args:
         pairs: for each relation, the index of its query tensor and that of its key tensor, in one flat list.
@@ -75,8 +78,10 @@ def _forward(
     raises an error.
     """
     masks, teacher, student = _split(masks_and_tensors)
+    *schema_options, weights = options
+    gradient = gradient and options.reduction != "none"
     values, grads = torch.ops.minilm_kernels.relation_kl(
-        teacher, student, pairs, *masks, *options, gradient and options.reduction != "none"
+        teacher, student, pairs, *masks, *schema_options, gradient, None if weights is None else list(weights)
     )
     return (values, *grads)
 
@@ -118,16 +123,10 @@ class RelationKL(torch.autograd.Function):
             kept = [ctx.unsaved.get(i, x) for i, x in enumerate(saved)]
             graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
             parts = (_RowsBackward.apply if graph else _rows_backward)(grad, ctx.pairs, ctx.options, *kept)
-        elif _can_skip_scaling(grad):
-            parts = [part.detach() for part in saved]
+            grads = _sums(parts, buffers, ctx.dtypes)
         else:
-            parts = [part * grad[r] for part, (r, _) in zip(saved, buffers, strict=True)]
-        grads: list[Tensor | None] = [None] * len(ctx.dtypes)
-        for part, (_, m) in zip(parts, buffers, strict=True):
-            so_far = grads[m]
-            grads[m] = part if so_far is None else so_far + part
-        student_grads = (g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-        return *[None] * (3 + _NUM_MASKS + len(ctx.dtypes)), *student_grads
+            grads = _scaled(grad, ctx.options, saved, buffers, ctx.dtypes)
+        return *[None] * (3 + _NUM_MASKS + len(ctx.dtypes)), *grads
 
 
 class _RelationKLForTransforms(torch.autograd.Function):
@@ -153,7 +152,7 @@ class _RelationKLForTransforms(torch.autograd.Function):
 
 
 def _rows_backward(grad: Tensor, pairs: list[int], options: Options, *kept: Any) -> tuple[Tensor, ...]:
-    *schema_options, _, backend = options
+    *schema_options, _, backend, _ = options
     masks, teacher, student = _split(kept)
     return torch.ops.minilm_kernels.relation_kl_rows_backward(
         grad, teacher, student, pairs, *masks, *schema_options, backend
@@ -180,17 +179,77 @@ class _RowsBackward(torch.autograd.Function):
         raise RuntimeError(_NO_VMAP)
 
 
-def _can_skip_scaling(grad: Tensor) -> bool:
-    """Returns whether the stored gradients can be returned without scaling, because the upstream gradient is 1.
+def _scaled(
+    grad: Tensor,
+    options: Options,
+    saved: Sequence[Tensor],
+    buffers: Sequence[tuple[int, int]],
+    dtypes: Sequence[torch.dtype],
+) -> list[Tensor | None]:
+    """Returns the gradient of each student tensor from the stored gradients and the upstream gradient.
+
+    On a GPU this is one launch, which needs no memory besides its results. Graphs of torch.compile and of
+    create_graph=True contain PyTorch's operators instead.
+    """
+    grads = None if torch.is_grad_enabled() else _scaled_by_a_kernel(grad, options, saved, buffers, dtypes)
+    if grads is not None:
+        return grads
+    factors = list(grad.unbind()) if options.weights is None else [grad * weight for weight in options.weights]
+    skips = _can_skip_scaling(factors)
+    parts = [part.detach() if skips else part * factors[r] for part, (r, _) in zip(saved, buffers, strict=True)]
+    return _sums(parts, buffers, dtypes)
+
+
+def _scaled_by_a_kernel(
+    grad: Tensor,
+    options: Options,
+    saved: Sequence[Tensor],
+    buffers: Sequence[tuple[int, int]],
+    dtypes: Sequence[torch.dtype],
+) -> list[Tensor | None] | None:
+    """Does the work of `_scaled` by a kernel of a backend, or returns None if no backend has one for these tensors."""
+    if not has_values(grad) or torch._C._are_functorch_transforms_active():
+        return None
+    order = sorted(range(len(buffers)), key=lambda p: buffers[p][1])
+    relations, owners = ([buffers[p][k] for p in order] for k in (0, 1))
+    used = list(dict.fromkeys(owners))
+    scaling = Scaling(
+        grad,
+        [saved[p].detach() for p in order],
+        relations,
+        [1.0 if options.weights is None else options.weights[r] for r in relations],
+        [used.index(m) for m in owners],
+        [dtypes[m] for m in used],
+    )
+    results = dispatch.scale(options.backend, scaling)
+    if results is None:
+        return None
+    by_tensor = dict(zip(used, results, strict=True))
+    return [by_tensor.get(m) for m in range(len(dtypes))]
+
+
+def _sums(
+    parts: Sequence[Tensor], buffers: Sequence[tuple[int, int]], dtypes: Sequence[torch.dtype]
+) -> list[Tensor | None]:
+    """Returns the sum of each student tensor's parts in the tensor's dtype."""
+    grads: list[Tensor | None] = [None] * len(dtypes)
+    for part, (_, m) in zip(parts, buffers, strict=True):
+        so_far = grads[m]
+        grads[m] = part if so_far is None else so_far + part
+    return [g if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
+
+
+def _can_skip_scaling(factors: Sequence[Tensor]) -> bool:
+    """Returns whether the stored gradients can be returned without scaling, because all factors are 1.
 
     Scaling is one pass over all gradients; on the CPU it takes several percent of the time of a loss. If the graph is
     retained, the stored gradients must not be returned, since the caller may add to them in place.
     """
     return (
-        host_readable(grad)
+        host_readable(factors[0])
         and not torch.is_grad_enabled()
         and not torch._C._autograd._get_current_graph_task_keep_graph()
-        and set(grad.tolist()) == {1.0}
+        and all(factor.item() == 1.0 for factor in factors)
     )
 
 
@@ -212,7 +271,7 @@ _SCHEMA_INPUTS = (
 )
 torch.library.define(
     "minilm_kernels::relation_kl",
-    f"({_SCHEMA_INPUTS}, str reduction, str backend, bool gradient) -> (Tensor, Tensor[])",
+    f"({_SCHEMA_INPUTS}, str reduction, str backend, bool gradient, float[]? weights) -> (Tensor, Tensor[])",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
@@ -241,7 +300,15 @@ def _inputs(
         query_mask,
     )
     mask.check_packing()
-    return RelationInputs(teacher, student, _relations(pairs), mask, options.teacher_scale, options.student_scale)
+    return RelationInputs(
+        teacher,
+        student,
+        _relations(pairs),
+        mask,
+        options.teacher_scale,
+        options.student_scale,
+        options.weights,
+    )
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -253,23 +320,26 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
 def _relation_kl(
     teacher: list[Tensor], student: list[Tensor], pairs: list[int], *arguments: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    masks, options, gradient = arguments[:_NUM_MASKS], Options(*arguments[_NUM_MASKS:-1]), arguments[-1]
+    masks, (*schema_options, gradient, weights) = arguments[:_NUM_MASKS], arguments[_NUM_MASKS:]
+    options = Options(*schema_options)._replace(weights=weights)
     with _without_autocast(student[0].device.type):
         inputs = _inputs(teacher, student, pairs, masks, options)
         if options.reduction == "none":
             return dispatch.run(options.backend, inputs, lambda backend: backend.forward_none(inputs)), []
-        weights = inputs.mask.sequence_weights(options.reduction, inputs.heads, inputs.dtype)
-        return dispatch.run(options.backend, inputs, lambda backend: backend.forward_reduced(inputs, weights, gradient))
+        return dispatch.run(
+            options.backend, inputs, lambda backend: backend.forward_reduced(inputs, options.reduction, gradient)
+        )
 
 
 @torch.library.register_fake("minilm_kernels::relation_kl")
 def _relation_kl_fake(
     teacher: list[Tensor], student: list[Tensor], pairs: list[int], *arguments: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    *_, reduction, _, gradient = arguments
+    *_, reduction, _, gradient, weights = arguments
     relations = _relations(pairs)
     *batch, positions, heads, _ = student[pairs[0]].shape
     shape = (len(relations), *batch, heads, positions) if reduction == "none" else (len(relations),)
+    shape = shape if weights is None else ()
     values = student[0].new_empty(shape, dtype=result_dtype(teacher, student))
     return values, _empty_grads(teacher, student, relations) if gradient and reduction != "none" else []
 

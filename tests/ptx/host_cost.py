@@ -46,12 +46,10 @@ def _arguments(pairs: list[int], packed: bool) -> tuple:
     )
     relations = [tuple(pairs[k : k + 2]) for k in range(0, len(pairs), 2)]
     grads = [torch.empty(student[0].shape) for pair in relations for _ in dict.fromkeys(pair)]
-    starts = torch.tensor([0, 100, 3000]) if packed else torch.arange(9) * 128
-    tokens = torch.arange(token_shape[0]) if packed else torch.arange(128).repeat(8)
-    scales = [0.25, 0.35] * len(relations)
-    weights, values = torch.ones(starts.numel() - 1), torch.empty(len(relations))
-    return (teacher, student, pairs, scales, tokens, starts, None, None, False, weights, None, values, None, grads,
-            False, token_shape[-1], 0, _GPU)  # fmt: skip
+    bounds = torch.tensor([0, 100, 3000], dtype=torch.int32) if packed else None
+    scales, values = [0.25, 0.35] * len(relations), torch.empty(len(relations))
+    return (teacher, student, pairs, scales, None, bounds, None, None, -1, False, "sequence", None, None, values, None,
+            grads, 0, _GPU)  # fmt: skip
 
 
 def _microseconds(call: Callable, arguments: tuple, calls: int = 200) -> float:

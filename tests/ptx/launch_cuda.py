@@ -19,9 +19,14 @@ from .device import Device, poison
 from .driver import driver
 
 # Number of the GPU, and bytes of shared memory per block and per SM. On sm_90, short sequences get blocks of one warp.
-# With little memory per SM, they get several warps. With little memory per block, long sequences take the row-wise
-# path.
-GPUS = {"sm_90": (1, 232448, 233472), "crowded": (2, 232448, 30000), "small": (3, 16384, 16384)}
+# With little memory per SM, they get several warps. With little memory per block, long sequences take the row-wise path
+# or, with strips, windows: of two strips of (16, 8) in bfloat16 in "windows".
+GPUS = {
+    "sm_90": (1, 232448, 233472),
+    "crowded": (2, 232448, 30000),
+    "small": (3, 16384, 16384),
+    "windows": (4, 20736, 21760),
+}
 ARCHITECTURE = 80  # PTX for it also runs on newer GPUs
 
 
@@ -50,19 +55,19 @@ class _Operators:
         self.load = self.library.load
 
     def relation_kl(self, *arguments) -> str:
+        return self._run(self.library.relation_kl.default, arguments)
+
+    def scale(self, *arguments) -> str:
+        return self._run(self.library.scale.default, arguments)
+
+    def _run(self, operator, arguments) -> str:
         self.device.memory.clear()
-        names = ("teacher", "student", "", "", "tokens", "starts", "prefixes", "query_mask", "", "weights", "row_grads",
-                 "values", "rows", "grads", "", "", "", "")  # fmt: skip
-        for name, x in zip(names, arguments, strict=True):
-            if isinstance(x, torch.Tensor):
-                self.device.know(x, name)
-            elif name and isinstance(x, (list, tuple)):
-                for k, tensor in enumerate(x):
-                    self.device.know(tensor, f"{name}[{k}]")
+        for argument, x in zip(operator._schema.arguments, arguments, strict=True):
+            for k, tensor in enumerate(x if isinstance(x, (list, tuple)) else [x]):
+                if isinstance(tensor, torch.Tensor):
+                    self.device.know(tensor, f"{argument.name}[{k}]")
         with _Scratch(self.device):  # sees the operator's own calls only
-            missing = self.library.relation_kl.default.redispatch(
-                torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *arguments
-            )
+            missing = operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *arguments)
         self.device.check()
         return missing
 
@@ -91,6 +96,7 @@ def cuda_backend(device: Device, gpu: str, folder: Path = FOLDER):
             (native.cuda, "device_type", "cpu"),
             (native.cuda, "device", lambda _device: (number, 0)),
             (native.cuda, "load_error", None),
+            (native.cuda, "reasons", {}),
             (native.cuda.loader, "cache", KernelCache(folder / "kernels")),
             (cuda_compiler, "compile_kernels", as_ptx),
             (standin, "device", device),

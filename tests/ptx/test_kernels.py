@@ -78,16 +78,21 @@ def test_rows_that_count_and_grouped_keys(family, relations, groups, mask, reduc
 
 
 @pytest.mark.parametrize("mask", ["none", "prefix-holes", "packed-causal"])
-@pytest.mark.parametrize(("widths", "length"), [((16, 8), 200), ((64, 32), 70)])
-def test_strips_of_several_warps(widths, length, mask):
-    """Self relations in bfloat16, in blocks of several warps whose strips meet in several rounds."""
+@pytest.mark.parametrize(
+    ("gpu", "widths", "length"),
+    [("crowded", (16, 8), 200), ("crowded", (64, 32), 70), ("windows", (16, 8), 300), ("windows", (64, 32), 100)],
+)
+def test_strips_of_several_warps(gpu, widths, length, mask):
+    """Self relations in bfloat16, in blocks of several warps whose strips meet in several rounds, and in windows."""
     fixed = {"dtype": "bfloat16", "mask": mask, "relations": "q", "reduction": "token", "length": length, "batch": 2}
     fixed |= {"widths": widths, "heads": 1, "layout": "contiguous", "spread": 1.0, "gradient": True, "rows": 0.7}
     device = Device()
-    with _emulated(CUDA[0], device) as backend:
+    with _emulated(f"cuda on {gpu}", device) as backend:
         _, wrong, findings = outcome(device, draw(1, fixed), backend)
     assert wrong == []
     assert [str(finding) for finding in findings] == []
+    segments = [name for name, *_ in device.launches if name.startswith("segments")]
+    assert len(segments) == (2 if gpu == "windows" else 0)
 
 
 @pytest.mark.parametrize("relations", ["q", "qk"])
@@ -112,19 +117,3 @@ def test_malformed_packings_give_nan(family, kind, monkeypatch):
         for cross, reduction in ((False, "sequence"), (True, "none")):
             assert all_nan(malformed(kind, cross, heads=2, dtype=torch.bfloat16), reduction, backend)
     assert [str(finding) for finding in device.findings.take()] == []
-
-
-@pytest.mark.parametrize("kind", ["overlapping", "negative", "beyond T in the middle", "extreme", "beyond max_seqlen"])
-@pytest.mark.parametrize("family", [*TRITON, *CUDA])
-def test_kernels_check_the_bounds_themselves(family, kind, monkeypatch):
-    """Without sanitized bounds, no access is out of bounds and no uninitialised memory is read.
-
-    Overlapping sequences may race, because both write the rows that they share.
-    """
-    monkeypatch.setattr(Mask, "check_packing", lambda self: None)
-    monkeypatch.setattr(Mask, "sanitize_bounds", lambda self: (self, None))
-    device = Device()
-    with _emulated(family, device) as backend, Poisoned():
-        malformed(kind, heads=2, dtype=torch.bfloat16).run("sequence", backend)
-    found = [finding for finding in device.findings.take() if not finding.is_note]
-    assert [str(finding) for finding in found if not finding.kind.startswith("race: global")] == []

@@ -62,6 +62,7 @@ def new_gpu(monkeypatch):
 
     monkeypatch.setattr(native.cuda, "load_error", None)
     monkeypatch.setattr(native.cuda, "loader", cuda_loader.KernelLoader())
+    monkeypatch.setattr(native.cuda, "reasons", {})
     monkeypatch.setattr(native.cuda, "device_type", "cpu")
     dispatch.warn_once.cache_clear()
     return make

@@ -40,8 +40,8 @@ def _opcheck(case: Case, backend: str) -> None:
     ops = torch.ops.minilm_kernels
     arguments = _arguments(case)
     for reduction, gradient in (("sequence", True), ("token", False), ("none", False)):
-        torch.library.opcheck(ops.relation_kl.default, (*arguments, reduction, backend, gradient))
-    rows = ops.relation_kl(*arguments, "none", backend, False)[0]
+        torch.library.opcheck(ops.relation_kl.default, (*arguments, reduction, backend, gradient, None))
+    rows = ops.relation_kl(*arguments, "none", backend, False, None)[0]
     torch.library.opcheck(ops.relation_kl_rows_backward.default, (torch.rand_like(rows), *arguments, backend))
 
 

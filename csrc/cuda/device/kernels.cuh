@@ -3,8 +3,9 @@
 // MINILM_SYMMETRIC with the template arguments 1, 2, 1, 1, 0; host/launch_plan.cpp makes these names.
 #pragma once
 
-#include "row_wise.cuh"
-#include "symmetric.cuh"
+#include "scale.cuh"
+#include "segments.cuh"
+#include "sequences.cuh"
 
 #define MINILM_ENTRY(threads, blocks, name, Params, ...)                                               \
   extern "C" MINILM_KERNEL(threads, blocks) name(const MINILM_PARAMETER minilm::cuda::Params params) { \
@@ -14,8 +15,14 @@
 #define MINILM_SYMMETRIC(name, ...)                                                                       \
   MINILM_ENTRY((32 * minilm::cuda::SymmetricKernel<__VA_ARGS__>::kSchedule.warps), 1, name, LaunchParams, \
                SymmetricKernel<__VA_ARGS__>)
+#define MINILM_SEGMENTS(name, ...)                                                             \
+  MINILM_ENTRY((32 * minilm::cuda::SegmentKernel<__VA_ARGS__>::kWarps), 2, name, LaunchParams, \
+               SegmentKernel<__VA_ARGS__>)
 #define MINILM_ROW_STATS(name, ...) \
   MINILM_ENTRY(32 * minilm::cuda::kRowWiseWarps, 2, name, LaunchParams, RowStatsKernel<__VA_ARGS__>)
 #define MINILM_ROW_WISE(name, ...) \
   MINILM_ENTRY(32 * minilm::cuda::kRowWiseWarps, 2, name, LaunchParams, RowWiseKernel<__VA_ARGS__>)
-#define MINILM_REDUCE(name) MINILM_ENTRY(256, 1, name, ReduceParams, ReduceKernel)
+#define MINILM_REDUCE(name) MINILM_ENTRY(512, 1, name, ReduceParams, ReduceKernel)
+#define MINILM_SEQUENCES(name) MINILM_ENTRY(256, 1, name, SequenceParams, SequencesKernel)
+#define MINILM_WEIGHTS(name) MINILM_ENTRY(512, 1, name, SequenceParams, WeightsKernel)
+#define MINILM_SCALE(name) MINILM_ENTRY(256, 1, name, ScaleParams, ScaleKernel)

@@ -23,10 +23,29 @@ constexpr SymmetricSchedule symmetric_schedule(int splits_s, int chunks_t, int s
   return {32, 8};
 }
 
+// Warps of a block that combines windows of a longer head: two blocks on an SM, so that one loads while one computes.
+constexpr int segment_warps(const SymmetricSchedule& schedule) { return schedule.warps / 2; }
+
 constexpr int kRowWiseWarps = 4;  // warps per block; two blocks run on an SM
 
 // Parts of the shared memory of a symmetric block.
 constexpr int kBlockStateBytes = 128, kScratchBytes = 128;
+
+// The reference scores of a head. If `shared` is 0, no reference serves all its rows: it takes the row-wise path.
+struct HeadRange {
+  float reference_t, reference_s;
+  int32_t shared;
+};
+
+// Heads that exceed shared memory (segments.cuh). Row-wise launches of such heads have these parameters as well.
+struct SegmentParams {
+  int32_t window;       // tokens of a window; 0: the launch has no such heads
+  int32_t parts;        // most parts of a head, an odd number
+  int32_t gradient;     // phase: 0, sums; 1, gradients
+  int32_t grad_floats;  // floats of a token in `grads`
+  HeadRange* ranges;    // [R][N][A]
+  float *sums, *grads;  // [1 + parts / 2] and [parts / 2] of [R][A][positions of all sequences][floats of a token]
+};
 
 struct LaunchParams {
   Call call;
@@ -35,10 +54,11 @@ struct LaunchParams {
   int32_t capacity;    // tokens in shared memory; symmetric: those of the sequence; row-wise: those of a streamed tile
   int64_t min_length;  // sequences outside min_length ... max_length are skipped
   int64_t max_length;
-  double* partials;  // [R][slots]: weighted KL divergence of each block
+  double* partials;  // [R][slots]: weighted KL divergence of each block, from first_slot on
   int64_t slots, first_slot;
   float* row_stats;  // row-wise: [4][R][A][positions of all sequences], the arrays of RowStats
   int64_t row_stats_stride;
+  SegmentParams segments;
   int32_t keys;  // row-wise: 1 if a block's own tokens are the keys of a cross relation
 };
 static_assert(sizeof(LaunchParams) <= 4096, "kernel parameters");
@@ -46,11 +66,66 @@ static_assert(sizeof(LaunchParams) <= 4096, "kernel parameters");
 // Parameters of the kernel that adds up the partial sums of all blocks.
 struct ReduceParams {
   Call call;
+  bool weighted;     // call.values receives the sum of the relations, times `weight`, in place of each
+  bool accumulates;  // adds to the sum of an earlier launch
+  float weight[kMaxRelations];
   const double* partials;
-  int64_t slots, symmetric_slots;
+  int64_t slots;
+  int64_t first[kMaxRelations], end[kMaxRelations];  // slots that have been written
   int32_t num_relations;
   int32_t index[kMaxRelations];
-  bool symmetric[kMaxRelations], row_wise[kMaxRelations];  // kernels that have written partial sums
+};
+
+// A mask of tokens (N, S) or (T,): integers, or bool, in `bytes` bytes each. `data` is null if the call has no such
+// mask. The stride of packed masks is position_stride, that of one number per sequence batch_stride.
+struct TokenMask {
+  const void* data;
+  int64_t batch_stride, position_stride;
+  int32_t bytes;
+};
+
+enum class Reduction : int32_t { sum, token, sequence };
+
+// Masks as the caller has passed them.
+struct Masks {
+  TokenMask attention_mask, query_mask, prefix_lens;
+  const int32_t* cu_seqlens;  // (N + 1,); null in dense calls
+  int64_t max_seqlen;         // -1: any length
+  Reduction reduction;
+};
+
+// Parameters of the kernels that turn masks into the arrays of `Call`; arrays that a call does not need are null.
+struct SequenceParams : Masks {
+  int64_t num_sequences, num_heads, positions;
+  int64_t *tokens, *starts, *lengths, *prefixes, *row_counts;
+  bool* counted;
+  float* weights;
+  bool packed;
+};
+
+constexpr int kMaxScaledOutputs = 16, kMaxScaledParts = 48;  // tensors of a launch
+
+// A stored gradient in float32. Its factor is upstream[relation · upstream_stride] · weight.
+struct ScaledPart {
+  const float* data;
+  float weight;
+  int32_t relation;
+};
+
+// The gradient of a tensor: the sum of its parts.
+struct ScaledOutput {
+  void* data;
+  int64_t numel, first_block;
+  DType dtype;
+  int32_t first_part, num_parts;
+};
+
+struct ScaleParams {
+  const float* upstream;
+  int64_t upstream_stride;
+  int32_t num_outputs;
+  ScaledOutput outputs[kMaxScaledOutputs];
+  ScaledPart parts[kMaxScaledParts];
 };
 
 }  // namespace minilm::cuda

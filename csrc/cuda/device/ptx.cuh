@@ -50,6 +50,13 @@ MINILM_DEVICE uint32_t pack_bfloat16(float low, float high) {
   return packed;
 }
 
+// The same as float16.
+MINILM_DEVICE uint32_t pack_float16(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
 // Loads four 8×8 matrices of 16-bit elements. Lane 8k + i passes the address of row i (16 bytes) of matrix k. Lane 4g +
 // t receives the elements (g, 2t) and (g, 2t + 1) of each matrix or, if transposed, (2t, g) and (2t + 1, g).
 MINILM_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {

@@ -9,7 +9,7 @@
 // the same memory, and the scratch memory is O(S).
 #pragma once
 
-#include "tile.cuh"
+#include "segment_parts.cuh"
 
 namespace minilm::cuda {
 
@@ -231,10 +231,10 @@ struct RowWork {
   int head;      // query head; if the own tokens are keys, the first query head of their group
   int end_head;  // end of the query heads that the block processes
   int first;
-  bool empty;
+  bool empty;  // no valid token, or none that this launch processes
 };
 
-// Sequence n begins at block ⌊starts[n] / own⌋ + n. Every sequence thus has at least as many blocks as it needs, and a
+// Sequence n begins at block ⌊start / own⌋ + n. Every sequence thus has at least as many blocks as it needs, and a
 // block finds its sequence by a binary search in `starts`, without any other data.
 MINILM_DEVICE RowWork find_row_work(const LaunchParams& params, int own, double** partial) {
   const Call& call = params.call;
@@ -251,17 +251,17 @@ MINILM_DEVICE RowWork find_row_work(const LaunchParams& params, int own, double*
   int64_t low = 0, high = call.num_sequences - 1;
   while (low < high) {
     int64_t middle = (low + high + 1) / 2;
-    if (call.starts[middle] / own + middle <= block)
+    if (start_of(call, middle) / own + middle <= block)
       low = middle;
     else
       high = middle - 1;
   }
   work.n = low;
   bool valid = find_sequence(call, low, work.sequence);
-  int64_t first = (block - call.starts[low] / own - low) * own;
+  int64_t first = (block - start_of(call, low) / own - low) * own;
   work.empty = !valid || first < 0 || first >= work.sequence.length || work.sequence.length < params.min_length ||
                work.sequence.length > params.max_length || work.head % heads != 0;
-  work.first = work.empty ? 0 : static_cast<int>(first);
+  work.first = first < 0 || first >= call.positions ? 0 : static_cast<int>(first);
   *partial =
       params.partials + work.relation->index * params.slots + params.first_slot + block * call.num_heads + work.head;
   return work;
@@ -327,6 +327,10 @@ struct RowStatsKernel {
     if (work.empty) return;
     const Sequence& sequence = work.sequence;
     const Relation& relation = *work.relation;
+    if (params.segments.window) {
+      const HeadScratch scratch(params, relation, work.n, sequence, work.head);
+      if (scratch.range->shared) return finish_sums(params, sequence, scratch, work.first);
+    }
     const Shape<kChunksT, kSplitsT, kChunksS, kSplitsS> shape(relation);
     const int chunks_t = shape.chunks_t(), splits_t = shape.splits_t();
     const int chunks_s = shape.chunks_s(), splits_s = shape.splits_s();
@@ -383,12 +387,17 @@ struct RowWiseKernel {
     const int own_tokens = thread_count(), warp = warp_index() * kTile;
     double* partial;
     const RowWork work = find_row_work(params, own_tokens, &partial);
+    const Relation& relation = *work.relation;
+    if (kSplits) clear_padding(params, work, own_tokens);
     if (work.empty) {
       if (thread_index() == 0 && call.values && !params.keys) *partial = 0.0;
       return;
     }
     const Sequence& sequence = work.sequence;
-    const Relation& relation = *work.relation;
+    if (kSplits && params.segments.window) {
+      const HeadScratch scratch(params, relation, work.n, sequence, work.head);
+      if (scratch.range->shared) return finish(params, work, scratch, memory, partial);
+    }
     const bool forward = !params.keys, backward = kSplits > 0 && (params.keys || relation.self);
     const TensorView& own_x_t = params.keys ? relation.teacher.key : relation.teacher.query;
     const TensorView& own_x_s = params.keys ? relation.student.key : relation.student.query;
@@ -456,6 +465,26 @@ struct RowWiseKernel {
     }
   }
 
+  // Completes the own tokens of a head that the segment kernel has computed.
+  static MINILM_DEVICE void finish(const LaunchParams& params, const RowWork& work, const HeadScratch& scratch,
+                                   char* memory, double* partial) {
+    const Relation& relation = *work.relation;
+    const int width = relation.student.key.width;
+    const float weight = weight_of(params.call, work.n);
+    const float value = finish_gradient(params, work.sequence, scratch, work.first, gradient_of(params, work, 1), width,
+                                        relation.student.scale * weight);
+    const double sum = block_sum(value, reinterpret_cast<double*>(memory));
+    if (thread_index() == 0) *partial = weight * sum;
+  }
+
+  // Gradient of the sequence's first position and the block's head, if `group` heads share one.
+  static MINILM_DEVICE float* gradient_of(const LaunchParams& params, const RowWork& work, int group) {
+    const Relation& relation = *work.relation;
+    return (params.keys ? relation.key_grad : relation.query_grad) +
+           (work.sequence.batch * params.call.positions * (params.call.num_heads / group) + work.head / group) *
+               relation.student.key.width;
+  }
+
   static MINILM_DEVICE void load_row_stats(const LaunchParams& params, const Sequence& sequence, int64_t row_stats_at,
                                            int64_t row_at, int first, int count, const RowStats& rows, float* weights) {
     const float* given = params.call.row_grads;
@@ -468,7 +497,7 @@ struct RowWiseKernel {
         rows.max_t[i] = valid ? from.max_t[i] : 0.0f;
         rows.max_s[i] = valid ? from.max_s[i] : 0.0f;
       }
-      weights[i] = !counts(sequence, first + i) ? 0.0f : given ? given[row_at + sequence.tokens[first + i]] : 1.0f;
+      weights[i] = !counts(sequence, first + i) ? 0.0f : given ? given[row_at + position_of(sequence, first + i)] : 1.0f;
     }
   }
 
@@ -484,54 +513,71 @@ struct RowWiseKernel {
       row = row < 0.0f ? 0.0f : row;
       const int token = work.first + warp + own_row(i / 2, i % 2);
       if (lane_index() % 4 == 0 && token < work.sequence.length) {
-        if (call.row_values) call.row_values[row_at + work.sequence.tokens[token]] = row;
+        if (call.row_values)
+          call.row_values[row_at + position_of(work.sequence, token)] = row * weight_of(call, work.n);
         value += row;
       }
     }
     if (call.values) {
       value = block_sum(value, scratch);
-      if (thread_index() == 0) *partial = call.weights[work.n] * value;
+      if (thread_index() == 0) *partial = weight_of(call, work.n) * value;
     }
+  }
+
+  static MINILM_DEVICE void clear_padding(const LaunchParams& params, const RowWork& work, int own) {
+    const int group = params.keys ? work.relation->student.group : 1, width = work.relation->student.key.width;
+    if (work.head % group == 0)
+      cuda::clear_padding(params.call, work.n, work.first, work.first + own, gradient_of(params, work, group),
+                          params.call.num_heads / group * width, width);
   }
 
   static MINILM_DEVICE void write_gradient(const LaunchParams& params, const RowWork& work, int width, int chunks,
                                            const RowWiseLayout& shared) {
     const Call& call = params.call;
     const Relation& relation = *work.relation;
-    const float factor = relation.student.scale * (call.weights ? call.weights[work.n] : 1.0f);
+    const float factor = relation.student.scale * weight_of(call, work.n);
     const int group = params.keys ? relation.student.group : 1;
     const int64_t heads = call.num_heads / group;
-    float* out = (params.keys ? relation.key_grad : relation.query_grad) +
-                 (work.sequence.batch * call.positions * heads + work.head / group) * width;
+    float* out = gradient_of(params, work, group);
     for (int item = thread_index(); item < shared.own * chunks; item += thread_count()) {
       const int slot = item / chunks, chunk = item % chunks;
       if (work.first + slot < work.sequence.length)
-        write_chunk(out + work.sequence.tokens[work.first + slot] * heads * width, width, chunk,
+        write_chunk(out + position_of(work.sequence, work.first + slot) * heads * width, width, chunk,
                     shared.grads + (chunk * shared.own + slot) * 8, factor);
     }
   }
 };
 
-// Adds up the partial sums of all blocks. Losses are NaN if `starts` is malformed. The host does not validate
-// cu_seqlens on a GPU, because it would have to wait for the device.
+// Adds up the partial sums of all blocks, and the relations if their weighted sum is wanted. One block per relation, or
+// one block. Losses are NaN if cu_seqlens is malformed, which makes the weights NaN (sequences.cuh).
 struct ReduceKernel {
   static MINILM_DEVICE void run(const ReduceParams& reduction, char* memory) {
     const Call& call = reduction.call;
-    const int r = static_cast<int>(block_index());
-    const double* partials = reduction.partials + reduction.index[r] * reduction.slots;
-    const int64_t first = reduction.symmetric[r] ? 0 : reduction.symmetric_slots;
-    const int64_t end = reduction.row_wise[r] ? reduction.slots : reduction.symmetric_slots;
-    double value = 0.0, broken = 0.0;
-    for (int64_t i = first + thread_index(); i < end; i += thread_count()) value += partials[i];
-    for (int64_t n = thread_index(); n < call.num_sequences; n += thread_count()) {
-      Sequence sequence;
-      if (!find_sequence(call, n, sequence)) broken = 1.0;
+    double* scratch = reinterpret_cast<double*>(memory);
+    if (!reduction.weighted) {
+      const int r = static_cast<int>(block_index());
+      const float value = value_of(reduction, r, scratch);
+      if (thread_index() == 0) call.values[reduction.index[r]] = value;
+      return;
     }
-    value = block_sum(value, reinterpret_cast<double*>(memory));
+    float total = 0.0f;
+    for (int r = 0; r < reduction.num_relations; ++r) {
+      const float value = mul(reduction.weight[r], value_of(reduction, r, scratch));
+      total = r == 0 ? value : add(total, value);
+    }
+    if (thread_index() == 0) *call.values = reduction.accumulates ? add(*call.values, total) : total;
+  }
+
+  static MINILM_DEVICE float value_of(const ReduceParams& reduction, int r, double* scratch) {
+    const Call& call = reduction.call;
+    const double* partials = reduction.partials + reduction.index[r] * reduction.slots;
+    double value = 0.0;
+    for (int64_t i = reduction.first[r] + thread_index(); i < reduction.end[r]; i += thread_count())
+      value += partials[i];
+    value = block_sum(value, scratch);
     if (value < 0.0) value = 0.0;  // rounding errors of blocks have either sign: only their sum may be clamped
-    broken = block_sum(broken, reinterpret_cast<double*>(memory));
-    if (thread_index() == 0)
-      call.values[reduction.index[r]] = broken > 0.0 ? as_float(0x7fc00000u) : static_cast<float>(value);
+    const bool malformed = call.num_sequences > 0 && !(weight_of(call, 0) == weight_of(call, 0));
+    return malformed ? as_float(0x7fc00000u) : static_cast<float>(value);
   }
 };
 

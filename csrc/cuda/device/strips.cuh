@@ -94,6 +94,28 @@ enum class Part {
   ragged,        // some tokens are beyond the end of the sequence, or of the prefix
 };
 
+// A token has 16 bytes, four words. Phase 1: the sums of teacher and student in the last two. Phase 2, pairs of
+// bfloat16 numbers: ones if earlier tokens see this one; ones if it exists; 1/l of the teacher, 1/l of the student.
+MINILM_DEVICE Uint4 factors_of(float sum_t, float sum_s, bool exists, bool seen, bool counted) {
+  auto inverse = [](float sum) {
+    const float x = 1.0f / sum, high = low_of(pack_bfloat16(x, 0.0f));
+    return pack_bfloat16(high, sub(x, high));
+  };
+  Uint4 factors;
+  factors.word[0] = exists && seen ? 0x3f803f80u : 0u;
+  factors.word[1] = exists ? 0x3f803f80u : 0u;
+  factors.word[2] = counted ? inverse(sum_t) : 0u;  // 0: every probability of the row is 0
+  factors.word[3] = counted ? inverse(sum_s) : 0u;
+  return factors;
+}
+
+// A token's logarithms' contribution to the loss. It takes the same rounded 1/l as the pairs do: their rounding errors
+// then cancel to first order.
+MINILM_DEVICE float log_ratio(const Uint4& factors) {
+  auto inverse = [](uint32_t split) { return add(low_of(split), high_of(split)); };
+  return factors.word[2] ? kLn2 * log2_of_ratio(inverse(factors.word[2]), inverse(factors.word[3])) : 0.0f;
+}
+
 template <class Shared, int kTiles, int kChunksT, int kChunksS, bool kCausal>
 struct Strips {
   static constexpr int kRows = 16 * kTiles;
@@ -129,10 +151,10 @@ struct Strips {
     MINILM_DEVICE Columns(const Shared& shared, int first, bool later)
         : teacher(shared.teacher(first)), student(shared.student(first)) {
       const int lane = lane_index();
-      factors = factors_of(shared, first) + column_factor(later);
+      factors = shared.factors(first) + column_factor(later);
       // The lane that distributed_sums gives model k = lane / 16, and a column.
       const int column = lane / 8 % 2 * 8 + lane % 4 * 2 + lane / 4 % 2;
-      sums = reinterpret_cast<float*>(factors_of(shared, first + column)) + 2 + lane / 16;
+      sums = reinterpret_cast<float*>(shared.factors(first + column)) + 2 + lane / 16;
       grads = shared.grads(first) + lane / 4 * 8 + lane % 4 * 2;
     }
     MINILM_DEVICE void next() {
@@ -144,11 +166,6 @@ struct Strips {
     }
   };
 
-  // 16 bytes per token, four words. Phase 1: the sums of teacher and student in the last two. Phase 2, pairs of
-  // bfloat16 numbers: ones if earlier tokens see this one; ones if it exists; 1/l of the teacher, 1/l of the student.
-  static MINILM_DEVICE char* factors_of(const Shared& shared, int token) {
-    return reinterpret_cast<char*>(shared.sums_t()) + token * 16;
-  }
   // Offset of a lane's word of a row as first operand: 1/l_t, 1/l_s, ones, ones. `later`: the rows are later than the
   // columns. These ones are factors of the columns' 1/l, so they tell whether the columns see the row.
   static MINILM_DEVICE int row_factor(bool later) {
@@ -250,7 +267,7 @@ struct Strips {
 
   static MINILM_DEVICE void write_sums(const Shared& shared, const Sums& sums, int strip) {
     const int lane = lane_index(), k = lane % 4;  // the lane that distributed_sums gives model k / 2, half k % 2
-    float* at = reinterpret_cast<float*>(factors_of(shared, strip * kRows + k % 2 * 8 + lane / 4)) + 2 + k / 2;
+    float* at = reinterpret_cast<float*>(shared.factors(strip * kRows + k % 2 * 8 + lane / 4)) + 2 + k / 2;
     MINILM_UNROLL_FOR (int m = 0; m < kTiles; ++m) {
       float x[4] = {sums.t[m][0], sums.t[m][1], sums.s[m][0], sums.s[m][1]};
       at[64 * m] += distributed_sums(x, 1);
@@ -364,12 +381,14 @@ struct Strips {
       }
   }
 
-  static MINILM_DEVICE float add_gradients(const Shared& shared, const Rows& rows, Grads& grads, int strip, int other) {
+  // `own`: shared memory with the strip's tokens, `shared`: with those of the other strip.
+  static MINILM_DEVICE float add_gradients(const Shared& own, const Shared& shared, const Rows& rows, Grads& grads,
+                                           int strip, int other) {
     const auto& state = shared.state();
     const int row = strip * kRows, column = other * kRows, bound = state.bound;
     const bool diagonal = strip == other, later = row >= column;
-    const char* row_factors = factors_of(shared, row) + row_factor(later);
-    const char* row_tokens = shared.student(row).planes + lane_index() % (kChunksS == 1 ? 16 : 32) * 16;
+    const char* row_factors = own.factors(row) + row_factor(later);
+    const char* row_tokens = own.student(row).planes + lane_index() % (kChunksS == 1 ? 16 : 32) * 16;
     Columns at(shared, column, later);
     Value value;
     if (max_of(row, column) + kRows > state.sequence.length) {
@@ -415,7 +434,7 @@ struct Strips {
   static MINILM_DEVICE double run(const Shared& shared) {
     const auto& state = shared.state();
     const int strips = (state.sequence.length + kRows - 1) / kRows, warps = thread_count() / 32;
-    for (int i = thread_index(); i < strips * kRows; i += thread_count()) store_uint4(factors_of(shared, i), Uint4{});
+    for (int i = thread_index(); i < strips * kRows; i += thread_count()) store_uint4(shared.factors(i), Uint4{});
     syncthreads();
     for (int first = 0; first < strips; first += warps) {
       const int strip = first + warp_index();
@@ -442,7 +461,7 @@ struct Strips {
       if (strip < strips) rows.load(shared, strip * kRows);
       for (int round = 0; 2 * round <= strips; ++round) {
         const int other = partner_of(strips, strip, round);
-        if (other >= 0) value += add_gradients(shared, rows, grads, strip, other);
+        if (other >= 0) value += add_gradients(shared, shared, rows, grads, strip, other);
         syncthreads();
       }
       if (strip < strips) write_gradients(shared, grads, strip);
@@ -451,23 +470,15 @@ struct Strips {
     return static_cast<double>(value.sum) + value.rest;
   }
 
-  // Replaces the sums of a token by its factors. Returns its logarithms' contribution to the loss, which takes the same
-  // rounded 1/l as the pairs do: their rounding errors then cancel to first order.
+  // Replaces the sums of a token by its factors. Returns its logarithms' contribution to the loss.
   static MINILM_DEVICE float invert_sums(const Shared& shared, int i) {
     const auto& state = shared.state();
-    Uint4 words = load_uint4(factors_of(shared, i));
-    const bool exists = i < state.sequence.length, counted = counts(state.sequence, i);
-    float inverse[2];
-    MINILM_UNROLL_FOR (int model = 0; model < 2; ++model) {
-      const float x = 1.0f / as_float(words.word[2 + model]);
-      const float high = low_of(pack_bfloat16(x, 0.0f));
-      const uint32_t split = pack_bfloat16(high, sub(x, high));
-      inverse[model] = add(high, high_of(split));
-      words.word[model] = exists && (model == 1 || i < state.bound) ? 0x3f803f80u : 0u;
-      words.word[2 + model] = counted ? split : 0u;  // 0: every probability of the row is 0
-    }
-    store_uint4(factors_of(shared, i), words);
-    return counted ? kLn2 * log2_of_ratio(inverse[0], inverse[1]) : 0.0f;
+    const Uint4 sums = load_uint4(shared.factors(i));
+    const bool exists = i < state.sequence.length;
+    const Uint4 factors =
+        factors_of(as_float(sums.word[2]), as_float(sums.word[3]), exists, i < state.bound, counts(state.sequence, i));
+    store_uint4(shared.factors(i), factors);
+    return log_ratio(factors);
   }
 };
 

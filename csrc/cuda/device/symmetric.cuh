@@ -30,6 +30,34 @@ struct BlockState {
 };
 static_assert(sizeof(BlockState) <= kBlockStateBytes, "");
 
+// Finds head number `index` of a launch. Sequences that are empty, malformed or excluded from this launch get length 0.
+MINILM_DEVICE void find_head(const LaunchParams& params, int64_t index, BlockState& state) {
+  const Call& call = params.call;
+  state.head = index % call.num_heads;
+  index /= call.num_heads;
+  state.n = index % call.num_sequences;
+  const Relation& relation = params.relations[index / call.num_sequences];
+  state.relation = &relation;
+  bool valid = find_sequence(call, state.n, state.sequence);
+  if (!valid || state.sequence.length < params.min_length || state.sequence.length > params.max_length)
+    state.sequence.length = state.sequence.prefix = 0;
+  state.capacity = params.capacity;
+  state.bound = state.sequence.prefix;
+  state.chunks_t = chunks_of(relation.teacher.key.width);
+  state.splits_t = splits_of(relation.teacher.key.dtype);
+  state.chunks_s = chunks_of(relation.student.key.width);
+  state.scale_t = relation.teacher.scale * kLog2e;
+  state.scale_s = relation.student.scale * kLog2e;
+}
+
+MINILM_DEVICE float middle_of(const Range& range) { return range.low + (range.high - range.low) / 2; }
+
+// One reference score serves all rows of a head. It does not if a feature is not finite.
+MINILM_DEVICE bool shares_reference(int length, const Range& range_t, const Range& range_s) {
+  return length >= kMinSymmetricTokens && range_t.high - range_t.low <= kMaxNormRange &&
+         range_s.high - range_s.low <= kMaxNormRange;
+}
+
 // Layout of a block's shared memory; symmetric_bytes in launch_plan.h computes its size. Template arguments that are 0
 // (in the emulation) are replaced by the values in the block's state.
 template <int kSplits, int kChunksT, int kSplitsT, int kChunksS>
@@ -54,6 +82,7 @@ struct SymmetricLayout {
   // Σ E of each row in phase 1, 1 / Σ E in phase 2.
   MINILM_DEVICE float* sums_t() const { return grads(0) + chunks_s() * grads_plane(); }
   MINILM_DEVICE float* sums_s() const { return sums_t() + state().capacity; }
+  MINILM_DEVICE char* factors(int token) const { return reinterpret_cast<char*>(sums_t()) + token * 16; }
   MINILM_DEVICE RowStats row_stats() const {  // maxima are stored only with 3 splits
     const int capacity = state().capacity;
     float* first = sums_t();
@@ -81,6 +110,12 @@ MINILM_DEVICE Range block_range(Range x, double* scratch) {
   return x;
 }
 
+MINILM_DEVICE void widen(Range& range, float norm) {
+  const bool finite = norm < 3e38f;
+  range.low = finite ? fminf(range.low, norm) : -3e38f;
+  range.high = finite ? fmaxf(range.high, norm) : 3e38f;
+}
+
 // Smallest and largest s_ii in bits, or -3e38 and 3e38 if one of them is not finite.
 MINILM_DEVICE Range range_of_norms(const Tokens& x, int length, int chunks, int splits, float scale, double* scratch) {
   Range range{3e38f, -3e38f};
@@ -97,10 +132,7 @@ MINILM_DEVICE Range range_of_norms(const Tokens& x, int length, int chunks, int 
       }
       MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) norm = fmaf(value[d], value[d], norm);
     }
-    norm *= scale;
-    bool finite = norm < 3e38f;
-    range.low = finite ? fminf(range.low, norm) : -3e38f;
-    range.high = finite ? fmaxf(range.high, norm) : 3e38f;
+    widen(range, norm * scale);
   }
   return block_range(range, scratch);
 }
@@ -194,6 +226,11 @@ struct SymmetricKernel {
     BlockState& state = shared.state();
     if (thread_index() == 0) find_work(params, state);
     syncthreads();
+    const Call& call = params.call;
+    const int width = state.relation->student.key.width;
+    clear_padding(call, state.n, 0, call.positions,
+                  state.relation->query_grad + (state.n * call.positions * call.num_heads + state.head) * width,
+                  call.num_heads * width, width);
     if (state.sequence.length == 0) return;
 
     load(params, shared);
@@ -202,43 +239,25 @@ struct SymmetricKernel {
     const Range range_s = range_of_norms(shared.student(0), state.sequence.length, shared.chunks_s(), kSplits,
                                          state.scale_s, shared.scratch());
     if (thread_index() == 0) {
-      state.reference_t = range_t.low + (range_t.high - range_t.low) / 2;
-      state.reference_s = range_s.low + (range_s.high - range_s.low) / 2;
+      state.reference_t = middle_of(range_t);
+      state.reference_s = middle_of(range_s);
     }
     syncthreads();
-    const bool shares_reference = state.sequence.length >= kMinSymmetricTokens &&
-                                  range_t.high - range_t.low <= kMaxNormRange &&
-                                  range_s.high - range_s.low <= kMaxNormRange;
-    double value = !shares_reference ? row_wise(shared) : kStripRows ? strips(shared) : symmetric(shared);
+    double value = !shares_reference(state.sequence.length, range_t, range_s) ? row_wise(shared)
+                   : kStripRows                                               ? strips(shared)
+                                                                              : symmetric(shared);
     write(params, shared, block_sum(value, shared.scratch()));
   }
 
-  // Sequences that are empty, malformed or excluded from this launch get length 0 and loss 0.
   static MINILM_DEVICE void find_work(const LaunchParams& params, BlockState& state) {
-    const Call& call = params.call;
-    int64_t block = block_index();
-    state.head = block % call.num_heads;
-    block /= call.num_heads;
-    state.n = block % call.num_sequences;
-    const Relation& relation = params.relations[block / call.num_sequences];
-    state.relation = &relation;
-    bool valid = find_sequence(call, state.n, state.sequence);
-    if (!valid || state.sequence.length < params.min_length || state.sequence.length > params.max_length) {
-      state.sequence.length = state.sequence.prefix = 0;
-      *partial_of(params, state) = 0.0;
-    }
-    state.capacity = params.capacity;
+    find_head(params, block_index(), state);
     state.tiles = (state.sequence.length + kTile - 1) / kTile;
-    state.bound = state.sequence.prefix;
-    state.chunks_t = chunks_of(relation.teacher.key.width);
-    state.splits_t = splits_of(relation.teacher.key.dtype);
-    state.chunks_s = chunks_of(relation.student.key.width);
-    state.scale_t = relation.teacher.scale * kLog2e;
-    state.scale_s = relation.student.scale * kLog2e;
+    if (state.sequence.length == 0) *partial_of(params, state) = 0.0;
   }
 
   static MINILM_DEVICE double* partial_of(const LaunchParams& params, const BlockState& state) {
-    return params.partials + state.relation->index * params.slots + state.n * params.call.num_heads + state.head;
+    return params.partials + state.relation->index * params.slots + params.first_slot +
+           state.n * params.call.num_heads + state.head;
   }
 
   static MINILM_DEVICE void load(const LaunchParams& params, const Shared& shared) {
@@ -263,7 +282,7 @@ struct SymmetricKernel {
     const Call& call = params.call;
     const BlockState& state = shared.state();
     const Sequence& sequence = state.sequence;
-    const float weight = call.weights[state.n];
+    const float weight = weight_of(call, state.n);
     if (thread_index() == 0) *partial_of(params, state) = weight * value;
     const float factor = state.relation->student.scale * weight;
     const int width = state.relation->student.key.width, chunks = shared.chunks_s();
@@ -271,7 +290,7 @@ struct SymmetricKernel {
     float* out = state.relation->query_grad + (sequence.batch * call.positions * call.num_heads + state.head) * width;
     for (int item = thread_index(); item < sequence.length * chunks; item += thread_count()) {
       int i = item / chunks, chunk = item % chunks;
-      write_chunk(out + sequence.tokens[i] * stride, width, chunk, shared.grads(i) + chunk * shared.grads_plane(),
+      write_chunk(out + position_of(sequence, i) * stride, width, chunk, shared.grads(i) + chunk * shared.grads_plane(),
                   factor);
     }
   }

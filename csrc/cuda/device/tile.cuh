@@ -29,21 +29,26 @@ MINILM_DEVICE int chunks_of(int width) { return (width + 7) / 8; }
 
 struct Sequence {
   int64_t batch;          // index in padded tensors, 0 in packed ones
-  int64_t first;          // index of its first token among the valid tokens of all sequences
-  const int64_t* tokens;  // positions
+  int64_t first;          // index of its first token among the tokens of all sequences
+  const int64_t* tokens;  // positions; null: token i has position `origin` + i
+  int64_t origin;
   const bool* counted;    // by position: true on rows that count; null: all rows count
   int length;
   int prefix;  // row i sees the keys below max(i + 1, prefix)
 };
 
+MINILM_DEVICE int64_t start_of(const Call& call, int64_t n) { return call.starts ? call.starts[n] : n * call.positions; }
+
 // Returns false if `starts`, which may hold any numbers, does not describe a sequence of at most `max_length` tokens.
 MINILM_DEVICE bool find_sequence(const Call& call, int64_t n, Sequence& sequence) {
-  int64_t first = call.starts[n], end = call.starts[n + 1];
+  int64_t first = start_of(call, n);
+  int64_t end = call.lengths ? first + call.lengths[n] : start_of(call, n + 1);
   int64_t total = call.packed ? call.positions : call.num_sequences * call.positions;
   if (first < 0 || end < first || end > total || end - first > call.max_length) return false;
   sequence.batch = call.packed ? 0 : n;
   sequence.first = first;
-  sequence.tokens = call.tokens + first;
+  sequence.tokens = call.tokens ? call.tokens + first : nullptr;
+  sequence.origin = call.packed ? first : 0;
   sequence.counted = call.query_mask ? call.query_mask + sequence.batch * call.positions : nullptr;
   sequence.length = static_cast<int>(end - first);
   sequence.prefix = sequence.length;
@@ -54,6 +59,13 @@ MINILM_DEVICE bool find_sequence(const Call& call, int64_t n, Sequence& sequence
   return true;
 }
 
+MINILM_DEVICE int64_t position_of(const Sequence& sequence, int token) {
+  return sequence.tokens ? sequence.tokens[token] : sequence.origin + token;
+}
+
+// Weight of a sequence's rows. It is NaN in malformed packings.
+MINILM_DEVICE float weight_of(const Call& call, int64_t n) { return call.weights ? call.weights[n] : call.weight; }
+
 // Bound of the keys that row `row` sees: all keys below it.
 MINILM_DEVICE int bound_of(const Sequence& sequence, int row) {
   return row < sequence.length ? max_of(row + 1, sequence.prefix) : 0;
@@ -61,7 +73,7 @@ MINILM_DEVICE int bound_of(const Sequence& sequence, int row) {
 
 // Rows that do not count have neither a loss nor a gradient. Their tokens are keys of other rows all the same.
 MINILM_DEVICE bool counts(const Sequence& sequence, int row) {
-  return row < sequence.length && (!sequence.counted || sequence.counted[sequence.tokens[row]]);
+  return row < sequence.length && (!sequence.counted || sequence.counted[position_of(sequence, row)]);
 }
 
 // ---- Loading ----------------------------------------------------------------------------------------------------
@@ -114,7 +126,7 @@ MINILM_DEVICE void load_tokens(const TensorView& x, const Sequence& sequence, in
     int slot = item / chunks, chunk = item % chunks;
     float value[8] = {};
     if (rows ? counts(sequence, first + slot) : first + slot < sequence.length)
-      load_chunk(x, base + sequence.tokens[first + slot] * x.position_stride, chunk, value);
+      load_chunk(x, base + position_of(sequence, first + slot) * x.position_stride, chunk, value);
     char* to = planes + chunk * plane + slot * 16;
     for (int split = 0; split < splits; ++split) {
       Uint4 words;
@@ -141,6 +153,18 @@ MINILM_DEVICE void write_chunk(float* out, int width, int chunk, const float* su
     MINILM_UNROLL_FOR (int d = 0; d < 8; ++d)
       if (8 * chunk + d < width) out[8 * chunk + d] = sums[d] * factor;
   }
+}
+
+// Sets the gradient of a head to 0 at tokens first ... end - 1 of sequence n that are padding. `out`: gradient of the
+// sequence's first position; `stride`: numbers per position.
+MINILM_DEVICE void clear_padding(const Call& call, int64_t n, int64_t first, int64_t end, float* out, int64_t stride,
+                                 int width) {
+  if (!call.tokens || !call.lengths) return;
+  first = first > call.lengths[n] ? first : call.lengths[n];
+  end = end < call.positions ? end : call.positions;
+  const int64_t* tokens = call.tokens + n * call.positions;
+  for (int64_t item = first * width + thread_index(); item < end * width; item += thread_count())
+    out[tokens[item / width] * stride + item % width] = 0.0f;
 }
 
 // Row and column, within a tile, of a lane's element x[m][n][e]; half = e / 2.

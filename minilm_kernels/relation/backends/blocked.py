@@ -20,6 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from minilm_kernels._choices import Reduction
 from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
 
 # Number of scores in one block. On a CPU the buffers should stay in the cache, and every operation should be large
@@ -41,7 +42,8 @@ def unsupported_reasons(inputs: RelationInputs) -> list[str]:
     return []
 
 
-def forward_reduced(inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+def forward_reduced(inputs: RelationInputs, reduction: Reduction, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+    weights = inputs.mask.sequence_weights(reduction, inputs.heads, inputs.dtype)
     values = torch.zeros(len(inputs.relations), dtype=inputs.dtype, device=inputs.mask.device)
     grads = _zero_gradients(inputs) if gradient else [[]] * len(inputs.relations)
     for group in _groups(inputs):
@@ -50,7 +52,7 @@ def forward_reduced(inputs: RelationInputs, weights: Tensor, gradient: bool) -> 
         for r in range(len(inputs.relations)):
             kl = _relation_kl(inputs, group, r, row_weights, grads[r], exact=not gradient)
             values[r] += _deterministic_sum(kl * row_weights)
-    return values.clamp_(min=0.0), [buffer for buffers in grads for buffer in buffers]
+    return inputs.total(values.clamp_(min=0.0)), [buffer for buffers in grads for buffer in buffers]
 
 
 def forward_none(inputs: RelationInputs) -> Tensor:

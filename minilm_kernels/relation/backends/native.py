@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
-from minilm_kernels.relation.masks import add_fault
+from minilm_kernels._choices import Reduction
+from minilm_kernels.relation.inputs import RelationInputs, Scaling, grad_buffers
 
 from . import cuda_compiler
 from .cuda_loader import KernelLoader
@@ -35,8 +35,6 @@ class NativeBackend:
     Args:
         name: name of the backend. The package has the library as `_<name>.abi3.so`.
     """
-
-    grads_cleared = False  # True if the library sets the gradients of padding to zero
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -60,63 +58,45 @@ class NativeBackend:
             reasons.append(f"it computes on {self.device_type} devices, but the tensors are on {device}")
         return reasons
 
-    def forward_reduced(self, inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
-        inputs, fault = self._sanitized(inputs)
-        values = weights.new_empty(len(inputs.relations))
-        grads = self._new_gradients(inputs) if gradient else []
-        self._run(inputs, weights=add_fault(weights, fault).contiguous(), values=values, grads=grads)
-        return add_fault(values, fault), grads
+    def forward_reduced(
+        self, inputs: RelationInputs, reduction: Reduction, gradient: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See `Backend`."""
+        raise NotImplementedError
 
     def forward_none(self, inputs: RelationInputs) -> Tensor:
-        inputs, fault = self._sanitized(inputs)
-        *batch, positions = inputs.mask.token_shape
+        mask = inputs.mask
+        *batch, positions = mask.token_shape
         shape = (len(inputs.relations), *batch, inputs.heads, positions)
-        new = torch.zeros if _padded(inputs) or inputs.mask.query_mask is not None else torch.empty
-        out = new(shape, dtype=torch.float32, device=inputs.mask.device)
+        # Kernels write rows of valid tokens only.
+        new = torch.empty if mask.attention_mask is None and mask.query_mask is None else torch.zeros
+        out = new(shape, dtype=torch.float32, device=mask.device)
         self._run(inputs, rows=out)
-        return add_fault(out, fault)
+        return out
 
     def backward_none(self, inputs: RelationInputs, row_grads: Tensor) -> list[Tensor]:
-        inputs, fault = self._sanitized(inputs)
         grads = self._new_gradients(inputs)
-        self._run(inputs, row_grads=add_fault(row_grads.float(), fault).contiguous(), grads=grads)
+        self._run(inputs, row_grads=row_grads.float().contiguous(), grads=grads)
         return grads
 
     def _new_gradients(self, inputs: RelationInputs) -> list[Tensor]:
-        """Allocates the gradients. Kernels write those of valid tokens only; those of padding must be zero."""
-        new = torch.zeros if _padded(inputs) and not self.grads_cleared else torch.empty
+        """Allocates the gradients. Kernels set those of padding to 0."""
         return [
-            new(inputs.student[m].shape, dtype=torch.float32, device=inputs.mask.device)
+            torch.empty(inputs.student[m].shape, dtype=torch.float32, device=inputs.mask.device)
             for _, m in grad_buffers(inputs.relations)
         ]
 
     def _run(
         self,
         inputs: RelationInputs,
-        weights: Tensor | None = None,
+        reduction: Reduction = "sum",
         row_grads: Tensor | None = None,
         values: Tensor | None = None,
         rows: Tensor | None = None,
-        grads: list[Tensor] | None = None,
+        grads: Sequence[Tensor] = (),
     ) -> None:
-        tokens, starts, prefixes = inputs.mask.unpad()
-        arguments = (
-            inputs.teacher,
-            inputs.student,
-            _indices(inputs),
-            [scale for relation in inputs.relations for scale in inputs.scales(relation)],
-            tokens,
-            starts,
-            prefixes,
-            None if inputs.mask.query_mask is None else inputs.mask.counted.contiguous(),
-            not inputs.mask.bidirectional,
-            weights,
-            row_grads,
-            values,
-            rows,
-            grads or [],
-        )
-        self._call(inputs, arguments)
+        """Calls the library's operator. A call for rows, or with `row_grads`, has the reduction "sum"."""
+        raise NotImplementedError
 
     def _missing_reason(self) -> str:
         """Returns why there is no library file. The reason includes the note that setup.py writes if a build fails."""
@@ -135,19 +115,9 @@ class NativeBackend:
         """Loads the library. Returns why the backend cannot run in this process, or None."""
         raise NotImplementedError
 
-    def _sanitized(self, inputs: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
-        """Returns inputs whose mask is safe to index with, and the fault to add; see `Mask.sanitize_bounds`."""
-        raise NotImplementedError
-
-    def _call(self, inputs: RelationInputs, arguments: tuple[Any, ...]) -> None:
-        """Calls the library's operator with `arguments` and the additional arguments of this kind of device."""
-        raise NotImplementedError
-
 
 class CPUBackend(NativeBackend):
     """Backend `cpu`: AVX-512, AVX2 or portable kernels, chosen for the processor at run time."""
-
-    grads_cleared = True
 
     def __init__(self) -> None:
         super().__init__("cpu")
@@ -199,11 +169,37 @@ class CPUBackend(NativeBackend):
     def _is_source_tree(self) -> bool:
         return (self.library.parents[1] / "csrc" / "cpu").is_dir()
 
-    def _sanitized(self, inputs: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
-        return inputs, None  # cu_seqlens has been validated, because it is on the CPU
+    def forward_reduced(
+        self, inputs: RelationInputs, reduction: Reduction, gradient: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        values = torch.empty(len(inputs.relations), dtype=torch.float32)
+        grads = self._new_gradients(inputs) if gradient else []
+        self._run(inputs, reduction, values=values, grads=grads)
+        return inputs.total(values), grads
 
-    def _call(self, inputs: RelationInputs, arguments: tuple[Any, ...]) -> None:
-        self.operators.relation_kl(*arguments, self.instruction_set())
+    def _run(
+        self,
+        inputs: RelationInputs,
+        reduction: Reduction = "sum",
+        row_grads: Tensor | None = None,
+        values: Tensor | None = None,
+        rows: Tensor | None = None,
+        grads: Sequence[Tensor] = (),
+    ) -> None:
+        mask = inputs.mask
+        weights = None if values is None else mask.sequence_weights(reduction, inputs.heads, torch.float32).contiguous()
+        self.operators.relation_kl(
+            *_tensors_and_scales(inputs),
+            *mask.unpad(),
+            None if mask.query_mask is None else mask.counted.contiguous(),
+            not mask.bidirectional,
+            weights,
+            row_grads,
+            values,
+            rows,
+            list(grads),
+            self.instruction_set(),
+        )
 
 
 class CUDABackend(NativeBackend):
@@ -216,6 +212,7 @@ class CUDABackend(NativeBackend):
     def __init__(self) -> None:
         super().__init__("cuda")
         self.loader = KernelLoader()
+        self.reasons: dict[tuple, list[str]] = {}  # by device, widths and dtypes
 
     def device(self, device: torch.device) -> tuple[int, int]:
         """Number and current stream of a device."""
@@ -234,29 +231,84 @@ class CUDABackend(NativeBackend):
         if reasons := super().unsupported_reasons(inputs):
             return reasons
         device, _ = self.device(inputs.mask.device)
-        try:
-            reason = self.operators.unsupported_reason(inputs.teacher, inputs.student, _indices(inputs), device)
-        except RuntimeError as error:  # raised by the driver library
-            reason = str(error)
-        return [reason] if reason else []
+        indices, tensors = _indices(inputs), (*inputs.teacher, *inputs.student)
+        key = (device, *indices, *((x.dtype, x.shape[-1]) for x in tensors))
+        if key not in self.reasons:
+            try:
+                reason = self.operators.unsupported_reason(inputs.teacher, inputs.student, indices, device)
+            except RuntimeError as error:  # raised by the driver library
+                return [str(error)]
+            self.reasons[key] = [reason] if reason else []
+        return self.reasons[key]
 
-    def _sanitized(self, inputs: RelationInputs) -> tuple[RelationInputs, Tensor | None]:
-        mask, fault = inputs.mask.sanitize_bounds()
-        return replace(inputs, mask=mask), fault
+    def forward_reduced(
+        self, inputs: RelationInputs, reduction: Reduction, gradient: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        shape = (len(inputs.relations),) if inputs.weights is None else ()
+        values = torch.empty(shape, dtype=torch.float32, device=inputs.mask.device)
+        grads = self._new_gradients(inputs) if gradient else []
+        self._run(inputs, reduction, values=values, grads=grads)
+        return values, grads
 
-    def _call(self, inputs: RelationInputs, arguments: tuple[Any, ...]) -> None:
+    def _run(
+        self,
+        inputs: RelationInputs,
+        reduction: Reduction = "sum",
+        row_grads: Tensor | None = None,
+        values: Tensor | None = None,
+        rows: Tensor | None = None,
+        grads: Sequence[Tensor] = (),
+    ) -> None:
+        """The masks are passed as they are: kernels make the lists of tokens and the weights from them."""
         mask = inputs.mask
-        max_length = mask.token_shape[-1] if mask.max_seqlen is None else mask.max_seqlen
         device, stream = self.device(mask.device)
-        arguments = (*arguments, _padded(inputs), max_length, stream, device)
-        if missing := self.operators.relation_kl(*arguments):
-            self.loader.load(missing.split("\n"), device, self.operators)
-            self.operators.relation_kl(*arguments)
+        self._launch(
+            self.operators.relation_kl,
+            *_tensors_and_scales(inputs),
+            mask.attention_mask,
+            None if mask.cu_seqlens is None else mask.cu_seqlens.contiguous(),
+            mask.prefix_integers(),
+            mask.query_mask,
+            -1 if mask.max_seqlen is None else mask.max_seqlen,
+            not mask.bidirectional,
+            reduction,
+            None if values is None or inputs.weights is None else list(inputs.weights),
+            row_grads,
+            values,
+            rows,
+            list(grads),
+            stream,
+            device,
+        )
+
+    def scale(self, scaling: Scaling) -> list[Tensor] | None:
+        """See `Backend`."""
+        results = scaling.results(self.device_type)
+        if results is not None:
+            device, stream = self.device(scaling.upstream.device)
+            self._launch(
+                self.operators.scale,
+                scaling.parts,
+                scaling.owners,
+                scaling.relations,
+                scaling.weights,
+                scaling.upstream,
+                results,
+                stream,
+                device,
+            )
+        return results
+
+    def _launch(self, operator: Any, *arguments: Any) -> None:
+        """Calls an operator whose last argument is the number of the device. Loads the kernels that it reports."""
+        if missing := operator(*arguments):
+            self.loader.load(missing.split("\n"), arguments[-1], self.operators)
+            operator(*arguments)
 
 
-def _padded(inputs: RelationInputs) -> bool:
-    """Tells whether some tokens may be padding. Packed inputs have none: their (sanitized) bounds cover every token."""
-    return inputs.mask.attention_mask is not None
+def _tensors_and_scales(inputs: RelationInputs) -> tuple[Any, ...]:
+    scales = [scale for relation in inputs.relations for scale in inputs.scales(relation)]
+    return inputs.teacher, inputs.student, _indices(inputs), scales
 
 
 def _indices(inputs: RelationInputs) -> list[int]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minilm_kernels._choices import Reduction
 from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
 
 
@@ -23,13 +24,14 @@ def unsupported_reasons(inputs: RelationInputs) -> list[str]:
     return []
 
 
-def forward_reduced(inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+def forward_reduced(inputs: RelationInputs, reduction: Reduction, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+    weights = inputs.mask.sequence_weights(reduction, inputs.heads, inputs.dtype)
     sequences, _ = inputs.mask.sequences_and_positions()
     per_token = weights.double()[sequences]  # (B, S) or (T,)
     per_row = per_token[..., None, :].expand(_row_shape(inputs))
     values = (_all_rows(inputs, inputs.student) * per_row).flatten(1).sum(1)
     grads = _gradients(inputs, per_row.expand(len(inputs.relations), *per_row.shape)) if gradient else []
-    return values.to(inputs.dtype), grads
+    return inputs.total(values.to(inputs.dtype)), grads
 
 
 def forward_none(inputs: RelationInputs) -> Tensor:

@@ -58,6 +58,23 @@ def _build_shfl(machine, instruction):
     return operation
 
 
+def _build_redux(machine, instruction):
+    """redux.sync.add with all lanes as members: every lane receives the sum of all lanes, modulo 2^32."""
+    if instruction.opcode[2] != "add":
+        raise NotImplementedError(instruction.text)
+    target = machine.target(instruction.operands[0], "b32")
+    value, members = (machine.source(x, "b32") for x in instruction.operands[1:3])
+
+    def operation(active) -> None:
+        check_whole(machine, instruction, active)
+        if not np.all(np.broadcast_to(members, machine.threads)[active.mask] == np.uint32(0xFFFFFFFF)):
+            raise NotImplementedError(f"{instruction.text}: the mask does not have all lanes")
+        lanes = np.broadcast_to(value, machine.threads).reshape(-1, 32)
+        assign(target, active, lanes.astype(np.uint64).sum(1).astype(np.uint32).repeat(32))
+
+    return operation
+
+
 def _build_vote(machine, instruction):
     mode = instruction.opcode[2]
     predicate = machine.source(instruction.operands[1], "pred")
@@ -102,4 +119,10 @@ def _build_activemask(machine, instruction):
     return operation
 
 
-BUILDERS = {"shfl": _build_shfl, "vote": _build_vote, "bar": _build_bar, "activemask": _build_activemask}
+BUILDERS = {
+    "shfl": _build_shfl,
+    "redux": _build_redux,
+    "vote": _build_vote,
+    "bar": _build_bar,
+    "activemask": _build_activemask,
+}

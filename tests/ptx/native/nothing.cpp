@@ -12,9 +12,9 @@ namespace {
 using Tensors = std::vector<torch::stable::Tensor>;
 using Optional = std::optional<torch::stable::Tensor>;
 
-std::string relation_kl(Tensors, Tensors, std::vector<int64_t>, std::vector<double>, torch::stable::Tensor,
-                        torch::stable::Tensor, Optional, Optional, bool, Optional, Optional, Optional, Optional,
-                        Tensors, bool, int64_t, int64_t, int64_t) {
+std::string relation_kl(Tensors, Tensors, std::vector<int64_t>, std::vector<double>, Optional, Optional, Optional,
+                        Optional, int64_t, bool, std::string, std::optional<std::vector<double>>, Optional, Optional,
+                        Optional, Tensors, int64_t, int64_t) {
   return "";
 }
 
@@ -22,9 +22,10 @@ std::string relation_kl(Tensors, Tensors, std::vector<int64_t>, std::vector<doub
 
 STABLE_TORCH_LIBRARY(minilm_kernels_nothing, m) {
   m.def(
-      "relation_kl(Tensor[] teacher, Tensor[] student, int[] indices, float[] scales, Tensor tokens, Tensor starts, "
-      "Tensor? prefixes, Tensor? query_mask, bool causal, Tensor? weights, Tensor? row_grads, Tensor(a!)? values, "
-      "Tensor(b!)? rows, Tensor(c!)[] grads, bool padded, int max_length, int stream, int device) -> str");
+      "relation_kl(Tensor[] teacher, Tensor[] student, int[] indices, float[] scales, Tensor? attention_mask, "
+      "Tensor? cu_seqlens, Tensor? prefix_lens, Tensor? query_mask, int max_seqlen, bool causal, str reduction, "
+      "float[]? weights, Tensor? row_grads, Tensor(a!)? values, Tensor(b!)? rows, Tensor(c!)[] grads, int stream, "
+      "int device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minilm_kernels_nothing, CompositeExplicitAutograd, m) {

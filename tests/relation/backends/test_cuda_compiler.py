@@ -72,7 +72,17 @@ def test_names_are_those_of_the_host_code(needed, widths, dtype_t, dtype_s):
                 found |= needed(lambda case=case, reduction=reduction: case.run(reduction, "cuda"))
             if not cross:
                 found |= needed(lambda case=case: _evaluate(case))
-    assert found == set(kernel_names(*widths, dtype_t, dtype_s))
+                longer = replace(
+                    case, tensors=tuple(x if x is None else x[:, :1].expand(1, 9000, -1, -1) for x in tensors)
+                )
+                found |= needed(lambda longer=longer: longer.run("sequence", "cuda"))
+    masked = replace(case, kwargs={"attention_mask": torch.ones(1, 5)})
+    found |= needed(lambda: masked.run("sequence", "cuda"))
+    named = set(kernel_names(*widths, dtype_t, dtype_s))
+    without_strips = {name for name in named if name.startswith("segments")}  # the host does not launch them
+    assert found | without_strips == named
+    if widths in ((16, 8), (64, 32), (1, 1)) and dtype_t == dtype_s == "bfloat16":
+        assert found == named
 
 
 def _loss(relations: list[tuple[str, str]], kwargs: dict, dtype, reduction: str, gradient: bool, length: int = 512):
@@ -100,12 +110,13 @@ def _loss(relations: list[tuple[str, str]], kwargs: dict, dtype, reduction: str,
     ids=["full", "padded", "causal", "packed"],
 )
 @pytest.mark.parametrize("props", [(90, 232448, 233472), (80, 30000, 31000)], ids=["symmetric", "row-wise"])
-def test_a_loss_of_one_shape_needs_at_most_five_kernels(needed, props, kwargs, dtype):
+def test_a_loss_of_one_shape_needs_at_most_eight_kernels(needed, props, kwargs, dtype):
     for relations in ([("q", "q"), ("k", "k"), ("v", "v")], [("q", "k"), ("v", "v")]):
         for reduction in ("sequence", "none"):
             for gradient in (True, False):
                 call = _loss(relations, kwargs, DTYPES[dtype], reduction, gradient)
-                assert 0 < len(needed(call, *props)) <= 5
+                names = needed(call, *props)
+                assert 0 < len(names - set(cuda_compiler.SHARED)) <= 4
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +144,8 @@ def _check_registers(name: str, architecture: int, code: bytes, folder: Path) ->
         opcodes = {instruction.base for instruction in body}
         assert not ("HMMA" in opcodes and opcodes & {"LDL", "STL"}), name
     assert resources.local == 0, name
-    assert resources.stack <= (64 if name.startswith("symmetric_1") else 0), name
+    limit = {"symmetric_1": 64, "segments_1_": 192}.get(name[:11], 0)
+    assert resources.stack <= limit, name
 
 
 def test_one_kernel_for_one_gpu():
@@ -159,8 +171,8 @@ def test_every_kernel_compiles_without_spills(widths, dtype, architecture, cache
 @pytest.mark.parametrize("widths", [(8, 8), (32, 16), (16, 16), (24, 24)], ids=str)
 def test_loops_over_pairs_keep_everything_in_registers(widths, architecture, cache, tmp_path):
     pytest.importorskip("triton", reason="its wheel brings the disassembler")
-    names = [name for name in kernel_names(*widths) if name.startswith("symmetric")]
-    assert len(names) == 2
+    names = [name for name in kernel_names(*widths) if name.startswith(("symmetric", "segments"))]
+    assert len(names) == 4
     for name, code in compile_kernels(names, architecture, cache=cache).items():
         _check_registers(name, architecture, code, tmp_path)
 
@@ -168,7 +180,7 @@ def test_loops_over_pairs_keep_everything_in_registers(widths, architecture, cac
 @pytest.mark.slow
 @pytest.mark.parametrize(("symbol", "bound"), [
     ("symmetric_1_2_1_1_0", 11.2), ("symmetric_1_8_1_4_0", 15.1),
-    ("symmetric_1_4_1_2_0", 13.0), ("symmetric_1_2_1_2_0", 12.6),
+    ("symmetric_1_4_1_2_0", 13.0), ("symmetric_1_2_1_2_0", 12.6), ("segments_1_2_1_1_0", 11.2),
 ])  # fmt: skip
 def test_issue_slots_a_pair(symbol, bound):
     """Issue slots of loss and gradient per ordered pair on sm_90, counted in the machine code (docs/static-cost.md)."""

@@ -42,11 +42,25 @@ def test_a_kernel_is_loaded_and_given_its_shared_memory_once(gpu):
         for length in (40, 130, 40):
             _run(length=length)
     functions = [function for function, *_ in gpu.of("cuLaunchKernel")]
-    assert _names(gpu, gpu.of("cuLaunchKernel")) == ["symmetric_1_2_1_1_0", "reduce"] * 3
-    assert len(set(functions)) == len(gpu.of("cuModuleLoadData")) == 2
+    assert _names(gpu, gpu.of("cuLaunchKernel")) == ["symmetric_1_2_1_1_0", "reduce", "scale"] * 3
+    assert len(set(functions)) == len(gpu.of("cuModuleLoadData")) == 3
     # The driver is told to use the largest dynamic shared memory of a block, and all on-chip memory as shared memory.
-    wanted = [call for function in functions[:2] for call in ((function, 8, 232448), (function, 9, 100))]
+    wanted = [call for function in functions[:3] for call in ((function, 8, 232448), (function, 9, 100))]
     assert sorted(gpu.of("cuFuncSetAttribute")) == sorted(wanted)
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
+def test_launches_of_long_sequences(gpu, reduction):
+    """Five launches with gradient and one in the backward, and a scratch memory that is a multiple of the gradient's."""
+    with gpu.recorded():
+        _run(reduction, length=9000, batch=1)
+    names = _names(gpu, gpu.of("cuLaunchKernel"))
+    segments = ["segments_1_2_1_1_0"] if reduction == "sequence" else []
+    rows = ["row_stats_0_2_1_1_1", "row_wise_1_2_1_1_1"]
+    if reduction == "sequence":
+        assert names == [*segments, rows[0], *segments, rows[1], "reduce", "scale"]
+    else:
+        assert names == ["row_stats_1_2_1_1_1", "row_wise_0_2_1_1_1", *rows]  # rows first, then their gradient
 
 
 def test_every_device_gets_its_own_kernels_in_its_own_context(new_gpu, compiled):
@@ -61,7 +75,7 @@ def test_every_device_gets_its_own_kernels_in_its_own_context(new_gpu, compiled)
         assert {context for _, context, _ in gpu.of("cuModuleLoadData")} <= {gpu.context}
     assert launched[0] == launched[2]
     assert not set(launched[0]) & set(launched[1])
-    assert [architecture for _, architecture in compiled] == [90, 80]
+    assert [architecture for _, architecture in compiled] == [90, 90, 80, 80]
 
 
 @pytest.mark.parametrize("before", [0, 1003, "own"])
@@ -129,9 +143,9 @@ def test_threads_that_miss_the_same_kernels_load_them_once(gpu, compiled):
             thread.start()
         for thread in threads:
             thread.join(60)
-    assert [names for names, _ in compiled] == [["symmetric_1_2_1_1_0", "reduce"]]
-    assert len(gpu.of("cuModuleLoadData")) == 2
-    assert len(gpu.of("cuLaunchKernel")) == 8
+    assert [names for names, _ in compiled] == [["symmetric_1_2_1_1_0", "reduce"], ["scale"]]
+    assert len(gpu.of("cuModuleLoadData")) == 3
+    assert len(gpu.of("cuLaunchKernel")) == 12
 
 
 # The call fails before the first launch of a process, or in a launch.
@@ -194,12 +208,11 @@ def test_more_blocks_than_a_launch_takes_are_refused(gpu, compiled):
     """The error occurs before memory is allocated and before anything is compiled or launched."""
     heads = 2**30
     teacher, student = (torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16).expand(1, 1, heads, 8) for _ in range(2))
-    values, weights = torch.empty(3), torch.ones(1)
-    tokens, starts = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1])
+    values = torch.empty(3)
     with gpu.recorded(), pytest.raises(RuntimeError, match="more than 2\\^31 - 1 thread blocks"):
         torch.ops.minilm_kernels_cuda.relation_kl(
-            [teacher], [student], [0, 0] * 3, [1.0] * 6, tokens, starts, None, None, False, weights, None, values,
-            None, [], False, 1, 0, gpu.number,
+            [teacher], [student], [0, 0] * 3, [1.0] * 6, None, None, None, None, -1, False, "sum", None, None, values,
+            None, [], 0, gpu.number,
         )  # fmt: skip
     assert gpu.of("cuLaunchKernel") == []
 
@@ -244,10 +257,10 @@ def test_no_driver_library_to_use(gpu, tmp_path, source, expected):
 
 
 def test_a_process_does_not_load_kernels_for_ever(gpu, monkeypatch, caplog):
-    monkeypatch.setattr(native.cuda.loader, "limit", 3)
+    monkeypatch.setattr(native.cuda.loader, "limit", 4)
     _run()
     _run(dtype=torch.float16)
-    with pytest.raises(RuntimeError, match="more than 3 kernels"):
+    with pytest.raises(RuntimeError, match="more than 4 kernels"):
         _run(dtype=torch.float32)
     case = make(**{**_SHAPE, "dtype": torch.float32})
     with caplog.at_level(logging.INFO, "minilm_kernels"):

@@ -130,7 +130,8 @@ def gradient_kernel(
 ):  # fmt: skip
     """Writes the gradient of one student tensor per relation to `out`, (B, S, A, D_S) or (T, A, D_S).
 
-    `sum_t` and `sum_s` hold the inverse sums that `finalize_kernel` wrote. `weights` has one weight per sequence. With
+    `sum_t` and `sum_s` hold the inverse sums that `finalize_kernel` wrote. `weights` has one weight per sequence; if it
+    is None, gradient_scale contains the weight of all. With
     ROW_WEIGHTS, `weights` is unused, because the inverse sums already contain the row weights.
     """
     program = tile_program(
@@ -222,8 +223,11 @@ def gradient_kernel(
                 LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, ROLE, False, _PARTIAL, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
-    factor = tl.load(head_stats + 3) if ROW_WEIGHTS else tl.load(weights + program.sequence)
-    acc *= factor * gradient_scale
+    if ROW_WEIGHTS:
+        acc *= tl.load(head_stats + 3)
+    elif weights is not None:
+        acc *= tl.load(weights + program.sequence)
+    acc *= gradient_scale
     position = q_position.to(tl.int64) + (program.first if PACKED else program.sequence.to(tl.int64) * positions)
     feature = tl.arange(0, DP_S)[None, :]
     offset = ((position * heads + program.head) * D_S)[:, None] + feature  # [BLOCK_M, DP_S]

@@ -9,18 +9,31 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
-from minilm_kernels.relation.masks import add_fault
+from minilm_kernels._choices import Reduction
+from minilm_kernels.relation.inputs import RelationInputs, Scaling, grad_buffers
 
-from .config import FINALIZE_BLOCK, FUSION, PIVOT_BLOCK, LaunchConfig, padded_width, sliced
+from .config import (
+    CLEARING_PROGRAMS,
+    FINALIZE_BLOCK,
+    FULL_GPU,
+    FUSION,
+    PIVOT_BLOCK,
+    SCALE_BLOCK,
+    SEQUENCE_BLOCK,
+    TOTAL_BLOCK,
+    LaunchConfig,
+    padded_width,
+    sliced,
+)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WIDTH = 128
@@ -61,95 +74,201 @@ def unsupported_reasons(inputs: RelationInputs) -> list[str]:
     return reasons
 
 
-def forward_reduced(inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
-    call = _Call(inputs)
-    weights = add_fault(weights, call.fault)
-    values: list[Tensor] = [weights] * len(inputs.relations)  # placeholders; every group replaces its own values
+def forward_reduced(inputs: RelationInputs, reduction: Reduction, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+    call = _Call(inputs, reduction)
     grads = call.new_gradients() if gradient else {}
-    for group in call.groups() if call.has_tiles else []:
-        kl_rows = group.new_row_stats()
-        group.row_stats(kl_rows if gradient else None)
-        if not gradient:
-            group.row_kl(kl_rows, None)
-        sums = group.finalize(kl_rows, gradient)
-        if gradient:
-            group.gradients(weights.contiguous(), False, grads)
-        for value, r in zip(sums, group.relations, strict=True):
-            values[r] = value
-    if not call.has_tiles:
-        return add_fault(call.new((len(values),)).zero_(), call.fault), list(grads.values())
-    return (torch.stack(values).sum(-1) * weights).sum(-1).clamp_(min=0.0), list(grads.values())
+    call.prepare(grads)
+    shape = (len(inputs.relations),) if inputs.weights is None else ()
+    losses = call.new(shape, zeros=not call.has_tiles)
+    for number, group in enumerate(call.groups() if call.has_tiles else []):
+        if gradient and group.has_unordered_kernel():
+            values = group.unordered(grads)
+        else:
+            kl_rows = group.new_row_stats()
+            group.row_stats(kl_rows if gradient else None)
+            if not gradient:
+                group.row_kl(kl_rows, None)
+            values = group.finalize(kl_rows, gradient)
+            if gradient:
+                group.gradients(None, grads)
+        group.total(values, losses, add=number > 0)
+    return losses if call.has_tiles else call.with_fault(losses), list(grads.values())
 
 
 def forward_none(inputs: RelationInputs) -> Tensor:
     call = _Call(inputs)
+    call.prepare({})
     *batch, positions = inputs.mask.token_shape
     out = call.new((len(inputs.relations), *batch, inputs.heads, positions), covered=True)
     for group in call.groups() if call.has_tiles else []:
         group.row_stats(None)
         group.row_kl(None, out)
-    return add_fault(out, call.fault)
+    return call.with_fault(out)
 
 
 def backward_none(inputs: RelationInputs, row_grads: Tensor) -> list[Tensor]:
     call = _Call(inputs)
-    row_grads = add_fault(row_grads.float(), call.fault).contiguous()
     grads = call.new_gradients()
+    call.prepare(grads)
+    row_grads = call.with_fault(row_grads.float()).contiguous()
     for group in call.groups() if call.has_tiles else []:
         weights = group.new_row_stats()
         group.row_stats(None)
         group.finalize(None, True, row_grads, weights)
-        group.gradients(weights, True, grads)
+        group.gradients(weights, grads)
     return list(grads.values())
+
+
+def scale(scaling: Scaling) -> list[Tensor] | None:
+    """See `Backend`."""
+    results = scaling.results("cpu" if interpreted() else "cuda")
+    if results is None:
+        return None
+    from .scale import scale_kernel
+
+    blocks = list(accumulate(-(-x.numel() // SCALE_BLOCK) for x in results))
+    counts = [scaling.owners.count(m) for m in range(len(results))]
+    upstream = scaling.upstream
+    if upstream.dim() and upstream.stride(0) > 1:
+        upstream = upstream.contiguous()
+    arguments = {
+        "out": tuple(results),
+        "parts": tuple(scaling.parts),
+        "upstream": upstream,
+        "relations": encode_integers(scaling.relations),
+        "weights": tuple(float(weight) for weight in scaling.weights),
+        "sizes": encode_integers(x.numel() for x in results),
+        "blocks": encode_integers(blocks),
+        "FIRSTS": tuple(accumulate(counts[:-1], initial=0)),
+        "COUNTS": tuple(counts),
+        "STRIDE": upstream.stride(0) if upstream.dim() else 0,
+        "BLOCK": SCALE_BLOCK,
+    }
+    if blocks[-1]:
+        _start(upstream.device, scale_kernel, (blocks[-1],), arguments, FUSION)
+    return results
 
 
 @dataclass
 class _Call:
     """The inputs of one call in the form that the kernels take, and the arguments that all groups share."""
 
-    inputs: RelationInputs  # with a sanitized mask
-    fault: Tensor | None = field(init=False)  # see Mask.sanitize_bounds
+    inputs: RelationInputs
+    reduction: Reduction = "sum"
     sequences: int = field(init=False)
     positions: int = field(init=False)  # positions of a sequence; T for packed inputs
     total: int = field(init=False)  # B * S or T
     has_tiles: bool = field(init=False)  # False if there are no tokens; then nothing is launched
     mask_arguments: dict[str, Any] = field(init=False)
     mask_constants: dict[str, Any] = field(init=False)
+    weights: Tensor | None = field(init=False)  # weights of the sequences' rows
+    weight: float = field(init=False)  # weight of all rows, in calls without `weights`
+    tile_maps: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         from .primitives import BIDIRECTIONAL, CAUSAL, PREFIX
 
-        mask, self.fault = self.inputs.mask.sanitize_bounds()
-        self.inputs = replace(self.inputs, mask=mask)
+        mask = self.inputs.mask
         self.sequences = mask.num_sequences
         self.positions = mask.token_shape[-1]
         self.total = math.prod(mask.token_shape)
         self.has_tiles = self.total > 0 and self.sequences > 0
-        indices, starts, prefixes = None, mask.cu_seqlens, mask.prefix_lens
-        if mask.attention_mask is not None:
-            indices, starts, prefixes = mask.unpad()
+        padded, rows = mask.attention_mask is not None, mask.query_mask is not None
+        starts = (self.sequences + 1, torch.int32) if mask.packed else (self.sequences, torch.int64)
+        prefixes = mask.prefix_integers()
+        if padded and prefixes is not None:
+            prefixes = torch.empty(self.sequences, dtype=torch.int64, device=mask.device)
         self.mask_arguments = {
-            "indices": indices,
-            "starts": starts if starts is None else starts.contiguous(),
-            "prefixes": prefixes if prefixes is None else prefixes.long().contiguous(),
-            "counted": mask.counted.contiguous() if mask.query_mask is not None else None,
+            "indices": self._new_integers(self.total, torch.int64) if padded else None,
+            "starts": self._new_integers(*starts) if padded or mask.packed else None,
+            "prefixes": prefixes,
+            "counted": self._new_integers(self.total, torch.bool) if rows else None,
         }
+        has_weights = mask.packed or ((padded or rows) and self.reduction != "sum")
+        self.weights = self.new((self.sequences,)) if has_weights and self.sequences else None
+        self.weight = 1.0
+        if self.weights is None and self.reduction != "sum":
+            self.weight = 1 / max(1, self.inputs.heads * self.total)
         kind = BIDIRECTIONAL if mask.bidirectional else CAUSAL if prefixes is None else PREFIX
         self.mask_constants = {
             "PACKED": mask.packed,
-            "HAS_INDICES": indices is not None,
+            "HAS_INDICES": padded,
             "HAS_QUERY_MASK": mask.query_mask is not None,
             "MASK": kind.value,
         }
 
-    def new(self, shape: tuple[int, ...], covered: bool = False) -> Tensor:
+    def _new_integers(self, count: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(count, dtype=dtype, device=self.inputs.mask.device)
+
+    def prepare(self, grads: Mapping[tuple[int, int], Tensor]) -> None:
+        """Fills the arrays that depend on the masks, and clears the gradients of padding."""
+        from .sequences import sequences_kernel, weights_kernel
+
+        mask, arrays = self.inputs.mask, self.mask_arguments
+        if self.sequences == 0:
+            return
+        bounds = mask.cu_seqlens if mask.cu_seqlens is None else mask.cu_seqlens.contiguous()
+        max_seqlen = -1 if mask.max_seqlen is None else mask.max_seqlen
+        row_counts = None
+        if mask.attention_mask is not None or mask.query_mask is not None:
+            row_counts = self._new_integers(self.sequences, torch.int64)
+            padded = mask.attention_mask is not None
+            cleared = tuple(grads.values()) if padded and self.total else ()
+            strides = [((0, 0) if x is None else (0, *x.stride())[-2:]) for x in (mask.attention_mask, mask.query_mask)]
+            arguments = {
+                "attention_mask": mask.attention_mask,
+                "attention_batch_stride": strides[0][0],
+                "attention_stride": strides[0][1],
+                "query_mask": mask.query_mask,
+                "query_batch_stride": strides[1][0],
+                "query_stride": strides[1][1],
+                "cu_seqlens": bounds,
+                "prefix_lens": mask.prefix_integers() if padded else None,
+                "sequences": self.sequences,
+                "positions": self.positions,
+                "max_seqlen": max_seqlen,
+                "indices": arrays["indices"],
+                "lengths": arrays["starts"] if padded else None,
+                "row_counts": row_counts,
+                "prefixes": arrays["prefixes"] if padded else None,
+                "counted": arrays["counted"],
+                "out": cleared or None,
+                "columns": encode_integers(x.numel() // self.total for x in cleared) or None,
+                "BLOCK": SEQUENCE_BLOCK,
+                "ROWS": 16,
+                "COLUMNS": 64,
+            }
+            grid = (self.sequences, CLEARING_PROGRAMS if cleared else 1)
+            _start(mask.device, sequences_kernel, grid, arguments, FUSION)
+        if self.weights is not None:
+            arguments = {
+                "cu_seqlens": bounds,
+                "row_counts": row_counts,
+                "sequences": self.sequences,
+                "positions": self.positions,
+                "max_seqlen": max_seqlen,
+                "heads": float(self.inputs.heads),
+                "bounds": arrays["starts"] if mask.packed else None,
+                "weights": self.weights,
+                "REDUCTION": self.reduction,
+                "BLOCK": SEQUENCE_BLOCK,
+            }
+            _start(mask.device, weights_kernel, (1,), arguments, FUSION)
+
+    def with_fault(self, x: Tensor) -> Tensor:
+        """Returns x, or NaN if `cu_seqlens` is malformed. The weights of a call with reduction "sum" are 1 or NaN."""
+        if not self.inputs.mask.packed or self.weights is None:
+            return x
+        return x + 0 * self.weights[0]
+
+    def new(self, shape: tuple[int, ...], covered: bool = False, zeros: bool = False) -> Tensor:
         """Allocates float32. `covered`: the kernels write the entries of valid tokens only, so all others must be 0."""
-        zeros = covered and (not self.has_tiles or self.inputs.mask.attention_mask is not None)
+        zeros |= covered and (not self.has_tiles or self.inputs.mask.attention_mask is not None)
         return (torch.zeros if zeros else torch.empty)(shape, dtype=torch.float32, device=self.inputs.mask.device)
 
     def new_gradients(self) -> dict[tuple[int, int], Tensor]:
         buffers = grad_buffers(self.inputs.relations)
-        return {(r, m): self.new(tuple(self.inputs.student[m].shape), covered=True) for r, m in buffers}
+        return {(r, m): self.new(tuple(self.inputs.student[m].shape), zeros=not self.has_tiles) for r, m in buffers}
 
     def groups(self) -> Iterator[_Group]:
         """Yields groups of relations of equal kind, width, scale and key groups, at most `_MAX_RELATIONS` in each."""
@@ -163,15 +282,16 @@ class _Call:
 
     def operand(self, x: Tensor, clear: bool) -> Tensor:
         """Returns x, or with `clear` a copy that is 0 on rows that do not count."""
-        return x.masked_fill(~self.inputs.mask.counted[..., None, None], 0) if clear else x
+        counted = self.mask_arguments["counted"]
+        return x.masked_fill(~counted.view(x.shape[:-2])[..., None, None], 0) if clear else x
 
     def tile_grid(self, block: int) -> tuple[int, Tensor | None]:
         """Returns the number of tiles of `block` tokens per head and, for packed inputs, the sequence of each tile."""
-        cu_seqlens = self.inputs.mask.cu_seqlens
-        if cu_seqlens is None:
+        if not self.inputs.mask.packed:
             return -(-self.positions // block), None
-        sequences = tile_map(cu_seqlens, self.total, block)
-        return sequences.numel(), sequences
+        if block not in self.tile_maps:
+            self.tile_maps[block] = tile_map(self.mask_arguments["starts"], self.total, block)
+        return self.tile_maps[block].numel(), self.tile_maps[block]
 
 
 class _Group:
@@ -220,13 +340,102 @@ class _Group:
             "stats_head_stride16": self.head_stride16,
             "stats_seq_stride16": seq_stride16,
         }
-        self.stats = {name: self.new_row_stats() for name in ("sum_t", "sum_s", "pivot_t", "pivot_s")}
-        # (R, N, A, 4): teacher's pivot, student's pivot, 1 if they are shared, largest row weight.
-        self.head_stats = call.new((len(relations), call.sequences, inputs.heads, 4))
 
-    def new_row_stats(self) -> Tensor:
-        """Allocates one float32 per row, (R, A, rows)."""
-        return self.call.new((len(self.relations), self.call.inputs.heads, self.head_stride16 * 16))
+    @cached_property
+    def stats(self) -> dict[str, Tensor]:
+        return {name: self.new_row_stats() for name in ("sum_t", "sum_s", "pivot_t", "pivot_s")}
+
+    @cached_property
+    def head_stats(self) -> Tensor:
+        """(R, N, A, 4): teacher's pivot, student's pivot, 1 if they are shared, largest row weight."""
+        return self.call.new((len(self.relations), self.call.sequences, self.call.inputs.heads, 4))
+
+    @property
+    def programs(self) -> int:
+        """Number of programs in a grid with one for each head of a sequence in a relation."""
+        return len(self.relations) * self.call.sequences * self.call.inputs.heads
+
+    def new_row_stats(self, copies: int = 0) -> Tensor:
+        """Allocates one float32 per row, (R, A, rows), and in front of R, `copies` more that are 0."""
+        shape = (len(self.relations), self.call.inputs.heads, self.head_stride16 * 16)
+        return self.call.new((1 + copies, *shape), zeros=True) if copies else self.call.new(shape)
+
+    def has_unordered_kernel(self) -> bool:
+        """Returns whether the kernel of unordered pairs serves the group's reduced losses with gradient."""
+        call, d_s = self.call, self.operands["D_S"]
+        if not self.self_relation or min(self.scale_t, self.scale_s) <= 0:
+            return False
+        if max(self.operands["DP_T"], self.operands["DP_S"]) > 16 or call.positions * call.inputs.heads * d_s >= 2**31:
+            return False
+        return interpreted() or max(self.teacher[0].itemsize, self.student[0].itemsize) <= 2
+
+    def unordered(self, grads: dict[tuple[int, int], Tensor]) -> Tensor:
+        """Fills the gradient buffers of the group's relations. Returns sums of the rows' KL, (R, N, A, parts)."""
+        from .unordered import unordered_kernel
+
+        call = self.call
+        mask = call.inputs.mask
+        longest = mask.max_seqlen if mask.max_seqlen is not None else call.total // call.sequences
+        processors, arch = _gpu(mask.device)
+        config = (
+            LaunchConfig.for_interpreter(longest, False)
+            if interpreted()
+            else LaunchConfig.unordered(longest, mask.bidirectional, arch)
+        )
+        # If there are few heads, several programs share each of them, at most one for each strip.
+        wanted = FULL_GPU * processors // (self.programs * config.num_warps)
+        parts = max(1, min(wanted, -(-longest // config.block_m)))
+        copies = parts if parts > 1 else 0
+        filled = [grads[r, call.inputs.relations[r][0]] for r in self.relations]
+        out = [call.new((1 + copies, *x.shape), zeros=True) for x in filled] if copies else filled
+        values = call.new((len(self.relations), call.sequences, call.inputs.heads, parts))
+        arguments = {
+            **self.operands,
+            "sum_t": self.new_row_stats(copies),
+            "sum_s": self.new_row_stats(copies),
+            "pivot_t": self.new_row_stats(),
+            "pivot_s": self.new_row_stats(),
+            "copies": copies,
+            "weights": call.weights,
+            "values": values,
+            "out": tuple(out),
+            "gradient_scale": self.scale_s * 2.0**-self._shift * call.weight,
+            "DG": 8 if self.operands["D_S"] <= 8 else 16,
+            "SHIFT": self._shift,
+            "SPLIT": copies > 0,
+            "WARPS": config.num_warps,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+        }
+        phases = ("SUMS", "INVERSES", "GRADIENT")
+        for launched in [(phase,) for phase in phases] if copies else [phases]:
+            grid = (self.programs, 1 if launched == ("INVERSES",) else parts)
+            flags = {phase: phase in launched for phase in phases}
+            self._start(unordered_kernel, grid, arguments | flags, config.options)
+        for total, copied in zip(filled, out, strict=True) if copies else []:
+            torch.sum(copied, 0, out=total)
+        return values
+
+    def total(self, values: Tensor, losses: Tensor, add: bool) -> None:
+        """Writes the losses of the group's relations: `values` (R, N, A, ...) times the sequences' weights.
+
+        In calls whose relations have weights, writes the sum of the losses or, with `add`, adds it to that of others.
+        """
+        from .unordered import total_kernel
+
+        columns = values[0, 0].numel()
+        call, weights = self.call, self.call.inputs.weights
+        arguments = {
+            "values": values,
+            "weights": call.weights,
+            "losses": losses,
+            "columns": columns,
+            "weight": call.weight,
+            "relation_weights": None if weights is None else tuple(float(weights[r]) for r in self.relations),
+            "ADD": add and weights is not None,
+            "BLOCK": TOTAL_BLOCK,
+        }
+        self._start(total_kernel, (len(self.relations) if weights is None else 1,), arguments, FUSION)
 
     def row_stats(self, kl_rows: Tensor | None) -> None:
         """Computes the statistics of all rows. If `kl_rows` is given, writes the rows' KL in its training form."""
@@ -276,8 +485,8 @@ class _Group:
         )
         return values
 
-    def gradients(self, weights: Tensor, row_weights: bool, grads: dict[tuple[int, int], Tensor]) -> None:
-        """Fills the gradient buffers of the group's relations."""
+    def gradients(self, row_weights: Tensor | None, grads: dict[tuple[int, int], Tensor]) -> None:
+        """Fills the gradient buffers of the group's relations. `row_weights`: those of `finalize`, or None."""
         from .gradient import KEY, QUERY, SELF, gradient_kernel
 
         for role in (SELF,) if self.self_relation else (QUERY, KEY):
@@ -289,11 +498,11 @@ class _Group:
                 gradient_kernel,
                 "gradient",
                 head_stats=self.head_stats,
-                weights=weights,
+                weights=self.call.weights if row_weights is None else row_weights,
                 out=tuple(outs),
                 ROLE=role.value,
-                ROW_WEIGHTS=row_weights,
-                gradient_scale=self.scale_s * 2.0**-self._shift,
+                ROW_WEIGHTS=row_weights is not None,
+                gradient_scale=self.scale_s * 2.0**-self._shift * self.call.weight,
             )
             if group > 1:
                 for total, parts in zip(sums, outs, strict=True):
@@ -311,8 +520,8 @@ class _Group:
 
     def _launch_heads(self, kernel: Any, block: int, **arguments: Any) -> None:
         """Launches one program per relation, sequence and head. A program takes `block` rows at a time."""
-        programs = self.head_stats[..., 0].numel()
-        self._start(kernel, programs, arguments | {"head_stats": self.head_stats, "BLOCK": block}, FUSION)
+        arguments |= {"head_stats": self.head_stats, "BLOCK": block}
+        self._start(kernel, (self.programs,), arguments, FUSION)
 
     def _launch_tiles(self, kernel: Any, name: str, **arguments: Any) -> None:
         """Launches one program per tile of tokens."""
@@ -341,13 +550,23 @@ class _Group:
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
         }
-        self._start(kernel, call.inputs.heads * tiles * sequences * len(self.relations), arguments, config.options)
+        grid = (call.inputs.heads * tiles * sequences * len(self.relations),)
+        self._start(kernel, grid, arguments, config.options)
 
-    def _start(self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    def _start(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any]) -> None:
         """Launches a kernel with those arguments that it declares; the others are dropped."""
         available = {**self.sizes, **self.call.mask_arguments, **self.call.mask_constants, **arguments}
-        with _device_of(self.head_stats):
-            kernel[(programs,)](**{name: available[name] for name in kernel.arg_names if name in available}, **options)
+        given = {name: available[name] for name in kernel.arg_names if name in available}
+        _start(self.call.inputs.mask.device, kernel, grid, given, options)
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """Returns the number of multiprocessors of a GPU and its compute capability, such as 90; zeros for the CPU."""
+    if device.type != "cuda":
+        return 0, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, 10 * properties.major + properties.minor
 
 
 def tile_map(cu_seqlens: Tensor, total: int, block: int) -> Tensor:
@@ -387,5 +606,12 @@ def _encode(indices: list[int]) -> int:
     return sum(index << 5 * k for k, index in enumerate(indices))
 
 
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def _start(
+    device: torch.device, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any]
+) -> None:
+    with _on(device):
+        kernel[grid](**arguments, **options)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

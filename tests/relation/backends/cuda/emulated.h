@@ -19,6 +19,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "common/numerics.h"
@@ -40,7 +41,6 @@ namespace emulation {
 struct Fiber {
   jmp_buf registers;
   ucontext_t start;
-  char* stack = nullptr;
   const int* waits_for = nullptr;  // the thread is blocked as long as this equals `seen`
   int seen = 0;
   bool started = false, done = true;
@@ -62,7 +62,14 @@ struct Machine {
   ucontext_t back;
   int threads = 0, current = 0, arrived = 0, generation = 0;
   int64_t block = 0;
-  char* shared = nullptr;
+  char *shared = nullptr, *stacks = nullptr;
+  // For the race check (races.cpp): accesses of two warps in one interval are not ordered.
+  const char* kernel = "";
+  size_t shared_bytes = 0;
+  int64_t launch = 0;
+  int interval = 0, barriers = 0, most_barriers = 0, ignored_barrier = 0;
+  std::string watched;  // the kernel whose barriers are counted, or ignored
+  bool in_fiber = false;
   void (*body)(void*) = nullptr;
   void* context = nullptr;
   uint64_t seed = 0;
@@ -86,11 +93,13 @@ inline void enter() {
 inline void resume(int thread) {
   Fiber& fiber = machine.fibers[thread];
   machine.current = thread;
+  machine.in_fiber = true;
   if (_setjmp(machine.scheduler) == 0) {
     if (fiber.started) _longjmp(fiber.registers, 1);
     fiber.started = true;
     setcontext(&fiber.start);
   }
+  machine.in_fiber = false;
 }
 
 inline uint64_t draw() {
@@ -102,16 +111,17 @@ inline uint64_t draw() {
 inline void run_block(int64_t block, int threads) {
   machine.block = block;
   machine.threads = threads;
-  machine.arrived = 0;
+  machine.arrived = machine.barriers = 0;
+  ++machine.interval;
+  if (!machine.stacks) {
+    machine.stacks = static_cast<char*>(mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE,
+                                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (machine.stacks == MAP_FAILED) fail("no memory for stacks");
+  }
   for (int t = 0; t < threads; ++t) {
     Fiber& fiber = machine.fibers[t];
-    if (!fiber.stack) {
-      fiber.stack =
-          static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-      if (fiber.stack == MAP_FAILED) fail("no memory for stacks");
-    }
     getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = fiber.stack;
+    fiber.start.uc_stack.ss_sp = machine.stacks + t * kStack;
     fiber.start.uc_stack.ss_size = kStack;
     fiber.start.uc_link = &machine.back;
     makecontext(&fiber.start, enter, 0);
@@ -257,6 +267,11 @@ inline void syncthreads() {
   if (++machine.arrived == machine.threads) {
     machine.arrived = 0;
     ++machine.generation;
+    if (machine.watched == machine.kernel) {
+      machine.most_barriers = std::max(machine.most_barriers, ++machine.barriers);
+      if (machine.barriers == machine.ignored_barrier) return;
+    }
+    ++machine.interval;
   } else {
     emulation::yield(&machine.generation);
   }
@@ -291,6 +306,17 @@ inline uint32_t pack_bfloat16(float low, float high) {
     uint32_t bits = as_bits(x);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
     return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  };
+  return round(low) | round(high) << 16;
+}
+inline uint32_t pack_float16(float low, float high) {
+  auto round = [](float x) -> uint32_t {
+    const uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return 0x7fffu;
+    if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and more
+    // Subnormal float16 are multiples of 2^-24; the sum rounds to them.
+    if (magnitude < 0x38800000u) return sign | (as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f));
+    return sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
   };
   return round(low) | round(high) << 16;
 }
@@ -401,7 +427,8 @@ inline void store_float2(float* to, float x, float y) {
 }
 
 template <class Parameters>
-const char* emulate(void (*kernel)(const Parameters), const char* given, int64_t blocks, int threads, int64_t shared) {
+const char* emulate(void (*kernel)(const Parameters), const std::string& name, const char* given, int64_t blocks,
+                    int threads, int64_t shared) {
   Parameters parameters;
   std::memcpy(&parameters, given, sizeof parameters);
   using namespace emulation;
@@ -415,6 +442,9 @@ const char* emulate(void (*kernel)(const Parameters), const char* given, int64_t
   mprotect(memory + page + pages, page, PROT_NONE);
   if (shared % 128) fail("shared memory is not a multiple of 128 bytes");
   machine.shared = memory + page + pages - shared;
+  machine.shared_bytes = static_cast<size_t>(shared);
+  machine.kernel = name.c_str();
+  ++machine.launch;
   struct Context {
     void (*kernel)(const Parameters);
     const Parameters* parameters;

@@ -1,6 +1,8 @@
-// The emulated row-wise kernels and the reduction.
+// The emulated row-wise kernels, and those that run before and after the kernels of pairs.
 
 #include "cuda/device/row_wise.cuh"
+#include "cuda/device/scale.cuh"
+#include "cuda/device/sequences.cuh"
 
 #include <cstdio>
 
@@ -21,15 +23,24 @@ void row_wise(const LaunchParams params) {
 
 void reduce(const ReduceParams reduction) { ReduceKernel::run(reduction, shared_memory()); }
 
+void sequences(const SequenceParams params) { SequencesKernel::run(params, shared_memory()); }
+
+void weights(const SequenceParams params) { WeightsKernel::run(params, shared_memory()); }
+
+void scale(const ScaleParams params) { ScaleKernel::run(params, shared_memory()); }
+
 }  // namespace
 
 bool launch_row_wise(const Launch& launch, const char*& error) {
   auto run = [&](auto kernel) {
-    error = emulate(kernel, launch.parameters, launch.blocks, launch.threads, launch.smem);
+    error = emulate(kernel, launch.kernel, launch.parameters, launch.blocks, launch.threads, launch.smem);
     return true;
   };
   int first;
   if (launch.kernel == "reduce") return run(reduce);
+  if (launch.kernel == "sequences") return run(sequences);
+  if (launch.kernel == "weights") return run(weights);
+  if (launch.kernel == "scale") return run(scale);
   if (std::sscanf(launch.kernel.c_str(), "row_stats_%d_", &first) == 1)
     return run(first ? row_stats<true> : row_stats<false>);
   if (std::sscanf(launch.kernel.c_str(), "row_wise_%d_", &first) == 1)

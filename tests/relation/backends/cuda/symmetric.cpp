@@ -33,7 +33,7 @@ bool launch_symmetric(const Launch& launch, const char*& error) {
                   &causal) != 5)
     return false;
   auto kernel = causal ? kernel_of<true>(launch.kernel, splits) : kernel_of<false>(launch.kernel, splits);
-  error = emulate(kernel, launch.parameters, launch.blocks, launch.threads, launch.smem);
+  error = emulate(kernel, launch.kernel, launch.parameters, launch.blocks, launch.threads, launch.smem);
   return true;
 }
 
