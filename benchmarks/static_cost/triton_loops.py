@@ -12,6 +12,7 @@ from minilm_kernels.relation.backends.triton.config import (
     FINALIZE_BLOCK,
     FUSION,
     PIVOT_BLOCK,
+    TOTAL_BLOCK,
     LaunchConfig,
     padded_width,
     sliced,
@@ -42,15 +43,18 @@ class TritonVariant:
 def variants(arch: int = 90) -> Iterator[TritonVariant]:
     """Yields the variants of each dtype: narrow and wide heads, each mask, self and cross relations."""
     for dtype in _DTYPES:
-        yield from variants_of(dtype, 16, 8, "self", arch, per_head_kernels=True)
-        for widths in ((12, 6), (64, 32), (128, 128)):
-            yield from variants_of(dtype, *widths, "self", arch)
-        if dtype != "float32":
+        yield from variants_of(dtype, 64, 32, "self", arch, per_head_kernels=True)
+        yield from variants_of(dtype, 128, 128, "self", arch)
+        if dtype == "float32":
+            for group in ("self", "self packed causal", "self padded prefix"):
+                yield from variants_of(dtype, 16, 8, group, arch)
+            yield from variants_of(dtype, 12, 6, "self", arch)
+        else:
             yield from variants_of(dtype, 16, 8, "self unordered", arch, per_head_kernels=True)
             yield from variants_of(dtype, 12, 6, "self unordered", arch)
-            yield from variants_of(dtype, 16, 8, "self unordered packed causal", arch)
-            yield from variants_of(dtype, 16, 8, "self unordered padded prefix", arch)
-        for group in ("self rows", "self packed causal", "self padded prefix", "cross", "cross padded prefix rows"):
+            for words in ("packed causal", "padded prefix", "split", "1024", "2048"):
+                yield from variants_of(dtype, 16, 8, f"self unordered {words}", arch)
+        for group in ("self rows", "cross", "cross padded prefix rows"):
             yield from variants_of(dtype, 16, 8, group, arch)
 
 
@@ -64,7 +68,8 @@ def variants_of(
         d_t: head width of the teacher.
         d_s: head width of the student.
         group: words that describe the call: "self" or "cross", "packed", "padded", "causal", "prefix", "rows" for
-            `reduction="none"`, and "unordered" for the kernels of unordered pairs.
+            `reduction="none"`, "unordered" for the kernel of unordered pairs, "1024" and "2048" for that many tokens
+            instead of 512, and "split" for few heads.
         arch: compute capability, such as 90.
         per_head_kernels: also yield the kernels whose work does not grow with the number of pairs.
     """
@@ -96,7 +101,6 @@ def variants_of(
         "SHIFT": 14.0 if dtype == "float16" else 0.0,
         "ROW_WEIGHTS": rows,
         "SELF_RELATION": self_relation,
-        "ONLY_WIDE": False,
         "DG": 8 if d_s <= 8 else 16,
     }
     if not padded:
@@ -114,7 +118,7 @@ def variants_of(
         **dict.fromkeys(("scale_t", "scale_s", "gradient_scale"), "fp32"),
         **dict.fromkeys(primitives.UNSPECIALIZED["do_not_specialize"], "i32"),
         **dict.fromkeys(("sum_t", "sum_s", "pivot_t", "pivot_s"), "*fp32"),
-        **dict.fromkeys(("kl_rows", "values", "head_stats", "weights"), "*fp32"),
+        **dict.fromkeys(("kl_rows", "values", "losses", "head_stats", "weights"), "*fp32"),
         **dict.fromkeys(("row_grads", "rows_out"), "*fp32"),
         "out": ("*fp32",) * 3,
         **dict.fromkeys(("indices", "prefixes", "tile_map"), "*i64"),
@@ -161,35 +165,36 @@ def variants_of(
         given |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         return variant(name, fn, given, config.options, (loop,))
 
-    def unordered_variant(name: str, fn: Any) -> TritonVariant:
-        config = LaunchConfig.unordered(name.removeprefix("unordered "), 512)
+    def unordered_variants(longest: int, split: bool) -> Iterator[TritonVariant]:
+        config = LaunchConfig.unordered(longest, mask.value == primitives.BIDIRECTIONAL.value, arch)
         tile = config.block_m * config.block_n
-        # At S = 512, of whole strips. The loops are compiled again for the smaller strips at the sequence's end.
-        diagonal = config.block_m / 512
-        features = padded_width(d_t) + padded_width(d_s)
-        products = 8 if d_s <= 8 else 16
-        macs = tile * (features + (2 * products if "gradient" in name else 0))
-        macs_on_diagonal = tile * (features + (products if "gradient" in name else 0))
-        loops = (
-            SourceLoop(
-                name,
-                2 * tile / (1 - diagonal),
-                2 * tile,
-                macs,
-                "unordered",
-                (512 - config.block_m) / 2 / config.block_n,
-            ),
-            SourceLoop(
-                "diagonal", tile / diagonal, 2 * tile, macs_on_diagonal, "diagonal", config.block_m / config.block_n
-            ),
-        )
-        return variant(name, fn, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}, config.options, loops)
+        # The loops are compiled again for the smaller strips at the sequence's end and for wide heads.
+        diagonal = config.block_m / longest
+
+        def loops_of(phase: str, products: int) -> tuple[SourceLoop, ...]:
+            """The loop over tiles of earlier tokens, and the loop over the diagonal."""
+            macs = padded_width(d_t) + padded_width(d_s) + products
+            trips = (longest - config.block_m) / 2 / config.block_n
+            on_diagonal = f"{phase}_diagonal"
+            return (
+                SourceLoop(phase, 2 * tile / (1 - diagonal), 2 * tile, tile * (macs + products), phase, trips),
+                SourceLoop(
+                    on_diagonal, tile / diagonal, 2 * tile, tile * macs, on_diagonal, config.block_m / config.block_n
+                ),
+            )
+
+        loops = {"SUMS": loops_of("sums", 0), "INVERSES": (), "GRADIENT": loops_of("gradients", 8 if d_s <= 8 else 16)}
+        given = {"WARPS": config.num_warps, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT": split}
+        for phases in [[phase] for phase in loops] if split else [list(loops)]:
+            name = f"unordered {phases[0].lower()}" if split else "unordered"
+            flags = {phase: phase in phases for phase in loops}
+            declared = tuple(loop for phase in phases for loop in loops[phase])
+            yield variant(name, unordered.unordered_kernel, given | flags, config.options, declared)
 
     if "unordered" in words:
+        yield from unordered_variants(next((int(word) for word in words if word.isdigit()), 512), "split" in words)
         if per_head_kernels:
-            yield variant("pivot", row_stats.pivot_kernel, {"BLOCK": PIVOT_BLOCK}, FUSION)
-        yield unordered_variant("unordered sums", unordered.unordered_sums_kernel)
-        yield unordered_variant("unordered gradient", unordered.unordered_gradient_kernel)
+            yield variant("total", unordered.total_kernel, {"BLOCK": TOTAL_BLOCK}, FUSION)
         return
     if per_head_kernels:
         yield variant("pivot", row_stats.pivot_kernel, {"BLOCK": PIVOT_BLOCK}, FUSION)

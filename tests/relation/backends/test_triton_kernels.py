@@ -76,7 +76,7 @@ def test_a_wide_head_does_not_disturb_others(on):
 
 
 def test_a_wide_head_beside_unordered_ones(on):
-    """The kernels of unordered pairs leave a head with a wide range to the square kernels, which touch no other."""
+    """In the kernel of unordered pairs, too, a head with a wide range changes no bit of the other heads."""
     case = make("holes", heads=3).on(on)
     _, (grad,) = case.run("sum", "triton")
     wide = [None if x is None else x.clone() for x in case.tensors]
@@ -122,9 +122,9 @@ def test_negative_scales(on):
 def test_tiles_of_every_kind(on, mask, few, monkeypatch):
     """Prefixes and ends of long sequences lie inside tiles and at their bounds.
 
-    With few heads, self relations are computed by the square kernels.
+    If there are few heads, several programs share a self relation's heads.
     """
-    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda _device: 10**9 if few else 0)
+    monkeypatch.setattr(triton_backend, "_gpu", lambda _device: (10**9 if few else 0, 90))
     lengths = {"prefix-holes": 150, "causal": 97}.get(mask)
     if mask == "packed-prefix":
         kwargs = {

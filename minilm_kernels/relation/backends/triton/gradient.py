@@ -126,13 +126,12 @@ def gradient_kernel(
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr,
     SLICED_T: tl.constexpr, SLICED_S: tl.constexpr, GROUP_T: tl.constexpr, GROUP_S: tl.constexpr,
     PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, MASK: tl.constexpr, ROLE: tl.constexpr,
-    ROW_WEIGHTS: tl.constexpr, ONLY_WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROW_WEIGHTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of one student tensor per relation to `out`, (B, S, A, D_S) or (T, A, D_S).
 
     `sum_t` and `sum_s` hold the inverse sums that `finalize_kernel` wrote. `weights` has one weight per sequence. With
-    ROW_WEIGHTS, `weights` is unused, because the inverse sums already contain the row weights. With ONLY_WIDE, heads
-    with a shared pivot are left out.
+    ROW_WEIGHTS, `weights` is unused, because the inverse sums already contain the row weights.
     """
     program = tile_program(
         heads, sequences, positions, total, tiles, starts, prefixes, tile_map, BLOCK_M, PACKED, HAS_INDICES, MASK
@@ -142,10 +141,6 @@ def gradient_kernel(
     prefix = program.prefix
     if start >= length:
         return
-    head_stats += head_offset(program, heads, sequences)
-    if ONLY_WIDE:  # noqa: SIM102 - `and` would load
-        if tl.load(head_stats + 2) > 0.5:
-            return
     LAYOUT_T: tl.constexpr = (D_T, DP_T, ALIGN_T, SLICED_T, GROUP_T)
     LAYOUT_S: tl.constexpr = (D_S, DP_S, ALIGN_S, SLICED_S, GROUP_S)
     if HAS_INDICES:
@@ -155,6 +150,7 @@ def gradient_kernel(
     sum_s += row
     pivot_t += row
     pivot_s += row
+    head_stats += head_offset(program, heads, sequences)
 
     i = start + tl.arange(0, BLOCK_M)
     in_bounds = i < length

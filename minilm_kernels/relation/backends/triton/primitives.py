@@ -23,7 +23,7 @@ BIDIRECTIONAL, CAUSAL, PREFIX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2
 UNSPECIALIZED: dict[str, Any] = {
     "do_not_specialize": (
         "query_codes", "key_codes", "heads", "sequences", "positions", "total", "tiles", "stats_head_stride16",
-        "stats_seq_stride16",
+        "stats_seq_stride16", "copies", "columns",
     ),
     "do_not_specialize_on_alignment": ("starts", "prefixes", "row_grads"),  # the caller's tensors
 }  # fmt: skip
@@ -335,6 +335,22 @@ def rows_that_count(
         counted += program.first if PACKED else program.sequence.to(tl.int64) * positions
         counts = counts & (tl.load(counted + position, mask=counts, other=0) != 0)
     return counts
+
+
+@triton.jit
+def rows_with_gradient(
+    counted, indices, program, start, positions,
+    BLOCK: tl.constexpr, PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, HAS_QUERY_MASK: tl.constexpr,
+    MASK: tl.constexpr,
+):  # fmt: skip
+    """Returns which of the BLOCK rows from the `start`-th on count and see another token, [BLOCK].
+
+    A row that sees only itself has p = q = 1: its gradient is exactly 0, not a rounding error.
+    """
+    first = start + tl.arange(0, BLOCK) == 0
+    alone = (program.length == 1) | (first & (program.prefix <= 1) & (MASK != BIDIRECTIONAL))
+    counts = rows_that_count(counted, indices, program, start, positions, BLOCK, PACKED, HAS_INDICES, HAS_QUERY_MASK)
+    return counts & (alone == 0)
 
 
 @triton.jit
