@@ -97,7 +97,7 @@ cuda: $(INSTALLED)  ## compile the CUDA kernels of head widths 16 and 8 for all 
 			--widths 16,8 --arch $(ARCHITECTURES) || exit 1; \
 	done
 
-random: $(INSTALLED)  ## 100 000 random calls against float64, over emulation, interpreter and CPU backends; two hours
+random: $(INSTALLED)  ## 100 000 random calls against float64, over emulation, interpreter and CPU backends; an hour
 	$(BIN)/python -m tests.relation.random_cases --jobs $(JOBS) $(ARGS)
 
 mutants: $(INSTALLED)  ## put bugs into copies of the sources, one at a time; the tests must find each

@@ -270,10 +270,10 @@ def _call(words: list[str], output: IO[str], end: float, environment: dict[str, 
     except subprocess.TimeoutExpired:
         return None
     finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):  # at SIGINT, pytest reports failures so far
             try:
                 os.killpg(process.pid, number)
-                process.wait(5)
+                process.wait(4)
             except ProcessLookupError:
                 break
             except subprocess.TimeoutExpired:

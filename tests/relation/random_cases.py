@@ -255,7 +255,9 @@ def _served(backend: str, folder: Path | None) -> Iterator[Callable[[random.Rand
 
         def choose(draw: random.Random, drawn: Drawn) -> None:
             narrow = max(drawn.distribution.widths) <= 16
-            library.emulated_set_props(*draw.choice((*_SMEM, _LITTLE_SMEM) if narrow else _SMEM))
+            smem = draw.choice((*_SMEM, _LITTLE_SMEM) if narrow else _SMEM)
+            processors = [draw.choice((1, 4, 132)) for _ in library.emulated_set_props.argtypes[len(smem) :]]
+            library.emulated_set_props(*smem, *processors)
             library.emulated_set_seed(draw.getrandbits(64))  # the order of the warps
 
         with mock.patch.multiple(native.cuda, **emulated):
