@@ -154,6 +154,49 @@ def test_variants_change_the_sources(variant, tmp_path, monkeypatch):
         assert (tmp_path / variant.file).read_text() != (builds.ROOT / variant.file).read_text()
 
 
+_NOISE = """
+_exact = forward_reduced
+def forward_reduced(*given):
+    value, grads = _exact(*given)
+    return value * (1 + 1e-6 * torch.rand(())), grads
+"""
+
+
+@pytest.mark.slow
+def test_variants_take_turns_and_other_bits_are_wrong(monkeypatch, tmp_path):
+    blocked = "minilm_kernels/relation/backends/blocked.py"
+    tried = [
+        variants.Variant("unchanged", "torch"),
+        variants.Variant("noise", "torch", blocked, r"\Z", _NOISE),
+        variants.Variant("crash", "torch", blocked, r"\Z", "import os; os._exit(3)"),
+        variants.Variant("no match", "torch", blocked, "no such text", ""),
+    ]
+    monkeypatch.setattr(variants, "load", lambda: tried)
+    file = tmp_path / "rows.jsonl"
+    command = ["run", "--suite", "variants", "--device", "cpu", "--providers", "torch", "--seconds", "0.1"]
+    assert main([*command, "--repeat", "3", "--out", str(file)]) == 0
+    found = {r["detail"]["variant"]: r for r in records.read([file])}
+    assert found["unchanged"]["status"] == "ok"
+    assert found["unchanged"]["runs"] >= 5
+    assert found["noise"]["status"] == "wrong"
+    assert found["noise"]["detail"]["different"] == 3
+    assert found["noise"]["median_ms"] is None
+    assert "ended with 3" in found["crash"]["reason"]
+    assert "has 0 matches" in found["no match"]["reason"]
+
+
+@pytest.mark.slow
+def test_the_build_step_needs_a_compiler_only(tmp_path):
+    builds.copy_sources(tmp_path)
+    command = [sys.executable, "build_support/native.py", "cuda"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=240)
+    assert (tmp_path / "minilm_kernels/_cuda.abi3.so").exists()
+    environment = os.environ | {"CXX": "no-such-compiler"}
+    failed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert failed.returncode == 1
+    assert "the cuda library was not built: no C++ compiler was found" in failed.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_whole_plan_on_a_stand_in_device(tmp_path):
