@@ -14,7 +14,7 @@ JOBS ?= 2
 PYTEST := -m pytest --numprocesses $(JOBS) --dist worksteal
 
 .PHONY: help demo test slow integrations check lint format docs bench ratios sanitize soak compute-sanitizer packaging wheels cuda
-.PHONY: mutants architectures clean
+.PHONY: mutants random architectures clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -96,6 +96,9 @@ cuda: $(INSTALLED)  ## compile the CUDA kernels of head widths 16 and 8 for all 
 		$(BIN)/python -m minilm_kernels precompile --cache build/cuda --dtype $$dtype \
 			--widths 16,8 --arch $(ARCHITECTURES) || exit 1; \
 	done
+
+random: $(INSTALLED)  ## 100 000 random calls against float64, over emulation, interpreter and CPU backends; an hour
+	$(BIN)/python -m tests.relation.random_cases --jobs $(JOBS) $(ARGS)
 
 mutants: $(INSTALLED)  ## put bugs into copies of the sources, one at a time; the tests must find each
 	$(BIN)/python -m tests.mutants $(ARGS)

@@ -1,5 +1,7 @@
 """Builds the native libraries with ninja. setup.py calls this module, which does not use setuptools.
 
+`python build_support/native.py cuda` builds a library in place, in a source tree that is not installed.
+
 To add a library, write a function that returns its `Plan`, and add it to `PLANS`. The build reads PyTorch's headers and
 does not import PyTorch. Errors that a user can fix are raised as `BuildError`.
 """
@@ -236,3 +238,11 @@ def _ninja_file(plan: Plan, output: Path, folder: Path) -> str:
     flags = words(plan.link_flags, "LDFLAGS")
     lines.append(f"build {path(output)}: link {' '.join(objects)}\n  flags = {flags}")
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    for library in sys.argv[1:]:
+        try:
+            build(library, CSRC.parent / f"minilm_kernels/_{library}.abi3.so", CSRC.parent / "build/native" / library)
+        except BuildError as failure:
+            sys.exit(f"the {library} library was not built: {failure}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -86,10 +85,7 @@ def measure(rounds: int) -> list[records.Record]:
 
 def _build(variant: Variant, folder: Path) -> Path:
     """Build a copy of the package with the variant's constant."""
-    for name in ("minilm_kernels", "csrc", "build_support"):
-        shutil.copytree(builds.ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(builds.ROOT / name, folder)
+    builds.copy_sources(folder)
     changed = not variant.constant
     for file in (folder / "csrc/cpu").glob("*") if variant.constant else ():
         pattern = rf"(\b{variant.constant} = )[^;,]+"

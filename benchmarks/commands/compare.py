@@ -68,7 +68,9 @@ def _identity(record: Record) -> str:
     """A key that is equal for records of the same measurement."""
     detail = record["detail"]
     identity: dict[str, Any] = {key: record[key] for key in ("suite", "provider", "device", "dtype", "mode", "shape")}
-    identity |= {key: detail.get(key) for key in ("budget_bytes", "model", "largest_batch", "reduction")}
+    identity |= {
+        key: detail.get(key) for key in ("budget_bytes", "model", "largest_batch", "reduction", "variant", "cache")
+    }
     identity["graph"] = record["method"] == "graph"
     if "kl" in detail:
         identity["kl"] = f"{detail['kl']:.1e}"

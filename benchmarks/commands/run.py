@@ -64,6 +64,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--batches", nargs="+", metavar="SHAPE", help=batches)
     add("--max-batch", type=int, help="memory: the largest batch to try")
     add("--largest", action="store_true", help="step: also measure the largest batch that fits")
+    add("--variants", nargs="+", metavar="NAME", help="variants: names in plans/variants.toml; default: all")
+    add("--repeat", type=int, default=20, help="variants: number of runs whose bits are compared")
+    add("--repeat-only", action="store_true", help="variants: compare the bits and measure no time")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     add("--out", type=Path, help="file to which the records are appended")
 

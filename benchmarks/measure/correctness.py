@@ -41,10 +41,10 @@ class Limits(NamedTuple):
 
 
 class Oracle:
-    """The float64 loss and gradients of the first sequences, up to `_MAX_PAIRS` pairs."""
+    """The float64 loss and gradients of the first sequences, up to `most` pairs (default: `_MAX_PAIRS`)."""
 
-    def __init__(self, inputs: Inputs, pairs: int, device: str) -> None:
-        share = min(1.0, _MAX_PAIRS[device] / max(1, pairs))
+    def __init__(self, inputs: Inputs, pairs: int, device: str, most: int | None = None) -> None:
+        share = min(1.0, (most or _MAX_PAIRS[device]) / max(1, pairs))
         self.sequences = max(1, int(inputs.sequences * share))
         self.part = inputs if self.sequences == inputs.sequences else inputs.first(self.sequences)
         # The loss averages over sequences, so a sequence has less weight in the gradient of all than in the part's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -78,8 +79,12 @@ def describe(record: Record) -> str:
     """A measurement in one line, without its result."""
     shape = record["shape"]
     sizes = f"B={shape['B']} A={shape['A']} S={shape['S']} {shape['d_t']}/{shape['d_s']}"
-    words = (record["suite"], record["detail"].get("model"), record["provider"], record["dtype"], sizes)
+    words = (record["suite"], record["detail"].get("model"), _provider(record), record["dtype"], sizes)
     return " ".join(w for w in (*words, shape["relations"], shape["mask"], record["mode"], record["method"]) if w)
+
+
+def _provider(record: Record) -> str:
+    return record["detail"].get("variant") or record["provider"]
 
 
 def summarize(record: Record) -> str:
@@ -97,6 +102,9 @@ def summarize(record: Record) -> str:
         "loss share {:.0%}": detail.get("loss_share"),
         "MFU {:.0%}": detail.get("mfu"),
         "recipe {:.3g} h": detail.get("recipe_hours"),
+        "first call {:.3g} s": detail.get("first_call_s"),
+        "cache {}": detail.get("cache"),
+        "{} runs of equal bits": detail.get("repeated"),
         "largest batch in {:g} GiB": "budget_bytes" in detail and detail["budget_bytes"] / 2**30,
     }
     parts = [template.format(value) for template, value in values.items() if value]
@@ -155,7 +163,22 @@ def versions(device: str) -> dict[str, str]:
 
 @cache
 def revision() -> str:
-    command = ["git", "-C", str(Path(minilm_kernels.__file__).parent), "describe", "--always", "--dirty"]
-    return os.environ.get("MINILM_KERNELS_REVISION") or (
-        subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    )
+    """$MINILM_KERNELS_REVISION, the git revision, or without git a digest of the sources."""
+    package = Path(minilm_kernels.__file__).parent
+    command = ["git", "-C", str(package), "describe", "--always", "--dirty"]
+    if given := os.environ.get("MINILM_KERNELS_REVISION"):
+        return given
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        found = ""
+    return found or f"sources-{_digest(package.parent)}"
+
+
+def _digest(root: Path) -> str:
+    files = sorted(file for name in ("minilm_kernels", "csrc", "benchmarks") for file in (root / name).rglob("*.*"))
+    digest = hashlib.sha256()
+    for file in files:
+        if file.suffix in (".py", ".toml", ".cpp", ".h", ".inl", ".cuh"):
+            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:12]

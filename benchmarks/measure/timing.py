@@ -65,20 +65,8 @@ def copies_beyond_cache(size: int, device: str) -> int:
     return min(16, max(1, -(-3 * cache // size)))
 
 
-def interleaved(losses: Mapping[Key, TimedLoss], device: str, seconds: float) -> dict[Key, list[float]]:
-    """Milliseconds of every run. The losses take turns for `seconds`; each runs at least five times."""
-    times: dict[Key, list[float]] = {key: [] for key in losses}
-    for loss in losses.values():
-        _turn(loss, device, 1)  # warm-up
-    start = time.perf_counter()
-    while losses and (time.perf_counter() - start < seconds or min(map(len, times.values())) < _MIN_RUNS):
-        for key, loss in losses.items():
-            expected = statistics.median(times[key]) if times[key] else _TURN_MS
-            times[key] += _turn(loss, device, min(_TURN_RUNS, max(1, int(_TURN_MS / expected))))
-    return times
-
-
-def _turn(loss: TimedLoss, device: str, runs: int) -> list[float]:
+def turn(loss: TimedLoss, device: str, runs: int) -> list[float]:
+    """Milliseconds of each run of one turn."""
     if device == "cpu":
         with freed_memory_returned():  # memory that the previous provider freed
             pass
@@ -90,6 +78,21 @@ def _turn(loss: TimedLoss, device: str, runs: int) -> list[float]:
         run()
         stamps.append((begin, stamp(device)))
     return [intervals(pair)[0] for pair in stamps]
+
+
+def interleaved(
+    losses: Mapping[Key, Any], device: str, seconds: float, turn: Callable[[Any, str, int], list[float]] = turn
+) -> dict[Key, list[float]]:
+    """Milliseconds of every run. The losses take turns for `seconds`; each runs at least five times."""
+    times: dict[Key, list[float]] = {key: [] for key in losses}
+    for loss in losses.values():
+        turn(loss, device, 1)  # warm-up
+    start = time.perf_counter()
+    while losses and (time.perf_counter() - start < seconds or min(map(len, times.values())) < _MIN_RUNS):
+        for key, loss in losses.items():
+            expected = statistics.median(times[key]) if times[key] else _TURN_MS
+            times[key] += turn(loss, device, min(_TURN_RUNS, max(1, int(_TURN_MS / expected))))
+    return times
 
 
 class TimedGraph(TimedLoss):

@@ -14,6 +14,9 @@ SUITES = {
     "step": "a distillation step by stages",
     "inference": "speed of the published students relative to the 12 x 768 base model",
     "accuracy": "errors of every backend, mask and dtype relative to dense float64, and at small divergences",
+    "variants": "variants of the kernels' schedules, timed in turns, and the bits of repeated runs",
+    "first_call": "seconds of a process's first call, with an empty and with a filled cache of kernels",
+    "launches": "each loss once, for profilers and compute-sanitizer",
 }
 
 

@@ -1,5 +1,7 @@
 """The CUDA kernels on a GPU, in addition to the contract tests: no synchronization, graph capture, determinism."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -99,6 +101,28 @@ def test_another_stream_and_another_device():
     if torch.cuda.device_count() > 1:
         value, _ = make("holes").on("cuda:1").run("sequence", "cuda")
         assert torch.equal(value.cpu(), expected.cpu())
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_host_threads_with_different_lengths(backend):
+    """Threads that launch kernels of different sizes of shared memory at the same time, each on its own stream."""
+    dtype = torch.bfloat16
+    cases = [make(batch=2, length=n, heads=4, widths=(16, 8), dtype=dtype).on("cuda") for n in (40, 300, 1000, 2000)]
+    expected = [case.run("sequence", backend) for case in cases]
+    torch.cuda.synchronize()
+
+    def repeat(case: Case) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            results = [case.run("sequence", backend) for _ in range(50)]
+        stream.synchronize()
+        return results
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for (value, (grad,)), results in zip(expected, pool.map(repeat, cases), strict=True):
+            for again, (again_grad,) in results:
+                assert torch.equal(again, value)
+                assert torch.equal(again_grad, grad)
 
 
 def test_tensors_on_the_cpu_are_refused():
