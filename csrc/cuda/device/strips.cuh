@@ -1,4 +1,4 @@
-// The schedule of the symmetric path for bfloat16 heads of few chunks. A warp owns a strip of rows for a whole phase:
+// The schedule of the symmetric path for heads of few chunks in half precision. A warp owns a strip of rows for a whole phase:
 // their operands, their sums and their gradients stay in registers while the strip meets the columns of other strips,
 // 16 at a time. In round d, strip i meets strip i + d (schedule.cuh), so that no two strips of a round share columns.
 //
@@ -70,17 +70,16 @@ struct ColumnTokens {
 };
 
 // out = scale · x · y - reference for 16 rows and 16 columns.
-template <int kChunks>
+template <int kFormat, int kChunks>
 MINILM_DEVICE void exponents(float (&out)[2][4], const uint32_t (&x)[2 * kChunks], const uint32_t (&y)[2][kChunks],
                              float scale, float reference) {
   MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) {
     float (&c)[4] = out[n];
     MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) c[e] = 0.0f;
     MINILM_UNROLL_FOR (int chunk = 0; chunk + 1 < kChunks; chunk += 2) {
-      const uint32_t* a = x + 2 * chunk;
-      mma_m16n8k16(c, a[0], a[1], a[2], a[3], y[n][chunk], y[n][chunk + 1]);
+      multiply_add(kFormat, c, x + 2 * chunk, y[n][chunk], y[n][chunk + 1]);
     }
-    if (kChunks % 2) mma_m16n8k8(c, x[2 * kChunks - 2], x[2 * kChunks - 1], y[n][kChunks - 1]);
+    if (kChunks % 2) multiply_add(kFormat, c, x[2 * kChunks - 2], x[2 * kChunks - 1], y[n][kChunks - 1]);
     MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) c[e] = fmaf(c[e], scale, -reference);
   }
 }
@@ -97,6 +96,8 @@ enum class Part {
 template <class Shared, int kTiles, int kChunksT, int kChunksS, bool kCausal>
 struct Strips {
   static constexpr int kRows = 16 * kTiles;
+  static constexpr int kFormat = Shared::kStudentFormat;
+  static constexpr float kGradScale = grad_scale(kFormat);  // a factor of 1/l, and thus of M
 
   struct Rows {
     RowOperands<kTiles, kChunksT> t;
@@ -115,8 +116,8 @@ struct Strips {
     MINILM_DEVICE void exponents(float (&u_t)[2][4], float (&u_s)[2][4], int m,
                                  const uint32_t (&columns_t)[2][kChunksT],
                                  const uint32_t (&columns_s)[2][kChunksS]) const {
-      cuda::exponents<kChunksT>(u_t, t.x[m], columns_t, scale_t, reference_t);
-      cuda::exponents<kChunksS>(u_s, s.x[m], columns_s, scale_s, reference_s);
+      cuda::exponents<Shared::kTeacherFormat, kChunksT>(u_t, t.x[m], columns_t, scale_t, reference_t);
+      cuda::exponents<kFormat, kChunksS>(u_s, s.x[m], columns_s, scale_s, reference_s);
     }
   };
 
@@ -261,7 +262,9 @@ struct Strips {
 
   struct Value {
     float grad[2] = {}, divergence[2] = {};
-    MINILM_DEVICE float operator()() const { return fmaf(-kLn2, divergence[0] + divergence[1], grad[0] + grad[1]); }
+    MINILM_DEVICE float operator()() const { 
+      return fmaf(-kLn2, divergence[0] + divergence[1], grad[0] + grad[1]) * (1.0f / kGradScale);
+    }
   };
 
   // Gradients of a strip's rows, of a tile of 16 rows and a chunk.
@@ -304,10 +307,11 @@ struct Strips {
         MINILM_UNROLL_FOR (int k = 0; k < kGroup; ++k) {
           if (!kAll && (m + k < first || m + k >= last)) continue;
           const uint32_t (&a)[4] = x[k];
-          mma_m16n8k16(grads[m + k][chunk], a[0], a[1], a[2], a[3], y[0], y[1]);
-          if (kAll || kCausal || !diagonal || m + k != first)
-            mma_m16n8k16(sum, movmatrix(a[0]), movmatrix(a[2]), movmatrix(a[1]), movmatrix(a[3]), z[2 * k],
-                         z[2 * k + 1]);
+          multiply_add(kFormat, grads[m + k][chunk], a, y[0], y[1]);
+          if (kAll || kCausal || !diagonal || m + k != first) {
+            const uint32_t mirrored[4] = {movmatrix(a[0]), movmatrix(a[2]), movmatrix(a[1]), movmatrix(a[3])};
+            multiply_add(kFormat, sum, mirrored, z[2 * k], z[2 * k + 1]);
+          }
         }
         if (m + kGroup == kTiles) {
           store_float2(out, sum[0], sum[1]);
@@ -347,8 +351,10 @@ struct Strips {
       value.grad[0] = fmaf(weight, total, value.grad[0]);
       value.divergence[0] = fmaf(weight, divergence, value.divergence[0]);
     }
-    MINILM_UNROLL_FOR (int q = 0; q < 4; ++q)
-      out[q] = pack_bfloat16(u_s[q / 2][2 * (q % 2)], u_s[q / 2][2 * (q % 2) + 1]);
+    MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) {
+      const float low = u_s[q / 2][2 * (q % 2)], high = u_s[q / 2][2 * (q % 2) + 1];
+      out[q] = kFormat == kFloat16 ? pack_float16(low, high) : pack_bfloat16(low, high);
+    }
   }
 
   // In a square of a causal relation, rows above the diagonal are earlier than their columns: these pairs are left to
@@ -459,7 +465,7 @@ struct Strips {
     const bool exists = i < state.sequence.length, counted = counts(state.sequence, i);
     float inverse[2];
     MINILM_UNROLL_FOR (int model = 0; model < 2; ++model) {
-      const float x = 1.0f / as_float(words.word[2 + model]);
+      const float x = kGradScale / as_float(words.word[2 + model]);
       const float high = low_of(pack_bfloat16(x, 0.0f));
       const uint32_t split = pack_bfloat16(high, sub(x, high));
       inverse[model] = add(high, high_of(split));

@@ -15,10 +15,11 @@ namespace {
 constexpr int64_t kMaxBlocks = 0x7fffffff;  // grid limit of a launch
 
 // The largest number of planes of each kind over several relations.
-Planes max_planes(const std::vector<const Relation*>& relations, const DeviceProps& props) {
+Planes max_planes(const std::vector<const Relation*>& relations, const DeviceProps& props,
+                  Planes (*planes)(const Relation&, const DeviceProps&) = planes_of) {
   Planes all{};
   for (const Relation* relation : relations) {
-    const Planes one = planes_of(*relation, props);
+    const Planes one = planes(*relation, props);
     all = {
         std::max(all.teacher, one.teacher),
         std::max(all.student, one.student),
@@ -42,7 +43,7 @@ public:
     }
     if (!symmetric_.empty())
       max_symmetric_length_ = std::min<int64_t>(
-          call.max_length, plan_symmetric(props, max_planes(symmetric_, props), call.max_length).tokens);
+          call.max_length, plan_symmetric(props, max_planes(symmetric_, props, symmetric_planes_of), call.max_length).tokens);
     const bool equal_lengths = !call.packed && !call.padded;
     if (max_symmetric_length_ == 0 || (equal_lengths && max_symmetric_length_ < call.max_length)) {
       symmetric_.clear();
@@ -76,8 +77,8 @@ public:
     params.max_length = max_symmetric_length_;
     for (const auto& [kernel, relations] :
          by_kernel(symmetric_, [&](const Relation& r) { return symmetric_kernel(r, call.causal); })) {
-      const SymmetricPlan plan =
-          plan_symmetric(props_, max_planes(relations, props_), round_up(max_symmetric_length_, kTile));
+      const SymmetricPlan plan = plan_symmetric(props_, max_planes(relations, props_, symmetric_planes_of),
+                                                round_up(max_symmetric_length_, kTile));
       fill(params, relations);
       params.capacity = plan.tokens;
       const int64_t blocks = params.num_relations * call.num_sequences * call.num_heads;
