@@ -38,12 +38,18 @@ namespace emulation {
   std::abort();
 }
 
+struct Copy {
+  void* to;
+  uint32_t words[4];
+};
+
 struct Fiber {
   jmp_buf registers;
   ucontext_t start;
   const int* waits_for = nullptr;  // the thread is blocked as long as this equals `seen`
   int seen = 0;
   bool started = false, done = true;
+  std::vector<Copy> copies;  // cp.async
 };
 
 struct Warp {
@@ -230,8 +236,10 @@ struct Accumulator {
   float c[4];
 };
 
-template <int kK>
+template <int kK, bool kHalf>
 void mma(const Product* in, Accumulator* out) {
+  auto low = [](uint32_t packed) { return kHalf ? float16_to_float(packed & 0xffffu) : emulation::low(packed); };
+  auto high = [](uint32_t packed) { return kHalf ? float16_to_float(packed >> 16) : emulation::high(packed); };
   float a[16][kK], b[8][kK];
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
@@ -381,16 +389,19 @@ inline uint32_t movmatrix(uint32_t x) {
     }
   });
 }
-inline void mma_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+template <bool kHalf = false>
+void mma_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
   auto out = emulation::together<emulation::Accumulator>(
-      "mma_m16n8k8", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, 0, 0}, {b0, 0}},
-      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::mma<8>(in, result); });
+      kHalf ? "mma_m16n8k8 f16" : "mma_m16n8k8", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, 0, 0}, {b0, 0}},
+      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::mma<8, kHalf>(in, result); });
   std::copy(out.c, out.c + 4, c);
 }
-inline void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+template <bool kHalf = false>
+void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   auto out = emulation::together<emulation::Accumulator>(
-      "mma_m16n8k16", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, a2, a3}, {b0, b1}},
-      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::mma<16>(in, result); });
+      kHalf ? "mma_m16n8k16 f16" : "mma_m16n8k16",
+      emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, a2, a3}, {b0, b1}},
+      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::mma<16, kHalf>(in, result); });
   std::copy(out.c, out.c + 4, c);
 }
 
@@ -406,6 +417,22 @@ inline Uint4 load_uint4(const void* from) {
 inline void store_uint4(void* to, const Uint4& x) {
   if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("16 bytes are not aligned");
   std::memcpy(to, &x, 16);
+}
+// Copies arrive when their thread waits for them.
+inline void copy_or_clear(void* to, const void* from, bool copy) {
+  const Uint4 words = copy ? load_uint4(from) : Uint4{};
+  emulation::Copy pending{to, {}};
+  std::memcpy(pending.words, &words, sizeof words);
+  emulation::machine.fibers[emulation::machine.current].copies.push_back(pending);
+}
+inline void wait_for_copies() {
+  auto& copies = emulation::machine.fibers[emulation::machine.current].copies;
+  for (const emulation::Copy& copy : copies) {
+    Uint4 words;
+    std::memcpy(&words, copy.words, sizeof words);
+    store_uint4(copy.to, words);
+  }
+  copies.clear();
 }
 inline uint32_t load_word(const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % 4) emulation::fail("4 bytes are not aligned");
