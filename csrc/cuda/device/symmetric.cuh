@@ -95,8 +95,9 @@ MINILM_DEVICE Range range_of_norms(const Tokens& x, int length, int chunks, int 
         Uint4 words = load_uint4(x.planes + (split * chunks + chunk) * x.plane + i * 16);
         MINILM_UNROLL_FOR (int d = 0; d < 4; ++d) {
           const uint32_t word = words.word[d];
-          value[2 * d] += format == kFloat16 ? float16_to_float(word & 0xffffu) : low_of(word);
-          value[2 * d + 1] += format == kFloat16 ? float16_to_float(word >> 16) : high_of(word);
+          const Float2 pair = format == kFloat16 ? unpack_float16(word) : Float2{low_of(word), high_of(word)};
+          value[2 * d] += pair.x;
+          value[2 * d + 1] += pair.y;
         }
       }
       MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) norm = fmaf(value[d], value[d], norm);

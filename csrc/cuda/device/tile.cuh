@@ -186,8 +186,9 @@ MINILM_DEVICE void write_splits(char* to, int stride, int splits, float (&value)
     MINILM_UNROLL_FOR (int d = 0; d < 4; ++d) {
       float &low = value[2 * d], &high = value[2 * d + 1];
       const uint32_t word = words.word[d] = kHalf ? pack_float16(low, high) : pack_bfloat16(low, high);
-      low = sub(low, kHalf ? float16_to_float(word & 0xffffu) : low_of(word));
-      high = sub(high, kHalf ? float16_to_float(word >> 16) : high_of(word));
+      const Float2 taken = kHalf ? unpack_float16(word) : Float2{low_of(word), high_of(word)};
+      low = sub(low, taken.x);
+      high = sub(high, taken.y);
     }
     store_uint4(to + split * stride, words);
   }
@@ -302,10 +303,13 @@ MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, cons
         MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
           MINILM_UNROLL_FOR (int n = 0; n < kColumns; ++n) {
             const uint32_t* first = column[n / 2] + 2 * (n % 2);
-            float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            const bool separate = splits == 3 && level == 0;
-            multiply_add(format, separate ? part : out[m][n], row[m], first[0], first[1]);
-            if (separate) add_to(out[m][n], part);
+            if (splits == 3 && level == 0) {
+              float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+              multiply_add(format, part, row[m], first[0], first[1]);
+              add_to(out[m][n], part);
+            } else {
+              multiply_add(format, out[m][n], row[m], first[0], first[1]);
+            }
           }
       }
       // The last of an odd number of chunks: 32 rows, and 32 columns or the same 16 columns twice.
@@ -315,10 +319,13 @@ MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, cons
         ldmatrix_x4(column, y + chunk * columns.plane + lane % (8 * kColumns) * 16);
         MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
           MINILM_UNROLL_FOR (int n = 0; n < kColumns; ++n) {
-            float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            const bool separate = format == kFloat32 && level == 0;
-            multiply_add(format, separate ? part : out[m][n], row[2 * m], row[2 * m + 1], column[n]);
-            if (separate) add_to(out[m][n], part);
+            if (format == kFloat32 && level == 0) {
+              float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+              multiply_add(format, part, row[2 * m], row[2 * m + 1], column[n]);
+              add_to(out[m][n], part);
+            } else {
+              multiply_add(format, out[m][n], row[2 * m], row[2 * m + 1], column[n]);
+            }
           }
       }
     }
@@ -352,8 +359,9 @@ MINILM_DEVICE void take_split(ScoreGrads<2>& split, float (&m)[2][2][4]) {
       float& high = m[i][q / 2][2 * (q % 2) + 1];
       const uint32_t word = split[i][0][q] = kFormat >= kFloat16 ? pack_float16(low, high) : pack_bfloat16(low, high);
       if (kRest) {
-        low = sub(low, kFormat >= kFloat16 ? float16_to_float(word & 0xffffu) : low_of(word));
-        high = sub(high, kFormat >= kFloat16 ? float16_to_float(word >> 16) : high_of(word));
+        const Float2 taken = kFormat >= kFloat16 ? unpack_float16(word) : Float2{low_of(word), high_of(word)};
+        low = sub(low, taken.x);
+        high = sub(high, taken.y);
       }
     }
 }

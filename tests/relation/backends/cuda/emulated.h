@@ -296,6 +296,12 @@ inline uint32_t pack_bfloat16(float low, float high) {
   };
   return round(low) | round(high) << 16;
 }
+struct Float2 {
+  float x, y;
+};
+inline Float2 unpack_float16(uint32_t packed) {
+  return {float16_to_float(packed & 0xffffu), float16_to_float(packed >> 16)};
+}
 inline uint32_t pack_float16(float low, float high) {
   auto round = [](float x) -> uint32_t {
     const double magnitude = std::fabs(static_cast<double>(x));
@@ -403,9 +409,6 @@ inline uint32_t load_word(const void* from) {
   std::memcpy(&x, from, 4);
   return x;
 }
-struct Float2 {
-  float x, y;
-};
 inline Float2 load_float2(const float* from) {
   if (reinterpret_cast<uintptr_t>(from) % 8) emulation::fail("8 bytes are not aligned");
   return {from[0], from[1]};
