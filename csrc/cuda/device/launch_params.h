@@ -34,8 +34,9 @@ struct SymmetricSchedule {
 // Per 16 rows, a strip needs two registers per chunk for operands, and four per chunk of the student for gradients.
 constexpr SymmetricSchedule symmetric_schedule(int format_s, int chunks_t, int format_t, int chunks_s, int capability) {
   const int registers = 2 * chunks_t + 6 * chunks_s;
-  if (splits_in(format_s) != 1 || splits_in(format_t) != 1 || chunks_t == 0 || registers > 40)
-    return {0, format_s == kFloat32 ? 8 : 12};
+  const bool single = format_s == kFloat32 || format_t == kFloat32;
+  if (chunks_t == 0 || registers > (single ? 20 : 40)) return {0, format_s == kFloat32 ? 8 : 12};
+  if (single) return {registers <= 10 ? 64 : 32, 8};
   if (registers <= 10) return {64, capability < 100 ? 16 : 12};
   if (registers <= 20) return {32, 12};
   return {32, 8};

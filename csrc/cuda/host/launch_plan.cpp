@@ -67,7 +67,8 @@ int64_t symmetric_bytes(const Planes& planes, int tokens) {
   // A token needs 16 bytes per plane, 8 float32 gradients per chunk, and its row statistics. Maxima are stored only
   // with 3 splits. Strips need four words.
   int64_t token = 16 * (planes.teacher + planes.student) + 32 * planes.student_chunks;
-  token += planes.schedule.strip_rows || planes.student_splits == 3 ? 16 : 8;
+  token += planes.student_splits == 3 && planes.schedule.strip_rows ? 32
+           : planes.student_splits == 3 || planes.schedule.strip_rows ? 16 : 8;
   return kBlockStateBytes + kScratchBytes + tokens * token;
 }
 
