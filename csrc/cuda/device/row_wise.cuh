@@ -497,7 +497,9 @@ struct RowWiseKernel {
         rows.max_t[i] = valid ? from.max_t[i] : 0.0f;
         rows.max_s[i] = valid ? from.max_s[i] : 0.0f;
       }
-      weights[i] = !counts(sequence, first + i) ? 0.0f : given ? given[row_at + position_of(sequence, first + i)] : 1.0f;
+      weights[i] = !counts(sequence, first + i) ? 0.0f
+                   : given                      ? given[row_at + position_of(sequence, first + i)]
+                                                : 1.0f;
     }
   }
 

@@ -71,7 +71,7 @@ MINILM_DEVICE void accumulate(float* to, const float* from, int count, bool stor
 
 template <int kFormat, int kChunksT, int kFormatT, int kChunksS, bool kCausal>
 struct SegmentKernel {
-  static constexpr SymmetricSchedule kSchedule = symmetric_schedule(kFormat, kChunksT, kFormatT, kChunksS, kCapability);
+  static constexpr SymmetricSchedule kSchedule = segment_schedule(kFormat, kChunksT, kFormatT, kChunksS, kCapability);
   static constexpr int kWarps = segment_warps(kSchedule);
   static constexpr int kRows = kSchedule.strip_rows;
   using Columns = Window<kFormat, kChunksT, kFormatT, kChunksS>;

@@ -18,7 +18,8 @@ MINILM_DEVICE int64_t load_integer(const void* data, int64_t at, int bytes) {
 
 // True without a mask.
 MINILM_DEVICE bool marks(const TokenMask& mask, int64_t n, int64_t position) {
-  return !mask.data || load_integer(mask.data, n * mask.batch_stride + position * mask.position_stride, mask.bytes) != 0;
+  return !mask.data ||
+         load_integer(mask.data, n * mask.batch_stride + position * mask.position_stride, mask.bytes) != 0;
 }
 
 // Returns the sum of x over the threads of the block before this one, and in `total` that over all threads. `memory`:
@@ -54,8 +55,8 @@ struct SequencesKernel {
   static MINILM_DEVICE void packed(const SequenceParams& params, double* scratch) {
     const int64_t n = block_index(), tokens = params.positions;
     if (params.prefixes && thread_index() == 0)
-      params.prefixes[n] = load_integer(params.prefix_lens.data, n * params.prefix_lens.batch_stride,
-                                        params.prefix_lens.bytes);
+      params.prefixes[n] =
+          load_integer(params.prefix_lens.data, n * params.prefix_lens.batch_stride, params.prefix_lens.bytes);
     if (!params.counted) return;
     const int64_t stride = params.num_sequences * thread_count();
     for (int64_t i = n * thread_count() + thread_index(); i < tokens; i += stride)

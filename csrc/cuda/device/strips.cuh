@@ -1,7 +1,6 @@
-// The schedule of the symmetric path for heads of few chunks in half precision. A warp owns a strip of rows for a whole
-// phase: their operands, their sums and their gradients stay in registers while the strip meets the columns of other
-// strips, 16 at a time. In round d, strip i meets strip i + d (schedule.cuh), so that no two strips of a round share
-// columns.
+// The schedule of the symmetric path for heads of few chunks. A warp owns a strip of rows for a whole phase:
+// their operands, their sums and their gradients stay in registers while the strip meets the columns of other strips,
+// 16 at a time. In round d, strip i meets strip i + d (schedule.cuh), so that no two strips of a round share columns.
 //
 // Two things keep the arithmetic beside the exponentials small:
 // - The factors 1/l_i + 1/l_j of phase 2 are products of tensor cores as well: (1/l_i, ones) · (ones, 1/l_j), with 1/l
@@ -17,8 +16,8 @@
 
 namespace minilm::cuda {
 
-// kTiles · 16 rows of a strip as the first operand of mma.
-template <int kTiles, int kChunks>
+// The kTiles · 16 rows of a strip: first operands of mma.
+template <int kFormat, int kTiles, int kChunks>
 struct RowOperands {
   uint32_t x[kTiles][2 * kChunks];
 
@@ -37,25 +36,95 @@ struct RowOperands {
         MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) x[m + q / 2][2 * kChunks - 2 + q % 2] = r[q];
       }
   }
+
+  // Scores of the 16 rows of tile m and 16 columns.
+  MINILM_DEVICE void scores(float (&out)[2][4], int m, const uint32_t (&y)[2][kChunks]) const {
+    MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) {
+      float (&c)[4] = out[n];
+      MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) c[e] = 0.0f;
+      MINILM_UNROLL_FOR (int chunk = 0; chunk + 1 < kChunks; chunk += 2)
+        multiply_add(kFormat, c, x[m] + 2 * chunk, y[n][chunk], y[n][chunk + 1]);
+      if (kChunks % 2) multiply_add(kFormat, c, x[m][2 * kChunks - 2], x[m][2 * kChunks - 1], y[n][kChunks - 1]);
+    }
+  }
+};
+
+// Float32 rows are loaded anew for each 16 columns: their three splits and the offsets take too many registers.
+template <int kTiles, int kChunks>
+struct RowOperands<kFloat32, kTiles, kChunks> {
+  static constexpr int kPlanes = score_planes(kFloat32, kChunks);
+  const char* rows;  // a lane's address
+  int plane;
+
+  MINILM_DEVICE void load(const Tokens& first) {
+    rows = first.planes + lane_index() % 16 * 16 + lane_index() / 16 * first.plane;
+    plane = first.plane;
+  }
+
+  // Small products first, as in tile.cuh. Two products of 8 features make one of 16.
+  MINILM_DEVICE void scores(float (&out)[2][4], int m, const uint32_t (&y)[2][kPlanes]) const {
+    uint32_t x[kPlanes + 1][2];
+    MINILM_UNROLL_FOR (int k = 0; k < kPlanes; k += 2) {
+      uint32_t r[4];
+      // The last one may be alone: the upper lanes' addresses are then not used.
+      if (k + 1 < kPlanes) {
+        ldmatrix_x4(r, rows + 256 * m + k * plane);
+      } else {
+        uint32_t one[2];
+        ldmatrix_x2(one, rows + 256 * m + k * plane);
+        r[0] = one[0], r[1] = one[1], r[2] = r[3] = 0u;
+      }
+      MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) x[k + q / 2][q % 2] = r[q];
+    }
+    MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) {
+      float (&c)[4] = out[n];
+      MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) c[e] = 0.0f;
+      MINILM_UNROLL_FOR (int step = 0; step + 1 < kSteps; step += 2) {
+        const int a = left_of(step), b = left_of(step + 1);
+        const uint32_t both[4] = {x[a][0], x[a][1], x[b][0], x[b][1]};
+        multiply_add(kFloat32, c, both, y[n][right_of(step)], y[n][right_of(step + 1)]);
+      }
+      const int last = left_of(kSteps - 1);
+      mma_m16n8k8(c, x[last][0], x[last][1], y[n][right_of(kSteps - 1)]);
+    }
+  }
+
+  // Planes of the operands of product `step`: splits (0, 2), (1, 1), (2, 0), (0, 1), (1, 0), (0, 0) of each chunk, then
+  // the offsets. A single chunk has another order, in which two products have neighbouring planes of rows, which lie in
+  // neighbouring registers.
+  static constexpr int kSteps = 6 * kChunks + 1;
+  static constexpr MINILM_DEVICE int left_of(int step) {
+    if (kChunks == 1) return step < 4 ? step % 2 : step < 6 ? step - 2 : 0;
+    const int k = step / kChunks;
+    return (k < 3 ? k : k < 5 ? k - 3 : k < 6 ? 0 : 3) * kChunks + step % kChunks;
+  }
+  static constexpr MINILM_DEVICE int right_of(int step) {
+    if (kChunks == 1) return step == 0 ? 2 : step < 3 ? 1 : step == 5 ? 3 : 0;
+    const int k = step / kChunks;
+    return (k < 3 ? 2 - k : k < 5 ? 4 - k : k < 6 ? 0 : 3) * kChunks + step % kChunks;
+  }
 };
 
 // 16 columns of one model: a lane's addresses for loading two chunks, and one.
 struct ColumnTokens {
-  const char *two, *one;
+  const char *two, *one, *offset;
   int plane;
 
   MINILM_DEVICE explicit ColumnTokens(const Tokens& first)
       : two(first.planes + (lane_index() / 16 * 8 + lane_index() % 8) * 16 + lane_index() / 8 % 2 * first.plane),
         one(first.planes + lane_index() % 16 * 16),
+        offset(first.planes + lane_index() / 4 * 16 + (lane_index() ^ 2) % 4 * 4),
         plane(first.plane) {}
   MINILM_DEVICE void next() {
     two += 256;
     one += 256;
+    offset += 256;
   }
 
-  // As the second operand of mma.
-  template <int kChunks>
-  MINILM_DEVICE void load(uint32_t (&y)[2][kChunks]) const {
+  // As the second operand of mma. kPlanes: score_planes(kFormat, chunks).
+  template <int kFormat, int kPlanes>
+  MINILM_DEVICE void load(uint32_t (&y)[2][kPlanes]) const {
+    constexpr int kChunks = kFormat == kFloat32 ? kPlanes - 1 : kPlanes;
     MINILM_UNROLL_FOR (int chunk = 0; chunk + 1 < kChunks; chunk += 2) {
       uint32_t r[4];
       ldmatrix_x4(r, two + chunk * plane);
@@ -67,23 +136,10 @@ struct ColumnTokens {
       y[0][kChunks - 1] = r[0];
       y[1][kChunks - 1] = r[1];
     }
+    if (kFormat == kFloat32)
+      MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) y[n][kPlanes - 1] = load_word(offset + kChunks * plane + 128 * n);
   }
 };
-
-// out = scale · x · y - reference for 16 rows and 16 columns.
-template <int kFormat, int kChunks>
-MINILM_DEVICE void exponents(float (&out)[2][4], const uint32_t (&x)[2 * kChunks], const uint32_t (&y)[2][kChunks],
-                             float scale, float reference) {
-  MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) {
-    float (&c)[4] = out[n];
-    MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) c[e] = 0.0f;
-    MINILM_UNROLL_FOR (int chunk = 0; chunk + 1 < kChunks; chunk += 2) {
-      multiply_add(kFormat, c, x + 2 * chunk, y[n][chunk], y[n][chunk + 1]);
-    }
-    if (kChunks % 2) multiply_add(kFormat, c, x[2 * kChunks - 2], x[2 * kChunks - 1], y[n][kChunks - 1]);
-    MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) c[e] = fmaf(c[e], scale, -reference);
-  }
-}
 
 // Pairs of a strip and 16 columns.
 enum class Part {
@@ -120,12 +176,15 @@ MINILM_DEVICE float log_ratio(const Uint4& factors) {
 template <class Shared, int kTiles, int kChunksT, int kChunksS, bool kCausal>
 struct Strips {
   static constexpr int kRows = 16 * kTiles;
-  static constexpr int kFormat = Shared::kStudentFormat;
-  static constexpr float kGradScale = grad_scale(kFormat);
+  static constexpr int kFormat = Shared::kStudentFormat, kFormatT = Shared::kTeacherFormat;
+  static constexpr int kPlanesT = score_planes(kFormatT, kChunksT), kPlanesS = score_planes(kFormat, kChunksS);
+  // Splits of score gradients, and the format of their products.
+  static constexpr int kSplits = grad_splits_in(kFormat), kProducts = kSplits == 2 ? kFloat16 : kFormat;
+  static constexpr float kGradScale = grad_scale(kFormat);  // a factor of 1/l, and thus of M
 
   struct Rows {
-    RowOperands<kTiles, kChunksT> t;
-    RowOperands<kTiles, kChunksS> s;
+    RowOperands<kFormatT, kTiles, kChunksT> t;
+    RowOperands<kFormat, kTiles, kChunksS> s;
     float scale_t, scale_s, reference_t, reference_s;
 
     MINILM_DEVICE void load(const Shared& shared, int first) {
@@ -138,10 +197,15 @@ struct Strips {
       reference_s = state.reference_s;
     }
     MINILM_DEVICE void exponents(float (&u_t)[2][4], float (&u_s)[2][4], int m,
-                                 const uint32_t (&columns_t)[2][kChunksT],
-                                 const uint32_t (&columns_s)[2][kChunksS]) const {
-      cuda::exponents<Shared::kTeacherFormat, kChunksT>(u_t, t.x[m], columns_t, scale_t, reference_t);
-      cuda::exponents<kFormat, kChunksS>(u_s, s.x[m], columns_s, scale_s, reference_s);
+                                 const uint32_t (&columns_t)[2][kPlanesT],
+                                 const uint32_t (&columns_s)[2][kPlanesS]) const {
+      t.scores(u_t, m, columns_t);
+      s.scores(u_s, m, columns_s);
+      MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
+        MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) {
+          u_t[n][e] = fmaf(u_t[n][e], scale_t, -reference_t);
+          u_s[n][e] = fmaf(u_s[n][e], scale_s, -reference_s);
+        }
     }
   };
 
@@ -157,7 +221,7 @@ struct Strips {
       factors = shared.factors(first) + column_factor(later);
       // The lane that distributed_sums gives model k = lane / 16, and a column.
       const int column = lane / 8 % 2 * 8 + lane % 4 * 2 + lane / 4 % 2;
-      sums = reinterpret_cast<float*>(shared.factors(first + column)) + 2 + lane / 16;
+      sums = sum_of(shared, first + column, lane / 16);
       grads = shared.grads(first) + lane / 4 * 8 + lane % 4 * 2;
     }
     MINILM_DEVICE void next() {
@@ -169,6 +233,13 @@ struct Strips {
     }
   };
 
+  // Gradients of float32 students need more than two splits of 1/l: each model has four words of its own, in the second
+  // of two planes for the student. The last two have its sum, and later the three splits of its 1/l.
+  static constexpr bool kThree = kFormat == kFloat32;
+  static MINILM_DEVICE float* sum_of(const Shared& shared, int token, int model) {
+    float* words = reinterpret_cast<float*>(shared.factors(token)) + 2;
+    return kThree ? words + model * (shared.plane() / 4) : words + model;
+  }
   // Offset of a lane's word of a row as first operand: 1/l_t, 1/l_s, ones, ones. `later`: the rows are later than the
   // columns. These ones are factors of the columns' 1/l, so they tell whether the columns see the row.
   static MINILM_DEVICE int row_factor(bool later) {
@@ -183,6 +254,7 @@ struct Strips {
   }
   // 1/l_i + 1/l_j of 16 rows and 8 columns, each where it is visible.
   static MINILM_DEVICE void factors(float (&t)[4], float (&s)[4], const uint32_t (&row)[2], uint32_t column) {
+    static_assert(!kThree, "one plane of words");
     const bool student = lane_index() % 2 != 0;
     MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) t[e] = s[e] = 0.0f;
     mma_m16n8k8(t, row[0], row[1], student ? 0u : column);
@@ -203,9 +275,9 @@ struct Strips {
     constexpr bool kAll = kPart != Part::square && kPart != Part::ragged;
     constexpr bool kMasked = kPart == Part::ragged || (kPart == Part::square && kCausal);
     const int length = kMasked ? shared.state().sequence.length : 0, bound = kMasked ? shared.state().bound : 0;
-    uint32_t columns_t[2][kChunksT], columns_s[2][kChunksS];
-    at.teacher.template load<kChunksT>(columns_t);
-    at.student.template load<kChunksS>(columns_s);
+    uint32_t columns_t[2][kPlanesT], columns_s[2][kPlanesS];
+    at.teacher.template load<kFormatT>(columns_t);
+    at.student.template load<kFormat>(columns_s);
     float column_sums[8] = {};  // [model][n][e % 2]
     MINILM_UNROLL_FOR (int m = 0; m < kTiles; ++m) {
       if (!kAll && (m < first || m >= last)) continue;
@@ -270,7 +342,7 @@ struct Strips {
 
   static MINILM_DEVICE void write_sums(const Shared& shared, const Sums& sums, int strip) {
     const int lane = lane_index(), k = lane % 4;  // the lane that distributed_sums gives model k / 2, half k % 2
-    float* at = reinterpret_cast<float*>(shared.factors(strip * kRows + k % 2 * 8 + lane / 4)) + 2 + k / 2;
+    float* at = sum_of(shared, strip * kRows + k % 2 * 8 + lane / 4, k / 2);
     MINILM_UNROLL_FOR (int m = 0; m < kTiles; ++m) {
       float x[4] = {sums.t[m][0], sums.t[m][1], sums.s[m][0], sums.s[m][1]};
       at[64 * m] += distributed_sums(x, 1);
@@ -295,21 +367,24 @@ struct Strips {
                                                Grads& grads, Value& value, const Columns& at, int column, int first,
                                                int last, bool diagonal, int bound) {
     constexpr bool kAll = kPart == Part::whole;
-    uint32_t columns_t[2][kChunksT], columns_s[2][kChunksS];
-    at.teacher.template load<kChunksT>(columns_t);
-    at.student.template load<kChunksS>(columns_s);
-    const uint32_t column_factors[2] = {load_word(at.factors), load_word(at.factors + 128)};
+    uint32_t columns_t[2][kPlanesT], columns_s[2][kPlanesS];
+    at.teacher.template load<kFormatT>(columns_t);
+    at.student.template load<kFormat>(columns_s);
     const int plane = at.student.plane;
+    uint32_t column_factors[kThree ? 2 : 1][2];  // [model][n]
+    MINILM_UNROLL_FOR (int k = 0; k < (kThree ? 2 : 1); ++k)
+      MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) column_factors[k][n] = load_word(at.factors + k * plane + 128 * n);
     // With one chunk, each 16 rows are done with before the next ones. More chunks share the loads of two.
     constexpr int kGroup = kChunksS == 1 ? 1 : 2;
-    uint32_t y[2];
-    if (kChunksS == 1) ldmatrix_x2_trans(y, at.student.one);
+    uint32_t y[kSplits][2];
+    if (kChunksS == 1)
+      MINILM_UNROLL_FOR (int k = 0; k < kSplits; ++k) ldmatrix_x2_trans(y[k], grad_tokens(at.student.one, plane, k, 0));
     float column_grads[kChunksS][4];
     MINILM_UNROLL_FOR (int m = 0; m < kTiles; m += kGroup) {
-      uint32_t x[kGroup][4];  // score gradients
+      uint32_t x[kGroup][kSplits][4];  // score gradients
       MINILM_UNROLL_FOR (int k = 0; k < kGroup; ++k)
         score_gradients<kPart>(x[k], rows, row_factors + 256 * (m + k), value, columns_t, columns_s, column_factors,
-                               m + k, column, first, last, diagonal, bound);
+                               plane, m + k, column, first, last, diagonal, bound);
       MINILM_UNROLL_FOR (int chunk = 0; chunk < kChunksS; ++chunk) {
         float* out = at.grads + chunk * plane / 2;
         float (&sum)[4] = column_grads[chunk];
@@ -317,19 +392,26 @@ struct Strips {
           const Float2 upper = load_float2(out), lower = load_float2(out + 64);
           sum[0] = upper.x, sum[1] = upper.y, sum[2] = lower.x, sum[3] = lower.y;
         }
-        if (kChunksS > 1) ldmatrix_x2_trans(y, at.student.one + chunk * plane);
-        uint32_t z[2 * kGroup];
-        if constexpr (kGroup == 1)
-          ldmatrix_x2_trans(z, row_tokens + 256 * m + chunk * plane);
-        else
-          ldmatrix_x4_trans(z, row_tokens + 256 * m + chunk * plane);
+        if (kChunksS > 1)
+          MINILM_UNROLL_FOR (int k = 0; k < kSplits; ++k)
+            ldmatrix_x2_trans(y[k], grad_tokens(at.student.one, plane, k, chunk));
+        uint32_t z[kSplits][2 * kGroup];
+        MINILM_UNROLL_FOR (int k = 0; k < kSplits; ++k) {
+          const char* tokens = grad_tokens(row_tokens, plane, k, chunk) + 256 * m;
+          if constexpr (kGroup == 1)
+            ldmatrix_x2_trans(z[k], tokens);
+          else
+            ldmatrix_x4_trans(z[k], tokens);
+        }
         MINILM_UNROLL_FOR (int k = 0; k < kGroup; ++k) {
           if (!kAll && (m + k < first || m + k >= last)) continue;
-          const uint32_t (&a)[4] = x[k];
-          multiply_add(kFormat, grads[m + k][chunk], a, y[0], y[1]);
+          add_products(grads[m + k][chunk], x[k], y, 0);
           if (kAll || kCausal || !diagonal || m + k != first) {
-            const uint32_t mirrored[4] = {movmatrix(a[0]), movmatrix(a[2]), movmatrix(a[1]), movmatrix(a[3])};
-            multiply_add(kFormat, sum, mirrored, z[2 * k], z[2 * k + 1]);
+            uint32_t mirrored[kSplits][4];
+            MINILM_UNROLL_FOR (int split = 0; split < kSplits; ++split)
+              MINILM_UNROLL_FOR (int q = 0; q < 4; ++q)
+                mirrored[split][q] = movmatrix(x[k][split][q / 2 + 2 * (q % 2)]);
+            add_products(sum, mirrored, z, 2 * k);
           }
         }
         if (m + kGroup == kTiles) {
@@ -340,20 +422,52 @@ struct Strips {
     }
   }
 
+  // Address of a split and a chunk of the tokens that score gradients are multiplied with.
+  static MINILM_DEVICE const char* grad_tokens(const char* tokens, int plane, int split, int chunk) {
+    return tokens + ((kSplits == 1 ? 0 : kPlanesS + split * kChunksS) + chunk) * plane;
+  }
+
+  // sum += m · x, with the words first, first + 1 of x. Products of two splits are summed separately and added with
+  // rounding to nearest, which mma does not do; the product of both small splits is left out.
+  template <int kWords>
+  static MINILM_DEVICE void add_products(float (&sum)[4], const uint32_t (&m)[kSplits][4],
+                                         const uint32_t (&x)[kSplits][kWords], int first) {
+    if constexpr (kSplits == 1) {
+      multiply_add(kProducts, sum, m[0], x[0][first], x[0][first + 1]);
+    } else {
+      float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      multiply_add(kProducts, part, m[1], x[0][first], x[0][first + 1]);
+      multiply_add(kProducts, part, m[0], x[1][first], x[1][first + 1]);
+      multiply_add(kProducts, part, m[0], x[0][first], x[0][first + 1]);
+      add_to(sum, part);
+    }
+  }
+
   // Score gradients of 16 rows, tile m of the strip, and 16 columns, packed as the first operand of mma.
   template <Part kPart>
-  static MINILM_DEVICE void score_gradients(uint32_t (&out)[4], const Rows& rows, const char* row_factors, Value& value,
-                                            const uint32_t (&columns_t)[2][kChunksT],
-                                            const uint32_t (&columns_s)[2][kChunksS],
-                                            const uint32_t (&column_factors)[2], int m, int column, int first, int last,
-                                            bool diagonal, int bound) {
+  static MINILM_DEVICE void score_gradients(uint32_t (&out)[kSplits][4], const Rows& rows, const char* row_factors,
+                                            Value& value, const uint32_t (&columns_t)[2][kPlanesT],
+                                            const uint32_t (&columns_s)[2][kPlanesS],
+                                            const uint32_t (&column_factors)[kThree ? 2 : 1][2], int plane, int m,
+                                            int column, int first, int last, bool diagonal, int bound) {
     constexpr bool kAll = kPart == Part::whole;
     if (!kAll && (m < first || m >= last)) return;
     const bool square = !kAll && diagonal && m == first;
-    const uint32_t own[2] = {load_word(row_factors), load_word(row_factors + 128)};
     float u_t[2][4], u_s[2][4], factor_t[2][4], factor_s[2][4];
     rows.exponents(u_t, u_s, m, columns_t, columns_s);
-    MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) factors(factor_t[n], factor_s[n], own, column_factors[n]);
+    if constexpr (kThree) {
+      MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
+        MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) factor_t[n][e] = factor_s[n][e] = 0.0f;
+      MINILM_UNROLL_FOR (int k = 0; k < 2; ++k) {
+        const char* own = row_factors + k * plane;
+        const uint32_t row[2] = {load_word(own), load_word(own + 128)};
+        MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
+          mma_m16n8k8(k ? factor_s[n] : factor_t[n], row[0], row[1], column_factors[k][n]);
+      }
+    } else {
+      const uint32_t own[2] = {load_word(row_factors), load_word(row_factors + 128)};
+      MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) factors(factor_t[n], factor_s[n], own, column_factors[0][n]);
+    }
     if (kCausal && square) keep_later_rows(factor_t, factor_s, column, bound);
     float total = 0.0f, divergence = 0.0f;
     MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
@@ -372,7 +486,11 @@ struct Strips {
     }
     MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) {
       const float low = u_s[q / 2][2 * (q % 2)], high = u_s[q / 2][2 * (q % 2) + 1];
-      out[q] = kFormat == kFloat16 ? pack_float16(low, high) : pack_bfloat16(low, high);
+      out[0][q] = kProducts == kFloat16 ? pack_float16(low, high) : pack_bfloat16(low, high);
+      if (kSplits == 2) {
+        const Float2 taken = unpack_float16(out[0][q]);
+        out[kSplits - 1][q] = pack_float16(sub(low, taken.x), sub(high, taken.y));
+      }
     }
   }
 
@@ -442,7 +560,9 @@ struct Strips {
   static MINILM_DEVICE double run(const Shared& shared) {
     const auto& state = shared.state();
     const int strips = (state.sequence.length + kRows - 1) / kRows, warps = thread_count() / 32;
-    for (int i = thread_index(); i < strips * kRows; i += thread_count()) store_uint4(shared.factors(i), Uint4{});
+    for (int i = thread_index(); i < strips * kRows; i += thread_count())
+      for (int plane = 0; plane < (kThree ? 2 : 1); ++plane)
+        store_uint4(shared.factors(i) + plane * shared.plane(), Uint4{});
     syncthreads();
     for (int first = 0; first < strips; first += warps) {
       const int strip = first + warp_index();
@@ -481,12 +601,25 @@ struct Strips {
   // Replaces the sums of a token by its factors. Returns its logarithms' contribution to the loss.
   static MINILM_DEVICE float invert_sums(const Shared& shared, int i) {
     const auto& state = shared.state();
-    const Uint4 sums = load_uint4(shared.factors(i));
-    const bool exists = i < state.sequence.length;
-    const Uint4 factors = factors_of(as_float(sums.word[2]), as_float(sums.word[3]), kGradScale, exists,
-                                     i < state.bound, counts(state.sequence, i));
-    store_uint4(shared.factors(i), factors);
-    return log_ratio(factors);
+    const bool exists = i < state.sequence.length, counted = counts(state.sequence, i);
+    if constexpr (!kThree) {
+      const Uint4 sums = load_uint4(shared.factors(i));
+      const Uint4 factors =
+          factors_of(as_float(sums.word[2]), as_float(sums.word[3]), kGradScale, exists, i < state.bound, counted);
+      store_uint4(shared.factors(i), factors);
+      return log_ratio(factors);
+    } else {
+      const uint32_t seen = exists && i < state.bound ? 0x3f803f80u : 0u, ones = exists ? 0x3f803f80u : 0u;
+      float inverse[2];
+      MINILM_UNROLL_FOR (int model = 0; model < 2; ++model) {
+        const float x = inverse[model] = kGradScale / *sum_of(shared, i, model);
+        const float high = low_of(pack_bfloat16(x, 0.0f)), rest = sub(x, high);
+        const uint32_t split = pack_bfloat16(high, rest), last = pack_bfloat16(sub(rest, high_of(split)), 0.0f);
+        store_uint4(shared.factors(i) + model * shared.plane(),  // 0: every probability of the row is 0
+                    {{seen, ones, counted ? split : 0u, counted ? last : 0u}});
+      }
+      return counted ? kLn2 * log2_of_ratio(inverse[0], inverse[1]) : 0.0f;
+    }
   }
 };
 

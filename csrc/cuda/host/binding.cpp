@@ -31,11 +31,13 @@ cuda::TokenMask mask_of(const OptionalTensor& x) {
 }
 
 cuda::Reduction reduction_of(const std::string& name) {
-  return name == "token" ? cuda::Reduction::token : name == "sequence" ? cuda::Reduction::sequence : cuda::Reduction::sum;
+  return name == "token"      ? cuda::Reduction::token
+         : name == "sequence" ? cuda::Reduction::sequence
+                              : cuda::Reduction::sum;
 }
 
-// Launches a call's kernels, or returns the names of those that must be loaded first, one per line. Masks are of bool or
-// integers, prefix_lens of int32 or int64. A call with `row_grads` or `rows` has the reduction "sum".
+// Launches a call's kernels, or returns the names of those that must be loaded first, one per line. Masks are of bool
+// or integers, prefix_lens of int32 or int64. A call with `row_grads` or `rows` has the reduction "sum".
 std::string relation_kl(Tensors teacher, Tensors student, std::vector<int64_t> indices, std::vector<double> scales,
                         OptionalTensor attention_mask, OptionalTensor cu_seqlens, OptionalTensor prefix_lens,
                         OptionalTensor query_mask, int64_t max_seqlen, bool causal, std::string reduction,
@@ -89,9 +91,9 @@ std::string scale(Tensors parts, std::vector<int64_t> owners, std::vector<int64_
   std::vector<cuda::ScaledPart> all;
   for (size_t p = 0; p < parts.size(); ++p) {
     cuda::ScaledOutput& output = scaled.at(owners.at(p));
-    STD_TORCH_CHECK(parts[p].is_contiguous() && parts[p].scalar_type() == ScalarType::Float &&
-                        parts[p].numel() == output.numel,
-                    "expected contiguous float32 gradients in the shape of the outputs");
+    STD_TORCH_CHECK(
+        parts[p].is_contiguous() && parts[p].scalar_type() == ScalarType::Float && parts[p].numel() == output.numel,
+        "expected contiguous float32 gradients in the shape of the outputs");
     if (output.num_parts++ == 0) output.first_part = static_cast<int32_t>(p);
     all.push_back({static_cast<const float*>(parts[p].const_data_ptr()), static_cast<float>(weights.at(p)),
                    static_cast<int32_t>(relations.at(p))});

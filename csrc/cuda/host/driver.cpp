@@ -126,7 +126,7 @@ private:
   void plan_longer() {
     int64_t windows = 0;
     for (const Relation* relation : all_) {
-      const Planes planes = symmetric_planes_of(*relation, props_);
+      const Planes planes = segment_planes_of(*relation, props_);
       const SegmentPlan plan = plan_segments(props_, planes);
       if (!may_be_symmetric(*relation) || plan.warps == 0) continue;
       segmented_.push_back(relation);
@@ -187,7 +187,7 @@ private:
                             row_wise_plan_.bytes);
     };
     auto add_segments = [&](const std::string& kernel, const Relations& relations, int gradient) {
-      const SegmentPlan plan = plan_segments(props_, symmetric_planes_of(*relations[0], props_));
+      const SegmentPlan plan = plan_segments(props_, segment_planes_of(*relations[0], props_));
       fill(params, relations);
       params.segments = scratch;
       params.segments.window = params.capacity = plan.window;

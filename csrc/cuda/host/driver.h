@@ -16,9 +16,9 @@ std::string unsupported_reason(const std::vector<Relation>& relations, bool grad
 int64_t scratch_bytes(const Call& call, const Masks& masks, const Relation* relations, const DeviceProps& props);
 
 // Launches the kernels of a call, whose arrays of tokens and weights are made from `masks`. Returns null, or an error
-// message. `weights`: factors of the relations in their sum, or null for a value per relation. `scratch`: device memory,
-// aligned to 16 bytes. If some kernels are not loaded yet, nothing is launched, and `missing` receives their names, one
-// per line.
+// message. `weights`: factors of the relations in their sum, or null for a value per relation. `scratch`: device
+// memory, aligned to 16 bytes. If some kernels are not loaded yet, nothing is launched, and `missing` receives their
+// names, one per line.
 const char* run(Call call, const Masks& masks, const double* weights, const Relation* relations,
                 const DeviceProps& props, int device, void* stream, void* scratch, std::string& missing);
 

@@ -21,7 +21,9 @@ int splits_of(const ModelOperands& half) {
 }
 
 // In a self relation, queries and keys are the same tokens.
-int format_of(const ModelOperands& half) { return half.key.dtype == DType::float16 ? kFloat16 : splits_of(half); }
+int format_of(const ModelOperands& half) {
+  return half.key.dtype == DType::bfloat16 ? 1 : half.key.dtype == DType::float16 ? kFloat16 : kFloat32;
+}
 
 std::string name(const char* kind, std::initializer_list<int> arguments) {
   std::string name = kind;
@@ -42,8 +44,16 @@ Planes symmetric_planes_of(const Relation& relation, const DeviceProps& props) {
   const ModelOperands &teacher = relation.teacher, &student = relation.student;
   const int chunks_t = chunks_of(teacher), format_t = format_of(teacher);
   const int chunks_s = chunks_of(student), format_s = format_of(student);
-  return {chunks_t * splits_in(format_t), chunks_s * splits_in(format_s), chunks_s, splits_in(format_s),
+  return {score_planes(format_t, chunks_t), student_planes(format_s, chunks_s), chunks_s, splits_in(format_s),
           symmetric_schedule(format_s, chunks_t, format_t, chunks_s, props.capability)};
+}
+
+Planes segment_planes_of(const Relation& relation, const DeviceProps& props) {
+  const ModelOperands &teacher = relation.teacher, &student = relation.student;
+  Planes planes = symmetric_planes_of(relation, props);
+  planes.schedule = segment_schedule(format_of(student), chunks_of(teacher), format_of(teacher), chunks_of(student),
+                                     props.capability);
+  return planes;
 }
 
 std::string symmetric_kernel(const Relation& relation, bool causal) {
@@ -71,7 +81,9 @@ int64_t symmetric_bytes(const Planes& planes, int tokens) {
   // A token needs 16 bytes per plane, 8 float32 gradients per chunk, and its row statistics. Maxima are stored only
   // with 3 splits. Strips need four words.
   int64_t token = 16 * (planes.teacher + planes.student) + 32 * planes.student_chunks;
-  token += planes.schedule.strip_rows || planes.student_splits == 3 ? 16 : 8;
+  token += planes.student_splits == 3 && planes.schedule.strip_rows   ? 32
+           : planes.student_splits == 3 || planes.schedule.strip_rows ? 16
+                                                                      : 8;
   return kBlockStateBytes + kScratchBytes + tokens * token;
 }
 

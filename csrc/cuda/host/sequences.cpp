@@ -53,8 +53,8 @@ void Sequences::operator()(Call& call, char* scratch, std::vector<Launch>& launc
   call.starts = params.starts;
   call.lengths = params.lengths;
   call.query_mask = params.counted;
-  call.prefixes =
-      params.prefixes ? params.prefixes : static_cast<const int64_t*>(static_cast<const void*>(params.prefix_lens.data));
+  call.prefixes = params.prefixes ? params.prefixes
+                                  : static_cast<const int64_t*>(static_cast<const void*>(params.prefix_lens.data));
   call.weights = params.weights;
   const float heads = static_cast<float>(call.num_heads), length = static_cast<float>(call.positions);
   const float rows = std::max(1.0f, length) * static_cast<float>(std::max<int64_t>(1, call.num_sequences));

@@ -317,6 +317,12 @@ inline uint32_t pack_bfloat16(float low, float high) {
   };
   return round(low) | round(high) << 16;
 }
+struct Float2 {
+  float x, y;
+};
+inline Float2 unpack_float16(uint32_t packed) {
+  return {float16_to_float(packed & 0xffffu), float16_to_float(packed >> 16)};
+}
 inline uint32_t pack_float16(float low, float high) {
   auto round = [](float x) -> uint32_t {
     const uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
@@ -440,9 +446,6 @@ inline uint32_t load_word(const void* from) {
   std::memcpy(&x, from, 4);
   return x;
 }
-struct Float2 {
-  float x, y;
-};
 inline Float2 load_float2(const float* from) {
   if (reinterpret_cast<uintptr_t>(from) % 8) emulation::fail("8 bytes are not aligned");
   return {from[0], from[1]};

@@ -22,10 +22,14 @@ void (*kernel_of(const std::string& name, int format))(const LaunchParams) {
   if (name.find("symmetric_1_8_1_4_") == 0) return symmetric<1, 8, 1, 4, kCausal>;
   if (name.find("symmetric_4_2_4_1_") == 0) return symmetric<4, 2, 4, 1, kCausal>;
   if (name.find("symmetric_4_8_4_4_") == 0) return symmetric<4, 8, 4, 4, kCausal>;
+  if (name.find("symmetric_5_2_5_1_") == 0) return symmetric<5, 2, 5, 1, kCausal>;
+  if (name.find("symmetric_5_2_1_1_") == 0) return symmetric<5, 2, 1, 1, kCausal>;
+  if (name.find("symmetric_1_2_5_1_") == 0) return symmetric<1, 2, 5, 1, kCausal>;
+  if (name.find("symmetric_5_4_5_2_") == 0) return symmetric<5, 4, 5, 2, kCausal>;
   if (name.find("symmetric_4_2_1_1_") == 0) return symmetric<4, 2, 1, 1, kCausal>;
   return format == 1          ? symmetric<1, 0, 0, 0, kCausal>
          : format == kFloat16 ? symmetric<kFloat16, 0, 0, 0, kCausal>
-                              : symmetric<3, 0, 0, 0, kCausal>;
+                              : symmetric<kFloat32, 0, 0, 0, kCausal>;
 }
 
 }  // namespace
