@@ -16,7 +16,7 @@ from tests.ptx.parser import Immediate, Vector
 
 from .access import Port
 from .convert import from_bfloat16, from_float16
-from .mma import multiply
+from .mma import H100, multiply
 from .warp import check_whole
 
 _SWIZZLE = {0: 16, 1: 128, 2: 64, 3: 32}  # bits 62 and 63 of a descriptor -> bytes of a swizzled row
@@ -104,12 +104,13 @@ def _build_mma(machine, instruction):
         else:
             x = convert(a.load(leaders))
         y = convert(b.load(leaders))
-        before = np.broadcast_to(keeps, machine.threads)[threads]
+        kept = np.broadcast_to(keeps, machine.threads)[threads]
         # (groups, warps, halves of 8 rows, rows, groups of 8 columns, lanes of a row, columns)
         sums = np.zeros((leaders.size, 4, 2, 8, columns // 8, 4, 2), np.float32)
         for register, part in zip(targets, _parts(sums), strict=True):
-            part[...] = np.where(before, register[threads], np.float32(0)).reshape(part.shape)
-        sums = multiply(x.astype(np.float64), y.astype(np.float64), sums.reshape(-1, 64, columns)).reshape(sums.shape)
+            part[...] = np.where(kept, register[threads], np.float32(0)).reshape(part.shape)
+        before = sums.reshape(-1, 64, columns)
+        sums = multiply(x.astype(np.float64), y.astype(np.float64), before, *H100).reshape(sums.shape)
         for register, part in zip(targets, _parts(sums), strict=True):
             register[threads] = part.reshape(-1, 128)
 

@@ -329,6 +329,7 @@ class _Group:
                 max(self.operands["DP_T"], self.operands["DP_S"]),
                 max(itemsize_t, itemsize_s),
                 self.operands["PRECISION"],
+                self.operands["ALIGN_T"] * itemsize_t == self.operands["ALIGN_S"] * itemsize_s == 16,
                 call.mask_constants["HAS_INDICES"] and call.mask_constants["MASK"] == PREFIX.value,
             )
         tiles, sequence_of_tile = call.tile_grid(config.block_m)

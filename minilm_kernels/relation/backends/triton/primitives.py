@@ -273,12 +273,12 @@ def _upper_half(bits):
 def split(x):
     """Returns three bfloat16 tiles whose sum is the float32 tile x, the largest first.
 
-    The first one is rounded to nearest, so that the other two have random signs. All three have at most 8 bits. They
-    are computed as integers: conversions to bfloat16 would compete with the exponentials for a slow unit.
+    The first two are rounded to nearest, so that signs and errors of the parts are independent. They are computed as
+    integers: conversions to bfloat16 would compete with the exponentials for a slow unit.
     """
     high = (x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
     rest = x - high.to(tl.float32, bitcast=True)
-    middle = rest.to(tl.int32, bitcast=True) & -0x10000
+    middle = (rest.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
     low = (rest - middle.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
     return _upper_half(high), _upper_half(middle), _upper_half(low)
 
@@ -289,7 +289,7 @@ def multiply(x, y, PRECISION: tl.constexpr):
     if x.dtype == tl.float32 and PRECISION == "bf16x6":
         x_high, x_middle, x_low = split(x)
         y_high, y_middle, y_low = split(y)
-        # The smallest products come first, so that few sums are rounded at the size of the result.
+        # Tensor cores truncate sums. The smallest products come first, so that few sums are truncated at full size.
         product = tl.dot(x_low, y_high)
         product = tl.dot(x_high, y_low, product)
         product = tl.dot(x_middle, y_middle, product)
