@@ -14,6 +14,7 @@ from minilm_kernels.relation.backends.triton.config import (
     PIVOT_BLOCK,
     TOTAL_BLOCK,
     LaunchConfig,
+    float32_precision,
     padded_width,
     sliced,
 )
@@ -81,6 +82,8 @@ def variants_of(
         mask = primitives.PREFIX
     elif "causal" in words:
         mask = primitives.CAUSAL
+    width = padded_width(max(d_t, d_s))
+    precision = float32_precision(width, divmod(arch, 10))
     constants = {
         "D_T": d_t,
         "D_S": d_s,
@@ -92,7 +95,7 @@ def variants_of(
         "SLICED_S": sliced(padded_width(d_s), itemsize),
         "GROUP_T": 1,
         "GROUP_S": 1,
-        "PRECISION": "ieee",
+        "PRECISION": precision,
         "PACKED": packed,
         "HAS_INDICES": padded,
         "HAS_QUERY_MASK": False,
@@ -149,16 +152,16 @@ def variants_of(
         )
 
     def tile_variant(name: str, fn: Any, kernel: str, **given: Any) -> TritonVariant:
-        config = LaunchConfig.choose(
-            kernel, padded_width(max(d_t, d_s)), itemsize, padded and mask == primitives.PREFIX
-        )
+        aligned = constants["ALIGN_T"] * itemsize == constants["ALIGN_S"] * itemsize == 16
+        config = LaunchConfig.choose(kernel, width, itemsize, precision, aligned, padded and mask == primitives.PREFIX)
         pairs = config.block_m * config.block_n
         features = padded_width(d_t) + padded_width(d_s) * (2 if kernel == "gradient" else 1)
+        products = 1 if dtype != "float32" else 6 if precision == "bf16x6" else 0  # on tensor cores
         loop = SourceLoop(
             phase=name,
             pairs=pairs,
             exponentials=2 * pairs,
-            tensor_macs=0 if dtype == "float32" else pairs * features,
+            tensor_macs=pairs * features * products,
             marker=kernel,
             trips=512 / config.block_n,
             # With a causal or prefix mask, a self relation's gradient has one loop below and one above the diagonal.

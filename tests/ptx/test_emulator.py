@@ -11,6 +11,7 @@ import torch
 from . import machine
 from .fences import unfenced
 from .findings import Findings
+from .instructions import mma
 from .memory import POISON, GlobalMemory
 from .parser import parse
 
@@ -195,6 +196,19 @@ def test_mma(kind, k):
         for i in range(4):
             got[g + 8 * (i // 2), 2 * t + i % 2] = out[lane, i : i + 1].view(np.float32)[0]
     assert np.array_equal(got, a @ b + c)
+
+
+def test_tensor_cores_truncate():
+    """2^25 + 1 + ... + 1 loses what lies beyond 25 or 26 bits, and everything beyond the 24 bits of the sum."""
+    left, right = np.ones((1, 1, 8)), np.ones((1, 1, 8))
+    left[0, 0, 0] = 2.0**25
+    zero = np.zeros((1, 1, 1), np.float32)
+    assert mma.multiply(left, right, zero, *mma.A100)[0, 0, 0] == 2**25  # addends are multiples of 2
+    left[0, 0, 0] = 2.0**24
+    assert mma.multiply(left, right, zero, *mma.A100)[0, 0, 0] == 2**24 + 6  # 7, truncated
+    left[0, 0, 0] = 2.0**25
+    assert mma.multiply(left, right, zero, *mma.H100)[0, 0, 0] == 2**25 + 4  # 7, truncated
+    assert mma.multiply(-left, right, zero, *mma.H100)[0, 0, 0] == -(2**25) - 4
 
 
 def test_divergence_and_loops():

@@ -7,12 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from dataclasses import replace
+from dataclasses import replace
+from dataclasses import replace
+from dataclasses import replace
+from dataclasses import replace
+from dataclasses import replace
+from dataclasses import replace
+from dataclasses import replace
+from dataclasses import replace
+from dataclasses import replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from minilm_kernels.relation.masks import Mask
-from tests.relation.cases import MALFORMED, all_nan, malformed
+from tests.relation.cases import MALFORMED, all_nan, dense, error, make, malformed
 
 from .__main__ import outcome
 from .calls import draw
@@ -93,6 +105,258 @@ def test_strips_of_several_warps(gpu, widths, length, mask):
     assert [str(finding) for finding in findings] == []
     segments = [name for name, *_ in device.launches if name.startswith("segments")]
     assert len(segments) == (2 if gpu == "windows" else 0)
+
+
+@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
+@pytest.mark.parametrize("family", TRITON)
+def test_float32_products_on_tensor_cores(family, tokens):
+    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
+    case = make(batch=1, length=150, heads=2, widths=(16, 8))
+    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
+    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
+    expected, (expected_grad,) = case.oracle("sequence")
+    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
+    with _emulated(family, Device()) as backend:
+        value, (grad,) = case.run("sequence", backend)
+    eps = torch.finfo(torch.float32).eps
+    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
+    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
+
+
+def large_feature(x: torch.Tensor) -> torch.Tensor:
+    """All tokens share one feature ten times as large as the others."""
+    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
+
+
+@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
+@pytest.mark.parametrize("family", TRITON)
+def test_float32_products_on_tensor_cores(family, tokens):
+    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
+    case = make(batch=1, length=150, heads=2, widths=(16, 8))
+    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
+    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
+    expected, (expected_grad,) = case.oracle("sequence")
+    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
+    with _emulated(family, Device()) as backend:
+        value, (grad,) = case.run("sequence", backend)
+    eps = torch.finfo(torch.float32).eps
+    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
+    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
+
+
+def large_feature(x: torch.Tensor) -> torch.Tensor:
+    """All tokens share one feature ten times as large as the others."""
+    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
+
+
+@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
+@pytest.mark.parametrize("family", TRITON)
+def test_float32_products_on_tensor_cores(family, tokens):
+    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
+    case = make(batch=1, length=150, heads=2, widths=(16, 8))
+    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
+    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
+    expected, (expected_grad,) = case.oracle("sequence")
+    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
+    with _emulated(family, Device()) as backend:
+        value, (grad,) = case.run("sequence", backend)
+    eps = torch.finfo(torch.float32).eps
+    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
+    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
+
+
+def large_feature(x: torch.Tensor) -> torch.Tensor:
+    """All tokens share one feature ten times as large as the others."""
+    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
+
+
+@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
+@pytest.mark.parametrize("family", TRITON)
+def test_float32_products_on_tensor_cores(family, tokens):
+    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
+    case = make(batch=1, length=150, heads=2, widths=(16, 8))
+    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
+    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
+    expected, (expected_grad,) = case.oracle("sequence")
+    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
+    with _emulated(family, Device()) as backend:
+        value, (grad,) = case.run("sequence", backend)
+    eps = torch.finfo(torch.float32).eps
+    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
+    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
+
+
+def large_feature(x: torch.Tensor) -> torch.Tensor:
+    """All tokens share one feature ten times as large as the others."""
+    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
+
+
+@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
+@pytest.mark.parametrize("family", TRITON)
+def test_float32_products_on_tensor_cores(family, tokens):
+    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
+    case = make(batch=1, length=150, heads=2, widths=(16, 8))
+    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
+    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
+    expected, (expected_grad,) = case.oracle("sequence")
+    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
+    with _emulated(family, Device()) as backend:
+        value, (grad,) = case.run("sequence", backend)
+    eps = torch.finfo(torch.float32).eps
+    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
+    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
+
+
+def large_feature(x: torch.Tensor) -> torch.Tensor:
+    """All tokens share one feature ten times as large as the others."""
+    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
+
+
+@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
+@pytest.mark.parametrize("family", TRITON)
+def test_float32_products_on_tensor_cores(family, tokens):
+    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
+    case = make(batch=1, length=150, heads=2, widths=(16, 8))
+    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
+    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
+    expected, (expected_grad,) = case.oracle("sequence")
+    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
+    with _emulated(family, Device()) as backend:
+        value, (grad,) = case.run("sequence", backend)
+    eps = torch.finfo(torch.float32).eps
+    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
+    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
+
+
+def large_feature(x: torch.Tensor) -> torch.Tensor:
+    """All tokens share one feature ten times as large as the others."""
+    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
+
+
+@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
+@pytest.mark.parametrize("family", TRITON)
+def test_float32_products_on_tensor_cores(family, tokens):
+    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
+    case = make(batch=1, length=150, heads=2, widths=(16, 8))
+    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
+    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
+    expected, (expected_grad,) = case.oracle("sequence")
+    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
+    with _emulated(family, Device()) as backend:
+        value, (grad,) = case.run("sequence", backend)
+    eps = torch.finfo(torch.float32).eps
+    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
+    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
+
+
+def large_feature(x: torch.Tensor) -> torch.Tensor:
+    """All tokens share one feature ten times as large as the others."""
+    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
+
+
+@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
+@pytest.mark.parametrize("family", TRITON)
+def test_float32_products_on_tensor_cores(family, tokens):
+    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
+    case = make(batch=1, length=150, heads=2, widths=(16, 8))
+    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
+    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
+    expected, (expected_grad,) = case.oracle("sequence")
+    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
+    with _emulated(family, Device()) as backend:
+        value, (grad,) = case.run("sequence", backend)
+    eps = torch.finfo(torch.float32).eps
+    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
+    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
+
+
+def large_feature(x: torch.Tensor) -> torch.Tensor:
+    """All tokens share one feature ten times as large as the others."""
+    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
+
+
+@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
+@pytest.mark.parametrize("family", TRITON)
+def test_float32_products_on_tensor_cores(family, tokens):
+    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
+    case = make(batch=1, length=150, heads=2, widths=(16, 8))
+    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
+    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
+    expected, (expected_grad,) = case.oracle("sequence")
+    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
+    with _emulated(family, Device()) as backend:
+        value, (grad,) = case.run("sequence", backend)
+    eps = torch.finfo(torch.float32).eps
+    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
+    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
+
+
+def large_feature(x: torch.Tensor) -> torch.Tensor:
+    """All tokens share one feature ten times as large as the others."""
+    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
+
+
+@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
+@pytest.mark.parametrize("family", TRITON)
+def test_float32_products_on_tensor_cores(family, tokens):
+    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
+    case = make(batch=1, length=150, heads=2, widths=(16, 8))
+    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
+    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
+    expected, (expected_grad,) = case.oracle("sequence")
+    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
+    with _emulated(family, Device()) as backend:
+        value, (grad,) = case.run("sequence", backend)
+    eps = torch.finfo(torch.float32).eps
+    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
+    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
+
+
+def large_feature(x: torch.Tensor) -> torch.Tensor:
+    """All tokens share one feature ten times as large as the others."""
+    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
+
+
+@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
+@pytest.mark.parametrize("family", TRITON)
+def test_float32_products_on_tensor_cores(family, tokens):
+    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
+    case = make(batch=1, length=150, heads=2, widths=(16, 8))
+    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
+    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
+    expected, (expected_grad,) = case.oracle("sequence")
+    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
+    with _emulated(family, Device()) as backend:
+        value, (grad,) = case.run("sequence", backend)
+    eps = torch.finfo(torch.float32).eps
+    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
+    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
+
+
+def large_feature(x: torch.Tensor) -> torch.Tensor:
+    """All tokens share one feature ten times as large as the others."""
+    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
+
+
+@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
+@pytest.mark.parametrize("family", TRITON)
+def test_float32_products_on_tensor_cores(family, tokens):
+    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
+    case = make(batch=1, length=150, heads=2, widths=(16, 8))
+    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
+    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
+    expected, (expected_grad,) = case.oracle("sequence")
+    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
+    with _emulated(family, Device()) as backend:
+        value, (grad,) = case.run("sequence", backend)
+    eps = torch.finfo(torch.float32).eps
+    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
+    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
+
+
+def large_feature(x: torch.Tensor) -> torch.Tensor:
+    """All tokens share one feature ten times as large as the others."""
+    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
 
 
 @pytest.mark.parametrize("relations", ["q", "qk"])

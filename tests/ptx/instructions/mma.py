@@ -3,8 +3,11 @@
 Lane 4g + t of a warp holds the elements (g, 2t) and (g, 2t + 1) of an 8 x 8 matrix of 16-bit elements in one register.
 The registers of a warp, in the order of its lanes, are thus the matrix, row by row.
 
-Products are exact. They are added to the accumulator in float64, and the sum is rounded to float32 once. Tensor cores
-truncate sums instead. If `ACCUMULATE` is set to "float32", products are added one by one, and each sum is rounded.
+Products are exact. With `ACCUMULATE` "truncated", sums are those of tensor cores, after the models of Khattak and
+Mikaitis (arXiv 2512.07004), which agree with GPUs bit by bit: a block of products is added to the accumulator at a
+time, addends are truncated some bits below the leading bit of the largest one, and the sum is truncated to float32.
+mma has the block and the bits of an A100, wgmma those of an H100. With "float64", sums are exact and rounded to float32
+once.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from .access import Port, address_source
 from .convert import from_bfloat16, from_float16
 from .warp import check_whole
 
-ACCUMULATE = "float64"
+ACCUMULATE = "truncated"
+A100, H100 = (8, 1), (16, 2)  # 16-bit products of a block, and bits of an addend beyond float32's 24
 
 
 def _warps(active, machine):
@@ -104,8 +108,10 @@ def _build_mma(machine, instruction):
     if types[1] in ("bf16", "f16") and shape in ("m16n8k8", "m16n8k16"):
         convert = from_bfloat16 if types[1] == "bf16" else from_float16
         fetch = _fetch_halves(convert)
+        block, bits = A100
     elif types[1] == "tf32" and shape in ("m16n8k4", "m16n8k8"):
         fetch = _fetch_tf32
+        block, bits = A100[0] // 2, A100[1]
     else:
         raise NotImplementedError(instruction.text)
     steps = len(b)
@@ -122,7 +128,7 @@ def _build_mma(machine, instruction):
         for m in range(2):
             for e in range(2):
                 before[:, m, :, e] = c[2 * m + e][threads]
-        after = _multiply(left, right, before.reshape(warps.size, 16, 8)).reshape(warps.size, 2, 32, 2)
+        after = multiply(left, right, before.reshape(warps.size, 16, 8), block, bits).reshape(warps.size, 2, 32, 2)
         for m in range(2):
             for e in range(2):
                 d[2 * m + e][threads] = after[:, m, :, e]
@@ -144,13 +150,25 @@ def _fetch_tf32(register: np.ndarray, threads: np.ndarray) -> np.ndarray:
     return bits.view(np.float32).reshape(-1, 8, 4).astype(np.float64)
 
 
-def _multiply(left: np.ndarray, right: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """a bᵀ + c for each warp, with a (w, 16, k), b (w, 8, k) and c (w, 16, 8)."""
+def multiply(left: np.ndarray, right: np.ndarray, before: np.ndarray, block: int, bits: int) -> np.ndarray:
+    """Returns a bᵀ + c in float32 for each group of threads, with a (w, m, k), b (w, n, k) and c (w, m, n)."""
     if ACCUMULATE == "float64":
         return (left @ right.transpose(0, 2, 1) + before).astype(np.float32)
-    for k in range(left.shape[-1]):
-        before = before + (left[:, :, k, None] * right[:, None, :, k]).astype(np.float32)
+    for k in range(0, left.shape[-1], block):
+        before = _add_truncated(left[:, :, None, k : k + block] * right[:, None, :, k : k + block], before, bits)
     return before
+
+
+def _add_truncated(products: np.ndarray, before: np.ndarray, bits: int) -> np.ndarray:
+    """Adds (w, m, n, k) in float64 to `before`."""
+    terms = np.concatenate([products, before.astype(np.float64)[..., None]], -1)
+    largest = np.abs(terms).max(-1)
+    if not np.isfinite(largest).all():
+        return terms.sum(-1).astype(np.float32)
+    exponent = np.frexp(largest)[1] - 24 - bits
+    total = np.ldexp(np.trunc(np.ldexp(terms, -exponent[..., None])).sum(-1), exponent)
+    rounded = total.astype(np.float32)
+    return np.where(np.abs(rounded) > np.abs(total), np.nextafter(rounded, np.float32(0)), rounded)
 
 
 BUILDERS = {"ldmatrix": _build_ldmatrix, "stmatrix": _build_stmatrix, "movmatrix": _build_movmatrix, "mma": _build_mma}

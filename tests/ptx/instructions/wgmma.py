@@ -8,6 +8,7 @@ fence.proxy.async before a product reads them. It does not check that registers 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from tests.ptx.parser import Immediate, Vector
 
 from .access import Port
 from .convert import from_bfloat16, from_float16
+from .mma import H100, multiply
 from .warp import check_whole
 
 _SWIZZLE = {0: 16, 1: 128, 2: 64, 3: 32}  # bits 62 and 63 of a descriptor -> bytes of a swizzled row
@@ -101,18 +103,26 @@ def _build_mma(machine, instruction):
             ).reshape(-1, 64, 16)
         else:
             x = convert(a.load(leaders))
-        product = x.astype(np.float64) @ convert(b.load(leaders)).astype(np.float64).transpose(0, 2, 1)
+        y = convert(b.load(leaders))
+        kept = np.broadcast_to(keeps, machine.threads)[threads]
         # (groups, warps, halves of 8 rows, rows, groups of 8 columns, lanes of a row, columns)
-        product = product.reshape(-1, 4, 2, 8, columns // 8, 4, 2)
-        before = np.broadcast_to(keeps, machine.threads)[threads]
-        for j in range(columns // 8):
-            for half in range(2):
-                for e in range(2):
-                    target = targets[4 * j + 2 * half + e]
-                    part = product[:, :, half, :, j, :, e].reshape(-1, 128)
-                    target[threads] = (np.where(before, target[threads], np.float32(0)) + part).astype(np.float32)
+        sums = np.zeros((leaders.size, 4, 2, 8, columns // 8, 4, 2), np.float32)
+        for register, part in zip(targets, _parts(sums), strict=True):
+            part[...] = np.where(kept, register[threads], np.float32(0)).reshape(part.shape)
+        before = sums.reshape(-1, 64, columns)
+        sums = multiply(x.astype(np.float64), y.astype(np.float64), before, *H100).reshape(sums.shape)
+        for register, part in zip(targets, _parts(sums), strict=True):
+            register[threads] = part.reshape(-1, 128)
 
     return operation
+
+
+def _parts(sums: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields what the accumulator's registers hold, (groups, warps, rows, lanes of a row)."""
+    for j in range(sums.shape[4]):
+        for half in range(2):
+            for e in range(2):
+                yield sums[:, :, half, :, j, :, e]
 
 
 def _build_wgmma(machine, instruction):

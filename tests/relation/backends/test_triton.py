@@ -28,6 +28,18 @@ from benchmarks.static_cost.triton_loops import variants, variants_of  # noqa: E
 from benchmarks.static_cost.variants import compile_triton, triton_source  # noqa: E402
 from minilm_kernels.relation.backends.triton import gradient, row_kl, row_stats, scale, sequences, unordered  # noqa: E402
 from minilm_kernels.relation.backends.triton import launch as triton_backend  # noqa: E402
+from minilm_kernels.relation.backends.triton.config import float32_precision  # noqa: E402
+from minilm_kernels.relation.backends.triton.config import float32_precision  # noqa: E402
+from minilm_kernels.relation.backends.triton.config import float32_precision  # noqa: E402
+from minilm_kernels.relation.backends.triton.config import float32_precision  # noqa: E402
+from minilm_kernels.relation.backends.triton.config import float32_precision  # noqa: E402
+from minilm_kernels.relation.backends.triton.config import float32_precision  # noqa: E402
+from minilm_kernels.relation.backends.triton.config import float32_precision  # noqa: E402
+from minilm_kernels.relation.backends.triton.config import float32_precision  # noqa: E402
+from minilm_kernels.relation.backends.triton.config import float32_precision  # noqa: E402
+from minilm_kernels.relation.backends.triton.config import float32_precision  # noqa: E402
+from minilm_kernels.relation.backends.triton.config import float32_precision  # noqa: E402
+from minilm_kernels.relation.backends.triton.config import float32_precision  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 
@@ -99,6 +111,18 @@ def _spills_in_loops(compiled) -> int:
     ("arch", "dtype", "every"),
     [
         (90, "bfloat16", 12),
+        (90, "float32", 12),
+        (90, "float32", 12),
+        (90, "float32", 12),
+        (90, "float32", 12),
+        (90, "float32", 12),
+        (90, "float32", 12),
+        (90, "float32", 12),
+        (90, "float32", 12),
+        (90, "float32", 12),
+        (90, "float32", 12),
+        (90, "float32", 12),
+        (90, "float32", 12),
         *(
             pytest.param(arch, dtype, 1, marks=pytest.mark.slow)
             for arch in (80, 90, 100)
@@ -134,6 +158,210 @@ def test_wgmma_sees_what_was_copied():
     assert "wgmma.mma_async" in ptx
     assert ("cp.async" in ptx) == (variant.options["num_stages"] > 1)
     assert unfenced(parse(ptx)[compiled.metadata.name]) == []
+
+
+@pytest.mark.parametrize(
+    ("width", "capability", "precision"),
+    [
+        (16, (8, 0), "bf16x6"),
+        (64, (9, 0), "bf16x6"),
+        (64, (10, 3), "bf16x6"),
+        (128, (9, 0), "ieee"),
+        (16, (7, 5), "ieee"),  # without bfloat16
+        (16, (8, 9), "ieee"),
+        (16, (12, 0), "ieee"),
+        (16, None, "ieee"),
+    ],
+)
+def test_float32_uses_fast_tensor_cores(width, capability, precision):
+    assert float32_precision(width, capability) == precision
+
+
+@pytest.mark.parametrize(
+    ("width", "capability", "precision"),
+    [
+        (16, (8, 0), "bf16x6"),
+        (64, (9, 0), "bf16x6"),
+        (64, (10, 3), "bf16x6"),
+        (128, (9, 0), "ieee"),
+        (16, (7, 5), "ieee"),  # without bfloat16
+        (16, (8, 9), "ieee"),
+        (16, (12, 0), "ieee"),
+        (16, None, "ieee"),
+    ],
+)
+def test_float32_uses_fast_tensor_cores(width, capability, precision):
+    assert float32_precision(width, capability) == precision
+
+
+@pytest.mark.parametrize(
+    ("width", "capability", "precision"),
+    [
+        (16, (8, 0), "bf16x6"),
+        (64, (9, 0), "bf16x6"),
+        (64, (10, 3), "bf16x6"),
+        (128, (9, 0), "ieee"),
+        (16, (7, 5), "ieee"),  # without bfloat16
+        (16, (8, 9), "ieee"),
+        (16, (12, 0), "ieee"),
+        (16, None, "ieee"),
+    ],
+)
+def test_float32_uses_fast_tensor_cores(width, capability, precision):
+    assert float32_precision(width, capability) == precision
+
+
+@pytest.mark.parametrize(
+    ("width", "capability", "precision"),
+    [
+        (16, (8, 0), "bf16x6"),
+        (64, (9, 0), "bf16x6"),
+        (64, (10, 3), "bf16x6"),
+        (128, (9, 0), "ieee"),
+        (16, (7, 5), "ieee"),  # without bfloat16
+        (16, (8, 9), "ieee"),
+        (16, (12, 0), "ieee"),
+        (16, None, "ieee"),
+    ],
+)
+def test_float32_uses_fast_tensor_cores(width, capability, precision):
+    assert float32_precision(width, capability) == precision
+
+
+@pytest.mark.parametrize(
+    ("width", "capability", "precision"),
+    [
+        (16, (8, 0), "bf16x6"),
+        (64, (9, 0), "bf16x6"),
+        (64, (10, 3), "bf16x6"),
+        (128, (9, 0), "ieee"),
+        (16, (7, 5), "ieee"),  # without bfloat16
+        (16, (8, 9), "ieee"),
+        (16, (12, 0), "ieee"),
+        (16, None, "ieee"),
+    ],
+)
+def test_float32_uses_fast_tensor_cores(width, capability, precision):
+    assert float32_precision(width, capability) == precision
+
+
+@pytest.mark.parametrize(
+    ("width", "capability", "precision"),
+    [
+        (16, (8, 0), "bf16x6"),
+        (64, (9, 0), "bf16x6"),
+        (64, (10, 3), "bf16x6"),
+        (128, (9, 0), "ieee"),
+        (16, (7, 5), "ieee"),  # without bfloat16
+        (16, (8, 9), "ieee"),
+        (16, (12, 0), "ieee"),
+        (16, None, "ieee"),
+    ],
+)
+def test_float32_uses_fast_tensor_cores(width, capability, precision):
+    assert float32_precision(width, capability) == precision
+
+
+@pytest.mark.parametrize(
+    ("width", "capability", "precision"),
+    [
+        (16, (8, 0), "bf16x6"),
+        (64, (9, 0), "bf16x6"),
+        (64, (10, 3), "bf16x6"),
+        (128, (9, 0), "ieee"),
+        (16, (7, 5), "ieee"),  # without bfloat16
+        (16, (8, 9), "ieee"),
+        (16, (12, 0), "ieee"),
+        (16, None, "ieee"),
+    ],
+)
+def test_float32_uses_fast_tensor_cores(width, capability, precision):
+    assert float32_precision(width, capability) == precision
+
+
+@pytest.mark.parametrize(
+    ("width", "capability", "precision"),
+    [
+        (16, (8, 0), "bf16x6"),
+        (64, (9, 0), "bf16x6"),
+        (64, (10, 3), "bf16x6"),
+        (128, (9, 0), "ieee"),
+        (16, (7, 5), "ieee"),  # without bfloat16
+        (16, (8, 9), "ieee"),
+        (16, (12, 0), "ieee"),
+        (16, None, "ieee"),
+    ],
+)
+def test_float32_uses_fast_tensor_cores(width, capability, precision):
+    assert float32_precision(width, capability) == precision
+
+
+@pytest.mark.parametrize(
+    ("width", "capability", "precision"),
+    [
+        (16, (8, 0), "bf16x6"),
+        (64, (9, 0), "bf16x6"),
+        (64, (10, 3), "bf16x6"),
+        (128, (9, 0), "ieee"),
+        (16, (7, 5), "ieee"),  # without bfloat16
+        (16, (8, 9), "ieee"),
+        (16, (12, 0), "ieee"),
+        (16, None, "ieee"),
+    ],
+)
+def test_float32_uses_fast_tensor_cores(width, capability, precision):
+    assert float32_precision(width, capability) == precision
+
+
+@pytest.mark.parametrize(
+    ("width", "capability", "precision"),
+    [
+        (16, (8, 0), "bf16x6"),
+        (64, (9, 0), "bf16x6"),
+        (64, (10, 3), "bf16x6"),
+        (128, (9, 0), "ieee"),
+        (16, (7, 5), "ieee"),  # without bfloat16
+        (16, (8, 9), "ieee"),
+        (16, (12, 0), "ieee"),
+        (16, None, "ieee"),
+    ],
+)
+def test_float32_uses_fast_tensor_cores(width, capability, precision):
+    assert float32_precision(width, capability) == precision
+
+
+@pytest.mark.parametrize(
+    ("width", "capability", "precision"),
+    [
+        (16, (8, 0), "bf16x6"),
+        (64, (9, 0), "bf16x6"),
+        (64, (10, 3), "bf16x6"),
+        (128, (9, 0), "ieee"),
+        (16, (7, 5), "ieee"),  # without bfloat16
+        (16, (8, 9), "ieee"),
+        (16, (12, 0), "ieee"),
+        (16, None, "ieee"),
+    ],
+)
+def test_float32_uses_fast_tensor_cores(width, capability, precision):
+    assert float32_precision(width, capability) == precision
+
+
+@pytest.mark.parametrize(
+    ("width", "capability", "precision"),
+    [
+        (16, (8, 0), "bf16x6"),
+        (64, (9, 0), "bf16x6"),
+        (64, (10, 3), "bf16x6"),
+        (128, (9, 0), "ieee"),
+        (16, (7, 5), "ieee"),  # without bfloat16
+        (16, (8, 9), "ieee"),
+        (16, (12, 0), "ieee"),
+        (16, None, "ieee"),
+    ],
+)
+def test_float32_uses_fast_tensor_cores(width, capability, precision):
+    assert float32_precision(width, capability) == precision
 
 
 class _Gpu:

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from minilm_kernels import MiniLMv2Loss, backend_status, relation_kl
 from minilm_kernels.losses import QKV
 from minilm_kernels.relation.api import relation_kl_multi
 from minilm_kernels.relation.backends.triton import launch as triton_backend
+from minilm_kernels.relation.backends.triton.primitives import split
 from minilm_kernels.relation.masks import Mask
 from tests.relation.cases import MALFORMED, MASKS, Case, all_nan, error, make, malformed
 
@@ -156,6 +159,30 @@ def test_malformed_packings_give_nan(on, monkeypatch, kind, cross, reduction):
     """As on a GPU, cu_seqlens is not checked before the launch."""
     monkeypatch.setattr(Mask, "check_packing", lambda self: None)
     assert all_nan(malformed(kind, cross).on(on), reduction, "triton")
+
+
+@triton.jit
+def _split_kernel(x, out, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    high, middle, low = split(tl.load(x + place))
+    tl.store(out + place, high.to(tl.float32))
+    tl.store(out + BLOCK + place, middle.to(tl.float32))
+    tl.store(out + 2 * BLOCK + place, low.to(tl.float32))
+
+
+def test_the_parts_of_a_float32_number(on):
+    """Three bfloat16 numbers add up to it. Each is at most 2^-8 of the one before."""
+    generator = torch.Generator().manual_seed(0)
+    size = 4096
+    x = torch.randn(size, generator=generator) * 2.0 ** torch.randint(-60, 60, (size,), generator=generator)
+    x[:7] = torch.tensor([0.0, 1.0, -1.0, 1 + 2**-8, 1 + 2**-9 + 2**-23, 2 - 2**-23, 2**-8 - 2**-32])
+    out = torch.empty(3, size, device=on)
+    _split_kernel[(1,)](x.to(on), out, BLOCK=size)
+    parts = out.cpu()
+    assert torch.equal(parts, parts.bfloat16().float())
+    assert torch.equal(parts.double().sum(0), x.double())
+    assert (parts[1].abs() <= 2.0**-8 * x.abs()).all()
+    assert (parts[2].abs() <= 2.0**-16 * x.abs()).all()
 
 
 def test_a_scalar_is_the_sum_of_its_relations(on):

@@ -31,6 +31,21 @@ def sliced(padded: int, itemsize: int) -> bool:
     return itemsize == 4 and padded > 64
 
 
+# Compute capabilities with at least 1 024 bfloat16 multiply-adds per clock and multiprocessor. The six products of
+# "bf16x6" would take longer than multiply-adds on the GPUs in between, which have 256.
+_FAST_TENSOR_CORES = ((8, 0), (9, 0), (10, 0), (10, 3))
+
+
+def float32_precision(width: int, capability: tuple[int, int] | None) -> str:
+    """Returns how products of float32 numbers are computed: "ieee" or "bf16x6" (`primitives.multiply`).
+
+    Args:
+        width: the larger padded head width of teacher and student. Wider heads than 64 would spill.
+        capability: compute capability of the GPU; None in the interpreter and on GPUs of other vendors.
+    """
+    return "bf16x6" if width <= 64 and capability in _FAST_TENSOR_CORES else "ieee"
+
+
 @cache
 def _version() -> tuple[int, ...]:
     """Returns the version of Triton as three numbers."""
@@ -65,19 +80,28 @@ class LaunchConfig:
         return {name: value for name, value in options.items() if value is not None}
 
     @classmethod
-    def choose(cls, kernel: str, width: int, itemsize: int, indices_and_prefix: bool = False) -> LaunchConfig:
+    def choose(
+        cls, kernel: str, width: int, itemsize: int, precision: str, aligned: bool, indices_and_prefix: bool
+    ) -> LaunchConfig:
         """Returns the configuration of a kernel, "row_stats", "row_kl" or "gradient".
 
         Args:
             kernel: name of the kernel.
             width: the larger padded head width of teacher and student.
             itemsize: the larger item size of their dtypes, in bytes.
+            precision: how products of float32 numbers are computed.
+            aligned: whether rows are loaded 16 bytes at a time.
             indices_and_prefix: whether the call has both a padding mask and a prefix mask.
         """
         older = _version() < (3, 9)
+        if itemsize == 4 and precision == "bf16x6":
+            # On sm_80 every warp splits the looped tile, so a warp should have many rows.
+            rows = 128 if width <= 32 else 64
+            if kernel == "gradient":  # sm_80 spills a few registers, to reach 168, unless more are allowed
+                return cls(rows, 16, 4, 1, 255 if indices_and_prefix or not aligned else None)
+            return cls(rows, 32, 4, 1)
         if itemsize == 4:
-            # Tensor cores have no exact float32 product, so each thread holds slices of rows. Of the tiles that were
-            # tried, these are the largest that do not spill.
+            # Each thread holds slices of rows. Of the tiles that were tried, these are the largest that do not spill.
             if width > 64:
                 return cls(32, 16, 2 if kernel == "gradient" else 4, 1)
             # The assemblers of Triton 3.6 and 3.8 spill a few registers, to reach 64 or 128, unless more are allowed.

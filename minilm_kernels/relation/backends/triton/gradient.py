@@ -18,6 +18,7 @@ from .primitives import (
     key_tiles,
     load_k_tile,
     load_models,
+    multiply,
     row_offset,
     score_tile,
     sees,
@@ -51,6 +52,16 @@ def _pair_weights(q_inv, k_inv, i, j, prefix, MASK: tl.constexpr, REGION: tl.con
 
 
 @triton.jit
+def _excess(dot_t, dot_s, scale_t, scale_s, pivot_t, pivot_s, weights_t, weights_s):
+    """Returns q - p [BLOCK_M, BLOCK_N], the exponentials of both models times `weights`, such as their inverse sums."""
+    # static: begin gradient
+    e_t = tl.exp2(tl.fma(dot_t, scale_t, -pivot_t))
+    e_s = tl.exp2(tl.fma(dot_s, scale_s, -pivot_s))
+    return e_s * weights_s - e_t * weights_t
+    # static: end gradient
+
+
+@triton.jit
 def _add_tile(
     acc, k, t, s, q_inv_t, q_inv_s, q_pivot_t, q_pivot_s, program, i, q_position,
     indices, sum_t, sum_s, pivot_t, pivot_s,
@@ -79,42 +90,36 @@ def _add_tile(
         k_inv_t = tl.load(sum_t + j) if FULL else tl.load(sum_t + j, mask=in_bounds, other=0.0)
         k_inv_s = tl.load(sum_s + j) if FULL else tl.load(sum_s + j, mask=in_bounds, other=0.0)
     if ROLE == KEY or not SHARED_PIVOT:
-        k_pivot_t = tl.load(pivot_t + j, mask=in_bounds, other=0.0)[None, :]
-        k_pivot_s = tl.load(pivot_s + j, mask=in_bounds, other=0.0)[None, :]
+        k_pivot_t = tl.load(pivot_t + j, mask=in_bounds, other=0.0)
+        k_pivot_s = tl.load(pivot_s + j, mask=in_bounds, other=0.0)
 
     # [BLOCK_M, BLOCK_N]
     if ROLE == SELF and SHARED_PIVOT:
-        e_t = tl.exp2(tl.fma(dot_t, scale_t, -q_pivot_t))
-        e_s = tl.exp2(tl.fma(dot_s, scale_s, -q_pivot_s))
-        excess = e_s * _pair_weights(q_inv_s, k_inv_s, i, j, prefix, MASK, REGION)
-        excess -= e_t * _pair_weights(q_inv_t, k_inv_t, i, j, prefix, MASK, REGION)
-    elif ROLE == SELF:
-        fwd = tl.exp2(tl.fma(dot_s, scale_s, -q_pivot_s[:, None])) * q_inv_s[:, None]
-        fwd -= tl.exp2(tl.fma(dot_t, scale_t, -q_pivot_t[:, None])) * q_inv_t[:, None]
-        mirrored = tl.exp2(tl.fma(dot_s, scale_s, -k_pivot_s)) * k_inv_s[None, :]
-        mirrored -= tl.exp2(tl.fma(dot_t, scale_t, -k_pivot_t)) * k_inv_t[None, :]
-        if MASK != BIDIRECTIONAL:
-            fwd = tl.where(sees(i[:, None], j[None, :], prefix), fwd, 0.0)
-            mirrored = tl.where(sees(j[None, :], i[:, None], prefix), mirrored, 0.0)
-        excess = fwd + mirrored
-    elif ROLE == QUERY:
-        e_t = tl.exp2(tl.fma(dot_t, scale_t, -q_pivot_t[:, None]))
-        e_s = tl.exp2(tl.fma(dot_s, scale_s, -q_pivot_s[:, None]))
-        excess = e_s * q_inv_s[:, None] - e_t * q_inv_t[:, None]
-        if not FULL and MASK != BIDIRECTIONAL:
-            excess = tl.where(sees(i[:, None], j[None, :], prefix), excess, 0.0)
+        weights_t = _pair_weights(q_inv_t, k_inv_t, i, j, prefix, MASK, REGION)
+        weights_s = _pair_weights(q_inv_s, k_inv_s, i, j, prefix, MASK, REGION)
+        excess = _excess(dot_t, dot_s, scale_t, scale_s, q_pivot_t, q_pivot_s, weights_t, weights_s)
     else:
-        e_t = tl.exp2(tl.fma(dot_t, scale_t, -k_pivot_t))
-        e_s = tl.exp2(tl.fma(dot_s, scale_s, -k_pivot_s))
-        excess = e_s * k_inv_s[None, :] - e_t * k_inv_t[None, :]
-        if not FULL and MASK != BIDIRECTIONAL:
-            excess = tl.where(sees(j[None, :], i[:, None], prefix), excess, 0.0)
+        if ROLE != KEY:
+            excess = _excess(
+                dot_t, dot_s, scale_t, scale_s,
+                q_pivot_t[:, None], q_pivot_s[:, None], q_inv_t[:, None], q_inv_s[:, None],
+            )  # fmt: skip
+            if not FULL and MASK != BIDIRECTIONAL:
+                excess = tl.where(sees(i[:, None], j[None, :], prefix), excess, 0.0)
+        if ROLE != QUERY:
+            mirrored = _excess(
+                dot_t, dot_s, scale_t, scale_s,
+                k_pivot_t[None, :], k_pivot_s[None, :], k_inv_t[None, :], k_inv_s[None, :],
+            )  # fmt: skip
+            if not FULL and MASK != BIDIRECTIONAL:
+                mirrored = tl.where(sees(j[None, :], i[:, None], prefix), mirrored, 0.0)
+            excess = mirrored if ROLE == KEY else excess + mirrored
     # static: end gradient
     # static: begin partial
     if not FULL:
         excess = tl.where(in_bounds[None, :], excess, 0.0)
     # static: end partial
-    return tl.dot(excess.to(k_tile_s.dtype), k_tile_s, acc, input_precision=PRECISION)
+    return acc + multiply(excess.to(k_tile_s.dtype), k_tile_s, PRECISION)
 
 
 @triton.jit(**UNSPECIALIZED)

@@ -31,6 +31,7 @@ from .config import (
     SEQUENCE_BLOCK,
     TOTAL_BLOCK,
     LaunchConfig,
+    float32_precision,
     padded_width,
     sliced,
 )
@@ -309,6 +310,7 @@ class _Group:
         self.group_t, self.group_s = inputs.key_groups(pairs[0])
         self.teacher, strides_t, align_t = _aligned([call.operand(inputs.teacher[m], clear) for m, clear in used])
         self.student, strides_s, align_s = _aligned([call.operand(inputs.student[m], clear) for m, clear in used])
+        padded = [padded_width(x.shape[-1]) for x in (self.teacher[0], self.student[0])]
         self.operands: dict[str, Any] = {
             "teacher": self.teacher,
             "teacher_strides": strides_t,
@@ -318,13 +320,13 @@ class _Group:
             "scale_s": self.scale_s * _LOG2_E,
             "D_T": self.teacher[0].shape[-1],
             "D_S": self.student[0].shape[-1],
-            "DP_T": padded_width(self.teacher[0].shape[-1]),
-            "DP_S": padded_width(self.student[0].shape[-1]),
+            "DP_T": padded[0],
+            "DP_S": padded[1],
             "ALIGN_T": align_t,
             "ALIGN_S": align_s,
             "GROUP_T": self.group_t,
             "GROUP_S": self.group_s,
-            "PRECISION": "ieee",
+            "PRECISION": float32_precision(max(padded), _capability(inputs.mask.device)),
         }
         # Rows of packed sequences are adjacent; each dense sequence begins at a multiple of 16 rows.
         seq_stride16 = -(-call.positions // 16)
@@ -536,6 +538,8 @@ class _Group:
                 name,
                 max(self.operands["DP_T"], self.operands["DP_S"]),
                 max(itemsize_t, itemsize_s),
+                self.operands["PRECISION"],
+                self.operands["ALIGN_T"] * itemsize_t == self.operands["ALIGN_S"] * itemsize_s == 16,
                 call.mask_constants["HAS_INDICES"] and call.mask_constants["MASK"] == PREFIX.value,
             )
         tiles, sequence_of_tile = call.tile_grid(config.block_m)
@@ -567,6 +571,13 @@ def _gpu(device: torch.device) -> tuple[int, int]:
         return 0, 0
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, 10 * properties.major + properties.minor
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Returns the compute capability of an NVIDIA GPU, or None. Tests compile for sm_90 with tensors on the CPU."""
+    if interpreted() or torch.version.hip:
+        return None
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def tile_map(cu_seqlens: Tensor, total: int, block: int) -> Tensor:

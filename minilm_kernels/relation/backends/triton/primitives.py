@@ -265,6 +265,44 @@ def load_models(
 
 
 @triton.jit
+def _upper_half(bits):
+    """Returns the bfloat16 numbers in the upper halves of int32."""
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def split(x):
+    """Returns three bfloat16 tiles whose sum is the float32 tile x, the largest first.
+
+    The first two are rounded to nearest, so that signs and errors of the parts are independent. They are computed as
+    integers: conversions to bfloat16 would compete with the exponentials for a slow unit.
+    """
+    high = (x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
+    rest = x - high.to(tl.float32, bitcast=True)
+    middle = (rest.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
+    low = (rest - middle.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    return _upper_half(high), _upper_half(middle), _upper_half(low)
+
+
+@triton.jit
+def multiply(x, y, PRECISION: tl.constexpr):
+    """Returns x @ y. PRECISION "bf16x6" computes float32 products on tensor cores, see docs/triton.md."""
+    if x.dtype == tl.float32 and PRECISION == "bf16x6":
+        x_high, x_middle, x_low = split(x)
+        y_high, y_middle, y_low = split(y)
+        # Tensor cores truncate sums. The smallest products come first, so that few sums are truncated at full size.
+        product = tl.dot(x_low, y_high)
+        product = tl.dot(x_high, y_low, product)
+        product = tl.dot(x_middle, y_middle, product)
+        product = tl.dot(x_middle, y_high, product)
+        product = tl.dot(x_high, y_middle, product)
+        product = tl.dot(x_high, y_high, product)
+    else:
+        product = tl.dot(x, y, input_precision="ieee")
+    return product
+
+
+@triton.jit
 def load_k_tile(x, position, start, length, LAYOUT: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
     """Loads the tile of looped tokens that begins with the `start`-th token, [BLOCK, DP]."""
     return load_tile(x.k, position, x.k_stride, start, length, BLOCK, LAYOUT[0], LAYOUT[1], LAYOUT[2], FULL)
@@ -277,8 +315,8 @@ def score_tile(
 ):  # fmt: skip
     """Returns the products of the owned tile and a looped tile, [BLOCK_M, BLOCK_N], not scaled.
 
-    With SLICED, both tiles are loaded again, 16 features at a time. This is for wide float32
-    rows: their products are ordinary multiply-adds, for which a thread would otherwise keep whole rows in registers.
+    With SLICED, both tiles are loaded again, 16 features at a time. This is for wide float32 rows whose products are
+    ordinary multiply-adds: a thread would otherwise keep whole rows in registers.
     All kernels multiply in the same order, so that a score is the same number in every phase.
     """
     D: tl.constexpr = LAYOUT[0]
@@ -286,7 +324,7 @@ def score_tile(
     ALIGN: tl.constexpr = LAYOUT[2]
     SLICED: tl.constexpr = LAYOUT[3]
     if not SLICED:
-        dot = tl.dot(x.q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        dot = multiply(x.q_tile, tl.trans(k_tile), PRECISION)
     else:
         length = program.length
         dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -297,7 +335,7 @@ def score_tile(
             k_slice = load_tile(
                 x.k, k_position, x.k_stride, k_start, length, BLOCK_N, D, 16, ALIGN, FULL, begin
             )  # [BLOCK_N, 16]
-            dot = tl.dot(q_slice, tl.trans(k_slice), dot, input_precision=PRECISION)
+            dot += multiply(q_slice, tl.trans(k_slice), PRECISION)
     return dot
 
 

@@ -96,7 +96,8 @@ def row_kl_kernel(
     row_pivot_s = tl.load(pivot_s + row, mask=in_bounds, other=0.0)
     log_sum_t = tl.log2(tl.load(sum_t + row, mask=in_bounds, other=1.0))[:, None]
     log_sum_s = tl.log2(tl.load(sum_s + row, mask=in_bounds, other=1.0))[:, None]
-    WIDTH: tl.constexpr = 1 if t.q_tile.dtype == tl.float32 or s.q_tile.dtype == tl.float32 else 8
+    FLOAT32: tl.constexpr = t.q_tile.dtype == tl.float32 or s.q_tile.dtype == tl.float32
+    WIDTH: tl.constexpr = 1 if FLOAT32 and PRECISION == "ieee" else 8
     kl = tl.zeros([BLOCK_M, WIDTH], tl.float32)
 
     full, end = key_tiles(start, length, program.prefix, BLOCK_M, BLOCK_N, MASK)

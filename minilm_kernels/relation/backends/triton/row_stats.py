@@ -190,7 +190,8 @@ def row_stats_kernel(
         shared_pivot = tl.load(head_stats + 2) > 0.5
         own_pivot_t = tl.where(shared_pivot, tl.load(head_stats), own_pivot_t)
         own_pivot_s = tl.where(shared_pivot, tl.load(head_stats + 1), own_pivot_s)
-    WIDTH: tl.constexpr = 1 if t.q_tile.dtype == tl.float32 or s.q_tile.dtype == tl.float32 else 8
+    FLOAT32: tl.constexpr = t.q_tile.dtype == tl.float32 or s.q_tile.dtype == tl.float32
+    WIDTH: tl.constexpr = 1 if FLOAT32 and PRECISION == "ieee" else 8
     sums_t = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     sums_s = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     weighted = tl.zeros([BLOCK_M, WIDTH], tl.float32)  # sums of e_t (u_s - u_t)
