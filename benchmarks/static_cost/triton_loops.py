@@ -166,7 +166,7 @@ def variants_of(
         return variant(name, fn, given, config.options, (loop,))
 
     def unordered_variants(longest: int, split: bool) -> Iterator[TritonVariant]:
-        config = LaunchConfig.unordered(longest, mask.value == primitives.BIDIRECTIONAL.value, arch)
+        config = LaunchConfig.unordered((d_t, d_s), longest, mask.value == primitives.BIDIRECTIONAL.value, arch)
         tile = config.block_m * config.block_n
         # The loops are compiled again for the smaller strips at the sequence's end and for wide heads.
         diagonal = config.block_m / longest

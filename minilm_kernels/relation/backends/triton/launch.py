@@ -269,7 +269,7 @@ class _Group:
         config = (
             LaunchConfig.for_interpreter(longest, False)
             if interpreted()
-            else LaunchConfig.unordered(longest, mask.bidirectional, arch)
+            else LaunchConfig.unordered((self.operands["D_T"], self.operands["D_S"]), longest, mask.bidirectional, arch)
         )
         # If there are few heads, several programs share each of them, at most one for each strip.
         wanted = FULL_GPU * processors // (self.programs * config.num_warps)
