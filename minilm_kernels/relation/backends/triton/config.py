@@ -103,9 +103,11 @@ class LaunchConfig:
             arch: compute capability, such as 90.
         """
         warps = 1 if longest < 1024 else 2 if longest < 2048 else 4
-        # With fewer registers, loops over pairs spill. 11 warps of 176 fit on a multiprocessor, 10 of 200, 8 of 255.
-        registers = 255 if any(width % 8 for width in widths) else 176 if bidirectional and arch < 100 else 200
-        return cls(64 * warps, 16, warps, 2, registers)
+        # With fewer registers, loops over pairs spill. On a multiprocessor fit 11 programs of one warp with 176
+        # registers or 10 with 200, 5 of two warps with 200, 2 of four warps with 255.
+        if warps == 4 or any(width % 8 for width in widths):
+            return cls(64 * warps, 16, warps, 2, 255)
+        return cls(64 * warps, 16, warps, 2, 176 if warps == 1 and bidirectional and arch < 100 else 200)
 
     @classmethod
     def for_interpreter(cls, positions: int, packed: bool) -> LaunchConfig:
