@@ -46,7 +46,8 @@ def variants(arch: int = 90) -> Iterator[TritonVariant]:
         yield from variants_of(dtype, 64, 32, "self", arch, per_head_kernels=True)
         yield from variants_of(dtype, 128, 128, "self", arch)
         if dtype == "float32":
-            for group in ("self", "self packed causal", "self padded prefix"):
+            yield from variants_of(dtype, 16, 8, "self", arch, per_head_kernels=True)
+            for group in ("self packed causal", "self padded prefix"):
                 yield from variants_of(dtype, 16, 8, group, arch)
             yield from variants_of(dtype, 12, 6, "self", arch)
         else:
