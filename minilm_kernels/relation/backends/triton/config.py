@@ -105,7 +105,8 @@ class LaunchConfig:
         warps = 1 if longest < 1024 else 2 if longest < 2048 else 4
         # With fewer registers, loops over pairs spill. On a multiprocessor fit 11 programs of one warp with 176
         # registers or 10 with 200, 5 of two warps with 200, 2 of four warps with 255.
-        if warps == 4 or any(width % 8 for width in widths):
+        spills = arch < 90 and (3, 7) <= _version() < (3, 9)  # these assemblers spill with 200, too
+        if spills or warps == 4 or any(width % 8 for width in widths):
             return cls(64 * warps, 16, warps, 2, 255)
         return cls(64 * warps, 16, warps, 2, 176 if warps == 1 and bidirectional and arch < 100 else 200)
 
