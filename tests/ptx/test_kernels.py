@@ -8,17 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from dataclasses import replace
-from dataclasses import replace
-from dataclasses import replace
-from dataclasses import replace
-from dataclasses import replace
-from dataclasses import replace
-from dataclasses import replace
-from dataclasses import replace
-from dataclasses import replace
-from dataclasses import replace
-from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +64,32 @@ def test_every_kind(family, mask, relations, reduction, dtype):
     assert [str(finding) for finding in findings] == []
 
 
+@pytest.mark.parametrize(
+    ("mask", "heads", "length", "max_seqlen", "spread"),
+    [
+        pytest.param("none", 12, 200, None, 1.0, id="a program per head"),
+        pytest.param("prefix-holes", 12, 97, None, 7.0, id="wide heads"),
+        pytest.param("none", 2, 200, None, 1.0, id="programs share heads"),
+        pytest.param("packed-causal", 2, 150, None, 7.0, id="programs share wide heads"),
+        pytest.param("packed", 12, 300, 1024, 1.0, id="two warps"),
+        pytest.param("packed-prefix", 6, 600, 2048, 1.0, id="four warps"),
+    ],
+)
+@pytest.mark.parametrize("family", TRITON)
+def test_unordered_pairs(family, mask, heads, length, max_seqlen, spread):
+    fixed = {"dtype": "bfloat16", "mask": mask, "relations": "q", "reduction": "token", "length": length, "batch": 1}
+    fixed |= {"widths": (16, 8), "heads": heads, "layout": "contiguous", "spread": spread, "gradient": True}
+    call = draw(1, fixed)
+    if max_seqlen is not None:
+        call.kwargs["max_seqlen"] = max_seqlen
+    device = Device()
+    with _emulated(family, device) as backend:
+        _, wrong, findings = outcome(device, call, backend)
+    assert wrong == []
+    assert [str(finding) for finding in findings] == []
+    assert {launch[0] for launch in device.launches} == {"unordered_kernel", "total_kernel"}
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("mask", "reduction"), [("none", "sequence"), ("prefix-holes", "none"), ("packed", "token")])
 @pytest.mark.parametrize(("relations", "groups"), [("q", (1, 1)), ("qk", (2, 4))])
@@ -105,237 +120,6 @@ def test_strips_of_several_warps(gpu, widths, length, mask):
     assert [str(finding) for finding in findings] == []
     segments = [name for name, *_ in device.launches if name.startswith("segments")]
     assert len(segments) == (2 if gpu == "windows" else 0)
-
-
-@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
-@pytest.mark.parametrize("family", TRITON)
-def test_float32_products_on_tensor_cores(family, tokens):
-    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
-    case = make(batch=1, length=150, heads=2, widths=(16, 8))
-    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
-    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
-    expected, (expected_grad,) = case.oracle("sequence")
-    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
-    with _emulated(family, Device()) as backend:
-        value, (grad,) = case.run("sequence", backend)
-    eps = torch.finfo(torch.float32).eps
-    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
-    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
-
-
-def large_feature(x: torch.Tensor) -> torch.Tensor:
-    """All tokens share one feature ten times as large as the others."""
-    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
-
-
-@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
-@pytest.mark.parametrize("family", TRITON)
-def test_float32_products_on_tensor_cores(family, tokens):
-    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
-    case = make(batch=1, length=150, heads=2, widths=(16, 8))
-    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
-    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
-    expected, (expected_grad,) = case.oracle("sequence")
-    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
-    with _emulated(family, Device()) as backend:
-        value, (grad,) = case.run("sequence", backend)
-    eps = torch.finfo(torch.float32).eps
-    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
-    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
-
-
-def large_feature(x: torch.Tensor) -> torch.Tensor:
-    """All tokens share one feature ten times as large as the others."""
-    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
-
-
-@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
-@pytest.mark.parametrize("family", TRITON)
-def test_float32_products_on_tensor_cores(family, tokens):
-    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
-    case = make(batch=1, length=150, heads=2, widths=(16, 8))
-    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
-    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
-    expected, (expected_grad,) = case.oracle("sequence")
-    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
-    with _emulated(family, Device()) as backend:
-        value, (grad,) = case.run("sequence", backend)
-    eps = torch.finfo(torch.float32).eps
-    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
-    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
-
-
-def large_feature(x: torch.Tensor) -> torch.Tensor:
-    """All tokens share one feature ten times as large as the others."""
-    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
-
-
-@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
-@pytest.mark.parametrize("family", TRITON)
-def test_float32_products_on_tensor_cores(family, tokens):
-    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
-    case = make(batch=1, length=150, heads=2, widths=(16, 8))
-    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
-    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
-    expected, (expected_grad,) = case.oracle("sequence")
-    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
-    with _emulated(family, Device()) as backend:
-        value, (grad,) = case.run("sequence", backend)
-    eps = torch.finfo(torch.float32).eps
-    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
-    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
-
-
-def large_feature(x: torch.Tensor) -> torch.Tensor:
-    """All tokens share one feature ten times as large as the others."""
-    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
-
-
-@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
-@pytest.mark.parametrize("family", TRITON)
-def test_float32_products_on_tensor_cores(family, tokens):
-    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
-    case = make(batch=1, length=150, heads=2, widths=(16, 8))
-    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
-    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
-    expected, (expected_grad,) = case.oracle("sequence")
-    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
-    with _emulated(family, Device()) as backend:
-        value, (grad,) = case.run("sequence", backend)
-    eps = torch.finfo(torch.float32).eps
-    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
-    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
-
-
-def large_feature(x: torch.Tensor) -> torch.Tensor:
-    """All tokens share one feature ten times as large as the others."""
-    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
-
-
-@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
-@pytest.mark.parametrize("family", TRITON)
-def test_float32_products_on_tensor_cores(family, tokens):
-    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
-    case = make(batch=1, length=150, heads=2, widths=(16, 8))
-    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
-    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
-    expected, (expected_grad,) = case.oracle("sequence")
-    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
-    with _emulated(family, Device()) as backend:
-        value, (grad,) = case.run("sequence", backend)
-    eps = torch.finfo(torch.float32).eps
-    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
-    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
-
-
-def large_feature(x: torch.Tensor) -> torch.Tensor:
-    """All tokens share one feature ten times as large as the others."""
-    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
-
-
-@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
-@pytest.mark.parametrize("family", TRITON)
-def test_float32_products_on_tensor_cores(family, tokens):
-    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
-    case = make(batch=1, length=150, heads=2, widths=(16, 8))
-    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
-    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
-    expected, (expected_grad,) = case.oracle("sequence")
-    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
-    with _emulated(family, Device()) as backend:
-        value, (grad,) = case.run("sequence", backend)
-    eps = torch.finfo(torch.float32).eps
-    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
-    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
-
-
-def large_feature(x: torch.Tensor) -> torch.Tensor:
-    """All tokens share one feature ten times as large as the others."""
-    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
-
-
-@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
-@pytest.mark.parametrize("family", TRITON)
-def test_float32_products_on_tensor_cores(family, tokens):
-    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
-    case = make(batch=1, length=150, heads=2, widths=(16, 8))
-    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
-    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
-    expected, (expected_grad,) = case.oracle("sequence")
-    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
-    with _emulated(family, Device()) as backend:
-        value, (grad,) = case.run("sequence", backend)
-    eps = torch.finfo(torch.float32).eps
-    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
-    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
-
-
-def large_feature(x: torch.Tensor) -> torch.Tensor:
-    """All tokens share one feature ten times as large as the others."""
-    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
-
-
-@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
-@pytest.mark.parametrize("family", TRITON)
-def test_float32_products_on_tensor_cores(family, tokens):
-    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
-    case = make(batch=1, length=150, heads=2, widths=(16, 8))
-    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
-    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
-    expected, (expected_grad,) = case.oracle("sequence")
-    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
-    with _emulated(family, Device()) as backend:
-        value, (grad,) = case.run("sequence", backend)
-    eps = torch.finfo(torch.float32).eps
-    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
-    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
-
-
-def large_feature(x: torch.Tensor) -> torch.Tensor:
-    """All tokens share one feature ten times as large as the others."""
-    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
-
-
-@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
-@pytest.mark.parametrize("family", TRITON)
-def test_float32_products_on_tensor_cores(family, tokens):
-    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
-    case = make(batch=1, length=150, heads=2, widths=(16, 8))
-    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
-    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
-    expected, (expected_grad,) = case.oracle("sequence")
-    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
-    with _emulated(family, Device()) as backend:
-        value, (grad,) = case.run("sequence", backend)
-    eps = torch.finfo(torch.float32).eps
-    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
-    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
-
-
-def large_feature(x: torch.Tensor) -> torch.Tensor:
-    """All tokens share one feature ten times as large as the others."""
-    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
-
-
-@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
-@pytest.mark.parametrize("family", TRITON)
-def test_float32_products_on_tensor_cores(family, tokens):
-    """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
-    case = make(batch=1, length=150, heads=2, widths=(16, 8))
-    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
-    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
-    expected, (expected_grad,) = case.oracle("sequence")
-    rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
-    with _emulated(family, Device()) as backend:
-        value, (grad,) = case.run("sequence", backend)
-    eps = torch.finfo(torch.float32).eps
-    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
-    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
-
-
-def large_feature(x: torch.Tensor) -> torch.Tensor:
-    """All tokens share one feature ten times as large as the others."""
-    return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
 
 
 @pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
