@@ -17,7 +17,7 @@ from minilm_kernels.relation.backends.triton.config import (
     sliced,
 )
 
-from .variants import SourceLoop
+from .variants import SourceLoop, Work
 
 _DTYPES = {"bfloat16": ("*bf16", 2), "float16": ("*fp16", 2), "float32": ("*fp32", 4)}
 
@@ -47,6 +47,24 @@ def variants(arch: int = 90) -> Iterator[TritonVariant]:
             yield from variants_of(dtype, *widths, "self", arch)
         for group in ("self rows", "self packed causal", "self padded prefix", "cross", "cross padded prefix rows"):
             yield from variants_of(dtype, 16, 8, group, arch)
+
+
+def _turns(kernel: str, mask: Any, length: int, block_m: int, block_n: int) -> tuple[int, int]:
+    """Full and partial tiles that a kernel visits in a head. A prefix is as long as the sequence."""
+    full = partial = 0
+    whole, end = length // block_n, -(-length // block_n)
+    for start in range(0, length, block_m):
+        first, after = start // block_n, min(-(-(start + block_m) // block_n), end)  # tiles on the diagonal
+        rest = max(0, whole - after)
+        if mask == primitives.BIDIRECTIONAL or (mask == primitives.PREFIX and kernel != "gradient"):
+            full, partial = full + whole, partial + end - whole
+        elif kernel == "gradient":
+            full, partial = full + first + rest, partial + end - first - rest
+        elif kernel == "gradient of key":
+            full, partial = full + rest, partial + end - first - rest
+        else:
+            full, partial = full + first, partial + after - first
+    return full, partial
 
 
 def variants_of(
@@ -141,18 +159,32 @@ def variants_of(
         )
         pairs = config.block_m * config.block_n
         features = padded_width(d_t) + padded_width(d_s) * (2 if kernel == "gradient" else 1)
-        loop = SourceLoop(
-            phase=name,
-            pairs=pairs,
-            exponentials=2 * pairs,
-            tensor_macs=0 if dtype == "float32" else pairs * features,
-            marker=kernel,
-            trips=512 / config.block_n,
-            # With a causal or prefix mask, a self relation's gradient has one loop below and one above the diagonal.
-            copies=2 if name == "gradient" and mask != primitives.BIDIRECTIONAL else 1,
-        )
+        row_bytes = (d_t + d_s) * itemsize + (8 if kernel == "gradient" and "of query" not in name else 0)
+
+        def loop(part: str, marker: str, copies: int) -> SourceLoop:
+            def work(length: int) -> Work:
+                turns = _turns(name, mask, length, config.block_m, config.block_n)
+                mine = turns[1 if part else 0]
+                return Work(mine, length**2 * mine / sum(turns))
+
+            return SourceLoop(
+                phase=name,
+                pairs=pairs,
+                exponentials=2 * pairs,
+                tensor_macs=0 if dtype == "float32" else pairs * features,
+                marker=marker,
+                trips=0 if part else 512 / config.block_n,
+                copies=copies,
+                l2_bytes=config.block_n * row_bytes,
+                part=part,
+                work=work,
+            )
+
+        # With a causal or prefix mask, a self relation's gradient has one loop below and one above the diagonal.
+        whole = loop("", kernel, 2 if name == "gradient" and mask != primitives.BIDIRECTIONAL else 1)
+        bounds = loop("bounds", f"{kernel}+partial", 1)
         given |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-        return variant(name, fn, given, config.options, (loop,))
+        return variant(name, fn, given, config.options, (whole, bounds))
 
     if per_head_kernels:
         yield variant("pivot", row_stats.pivot_kernel, {"BLOCK": PIVOT_BLOCK}, FUSION)

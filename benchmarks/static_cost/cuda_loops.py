@@ -1,0 +1,200 @@
+"""Declares the CUDA C++ kernels for the static cost: which kernels to compile, and the loops in each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .variants import SourceLoop, Work
+
+_SPLITS = {"bfloat16": 1, "float16": 2, "float32": 3}
+_TILE = 32  # rows and columns of a tile
+_STRIP_ROWS = {(16, 8): 64, (16, 16): 32, (32, 16): 32, (64, 32): 32}  # of bfloat16 (symmetric_schedule)
+
+
+@dataclass(frozen=True)
+class CudaVariant:
+    """One compiled kernel. `warps` of a block and `dynamic_shared` at S = 512 are for the occupancy."""
+
+    kernel: str
+    symbol: str
+    group: str
+    dtype: str
+    d_t: int
+    d_s: int
+    warps: int
+    loops: tuple[SourceLoop, ...]
+    dynamic_shared: dict[str, int] | None = None
+
+
+def variants(arch: int = 90) -> Iterator[CudaVariant]:
+    """Yields every kind of kernel: strips and tiles, with each mask, and rows."""
+    for widths in _STRIP_ROWS:
+        yield strips(*widths, "self")
+    for group in ("self causal", "self prefix"):
+        yield strips(16, 8, group)
+    for dtype, d_t, d_s in (("bfloat16", 128, 64), ("float16", 16, 8), ("float32", 16, 8)):
+        yield tiles(dtype, d_t, d_s)
+    for dtype, d_t, d_s in (("bfloat16", 16, 8), ("bfloat16", 64, 32), ("float16", 16, 8), ("float32", 16, 8)):
+        for group in ("self long", "cross", "self evaluation", "self rows"):
+            yield from rows(dtype, d_t, d_s, group)
+
+
+def _padded(width: int) -> int:
+    return -(-width // 8) * 8
+
+
+def _symmetric(
+    dtype: str, d_t: int, d_s: int, group: str, warps: int, loops: tuple[SourceLoop, ...], word: int
+) -> CudaVariant:
+    """The symmetric kernel. `word` is the size of its row statistics, in bytes per token (symmetric_bytes)."""
+    splits, t, s = _SPLITS[dtype], _padded(d_t) // 8, _padded(d_s) // 8
+    causal = int("causal" in group or "prefix" in group)
+    token = 16 * splits * (t + s) + 32 * s + word
+    return CudaVariant(
+        "symmetric",
+        f"symmetric_{splits}_{t}_{splits}_{s}_{causal}",
+        group,
+        dtype,
+        d_t,
+        d_s,
+        warps,
+        loops,
+        {"512": 256 + 512 * token},
+    )
+
+
+def strips(d_t: int, d_s: int, group: str) -> CudaVariant:
+    """Returns the symmetric kernel of strips. `group`: "self", "self causal", or "self prefix" (of the whole sequence).
+
+    A turn of the source loop is a round of one strip: its rows meet the columns of a strip, 16 at a time.
+    """
+    rows = _STRIP_ROWS[d_t, d_s]
+    tiles = rows // 16
+    pairs, square = 2 * rows * rows, rows * rows
+    scores = square * (_padded(d_t) + _padded(d_s))
+    gradient = scores + square * (16 + 2 * _padded(d_s))  # with the products of the factors
+    # On the diagonal, the 16 columns of a step meet the rows from their own on: 4 + 3 + 2 + 1 of 16 squares.
+    executed = (tiles + 1) / (2 * tiles)
+
+    def whole(length: int, share: Callable[[int], float] = lambda n: n * (n - 1) / 2, entries: bool = True) -> Work:
+        n = length // rows
+        left = 1 if length % rows else 0
+        return Work(share(n), share(n) * pairs, entries=(n + left) * entries)
+
+    def later_rows(n: int) -> float:  # rounds in which the strip is later than the columns: they wrapped around
+        return sum(d for d in range(1, (n + 1) // 2))
+
+    def diagonal(length: int) -> Work:
+        n = length // rows
+        return Work(n, n * square, executed)
+
+    def tail(length: int) -> Work:
+        """The last strip, if it has fewer rows: with all others, and with itself."""
+        n, left = divmod(length, rows)
+        steps = -(-left // 16)
+        squares = n * steps * tiles + steps * (steps + 1) / 2
+        turns = n + 1 if left else 0
+        return Work(turns, length**2 - (n * rows) ** 2, squares / max(1, turns * tiles * tiles))
+
+    def loop(phase: str, part: str, marker: str, macs: int, work: Callable[[int], Work]) -> SourceLoop:
+        mine = square if part == "diagonal" else pairs
+        branches = part in ("diagonal", "tail")
+        return SourceLoop(phase, mine, pairs, macs, marker, per="warp", part=part, conditional=branches, work=work)
+
+    # Without a mask, a square has no product for its columns. The first 16 rows meet no other columns.
+    on_diagonal = gradient - (rows * _padded(d_s) * 16 if group == "self" else 0)
+    phases = []
+    if "causal" in group:
+        earlier, later = "strip-sums-columns", "strip-sums-rows"
+        phases.append(loop("sums", "", earlier, scores, lambda s: whole(s, lambda n: n * (n - 1) / 2 - later_rows(n))))
+        phases.append(loop("sums", "later rows", later, scores, lambda s: whole(s, later_rows, entries=False)))
+    else:
+        phases.append(loop("sums", "", "strip-sums", scores, whole))
+    phases.append(loop("sums", "diagonal", "strip-sums-square", scores, diagonal))
+    phases.append(loop("sums", "tail", "strip-sums-ragged", scores, tail))
+    phases.append(loop("gradient", "", "strip-gradient", gradient, whole))
+    phases.append(loop("gradient", "diagonal", "strip-gradient-square", on_diagonal, diagonal))
+    phases.append(loop("gradient", "tail", "strip-gradient-ragged", gradient, tail))
+    return _symmetric("bfloat16", d_t, d_s, group, 4, tuple(phases), 16)
+
+
+def tiles(dtype: str, d_t: int, d_s: int) -> CudaVariant:
+    """Returns the symmetric kernel of tiles."""
+    splits = _SPLITS[dtype]
+    products = {1: 1, 2: 4, 3: 6}[splits]  # of splits
+    square = _TILE * _TILE
+    scores = square * products * (_padded(d_t) + _padded(d_s))
+    gradient = scores + square * products * 2 * _padded(d_s)
+
+    def loop(phase: str, part: str, marker: str, macs: int) -> SourceLoop:
+        pairs = square if part else 2 * square
+
+        def work(length: int) -> Work:
+            n = -(-length // _TILE)
+            turns = n if part else n * (n - 1) / 2
+            return Work(turns, length**2 * turns * pairs / (n * _TILE) ** 2)
+
+        return SourceLoop(phase, pairs, 2 * square, macs, marker, per="warp", part=part, work=work)
+
+    loops = (
+        loop("sums", "", "sums", scores),
+        loop("sums", "diagonal", "sums-masked", scores),
+        loop("gradient", "", "gradient", gradient),
+        loop("gradient", "diagonal", "gradient-masked", gradient),
+    )
+    return _symmetric(dtype, d_t, d_s, "self", 4, loops, 16 if splits == 3 else 8)
+
+
+def rows(dtype: str, d_t: int, d_s: int, group: str) -> Iterator[CudaVariant]:
+    """Yields the row-wise kernels of one loss.
+
+    Args:
+        dtype: dtype of teacher and student.
+        d_t: head width of the teacher.
+        d_s: head width of the student.
+        group: "self long" or "cross" for a loss with its gradient, "self evaluation" for a loss without, and "self
+            rows" for `reduction="none"`, forward and backward.
+    """
+    splits, t, s = _SPLITS[dtype], _padded(d_t) // 8, _padded(d_s) // 8
+    shape = f"{t}_{splits}_{s}_{splits}"
+    products = {1: 1, 2: 4, 3: 6}[splits]
+    square = _TILE * _TILE
+    scores = square * products * (_padded(d_t) + _padded(d_s))
+
+    def variant(kernel: str, symbol: str, marker: str, exponentials: int, macs: int, turns: int = 1) -> CudaVariant:
+        """`turns` of the loop make a tile. Without exponentials, it cannot be found out."""
+
+        def work(length: int) -> Work:
+            return Work(turns * (-(-length // _TILE)) ** 2, length**2)
+
+        loop = SourceLoop(kernel, square // turns, exponentials, macs // turns, marker, per="warp", work=work)
+        return CudaVariant(kernel, f"{symbol}_{shape}", group, dtype, d_t, d_s, 4, (loop,))
+
+    def stats(exact: bool, kernel: str = "row_stats") -> CudaVariant:
+        # One more exponential for each of a lane's 4 rows rescales its sum. Exact ones are polynomials.
+        exponentials = 0 if exact else 2 * (square + 4 * _TILE)
+        return variant(kernel, f"row_stats_{int(exact)}", "", exponentials, scores)
+
+    def row_wise(kernel: str, direction: str) -> CudaVariant:
+        # The exponentials of rows and of keys have markers of their own, and so have the calls: the compiler's line
+        # table mixes up calls of code with exponentials.
+        markers = {"rows": "forward", "keys": "backward", "both": "forward+backward"}
+        marker = direction if splits == 3 else markers[direction]
+        exponentials = 0 if splits == 3 else (4 if direction == "both" else 2) * square
+        macs = scores + square * products * _padded(d_s)
+        return variant(kernel, f"row_wise_{splits}", marker, exponentials, macs, 1 if exponentials else 2)
+
+    exact = splits == 3
+    if "evaluation" in group or "rows" in group:
+        yield stats(True)
+        yield variant("row_wise", "row_wise_0", "", 0, scores, 2)
+    if "rows" in group:
+        yield stats(exact, "row_stats of backward")
+    if "long" in group or group == "cross":
+        yield stats(exact)
+    if "long" in group or "rows" in group:
+        yield row_wise("row_wise both", "both")
+    if group == "cross":
+        yield row_wise("row_wise query", "rows")
+        yield row_wise("row_wise key", "keys")
