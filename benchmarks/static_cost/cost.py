@@ -233,7 +233,8 @@ def _check_shares(loops: Sequence[SourceLoop], lengths: Sequence[int]) -> None:
         if source.work is None:
             continue
         for length in lengths:
-            work = source.work(length)
+            if (work := source.work(length)) is None:
+                continue
             shares[source.phase, length] += work.pairs / length**2
             if (work.turns == 0) != (work.pairs == 0):
                 raise Mismatch(f"phase {_label(source.phase, source.part)}: {work} at S = {length}")
@@ -366,7 +367,8 @@ def _loop_figures(
         share = {"share": work.pairs / length**2}
         return share | figures(counts, always, length**2, source.l2_bytes * work.turns)
 
-    standard = source.work(512) if source.work else None
+    works = {length: source.work(length) for length in (*lengths, 512)} if source.work else {}
+    standard = works.get(512)
     counts, always = mean(standard.executed if standard and standard.turns else 1)
     lanes = WARP * scale / source.pairs
     if source.l2_bytes > counts.global_bytes * WARP * scale + 1e-6:
@@ -393,7 +395,7 @@ def _loop_figures(
         "clocks_per_pair": clocks[bound_by],
         "bound_by": bound_by,
         "bound_ms": {shape: machine.milliseconds(clocks[bound_by], number) for shape, number in SHAPES.items()},
-        "lengths": {str(length): at(length, source.work(length)) for length in lengths} if source.work else {},
+        "lengths": {str(length): at(length, work) for length, work in works.items() if work and length in lengths},
         "notes": _notes(flow, [loop for loop, _ in places], max(turn.turns for turn in turns), counts),
     }
     if standard:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from minilm_kernels.relation.backends.triton import gradient, primitives, row_kl, row_stats
+from minilm_kernels.relation.backends.triton import gradient, primitives, row_kl, row_stats, unordered
 from minilm_kernels.relation.backends.triton.config import (
     FINALIZE_BLOCK,
     FUSION,
     PIVOT_BLOCK,
+    TOTAL_BLOCK,
     LaunchConfig,
     padded_width,
     sliced,
@@ -45,6 +46,11 @@ def variants(arch: int = 90) -> Iterator[TritonVariant]:
         yield from variants_of(dtype, 16, 8, "self", arch, per_head_kernels=True)
         for widths in ((12, 6), (64, 32), (128, 128)):
             yield from variants_of(dtype, *widths, "self", arch)
+        if dtype != "float32":
+            yield from variants_of(dtype, 16, 8, "self unordered", arch, per_head_kernels=True)
+            yield from variants_of(dtype, 12, 6, "self unordered", arch)
+            yield from variants_of(dtype, 16, 8, "self unordered packed causal", arch)
+            yield from variants_of(dtype, 16, 8, "self unordered padded prefix", arch)
         for group in ("self rows", "self packed causal", "self padded prefix", "cross", "cross padded prefix rows"):
             yield from variants_of(dtype, 16, 8, group, arch)
 
@@ -76,8 +82,8 @@ def variants_of(
         dtype: dtype of teacher and student.
         d_t: head width of the teacher.
         d_s: head width of the student.
-        group: words that describe the call: "self" or "cross", "packed", "padded", "causal", "prefix", and "rows" for
-            `reduction="none"`.
+        group: words that describe the call: "self" or "cross", "packed", "padded", "causal", "prefix", "rows" for
+            `reduction="none"`, and "unordered" for the kernels of unordered pairs.
         arch: compute capability, such as 90.
         per_head_kernels: also yield the kernels whose work does not grow with the number of pairs.
     """
@@ -109,6 +115,7 @@ def variants_of(
         "SHIFT": 14.0 if dtype == "float16" else 0.0,
         "ROW_WEIGHTS": rows,
         "SELF_RELATION": self_relation,
+        "DG": 8 if d_s <= 8 else 16,
     }
     if not padded:
         constants["indices"] = None
@@ -125,7 +132,7 @@ def variants_of(
         **dict.fromkeys(("scale_t", "scale_s", "gradient_scale"), "fp32"),
         **dict.fromkeys(primitives.UNSPECIALIZED["do_not_specialize"], "i32"),
         **dict.fromkeys(("sum_t", "sum_s", "pivot_t", "pivot_s"), "*fp32"),
-        **dict.fromkeys(("kl_rows", "values", "head_stats", "weights"), "*fp32"),
+        **dict.fromkeys(("kl_rows", "values", "losses", "head_stats", "weights"), "*fp32"),
         **dict.fromkeys(("row_grads", "rows_out"), "*fp32"),
         "out": ("*fp32",) * 3,
         **dict.fromkeys(("indices", "prefixes", "tile_map"), "*i64"),
@@ -186,6 +193,59 @@ def variants_of(
         given |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         return variant(name, fn, given, config.options, (whole, bounds))
 
+    def unordered_variant(longest: int) -> TritonVariant:
+        config = LaunchConfig.unordered(longest)
+        features = padded_width(d_t) + padded_width(d_s)
+
+        def loop(phase: str, tail: bool, on_diagonal: bool) -> SourceLoop:
+            """Strips of block_m rows or, with `tail`, the strips of half as many at the end: other machine loops."""
+            rows = config.block_m // 2 if tail else config.block_m
+            tile = rows * config.block_n
+            gradient = phase == "gradients"
+            products = (8 if d_s <= 8 else 16) * gradient
+            columns = 0 if on_diagonal else (4 * d_s * 2 if gradient else 8)  # read and written, or only written
+
+            def work(length: int) -> Work | None:
+                if LaunchConfig.unordered(length) != config:
+                    return None
+                full = length // config.block_m * config.block_m
+                starts = range(full, length, rows) if tail else range(0, full, rows)
+                sizes = [min(rows, length - start) for start in starts]
+                if on_diagonal:
+                    turns = sum(-(-size // config.block_n) for size in sizes)
+                    return Work(turns, sum(size * size for size in sizes))
+                turns = sum(-(-start // config.block_n) for start in starts)
+                pairs = sum(2 * start * size for start, size in zip(starts, sizes, strict=True))
+                return Work(turns, pairs, entries=len(starts))
+
+            return SourceLoop(
+                phase,
+                pairs=tile if on_diagonal else 2 * tile,
+                exponentials=2 * tile,
+                tensor_macs=tile * (features + (products if on_diagonal else 2 * products)),
+                marker=f"{phase}_diagonal" if on_diagonal else phase,
+                # Heads of wide range have a loop of their own, with the same code for sums.
+                copies=2 if tail and on_diagonal and not gradient else 1,
+                l2_bytes=config.block_n * ((d_t + d_s) * itemsize + 8 + columns),
+                part=f"{'tail ' * tail}{'diagonal' * on_diagonal}".strip(),
+                work=work,
+            )
+
+        loops = tuple(
+            loop(phase, tail, on_diagonal)
+            for phase in ("sums", "gradients")
+            for tail in (False, True)
+            for on_diagonal in (False, True)
+        )
+        given = {"WARPS": config.num_warps, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        given |= {"SUMS": True, "INVERSES": True, "GRADIENT": True, "SPLIT": False}
+        return variant("unordered", unordered.unordered_kernel, given, config.options, loops)
+
+    if "unordered" in words:
+        yield unordered_variant(next((int(word) for word in words if word.isdigit()), 512))
+        if per_head_kernels:
+            yield variant("total", unordered.total_kernel, {"BLOCK": TOTAL_BLOCK}, FUSION)
+        return
     if per_head_kernels:
         yield variant("pivot", row_stats.pivot_kernel, {"BLOCK": PIVOT_BLOCK}, FUSION)
     training_kl = {"COMPUTE_KL": not rows} | ({"kl_rows": None} if rows else {})

@@ -51,7 +51,7 @@ class SourceLoop:
     part: str = ""  # "": most pairs of the phase; "diagonal", "tail", ...: those that other loops compute
     conditional: bool = False  # the exponentials are in branches, of which an iteration executes a share (Work)
     l2_bytes: float = 0  # bytes that an iteration reads and writes in global memory, each once
-    work: Callable[[int], Work] | None = None  # work for one head, by the length of the sequence
+    work: Callable[[int], Work | None] | None = None  # by the length of the sequence; None: another kernel serves it
 
 
 @dataclass(frozen=True)

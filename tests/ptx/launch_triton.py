@@ -31,9 +31,9 @@ def _tensors(arguments, name: str):
 
 def _forget_compiled() -> None:
     """Unloads compiled kernels, because a kernel stays bound to the driver that loaded it."""
-    from minilm_kernels.relation.backends.triton import gradient, row_kl, row_stats
+    from minilm_kernels.relation.backends.triton import gradient, row_kl, row_stats, unordered
 
-    for module in (gradient, row_kl, row_stats):
+    for module in (gradient, row_kl, row_stats, unordered):
         for kernel in vars(module).values():
             if hasattr(kernel, "device_caches"):
                 kernel.device_caches.clear()

@@ -162,6 +162,7 @@ MOST = {
     ("self causal", 16, 8): {512: (15.0, 2.1)},
     ("self prefix", 16, 8): {512: (15.0, 2.1)},
 }
+MOST_IN_TRITON = {("self unordered", 16, 8): {512: (16.2, 2.3), 128: (21.5, 3.0)}}
 # The same without the diagonal.
 MOST_IN_WHOLE_STRIPS = {(16, 8): 11.8, (16, 16): 15.1, (32, 16): 15.5, (64, 32): 18.0}
 
@@ -180,7 +181,21 @@ def test_the_packages_strips(arch):
     for (d_t, d_s), slots in MOST_IN_WHOLE_STRIPS.items():
         assert figures["self", d_t, d_s, "total"]["issue_slots_per_pair"] <= slots, (d_t, d_s)
         assert figures["self", d_t, d_s, "total"]["mufu_per_pair"] == 2
-    for call, limits in MOST.items():
+    check_limits(figures, MOST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_packages_unordered_triton_kernel(arch):
+    options = ("--dtype", "bfloat16", "--widths", "16x8", "--group", "self unordered")
+    result = static("--backends", "triton", "--arch", arch, *options, "--json")
+    assert result.returncode == 0, result.stderr
+    figures = {(row["group"], row["d_t"], row["d_s"], row["phase"]): row for row in json.loads(result.stdout)}
+    check_limits(figures, MOST_IN_TRITON)
+
+
+def check_limits(figures: dict, most: dict) -> None:
+    for call, limits in most.items():
         for length, (slots, exponentials) in limits.items():
             row = figures[(*call, f"S={length}")]
             assert row["issue_slots_per_pair"] <= slots, (call, length)

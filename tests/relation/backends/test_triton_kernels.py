@@ -75,6 +75,38 @@ def test_a_wide_head_does_not_disturb_others(on):
     assert torch.equal(wide_grad, grad)
 
 
+def test_a_wide_head_beside_unordered_ones(on):
+    """The kernels of unordered pairs leave a head with a wide range to the square kernels, which touch no other."""
+    case = make("holes", heads=3).on(on)
+    _, (grad,) = case.run("sum", "triton")
+    wide = [None if x is None else x.clone() for x in case.tensors]
+    for x in (wide[0], wide[2]):
+        x[2, :, 1] *= 60
+    wide_case = Case(tuple(wide), case.kwargs)
+    value, (wide_grad,) = wide_case.run("sum", "triton")
+    expected, (expected_grad,) = wide_case.oracle("sum")
+    assert error(value, expected) < _allowed(2e-6)
+    assert error(wide_grad, expected_grad) < _allowed(3e-4)
+    wide_grad[2, :, 1] = grad[2, :, 1]
+    assert torch.equal(wide_grad, grad)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_small_divergences_of_many_rows(on, shift):
+    """At a KL of 1e-5, terms of the size of `shift` cancel in every row.
+
+    With a constant feature, the student's scores are greater by half a bit, as are its sums, which changes no relation.
+    """
+    x = make({}, batch=2, heads=2, length=130, widths=(8, 8)).tensors[0]
+    student = torch.cat([x + 2e-3 * torch.randn_like(x), torch.full_like(x[..., :1], shift)], -1)
+    teacher = torch.cat([x, torch.zeros_like(x[..., :1])], -1)
+    case = Case((teacher, None, student, None), {"teacher_scale": 0.35, "student_scale": 0.35}).on(on)
+    value, _ = case.run("token", "triton")
+    expected, _ = case.oracle("token")
+    assert 1e-6 < expected < 1e-4
+    assert error(value, expected) < _allowed(3e-4)
+
+
 def test_negative_scales(on):
     """With negative scales, self scores are the smallest scores, so no pivot is shared."""
     base = make("holes").on(on)
@@ -85,9 +117,14 @@ def test_negative_scales(on):
     assert error(grad, expected_grad) < _allowed(5e-6)
 
 
+@pytest.mark.parametrize("few", [False, True], ids=["many heads", "few heads"])
 @pytest.mark.parametrize("mask", ["prefix-holes", "packed-prefix", "causal"])
-def test_tiles_of_every_kind(on, mask):
-    """Prefixes and ends of long sequences lie inside tiles and at their bounds."""
+def test_tiles_of_every_kind(on, mask, few, monkeypatch):
+    """Prefixes and ends of long sequences lie inside tiles and at their bounds.
+
+    With few heads, self relations are computed by the square kernels.
+    """
+    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda _device: 10**9 if few else 0)
     lengths = {"prefix-holes": 150, "causal": 97}.get(mask)
     if mask == "packed-prefix":
         kwargs = {

@@ -14,6 +14,8 @@ from typing import Any
 FUSION = {"enable_fp_fusion": True}  # contract products and sums into one instruction; Triton 3.10 changes the default
 PIVOT_BLOCK = 128  # rows that the pivot kernel loads at a time; not tuned
 FINALIZE_BLOCK = 512  # rows that the finalize kernel loads at a time; not tuned
+TOTAL_BLOCK = 1024  # values that the total kernel loads at a time; not tuned
+FULL_GPU = 12  # warps of a multiprocessor that the kernel of unordered pairs can use
 
 
 def padded_width(width: int) -> int:
@@ -88,6 +90,16 @@ class LaunchConfig:
         return cls(64, 32, 4, 1)  # gradient, sm_90, (16, 8): 12.1 slots, 112 registers; in two stages 14 slots
 
     @classmethod
+    def unordered(cls, longest: int) -> LaunchConfig:
+        """Returns the configuration of the kernel of unordered pairs for sequences of up to `longest` tokens.
+
+        Heads that run at the same time must fit into the L2 cache. Longer sequences therefore get programs of more
+        warps, of which fewer run at once. Without a limit of registers, two stages would take 255 of them.
+        """
+        warps = 1 if longest < 1024 else 2 if longest < 2048 else 4
+        return cls(64 * warps, 16, warps, 2, 168)
+
+    @classmethod
     def for_interpreter(cls, positions: int, packed: bool) -> LaunchConfig:
         """Returns tile sizes for Triton's interpreter, whose time per loop iteration hardly depends on their size."""
-        return cls(32, 16, 4, 1) if positions <= 300 or packed else cls(512, 512, 4, 1)
+        return cls(32, 16, 1, 1) if positions <= 300 or packed else cls(512, 256, 1, 1)

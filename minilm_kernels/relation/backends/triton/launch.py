@@ -11,7 +11,7 @@ import importlib.util
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -20,7 +20,16 @@ from torch import Tensor
 from minilm_kernels.relation.inputs import RelationInputs, grad_buffers
 from minilm_kernels.relation.masks import add_fault
 
-from .config import FINALIZE_BLOCK, FUSION, PIVOT_BLOCK, LaunchConfig, padded_width, sliced
+from .config import (
+    FINALIZE_BLOCK,
+    FULL_GPU,
+    FUSION,
+    PIVOT_BLOCK,
+    TOTAL_BLOCK,
+    LaunchConfig,
+    padded_width,
+    sliced,
+)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WIDTH = 128
@@ -63,22 +72,22 @@ def unsupported_reasons(inputs: RelationInputs) -> list[str]:
 
 def forward_reduced(inputs: RelationInputs, weights: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
     call = _Call(inputs)
-    weights = add_fault(weights, call.fault)
-    values: list[Tensor] = [weights] * len(inputs.relations)  # placeholders; every group replaces its own values
+    weights = add_fault(weights, call.fault).contiguous()
     grads = call.new_gradients() if gradient else {}
+    losses = call.new((len(inputs.relations),), zeros=not call.has_tiles)
     for group in call.groups() if call.has_tiles else []:
-        kl_rows = group.new_row_stats()
-        group.row_stats(kl_rows if gradient else None)
-        if not gradient:
-            group.row_kl(kl_rows, None)
-        sums = group.finalize(kl_rows, gradient)
-        if gradient:
-            group.gradients(weights.contiguous(), False, grads)
-        for value, r in zip(sums, group.relations, strict=True):
-            values[r] = value
-    if not call.has_tiles:
-        return add_fault(call.new((len(values),)).zero_(), call.fault), list(grads.values())
-    return (torch.stack(values).sum(-1) * weights).sum(-1).clamp_(min=0.0), list(grads.values())
+        if gradient and group.has_unordered_kernel():
+            values = group.unordered(weights, grads)
+        else:
+            kl_rows = group.new_row_stats()
+            group.row_stats(kl_rows if gradient else None)
+            if not gradient:
+                group.row_kl(kl_rows, None)
+            values = group.finalize(kl_rows, gradient)
+            if gradient:
+                group.gradients(weights, False, grads)
+        group.total(values, weights, losses)
+    return losses if call.has_tiles else add_fault(losses, call.fault), list(grads.values())
 
 
 def forward_none(inputs: RelationInputs) -> Tensor:
@@ -142,9 +151,9 @@ class _Call:
             "MASK": kind.value,
         }
 
-    def new(self, shape: tuple[int, ...], covered: bool = False) -> Tensor:
+    def new(self, shape: tuple[int, ...], covered: bool = False, zeros: bool = False) -> Tensor:
         """Allocates float32. `covered`: the kernels write the entries of valid tokens only, so all others must be 0."""
-        zeros = covered and (not self.has_tiles or self.inputs.mask.attention_mask is not None)
+        zeros |= covered and (not self.has_tiles or self.inputs.mask.attention_mask is not None)
         return (torch.zeros if zeros else torch.empty)(shape, dtype=torch.float32, device=self.inputs.mask.device)
 
     def new_gradients(self) -> dict[tuple[int, int], Tensor]:
@@ -220,13 +229,84 @@ class _Group:
             "stats_head_stride16": self.head_stride16,
             "stats_seq_stride16": seq_stride16,
         }
-        self.stats = {name: self.new_row_stats() for name in ("sum_t", "sum_s", "pivot_t", "pivot_s")}
-        # (R, N, A, 4): teacher's pivot, student's pivot, 1 if they are shared, largest row weight.
-        self.head_stats = call.new((len(relations), call.sequences, inputs.heads, 4))
 
-    def new_row_stats(self) -> Tensor:
-        """Allocates one float32 per row, (R, A, rows)."""
-        return self.call.new((len(self.relations), self.call.inputs.heads, self.head_stride16 * 16))
+    @cached_property
+    def stats(self) -> dict[str, Tensor]:
+        return {name: self.new_row_stats() for name in ("sum_t", "sum_s", "pivot_t", "pivot_s")}
+
+    @cached_property
+    def head_stats(self) -> Tensor:
+        """(R, N, A, 4): teacher's pivot, student's pivot, 1 if they are shared, largest row weight."""
+        return self.call.new((len(self.relations), self.call.sequences, self.call.inputs.heads, 4))
+
+    @property
+    def programs(self) -> int:
+        """Number of programs in a grid with one for each head of a sequence in a relation."""
+        return len(self.relations) * self.call.sequences * self.call.inputs.heads
+
+    def new_row_stats(self, copies: int = 0) -> Tensor:
+        """Allocates one float32 per row, (R, A, rows), and in front of R, `copies` more that are 0."""
+        shape = (len(self.relations), self.call.inputs.heads, self.head_stride16 * 16)
+        return self.call.new((1 + copies, *shape), zeros=True) if copies else self.call.new(shape)
+
+    def has_unordered_kernel(self) -> bool:
+        """Returns whether the kernel of unordered pairs serves the group's reduced losses with gradient."""
+        call, d_s = self.call, self.operands["D_S"]
+        if not self.self_relation or min(self.scale_t, self.scale_s) <= 0:
+            return False
+        if max(self.operands["DP_T"], self.operands["DP_S"]) > 16 or call.positions * call.inputs.heads * d_s >= 2**31:
+            return False
+        return interpreted() or max(self.teacher[0].itemsize, self.student[0].itemsize) <= 2
+
+    def unordered(self, weights: Tensor, grads: dict[tuple[int, int], Tensor]) -> Tensor:
+        """Fills the gradient buffers of the group's relations. Returns sums of the rows' KL, (R, N, A, parts)."""
+        from .unordered import unordered_kernel
+
+        call = self.call
+        mask = call.inputs.mask
+        longest = mask.max_seqlen if mask.max_seqlen is not None else call.total // call.sequences
+        config = LaunchConfig.for_interpreter(longest, False) if interpreted() else LaunchConfig.unordered(longest)
+        # If there are few heads, several programs share each of them, at most one for each strip.
+        wanted = FULL_GPU * _multiprocessors(mask.device) // (self.programs * config.num_warps)
+        parts = max(1, min(wanted, -(-longest // config.block_m)))
+        copies = parts if parts > 1 else 0
+        filled = [grads[r, call.inputs.relations[r][0]] for r in self.relations]
+        out = [call.new((1 + copies, *x.shape), zeros=True) for x in filled] if copies else filled
+        values = call.new((len(self.relations), call.sequences, call.inputs.heads, parts))
+        arguments = {
+            **self.operands,
+            "sum_t": self.new_row_stats(copies),
+            "sum_s": self.new_row_stats(copies),
+            "pivot_t": self.new_row_stats(),
+            "pivot_s": self.new_row_stats(),
+            "copies": copies,
+            "weights": weights,
+            "values": values,
+            "out": tuple(out),
+            "gradient_scale": self.scale_s * 2.0**-self._shift,
+            "DG": 8 if self.operands["D_S"] <= 8 else 16,
+            "SHIFT": self._shift,
+            "SPLIT": copies > 0,
+            "WARPS": config.num_warps,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+        }
+        phases = ("SUMS", "INVERSES", "GRADIENT")
+        for launched in [(phase,) for phase in phases] if copies else [phases]:
+            grid = (self.programs, 1 if launched == ("INVERSES",) else parts)
+            flags = {phase: phase in launched for phase in phases}
+            self._start(unordered_kernel, grid, arguments | flags, config.options)
+        for total, copied in zip(filled, out, strict=True) if copies else []:
+            torch.sum(copied, 0, out=total)
+        return values
+
+    def total(self, values: Tensor, weights: Tensor, losses: Tensor) -> None:
+        """Writes the losses of the group's relations: `values` (R, N, A, ...) times the sequences' weights."""
+        from .unordered import total_kernel
+
+        columns = values[0, 0].numel()
+        arguments = {"values": values, "weights": weights, "losses": losses, "columns": columns, "BLOCK": TOTAL_BLOCK}
+        self._start(total_kernel, (len(self.relations),), arguments, FUSION)
 
     def row_stats(self, kl_rows: Tensor | None) -> None:
         """Computes the statistics of all rows. If `kl_rows` is given, writes the rows' KL in its training form."""
@@ -311,8 +391,8 @@ class _Group:
 
     def _launch_heads(self, kernel: Any, block: int, **arguments: Any) -> None:
         """Launches one program per relation, sequence and head. A program takes `block` rows at a time."""
-        programs = self.head_stats[..., 0].numel()
-        self._start(kernel, programs, arguments | {"head_stats": self.head_stats, "BLOCK": block}, FUSION)
+        arguments |= {"head_stats": self.head_stats, "BLOCK": block}
+        self._start(kernel, (self.programs,), arguments, FUSION)
 
     def _launch_tiles(self, kernel: Any, name: str, **arguments: Any) -> None:
         """Launches one program per tile of tokens."""
@@ -341,13 +421,20 @@ class _Group:
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
         }
-        self._start(kernel, call.inputs.heads * tiles * sequences * len(self.relations), arguments, config.options)
+        grid = (call.inputs.heads * tiles * sequences * len(self.relations),)
+        self._start(kernel, grid, arguments, config.options)
 
-    def _start(self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    def _start(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any]) -> None:
         """Launches a kernel with those arguments that it declares; the others are dropped."""
         available = {**self.sizes, **self.call.mask_arguments, **self.call.mask_constants, **arguments}
-        with _device_of(self.head_stats):
-            kernel[(programs,)](**{name: available[name] for name in kernel.arg_names if name in available}, **options)
+        with _on(self.call.inputs.mask.device):
+            kernel[grid](**{name: available[name] for name in kernel.arg_names if name in available}, **options)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """Returns the number of multiprocessors of a GPU; 0 for the CPU, in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def tile_map(cu_seqlens: Tensor, total: int, block: int) -> Tensor:
@@ -387,5 +474,5 @@ def _encode(indices: list[int]) -> int:
     return sum(index << 5 * k for k, index in enumerate(indices))
 
 
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -23,7 +23,7 @@ BIDIRECTIONAL, CAUSAL, PREFIX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2
 UNSPECIALIZED: dict[str, Any] = {
     "do_not_specialize": (
         "query_codes", "key_codes", "heads", "sequences", "positions", "total", "tiles", "stats_head_stride16",
-        "stats_seq_stride16",
+        "stats_seq_stride16", "copies", "columns",
     ),
     "do_not_specialize_on_alignment": ("starts", "prefixes", "row_grads"),  # the caller's tensors
 }  # fmt: skip
@@ -338,6 +338,22 @@ def rows_that_count(
 
 
 @triton.jit
+def rows_with_gradient(
+    counted, indices, program, start, positions,
+    BLOCK: tl.constexpr, PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, HAS_QUERY_MASK: tl.constexpr,
+    MASK: tl.constexpr,
+):  # fmt: skip
+    """Returns which of the BLOCK rows from the `start`-th on count and see another token, [BLOCK].
+
+    A row that sees only itself has p = q = 1: its gradient is exactly 0, not a rounding error.
+    """
+    first = start + tl.arange(0, BLOCK) == 0
+    alone = (program.length == 1) | (first & (program.prefix <= 1) & (MASK != BIDIRECTIONAL))
+    counts = rows_that_count(counted, indices, program, start, positions, BLOCK, PACKED, HAS_INDICES, HAS_QUERY_MASK)
+    return counts & (alone == 0)
+
+
+@triton.jit
 def rowwise_dot(x, y):
     """Returns x · y of each token, [BLOCK], with the same bits in all threads that hold the token.
 
@@ -347,6 +363,15 @@ def rowwise_dot(x, y):
     if x.dtype == tl.float32:
         return tl.sum(tl.fma(x, y, 0.0), 1)
     return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
+
+
+@triton.jit
+def log_ratio(l_t, l_s):
+    """Returns log(l_s / l_t) as 2 artanh(r): near r = 0, where KL is small, the error of log2 would be too large."""
+    r = (l_s - l_t) / (l_s + l_t)
+    r2 = r * r
+    series = 2.0 * r * (1.0 + r2 * (1 / 3 + r2 * (1 / 5 + r2 * (1 / 7))))
+    return tl.where(r2 < 0.01, series, LN2 * (tl.log2(l_s) - tl.log2(l_t)))
 
 
 @triton.jit

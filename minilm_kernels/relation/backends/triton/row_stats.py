@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from .primitives import (
-    BIDIRECTIONAL,
     LN2,
     UNSPECIALIZED,
     decode_relation,
@@ -19,10 +18,12 @@ from .primitives import (
     key_tiles,
     load_models,
     load_tile,
+    log_ratio,
     output_offset,
     partial_sums,
     row_offset,
     rows_that_count,
+    rows_with_gradient,
     rowwise_dot,
     score_tiles,
     tile_program,
@@ -36,29 +37,18 @@ _OVERFLOW = tl.constexpr(2.0**100)
 _SHARED_PIVOT_RANGE = tl.constexpr(160.0)
 
 
-@triton.jit(**UNSPECIALIZED)
-def pivot_kernel(
-    teacher, teacher_strides, student, student_strides, query_codes, scale_t, scale_s,
-    heads, sequences, positions, total, indices, starts, prefixes, head_stats,
-    D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
-    ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr,
-    PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def shared_pivots(
+    x_t, stride_t, x_s, stride_s, scale_t, scale_s, program, indices,
+    LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, HAS_INDICES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Chooses one pivot for all scores of a head in a self relation, if one is enough. One program per head.
+    """Returns a pivot of teacher and student for all scores of a head in a self relation, and whether one is enough.
 
     A self score is the score of a token with itself. No score exceeds the largest self score. If the range of the self
     scores is small, its middle is therefore a safe pivot: no row sum overflows or underflows. Pivots are whole numbers,
-    so that a change of pivot is exact.
-
-    Writes to head_stats: teacher's pivot, student's pivot, and 1 if they are shared by all rows.
+    so that a change of pivot is exact. LAYOUT is (D, DP, ALIGN, ...).
     """
-    program = head_program(heads, sequences, positions, total, starts, prefixes, PACKED, HAS_INDICES, MASK)
     length = program.length
-    q_index = decode_relation(query_codes, program.relation)
-    q_t, q_t_stride = head_pointer(teacher, teacher_strides, q_index, program.head, program, ALIGN_T, PACKED)
-    q_s, q_s_stride = head_pointer(student, student_strides, q_index, program.head, program, ALIGN_S, PACKED)
-    if HAS_INDICES:
-        indices += program.indices_start
     low_t = tl.full([BLOCK], float("inf"), tl.float32)
     low_s = tl.full([BLOCK], float("inf"), tl.float32)
     high_t = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -66,8 +56,8 @@ def pivot_kernel(
     for start in range(0, length, BLOCK):
         in_bounds = start + tl.arange(0, BLOCK) < length
         position = token_positions(indices, start, length, BLOCK, HAS_INDICES, False)
-        tile_t = load_tile(q_t, position, q_t_stride, start, length, BLOCK, D_T, DP_T, ALIGN_T, False)
-        tile_s = load_tile(q_s, position, q_s_stride, start, length, BLOCK, D_S, DP_S, ALIGN_S, False)
+        tile_t = load_tile(x_t, position, stride_t, start, length, BLOCK, LAYOUT_T[0], LAYOUT_T[1], LAYOUT_T[2], False)
+        tile_s = load_tile(x_s, position, stride_s, start, length, BLOCK, LAYOUT_S[0], LAYOUT_S[1], LAYOUT_S[2], False)
         self_t = scale_t * rowwise_dot(tile_t, tile_t)
         self_s = scale_s * rowwise_dot(tile_s, tile_s)
         low_t = tl.minimum(low_t, tl.where(in_bounds, self_t, float("inf")))
@@ -79,11 +69,40 @@ def pivot_kernel(
     max_t = tl.max(high_t, 0)
     max_s = tl.max(high_s, 0)
     nonnegative = (min_t >= 0.0) & (min_s >= 0.0)
-    shared_pivot = nonnegative & (max_t - min_t <= _SHARED_PIVOT_RANGE) & (max_s - min_s <= _SHARED_PIVOT_RANGE)
+    enough = nonnegative & (max_t - min_t <= _SHARED_PIVOT_RANGE) & (max_s - min_s <= _SHARED_PIVOT_RANGE)
+    pivot_t = tl.floor(0.5 * (min_t + max_t))
+    pivot_s = tl.floor(0.5 * (min_s + max_s))
+    # Models with like scores get equal pivots. Otherwise a bit per row would have to cancel in a small KL.
+    return pivot_t, tl.where(tl.abs(pivot_s - pivot_t) < 1.5, pivot_t, pivot_s), enough
+
+
+@triton.jit(**UNSPECIALIZED)
+def pivot_kernel(
+    teacher, teacher_strides, student, student_strides, query_codes, scale_t, scale_s,
+    heads, sequences, positions, total, indices, starts, prefixes, head_stats,
+    D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr,
+    ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr,
+    PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Chooses the pivots of a head in a self relation. One program per head.
+
+    Writes to head_stats: teacher's pivot, student's pivot, and 1 if they are shared by all rows.
+    """
+    program = head_program(heads, sequences, positions, total, starts, prefixes, PACKED, HAS_INDICES, MASK)
+    q_index = decode_relation(query_codes, program.relation)
+    q_t, q_t_stride = head_pointer(teacher, teacher_strides, q_index, program.head, program, ALIGN_T, PACKED)
+    q_s, q_s_stride = head_pointer(student, student_strides, q_index, program.head, program, ALIGN_S, PACKED)
+    if HAS_INDICES:
+        indices += program.indices_start
+    LAYOUT_T: tl.constexpr = (D_T, DP_T, ALIGN_T)
+    LAYOUT_S: tl.constexpr = (D_S, DP_S, ALIGN_S)
+    pivot_t, pivot_s, shared = shared_pivots(
+        q_t, q_t_stride, q_s, q_s_stride, scale_t, scale_s, program, indices, LAYOUT_T, LAYOUT_S, HAS_INDICES, BLOCK
+    )
     head_stats += tl.program_id(0) * 4
-    tl.store(head_stats, tl.where(shared_pivot, tl.floor(0.5 * (min_t + max_t)), 0.0))
-    tl.store(head_stats + 1, tl.where(shared_pivot, tl.floor(0.5 * (min_s + max_s)), 0.0))
-    tl.store(head_stats + 2, shared_pivot.to(tl.float32))
+    tl.store(head_stats, tl.where(shared, pivot_t, 0.0))
+    tl.store(head_stats + 1, tl.where(shared, pivot_s, 0.0))
+    tl.store(head_stats + 2, shared.to(tl.float32))
 
 
 @triton.jit
@@ -227,12 +246,7 @@ def row_stats_kernel(
     tl.store(pivot_t + row, own_pivot_t, mask=in_bounds)
     tl.store(pivot_s + row, own_pivot_s, mask=in_bounds)
     if COMPUTE_KL:
-        # log(l_s / l_t) as 2 artanh(r): near r = 0, where KL is small, the error of log2 would be too large.
-        r = (l_s - l_t) / (l_s + l_t)
-        r2 = r * r
-        series = 2.0 * r * (1.0 + r2 * (1 / 3 + r2 * (1 / 5 + r2 * (1 / 7))))
-        log_ratio = tl.where(r2 < 0.01, series, LN2 * (tl.log2(l_s) - tl.log2(l_t)))
-        tl.store(kl_rows + row, log_ratio - LN2 * (v / l_t), mask=in_bounds)
+        tl.store(kl_rows + row, log_ratio(l_t, l_s) - LN2 * (v / l_t), mask=in_bounds)
 
 
 @triton.jit(**UNSPECIALIZED)
@@ -303,14 +317,11 @@ def finalize_kernel(
                 row_s = tl.load(pivot_s + offset, mask=in_bounds, other=0.0)
                 shift_t += tl.where(shared_pivot, shared_t - row_t, 0.0)
                 shift_s += tl.where(shared_pivot, shared_s - row_s, 0.0)
-            # A row that sees only itself has p = q = 1: its gradient is exactly 0, not a rounding error.
-            alone = (length == 1) | ((start + lane == 0) & (program.prefix <= 1) & (MASK != BIDIRECTIONAL))
-            if HAS_QUERY_MASK:
-                alone = alone | (
-                    rows_that_count(counted, indices, program, start, positions, BLOCK, PACKED, HAS_INDICES, True) == 0
-                )
-            inverse_t = tl.where(alone, 0.0, tl.exp2(shift_t) / l_t)
-            inverse_s = tl.where(alone, 0.0, tl.exp2(shift_s) / l_s)
+            has_gradient = rows_with_gradient(
+                counted, indices, program, start, positions, BLOCK, PACKED, HAS_INDICES, HAS_QUERY_MASK, MASK
+            )
+            inverse_t = tl.where(has_gradient, tl.exp2(shift_t) / l_t, 0.0)
+            inverse_s = tl.where(has_gradient, tl.exp2(shift_s) / l_s, 0.0)
             if ROW_WEIGHTS:
                 weight = inverse_largest * tl.load(weights + offset, mask=in_bounds, other=0.0)
                 inverse_t *= weight
