@@ -117,15 +117,16 @@ def find(flow: Flow, source: SourceLoop, warps: int) -> list[tuple[Loop, Trip]]:
         found = [(loop, flow.trip(loop, frozenset())) for loop in working]
     else:
         found = []
+        named = tags(_work(flow, flow.reachable, True))
         for loop in flow.loops:
             own = loop.blocks - frozenset[int]().union(*(child.blocks for child in loop.children))
             marked = {block: tags(_work(flow, [block], True)) for block in own}
             anchors = frozenset(block for block, names in marked.items() if names and names <= wanted)
             trip = flow.trip(loop, anchors)
-            seen = tags(flow.code(trip.may))
-            # Branches of the loop, or loops inside, may share instructions with this path.
-            others = tags(_work(flow, loop.blocks - trip.may, True))
-            if anchors and wanted <= seen and seen - wanted <= others:
+            # Loops with tags of their own may share instructions with this one, but no exponentials.
+            extra = tags(flow.code(trip.may)) - wanted
+            alone = extra <= named and not extra & tags(_work(flow, trip.may, True))
+            if anchors and alone and wanted <= tags(flow.code(trip.may)):
                 found.append((loop, trip))
         inner = [loop for loop, _ in found]
         found = [(loop, trip) for loop, trip in found if not any(other.blocks < loop.blocks for other in inner)]
@@ -145,11 +146,13 @@ def find(flow: Flow, source: SourceLoop, warps: int) -> list[tuple[Loop, Trip]]:
 
 
 def _around_all(flow: Flow, wanted: frozenset[str]) -> list[tuple[Loop, Trip]]:
-    """The innermost loop with all products that are in loops, or all that have one of the tags."""
+    """The innermost loop with products and all of the tags and no others; without tags, with all products in loops."""
     looped = frozenset[int]().union(*(loop.blocks for loop in flow.loops))
-    products = {block: _work(flow, [block], False) for block in looped}
-    meant = {block for block, code in products.items() if code and (not wanted or tags(code) & wanted)}
-    around = [loop for loop in flow.loops if meant and meant <= loop.blocks]
+    products = frozenset(block for block in looped if _work(flow, [block], False))
+    if wanted:
+        around = [loop for loop in flow.loops if products & loop.blocks and tags(flow.code(loop.blocks)) == wanted]
+    else:
+        around = [loop for loop in flow.loops if products and products <= loop.blocks]
     innermost = sorted(around, key=lambda loop: len(loop.blocks))[:1]
     return [(loop, flow.trip(loop, frozenset())) for loop in innermost]
 

@@ -36,7 +36,7 @@ def variants(arch: int = 90) -> Iterator[CudaVariant]:
     for dtype, d_t, d_s in (("bfloat16", 128, 64), ("float16", 16, 8), ("float32", 16, 8)):
         yield tiles(dtype, d_t, d_s)
     for dtype, d_t, d_s in (("bfloat16", 16, 8), ("bfloat16", 64, 32), ("float16", 16, 8), ("float32", 16, 8)):
-        for group in ("self long", "cross", "self evaluation", "self rows"):
+        for group in ("self long", "cross", "self evaluation", "self rows gradient"):
             yield from rows(dtype, d_t, d_s, group)
 
 
@@ -44,24 +44,23 @@ def _padded(width: int) -> int:
     return -(-width // 8) * 8
 
 
-def _symmetric(
-    dtype: str, d_t: int, d_s: int, group: str, warps: int, loops: tuple[SourceLoop, ...], word: int
-) -> CudaVariant:
-    """The symmetric kernel. `word` is the size of its row statistics, in bytes per token (symmetric_bytes)."""
+def symmetric(dtype: str, d_t: int, d_s: int) -> CudaVariant:
+    """Returns the kernel of self relations, with its schedule: strips or tiles."""
+    return strips(d_t, d_s, "self") if dtype == "bfloat16" and (d_t, d_s) in _STRIP_ROWS else tiles(dtype, d_t, d_s)
+
+
+def symmetric_bytes(dtype: str, d_t: int, d_s: int, length: int) -> int:
+    """Returns the shared memory of its blocks, as symmetric_bytes in launch_plan.cpp does."""
     splits, t, s = _SPLITS[dtype], _padded(d_t) // 8, _padded(d_s) // 8
-    causal = int("causal" in group or "prefix" in group)
-    token = 16 * splits * (t + s) + 32 * s + word
-    return CudaVariant(
-        "symmetric",
-        f"symmetric_{splits}_{t}_{splits}_{s}_{causal}",
-        group,
-        dtype,
-        d_t,
-        d_s,
-        warps,
-        loops,
-        {"512": 256 + 512 * token},
-    )
+    in_strips = dtype == "bfloat16" and (d_t, d_s) in _STRIP_ROWS
+    return 256 + length * (16 * splits * (t + s) + 32 * s + (16 if in_strips or splits == 3 else 8))
+
+
+def _symmetric(dtype: str, d_t: int, d_s: int, group: str, loops: tuple[SourceLoop, ...]) -> CudaVariant:
+    splits, t, s = _SPLITS[dtype], _padded(d_t) // 8, _padded(d_s) // 8
+    symbol = f"symmetric_{splits}_{t}_{splits}_{s}_{int(group != 'self')}"
+    shared = {"512": symmetric_bytes(dtype, d_t, d_s, 512)}
+    return CudaVariant("symmetric", symbol, group, dtype, d_t, d_s, 4, loops, shared)
 
 
 def strips(d_t: int, d_s: int, group: str) -> CudaVariant:
@@ -116,7 +115,7 @@ def strips(d_t: int, d_s: int, group: str) -> CudaVariant:
     phases.append(loop("gradient", "", "strip-gradient", gradient, whole))
     phases.append(loop("gradient", "diagonal", "strip-gradient-square", on_diagonal, diagonal))
     phases.append(loop("gradient", "tail", "strip-gradient-ragged", gradient, tail))
-    return _symmetric("bfloat16", d_t, d_s, group, 4, tuple(phases), 16)
+    return _symmetric("bfloat16", d_t, d_s, group, tuple(phases))
 
 
 def tiles(dtype: str, d_t: int, d_s: int) -> CudaVariant:
@@ -143,7 +142,7 @@ def tiles(dtype: str, d_t: int, d_s: int) -> CudaVariant:
         loop("gradient", "", "gradient", gradient),
         loop("gradient", "diagonal", "gradient-masked", gradient),
     )
-    return _symmetric(dtype, d_t, d_s, "self", 4, loops, 16 if splits == 3 else 8)
+    return _symmetric(dtype, d_t, d_s, "self", loops)
 
 
 def rows(dtype: str, d_t: int, d_s: int, group: str) -> Iterator[CudaVariant]:
@@ -153,8 +152,8 @@ def rows(dtype: str, d_t: int, d_s: int, group: str) -> Iterator[CudaVariant]:
         dtype: dtype of teacher and student.
         d_t: head width of the teacher.
         d_s: head width of the student.
-        group: "self long" or "cross" for a loss with its gradient, "self evaluation" for a loss without, and "self
-            rows" for `reduction="none"`, forward and backward.
+        group: "self" or "cross", then "evaluation" for a loss without gradient or the rows of `reduction="none"`. Other
+            words are names only: "long" for a loss with its gradient, "rows gradient" for the gradient of rows.
     """
     splits, t, s = _SPLITS[dtype], _padded(d_t) // 8, _padded(d_s) // 8
     shape = f"{t}_{splits}_{s}_{splits}"
@@ -171,30 +170,23 @@ def rows(dtype: str, d_t: int, d_s: int, group: str) -> Iterator[CudaVariant]:
         loop = SourceLoop(kernel, square // turns, exponentials, macs // turns, marker, per="warp", work=work)
         return CudaVariant(kernel, f"{symbol}_{shape}", group, dtype, d_t, d_s, 4, (loop,))
 
-    def stats(exact: bool, kernel: str = "row_stats") -> CudaVariant:
+    def stats(exact: bool) -> CudaVariant:
         # One more exponential for each of a lane's 4 rows rescales its sum. Exact ones are polynomials.
         exponentials = 0 if exact else 2 * (square + 4 * _TILE)
-        return variant(kernel, f"row_stats_{int(exact)}", "", exponentials, scores)
+        return variant("row_stats", f"row_stats_{int(exact)}", "", exponentials, scores)
 
-    def row_wise(kernel: str, direction: str) -> CudaVariant:
-        # The exponentials of rows and of keys have markers of their own, and so have the calls: the compiler's line
-        # table mixes up calls of code with exponentials.
-        markers = {"rows": "forward", "keys": "backward", "both": "forward+backward"}
-        marker = direction if splits == 3 else markers[direction]
-        exponentials = 0 if splits == 3 else (4 if direction == "both" else 2) * square
+    def row_wise(kernel: str, marker: str) -> CudaVariant:
+        exponentials = 0 if splits == 3 else (4 if "+" in marker else 2) * square
         macs = scores + square * products * _padded(d_s)
         return variant(kernel, f"row_wise_{splits}", marker, exponentials, macs, 1 if exponentials else 2)
 
-    exact = splits == 3
-    if "evaluation" in group or "rows" in group:
+    if "evaluation" in group:
         yield stats(True)
         yield variant("row_wise", "row_wise_0", "", 0, scores, 2)
-    if "rows" in group:
-        yield stats(exact, "row_stats of backward")
-    if "long" in group or group == "cross":
-        yield stats(exact)
-    if "long" in group or "rows" in group:
-        yield row_wise("row_wise both", "both")
-    if group == "cross":
-        yield row_wise("row_wise query", "rows")
-        yield row_wise("row_wise key", "keys")
+        return
+    yield stats(splits == 3)
+    if "self" in group:
+        yield row_wise("row_wise both", "forward+backward")
+    else:
+        yield row_wise("row_wise query", "forward")
+        yield row_wise("row_wise key", "backward")

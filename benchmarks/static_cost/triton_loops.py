@@ -222,7 +222,8 @@ def variants_of(
                 phase,
                 pairs=tile if on_diagonal else 2 * tile,
                 exponentials=2 * tile,
-                tensor_macs=tile * (features + (products if on_diagonal else 2 * products)),
+                # Every warp computes the whole product for the 16 columns.
+                tensor_macs=tile * (features + products * (1 if on_diagonal else 1 + config.num_warps)),
                 marker=f"{phase}_diagonal" if on_diagonal else phase,
                 # Heads of wide range have a loop of their own, with the same code for sums.
                 copies=2 if tail and on_diagonal and not gradient else 1,

@@ -87,7 +87,7 @@ def triton_variants(arch: str, module: str) -> list[Variant]:
         declared = importlib.import_module(module).variants(number)
     except ModuleNotFoundError as missing:
         raise ValueError(f"no Triton kernels: {missing}") from missing
-    return [_variant("triton", item, partial(build_triton, item, number)) for item in declared]
+    return [triton_variant(item, number) for item in declared]
 
 
 def cuda_variants(arch: str, module: str = CUDA_MODULE) -> list[Variant]:
@@ -96,7 +96,17 @@ def cuda_variants(arch: str, module: str = CUDA_MODULE) -> list[Variant]:
         declared, folder = json.loads(Path(module).read_text()), Path(module).parent
     else:
         declared, folder = importlib.import_module(module).variants(int(arch.removeprefix("sm_"))), Path()
-    return [_variant("cuda", item, partial(build_cuda, item, arch, folder)) for item in declared]
+    return [cuda_variant(item, arch, folder) for item in declared]
+
+
+def triton_variant(item: Any, arch: int) -> Variant:
+    """A declared Triton kernel, for an architecture such as 90."""
+    return _variant("triton", item, partial(build_triton, item, arch))
+
+
+def cuda_variant(item: Any, arch: str, folder: Path = Path()) -> Variant:
+    """A declared CUDA C++ kernel, for "sm_90" or another architecture. Its `source`, if any, is in the folder."""
+    return _variant("cuda", item, partial(build_cuda, item, arch, folder))
 
 
 def _variant(backend: str, item: Any, build: Callable[[], Built]) -> Variant:

@@ -440,17 +440,11 @@ struct RowWiseKernel {
               own_tokens * 8);
         };
         if (kSplits == 0 || !backward)
-          // static: begin rows
           process(Direction<1>{});
-          // static: end rows
         else if (forward)
-          // static: begin both
           process(Direction<kSplits ? 3 : 1>{});
-          // static: end both
         else
-          // static: begin keys
           process(Direction<kSplits ? 2 : 1>{});
-          // static: end keys
       }
       first += params.capacity;
       if (first >= streamed.end) {
