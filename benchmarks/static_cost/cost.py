@@ -354,7 +354,7 @@ def _loop_figures(
         }
 
     def mean(executed: float) -> tuple[Counts, Counts]:
-        """What a turn executes on average, and what it always executes."""
+        """Returns the counts of a turn: those on average, and those of every turn."""
         counts = always = Counts()
         for turn in turns:
             counts = counts.plus(turn.mean(executed), 1 / sum(unrolled))

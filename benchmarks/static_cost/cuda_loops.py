@@ -9,7 +9,7 @@ from .variants import SourceLoop, Work
 
 _SPLITS = {"bfloat16": 1, "float16": 2, "float32": 3}
 _TILE = 32  # rows and columns of a tile
-_STRIP_ROWS = {(16, 8): 64, (16, 16): 32, (32, 16): 32, (64, 32): 32}  # of bfloat16 (symmetric_schedule)
+_STRIP_ROWS = {(16, 8): 64, (16, 16): 32, (32, 16): 32, (64, 32): 32}  # in bfloat16; see symmetric_schedule
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def strips(d_t: int, d_s: int, group: str) -> CudaVariant:
 def tiles(dtype: str, d_t: int, d_s: int) -> CudaVariant:
     """Returns the symmetric kernel of tiles."""
     splits = _SPLITS[dtype]
-    products = {1: 1, 2: 4, 3: 6}[splits]  # of splits
+    products = {1: 1, 2: 4, 3: 6}[splits]  # products of splits
     square = _TILE * _TILE
     scores = square * products * (_padded(d_t) + _padded(d_s))
     gradient = scores + square * products * 2 * _padded(d_s)

@@ -9,12 +9,12 @@ import argparse
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from minilm_kernels.relation.costs import FILE, LENGTHS, WIDTHS
+from minilm_kernels.relation.costs import FILE, LENGTHS, WIDTHS, Work
 
 from . import cost, cuda_loops, triton_loops
 from .machine import MACHINES
@@ -67,13 +67,20 @@ def write(path: Path, rows: Iterable[dict]) -> None:
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def static_rows(arch: str, dtype: str, width: int) -> Iterator[dict]:
-    """Yields the rows of one dtype and width class, from bounds of the machine code."""
+def static_rows(
+    arch: str,
+    dtype: str,
+    width: int,
+    relations: Sequence[str] = ("self", "cross"),
+    works: Sequence[str] = get_args(Work),
+    lengths: Sequence[int] = LENGTHS,
+) -> Iterator[dict]:
+    """Yields rows of one dtype and width class, from bounds of the machine code."""
     number = int(arch.removeprefix("sm_"))
     sizes = (dtype, width, _STUDENTS[width])
-    for relation in ("self", "cross"):
-        for work in ("training", "evaluation", "rows gradient"):
-            for length in LENGTHS:
+    for relation in relations:
+        for work in works:
+            for length in lengths:
                 of_triton, triton_per_head = _triton(relation, work, sizes, number, length)
                 of_cuda, cuda_per_head = _cuda(relation, work, sizes, arch, length)
                 clocks = {"cuda": _clocks(of_cuda, arch, length), "triton": _clocks(of_triton, arch, length)}

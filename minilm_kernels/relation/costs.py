@@ -19,7 +19,7 @@ from minilm_kernels._choices import AUTO_BACKENDS, AutoBackend
 
 from .inputs import RelationInputs
 
-# What a call computes: a reduced loss with its gradient; a reduced loss without, or the rows of `reduction="none"`,
+# Kinds of computation: a reduced loss with its gradient; a reduced loss without, or the rows of `reduction="none"`,
 # which cost the same; the gradient of these rows.
 Work = Literal["training", "evaluation", "rows gradient"]
 
@@ -30,7 +30,7 @@ _DTYPES = {1: "bfloat16", 2: "float16", 3: "float32"}
 
 
 class Call(NamedTuple):
-    """What the cost of a call depends on. Sizes are rounded up to those of the table."""
+    """The properties of a call that its cost depends on. Sizes are rounded up to those of the table."""
 
     architecture: int  # such as 90
     multiprocessors: int
@@ -40,7 +40,7 @@ class Call(NamedTuple):
     length: int
     self_relations: int
     cross_relations: int
-    heads: int  # of all sequences and one relation; more than there are multiprocessors are not told apart
+    heads: int  # in one relation of all sequences; at most the number of multiprocessors
 
 
 class Order(NamedTuple):
