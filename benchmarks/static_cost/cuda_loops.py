@@ -9,7 +9,9 @@ from .variants import SourceLoop, Work
 
 _SPLITS = {"bfloat16": 1, "float16": 2, "float32": 3}
 _TILE = 32  # rows and columns of a tile
-_STRIP_ROWS = {(16, 8): 64, (16, 16): 32, (32, 16): 32, (64, 32): 32}  # in bfloat16; see symmetric_schedule
+_FORMATS = _SPLITS | {"float16": 4}  # of tokens in the symmetric path (launch_params.h)
+_STRIP_ROWS = {(16, 8): 64, (16, 16): 32, (32, 16): 32, (64, 32): 32}  # in half precision; see symmetric_schedule
+_WINDOW = 8  # strips of a window of 64 rows (segment_warps)
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,15 @@ class CudaVariant:
 
 def variants(arch: int = 90) -> Iterator[CudaVariant]:
     """Yields every kind of kernel: strips and tiles, with each mask, and rows."""
-    for widths in _STRIP_ROWS:
-        yield strips(*widths, "self")
-    for group in ("self causal", "self prefix"):
-        yield strips(16, 8, group)
-    for dtype, d_t, d_s in (("bfloat16", 128, 64), ("float16", 16, 8), ("float32", 16, 8)):
+    for dtype in ("bfloat16", "float16"):
+        for widths in _STRIP_ROWS:
+            yield strips(dtype, *widths, "self")
+        for group in ("self causal", "self prefix", "self long"):
+            yield strips(dtype, 16, 8, group)
+    for dtype, d_t, d_s in (("bfloat16", 128, 64), ("float32", 16, 8)):
         yield tiles(dtype, d_t, d_s)
     for dtype, d_t, d_s in (("bfloat16", 16, 8), ("bfloat16", 64, 32), ("float16", 16, 8), ("float32", 16, 8)):
-        for group in ("self long", "cross", "self evaluation", "self rows gradient"):
+        for group in ("self row-wise", "cross", "self evaluation"):
             yield from rows(dtype, d_t, d_s, group)
 
 
@@ -46,25 +49,34 @@ def _padded(width: int) -> int:
 
 def symmetric(dtype: str, d_t: int, d_s: int) -> CudaVariant:
     """Returns the kernel of self relations, with its schedule: strips or tiles."""
-    return strips(d_t, d_s, "self") if dtype == "bfloat16" and (d_t, d_s) in _STRIP_ROWS else tiles(dtype, d_t, d_s)
+    return strips(dtype, d_t, d_s, "self") if in_strips(dtype, d_t, d_s) else tiles(dtype, d_t, d_s)
+
+
+def in_strips(dtype: str, d_t: int, d_s: int) -> bool:
+    """Returns whether the schedule of these heads is that of strips."""
+    return dtype != "float32" and (d_t, d_s) in _STRIP_ROWS
 
 
 def symmetric_bytes(dtype: str, d_t: int, d_s: int, length: int) -> int:
     """Returns the shared memory of its blocks, as symmetric_bytes in launch_plan.cpp does."""
-    splits, t, s = _SPLITS[dtype], _padded(d_t) // 8, _padded(d_s) // 8
-    in_strips = dtype == "bfloat16" and (d_t, d_s) in _STRIP_ROWS
-    return 256 + length * (16 * splits * (t + s) + 32 * s + (16 if in_strips or splits == 3 else 8))
+    t, s = _padded(d_t) // 8, _padded(d_s) // 8
+    strips, splits = in_strips(dtype, d_t, d_s), _SPLITS[dtype]
+    return 256 + length * (16 * (1 if strips else splits) * (t + s) + 32 * s + (16 if strips or splits == 3 else 8))
 
 
 def _symmetric(dtype: str, d_t: int, d_s: int, group: str, loops: tuple[SourceLoop, ...]) -> CudaVariant:
-    splits, t, s = _SPLITS[dtype], _padded(d_t) // 8, _padded(d_s) // 8
-    symbol = f"symmetric_{splits}_{t}_{splits}_{s}_{int(group != 'self')}"
-    shared = {"512": symmetric_bytes(dtype, d_t, d_s, 512)}
-    return CudaVariant("symmetric", symbol, group, dtype, d_t, d_s, 4, loops, shared)
+    form, t, s = _FORMATS[dtype], _padded(d_t) // 8, _padded(d_s) // 8
+    kernel, warps = ("segments", _WINDOW) if "long" in group else ("symmetric", 4)
+    causal = int("causal" in group or "prefix" in group)
+    shared = None if "long" in group else {"512": symmetric_bytes(dtype, d_t, d_s, 512)}
+    return CudaVariant(kernel, f"{kernel}_{form}_{t}_{form}_{s}_{causal}", group, dtype, d_t, d_s, warps, loops, shared)
 
 
-def strips(d_t: int, d_s: int, group: str) -> CudaVariant:
-    """Returns the symmetric kernel of strips. `group`: "self", "self causal", or "self prefix" (of the whole sequence).
+def strips(dtype: str, d_t: int, d_s: int, group: str) -> CudaVariant:
+    """Returns the symmetric kernel of strips.
+
+    `group`: "self", "self causal", "self prefix" (of the whole sequence), or "self long" for the kernel of heads that
+    exceed shared memory.
 
     A turn of the source loop is a round of one strip: its rows meet the columns of a strip, 16 at a time.
     """
@@ -79,7 +91,10 @@ def strips(d_t: int, d_s: int, group: str) -> CudaVariant:
     def whole(length: int, share: Callable[[int], float] = lambda n: n * (n - 1) / 2, entries: bool = True) -> Work:
         n = length // rows
         left = 1 if length % rows else 0
-        return Work(share(n), share(n) * pairs, entries=(n + left) * entries)
+        strips = n + left
+        # A strip meets the columns of its own window and of half of the others, one window at a time.
+        windows = (-(-strips // _WINDOW) + 1) / 2 if "long" in group else 1
+        return Work(share(n), share(n) * pairs, entries=strips * windows * entries)
 
     def later_rows(n: int) -> float:  # rounds in which the strip is later than the columns: they wrapped around
         return sum(d for d in range(1, (n + 1) // 2))
@@ -102,7 +117,7 @@ def strips(d_t: int, d_s: int, group: str) -> CudaVariant:
         return SourceLoop(phase, mine, pairs, macs, marker, per="warp", part=part, conditional=branches, work=work)
 
     # Without a mask, a square has no product for its columns. The first 16 rows meet no other columns.
-    on_diagonal = gradient - (rows * _padded(d_s) * 16 if group == "self" else 0)
+    on_diagonal = gradient - (rows * _padded(d_s) * 16 if group in ("self", "self long") else 0)
     phases = []
     if "causal" in group:
         earlier, later = "strip-sums-columns", "strip-sums-rows"
@@ -115,7 +130,7 @@ def strips(d_t: int, d_s: int, group: str) -> CudaVariant:
     phases.append(loop("gradient", "", "strip-gradient", gradient, whole))
     phases.append(loop("gradient", "diagonal", "strip-gradient-square", on_diagonal, diagonal))
     phases.append(loop("gradient", "tail", "strip-gradient-ragged", gradient, tail))
-    return _symmetric("bfloat16", d_t, d_s, group, tuple(phases))
+    return _symmetric(dtype, d_t, d_s, group, tuple(phases))
 
 
 def tiles(dtype: str, d_t: int, d_s: int) -> CudaVariant:
@@ -153,7 +168,7 @@ def rows(dtype: str, d_t: int, d_s: int, group: str) -> Iterator[CudaVariant]:
         d_t: head width of the teacher.
         d_s: head width of the student.
         group: "self" or "cross", then "evaluation" for a loss without gradient or the rows of `reduction="none"`. Other
-            words are names only: "long" for a loss with its gradient, "rows gradient" for the gradient of rows.
+            words are names only.
     """
     splits, t, s = _SPLITS[dtype], _padded(d_t) // 8, _padded(d_s) // 8
     shape = f"{t}_{splits}_{s}_{splits}"

@@ -101,7 +101,9 @@ def _cuda(relation: str, work: str, sizes: Sizes, arch: str, length: int) -> tup
     fits = cuda_loops.symmetric_bytes(*sizes, length) <= MACHINES[arch].shared - 1024
     if relation == "self" and work == "training" and fits:
         return [cuda_variant(cuda_loops.symmetric(*sizes), arch)], True
-    group = f"{relation} {'evaluation' if work == 'evaluation' else 'long'}"
+    if relation == "self" and work == "training" and cuda_loops.in_strips(*sizes):
+        return [cuda_variant(cuda_loops.strips(*sizes, "self long"), arch)], False
+    group = f"{relation} {'evaluation' if work == 'evaluation' else 'row-wise'}"
     return [cuda_variant(kernel, arch) for kernel in cuda_loops.rows(*sizes, group)], False
 
 

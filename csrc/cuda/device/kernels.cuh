@@ -3,8 +3,7 @@
 // MINILM_SYMMETRIC with the template arguments 1, 2, 1, 1, 0; host/launch_plan.cpp makes these names.
 #pragma once
 
-#include "row_wise.cuh"
-#include "symmetric.cuh"
+#include "segments.cuh"
 
 #define MINILM_ENTRY(threads, blocks, name, Params, ...)                                               \
   extern "C" MINILM_KERNEL(threads, blocks) name(const MINILM_PARAMETER minilm::cuda::Params params) { \
@@ -14,6 +13,9 @@
 #define MINILM_SYMMETRIC(name, ...)                                                                       \
   MINILM_ENTRY((32 * minilm::cuda::SymmetricKernel<__VA_ARGS__>::kSchedule.warps), 1, name, LaunchParams, \
                SymmetricKernel<__VA_ARGS__>)
+#define MINILM_SEGMENTS(name, ...)                                                             \
+  MINILM_ENTRY((32 * minilm::cuda::SegmentKernel<__VA_ARGS__>::kWarps), 2, name, LaunchParams, \
+               SegmentKernel<__VA_ARGS__>)
 #define MINILM_ROW_STATS(name, ...) \
   MINILM_ENTRY(32 * minilm::cuda::kRowWiseWarps, 2, name, LaunchParams, RowStatsKernel<__VA_ARGS__>)
 #define MINILM_ROW_WISE(name, ...) \

@@ -8,6 +8,15 @@ namespace minilm::cuda {
 constexpr int kTile = 32;          // tokens of a tile: a warp processes 32 × 32 pairs at a time
 constexpr int kMaxRelations = 16;  // relations of a launch, limited by the 4 KiB of kernel parameters
 
+// Formats of tokens on tensor cores: the sum of 1, 2 or 3 bfloat16 numbers, its splits; or a float16 number, which the
+// symmetric path takes as it is.
+constexpr int kFloat16 = 4;
+constexpr int splits_in(int format) { return format == kFloat16 ? 1 : format; }
+
+// The symmetric path multiplies score gradients, which are at most 2, by this number before it rounds them to float16.
+// Those above 4e-9 then have all bits.
+constexpr float grad_scale(int format) { return format == kFloat16 ? 16384.0f : 1.0f; }
+
 // The schedule of a symmetric kernel, chosen so that no loop over pairs spills registers.
 struct SymmetricSchedule {
   int strip_rows;  // rows of a strip (strips.cuh); 0: the kernel combines tiles
@@ -15,18 +24,38 @@ struct SymmetricSchedule {
 };
 
 // Per 16 rows, a strip needs two registers per chunk for operands, and four per chunk of the student for gradients.
-constexpr SymmetricSchedule symmetric_schedule(int splits_s, int chunks_t, int splits_t, int chunks_s, int capability) {
+constexpr SymmetricSchedule symmetric_schedule(int format_s, int chunks_t, int format_t, int chunks_s, int capability) {
   const int registers = 2 * chunks_t + 6 * chunks_s;
-  if (splits_s != 1 || splits_t != 1 || chunks_t == 0 || registers > 40) return {0, splits_s == 3 ? 8 : 12};
+  if (splits_in(format_s) != 1 || splits_in(format_t) != 1 || chunks_t == 0 || registers > 40)
+    return {0, format_s == 3 ? 8 : 12};
   if (registers <= 10) return {64, capability < 100 ? 16 : 12};
   if (registers <= 20) return {32, 12};
   return {32, 8};
 }
 
+// Warps of a block that combines windows of a longer head: two blocks on an SM, so that one loads while one computes.
+constexpr int segment_warps(const SymmetricSchedule& schedule) { return schedule.warps / 2; }
+
 constexpr int kRowWiseWarps = 4;  // warps per block; two blocks run on an SM
 
 // Parts of the shared memory of a symmetric block.
 constexpr int kBlockStateBytes = 128, kScratchBytes = 128;
+
+// The reference scores of a head. If `shared` is 0, no reference serves all its rows: it takes the row-wise path.
+struct HeadRange {
+  float reference_t, reference_s;
+  int32_t shared;
+};
+
+// Heads that exceed shared memory (segments.cuh). Row-wise launches of such heads have these parameters as well.
+struct SegmentParams {
+  int32_t window;       // tokens of a window; 0: the launch has no such heads
+  int32_t parts;        // most parts of a head, an odd number
+  int32_t gradient;     // phase: 0, sums; 1, gradients
+  int32_t grad_floats;  // floats of a token in `grads`
+  HeadRange* ranges;    // [R][N][A]
+  float *sums, *grads;  // [1 + parts / 2] and [parts / 2] of [R][A][positions of all sequences][floats of a token]
+};
 
 struct LaunchParams {
   Call call;
@@ -35,10 +64,11 @@ struct LaunchParams {
   int32_t capacity;    // tokens in shared memory; symmetric: those of the sequence; row-wise: those of a streamed tile
   int64_t min_length;  // sequences outside min_length ... max_length are skipped
   int64_t max_length;
-  double* partials;  // [R][slots]: weighted KL divergence of each block
+  double* partials;  // [R][slots]: weighted KL divergence of each block, from first_slot on
   int64_t slots, first_slot;
   float* row_stats;  // row-wise: [4][R][A][positions of all sequences], the arrays of RowStats
   int64_t row_stats_stride;
+  SegmentParams segments;
   int32_t keys;  // row-wise: 1 if a block's own tokens are the keys of a cross relation
 };
 static_assert(sizeof(LaunchParams) <= 4096, "kernel parameters");
@@ -47,10 +77,10 @@ static_assert(sizeof(LaunchParams) <= 4096, "kernel parameters");
 struct ReduceParams {
   Call call;
   const double* partials;
-  int64_t slots, symmetric_slots;
+  int64_t slots;
+  int64_t first[kMaxRelations], end[kMaxRelations];  // slots that have been written
   int32_t num_relations;
   int32_t index[kMaxRelations];
-  bool symmetric[kMaxRelations], row_wise[kMaxRelations];  // kernels that have written partial sums
 };
 
 }  // namespace minilm::cuda

@@ -9,7 +9,7 @@
 // the same memory, and the scratch memory is O(S).
 #pragma once
 
-#include "tile.cuh"
+#include "segment_parts.cuh"
 
 namespace minilm::cuda {
 
@@ -173,21 +173,21 @@ MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&scor
     }
 }
 
-// Adds one tile's contribution to the KL divergence of the own tokens' rows and, if kSplits > 0, to the gradient of the
-// own tokens.
-template <int kSplits, bool kExact, bool kForward, bool kBackward>
-MINILM_DEVICE void row_wise_tile(const TileOperands& own, const TileOperands& other, int chunks_t, int splits_t,
-                                 int chunks_s, int splits_s, float scale_t, float scale_s, const Sequence& sequence,
+// Adds one tile's contribution to the KL divergence of the own tokens' rows and, if kFormat > 0, to the gradient of the
+// own tokens, times grad_scale(kFormat).
+template <int kFormat, bool kExact, bool kForward, bool kBackward>
+MINILM_DEVICE void row_wise_tile(const TileOperands& own, const TileOperands& other, int chunks_t, int format_t,
+                                 int chunks_s, int format_s, float scale_t, float scale_s, const Sequence& sequence,
                                  TileOrigin origin, PerRow& kl, float* sums, int plane) {
   MINILM_NO_UNROLL_FOR (int half = 0; half < 2; ++half) {
     const TileOperands columns = at(other, 16 * half);
     float score_t[2][2][4], score_s[2][2][4];
-    scores(score_t, own.teacher, columns.teacher, chunks_t, splits_t);
-    scores(score_s, own.student, columns.student, chunks_s, splits_s);
+    scores(score_t, own.teacher, columns.teacher, chunks_t, format_t);
+    scores(score_s, own.student, columns.student, chunks_s, format_s);
     add_score_grads<kExact, kForward, kBackward>(score_t, score_s, scale_t, scale_s, sequence,
                                                  {origin.own, origin.other + 16 * half}, own, columns, kl);
-    if constexpr (kSplits > 0)
-      add_gradients<kSplits, false>(score_s, sums, nullptr, plane, own.student, columns.student, chunks_s);
+    if constexpr (kFormat > 0)
+      add_gradients<kFormat, false>(score_s, sums, nullptr, plane, own.student, columns.student, chunks_s);
   }
 }
 
@@ -331,6 +331,10 @@ struct RowStatsKernel {
     if (work.empty) return;
     const Sequence& sequence = work.sequence;
     const Relation& relation = *work.relation;
+    if (params.segments.window) {
+      const HeadScratch scratch(params, relation, work.n, sequence, work.head);
+      if (scratch.range->shared) return finish_sums(params, sequence, scratch, work.first);
+    }
     const Shape<kChunksT, kSplitsT, kChunksS, kSplitsS> shape(relation);
     const int chunks_t = shape.chunks_t(), splits_t = shape.splits_t();
     const int chunks_s = shape.chunks_s(), splits_s = shape.splits_s();
@@ -393,6 +397,10 @@ struct RowWiseKernel {
     }
     const Sequence& sequence = work.sequence;
     const Relation& relation = *work.relation;
+    if (kSplits && params.segments.window) {
+      const HeadScratch scratch(params, relation, work.n, sequence, work.head);
+      if (scratch.range->shared) return finish(params, work, scratch, memory, partial);
+    }
     const bool forward = !params.keys, backward = kSplits > 0 && (params.keys || relation.self);
     const TensorView& own_x_t = params.keys ? relation.teacher.key : relation.teacher.query;
     const TensorView& own_x_s = params.keys ? relation.student.key : relation.student.query;
@@ -460,6 +468,26 @@ struct RowWiseKernel {
     }
   }
 
+  // Completes the own tokens of a head that the segment kernel has computed.
+  static MINILM_DEVICE void finish(const LaunchParams& params, const RowWork& work, const HeadScratch& scratch,
+                                   char* memory, double* partial) {
+    const Relation& relation = *work.relation;
+    const int width = relation.student.key.width;
+    const float weight = params.call.weights[work.n];
+    const float value = finish_gradient(params, work.sequence, scratch, work.first, gradient_of(params, work, 1), width,
+                                        relation.student.scale * weight);
+    const double sum = block_sum(value, reinterpret_cast<double*>(memory));
+    if (thread_index() == 0) *partial = weight * sum;
+  }
+
+  // Gradient of the sequence's first position and the block's head, if `group` heads share one.
+  static MINILM_DEVICE float* gradient_of(const LaunchParams& params, const RowWork& work, int group) {
+    const Relation& relation = *work.relation;
+    return (params.keys ? relation.key_grad : relation.query_grad) +
+           (work.sequence.batch * params.call.positions * (params.call.num_heads / group) + work.head / group) *
+               relation.student.key.width;
+  }
+
   static MINILM_DEVICE void load_row_stats(const LaunchParams& params, const Sequence& sequence, int64_t row_stats_at,
                                            int64_t row_at, int first, int count, const RowStats& rows, float* weights) {
     const float* given = params.call.row_grads;
@@ -505,8 +533,7 @@ struct RowWiseKernel {
     const float factor = relation.student.scale * (call.weights ? call.weights[work.n] : 1.0f);
     const int group = params.keys ? relation.student.group : 1;
     const int64_t heads = call.num_heads / group;
-    float* out = (params.keys ? relation.key_grad : relation.query_grad) +
-                 (work.sequence.batch * call.positions * heads + work.head / group) * width;
+    float* out = gradient_of(params, work, group);
     for (int item = thread_index(); item < shared.own * chunks; item += thread_count()) {
       const int slot = item / chunks, chunk = item % chunks;
       if (work.first + slot < work.sequence.length)
@@ -523,10 +550,9 @@ struct ReduceKernel {
     const Call& call = reduction.call;
     const int r = static_cast<int>(block_index());
     const double* partials = reduction.partials + reduction.index[r] * reduction.slots;
-    const int64_t first = reduction.symmetric[r] ? 0 : reduction.symmetric_slots;
-    const int64_t end = reduction.row_wise[r] ? reduction.slots : reduction.symmetric_slots;
     double value = 0.0, broken = 0.0;
-    for (int64_t i = first + thread_index(); i < end; i += thread_count()) value += partials[i];
+    for (int64_t i = reduction.first[r] + thread_index(); i < reduction.end[r]; i += thread_count())
+      value += partials[i];
     for (int64_t n = thread_index(); n < call.num_sequences; n += thread_count()) {
       Sequence sequence;
       if (!find_sequence(call, n, sequence)) broken = 1.0;

@@ -1,6 +1,7 @@
-// The schedule of the symmetric path for bfloat16 heads of few chunks. A warp owns a strip of rows for a whole phase:
-// their operands, their sums and their gradients stay in registers while the strip meets the columns of other strips,
-// 16 at a time. In round d, strip i meets strip i + d (schedule.cuh), so that no two strips of a round share columns.
+// The schedule of the symmetric path for heads of few chunks in half precision. A warp owns a strip of rows for a whole
+// phase: their operands, their sums and their gradients stay in registers while the strip meets the columns of other
+// strips, 16 at a time. In round d, strip i meets strip i + d (schedule.cuh), so that no two strips of a round share
+// columns.
 //
 // Two things keep the arithmetic beside the exponentials small:
 // - The factors 1/l_i + 1/l_j of phase 2 are products of tensor cores as well: (1/l_i, ones) · (ones, 1/l_j), with 1/l
@@ -70,17 +71,16 @@ struct ColumnTokens {
 };
 
 // out = scale · x · y - reference for 16 rows and 16 columns.
-template <int kChunks>
+template <int kFormat, int kChunks>
 MINILM_DEVICE void exponents(float (&out)[2][4], const uint32_t (&x)[2 * kChunks], const uint32_t (&y)[2][kChunks],
                              float scale, float reference) {
   MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) {
     float (&c)[4] = out[n];
     MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) c[e] = 0.0f;
     MINILM_UNROLL_FOR (int chunk = 0; chunk + 1 < kChunks; chunk += 2) {
-      const uint32_t* a = x + 2 * chunk;
-      mma_m16n8k16(c, a[0], a[1], a[2], a[3], y[n][chunk], y[n][chunk + 1]);
+      multiply_add(kFormat, c, x + 2 * chunk, y[n][chunk], y[n][chunk + 1]);
     }
-    if (kChunks % 2) mma_m16n8k8(c, x[2 * kChunks - 2], x[2 * kChunks - 1], y[n][kChunks - 1]);
+    if (kChunks % 2) multiply_add(kFormat, c, x[2 * kChunks - 2], x[2 * kChunks - 1], y[n][kChunks - 1]);
     MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) c[e] = fmaf(c[e], scale, -reference);
   }
 }
@@ -94,9 +94,34 @@ enum class Part {
   ragged,        // some tokens are beyond the end of the sequence, or of the prefix
 };
 
+// A token has 16 bytes, four words. Phase 1: the sums of teacher and student in the last two. Phase 2, pairs of
+// bfloat16 numbers: ones if earlier tokens see this one; ones if it exists; 1/l of the teacher, 1/l of the student.
+// `scale`: grad_scale of the student's format, a factor of 1/l and thus of M.
+MINILM_DEVICE Uint4 factors_of(float sum_t, float sum_s, float scale, bool exists, bool seen, bool counted) {
+  auto inverse = [&](float sum) {
+    const float x = scale / sum, high = low_of(pack_bfloat16(x, 0.0f));
+    return pack_bfloat16(high, sub(x, high));
+  };
+  Uint4 factors;
+  factors.word[0] = exists && seen ? 0x3f803f80u : 0u;
+  factors.word[1] = exists ? 0x3f803f80u : 0u;
+  factors.word[2] = counted ? inverse(sum_t) : 0u;  // 0: every probability of the row is 0
+  factors.word[3] = counted ? inverse(sum_s) : 0u;
+  return factors;
+}
+
+// A token's logarithms' contribution to the loss. It takes the same rounded 1/l as the pairs do: their rounding errors
+// then cancel to first order.
+MINILM_DEVICE float log_ratio(const Uint4& factors) {
+  auto inverse = [](uint32_t split) { return add(low_of(split), high_of(split)); };
+  return factors.word[2] ? kLn2 * log2_of_ratio(inverse(factors.word[2]), inverse(factors.word[3])) : 0.0f;
+}
+
 template <class Shared, int kTiles, int kChunksT, int kChunksS, bool kCausal>
 struct Strips {
   static constexpr int kRows = 16 * kTiles;
+  static constexpr int kFormat = Shared::kStudentFormat;
+  static constexpr float kGradScale = grad_scale(kFormat);
 
   struct Rows {
     RowOperands<kTiles, kChunksT> t;
@@ -115,8 +140,8 @@ struct Strips {
     MINILM_DEVICE void exponents(float (&u_t)[2][4], float (&u_s)[2][4], int m,
                                  const uint32_t (&columns_t)[2][kChunksT],
                                  const uint32_t (&columns_s)[2][kChunksS]) const {
-      cuda::exponents<kChunksT>(u_t, t.x[m], columns_t, scale_t, reference_t);
-      cuda::exponents<kChunksS>(u_s, s.x[m], columns_s, scale_s, reference_s);
+      cuda::exponents<Shared::kTeacherFormat, kChunksT>(u_t, t.x[m], columns_t, scale_t, reference_t);
+      cuda::exponents<kFormat, kChunksS>(u_s, s.x[m], columns_s, scale_s, reference_s);
     }
   };
 
@@ -129,10 +154,10 @@ struct Strips {
     MINILM_DEVICE Columns(const Shared& shared, int first, bool later)
         : teacher(shared.teacher(first)), student(shared.student(first)) {
       const int lane = lane_index();
-      factors = factors_of(shared, first) + column_factor(later);
+      factors = shared.factors(first) + column_factor(later);
       // The lane that distributed_sums gives model k = lane / 16, and a column.
       const int column = lane / 8 % 2 * 8 + lane % 4 * 2 + lane / 4 % 2;
-      sums = reinterpret_cast<float*>(factors_of(shared, first + column)) + 2 + lane / 16;
+      sums = reinterpret_cast<float*>(shared.factors(first + column)) + 2 + lane / 16;
       grads = shared.grads(first) + lane / 4 * 8 + lane % 4 * 2;
     }
     MINILM_DEVICE void next() {
@@ -144,11 +169,6 @@ struct Strips {
     }
   };
 
-  // 16 bytes per token, four words. Phase 1: the sums of teacher and student in the last two. Phase 2, pairs of
-  // bfloat16 numbers: ones if earlier tokens see this one; ones if it exists; 1/l of the teacher, 1/l of the student.
-  static MINILM_DEVICE char* factors_of(const Shared& shared, int token) {
-    return reinterpret_cast<char*>(shared.sums_t()) + token * 16;
-  }
   // Offset of a lane's word of a row as first operand: 1/l_t, 1/l_s, ones, ones. `later`: the rows are later than the
   // columns. These ones are factors of the columns' 1/l, so they tell whether the columns see the row.
   static MINILM_DEVICE int row_factor(bool later) {
@@ -258,7 +278,7 @@ struct Strips {
 
   static MINILM_DEVICE void write_sums(const Shared& shared, const Sums& sums, int strip) {
     const int lane = lane_index(), k = lane % 4;  // the lane that distributed_sums gives model k / 2, half k % 2
-    float* at = reinterpret_cast<float*>(factors_of(shared, strip * kRows + k % 2 * 8 + lane / 4)) + 2 + k / 2;
+    float* at = reinterpret_cast<float*>(shared.factors(strip * kRows + k % 2 * 8 + lane / 4)) + 2 + k / 2;
     MINILM_UNROLL_FOR (int m = 0; m < kTiles; ++m) {
       float x[4] = {sums.t[m][0], sums.t[m][1], sums.s[m][0], sums.s[m][1]};
       at[64 * m] += distributed_sums(x, 1);
@@ -269,7 +289,9 @@ struct Strips {
 
   struct Value {
     float grad[2] = {}, divergence[2] = {};
-    MINILM_DEVICE float operator()() const { return fmaf(-kLn2, divergence[0] + divergence[1], grad[0] + grad[1]); }
+    MINILM_DEVICE float operator()() const {
+      return fmaf(-kLn2, divergence[0] + divergence[1], grad[0] + grad[1]) * (1.0f / kGradScale);
+    }
   };
 
   // Gradients of a strip's rows, of a tile of 16 rows and a chunk.
@@ -312,10 +334,11 @@ struct Strips {
         MINILM_UNROLL_FOR (int k = 0; k < kGroup; ++k) {
           if (!kAll && (m + k < first || m + k >= last)) continue;
           const uint32_t (&a)[4] = x[k];
-          mma_m16n8k16(grads[m + k][chunk], a[0], a[1], a[2], a[3], y[0], y[1]);
-          if (kAll || kCausal || !diagonal || m + k != first)
-            mma_m16n8k16(sum, movmatrix(a[0]), movmatrix(a[2]), movmatrix(a[1]), movmatrix(a[3]), z[2 * k],
-                         z[2 * k + 1]);
+          multiply_add(kFormat, grads[m + k][chunk], a, y[0], y[1]);
+          if (kAll || kCausal || !diagonal || m + k != first) {
+            const uint32_t mirrored[4] = {movmatrix(a[0]), movmatrix(a[2]), movmatrix(a[1]), movmatrix(a[3])};
+            multiply_add(kFormat, sum, mirrored, z[2 * k], z[2 * k + 1]);
+          }
         }
         if (m + kGroup == kTiles) {
           store_float2(out, sum[0], sum[1]);
@@ -355,8 +378,10 @@ struct Strips {
       value.grad[0] = fmaf(weight, total, value.grad[0]);
       value.divergence[0] = fmaf(weight, divergence, value.divergence[0]);
     }
-    MINILM_UNROLL_FOR (int q = 0; q < 4; ++q)
-      out[q] = pack_bfloat16(u_s[q / 2][2 * (q % 2)], u_s[q / 2][2 * (q % 2) + 1]);
+    MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) {
+      const float low = u_s[q / 2][2 * (q % 2)], high = u_s[q / 2][2 * (q % 2) + 1];
+      out[q] = kFormat == kFloat16 ? pack_float16(low, high) : pack_bfloat16(low, high);
+    }
   }
 
   // In a square of a causal relation, rows above the diagonal are earlier than their columns: these pairs are left to
@@ -372,12 +397,14 @@ struct Strips {
       }
   }
 
-  static MINILM_DEVICE float add_gradients(const Shared& shared, const Rows& rows, Grads& grads, int strip, int other) {
+  // `own`: shared memory with the strip's tokens, `shared`: with those of the other strip.
+  static MINILM_DEVICE float add_gradients(const Shared& own, const Shared& shared, const Rows& rows, Grads& grads,
+                                           int strip, int other) {
     const auto& state = shared.state();
     const int row = strip * kRows, column = other * kRows, bound = state.bound;
     const bool diagonal = strip == other, later = row >= column;
-    const char* row_factors = factors_of(shared, row) + row_factor(later);
-    const char* row_tokens = shared.student(row).planes + lane_index() % (kChunksS == 1 ? 16 : 32) * 16;
+    const char* row_factors = own.factors(row) + row_factor(later);
+    const char* row_tokens = own.student(row).planes + lane_index() % (kChunksS == 1 ? 16 : 32) * 16;
     Columns at(shared, column, later);
     Value value;
     if (max_of(row, column) + kRows > state.sequence.length) {
@@ -427,7 +454,7 @@ struct Strips {
   static MINILM_DEVICE double run(const Shared& shared) {
     const auto& state = shared.state();
     const int strips = (state.sequence.length + kRows - 1) / kRows, warps = thread_count() / 32;
-    for (int i = thread_index(); i < strips * kRows; i += thread_count()) store_uint4(factors_of(shared, i), Uint4{});
+    for (int i = thread_index(); i < strips * kRows; i += thread_count()) store_uint4(shared.factors(i), Uint4{});
     syncthreads();
     for (int first = 0; first < strips; first += warps) {
       const int strip = first + warp_index();
@@ -454,7 +481,7 @@ struct Strips {
       if (strip < strips) rows.load(shared, strip * kRows);
       for (int round = 0; 2 * round <= strips; ++round) {
         const int other = partner_of(strips, strip, round);
-        if (other >= 0) value += add_gradients(shared, rows, grads, strip, other);
+        if (other >= 0) value += add_gradients(shared, shared, rows, grads, strip, other);
         syncthreads();
       }
       if (strip < strips) write_gradients(shared, grads, strip);
@@ -463,23 +490,15 @@ struct Strips {
     return static_cast<double>(value.sum) + value.rest;
   }
 
-  // Replaces the sums of a token by its factors. Returns its logarithms' contribution to the loss, which takes the same
-  // rounded 1/l as the pairs do: their rounding errors then cancel to first order.
+  // Replaces the sums of a token by its factors. Returns its logarithms' contribution to the loss.
   static MINILM_DEVICE float invert_sums(const Shared& shared, int i) {
     const auto& state = shared.state();
-    Uint4 words = load_uint4(factors_of(shared, i));
-    const bool exists = i < state.sequence.length, counted = counts(state.sequence, i);
-    float inverse[2];
-    MINILM_UNROLL_FOR (int model = 0; model < 2; ++model) {
-      const float x = 1.0f / as_float(words.word[2 + model]);
-      const float high = low_of(pack_bfloat16(x, 0.0f));
-      const uint32_t split = pack_bfloat16(high, sub(x, high));
-      inverse[model] = add(high, high_of(split));
-      words.word[model] = exists && (model == 1 || i < state.bound) ? 0x3f803f80u : 0u;
-      words.word[2 + model] = counted ? split : 0u;  // 0: every probability of the row is 0
-    }
-    store_uint4(factors_of(shared, i), words);
-    return counted ? kLn2 * log2_of_ratio(inverse[0], inverse[1]) : 0.0f;
+    const Uint4 sums = load_uint4(shared.factors(i));
+    const bool exists = i < state.sequence.length;
+    const Uint4 factors = factors_of(as_float(sums.word[2]), as_float(sums.word[3]), kGradScale, exists,
+                                     i < state.bound, counts(state.sequence, i));
+    store_uint4(shared.factors(i), factors);
+    return log_ratio(factors);
   }
 };
 

@@ -1,11 +1,11 @@
 // Building blocks of both paths: tokens in shared memory, scores of a 32 × 32 tile, and products with score gradients.
 //
-// Every product runs on bfloat16 tensor cores. A number is represented by bf16 splits: bfloat16 terms whose sum is
-// exactly the number. A bfloat16 input has one split, float16 two, float32 three. Products of splits are exact in
-// float32.
+// Every product runs on tensor cores. A number is represented by bf16 splits: bfloat16 terms whose sum is exactly the
+// number. A bfloat16 input has one split, float16 two, float32 three. Products of splits are exact in float32. The
+// symmetric path multiplies float16 numbers as they are (kFloat16), which is exact as well.
 //
-// Tokens in shared memory: [split][chunk][token][8] bfloat16. A chunk is 8 features, so that a token of a chunk takes
-// 16 bytes, and 8 tokens take 128 contiguous bytes. Matrix loads are free of bank conflicts for every width.
+// Tokens in shared memory: [split][chunk][token][8] 16-bit numbers. A chunk is 8 features, so that a token of a chunk
+// takes 16 bytes, and 8 tokens take 128 contiguous bytes. Matrix loads are free of bank conflicts for every width.
 //
 // A warp holds a tile x[m][n][e] in the layout of mma accumulators: in lane 4g + t, x[m][n][e] belongs to row
 // 16m + 8(e / 2) + g and column 8n + 2t + e % 2. A tile that needs the scores of teacher and student at the same time
@@ -23,6 +23,7 @@ MINILM_DEVICE int min_of(int x, int y) { return x < y ? x : y; }
 MINILM_DEVICE int max_of(int x, int y) { return x > y ? x : y; }
 
 MINILM_DEVICE int splits_of(DType dtype) { return dtype == DType::bfloat16 ? 1 : dtype == DType::float16 ? 2 : 3; }
+MINILM_DEVICE int format_of(DType dtype) { return dtype == DType::float16 ? kFloat16 : splits_of(dtype); }
 MINILM_DEVICE int chunks_of(int width) { return (width + 7) / 8; }
 
 // ---- Sequences --------------------------------------------------------------------------------------------------
@@ -102,24 +103,42 @@ MINILM_DEVICE void load_chunk(const TensorView& x, int64_t at, int chunk, float 
 MINILM_DEVICE float low_of(uint32_t packed) { return as_float(packed << 16); }
 MINILM_DEVICE float high_of(uint32_t packed) { return as_float(packed & 0xffff0000u); }
 
+// Tells whether chunks of tokens in global memory are aligned and have all their features in the kernel's format.
+MINILM_DEVICE bool is_copyable(const TensorView& x, int64_t base, int format) {
+  const DType copied = format == kFloat16 ? DType::float16 : DType::bfloat16;
+  return splits_in(format) == 1 && x.dtype == copied && x.feature_stride == 1 && x.width % 8 == 0 &&
+         x.position_stride % 8 == 0 && (reinterpret_cast<uintptr_t>(x.data) + base * 2) % 16 == 0;
+}
+
 // Loads `count` tokens of one head, from token `first` of the sequence on, with all threads of the block. Tokens beyond
 // the end of the sequence are 0 and, with `rows`, those of rows that do not count. `plane`: size of a plane in bytes; a
 // plane holds one chunk of one split. Neighbouring threads load the chunks of a token, then those of the next token.
 // One head of a token may be as small as 16 bytes; blocks of neighbouring heads run at the same time and share the
 // sectors in L2.
 MINILM_DEVICE void load_tokens(const TensorView& x, const Sequence& sequence, int64_t head, int first, int count,
-                               char* planes, int plane, int chunks, int splits, bool rows = false) {
+                               char* planes, int plane, int chunks, int format, bool rows = false) {
   int64_t base = sequence.batch * x.batch_stride + head * x.head_stride;
+  if (is_copyable(x, base, format)) {
+    const char* from = static_cast<const char*>(x.data) + base * 2;
+    for (int item = thread_index(); item < count * chunks; item += thread_count()) {
+      const int slot = item / chunks, chunk = item % chunks, token = first + slot;
+      const bool exists = rows ? counts(sequence, token) : token < sequence.length;
+      const int64_t offset = exists ? sequence.tokens[token] * x.position_stride + 8 * chunk : 0;
+      copy_or_clear(planes + chunk * plane + slot * 16, from + offset * 2, exists);
+    }
+    return wait_for_copies();
+  }
   for (int item = thread_index(); item < count * chunks; item += thread_count()) {
     int slot = item / chunks, chunk = item % chunks;
     float value[8] = {};
     if (rows ? counts(sequence, first + slot) : first + slot < sequence.length)
       load_chunk(x, base + sequence.tokens[first + slot] * x.position_stride, chunk, value);
     char* to = planes + chunk * plane + slot * 16;
-    for (int split = 0; split < splits; ++split) {
+    for (int split = 0; split < splits_in(format); ++split) {
       Uint4 words;
       MINILM_UNROLL_FOR (int d = 0; d < 4; ++d) {
-        words.word[d] = pack_bfloat16(value[2 * d], value[2 * d + 1]);
+        words.word[d] = format == kFloat16 ? pack_float16(value[2 * d], value[2 * d + 1])
+                                           : pack_bfloat16(value[2 * d], value[2 * d + 1]);
         value[2 * d] = sub(value[2 * d], low_of(words.word[d]));
         value[2 * d + 1] = sub(value[2 * d + 1], high_of(words.word[d]));
       }
@@ -149,6 +168,20 @@ MINILM_DEVICE int other_column(int n, int e) { return 8 * n + lane_index() % 4 *
 
 // ---- Scores -----------------------------------------------------------------------------------------------------
 
+// c += a · b for numbers of a format.
+MINILM_DEVICE void multiply_add(int format, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+  if (format == kFloat16)
+    mma_m16n8k8<true>(c, a0, a1, b0);
+  else
+    mma_m16n8k8(c, a0, a1, b0);
+}
+MINILM_DEVICE void multiply_add(int format, float (&c)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+  if (format == kFloat16)
+    mma_m16n8k16<true>(c, a[0], a[1], a[2], a[3], b0, b1);
+  else
+    mma_m16n8k16(c, a[0], a[1], a[2], a[3], b0, b1);
+}
+
 // One model's tokens in shared memory, beginning with the first token of a tile.
 struct Tokens {
   const char* planes;
@@ -163,13 +196,13 @@ MINILM_DEVICE char* writable(const Tokens& x) { return const_cast<char*>(x.plane
 // large products are therefore summed separately and added with rounding.
 template <int kColumns>
 MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, const Tokens& columns, int chunks,
-                          int splits) {
+                          int format) {
   static_assert(kColumns == 2 || kColumns == 4, "two or four tiles of 8 columns");
   MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
     MINILM_UNROLL_FOR (int n = 0; n < kColumns; ++n)
       MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) out[m][n][e] = 0.0f;
   // One ldmatrix loads 16 rows, or 16 columns, of two chunks.
-  const int lane = lane_index();
+  const int lane = lane_index(), splits = splits_in(format);
   const int row_at = lane % 16 * 16 + lane / 16 * rows.plane;
   const int column_at = (lane / 16 * 8 + lane % 8) * 16 + lane / 8 % 2 * columns.plane;
   for (int level = splits == 1 ? 0 : 2; level >= 0; --level)
@@ -187,10 +220,10 @@ MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, cons
             const uint32_t* first = column[n / 2] + 2 * (n % 2);
             if (splits == 3 && level == 0) {
               float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-              mma_m16n8k16(part, row[m][0], row[m][1], row[m][2], row[m][3], first[0], first[1]);
+              multiply_add(format, part, row[m], first[0], first[1]);
               MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) out[m][n][e] = add(out[m][n][e], part[e]);
             } else {
-              mma_m16n8k16(out[m][n], row[m][0], row[m][1], row[m][2], row[m][3], first[0], first[1]);
+              multiply_add(format, out[m][n], row[m], first[0], first[1]);
             }
           }
       }
@@ -201,7 +234,7 @@ MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, cons
         ldmatrix_x4(column, y + chunk * columns.plane + lane % (8 * kColumns) * 16);
         MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
           MINILM_UNROLL_FOR (int n = 0; n < kColumns; ++n)
-            mma_m16n8k8(out[m][n], row[2 * m], row[2 * m + 1], column[n]);
+            multiply_add(format, out[m][n], row[2 * m], row[2 * m + 1], column[n]);
       }
     }
 }
@@ -213,14 +246,15 @@ MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, cons
 template <int kTiles>
 using ScoreGrads = uint32_t[kTiles][2 / kTiles][4];
 
-// Writes the leading bf16 split of M to `split`. With kRest, m keeps the remainder.
-template <bool kRest>
+// Writes the leading split of M to `split`. With kRest, m keeps the remainder.
+template <int kFormat, bool kRest>
 MINILM_DEVICE void take_split(ScoreGrads<2>& split, float (&m)[2][2][4]) {
   MINILM_UNROLL_FOR (int i = 0; i < 2; ++i)
     MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) {
       float& low = m[i][q / 2][2 * (q % 2)];
       float& high = m[i][q / 2][2 * (q % 2) + 1];
-      split[i][0][q] = pack_bfloat16(low, high);
+      constexpr float kScale = grad_scale(kFormat);
+      split[i][0][q] = kFormat == kFloat16 ? pack_float16(low * kScale, high * kScale) : pack_bfloat16(low, high);
       if (kRest) {
         low = sub(low, low_of(split[i][0][q]));
         high = sub(high, high_of(split[i][0][q]));
@@ -233,10 +267,10 @@ MINILM_DEVICE void transpose(ScoreGrads<1>& out, const ScoreGrads<2>& in) {
     MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) out[0][k][q] = movmatrix(in[k][0][q / 2 + 2 * (q % 2)]);
 }
 
-// sums[chunk][token][8] += m · x, with the splits 0 ... kSplits - 1 of x. `sums` begins with the tile's first token; a
-// chunk has `plane` floats. With kSeparate, the products are summed separately and added with rounding to nearest,
-// which mma does not do.
-template <int kSplits, bool kSeparate, int kTiles>
+// sums[chunk][token][8] += m · x, in a format, with the splits 0 ... kSplits - 1 of x. `sums` begins with the tile's
+// first token; a chunk has `plane` floats. With kSeparate, the products are summed separately and added with rounding
+// to nearest, which mma does not do.
+template <int kFormat, int kSplits, bool kSeparate, int kTiles>
 MINILM_DEVICE void add_products(float* sums, int plane, const ScoreGrads<kTiles>& m, const Tokens& x, int chunks) {
   constexpr int kSteps = 2 / kTiles;
   const int lane = lane_index();
@@ -254,7 +288,7 @@ MINILM_DEVICE void add_products(float* sums, int plane, const ScoreGrads<kTiles>
       float (&to)[4] = kSeparate ? part : sum;
       MINILM_UNROLL_FOR (int split = kSplits - 1; split >= 0; --split)
         MINILM_UNROLL_FOR (int k = 0; k < kSteps; ++k)
-          mma_m16n8k16(to, m[i][k][0], m[i][k][1], m[i][k][2], m[i][k][3], y[split][2 * k], y[split][2 * k + 1]);
+          multiply_add(kFormat, to, m[i][k], y[split][2 * k], y[split][2 * k + 1]);
       if (kSeparate)
         MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) sum[e] = add(sum[e], part[e]);
       store_float2(out, sum[0], sum[1]);
@@ -263,21 +297,23 @@ MINILM_DEVICE void add_products(float* sums, int plane, const ScoreGrads<kTiles>
   }
 }
 
-// row_sums += M · columns and, with kColumns, column_sums += Mᵀ · rows. kSplits: number of splits of the student's
-// tokens and of M. Split a of M is multiplied with split b of the tokens if a + b < kSplits. Overwrites m.
-template <int kSplits, bool kColumns, int kSplit = 0>
+// row_sums += M · columns and, with kColumns, column_sums += Mᵀ · rows, times grad_scale(kFormat). kFormat: format of
+// the student's tokens and of M. Split a of M is multiplied with split b of the tokens if a + b is less than the number
+// of splits. Overwrites m.
+template <int kFormat, bool kColumns, int kSplit = 0>
 MINILM_DEVICE void add_gradients(float (&m)[2][2][4], float* row_sums, float* column_sums, int plane,
                                  const Tokens& rows, const Tokens& columns, int chunks) {
+  constexpr int kSplits = splits_in(kFormat);
   ScoreGrads<2> split;
-  take_split<(kSplit + 1 < kSplits)>(split, m);
-  add_products<kSplits - kSplit, (kSplits > 1), 2>(row_sums, plane, split, columns, chunks);
+  take_split<kFormat, (kSplit + 1 < kSplits)>(split, m);
+  add_products<kFormat, kSplits - kSplit, (kSplits > 1), 2>(row_sums, plane, split, columns, chunks);
   if (kColumns) {
     ScoreGrads<1> mirrored;
     transpose(mirrored, split);
-    add_products<kSplits - kSplit, (kSplits > 1), 1>(column_sums, plane, mirrored, rows, chunks);
+    add_products<kFormat, kSplits - kSplit, (kSplits > 1), 1>(column_sums, plane, mirrored, rows, chunks);
   }
   if constexpr (kSplit + 1 < kSplits)
-    add_gradients<kSplits, kColumns, kSplit + 1>(m, row_sums, column_sums, plane, rows, columns, chunks);
+    add_gradients<kFormat, kColumns, kSplit + 1>(m, row_sums, column_sums, plane, rows, columns, chunks);
 }
 
 // ---- Sums -------------------------------------------------------------------------------------------------------

@@ -5,9 +5,7 @@
 #include "common/binding.h"
 #include "driver.h"
 
-#if defined(MINILM_EMULATED)
-#define MINILM_LIBRARY minilm_kernels_cuda_emulated
-#else
+#if !defined(MINILM_LIBRARY)
 #define MINILM_LIBRARY minilm_kernels_cuda
 #endif
 

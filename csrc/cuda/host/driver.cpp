@@ -15,10 +15,11 @@ namespace {
 constexpr int64_t kMaxBlocks = 0x7fffffff;  // grid limit of a launch
 
 // The largest number of planes of each kind over several relations.
-Planes max_planes(const std::vector<const Relation*>& relations, const DeviceProps& props) {
+Planes max_planes(const std::vector<const Relation*>& relations, const DeviceProps& props,
+                  Planes (*planes)(const Relation&, const DeviceProps&) = planes_of) {
   Planes all{};
   for (const Relation* relation : relations) {
-    const Planes one = planes_of(*relation, props);
+    const Planes one = planes(*relation, props);
     all = {
         std::max(all.teacher, one.teacher),
         std::max(all.student, one.student),
@@ -42,21 +43,26 @@ public:
     }
     if (!symmetric_.empty())
       max_symmetric_length_ = std::min<int64_t>(
-          call.max_length, plan_symmetric(props, max_planes(symmetric_, props), call.max_length).tokens);
+          call.max_length,
+          plan_symmetric(props, max_planes(symmetric_, props, symmetric_planes_of), call.max_length).tokens);
     const bool equal_lengths = !call.packed && !call.padded;
     if (max_symmetric_length_ == 0 || (equal_lengths && max_symmetric_length_ < call.max_length)) {
       symmetric_.clear();
       max_symmetric_length_ = 0;
     }
+    if (max_symmetric_length_ < call.max_length) plan_longer();
     for (const Relation* relation : all_)
       if (!is_symmetric(relation) || max_symmetric_length_ < call.max_length) row_wise_.push_back(relation);
     row_wise_plan_ = plan_row_wise(props, max_planes(row_wise_, props), call.gradient);
-    symmetric_slots_ = call.num_sequences * call.num_heads;
     row_blocks_ = row_wise_.empty() ? 0 : total_ / own() + call.num_sequences;
-    slots_ = symmetric_slots_ + row_blocks_ * call.num_heads;
+    segment_slots_ = segmented_.empty() ? 0 : heads() * parts_;
+    symmetric_slots_ = symmetric_.empty() ? 0 : heads();
+    slots_ = segment_slots_ + symmetric_slots_ + row_blocks_ * call.num_heads;
   }
 
-  int64_t scratch_bytes() const { return partials_bytes() + row_stats_bytes(); }
+  int64_t scratch_bytes() const {
+    return partials_bytes() + row_stats_bytes() + ranges_bytes() + segment_sums_bytes() + segment_grads_bytes();
+  }
   bool too_large() const { return static_cast<int64_t>(all_.size()) * slots_ > kMaxBlocks; }  // each block has a slot
 
   // Returns the launches in order. `scratch`: device memory of scratch_bytes() bytes.
@@ -69,15 +75,25 @@ public:
     params.call = call;
     params.partials = partials - all_[0]->index * slots_;  // relations are indexed within the call
     params.slots = slots_;
-    params.row_stats = reinterpret_cast<float*>(scratch + partials_bytes()) - all_[0]->index * call.num_heads * total_;
-    params.row_stats_stride = static_cast<int64_t>(all_.size()) * call.num_heads * total_;
+    params.row_stats_stride = rows();
+    const int64_t first_row = all_[0]->index * call.num_heads * total_;
+    char* next = scratch + partials_bytes();
+    auto take = [&](auto*& pointer, int64_t bytes, int64_t first) {
+      pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(next) - first;
+      next += bytes;
+    };
+    take(params.row_stats, row_stats_bytes(), first_row);
+    take(params.segments.ranges, ranges_bytes(), all_[0]->index * heads());
+    take(params.segments.sums, segment_sums_bytes(), first_row * 2);
+    take(params.segments.grads, segment_grads_bytes(), first_row * grad_floats_);
 
     params.min_length = 1;
     params.max_length = max_symmetric_length_;
+    params.first_slot = segment_slots_;
     for (const auto& [kernel, relations] :
          by_kernel(symmetric_, [&](const Relation& r) { return symmetric_kernel(r, call.causal); })) {
-      const SymmetricPlan plan =
-          plan_symmetric(props_, max_planes(relations, props_), round_up(max_symmetric_length_, kTile));
+      const SymmetricPlan plan = plan_symmetric(props_, max_planes(relations, props_, symmetric_planes_of),
+                                                round_up(max_symmetric_length_, kTile));
       fill(params, relations);
       params.capacity = plan.tokens;
       const int64_t blocks = params.num_relations * call.num_sequences * call.num_heads;
@@ -98,16 +114,41 @@ private:
   bool needs_exact(const Relation& relation) const {
     return !call_.gradient || planes_of(relation, props_).student_splits == 3;
   }
-  bool is_symmetric(const Relation* relation) const {
-    return std::find(symmetric_.begin(), symmetric_.end(), relation) != symmetric_.end();
+  bool is_symmetric(const Relation* relation) const { return contains(symmetric_, relation); }
+  bool is_segmented(const Relation* relation) const { return contains(segmented_, relation); }
+  static bool contains(const std::vector<const Relation*>& relations, const Relation* relation) {
+    return std::find(relations.begin(), relations.end(), relation) != relations.end();
   }
+
+  // Plans the relations whose longer sequences are divided into windows.
+  void plan_longer() {
+    int64_t windows = 0;
+    for (const Relation* relation : all_) {
+      const Planes planes = symmetric_planes_of(*relation, props_);
+      const SegmentPlan plan = plan_segments(props_, planes);
+      if (!may_be_symmetric(*relation) || plan.warps == 0) continue;
+      segmented_.push_back(relation);
+      grad_floats_ = std::max(grad_floats_, 8 * planes.student_chunks);
+      windows = std::max(windows, (call_.max_length + plan.window - 1) / plan.window);
+    }
+    const int64_t longer = std::min(call_.num_sequences, total_ / (max_symmetric_length_ + 1));
+    parts_ = plan_parts(props_, static_cast<int64_t>(segmented_.size()) * call_.num_heads * longer, windows);
+  }
+
   int64_t own() const { return row_wise_plan_.warps * kTile; }
   int64_t partials_bytes() const {
     return round_up(static_cast<int64_t>(all_.size()) * slots_ * static_cast<int64_t>(sizeof(double)), 256);
   }
-  int64_t row_stats_bytes() const {
-    return row_wise_.empty() ? 0 : static_cast<int64_t>(all_.size()) * call_.num_heads * total_ * 4 * 4;
+  int64_t heads() const { return call_.num_sequences * call_.num_heads; }  // heads that a relation has
+  int64_t rows() const { return static_cast<int64_t>(all_.size()) * call_.num_heads * total_; }
+  int64_t row_stats_bytes() const { return row_wise_.empty() ? 0 : rows() * 4 * 4; }
+  int64_t ranges_bytes() const {
+    return segmented_.empty() ? 0 : round_up(static_cast<int64_t>(all_.size()) * heads() * sizeof(HeadRange), 16);
   }
+  int64_t segment_sums_bytes() const {
+    return segmented_.empty() ? 0 : (1 + parts_ / 2) * round_up(rows() * 2 * 4, 16);
+  }
+  int64_t segment_grads_bytes() const { return segmented_.empty() ? 0 : parts_ / 2 * rows() * grad_floats_ * 4; }
 
   using Relations = std::vector<const Relation*>;
 
@@ -133,35 +174,55 @@ private:
     if (row_wise_.empty()) return;
     const Call& call = call_;
     const int64_t blocks = row_blocks_ * call.num_heads;
-    params.capacity = row_wise_plan_.streamed;
+    const SegmentParams scratch = params.segments;
     params.max_length = call.max_length;
-    params.first_slot = symmetric_slots_;
-    auto add = [&](const std::string& kernel, const Relations& relations) {
+    params.segments = {};
+    auto add_row_wise = [&](const std::string& kernel, const Relations& relations) {
       fill(params, relations);
+      params.capacity = row_wise_plan_.streamed;
+      params.first_slot = segment_slots_ + symmetric_slots_;
       launches.emplace_back(kernel, params, blocks * params.num_relations, row_wise_plan_.warps * 32,
                             row_wise_plan_.bytes);
     };
-    // Relations of the symmetric kernel come last and without the sequences that it has already processed.
-    for (bool symmetric : {false, true}) {
-      Relations some;
-      for (const Relation* relation : row_wise_)
-        if (is_symmetric(relation) == symmetric) some.push_back(relation);
-      params.min_length = symmetric ? max_symmetric_length_ + 1 : 1;
-      params.keys = 0;
-      for (const auto& [kernel, relations] :
-           by_kernel(some, [&](const Relation& r) { return row_stats_kernel(r, needs_exact(r)); }))
-        add(kernel, relations);
-      for (const auto& [kernel, relations] :
-           by_kernel(some, [&](const Relation& r) { return row_wise_kernel(r, call.gradient); })) {
-        params.keys = 0;
-        add(kernel, relations);
+    auto add_segments = [&](const std::string& kernel, const Relations& relations, int gradient) {
+      const SegmentPlan plan = plan_segments(props_, symmetric_planes_of(*relations[0], props_));
+      fill(params, relations);
+      params.segments = scratch;
+      params.segments.window = params.capacity = plan.window;
+      params.segments.parts = parts_;
+      params.segments.gradient = gradient;
+      params.segments.grad_floats = grad_floats_;
+      params.first_slot = 0;
+      launches.emplace_back(kernel, params, params.num_relations * heads() * parts_, plan.warps * 32, plan.bytes);
+    };
+    // Relations of the symmetric kernel come without the sequences that it has already processed, and those of the
+    // segment kernel, with all of its relations of a shape, last.
+    Relations others, symmetric;
+    for (const Relation* relation : row_wise_)
+      if (!is_segmented(relation)) (is_symmetric(relation) ? symmetric : others).push_back(relation);
+    auto add = [&](const Relations& relations, bool segmented) {
+      for (const auto& [kernel, some] :
+           by_kernel(relations, [&](const Relation& r) { return row_stats_kernel(r, needs_exact(r)); })) {
+        if (segmented) add_segments(segment_kernel(*some[0], call.causal), some, 0);
+        add_row_wise(kernel, some);
+      }
+      for (const auto& [kernel, some] :
+           by_kernel(relations, [&](const Relation& r) { return row_wise_kernel(r, call.gradient); })) {
+        if (segmented) add_segments(segment_kernel(*some[0], call.causal), some, 1);
+        add_row_wise(kernel, some);
         Relations crosses;
-        for (const Relation* relation : relations)
+        for (const Relation* relation : some)
           if (!relation->self) crosses.push_back(relation);
         params.keys = 1;
-        if (call.gradient && !crosses.empty()) add(kernel, crosses);
+        if (call.gradient && !crosses.empty()) add_row_wise(kernel, crosses);
+        params.keys = 0;
       }
-    }
+    };
+    params.min_length = 1;
+    add(others, false);
+    params.min_length = max_symmetric_length_ + 1;
+    add(symmetric, false);
+    add(segmented_, true);
   }
 
   Launch reduction(const double* partials) const {
@@ -169,21 +230,23 @@ private:
     reduction.call = call_;
     reduction.partials = partials - all_[0]->index * slots_;
     reduction.slots = slots_;
-    reduction.symmetric_slots = symmetric_slots_;
     reduction.num_relations = static_cast<int32_t>(all_.size());
     for (size_t i = 0; i < all_.size(); ++i) {
       reduction.index[i] = all_[i]->index;
-      reduction.symmetric[i] = is_symmetric(all_[i]);
-      reduction.row_wise[i] = std::find(row_wise_.begin(), row_wise_.end(), all_[i]) != row_wise_.end();
+      const int64_t rest = segment_slots_ + symmetric_slots_;
+      reduction.first[i] = is_segmented(all_[i]) ? 0 : is_symmetric(all_[i]) ? segment_slots_ : rest;
+      reduction.end[i] = contains(row_wise_, all_[i]) ? slots_ : rest;
     }
     return {reduction_kernel(), reduction, reduction.num_relations, 256, 256};
   }
 
   const Call& call_;
   const DeviceProps& props_;
-  std::vector<const Relation*> all_, symmetric_, row_wise_;
+  std::vector<const Relation*> all_, symmetric_, segmented_, row_wise_;
   RowWisePlan row_wise_plan_{};
-  int64_t total_ = 0, max_symmetric_length_ = 0, symmetric_slots_ = 0, row_blocks_ = 0, slots_ = 0;
+  int parts_ = 1, grad_floats_ = 0;
+  int64_t total_ = 0, max_symmetric_length_ = 0, row_blocks_ = 0;
+  int64_t segment_slots_ = 0, symmetric_slots_ = 0, slots_ = 0;
 };
 
 template <class Body>

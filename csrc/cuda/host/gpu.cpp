@@ -19,9 +19,10 @@ using CUcontext = struct CUctx_st*;
 using CUmodule = struct CUmod_st*;
 using CUfunction = struct CUfunc_st*;
 using CUstream = struct CUstream_st*;
-constexpr int kSharedPerSm = 81, kBlockSharedOptin = 97, kMajor = 75, kMinor = 76;  // CUdevice_attribute
-constexpr int kStaticShared = 1, kDynamicShared = 8, kCarveout = 9;                 // CUfunction_attribute
-constexpr int kRelaxed = 2;                                                         // CUstreamCaptureMode
+// CUdevice_attribute
+constexpr int kProcessors = 16, kSharedPerSm = 81, kBlockSharedOptin = 97, kMajor = 75, kMinor = 76;
+constexpr int kStaticShared = 1, kDynamicShared = 8, kCarveout = 9;  // CUfunction_attribute
+constexpr int kRelaxed = 2;                                          // CUstreamCaptureMode
 
 struct Library {
   CUresult (*init)(unsigned) = nullptr;
@@ -105,13 +106,13 @@ const char* fill(Device& device, int index) {
   if (!cuda.missing.empty()) return failure(cuda.missing);
   CUdevice handle = 0;
   if (CUresult r = cuda.device_get(&handle, index)) return failure("cuDeviceGet", r);
-  int block = 0, sm = 0, major = 0, minor = 0;
+  int block = 0, sm = 0, major = 0, minor = 0, processors = 0;
   const std::pair<int, int*> wanted[] = {
-      {kBlockSharedOptin, &block}, {kSharedPerSm, &sm}, {kMajor, &major}, {kMinor, &minor}};
+      {kBlockSharedOptin, &block}, {kSharedPerSm, &sm}, {kMajor, &major}, {kMinor, &minor}, {kProcessors, &processors}};
   for (auto [attribute, value] : wanted)
     if (CUresult r = cuda.device_attribute(value, attribute, handle)) return failure("cuDeviceGetAttribute", r);
   if (CUresult r = cuda.retain_context(&device.context, handle)) return failure("cuDevicePrimaryCtxRetain", r);
-  device.props = {block, sm, 10 * major + minor};
+  device.props = {block, sm, 10 * major + minor, processors};
   return nullptr;
 }
 

@@ -15,6 +15,7 @@ namespace minilm::cuda {
 struct DeviceProps {
   int64_t smem_per_block, smem_per_sm;  // bytes of shared memory
   int capability;                       // 90 for compute capability 9.0
+  int processors;                       // SMs
 };
 
 struct Launch {

@@ -1,5 +1,5 @@
-// Chooses launch configurations. The sizes must equal those of SymmetricLayout (symmetric.cuh) and RowWiseLayout
-// (row_wise.cuh).
+// Chooses launch configurations. The sizes must equal those of SymmetricLayout (symmetric.cuh), Window (segments.cuh)
+// and RowWiseLayout (row_wise.cuh).
 
 #include "launch_plan.h"
 
@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kMaxStreamed = 64;
 constexpr int64_t kReservedBytes = 1024;  // shared memory that CUDA reserves in every block
+constexpr int kWaves = 2, kMaxParts = 15;
 
 int chunks_of(const ModelOperands& half) { return (half.key.width + 7) / 8; }
 
@@ -18,6 +19,9 @@ int splits_of(const ModelOperands& half) {
   auto splits = [](DType dtype) { return dtype == DType::bfloat16 ? 1 : dtype == DType::float16 ? 2 : 3; };
   return std::max(splits(half.query.dtype), splits(half.key.dtype));
 }
+
+// In a self relation, queries and keys are the same tokens.
+int format_of(const ModelOperands& half) { return half.key.dtype == DType::float16 ? kFloat16 : splits_of(half); }
 
 std::string name(const char* kind, std::initializer_list<int> arguments) {
   std::string name = kind;
@@ -27,17 +31,29 @@ std::string name(const char* kind, std::initializer_list<int> arguments) {
 
 }  // namespace
 
-Planes planes_of(const Relation& relation, const DeviceProps& props) {
+Planes planes_of(const Relation& relation, const DeviceProps&) {
   const ModelOperands &teacher = relation.teacher, &student = relation.student;
   const int chunks_t = chunks_of(teacher), splits_t = splits_of(teacher);
   const int chunks_s = chunks_of(student), splits_s = splits_of(student);
-  return {chunks_t * splits_t, chunks_s * splits_s, chunks_s, splits_s,
-          symmetric_schedule(splits_s, chunks_t, splits_t, chunks_s, props.capability)};
+  return {chunks_t * splits_t, chunks_s * splits_s, chunks_s, splits_s, {}};
+}
+
+Planes symmetric_planes_of(const Relation& relation, const DeviceProps& props) {
+  const ModelOperands &teacher = relation.teacher, &student = relation.student;
+  const int chunks_t = chunks_of(teacher), format_t = format_of(teacher);
+  const int chunks_s = chunks_of(student), format_s = format_of(student);
+  return {chunks_t * splits_in(format_t), chunks_s * splits_in(format_s), chunks_s, splits_in(format_s),
+          symmetric_schedule(format_s, chunks_t, format_t, chunks_s, props.capability)};
 }
 
 std::string symmetric_kernel(const Relation& relation, bool causal) {
   const ModelOperands &teacher = relation.teacher, &student = relation.student;
-  return name("symmetric", {splits_of(student), chunks_of(teacher), splits_of(teacher), chunks_of(student), causal});
+  return name("symmetric", {format_of(student), chunks_of(teacher), format_of(teacher), chunks_of(student), causal});
+}
+
+std::string segment_kernel(const Relation& relation, bool causal) {
+  const ModelOperands &teacher = relation.teacher, &student = relation.student;
+  return name("segments", {format_of(student), chunks_of(teacher), format_of(teacher), chunks_of(student), causal});
 }
 
 std::string row_stats_kernel(const Relation& relation, bool exact) {
@@ -85,6 +101,33 @@ SymmetricPlan plan_symmetric(const DeviceProps& props, const Planes& planes, int
     }
   }
   return plan;
+}
+
+int64_t segment_bytes(const Planes& planes, int window) {
+  const int64_t tokens = 16 * (planes.teacher + planes.student + 1);  // with four words for sums or factors
+  return kBlockStateBytes + kScratchBytes + window * (2 * tokens + 32 * planes.student_chunks);
+}
+
+SegmentPlan plan_segments(const DeviceProps& props, const Planes& planes) {
+  // Most warps per SM; then most warps per block, whose windows are loaded less often.
+  SegmentPlan plan{};
+  if (planes.schedule.strip_rows == 0) return plan;
+  for (int warps = 1; warps <= segment_warps(planes.schedule); ++warps) {
+    const int window = warps * planes.schedule.strip_rows;
+    const int64_t bytes = segment_bytes(planes, window);
+    if (bytes > props.smem_per_block) break;
+    const int64_t room = std::max<int64_t>(1, props.smem_per_sm / (bytes + kReservedBytes));
+    const int blocks = static_cast<int>(std::min<int64_t>(room, planes.schedule.warps / warps));
+    if (warps * blocks >= plan.warps * plan.blocks) plan = {warps, window, blocks, bytes};
+  }
+  return plan;
+}
+
+int plan_parts(const DeviceProps& props, int64_t heads, int64_t windows) {
+  int parts = 1;
+  while (parts + 2 <= std::min<int64_t>(kMaxParts, windows) && parts * heads < 2 * kWaves * props.processors)
+    parts += 2;
+  return parts;
 }
 
 int64_t row_wise_bytes(const Planes& planes, int own, int streamed, bool gradient) {

@@ -25,8 +25,9 @@ _log = logging.getLogger(__name__)
 _INSTALLED = Path(__file__).parents[2] / "cuda_device"  # setup.py copies the sources and csrc/common there
 _CHECKOUT = Path(__file__).parents[3] / "csrc" / "cuda" / "device"
 OLDEST = 80  # the first compute capability with bfloat16 tensor cores, 8.0
-_NAME = re.compile(r"(symmetric|row_stats|row_wise)((?:_\d+){5})|(reduce)")
+_NAME = re.compile(r"(symmetric|segments|row_stats|row_wise)((?:_\d+){5})|(reduce)")
 _SPLITS = {"bfloat16": 1, "float16": 2, "float32": 3}  # number of bfloat16 terms that represent a number
+_FORMATS = _SPLITS | {"float16": 4}  # in the symmetric path; csrc/cuda/device/launch_params.h
 
 
 class CompilerError(RuntimeError):
@@ -129,7 +130,9 @@ def kernel_names(width_t: int, width_s: int, dtype_t: str = "bfloat16", dtype_s:
     chunks_t, chunks_s = (-(-width // 8) for width in (width_t, width_s))
     splits_t, splits_s = _SPLITS[dtype_t], _SPLITS[dtype_s]
     shape = f"{chunks_t}_{splits_t}_{chunks_s}_{splits_s}"
-    symmetric = [f"symmetric_{splits_s}_{chunks_t}_{splits_t}_{chunks_s}_{causal}" for causal in (0, 1)]
+    format_t, format_s = (_FORMATS[dtype] for dtype in (dtype_t, dtype_s))
+    own = f"{format_s}_{chunks_t}_{format_t}_{chunks_s}"
+    symmetric = [f"{kind}_{own}_{causal}" for kind in ("symmetric", "segments") for causal in (0, 1)]
     # The approximate exponential (exact = 0) is used for training in half precision only.
     row_stats = [f"row_stats_{exact}_{shape}" for exact in ((1,) if splits_s == 3 else (0, 1))]
     return [*symmetric, *row_stats, *(f"row_wise_{splits}_{shape}" for splits in (0, splits_s)), "reduce"]

@@ -49,6 +49,20 @@ def test_a_kernel_is_loaded_and_given_its_shared_memory_once(gpu):
     assert sorted(gpu.of("cuFuncSetAttribute")) == sorted(wanted)
 
 
+@pytest.mark.parametrize("reduction", ["sequence", "none"])
+def test_launches_of_long_sequences(gpu, reduction):
+    """Five launches with gradient, and a scratch memory that is a multiple of the gradient's."""
+    with gpu.recorded():
+        _run(reduction, length=9000, batch=1)
+    names = _names(gpu, gpu.of("cuLaunchKernel"))
+    segments = ["segments_1_2_1_1_0"] if reduction == "sequence" else []
+    rows = ["row_stats_0_2_1_1_1", "row_wise_1_2_1_1_1"]
+    if reduction == "sequence":
+        assert names == [*segments, rows[0], *segments, rows[1], "reduce"]
+    else:
+        assert names == ["row_stats_1_2_1_1_1", "row_wise_0_2_1_1_1", *rows]  # rows first, then their gradient
+
+
 def test_every_device_gets_its_own_kernels_in_its_own_context(new_gpu, compiled):
     gpus = [new_gpu(90), new_gpu(80, 166912, 167936)]
     launched = []

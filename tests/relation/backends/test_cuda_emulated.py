@@ -5,6 +5,7 @@ symmetric path, sequences beyond shared memory, the order of warps, and malforme
 """
 
 import math
+from functools import partial
 from types import FunctionType
 
 import pytest
@@ -51,6 +52,7 @@ for _name in dir(test_contract):
         _test = getattr(test_contract, _name)
         globals()[_name] = _slow(_test) if _name in _SLOW else _test
 
+_BF16 = torch.bfloat16
 _SM_90 = (232448, 233472)  # bytes of shared memory per block and per SM
 _CROWDED = (232448, 30000)  # less shared memory per SM: fewer blocks with more warps
 
@@ -62,11 +64,15 @@ def library(made_once):
 
 @pytest.fixture
 def backend(library, monkeypatch):
-    monkeypatch.setattr(native.cuda, "operators", torch.ops.minilm_kernels_cuda_emulated)
+    return _use(library, monkeypatch)
+
+
+def _use(library, monkeypatch) -> str:
+    monkeypatch.setattr(native.cuda, "operators", library.operators)
     monkeypatch.setattr(native.cuda, "device_type", "cpu")
     monkeypatch.setattr(native.cuda, "device", lambda _device: (0, 0))
     monkeypatch.setattr(native.cuda, "load_error", None)
-    library.emulated_set_props(*_CROWDED)
+    library.emulated_set_props(*_CROWDED, 132)
     library.emulated_set_seed(0)
     return "cuda"
 
@@ -107,7 +113,13 @@ _LONG = {  # for the symmetric path: sequences and prefixes that end inside and 
 @pytest.mark.parametrize("mask", _LONG)
 @pytest.mark.parametrize(
     ("widths", "dtype"),
-    [((16, 8), torch.bfloat16), ((12, 6), torch.bfloat16), ((16, 8), torch.float32), ((24, 20), torch.float16)],
+    [
+        ((16, 8), torch.bfloat16),
+        ((12, 6), torch.bfloat16),
+        ((16, 8), torch.float16),
+        ((24, 20), torch.float16),
+        ((16, 8), torch.float32),
+    ],
     ids=str,
 )
 def test_unordered_pairs(backend, widths, dtype, mask):
@@ -122,6 +134,7 @@ def test_unordered_pairs(backend, widths, dtype, mask):
         ((8, 128), torch.bfloat16),
         ((8, 8), torch.bfloat16),
         ((16, 16), torch.bfloat16),
+        ((64, 32), torch.float16),
     ],
     ids=str,
 )
@@ -130,8 +143,32 @@ def test_widths_of_unordered_pairs(backend, widths, dtype):
         _check(make(_LONG[mask], batch=3, length=131, heads=1, widths=widths, dtype=dtype), dtype=dtype)
 
 
+@pytest.mark.parametrize("teacher", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("student", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_dtypes_of_unordered_pairs(backend, teacher, student):
+    """Teachers and students of any dtype. Operands are the same numbers for the kernel and for the oracle."""
+    q_t, _, q_s, _ = make(batch=3, length=131, heads=1, widths=(16, 8)).tensors
+    case = Case((q_t.to(teacher), None, q_s.to(student), None), dict(_LONG["prefix"]))
+    value, (grad,) = case.run("sequence", backend)
+    expected, (expected_grad,) = case.oracle("sequence")
+    assert error(value, expected) < 1e-6
+    # M and the result are rounded once each; in float32, rounding errors of scores are about as large.
+    assert error(grad, expected_grad) < torch.finfo(student).eps * (1 if student != torch.float32 else 6)
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.3, 3.0])
+def test_float16_gradients_of_any_size(backend, spread):
+    """Gradients far below float16's smallest normal number, 6e-5, keep their bits: the loss is a sum over rows."""
+    case = make(batch=2, length=200, heads=1, widths=(16, 8), spread=spread, dtype=torch.float16)
+    case.kwargs["student_scale"] = 2.0**10 * 8**-0.5 if spread < 0.1 else 8**-0.5
+    _, (grad,) = case.run("sum", backend)
+    _, (expected_grad,) = case.oracle("sum")
+    assert error(grad, expected_grad) < torch.finfo(torch.float16).eps
+
+
 @pytest.mark.slow
-def test_every_length_to_600(backend):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_length_to_600(backend, dtype):
     """All lengths, with prefixes of every kind. Shared memory ends at an inaccessible page."""
     lengths = torch.arange(1, 601)
     case = make(
@@ -142,18 +179,9 @@ def test_every_length_to_600(backend):
         },
         widths=(16, 8),
         heads=1,
-        dtype=torch.bfloat16,
+        dtype=dtype,
     )
-    value, (grad,) = case.run("sequence", backend)
-    floats = case.to(torch.float32)
-    expected, (expected_grad,) = floats.run("sequence", "cpu")
-    assert abs(value / expected - 1) < 1e-5
-    start = torch.tensor(0)
-    for length in lengths:
-        end = start + length
-        if length > 1:
-            assert error(grad[start:end], expected_grad[start:end]) < 4e-3, f"length {length}"
-        start = end
+    _check_sequences(case, lengths.tolist())
 
 
 @pytest.mark.slow
@@ -220,7 +248,7 @@ def test_scales_of_any_sign(backend, scales):
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
 def test_sequences_beyond_shared_memory(library, backend, mask, reduction):
     """Blocks hold 64 tokens. Longer sequences take the row-wise path; shorter ones in the same batch do not."""
-    library.emulated_set_props(16384, 16384)
+    library.emulated_set_props(16384, 16384, 132)
     tokens, *_ = cuda.plan(library, "symmetric", (16384, 16384), _PLANES["fp32 (16, 8)"], 131)
     assert tokens == 64
     _check(make(_LONG[mask], batch=3, length=131, heads=1, widths=(16, 8)), reduction)
@@ -229,8 +257,203 @@ def test_sequences_beyond_shared_memory(library, backend, mask, reduction):
         _check(make({"cu_seqlens": lengths.int()}, heads=2, widths=(16, 8)))
 
 
+def _use_windows(library, warps: int, processors: int, widths: tuple[int, int] = (16, 8)) -> None:
+    """Gives blocks memory for two windows of `warps` strips. More processors get more parts of a head."""
+    chunks_t, chunks_s = (-(-width // 8) for width in widths)
+    window = warps * (64 if 2 * chunks_t + 6 * chunks_s <= 10 else 32)
+    size = 256 + window * (32 * (chunks_t + chunks_s + 1) + 32 * chunks_s)
+    library.emulated_set_props(size, size + 1024, processors)
+    library.emulated_take_segments()
+
+
+def _check_windows(library, case: Case, reduction: str = "sequence") -> None:
+    _check(case, reduction, dtype=case.tensors[2].dtype)
+    assert library.emulated_take_segments() == 2
+
+
+@pytest.mark.parametrize("dtype", [_BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("mask", _LONG)
+def test_heads_in_windows(library, backend, mask, dtype):
+    """Three windows of 64 tokens, each of which is a part."""
+    _use_windows(library, 1, 132)
+    _check_windows(library, make(_LONG[mask], batch=3, length=131, heads=1, widths=(16, 8), dtype=dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"causal": True}, {"prefix_lens": torch.tensor([10, 200, 128, 0])}], ids=str)
+@pytest.mark.parametrize(("warps", "processors"), [(1, 1), (1, 3), (1, 132), (2, 132)])
+def test_packed_heads_in_windows(library, backend, more, warps, processors):
+    """Sequences that fit into one block are in the same batch."""
+    _use_windows(library, warps, processors)
+    packed = {"cu_seqlens": torch.tensor([0, 60, 430, 558, 559]).int()}
+    _check_windows(library, make(packed | more, heads=2, widths=(16, 8), dtype=_BF16, rows=0.8), "token")
+
+
+@pytest.mark.parametrize("widths", [(64, 32), (12, 6), (16, 16), (16, 3)], ids=str)
+def test_widths_of_heads_in_windows(library, backend, widths):
+    _use_windows(library, 1 if widths in ((12, 6), (16, 3)) else 2, 132, widths)
+    for mask in ("prefix", "rows"):
+        _check_windows(library, make(_LONG[mask], batch=3, length=131, heads=2, widths=widths, dtype=_BF16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("warps", "processors"), [(1, 60), (2, 400)])
+def test_every_length_in_windows(library, backend, warps, processors):
+    """The longest sequences have 3 or 5 parts, and shorter ones down to 1."""
+    _use_windows(library, warps, processors)
+    lengths = torch.arange(65, 400)
+    mask = {
+        "cu_seqlens": torch.cat((torch.zeros(1), lengths.cumsum(0))).int(),
+        "max_seqlen": 400,
+        "prefix_lens": torch.where(lengths % 3 == 0, lengths // 2, torch.where(lengths % 3 == 1, 0, lengths)),
+    }
+    _check_sequences(make(mask, widths=(16, 8), heads=1, dtype=_BF16), lengths.tolist())
+
+
+def _check_sequences(case: Case, lengths: list[int]) -> None:
+    """Compares the gradient of every packed sequence with that of the backend `cpu` in float32."""
+    value, (grad,) = case.run("sum", "cuda")  # a mean over all sequences would underflow in float16
+    expected, (expected_grad,) = case.to(torch.float32).run("sum", "cpu")
+    assert abs(value / expected - 1) < 1e-5
+    allowed = max(torch.finfo(grad.dtype).eps, 2e-6)
+    pieces = zip(lengths, grad.split(lengths), expected_grad.split(lengths), strict=True)
+    for length, piece, expected_piece in pieces:
+        assert length == 1 or error(piece, expected_piece) < allowed, f"length {length}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [{}, {"prefix_lens": torch.tensor([2500])}], ids=["none", "prefix"])
+def test_4097_tokens_in_windows(library, backend, mask):
+    """Nine windows of 512 tokens in five parts, with the shared memory of sm_90."""
+    library.emulated_set_props(*_SM_90, 1)
+    holes = torch.ones(1, 4200, dtype=torch.bool)
+    holes[0, 1000:1103] = False
+    library.emulated_take_segments()
+    _check_windows(
+        library, make(mask | {"attention_mask": holes}, batch=1, length=4200, heads=1, widths=(16, 8), dtype=_BF16)
+    )
+
+
+def test_windows_of_heads_with_any_range(library, backend):
+    """Heads whose s_ii range too widely for one reference take the row-wise path, others of the call do not."""
+    _use_windows(library, 1, 132)
+    case = make(batch=1, length=150, heads=3, widths=(16, 8), dtype=_BF16)
+    wide = torch.tensor([1.0, 8.0, 1.0])[:, None]
+    for teacher, student in ((wide, 1), (1, wide), (wide, wide)):
+        x, _, y, _ = case.tensors
+        mixed = Case(((x * teacher).to(_BF16), None, (y * student).to(_BF16), None), {})
+        value, (grad,) = mixed.run("sequence", backend)
+        expected, (expected_grad,) = mixed.oracle("sequence")
+        assert error(value, expected) < 1e-5
+        for head in range(3):
+            assert error(grad[:, :, head], expected_grad[:, :, head]) < 6e-3
+
+
+@pytest.mark.parametrize("payload", [math.nan, math.inf])
+def test_nan_in_a_window_propagates(library, backend, payload):
+    _use_windows(library, 1, 132)
+    case = make(batch=2, length=140, heads=1, widths=(16, 8), dtype=_BF16)
+    case.tensors[2].data[0, 100, 0, 3] = payload
+    value, (grad,) = case.run("sum", backend)
+    assert value.isnan()
+    assert grad[0].isnan().any()
+    assert grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize("target", [1e-3, 1e-5])
+def test_small_divergences_of_windows(library, backend, target):
+    _use_windows(library, 2, 132, (16, 16))
+    x = make(batch=2, length=200, heads=8, widths=(16, 16), dtype=_BF16).tensors[0]
+    changed = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < 1000 * target
+    case = Case((x, None, torch.where(changed, x * (1 + 2**-6), x), None), {})
+    value, _ = case.run("token", backend)
+    expected, _ = case.oracle("token")
+    assert 0.1 * target < expected < 10 * target
+    assert abs(value / expected - 1) < 1e-3
+
+
+@pytest.mark.parametrize("mask", [{}, {"prefix_lens": torch.tensor([100])}], ids=["none", "prefix"])
+def test_windows_in_any_order_of_warps(library, backend, mask):
+    _use_windows(library, 2, 132)
+    case = make(mask, batch=1, length=270, heads=1, widths=(16, 8), dtype=_BF16)
+    results = []
+    for seed in range(4):
+        library.emulated_set_seed(seed * 0x9E3779B97F4A7C15)
+        results.append(case.run("sequence", backend))
+    assert library.emulated_take_segments() == 8
+    for value, (grad,) in results[1:]:
+        assert torch.equal(value, results[0][0])
+        assert torch.equal(grad, results[0][1][0])
+
+
+@pytest.fixture(scope="module")
+def watched_library(made_once):
+    return cuda.load(made_once("races", partial(cuda.build, races=True)), races=True)
+
+
+@pytest.fixture
+def watched(watched_library, monkeypatch):
+    """The library with the race check."""
+    _use(watched_library, monkeypatch)
+    assert cuda.take_races(watched_library) == []
+    yield watched_library
+    watched_library.emulated_ignore_barrier(b"", 0)
+    cuda.take_races(watched_library)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("widths", "dtype"), [
+    ((16, 8), _BF16), ((8, 8), _BF16), ((16, 16), _BF16), ((64, 32), _BF16), ((8, 56), _BF16),
+    ((16, 8), torch.float16), ((7, 5), torch.float32),
+], ids=str)  # fmt: skip
+def test_no_instance_has_a_race(watched, widths, dtype):
+    """No two warps touch one address between two barriers, and no two blocks, if one of them writes."""
+    for mask in ("none", "prefix-rows", "holes"):
+        for reduction in ("sequence", "none"):
+            for cross in (False, True):
+                case = make(_LONG[mask], batch=3, length=131, heads=1, widths=widths, dtype=dtype, cross=cross)
+                case.run(reduction, "cuda")
+                assert cuda.take_races(watched) == []
+    with torch.no_grad():
+        relation_kl_multi({"q": case.tensors[0]}, {"q": case.tensors[2]}, [("q", "q")], backend="cuda")
+    make(batch=1, length=100, heads=1, widths=widths, dtype=dtype, spread=9.0).run("sequence", "cuda")
+    assert cuda.take_races(watched) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("widths", [(16, 8), (16, 16), (64, 32)], ids=str)
+def test_windows_have_no_race(watched, widths):
+    for warps, processors in ((2, 132), (2, 1), (3, 132)):
+        _use_windows(watched, warps, processors, widths)
+        for mask in ({}, {"prefix_lens": torch.tensor([300])}):
+            make(mask, batch=1, length=450, heads=1, widths=widths, dtype=_BF16, rows=0.7).run("sequence", "cuda")
+            assert cuda.take_races(watched) == []
+            assert watched.emulated_take_segments() == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "harmless"), [("symmetric", {3, 7, 17, 18}), ("segments", {16})])
+def test_a_missing_barrier_is_a_race(watched, kernel, harmless):
+    """The harmless barriers have nothing to order: another one follows or precedes them."""
+    if kernel == "segments":
+        _use_windows(watched, 2, 132)
+    case = make({"prefix_lens": torch.tensor([150])}, batch=1, length=260, heads=1, widths=(16, 8), dtype=_BF16)
+    name = f"{kernel}_1_2_1_1_1".encode()
+    watched.emulated_ignore_barrier(name, 0)
+    case.run("sequence", "cuda")
+    barriers = watched.emulated_ignore_barrier(name, 0)
+    missed = set()
+    for barrier in range(1, barriers + 1):
+        watched.emulated_ignore_barrier(name, barrier)
+        case.run("sequence", "cuda")
+        if not cuda.take_races(watched):
+            missed.add(barrier)
+    assert barriers > 15
+    assert missed <= harmless
+
+
 def test_too_little_shared_memory_is_refused(library, backend):
-    library.emulated_set_props(8192, 8192)
+    library.emulated_set_props(8192, 8192, 132)
     with pytest.raises(RuntimeError, match="bytes of shared memory, but a block of this GPU has 8192"):
         make(widths=(128, 128)).run("sum", backend)
 

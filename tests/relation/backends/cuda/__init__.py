@@ -17,19 +17,25 @@ _FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-ffp-contract=off", "-
 _FLAGS += ["-DMINILM_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{HERE}", f"-I{SOURCES}"]
 
 
-def build(folder: Path) -> None:
-    """Compiles the emulated library."""
+_KERNELS = ("row_wise.cpp", "segments.cpp", "symmetric.cpp")
+
+
+def build(folder: Path, races: bool = False) -> None:
+    """Compiles the emulated library. With `races`, its kernels report every access to the race check (races.cpp)."""
     import ninja
 
     torch_folder = Path(torch.__file__).parent
     host = (path for path in sorted(SOURCES.glob("cuda/host/*.cpp")) if path.name != "gpu.cpp")
     units = [*host, *sorted(HERE.glob("*.cpp"))]
-    flags = " ".join([*_FLAGS, "-isystem", str(torch_folder / "include")])
+    flags = " ".join([*_FLAGS, f"-DMINILM_LIBRARY={_operators(races)}", "-isystem", str(torch_folder / "include")])
     objects = [f"{unit.name}.o" for unit in units]
     lines = [
-        f"rule compile\n  command = {COMPILER} {flags} -x c++ -c $in -o $out",
+        f"rule compile\n  command = {COMPILER} {flags} $seen -x c++ -c $in -o $out",
         f"rule link\n  command = {COMPILER} -shared $in -o $out -L{torch_folder / 'lib'} -ltorch_cpu",
-        *(f"build {out}: compile {unit}" for out, unit in zip(objects, units, strict=True)),
+        *(
+            f"build {out}: compile {unit}" + ("\n  seen = -fsanitize=thread" if races and unit.name in _KERNELS else "")
+            for out, unit in zip(objects, units, strict=True)
+        ),
         f"build emulated.so: link {' '.join(objects)}",
     ]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -38,14 +44,28 @@ def build(folder: Path) -> None:
     assert result.returncode == 0, result.stdout[-4000:]
 
 
-def load(folder: Path) -> ctypes.CDLL:
-    """Loads the library; its operators are `torch.ops.minilm_kernels_cuda_emulated`."""
+def _operators(races: bool) -> str:
+    return "minilm_kernels_cuda_races" if races else "minilm_kernels_cuda_emulated"
+
+
+def load(folder: Path, races: bool = False) -> ctypes.CDLL:
+    """Loads the library, whose operators are `loaded.operators`."""
     library = folder / "emulated.so"
     torch.ops.load_library(library)
     loaded = ctypes.CDLL(str(library))
-    loaded.emulated_set_props.argtypes = (ctypes.c_int64, ctypes.c_int64)
+    loaded.emulated_set_props.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
     loaded.emulated_set_seed.argtypes = (ctypes.c_uint64,)
+    loaded.emulated_take_races.argtypes = (ctypes.c_char_p, ctypes.c_int64)
+    loaded.emulated_ignore_barrier.argtypes = (ctypes.c_char_p, ctypes.c_int)
+    loaded.operators = getattr(torch.ops, _operators(races))
     return loaded
+
+
+def take_races(library: ctypes.CDLL) -> list[str]:
+    """The first race since the last call and the number of all; empty if there was none."""
+    text = ctypes.create_string_buffer(400)
+    count = library.emulated_take_races(text, len(text))
+    return [f"{text.value.decode()}; {count} in all"] if count else []
 
 
 def plan(library: ctypes.CDLL, kind: str, smem: tuple[int, int], planes: tuple[int, ...], last: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 #include "emulated.h"
 
+#include <utility>
+
 #include "cuda/device/schedule.cuh"
 #include "cuda/host/launch_plan.h"
 #include "kernels.h"
@@ -15,7 +17,8 @@ Machine machine;
 
 namespace {
 
-DeviceProps device_props{232448, 233472, 90};  // sm_90
+int segment_launches = 0;
+DeviceProps device_props{232448, 233472, 90, 132};  // sm_90
 
 }  // namespace
 
@@ -29,20 +32,35 @@ bool is_loaded(int, const std::string&) { return true; }
 const char* load(int, const std::string&, const void*) { return nullptr; }
 
 const char* launch(int, const Launch& launch, void*) {
+  if (launch.kernel.find("segments") == 0) ++segment_launches;
   const char* error = nullptr;
-  if (launch_symmetric(launch, error) || launch_row_wise(launch, error)) return error;
+  if (launch_symmetric(launch, error) || launch_segments(launch, error) || launch_row_wise(launch, error)) return error;
   return "the emulation has no such kernel";
 }
 
 }  // namespace minilm::cuda
 
-extern "C" __attribute__((visibility("default"))) void emulated_set_props(int64_t smem_per_block, int64_t smem_per_sm) {
-  minilm::cuda::device_props = {smem_per_block, smem_per_sm, 90};
+extern "C" __attribute__((visibility("default"))) void emulated_set_props(int64_t smem_per_block, int64_t smem_per_sm,
+                                                                          int processors) {
+  minilm::cuda::device_props = {smem_per_block, smem_per_sm, 90, processors};
 }
 
 // With seed 0, warps run in order; with other seeds, they run in a random order.
 extern "C" __attribute__((visibility("default"))) void emulated_set_seed(uint64_t seed) {
   minilm::cuda::emulation::machine.seed = seed;
+}
+
+// The race check ignores a barrier of each block of a kernel, counted from 1; 0: none. Returns the most barriers of a
+// block of the kernel since the last call.
+extern "C" __attribute__((visibility("default"))) int emulated_ignore_barrier(const char* kernel, int barrier) {
+  minilm::cuda::emulation::machine.watched = kernel;
+  minilm::cuda::emulation::machine.ignored_barrier = barrier;
+  return std::exchange(minilm::cuda::emulation::machine.most_barriers, 0);
+}
+
+// The number of launches of segment kernels since the last call.
+extern "C" __attribute__((visibility("default"))) int emulated_take_segments() {
+  return std::exchange(minilm::cuda::segment_launches, 0);
 }
 
 // Host functions of csrc/cuda that tests call directly.
@@ -70,7 +88,7 @@ extern "C" __attribute__((visibility("default"))) void emulated_plan_symmetric(i
                                                                                const int* planes, int64_t max_length,
                                                                                int64_t* out) {
   minilm::cuda::SymmetricPlan plan = minilm::cuda::plan_symmetric(
-      {block, processor}, {planes[0], planes[1], planes[2], planes[3], {planes[4], planes[5]}}, max_length);
+      {block, processor, 90, 132}, {planes[0], planes[1], planes[2], planes[3], {planes[4], planes[5]}}, max_length);
   out[0] = plan.tokens;
   out[1] = plan.warps;
   out[2] = plan.blocks;
@@ -82,7 +100,7 @@ extern "C" __attribute__((visibility("default"))) void emulated_plan_row_wise(in
                                                                               const int* planes, int gradient,
                                                                               int64_t* out) {
   minilm::cuda::RowWisePlan plan = minilm::cuda::plan_row_wise(
-      {block, processor}, {planes[0], planes[1], planes[2], planes[3], {planes[4], planes[5]}}, gradient != 0);
+      {block, processor, 90, 132}, {planes[0], planes[1], planes[2], planes[3], {planes[4], planes[5]}}, gradient != 0);
   out[0] = plan.warps;
   out[1] = plan.streamed;
   out[2] = plan.bytes;

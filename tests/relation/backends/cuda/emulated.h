@@ -19,6 +19,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "common/numerics.h"
@@ -37,13 +38,18 @@ namespace emulation {
   std::abort();
 }
 
+struct Copy {
+  void* to;
+  uint32_t words[4];
+};
+
 struct Fiber {
   jmp_buf registers;
   ucontext_t start;
-  char* stack = nullptr;
   const int* waits_for = nullptr;  // the thread is blocked as long as this equals `seen`
   int seen = 0;
   bool started = false, done = true;
+  std::vector<Copy> copies;  // cp.async
 };
 
 struct Warp {
@@ -62,7 +68,14 @@ struct Machine {
   ucontext_t back;
   int threads = 0, current = 0, arrived = 0, generation = 0;
   int64_t block = 0;
-  char* shared = nullptr;
+  char *shared = nullptr, *stacks = nullptr;
+  // For the race check (races.cpp): accesses of two warps in one interval are not ordered.
+  const char* kernel = "";
+  size_t shared_bytes = 0;
+  int64_t launch = 0;
+  int interval = 0, barriers = 0, most_barriers = 0, ignored_barrier = 0;
+  std::string watched;  // the kernel whose barriers are counted, or ignored
+  bool in_fiber = false;
   void (*body)(void*) = nullptr;
   void* context = nullptr;
   uint64_t seed = 0;
@@ -86,11 +99,13 @@ inline void enter() {
 inline void resume(int thread) {
   Fiber& fiber = machine.fibers[thread];
   machine.current = thread;
+  machine.in_fiber = true;
   if (_setjmp(machine.scheduler) == 0) {
     if (fiber.started) _longjmp(fiber.registers, 1);
     fiber.started = true;
     setcontext(&fiber.start);
   }
+  machine.in_fiber = false;
 }
 
 inline uint64_t draw() {
@@ -102,16 +117,17 @@ inline uint64_t draw() {
 inline void run_block(int64_t block, int threads) {
   machine.block = block;
   machine.threads = threads;
-  machine.arrived = 0;
+  machine.arrived = machine.barriers = 0;
+  ++machine.interval;
+  if (!machine.stacks) {
+    machine.stacks = static_cast<char*>(mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE,
+                                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (machine.stacks == MAP_FAILED) fail("no memory for stacks");
+  }
   for (int t = 0; t < threads; ++t) {
     Fiber& fiber = machine.fibers[t];
-    if (!fiber.stack) {
-      fiber.stack =
-          static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-      if (fiber.stack == MAP_FAILED) fail("no memory for stacks");
-    }
     getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = fiber.stack;
+    fiber.start.uc_stack.ss_sp = machine.stacks + t * kStack;
     fiber.start.uc_stack.ss_size = kStack;
     fiber.start.uc_link = &machine.back;
     makecontext(&fiber.start, enter, 0);
@@ -220,8 +236,10 @@ struct Accumulator {
   float c[4];
 };
 
-template <int kK>
+template <int kK, bool kHalf>
 void mma(const Product* in, Accumulator* out) {
+  auto low = [](uint32_t packed) { return kHalf ? float16_to_float(packed & 0xffffu) : emulation::low(packed); };
+  auto high = [](uint32_t packed) { return kHalf ? float16_to_float(packed >> 16) : emulation::high(packed); };
   float a[16][kK], b[8][kK];
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
@@ -257,6 +275,11 @@ inline void syncthreads() {
   if (++machine.arrived == machine.threads) {
     machine.arrived = 0;
     ++machine.generation;
+    if (machine.watched == machine.kernel) {
+      machine.most_barriers = std::max(machine.most_barriers, ++machine.barriers);
+      if (machine.barriers == machine.ignored_barrier) return;
+    }
+    ++machine.interval;
   } else {
     emulation::yield(&machine.generation);
   }
@@ -291,6 +314,18 @@ inline uint32_t pack_bfloat16(float low, float high) {
     uint32_t bits = as_bits(x);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
     return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  };
+  return round(low) | round(high) << 16;
+}
+inline uint32_t pack_float16(float low, float high) {
+  auto round = [](float x) -> uint32_t {
+    const double magnitude = std::fabs(static_cast<double>(x));
+    const uint32_t sign = as_bits(x) >> 31 << 15;
+    if (std::isnan(x)) return 0x7fffu;
+    if (magnitude >= 65520.0) return sign | 0x7c00u;
+    const int e = std::max(emulation::exponent(magnitude), -14);
+    const double steps = std::nearbyint(magnitude / emulation::power_of_two(e - 10));
+    return sign | ((static_cast<uint32_t>(e + 14) << 10) + static_cast<uint32_t>(steps));
   };
   return round(low) | round(high) << 16;
 }
@@ -355,16 +390,19 @@ inline uint32_t movmatrix(uint32_t x) {
     }
   });
 }
-inline void mma_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+template <bool kHalf = false>
+void mma_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
   auto out = emulation::together<emulation::Accumulator>(
-      "mma_m16n8k8", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, 0, 0}, {b0, 0}},
-      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::mma<8>(in, result); });
+      kHalf ? "mma_m16n8k8 f16" : "mma_m16n8k8", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, 0, 0}, {b0, 0}},
+      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::mma<8, kHalf>(in, result); });
   std::copy(out.c, out.c + 4, c);
 }
-inline void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+template <bool kHalf = false>
+void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   auto out = emulation::together<emulation::Accumulator>(
-      "mma_m16n8k16", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, a2, a3}, {b0, b1}},
-      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::mma<16>(in, result); });
+      kHalf ? "mma_m16n8k16 f16" : "mma_m16n8k16",
+      emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, a2, a3}, {b0, b1}},
+      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::mma<16, kHalf>(in, result); });
   std::copy(out.c, out.c + 4, c);
 }
 
@@ -380,6 +418,22 @@ inline Uint4 load_uint4(const void* from) {
 inline void store_uint4(void* to, const Uint4& x) {
   if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("16 bytes are not aligned");
   std::memcpy(to, &x, 16);
+}
+// Copies arrive when their thread waits for them.
+inline void copy_or_clear(void* to, const void* from, bool copy) {
+  const Uint4 words = copy ? load_uint4(from) : Uint4{};
+  emulation::Copy pending{to, {}};
+  std::memcpy(pending.words, &words, sizeof words);
+  emulation::machine.fibers[emulation::machine.current].copies.push_back(pending);
+}
+inline void wait_for_copies() {
+  auto& copies = emulation::machine.fibers[emulation::machine.current].copies;
+  for (const emulation::Copy& copy : copies) {
+    Uint4 words;
+    std::memcpy(&words, copy.words, sizeof words);
+    store_uint4(copy.to, words);
+  }
+  copies.clear();
 }
 inline uint32_t load_word(const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % 4) emulation::fail("4 bytes are not aligned");
@@ -401,7 +455,8 @@ inline void store_float2(float* to, float x, float y) {
 }
 
 template <class Parameters>
-const char* emulate(void (*kernel)(const Parameters), const char* given, int64_t blocks, int threads, int64_t shared) {
+const char* emulate(void (*kernel)(const Parameters), const std::string& name, const char* given, int64_t blocks,
+                    int threads, int64_t shared) {
   Parameters parameters;
   std::memcpy(&parameters, given, sizeof parameters);
   using namespace emulation;
@@ -415,6 +470,9 @@ const char* emulate(void (*kernel)(const Parameters), const char* given, int64_t
   mprotect(memory + page + pages, page, PROT_NONE);
   if (shared % 128) fail("shared memory is not a multiple of 128 bytes");
   machine.shared = memory + page + pages - shared;
+  machine.shared_bytes = static_cast<size_t>(shared);
+  machine.kernel = name.c_str();
+  ++machine.launch;
   struct Context {
     void (*kernel)(const Parameters);
     const Parameters* parameters;

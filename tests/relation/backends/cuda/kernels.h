@@ -8,6 +8,7 @@ namespace minilm::cuda {
 
 // Each function returns false if it does not have the kernel.
 bool launch_symmetric(const Launch& launch, const char*& error);
+bool launch_segments(const Launch& launch, const char*& error);
 bool launch_row_wise(const Launch& launch, const char*& error);
 
 }  // namespace minilm::cuda

@@ -25,7 +25,7 @@ void reduce(const ReduceParams reduction) { ReduceKernel::run(reduction, shared_
 
 bool launch_row_wise(const Launch& launch, const char*& error) {
   auto run = [&](auto kernel) {
-    error = emulate(kernel, launch.parameters, launch.blocks, launch.threads, launch.smem);
+    error = emulate(kernel, launch.kernel, launch.parameters, launch.blocks, launch.threads, launch.smem);
     return true;
   };
   int first;
