@@ -1,5 +1,12 @@
 """Static cost of the GPU kernels: instructions per ordered pair, counted in machine code, without a GPU."""
 
-from .cli import main, register
+from . import cli, table
 
-__all__ = ["main", "register"]
+
+def register(commands) -> None:
+    """Adds the subcommands `static` and `costs`."""
+    cli.register(commands)
+    table.register(commands)
+
+
+__all__ = ["register"]

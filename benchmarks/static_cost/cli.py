@@ -14,16 +14,18 @@ from examples.demo.markers import check_markers, update
 
 from . import cost
 from .machine import MACHINES
-from .variants import CUDA_LISTING, TRITON_MODULE, Variant, cuda_variants, triton_variants
+from .variants import CUDA_MODULE, TRITON_MODULE, Variant, cuda_variants, triton_variants
 
 _SECTION = "static"  # name of the markers in a Markdown file
 _NAME = 60  # width of the first column
 _COLUMNS = {  # heading -> key, digits
+    "share": ("share", 3),
     "MUFU": ("mufu_per_pair", 2),
     "slots": ("issue_slots_per_pair", 2),
     "always": ("issue_slots_always_per_pair", 2),
     "tensor": ("tensor_per_pair", 3),
     "shared": ("shared_per_pair", 3),
+    "waves": ("shared_wavefronts_per_pair", 3),
     "global": ("global_per_pair", 3),
     "outer": ("outer_slots_per_pair", 2),
     "regs": ("registers", 0),
@@ -44,11 +46,16 @@ def register(commands) -> None:
     parser.add_argument("--arch", nargs="+", choices=list(MACHINES), default=["sm_90"], metavar="sm_XX")
     parser.add_argument("--backends", nargs="+", choices=["triton", "cuda"], default=["triton", "cuda"], metavar="NAME")
     parser.add_argument("--triton-module", default=TRITON_MODULE, metavar="MODULE", help="module with variants()")
-    parser.add_argument("--cuda-listing", type=Path, default=CUDA_LISTING, metavar="FILE", help="JSON list of kernels")
+    parser.add_argument(
+        "--cuda-module", default=CUDA_MODULE, metavar="MODULE", help="module with variants(), or a JSON file of kernels"
+    )
     parser.add_argument("--kernel", default="*", help="only kernels whose name matches this pattern")
     parser.add_argument("--group", default="*", help="only groups that match this pattern")
     parser.add_argument("--dtype", default="*", help="only this dtype of the inputs")
     parser.add_argument("--widths", default="*", metavar="D_txD_s", help="only these widths, such as 16x8")
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=list(cost.LENGTHS), metavar="S", help="of totals with the diagonal"
+    )
     parser.add_argument("--json", action="store_true", help="print a list of objects, one per phase, and totals")
     parser.add_argument(
         "--breakdown", action="store_true", help="print issue slots per pair by class of instruction and opcode"
@@ -68,7 +75,7 @@ def main(options: argparse.Namespace) -> int:
         print(" " * _NAME + "".join(f"{heading:>9}" for heading in headings), flush=True)
     for arch, variant in _declared(options):
         try:
-            rows = cost.rows(variant, arch)
+            rows = cost.rows(variant, arch, options.lengths)
         except Exception as problem:  # a compiler may raise anything; the other kernels are still counted
             failures.append(f"{variant.backend} {variant.name} {arch}: {type(problem).__name__}: {problem}")
             continue
@@ -103,8 +110,8 @@ def _declared(options: argparse.Namespace) -> Iterator[tuple[str, Variant]]:
         declared: list[Variant] = []
         if "triton" in options.backends:
             declared += triton_variants(arch, options.triton_module)
-        if "cuda" in options.backends and (options.cuda_listing.exists() or options.backends == ["cuda"]):
-            declared += cuda_variants(arch, options.cuda_listing)
+        if "cuda" in options.backends:
+            declared += cuda_variants(arch, options.cuda_module)
         for variant in declared:
             values = (variant.kernel, variant.group, variant.dtype, f"{variant.d_t}x{variant.d_s}")
             patterns = (options.kernel, options.group, options.dtype, options.widths)
@@ -127,8 +134,8 @@ def _markdown(rows: list[dict]) -> str:
 
 
 def _name(row: dict) -> str:
-    phase = "" if row["phase"] == row["kernel"] else f" {row['phase']}"
-    return f"{row['arch']} {row['kernel']} [{row['group']}]{phase} {row['dtype']} {row['d_t']}x{row['d_s']}"
+    phase = f"{'' if row['phase'] == row['kernel'] else row['phase']} {row['part']}".strip()
+    return f"{row['arch']} {row['kernel']} [{row['group']}] {phase} {row['dtype']} {row['d_t']}x{row['d_s']}"
 
 
 def _print(row: dict, breakdown: bool) -> None:

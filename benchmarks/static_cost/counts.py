@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from .sass import Instruction
 
@@ -45,21 +45,37 @@ _MMA = {"884": (8, 8, 4), "1684": (16, 8, 4), "1688": (16, 8, 8), "16816": (16, 
 
 @dataclass
 class Counts:
-    """Counts of warp instructions. `classes` adds up to `slots`; the other fields count certain instructions again."""
+    """Counts of warp instructions. `classes` adds up to `slots`; the other fields count certain instructions again.
 
-    slots: int = 0
+    Counts of code that is executed now and then are multiples that need not be whole (`plus`).
+    """
+
+    slots: float = 0
     classes: Counter[str] = field(default_factory=Counter)
     opcodes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by class and opcode up to the first dot
-    exponentials: int = 0
-    tensor_macs: int = 0  # counted for the whole warp
-    tensor_work: int = 0  # the same with tf32 counted twice, because tensor cores take twice as long for it
-    tensor_unknown: int = 0  # tensor instructions whose size the opcode does not tell
-    loads_stores: int = 0  # issue cycles of the load/store unit
-    shared_bytes: int = 0  # per lane, by the width of the register operands
-    global_bytes: int = 0
-    local_bytes: int = 0
-    calls: int = 0
+    exponentials: float = 0
+    tensor_macs: float = 0  # counted for the whole warp
+    tensor_work: float = 0  # the same with tf32 counted twice, because tensor cores take twice as long for it
+    tensor_unknown: float = 0  # tensor instructions whose size the opcode does not tell
+    loads_stores: float = 0  # issue cycles of the load/store unit
+    shared_wavefronts: float = 0  # passes of 128 bytes through shared memory, or of one shuffle
+    shared_bytes: float = 0  # per lane, by the width of the register operands
+    global_bytes: float = 0
+    local_bytes: float = 0
+    calls: float = 0
     unknown: Counter[str] = field(default_factory=Counter)
+
+    def plus(self, other: Counts, factor: float = 1) -> Counts:
+        """Returns these counts and `factor` times the other ones."""
+        total = Counts()
+        for item in fields(Counts):
+            mine, more = getattr(self, item.name), getattr(other, item.name)
+            if isinstance(mine, Counter):
+                added = Counter({key: mine[key] + factor * more[key] for key in {**mine, **more}})
+            else:
+                added = mine + factor * more
+            setattr(total, item.name, added)
+        return total
 
 
 def count(code: Iterable[Instruction]) -> Counts:
@@ -86,6 +102,10 @@ def count(code: Iterable[Instruction]) -> Counts:
         if kind in ("shared", "global", "local", "shuffle") and instruction.base not in ("VOTE", "VOTEU", "MOVM"):
             # A matrix load of four 8x8 tiles moves 512 bytes, four cycles of shared memory.
             counts.loads_stores += access_bytes(instruction) // 4 if instruction.base in ("LDSM", "STSM") else 1
+            if kind == "shuffle":
+                counts.shared_wavefronts += 1
+            elif kind == "shared" or instruction.base == "LDGSTS":
+                counts.shared_wavefronts += max(1, access_bytes(instruction) // 4)
     return counts
 
 

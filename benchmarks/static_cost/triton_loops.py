@@ -19,7 +19,7 @@ from minilm_kernels.relation.backends.triton.config import (
     sliced,
 )
 
-from .variants import SourceLoop
+from .variants import SourceLoop, Work
 
 _DTYPES = {"bfloat16": ("*bf16", 2), "float16": ("*fp16", 2), "float32": ("*fp32", 4)}
 
@@ -58,6 +58,24 @@ def variants(arch: int = 90) -> Iterator[TritonVariant]:
                 yield from variants_of(dtype, 16, 8, f"self unordered {words}", arch)
         for group in ("self rows", "cross", "cross padded prefix rows"):
             yield from variants_of(dtype, 16, 8, group, arch)
+
+
+def _turns(kernel: str, mask: Any, length: int, block_m: int, block_n: int) -> tuple[int, int]:
+    """Full and partial tiles that a kernel visits in a head. A prefix is as long as the sequence."""
+    full = partial = 0
+    whole, end = length // block_n, -(-length // block_n)
+    for start in range(0, length, block_m):
+        first, after = start // block_n, min(-(-(start + block_m) // block_n), end)  # tiles on the diagonal
+        rest = max(0, whole - after)
+        if mask == primitives.BIDIRECTIONAL or (mask == primitives.PREFIX and kernel != "gradient"):
+            full, partial = full + whole, partial + end - whole
+        elif kernel == "gradient":
+            full, partial = full + first + rest, partial + end - first - rest
+        elif kernel == "gradient of key":
+            full, partial = full + rest, partial + end - first - rest
+        else:
+            full, partial = full + first, partial + after - first
+    return full, partial
 
 
 def variants_of(
@@ -158,38 +176,79 @@ def variants_of(
         pairs = config.block_m * config.block_n
         features = padded_width(d_t) + padded_width(d_s) * (2 if kernel == "gradient" else 1)
         products = 1 if dtype != "float32" else 6 if precision == "bf16x6" else 0  # on tensor cores
-        loop = SourceLoop(
-            phase=name,
-            pairs=pairs,
-            exponentials=2 * pairs,
-            tensor_macs=pairs * features * products,
-            marker=kernel,
-            trips=512 / config.block_n,
-            # With a causal or prefix mask, a self relation's gradient has one loop below and one above the diagonal.
-            copies=2 if name == "gradient" and mask != primitives.BIDIRECTIONAL else 1,
-        )
-        given |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-        return variant(name, fn, given, config.options, (loop,))
+        row_bytes = (d_t + d_s) * itemsize + (8 if kernel == "gradient" and "of query" not in name else 0)
 
-    def unordered_variants(longest: int, split: bool) -> Iterator[TritonVariant]:
-        config = LaunchConfig.unordered((d_t, d_s), longest, mask.value == primitives.BIDIRECTIONAL.value, arch)
-        tile = config.block_m * config.block_n
-        # The loops are compiled again for the smaller strips at the sequence's end and for wide heads.
-        diagonal = config.block_m / longest
+        def loop(part: str, marker: str, copies: int) -> SourceLoop:
+            def work(length: int) -> Work:
+                turns = _turns(name, mask, length, config.block_m, config.block_n)
+                mine = turns[1 if part else 0]
+                return Work(mine, length**2 * mine / sum(turns))
 
-        def loops_of(phase: str, products: int) -> tuple[SourceLoop, ...]:
-            """The loop over tiles of earlier tokens, and the loop over the diagonal."""
-            macs = padded_width(d_t) + padded_width(d_s) + products
-            trips = (longest - config.block_m) / 2 / config.block_n
-            on_diagonal = f"{phase}_diagonal"
-            return (
-                SourceLoop(phase, 2 * tile / (1 - diagonal), 2 * tile, tile * (macs + products), phase, trips),
-                SourceLoop(
-                    on_diagonal, tile / diagonal, 2 * tile, tile * macs, on_diagonal, config.block_m / config.block_n
-                ),
+            return SourceLoop(
+                phase=name,
+                pairs=pairs,
+                exponentials=2 * pairs,
+                tensor_macs=pairs * features * products,
+                marker=marker,
+                trips=0 if part else 512 / config.block_n,
+                copies=copies,
+                l2_bytes=config.block_n * row_bytes,
+                part=part,
+                work=work,
             )
 
-        loops = {"SUMS": loops_of("sums", 0), "INVERSES": (), "GRADIENT": loops_of("gradients", 8 if d_s <= 8 else 16)}
+        # With a causal or prefix mask, a self relation's gradient has one loop below and one above the diagonal.
+        whole = loop("", kernel, 2 if name == "gradient" and mask != primitives.BIDIRECTIONAL else 1)
+        bounds = loop("bounds", f"{kernel}+partial", 1)
+        given |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        return variant(name, fn, given, config.options, (whole, bounds))
+
+    def unordered_variants(longest: int, split: bool) -> Iterator[TritonVariant]:
+        def config_at(length: int) -> LaunchConfig:
+            return LaunchConfig.unordered((d_t, d_s), length, mask.value == primitives.BIDIRECTIONAL.value, arch)
+
+        config = config_at(longest)
+        features = padded_width(d_t) + padded_width(d_s)
+
+        def loop(phase: str, tail: bool, on_diagonal: bool) -> SourceLoop:
+            """Strips of block_m rows or, with `tail`, the strips of half as many at the end: other machine loops."""
+            rows = config.block_m // 2 if tail else config.block_m
+            tile = rows * config.block_n
+            gradient = phase == "gradients"
+            products = (8 if d_s <= 8 else 16) * gradient
+            columns = 0 if on_diagonal else (4 * d_s * 2 if gradient else 8)  # read and written, or only written
+
+            def work(length: int) -> Work | None:
+                if config_at(length) != config:
+                    return None
+                full = length // config.block_m * config.block_m
+                starts = range(full, length, rows) if tail else range(0, full, rows)
+                sizes = [min(rows, length - start) for start in starts]
+                if on_diagonal:
+                    turns = sum(-(-size // config.block_n) for size in sizes)
+                    return Work(turns, sum(size * size for size in sizes))
+                turns = sum(-(-start // config.block_n) for start in starts)
+                pairs = sum(2 * start * size for start, size in zip(starts, sizes, strict=True))
+                return Work(turns, pairs, entries=len(starts))
+
+            return SourceLoop(
+                phase,
+                pairs=tile if on_diagonal else 2 * tile,
+                exponentials=2 * tile,
+                # Every warp computes the whole product for the 16 columns.
+                tensor_macs=tile * (features + products * (1 if on_diagonal else 1 + config.num_warps)),
+                marker=f"{phase}_diagonal" if on_diagonal else phase,
+                # Heads of wide range have a loop of their own, with the same code for sums.
+                copies=2 if tail and on_diagonal and not gradient else 1,
+                l2_bytes=config.block_n * ((d_t + d_s) * itemsize + 8 + columns),
+                part=f"{'tail ' * tail}{'diagonal' * on_diagonal}".strip(),
+                work=work,
+            )
+
+        def loops_of(phase: str) -> tuple[SourceLoop, ...]:
+            return tuple(loop(phase, tail, on_diagonal) for tail in (False, True) for on_diagonal in (False, True))
+
+        loops = {"SUMS": loops_of("sums"), "INVERSES": (), "GRADIENT": loops_of("gradients")}
         given = {"WARPS": config.num_warps, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT": split}
         for phases in [[phase] for phase in loops] if split else [list(loops)]:
             name = f"unordered {phases[0].lower()}" if split else "unordered"

@@ -1,7 +1,7 @@
 """The kernels whose cost is counted: their declarations, and their compilation without a GPU.
 
-The declarations are plain data: `variants()` in triton_loops.py, and `cuda_loops.json`. docs/static-cost.md explains
-the fields. The package does not import this module.
+The declarations are `variants()` in triton_loops.py and cuda_loops.py. docs/static-cost.md explains the fields. The
+package does not import this module.
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ from minilm_kernels.relation.backends import cuda_compiler
 from . import sass
 
 TRITON_MODULE = "benchmarks.static_cost.triton_loops"
-CUDA_LISTING = Path(__file__).parent / "cuda_loops.json"
+CUDA_MODULE = "benchmarks.static_cost.cuda_loops"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of a source loop for one head of a sequence of S tokens."""
+
+    turns: float
+    pairs: float  # ordered pairs of all turns; the parts of a phase have all S² of them
+    executed: float = 1  # share of a turn's conditional code that is executed, on average
+    entries: float = 0  # executions of the enclosing loop's own code
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,10 @@ class SourceLoop:
     trips: float = 0  # turns per entry of the loop, at S = 512 if they depend on S; 0: unknown
     per: str = "block"  # the counts are of a "block" or of a "warp"
     copies: int = 1  # machine loops of this source loop that share its pairs evenly, as below and above a diagonal
+    part: str = ""  # "": most pairs of the phase; "diagonal", "tail", ...: those that other loops compute
+    conditional: bool = False  # the exponentials are in branches, of which an iteration executes a share (Work)
+    l2_bytes: float = 0  # bytes that an iteration reads and writes in global memory, each once
+    work: Callable[[int], Work | None] | None = None  # by the length of the sequence; None: another kernel serves it
 
 
 @dataclass(frozen=True)
@@ -73,18 +87,34 @@ def triton_variants(arch: str, module: str) -> list[Variant]:
         declared = importlib.import_module(module).variants(number)
     except ModuleNotFoundError as missing:
         raise ValueError(f"no Triton kernels: {missing}") from missing
-    return [_variant("triton", item, partial(build_triton, item, number)) for item in declared]
+    return [triton_variant(item, number) for item in declared]
 
 
-def cuda_variants(arch: str, listing: Path) -> list[Variant]:
-    """Kernels of a JSON listing, compiled for "sm_90" or another architecture."""
-    declared = json.loads(listing.read_text())
-    return [_variant("cuda", item, partial(build_cuda, item, arch, listing.parent)) for item in declared]
+def cuda_variants(arch: str, module: str = CUDA_MODULE) -> list[Variant]:
+    """Kernels that `variants(90)` of the module declares, or those of a JSON file, compiled for "sm_90"."""
+    if module.endswith(".json"):
+        declared, folder = json.loads(Path(module).read_text()), Path(module).parent
+    else:
+        declared, folder = importlib.import_module(module).variants(int(arch.removeprefix("sm_"))), Path()
+    return [cuda_variant(item, arch, folder) for item in declared]
+
+
+def triton_variant(item: Any, arch: int) -> Variant:
+    """A declared Triton kernel, for an architecture such as 90."""
+    return _variant("triton", item, partial(build_triton, item, arch))
+
+
+def cuda_variant(item: Any, arch: str, folder: Path = Path()) -> Variant:
+    """A declared CUDA C++ kernel, for "sm_90" or another architecture. Its `source`, if any, is in the folder."""
+    return _variant("cuda", item, partial(build_cuda, item, arch, folder))
 
 
 def _variant(backend: str, item: Any, build: Callable[[], Built]) -> Variant:
     loops = []
     for loop in _get(item, "loops"):
+        if isinstance(loop, SourceLoop):
+            loops.append(loop)
+            continue
         given = {field.name: _get(loop, field.name, None) for field in fields(SourceLoop)}
         loops.append(SourceLoop(**{name: value for name, value in given.items() if value is not None}))
     plain = {name: _get(item, name) for name in ("kernel", "dtype", "d_t", "d_s")}
@@ -153,10 +183,11 @@ def build_cuda(item: Any, arch: str, folder: Path) -> Built:
         raise ValueError(f"symbol {pattern!r}: expected one kernel, {len(names)} match; of\n  {found}")
     usage = resources[names[0]]
     reserved = 1024 if number >= 90 and usage.shared else 0
-    dynamic = _get(item, "dynamic_shared", {}).get("512", 0)
+    dynamic = (_get(item, "dynamic_shared", None) or {}).get("512", 0)
     return Built(functions[names[0]], usage, _get(item, "warps"), usage.shared - reserved + dynamic)
 
 
+@cache
 def _package_cubin(kernel: str, arch: int) -> tuple[dict, dict]:
     return _disassembled(cuda_compiler.compile_kernels([kernel], arch, line_info=True)[kernel])
 

@@ -14,8 +14,9 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from minilm_kernels._choices import AUTO_BACKENDS, BACKENDS, BackendName
+from minilm_kernels._choices import BACKENDS, BackendName
 
+from . import costs
 from .backends import blocked, native, reference
 from .backends.triton import launch as triton
 from .inputs import Backend, BackendUnavailable, RelationInputs, Scaling
@@ -33,7 +34,8 @@ def backend_status() -> dict[str, str]:
 
     Returns:
         A dict from each backend's name to `"ready"`, or to the reason why the backend cannot run here. The backends are
-        in the order in which `backend="auto"` tries them. `"auto"` never chooses the last one, `"reference"`.
+        in the order in which `backend="auto"` tries them if it does not know their cost for a call. `"auto"` never
+        chooses the last one, `"reference"`.
 
     Example:
         >>> from minilm_kernels import backend_status
@@ -46,8 +48,10 @@ def backend_status() -> dict[str, str]:
     return {name: module.unavailable_reason() or "ready" for name, module in MODULES.items()}
 
 
-def run(name: BackendName, inputs: RelationInputs, call: Callable[[Backend], _Result]) -> _Result:
-    """Returns `call(backend)` for the backend `name` or, if `name` is "auto", for the first that can serve the call.
+def run(name: BackendName, inputs: RelationInputs, work: costs.Work, call: Callable[[Backend], _Result]) -> _Result:
+    """Returns `call(backend)` for the backend `name` or, if `name` is "auto", for the cheapest that can serve the call.
+
+    The order of costs is that of `costs.order`. A message at level DEBUG gives the reason for the choice.
 
     Raises:
         RuntimeError: the backend cannot serve the call; the message gives every reason.
@@ -58,8 +62,10 @@ def run(name: BackendName, inputs: RelationInputs, call: Callable[[Backend], _Re
             usable = ", ".join(n for n, status in backend_status().items() if status == "ready")
             raise RuntimeError(f"backend: {name!r} cannot serve this call: {'; '.join(reasons)}. Usable here: {usable}")
         return call(MODULES[name])
-    for candidate in AUTO_BACKENDS:
+    candidates, reason = costs.order(inputs, work)
+    for candidate in candidates:
         if not _unsupported_reasons(candidate, inputs):
+            _log.debug("backend %s serves a call (%s); %s", candidate, work, reason)
             try:
                 return call(MODULES[candidate])
             except BackendUnavailable as failure:

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from minilm_kernels._choices import BackendName, Reduction
 
 from . import dispatch
+from .costs import Work
 from .inputs import RelationInputs, Scaling, grad_buffers, result_dtype
 from .masks import Mask, has_values, host_readable
 
@@ -325,9 +326,10 @@ def _relation_kl(
     with _without_autocast(student[0].device.type):
         inputs = _inputs(teacher, student, pairs, masks, options)
         if options.reduction == "none":
-            return dispatch.run(options.backend, inputs, lambda backend: backend.forward_none(inputs)), []
+            return dispatch.run(options.backend, inputs, "evaluation", lambda backend: backend.forward_none(inputs)), []
+        work: Work = "training" if gradient else "evaluation"
         return dispatch.run(
-            options.backend, inputs, lambda backend: backend.forward_reduced(inputs, options.reduction, gradient)
+            options.backend, inputs, work, lambda backend: backend.forward_reduced(inputs, options.reduction, gradient)
         )
 
 
@@ -352,7 +354,9 @@ def _relation_kl_rows_backward(
     options = Options(max_seqlen, causal, teacher_scale, student_scale, "none", backend)
     with _without_autocast(student[0].device.type):
         inputs = _inputs(teacher, student, pairs, masks, options)
-        return dispatch.run(options.backend, inputs, lambda backend: backend.backward_none(inputs, row_grads))
+        return dispatch.run(
+            options.backend, inputs, "rows gradient", lambda backend: backend.backward_none(inputs, row_grads)
+        )
 
 
 @torch.library.register_fake("minilm_kernels::relation_kl_rows_backward")

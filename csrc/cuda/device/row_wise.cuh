@@ -150,6 +150,7 @@ MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&scor
           const int row = own_row(m, half), e = 2 * half + c;
           const float x_t = score_t[m][n][e], x_s = score_s[m][n][e];
           float grad = 0.0f;
+          // static: begin forward
           if (kForward) {
             float log_p = log2_of<kExact>(x_t, scale_t, own.rows.log2_sum_t[row], own.rows.max_t + row);
             float log_q = log2_of<kExact>(x_s, scale_s, own.rows.log2_sum_s[row], own.rows.max_s + row);
@@ -159,11 +160,14 @@ MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&scor
             float weight = own.weights ? own.weights[row] : 1.0f;
             grad = visible ? weight * (q - p) : 0.0f;
           }
+          // static: end forward
+          // static: begin backward
           if (kBackward) {
             float p = exp2_of<kExact>(log2_of<kExact>(x_t, scale_t, other_t, &max_t));
             float q = exp2_of<kExact>(log2_of<kExact>(x_s, scale_s, other_s, &max_s));
             grad += row < visible_to_other ? other_weight * (q - p) : 0.0f;
           }
+          // static: end backward
           score_s[m][n][e] = grad;
         }
     }

@@ -320,16 +320,24 @@ struct Strips {
     if (later + kRows > state.sequence.length || cut) {
       const int last = tiles_of(state, strip), columns = tiles_of(state, other);
       MINILM_NO_UNROLL_FOR (int c = 0; c < columns; ++c, at.next())
+        // static: begin strip-sums-ragged
         add_tile_sums<Part::ragged>(shared, rows, sums, at, row, column + 16 * c, diagonal ? c : 0, last, diagonal);
+        // static: end strip-sums-ragged
     } else if (diagonal) {
       MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c, at.next())
+        // static: begin strip-sums-square
         add_tile_sums<Part::square>(shared, rows, sums, at, row, column + 16 * c, c, kTiles, true);
+        // static: end strip-sums-square
     } else if (kCausal && later >= state.bound && row > column) {
       MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c, at.next())
+        // static: begin strip-sums-rows
         add_tile_sums<Part::rows_only>(shared, rows, sums, at, 0, 0, 0, 0, false);
+        // static: end strip-sums-rows
     } else if (kCausal && later >= state.bound) {
       MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c, at.next())
+        // static: begin strip-sums-columns
         add_tile_sums<Part::columns_only>(shared, rows, sums, at, 0, 0, 0, 0, false);
+        // static: end strip-sums-columns
     } else {
       MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c) {
         // static: begin strip-sums
@@ -520,12 +528,16 @@ struct Strips {
     if (max_of(row, column) + kRows > state.sequence.length) {
       const int last = tiles_of(state, strip), columns = tiles_of(state, other);
       MINILM_NO_UNROLL_FOR (int c = 0; c < columns; ++c, at.next())
+        // static: begin strip-gradient-ragged
         add_tile_gradients<Part::ragged>(rows, row_factors, row_tokens, grads, value, at, column + 16 * c,
                                          diagonal ? c : 0, last, diagonal, bound);
+        // static: end strip-gradient-ragged
     } else if (diagonal) {
       MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c, at.next())
+        // static: begin strip-gradient-square
         add_tile_gradients<Part::square>(rows, row_factors, row_tokens, grads, value, at, column + 16 * c, c, kTiles,
                                          true, bound);
+        // static: end strip-gradient-square
     } else {
       MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c) {
         // static: begin strip-gradient

@@ -340,7 +340,9 @@ struct SymmetricKernel {
         if (pair.row < 0) continue;
         const PairTile tile{pair.row * kTile, pair.column * kTile};
         if (is_masked(tile, state.bound)) {
+          // static: begin sums-masked
           add_tile_sums<true>(shared, tile);
+          // static: end sums-masked
         } else {
           // static: begin sums
           add_tile_sums<false>(shared, tile);
@@ -366,7 +368,9 @@ struct SymmetricKernel {
         if (pair.row < 0) continue;
         const PairTile tile{pair.row * kTile, pair.column * kTile};
         if (is_masked(tile, state.bound)) {
+          // static: begin gradient-masked
           value += add_tile_gradients<true>(shared, tile);
+          // static: end gradient-masked
         } else {
           // static: begin gradient
           value += add_tile_gradients<false>(shared, tile);

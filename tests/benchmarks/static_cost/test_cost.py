@@ -8,7 +8,7 @@ from benchmarks.static_cost import cost
 from benchmarks.static_cost.counts import Counts
 from benchmarks.static_cost.machine import MACHINES
 from benchmarks.static_cost.sass import Function, Instruction, Resources
-from benchmarks.static_cost.variants import Built, SourceLoop, Variant
+from benchmarks.static_cost.variants import Built, SourceLoop, Variant, Work
 
 H100 = MACHINES["sm_90"]
 LOOP = SourceLoop("lse", pairs=128, exponentials=256, tensor_macs=4096)
@@ -98,7 +98,7 @@ def test_exponentials_bound_the_standard_shape():
 
 
 def test_units_are_bound_apart():
-    counts = Counts(slots=40, exponentials=1, tensor_macs=2048, tensor_work=2048, loads_stores=3)
+    counts = Counts(slots=40, exponentials=1, tensor_macs=2048, tensor_work=2048, loads_stores=3, shared_wavefronts=7)
     counts.classes.update(
         {"mufu": 1, "float": 8, "packed float": 2, "multiply": 4, "integer": 6, "compare": 2, "pack": 1}
     )
@@ -106,10 +106,13 @@ def test_units_are_bound_apart():
         "issue": 40 / 4,
         "mufu": 2,
         "float": (8 + 4 + 4) / 4,
+        "multiply": 4 / 2,
         "alu": 8 / 2,
         "pack": 1,
         "load/store": 3,
         "tensor": 2048 / H100.tensor,
+        "shared": 7,
+        "l2": 0,
     }
     assert H100.clocks(counts, wide_tensor=True)["tensor"] == 1
     assert MACHINES["sm_80"].clocks(counts, wide_tensor=False)["float"] == (8 + 4 + 4) / 2
@@ -148,3 +151,55 @@ def test_phases_of_a_group_add_up():
     found, (wrong,) = cost.totals([lse, lse])
     assert found == []
     assert "('kernel', 'lse')] repeat" in wrong
+
+
+def test_parts_of_a_phase_add_up_with_their_shares(tmp_path):
+    """Half of the pairs take 3 instructions per pair. In the other half, 5 instructions serve two pairs."""
+    source = tmp_path / "kernel.cu"
+    source.write_text("// static: begin a\n\n// static: end a\n// static: begin b\n\n// static: end b\n")
+    kernel = built(["MUFU.EX2", "FADD"], ["MUFU.EX2", "FADD", "FADD", "LDS.64"], warps=1)
+    code = kernel.function.code
+    for number, instruction in enumerate(code):
+        if instruction.opcode == "MUFU.EX2":
+            code[number] = replace(instruction, lines=frozenset({(str(source), 2 if number < 3 else 5)}))
+    main = SourceLoop("lse", pairs=32, exponentials=32, marker="a", work=lambda s: Work(s**2 / 64, s**2 / 2))
+    rest = SourceLoop("lse", 64, 32, marker="b", part="diagonal", work=lambda s: Work(s**2 / 128, s**2 / 2))
+    rows_of = cost.rows(Variant("cuda", "kernel", "self", "bfloat16", 16, 8, (main, rest), lambda: kernel), "sm_90")
+    (total, *by_length), wrong = cost.totals(rows_of)
+    assert wrong == []
+    assert total["phases"] == ["lse"]
+    assert total["issue_slots_per_pair"] == 3
+    assert [row["phase"] for row in by_length] == ["S=128", "S=512", "S=2048"]
+    for row in by_length:
+        assert row["mufu_per_pair"] == 1 / 2 + 1 / 4
+        assert row["issue_slots_per_pair"] == 3 / 2 + 5 / 4
+        assert row["shared_wavefronts_per_pair"] == 2 / 128
+    with pytest.raises(cost.Mismatch, match=r"phase lse: its loops have 0\.5000 of the pairs at S = 128"):
+        rows(kernel, main)
+
+
+def test_code_in_branches_is_executed_as_often_as_its_exponentials():
+    """One block of two is skipped half of the time: 1.5 of 2 exponentials, and 6 of 7 instructions."""
+    function = Function("kernel", [Instruction("NOP", "")], {".L_0": 1})
+    always = ["MUFU.EX2", "FADD", "FADD"]
+    function.code += [Instruction(opcode, "") for opcode in always] + [Instruction("BRA", "`(.L_1)", "P1")]
+    function.code += [Instruction("MUFU.EX2", ""), Instruction("FADD", "")]
+    function.labels[".L_1"] = len(function.code)
+    function.code += [Instruction("BRA", "`(.L_0)", "P0"), Instruction("EXIT", "")]
+    kernel = Built(function, Resources(32, 0, 0, 0), 1, 0)
+    loop = SourceLoop(
+        "lse", pairs=64, exponentials=64, conditional=True, work=lambda s: Work(s**2 / 64, s**2, executed=0.75)
+    )
+    (row,) = rows(kernel, loop)
+    assert row["mufu_per_pair"] == 0.75
+    assert row["issue_slots_per_pair"] == (5 + 2 / 2) / 2
+    assert row["issue_slots_always_per_pair"] == 5 / 2
+
+
+def test_global_bytes_are_at_most_those_of_the_instructions():
+    """16 lanes that read the same 4 bytes need 64 bytes of L2: the declaration tells, but cannot exceed 128."""
+    loop = SourceLoop("lse", pairs=32, exponentials=32, l2_bytes=64)
+    (row,) = rows(built(["MUFU.EX2", "LDG.E"], warps=1), loop)
+    assert row["clocks_per_unit"]["l2"] == pytest.approx(2 / H100.l2)
+    with pytest.raises(cost.Mismatch, match="expected at most 128 bytes of global memory, 256 are declared"):
+        rows(built(["MUFU.EX2", "LDG.E"], warps=1), replace(loop, l2_bytes=256))

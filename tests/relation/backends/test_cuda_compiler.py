@@ -1,6 +1,5 @@
 """Compilation of the CUDA kernels: the kernels of a call, the cost of machine code for every GPU, cache, failures."""
 
-import json
 import logging
 import os
 import re
@@ -176,27 +175,6 @@ def test_loops_over_pairs_keep_everything_in_registers(widths, dtype, architectu
     assert len(names) == 4
     for name, code in compile_kernels(names, architecture, cache=cache).items():
         _check_registers(name, architecture, code, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("symbol", "bound"), [
-    ("symmetric_1_2_1_1_0", 11.2), ("symmetric_1_8_1_4_0", 15.1),
-    ("symmetric_1_4_1_2_0", 13.0), ("symmetric_1_2_1_2_0", 12.6), ("segments_1_2_1_1_0", 11.2),
-    ("symmetric_4_2_4_1_0", 11.2), ("symmetric_4_8_4_4_0", 15.1), ("segments_4_2_4_1_0", 11.2),
-    ("symmetric_4_4_4_2_0", 13.0), ("symmetric_4_2_4_2_0", 12.6),
-])  # fmt: skip
-def test_issue_slots_a_pair(symbol, bound):
-    """Issue slots of loss and gradient per ordered pair on sm_90, counted in the machine code (docs/static-cost.md)."""
-    pytest.importorskip("triton", reason="its wheel brings the disassembler")
-    from benchmarks.static_cost import cost
-    from benchmarks.static_cost.variants import CUDA_LISTING, cuda_variants
-
-    declared = json.loads(CUDA_LISTING.read_text(encoding="utf-8"))
-    variants = cuda_variants("sm_90", CUDA_LISTING)
-    (variant,) = (v for item, v in zip(declared, variants, strict=True) if item["symbol"] == symbol)
-    phases = cost.rows(variant, "sm_90")
-    assert len(phases) == 2
-    assert sum(phase["issue_slots_per_pair"] for phase in phases) <= bound
 
 
 def test_a_newer_gpu_gets_ptx_which_its_driver_compiles():

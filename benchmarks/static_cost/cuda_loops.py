@@ -1,0 +1,207 @@
+"""Declares the CUDA C++ kernels for the static cost: which kernels to compile, and the loops in each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .variants import SourceLoop, Work
+
+_SPLITS = {"bfloat16": 1, "float16": 2, "float32": 3}
+_TILE = 32  # rows and columns of a tile
+_FORMATS = _SPLITS | {"float16": 4}  # of tokens in the symmetric path (launch_params.h)
+_STRIP_ROWS = {(16, 8): 64, (16, 16): 32, (32, 16): 32, (64, 32): 32}  # in half precision; see symmetric_schedule
+_WINDOW = 8  # strips of a window of 64 rows (segment_warps)
+
+
+@dataclass(frozen=True)
+class CudaVariant:
+    """One compiled kernel. `warps` of a block and `dynamic_shared` at S = 512 are for the occupancy."""
+
+    kernel: str
+    symbol: str
+    group: str
+    dtype: str
+    d_t: int
+    d_s: int
+    warps: int
+    loops: tuple[SourceLoop, ...]
+    dynamic_shared: dict[str, int] | None = None
+
+
+def variants(arch: int = 90) -> Iterator[CudaVariant]:
+    """Yields every kind of kernel: strips and tiles, with each mask, and rows."""
+    for dtype in ("bfloat16", "float16"):
+        for widths in _STRIP_ROWS:
+            yield strips(dtype, *widths, "self")
+        for group in ("self causal", "self prefix", "self long"):
+            yield strips(dtype, 16, 8, group)
+    for dtype, d_t, d_s in (("bfloat16", 128, 64), ("float32", 16, 8)):
+        yield tiles(dtype, d_t, d_s)
+    for dtype, d_t, d_s in (("bfloat16", 16, 8), ("bfloat16", 64, 32), ("float16", 16, 8), ("float32", 16, 8)):
+        for group in ("self row-wise", "cross", "self evaluation"):
+            yield from rows(dtype, d_t, d_s, group)
+
+
+def _padded(width: int) -> int:
+    return -(-width // 8) * 8
+
+
+def symmetric(dtype: str, d_t: int, d_s: int) -> CudaVariant:
+    """Returns the kernel of self relations, with its schedule: strips or tiles."""
+    return strips(dtype, d_t, d_s, "self") if in_strips(dtype, d_t, d_s) else tiles(dtype, d_t, d_s)
+
+
+def in_strips(dtype: str, d_t: int, d_s: int) -> bool:
+    """Returns whether the schedule of these heads is that of strips."""
+    return dtype != "float32" and (d_t, d_s) in _STRIP_ROWS
+
+
+def symmetric_bytes(dtype: str, d_t: int, d_s: int, length: int) -> int:
+    """Returns the shared memory of its blocks, as symmetric_bytes in launch_plan.cpp does."""
+    t, s = _padded(d_t) // 8, _padded(d_s) // 8
+    strips, splits = in_strips(dtype, d_t, d_s), _SPLITS[dtype]
+    return 256 + length * (16 * (1 if strips else splits) * (t + s) + 32 * s + (16 if strips or splits == 3 else 8))
+
+
+def _symmetric(dtype: str, d_t: int, d_s: int, group: str, loops: tuple[SourceLoop, ...]) -> CudaVariant:
+    form, t, s = _FORMATS[dtype], _padded(d_t) // 8, _padded(d_s) // 8
+    kernel, warps = ("segments", _WINDOW) if "long" in group else ("symmetric", 4)
+    causal = int("causal" in group or "prefix" in group)
+    shared = None if "long" in group else {"512": symmetric_bytes(dtype, d_t, d_s, 512)}
+    return CudaVariant(kernel, f"{kernel}_{form}_{t}_{form}_{s}_{causal}", group, dtype, d_t, d_s, warps, loops, shared)
+
+
+def strips(dtype: str, d_t: int, d_s: int, group: str) -> CudaVariant:
+    """Returns the symmetric kernel of strips.
+
+    `group`: "self", "self causal", "self prefix" (of the whole sequence), or "self long" for the kernel of heads that
+    exceed shared memory.
+
+    A turn of the source loop is a round of one strip: its rows meet the columns of a strip, 16 at a time.
+    """
+    rows = _STRIP_ROWS[d_t, d_s]
+    tiles = rows // 16
+    pairs, square = 2 * rows * rows, rows * rows
+    scores = square * (_padded(d_t) + _padded(d_s))
+    gradient = scores + square * (16 + 2 * _padded(d_s))  # with the products of the factors
+    # On the diagonal, the 16 columns of a step meet the rows from their own on: 4 + 3 + 2 + 1 of 16 squares.
+    executed = (tiles + 1) / (2 * tiles)
+
+    def whole(length: int, share: Callable[[int], float] = lambda n: n * (n - 1) / 2, entries: bool = True) -> Work:
+        n = length // rows
+        left = 1 if length % rows else 0
+        strips = n + left
+        # A strip meets the columns of its own window and of half of the others, one window at a time.
+        windows = (-(-strips // _WINDOW) + 1) / 2 if "long" in group else 1
+        return Work(share(n), share(n) * pairs, entries=strips * windows * entries)
+
+    def later_rows(n: int) -> float:  # rounds in which the strip is later than the columns: they wrapped around
+        return sum(d for d in range(1, (n + 1) // 2))
+
+    def diagonal(length: int) -> Work:
+        n = length // rows
+        return Work(n, n * square, executed)
+
+    def tail(length: int) -> Work:
+        """The last strip, if it has fewer rows: with all others, and with itself."""
+        n, left = divmod(length, rows)
+        steps = -(-left // 16)
+        squares = n * steps * tiles + steps * (steps + 1) / 2
+        turns = n + 1 if left else 0
+        return Work(turns, length**2 - (n * rows) ** 2, squares / max(1, turns * tiles * tiles))
+
+    def loop(phase: str, part: str, marker: str, macs: int, work: Callable[[int], Work]) -> SourceLoop:
+        mine = square if part == "diagonal" else pairs
+        branches = part in ("diagonal", "tail")
+        return SourceLoop(phase, mine, pairs, macs, marker, per="warp", part=part, conditional=branches, work=work)
+
+    # Without a mask, a square has no product for its columns. The first 16 rows meet no other columns.
+    on_diagonal = gradient - (rows * _padded(d_s) * 16 if group in ("self", "self long") else 0)
+    phases = []
+    if "causal" in group:
+        earlier, later = "strip-sums-columns", "strip-sums-rows"
+        phases.append(loop("sums", "", earlier, scores, lambda s: whole(s, lambda n: n * (n - 1) / 2 - later_rows(n))))
+        phases.append(loop("sums", "later rows", later, scores, lambda s: whole(s, later_rows, entries=False)))
+    else:
+        phases.append(loop("sums", "", "strip-sums", scores, whole))
+    phases.append(loop("sums", "diagonal", "strip-sums-square", scores, diagonal))
+    phases.append(loop("sums", "tail", "strip-sums-ragged", scores, tail))
+    phases.append(loop("gradient", "", "strip-gradient", gradient, whole))
+    phases.append(loop("gradient", "diagonal", "strip-gradient-square", on_diagonal, diagonal))
+    phases.append(loop("gradient", "tail", "strip-gradient-ragged", gradient, tail))
+    return _symmetric(dtype, d_t, d_s, group, tuple(phases))
+
+
+def tiles(dtype: str, d_t: int, d_s: int) -> CudaVariant:
+    """Returns the symmetric kernel of tiles."""
+    splits = _SPLITS[dtype]
+    products = {1: 1, 2: 4, 3: 6}[splits]  # products of splits
+    square = _TILE * _TILE
+    scores = square * products * (_padded(d_t) + _padded(d_s))
+    gradient = scores + square * products * 2 * _padded(d_s)
+
+    def loop(phase: str, part: str, marker: str, macs: int) -> SourceLoop:
+        pairs = square if part else 2 * square
+
+        def work(length: int) -> Work:
+            n = -(-length // _TILE)
+            turns = n if part else n * (n - 1) / 2
+            return Work(turns, length**2 * turns * pairs / (n * _TILE) ** 2)
+
+        return SourceLoop(phase, pairs, 2 * square, macs, marker, per="warp", part=part, work=work)
+
+    loops = (
+        loop("sums", "", "sums", scores),
+        loop("sums", "diagonal", "sums-masked", scores),
+        loop("gradient", "", "gradient", gradient),
+        loop("gradient", "diagonal", "gradient-masked", gradient),
+    )
+    return _symmetric(dtype, d_t, d_s, "self", loops)
+
+
+def rows(dtype: str, d_t: int, d_s: int, group: str) -> Iterator[CudaVariant]:
+    """Yields the row-wise kernels of one loss.
+
+    Args:
+        dtype: dtype of teacher and student.
+        d_t: head width of the teacher.
+        d_s: head width of the student.
+        group: "self" or "cross", then "evaluation" for a loss without gradient or the rows of `reduction="none"`. Other
+            words are names only.
+    """
+    splits, t, s = _SPLITS[dtype], _padded(d_t) // 8, _padded(d_s) // 8
+    shape = f"{t}_{splits}_{s}_{splits}"
+    products = {1: 1, 2: 4, 3: 6}[splits]
+    square = _TILE * _TILE
+    scores = square * products * (_padded(d_t) + _padded(d_s))
+
+    def variant(kernel: str, symbol: str, marker: str, exponentials: int, macs: int, turns: int = 1) -> CudaVariant:
+        """`turns` of the loop make a tile. Without exponentials, it cannot be found out."""
+
+        def work(length: int) -> Work:
+            return Work(turns * (-(-length // _TILE)) ** 2, length**2)
+
+        loop = SourceLoop(kernel, square // turns, exponentials, macs // turns, marker, per="warp", work=work)
+        return CudaVariant(kernel, f"{symbol}_{shape}", group, dtype, d_t, d_s, 4, (loop,))
+
+    def stats(exact: bool) -> CudaVariant:
+        # One more exponential for each of a lane's 4 rows rescales its sum. Exact ones are polynomials.
+        exponentials = 0 if exact else 2 * (square + 4 * _TILE)
+        return variant("row_stats", f"row_stats_{int(exact)}", "", exponentials, scores)
+
+    def row_wise(kernel: str, marker: str) -> CudaVariant:
+        exponentials = 0 if splits == 3 else (4 if "+" in marker else 2) * square
+        macs = scores + square * products * _padded(d_s)
+        return variant(kernel, f"row_wise_{splits}", marker, exponentials, macs, 1 if exponentials else 2)
+
+    if "evaluation" in group:
+        yield stats(True)
+        yield variant("row_wise", "row_wise_0", "", 0, scores, 2)
+        return
+    yield stats(splits == 3)
+    if "self" in group:
+        yield row_wise("row_wise both", "forward+backward")
+    else:
+        yield row_wise("row_wise query", "forward")
+        yield row_wise("row_wise key", "backward")
