@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from minilm_kernels._choices import BACKENDS, BackendName
+from minilm_kernels._choices import AUTO_BACKENDS, BACKENDS, BackendName
 
 from . import costs
 from .backends import blocked, native, reference

@@ -101,17 +101,6 @@ def _spills_in_loops(compiled) -> int:
     [
         (90, "bfloat16", 12),
         (90, "float32", 12),
-        (90, "float32", 12),
-        (90, "float32", 12),
-        (90, "float32", 12),
-        (90, "float32", 12),
-        (90, "float32", 12),
-        (90, "float32", 12),
-        (90, "float32", 12),
-        (90, "float32", 12),
-        (90, "float32", 12),
-        (90, "float32", 12),
-        (90, "float32", 12),
         *(
             pytest.param(arch, dtype, 1, marks=pytest.mark.slow)
             for arch in (80, 90, 100)
