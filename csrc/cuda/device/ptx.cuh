@@ -57,6 +57,17 @@ MINILM_DEVICE uint32_t pack_float16(float low, float high) {
   return packed;
 }
 
+struct Float2 {
+  float x, y;
+};
+MINILM_DEVICE Float2 unpack_float16(uint32_t packed) {
+  Float2 pair;
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+      : "=f"(pair.x), "=f"(pair.y)
+      : "r"(packed));
+  return pair;
+}
+
 // Loads four 8×8 matrices of 16-bit elements. Lane 8k + i passes the address of row i (16 bytes) of matrix k. Lane 4g +
 // t receives the elements (g, 2t) and (g, 2t + 1) of each matrix or, if transposed, (2t, g) and (2t + 1, g).
 MINILM_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
@@ -146,9 +157,6 @@ MINILM_DEVICE void copy_or_clear(void* to, const void* from, bool copy) {
 }
 MINILM_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" : : : "memory"); }
 MINILM_DEVICE uint32_t load_word(const void* from) { return *static_cast<const uint32_t*>(from); }
-struct Float2 {
-  float x, y;
-};
 MINILM_DEVICE Float2 load_float2(const float* from) {
   float2 v = *reinterpret_cast<const float2*>(from);
   return {v.x, v.y};

@@ -26,6 +26,7 @@ struct BlockState {
   int chunks_t, format_t, chunks_s;
   int bound;  // mirrored pairs (column, row) are visible if row < bound
   float scale_t, scale_s, reference_t, reference_s;
+  float grad_factor;  // gradients in shared memory are too large by 1 / grad_factor, a power of two
   int capacity, tiles;
 };
 static_assert(sizeof(BlockState) <= kBlockStateBytes, "");
@@ -74,10 +75,10 @@ struct SymmetricLayout {
   MINILM_DEVICE char* planes() const { return memory + kBlockStateBytes + kScratchBytes; }
   MINILM_DEVICE Tokens teacher(int token) const { return {planes() + token * 16, plane()}; }
   MINILM_DEVICE Tokens student(int token) const {
-    return {planes() + chunks_t() * splits_in(format_t()) * plane() + token * 16, plane()};
+    return {planes() + score_planes(format_t(), chunks_t()) * plane() + token * 16, plane()};
   }
   MINILM_DEVICE float* grads(int token) const {  // [chunk][token][8]
-    const int planes_before = chunks_t() * splits_in(format_t()) + chunks_s() * splits_in(kFormat);
+    const int planes_before = score_planes(format_t(), chunks_t()) + student_planes(kFormat, chunks_s());
     return reinterpret_cast<float*>(planes() + planes_before * plane()) + token * 8;
   }
   MINILM_DEVICE int grads_plane() const { return state().capacity * 8; }
@@ -129,11 +130,16 @@ MINILM_DEVICE Range range_of_norms(const Tokens& x, int length, int chunks, int 
         Uint4 words = load_uint4(x.planes + (split * chunks + chunk) * x.plane + i * 16);
         MINILM_UNROLL_FOR (int d = 0; d < 4; ++d) {
           const uint32_t word = words.word[d];
-          value[2 * d] += format == kFloat16 ? float16_to_float(word & 0xffffu) : low_of(word);
-          value[2 * d + 1] += format == kFloat16 ? float16_to_float(word >> 16) : high_of(word);
+          const Float2 pair = format == kFloat16 ? unpack_float16(word) : Float2{low_of(word), high_of(word)};
+          value[2 * d] += pair.x;
+          value[2 * d + 1] += pair.y;
         }
       }
       MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) norm = fmaf(value[d], value[d], norm);
+    }
+    if (format == kFloat32) {
+      const Uint4 offset = load_uint4(x.planes + (score_planes(format, chunks) - 1) * x.plane + i * 16);
+      norm = fmaf(2.0f, low_of(offset.word[0]) + (high_of(offset.word[0]) + low_of(offset.word[1])), norm);
     }
     widen(range, norm * scale);
   }
@@ -219,10 +225,10 @@ MINILM_DEVICE float find_score_grads(const float (&score_t)[2][2][4], float (&sc
 // kCausal: causal mask, with or without a prefix.
 template <int kFormat, int kChunksT, int kFormatT, int kChunksS, bool kCausal>
 struct SymmetricKernel {
-  static_assert(kFormat == 1 || kFormat == 3 || kFormat == kFloat16, "bfloat16, float32 or float16");
-  static_assert(kFormatT == 1 || kFormatT == 3 || kFormatT == kFloat16 || kChunksT == 0, "the same");
+  static_assert(kFormat == 1 || kFormat == kFloat16 || kFormat == kFloat32, "bfloat16, float16 or float32");
+  static_assert(kFormatT == 1 || kFormatT == kFloat16 || kFormatT == kFloat32 || kChunksT == 0, "the same");
   using Shared = SymmetricLayout<kFormat, kChunksT, kFormatT, kChunksS>;
-  static constexpr bool kExact = kFormat == 3;
+  static constexpr bool kExact = kFormat == kFloat32;
   static constexpr SymmetricSchedule kSchedule = symmetric_schedule(kFormat, kChunksT, kFormatT, kChunksS, kCapability);
   static constexpr int kStripRows = kSchedule.strip_rows;
 
@@ -252,6 +258,7 @@ struct SymmetricKernel {
   static MINILM_DEVICE void find_work(const LaunchParams& params, BlockState& state) {
     find_head(params, block_index(), state);
     state.tiles = (state.sequence.length + kTile - 1) / kTile;
+    state.grad_factor = 1.0f / grad_scale(kFormat);
     if (state.sequence.length == 0) *partial_of(params, state) = 0.0;
   }
 
@@ -267,6 +274,26 @@ struct SymmetricKernel {
                 shared.plane(), shared.chunks_t(), shared.format_t());
     load_tokens(state.relation->student.key, state.sequence, state.head, 0, tokens, writable(shared.student(0)),
                 shared.plane(), shared.chunks_s(), kFormat);
+    if (shared.format_t() == kFloat32) {
+      float* means = shared.grads(0);
+      syncthreads();
+      find_means(shared.teacher(0), state.sequence.length, shared.chunks_t(), means);
+      syncthreads();
+      subtract_means(shared.teacher(0), state.sequence.length, tokens, shared.chunks_t(), means, 0.0f);
+    }
+    if (kFormat == kFloat32) {
+      float* means = shared.grads(0);
+      syncthreads();
+      float most = find_means(shared.student(0), state.sequence.length, shared.chunks_s(), means);
+      most = block_range({0.0f, most}, shared.scratch()).high;
+      // The power of two that brings the largest feature to between 2^13 and 2^14.
+      const bool scaled = most > 1e-30f && most < 3e38f;
+      const uint32_t exponent = scaled ? as_bits(most) >> 23 : 140;
+      subtract_means(shared.student(0), state.sequence.length, tokens, shared.chunks_s(), means,
+                     as_float((267 - exponent) << 23));
+      if (thread_index() == 0) shared.state().grad_factor *= as_float((exponent - 13) << 23);
+    }
+    if (shared.format_t() == kFloat32 || kFormat == kFloat32) syncthreads();
     for (int i = thread_index(); i < tokens; i += thread_count()) {
       shared.sums_t()[i] = shared.sums_s()[i] = 0.0f;
       for (int chunk = 0; chunk < shared.chunks_s(); ++chunk) {
@@ -284,7 +311,7 @@ struct SymmetricKernel {
     const Sequence& sequence = state.sequence;
     const float weight = call.weights[state.n];
     if (thread_index() == 0) *partial_of(params, state) = weight * value;
-    const float factor = state.relation->student.scale * weight * (1.0f / grad_scale(kFormat));
+    const float factor = state.relation->student.scale * weight * state.grad_factor;
     const int width = state.relation->student.key.width, chunks = shared.chunks_s();
     const int64_t stride = call.num_heads * width;
     float* out = state.relation->query_grad + (sequence.batch * call.positions * call.num_heads + state.head) * width;

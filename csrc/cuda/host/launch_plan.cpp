@@ -21,7 +21,9 @@ int splits_of(const ModelOperands& half) {
 }
 
 // In a self relation, queries and keys are the same tokens.
-int format_of(const ModelOperands& half) { return half.key.dtype == DType::float16 ? kFloat16 : splits_of(half); }
+int format_of(const ModelOperands& half) {
+  return half.key.dtype == DType::bfloat16 ? 1 : half.key.dtype == DType::float16 ? kFloat16 : kFloat32;
+}
 
 std::string name(const char* kind, std::initializer_list<int> arguments) {
   std::string name = kind;
@@ -42,7 +44,7 @@ Planes symmetric_planes_of(const Relation& relation, const DeviceProps& props) {
   const ModelOperands &teacher = relation.teacher, &student = relation.student;
   const int chunks_t = chunks_of(teacher), format_t = format_of(teacher);
   const int chunks_s = chunks_of(student), format_s = format_of(student);
-  return {chunks_t * splits_in(format_t), chunks_s * splits_in(format_s), chunks_s, splits_in(format_s),
+  return {score_planes(format_t, chunks_t), student_planes(format_s, chunks_s), chunks_s, splits_in(format_s),
           symmetric_schedule(format_s, chunks_t, format_t, chunks_s, props.capability)};
 }
 

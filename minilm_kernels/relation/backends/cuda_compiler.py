@@ -27,7 +27,7 @@ _CHECKOUT = Path(__file__).parents[3] / "csrc" / "cuda" / "device"
 OLDEST = 80  # the first compute capability with bfloat16 tensor cores, 8.0
 _NAME = re.compile(r"(symmetric|segments|row_stats|row_wise)((?:_\d+){5})|(reduce)")
 _SPLITS = {"bfloat16": 1, "float16": 2, "float32": 3}  # number of bfloat16 terms that represent a number
-_FORMATS = _SPLITS | {"float16": 4}  # in the symmetric path; csrc/cuda/device/launch_params.h
+_FORMATS = {"bfloat16": 1, "float16": 4, "float32": 5}  # in the symmetric path; csrc/cuda/device/launch_params.h
 
 
 class CompilerError(RuntimeError):

@@ -317,6 +317,12 @@ inline uint32_t pack_bfloat16(float low, float high) {
   };
   return round(low) | round(high) << 16;
 }
+struct Float2 {
+  float x, y;
+};
+inline Float2 unpack_float16(uint32_t packed) {
+  return {float16_to_float(packed & 0xffffu), float16_to_float(packed >> 16)};
+}
 inline uint32_t pack_float16(float low, float high) {
   auto round = [](float x) -> uint32_t {
     const double magnitude = std::fabs(static_cast<double>(x));
@@ -419,19 +425,26 @@ inline void store_uint4(void* to, const Uint4& x) {
   if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("16 bytes are not aligned");
   std::memcpy(to, &x, 16);
 }
-// Copies arrive when their thread waits for them.
+// Copies arrive when their thread waits for them. The race check sees the accesses, not the list of copies.
 inline void copy_or_clear(void* to, const void* from, bool copy) {
   const Uint4 words = copy ? load_uint4(from) : Uint4{};
+  auto& machine = emulation::machine;
+  machine.in_fiber = false;
   emulation::Copy pending{to, {}};
   std::memcpy(pending.words, &words, sizeof words);
-  emulation::machine.fibers[emulation::machine.current].copies.push_back(pending);
+  machine.fibers[machine.current].copies.push_back(pending);
+  machine.in_fiber = true;
 }
 inline void wait_for_copies() {
-  auto& copies = emulation::machine.fibers[emulation::machine.current].copies;
-  for (const emulation::Copy& copy : copies) {
+  auto& machine = emulation::machine;
+  auto& copies = machine.fibers[machine.current].copies;
+  for (size_t k = 0; k < copies.size(); ++k) {
+    machine.in_fiber = false;
+    void* to = copies[k].to;
     Uint4 words;
-    std::memcpy(&words, copy.words, sizeof words);
-    store_uint4(copy.to, words);
+    std::memcpy(&words, copies[k].words, sizeof words);
+    machine.in_fiber = true;
+    store_uint4(to, words);
   }
   copies.clear();
 }
@@ -441,9 +454,6 @@ inline uint32_t load_word(const void* from) {
   std::memcpy(&x, from, 4);
   return x;
 }
-struct Float2 {
-  float x, y;
-};
 inline Float2 load_float2(const float* from) {
   if (reinterpret_cast<uintptr_t>(from) % 8) emulation::fail("8 bytes are not aligned");
   return {from[0], from[1]};

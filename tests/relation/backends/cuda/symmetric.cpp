@@ -25,7 +25,7 @@ void (*kernel_of(const std::string& name, int format))(const LaunchParams) {
   if (name.find("symmetric_4_2_1_1_") == 0) return symmetric<4, 2, 1, 1, kCausal>;
   return format == 1          ? symmetric<1, 0, 0, 0, kCausal>
          : format == kFloat16 ? symmetric<kFloat16, 0, 0, 0, kCausal>
-                              : symmetric<3, 0, 0, 0, kCausal>;
+                              : symmetric<kFloat32, 0, 0, 0, kCausal>;
 }
 
 }  // namespace
