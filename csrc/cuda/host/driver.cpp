@@ -126,7 +126,9 @@ private:
     for (const Relation* relation : all_) {
       const Planes planes = symmetric_planes_of(*relation, props_);
       const SegmentPlan plan = plan_segments(props_, planes);
-      if (!may_be_symmetric(*relation) || plan.warps == 0) continue;
+      const bool float32 =  // see SegmentKernel
+          relation->teacher.key.dtype == DType::float32 || relation->student.key.dtype == DType::float32;
+      if (!may_be_symmetric(*relation) || plan.warps == 0 || float32) continue;
       segmented_.push_back(relation);
       grad_floats_ = std::max(grad_floats_, 8 * planes.student_chunks);
       windows = std::max(windows, (call_.max_length + plan.window - 1) / plan.window);
