@@ -42,13 +42,6 @@ constexpr SymmetricSchedule symmetric_schedule(int format_s, int chunks_t, int f
   return {32, 8};
 }
 
-// Heads in half precision that exceed shared memory are divided into windows of strips (segments.cuh). Strips of
-// float32 heads subtract the mean of all their tokens, which a window does not have.
-constexpr SymmetricSchedule segment_schedule(int format_s, int chunks_t, int format_t, int chunks_s, int capability) {
-  if (format_s == kFloat32 || format_t == kFloat32) return {};
-  return symmetric_schedule(format_s, chunks_t, format_t, chunks_s, capability);
-}
-
 // Warps of a block that combines windows of a longer head: two blocks on an SM, so that one loads while one computes.
 constexpr int segment_warps(const SymmetricSchedule& schedule) { return schedule.warps / 2; }
 

@@ -71,9 +71,10 @@ MINILM_DEVICE void accumulate(float* to, const float* from, int count, bool stor
 
 template <int kFormat, int kChunksT, int kFormatT, int kChunksS, bool kCausal>
 struct SegmentKernel {
-  static constexpr SymmetricSchedule kSchedule = segment_schedule(kFormat, kChunksT, kFormatT, kChunksS, kCapability);
+  static constexpr SymmetricSchedule kSchedule = symmetric_schedule(kFormat, kChunksT, kFormatT, kChunksS, kCapability);
   static constexpr int kWarps = segment_warps(kSchedule);
-  static constexpr int kRows = kSchedule.strip_rows;
+  // float32 tokens have no windows yet: their mean is that of the whole head.
+  static constexpr int kRows = kFormat == kFloat32 || kFormatT == kFloat32 ? 0 : kSchedule.strip_rows;
   using Columns = Window<kFormat, kChunksT, kFormatT, kChunksS>;
   using Schedule = Strips<Columns, kRows / 16, kChunksT, kChunksS, kCausal>;
 

@@ -46,7 +46,6 @@ MINILM_DEVICE void find_head(const LaunchParams& params, int64_t index, BlockSta
   state.bound = state.sequence.prefix;
   state.chunks_t = chunks_of(relation.teacher.key.width);
   state.format_t = format_of(relation.teacher.key.dtype);
-  state.grad_factor = 1.0f / grad_scale(format_of(relation.student.key.dtype));
   state.chunks_s = chunks_of(relation.student.key.width);
   state.scale_t = relation.teacher.scale * kLog2e;
   state.scale_s = relation.student.scale * kLog2e;
@@ -264,6 +263,7 @@ struct SymmetricKernel {
   static MINILM_DEVICE void find_work(const LaunchParams& params, BlockState& state) {
     find_head(params, block_index(), state);
     state.tiles = (state.sequence.length + kTile - 1) / kTile;
+    state.grad_factor = 1.0f / grad_scale(kFormat);
     if (state.sequence.length == 0) *partial_of(params, state) = 0.0;
   }
 

@@ -126,9 +126,11 @@ private:
   void plan_longer() {
     int64_t windows = 0;
     for (const Relation* relation : all_) {
-      const Planes planes = segment_planes_of(*relation, props_);
+      const Planes planes = symmetric_planes_of(*relation, props_);
       const SegmentPlan plan = plan_segments(props_, planes);
-      if (!may_be_symmetric(*relation) || plan.warps == 0) continue;
+      const bool float32 =  // see SegmentKernel
+          relation->teacher.key.dtype == DType::float32 || relation->student.key.dtype == DType::float32;
+      if (!may_be_symmetric(*relation) || plan.warps == 0 || float32) continue;
       segmented_.push_back(relation);
       grad_floats_ = std::max(grad_floats_, 8 * planes.student_chunks);
       windows = std::max(windows, (call_.max_length + plan.window - 1) / plan.window);
@@ -187,7 +189,7 @@ private:
                             row_wise_plan_.bytes);
     };
     auto add_segments = [&](const std::string& kernel, const Relations& relations, int gradient) {
-      const SegmentPlan plan = plan_segments(props_, segment_planes_of(*relations[0], props_));
+      const SegmentPlan plan = plan_segments(props_, symmetric_planes_of(*relations[0], props_));
       fill(params, relations);
       params.segments = scratch;
       params.segments.window = params.capacity = plan.window;

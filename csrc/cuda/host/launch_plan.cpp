@@ -48,14 +48,6 @@ Planes symmetric_planes_of(const Relation& relation, const DeviceProps& props) {
           symmetric_schedule(format_s, chunks_t, format_t, chunks_s, props.capability)};
 }
 
-Planes segment_planes_of(const Relation& relation, const DeviceProps& props) {
-  const ModelOperands &teacher = relation.teacher, &student = relation.student;
-  Planes planes = symmetric_planes_of(relation, props);
-  planes.schedule = segment_schedule(format_of(student), chunks_of(teacher), format_of(teacher), chunks_of(student),
-                                     props.capability);
-  return planes;
-}
-
 std::string symmetric_kernel(const Relation& relation, bool causal) {
   const ModelOperands &teacher = relation.teacher, &student = relation.student;
   return name("symmetric", {format_of(student), chunks_of(teacher), format_of(teacher), chunks_of(student), causal});
@@ -121,8 +113,10 @@ int64_t segment_bytes(const Planes& planes, int window) {
 }
 
 SegmentPlan plan_segments(const DeviceProps& props, const Planes& planes) {
-  // Most warps per SM; then most warps per block, whose windows are loaded less often.
+  // Most warps per SM, weighted by the share of time that is left beside loading a window: loading is taken to cost as
+  // much as the pairs with 64 tokens. On a tie the larger block wins.
   SegmentPlan plan{};
+  double best = 0.0;
   if (planes.schedule.strip_rows == 0) return plan;
   for (int warps = 1; warps <= segment_warps(planes.schedule); ++warps) {
     const int window = warps * planes.schedule.strip_rows;
@@ -130,7 +124,11 @@ SegmentPlan plan_segments(const DeviceProps& props, const Planes& planes) {
     if (bytes > props.smem_per_block) break;
     const int64_t room = std::max<int64_t>(1, props.smem_per_sm / (bytes + kReservedBytes));
     const int blocks = static_cast<int>(std::min<int64_t>(room, planes.schedule.warps / warps));
-    if (warps * blocks >= plan.warps * plan.blocks) plan = {warps, window, blocks, bytes};
+    const double busy = static_cast<double>(warps * blocks) * window / (window + 64);
+    if (busy >= best) {
+      best = busy;
+      plan = {warps, window, blocks, bytes};
+    }
   }
   return plan;
 }

@@ -15,7 +15,6 @@ struct Planes {
 };
 Planes planes_of(const Relation& relation, const DeviceProps& props);            // row-wise
 Planes symmetric_planes_of(const Relation& relation, const DeviceProps& props);  // self relations
-Planes segment_planes_of(const Relation& relation, const DeviceProps& props);    // longer ones
 
 // Names of the kernels that a relation needs. The name contains the template arguments; see device/kernels.cuh.
 std::string symmetric_kernel(const Relation& relation, bool causal);

@@ -606,6 +606,32 @@ def test_plan_of_symmetric_blocks(library, device, planes, longest, expected):
     assert tuple(cuda.plan(library, "symmetric", _DEVICES[device], given, longest)) == expected
 
 
+@pytest.mark.parametrize(
+    ("device", "planes", "warps_of_a_kernel", "expected"),
+    [
+        ("sm_80", "bf16 (16, 8)", 16, (512, 8, 2, 82176)),
+        ("sm_90", "bf16 (16, 8)", 16, (512, 8, 2, 82176)),
+        ("sm_90", "bf16 (16, 8)", 12, (384, 6, 2, 61696)),  # sm_100
+        ("sm_120", "bf16 (16, 8)", 12, (192, 3, 3, 30976)),
+        ("sm_90", "bf16 (64, 32)", 8, (128, 4, 2, 69888)),
+        ("sm_120", "bf16 (64, 32)", 8, (128, 4, 1, 69888)),
+        ("sm_90", "fp32 (16, 8)", 8, (0, 0, 0, 0)),
+    ],
+)
+def test_plan_of_windows(library, device, planes, warps_of_a_kernel, expected):
+    """expected: (tokens of a window, warps, blocks per SM, bytes)."""
+    given = (*_PLANES[planes][:5], warps_of_a_kernel)
+    assert tuple(cuda.plan(library, "segments", _DEVICES[device], given, 0)) == expected
+
+
+def test_parts_of_long_heads(library):
+    """Two waves of two blocks per SM, with an odd number of parts, of which each has a window."""
+    assert [library.emulated_plan_parts(132, heads, 32) for heads in (1, 12, 36, 48, 144, 176, 527, 528, 4608)] == [
+        15, 15, 15, 11, 5, 3, 3, 1, 1,
+    ]  # fmt: skip
+    assert [library.emulated_plan_parts(132, 1, windows) for windows in (1, 2, 3, 4, 5, 6)] == [1, 1, 3, 3, 5, 5]
+
+
 @pytest.mark.parametrize("device", _DEVICES)
 def test_plans_fit_their_device(library, device):
     block, processor = _DEVICES[device]

@@ -424,19 +424,26 @@ inline void store_uint4(void* to, const Uint4& x) {
   if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("16 bytes are not aligned");
   std::memcpy(to, &x, 16);
 }
-// Copies arrive when their thread waits for them.
+// Copies arrive when their thread waits for them. The race check sees the accesses, not the list of copies.
 inline void copy_or_clear(void* to, const void* from, bool copy) {
   const Uint4 words = copy ? load_uint4(from) : Uint4{};
+  auto& machine = emulation::machine;
+  machine.in_fiber = false;
   emulation::Copy pending{to, {}};
   std::memcpy(pending.words, &words, sizeof words);
-  emulation::machine.fibers[emulation::machine.current].copies.push_back(pending);
+  machine.fibers[machine.current].copies.push_back(pending);
+  machine.in_fiber = true;
 }
 inline void wait_for_copies() {
-  auto& copies = emulation::machine.fibers[emulation::machine.current].copies;
-  for (const emulation::Copy& copy : copies) {
+  auto& machine = emulation::machine;
+  auto& copies = machine.fibers[machine.current].copies;
+  for (size_t k = 0; k < copies.size(); ++k) {
+    machine.in_fiber = false;
+    void* to = copies[k].to;
     Uint4 words;
-    std::memcpy(&words, copy.words, sizeof words);
-    store_uint4(copy.to, words);
+    std::memcpy(&words, copies[k].words, sizeof words);
+    machine.in_fiber = true;
+    store_uint4(to, words);
   }
   copies.clear();
 }
