@@ -11,6 +11,7 @@ from minilm_kernels.relation.api import relation_kl_multi
 from minilm_kernels.relation.backends.triton import launch as triton_backend
 from minilm_kernels.relation.masks import Mask
 from tests.relation.cases import MALFORMED, MASKS, Case, all_nan, error, make, malformed
+from tests.relation.scaling import check_scaling
 
 pytestmark = pytest.mark.skipif(
     backend_status()["triton"] != "ready", reason="test_triton.py runs these in the interpreter"
@@ -156,6 +157,15 @@ def test_malformed_packings_give_nan(on, monkeypatch, kind, cross, reduction):
     """As on a GPU, cu_seqlens is not checked before the launch."""
     monkeypatch.setattr(Mask, "check_packing", lambda self: None)
     assert all_nan(malformed(kind, cross).on(on), reduction, "triton")
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (7,), (3, 683)], ids=str)
+def test_scaling_of_gradients(on, shape):
+    """The interpreter computes the bits of PyTorch's operators, but truncates bfloat16. A GPU contracts products."""
+    if not triton_backend.interpreted():
+        pytest.skip("compares with CPU tensors")
+    for upstream in (torch.tensor(0.7), torch.tensor([1.0, -2.0, 0.3])):
+        check_scaling(triton_backend, shape, upstream, (torch.float32, torch.float16, torch.float16))
 
 
 def test_a_scalar_is_the_sum_of_its_relations(on):
