@@ -46,7 +46,8 @@ def variants(arch: int = 90) -> Iterator[TritonVariant]:
         yield from variants_of(dtype, 64, 32, "self", arch, per_head_kernels=True)
         yield from variants_of(dtype, 128, 128, "self", arch)
         if dtype == "float32":
-            for group in ("self", "self packed causal", "self padded prefix"):
+            yield from variants_of(dtype, 16, 8, "self", arch, per_head_kernels=True)
+            for group in ("self packed causal", "self padded prefix"):
                 yield from variants_of(dtype, 16, 8, group, arch)
             yield from variants_of(dtype, 12, 6, "self", arch)
         else:
@@ -168,7 +169,7 @@ def variants_of(
         return variant(name, fn, given, config.options, (loop,))
 
     def unordered_variants(longest: int, split: bool) -> Iterator[TritonVariant]:
-        config = LaunchConfig.unordered(longest, mask.value == primitives.BIDIRECTIONAL.value, arch)
+        config = LaunchConfig.unordered((d_t, d_s), longest, mask.value == primitives.BIDIRECTIONAL.value, arch)
         tile = config.block_m * config.block_n
         # The loops are compiled again for the smaller strips at the sequence's end and for wide heads.
         diagonal = config.block_m / longest

@@ -93,20 +93,25 @@ class LaunchConfig:
         return cls(64, 32, 4, 1)  # gradient, sm_90, (16, 8): 12.1 slots, 112 registers; in two stages 14 slots
 
     @classmethod
-    def unordered(cls, longest: int, bidirectional: bool, arch: int) -> LaunchConfig:
+    def unordered(cls, widths: tuple[int, int], longest: int, bidirectional: bool, arch: int) -> LaunchConfig:
         """Returns the configuration of the kernel of unordered pairs.
 
         Heads that run at the same time must fit into the L2 cache. Longer sequences therefore get programs of more
-        warps, of which fewer run at once. Without a limit of registers, two stages would take 255 of them.
+        warps, of which fewer run at once.
 
         Args:
+            widths: head widths of teacher and student.
             longest: length of the longest sequence, or a number of that size.
             bidirectional: whether the mask is neither causal nor a prefix.
             arch: compute capability, such as 90.
         """
         warps = 1 if longest < 1024 else 2 if longest < 2048 else 4
-        # 11 warps of 176 registers fit on a multiprocessor, 10 of 200. With fewer registers, loops over pairs spill.
-        return cls(64 * warps, 16, warps, 2, 176 if bidirectional and arch < 100 else 200)
+        # With fewer registers, loops over pairs spill. On a multiprocessor fit 11 programs of one warp with 176
+        # registers or 10 with 200, 5 of two warps with 200, 2 of four warps with 255.
+        spills = arch < 90 and (3, 7) <= _version() < (3, 9)  # these assemblers spill with 200, too
+        if spills or warps == 4 or any(width % 8 for width in widths):
+            return cls(64 * warps, 16, warps, 2, 255)
+        return cls(64 * warps, 16, warps, 2, 176 if warps == 1 and bidirectional and arch < 100 else 200)
 
     @classmethod
     def for_interpreter(cls, positions: int, packed: bool) -> LaunchConfig:

@@ -37,6 +37,7 @@ from .config import (
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WIDTH = 128
+_MAX_UNORDERED_ITEMSIZE = 2  # float32 products take too many registers; tests in the interpreter allow 4
 _MAX_RELATIONS = 12  # relations of a launch: an int64 holds 5 bits for each, the index of one of up to 24 tensors
 _LOG2_E = math.log2(math.e)
 
@@ -367,7 +368,7 @@ class _Group:
             return False
         if max(self.operands["DP_T"], self.operands["DP_S"]) > 16 or call.positions * call.inputs.heads * d_s >= 2**31:
             return False
-        return interpreted() or max(self.teacher[0].itemsize, self.student[0].itemsize) <= 2
+        return max(self.teacher[0].itemsize, self.student[0].itemsize) <= _MAX_UNORDERED_ITEMSIZE
 
     def unordered(self, grads: dict[tuple[int, int], Tensor]) -> Tensor:
         """Fills the gradient buffers of the group's relations. Returns sums of the rows' KL, (R, N, A, parts)."""
@@ -380,7 +381,7 @@ class _Group:
         config = (
             LaunchConfig.for_interpreter(longest, False)
             if interpreted()
-            else LaunchConfig.unordered(longest, mask.bidirectional, arch)
+            else LaunchConfig.unordered((self.operands["D_T"], self.operands["D_S"]), longest, mask.bidirectional, arch)
         )
         # If there are few heads, several programs share each of them, at most one for each strip.
         wanted = FULL_GPU * processors // (self.programs * config.num_warps)
