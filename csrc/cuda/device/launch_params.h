@@ -8,6 +8,23 @@ namespace minilm::cuda {
 constexpr int kTile = 32;          // tokens of a tile: a warp processes 32 × 32 pairs at a time
 constexpr int kMaxRelations = 16;  // relations of a launch, limited by the 4 KiB of kernel parameters
 
+// Formats of tokens on tensor cores: the sum of 1, 2 or 3 bfloat16 numbers, its splits. The symmetric path takes
+// float16 numbers as they are. Its float32 tokens are three splits of their difference from the mean, and one plane of
+// offsets (tile.cuh); the gradient multiplies the tokens themselves, as the sum of two float16 numbers.
+constexpr int kFloat16 = 4, kFloat32 = 5;
+constexpr int splits_in(int format) { return format == kFloat16 ? 1 : format == kFloat32 ? 3 : format; }
+constexpr int score_planes(int format, int chunks) { return splits_in(format) * chunks + (format == kFloat32); }
+
+// The same for score gradients M and the tokens that they are multiplied with.
+constexpr int grad_splits_in(int format) { return format == kFloat32 ? 2 : splits_in(format); }
+constexpr int student_planes(int format, int chunks) {
+  return score_planes(format, chunks) + (format == kFloat32 ? 2 * chunks : 0);
+}
+
+// The symmetric path multiplies score gradients, which are at most 2, by this number before it rounds them to float16.
+// Those above 4e-9 then have all bits.
+constexpr float grad_scale(int format) { return format >= kFloat16 ? 16384.0f : 1.0f; }
+
 // The schedule of a symmetric kernel, chosen so that no loop over pairs spills registers.
 struct SymmetricSchedule {
   int strip_rows;  // rows of a strip (strips.cuh); 0: the kernel combines tiles
@@ -15,9 +32,10 @@ struct SymmetricSchedule {
 };
 
 // Per 16 rows, a strip needs two registers per chunk for operands, and four per chunk of the student for gradients.
-constexpr SymmetricSchedule symmetric_schedule(int splits_s, int chunks_t, int splits_t, int chunks_s, int capability) {
+constexpr SymmetricSchedule symmetric_schedule(int format_s, int chunks_t, int format_t, int chunks_s, int capability) {
   const int registers = 2 * chunks_t + 6 * chunks_s;
-  if (splits_s != 1 || splits_t != 1 || chunks_t == 0 || registers > 40) return {0, splits_s == 3 ? 8 : 12};
+  if (splits_in(format_s) != 1 || splits_in(format_t) != 1 || chunks_t == 0 || registers > 40)
+    return {0, format_s == kFloat32 ? 8 : 12};
   if (registers <= 10) return {64, capability < 100 ? 16 : 12};
   if (registers <= 20) return {32, 12};
   return {32, 8};

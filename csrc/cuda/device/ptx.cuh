@@ -57,6 +57,17 @@ MINILM_DEVICE uint32_t pack_float16(float low, float high) {
   return packed;
 }
 
+struct Float2 {
+  float x, y;
+};
+MINILM_DEVICE Float2 unpack_float16(uint32_t packed) {
+  Float2 pair;
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+      : "=f"(pair.x), "=f"(pair.y)
+      : "r"(packed));
+  return pair;
+}
+
 // Loads four 8×8 matrices of 16-bit elements. Lane 8k + i passes the address of row i (16 bytes) of matrix k. Lane 4g +
 // t receives the elements (g, 2t) and (g, 2t + 1) of each matrix or, if transposed, (2t, g) and (2t + 1, g).
 MINILM_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
@@ -95,21 +106,35 @@ MINILM_DEVICE uint32_t movmatrix(uint32_t x) {
   return y;
 }
 
-// c += a · b with bfloat16 a (16 × K) and b (K × 8), and float32 c (16 × 8). Lane 4g + t holds the elements
+// c += a · b with a (16 × K) and b (K × 8) in bfloat16 or, with kHalf, float16, and float32 c (16 × 8). Lane 4g + t
+// holds the elements
 //   c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
 //   a: two each at (g, 2t) and (g + 8, 2t); with K = 16 also at (g, 2t + 8) and (g + 8, 2t + 8)
 //   b: two at (2t, g); with K = 16 also at (2t + 8, g)
+template <bool kHalf = false>
 MINILM_DEVICE void mma_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(b0));
+  if (kHalf)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+  else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b0));
 }
+template <bool kHalf = false>
 MINILM_DEVICE void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                 uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  if (kHalf)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 struct Uint4 {
@@ -122,10 +147,16 @@ MINILM_DEVICE Uint4 load_uint4(const void* from) {
 MINILM_DEVICE void store_uint4(void* to, const Uint4& x) {
   *static_cast<uint4*>(to) = make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]);
 }
+// Copies 16 bytes from global to shared memory, or writes zeros. They have arrived after wait_for_copies().
+MINILM_DEVICE void copy_or_clear(void* to, const void* from, bool copy) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from)),
+                 "r"(copy ? 16 : 0)
+               : "memory");
+}
+MINILM_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" : : : "memory"); }
 MINILM_DEVICE uint32_t load_word(const void* from) { return *static_cast<const uint32_t*>(from); }
-struct Float2 {
-  float x, y;
-};
 MINILM_DEVICE Float2 load_float2(const float* from) {
   float2 v = *reinterpret_cast<const float2*>(from);
   return {v.x, v.y};

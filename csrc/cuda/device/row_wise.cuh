@@ -169,21 +169,21 @@ MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&scor
     }
 }
 
-// Adds one tile's contribution to the KL divergence of the own tokens' rows and, if kSplits > 0, to the gradient of the
-// own tokens.
-template <int kSplits, bool kExact, bool kForward, bool kBackward>
-MINILM_DEVICE void row_wise_tile(const TileOperands& own, const TileOperands& other, int chunks_t, int splits_t,
-                                 int chunks_s, int splits_s, float scale_t, float scale_s, const Sequence& sequence,
+// Adds one tile's contribution to the KL divergence of the own tokens' rows and, if kFormat > 0, to the gradient of the
+// own tokens, times grad_scale(kFormat).
+template <int kFormat, bool kExact, bool kForward, bool kBackward>
+MINILM_DEVICE void row_wise_tile(const TileOperands& own, const TileOperands& other, int chunks_t, int format_t,
+                                 int chunks_s, int format_s, float scale_t, float scale_s, const Sequence& sequence,
                                  TileOrigin origin, PerRow& kl, float* sums, int plane) {
   MINILM_NO_UNROLL_FOR (int half = 0; half < 2; ++half) {
     const TileOperands columns = at(other, 16 * half);
     float score_t[2][2][4], score_s[2][2][4];
-    scores(score_t, own.teacher, columns.teacher, chunks_t, splits_t);
-    scores(score_s, own.student, columns.student, chunks_s, splits_s);
+    scores(score_t, own.teacher, columns.teacher, chunks_t, format_t);
+    scores(score_s, own.student, columns.student, chunks_s, format_s);
     add_score_grads<kExact, kForward, kBackward>(score_t, score_s, scale_t, scale_s, sequence,
                                                  {origin.own, origin.other + 16 * half}, own, columns, kl);
-    if constexpr (kSplits > 0)
-      add_gradients<kSplits, false>(score_s, sums, nullptr, plane, own.student, columns.student, chunks_s);
+    if constexpr (kFormat > 0)
+      add_gradients<kFormat, false>(score_s, sums, nullptr, plane, own.student, columns.student, chunks_s);
   }
 }
 

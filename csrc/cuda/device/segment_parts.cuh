@@ -28,12 +28,14 @@ struct HeadScratch {
   float* words;  // [4][token]: the factors of strips.cuh
   int64_t stride;
   int grad_floats;
+  float grad_scale;  // the gradients are multiplied by it
 
   MINILM_DEVICE HeadScratch(const LaunchParams& params, const Relation& relation, int64_t n, const Sequence& sequence,
                             int64_t head)
       : range(params.segments.ranges + (relation.index * params.call.num_sequences + n) * params.call.num_heads + head),
         stride(params.row_stats_stride),
-        grad_floats(params.segments.grad_floats) {
+        grad_floats(params.segments.grad_floats),
+        grad_scale(cuda::grad_scale(format_of(relation.student.key.dtype))) {
     const Call& call = params.call;
     const int64_t total = call.packed ? call.positions : call.num_sequences * call.positions;
     const int64_t row = (relation.index * call.num_heads + head) * total + sequence.first;
@@ -63,7 +65,8 @@ MINILM_DEVICE void finish_sums(const LaunchParams& params, const Sequence& seque
     sum_t += part.x;
     sum_s += part.y;
   }
-  const Uint4 factors = factors_of(sum_t, sum_s, true, token < sequence.prefix, counts(sequence, token));
+  const Uint4 factors =
+      factors_of(sum_t, sum_s, head.grad_scale, true, token < sequence.prefix, counts(sequence, token));
   MINILM_UNROLL_FOR (int k = 0; k < 4; ++k) head.words[k * head.stride + token] = as_float(factors.word[k]);
 }
 
@@ -87,7 +90,7 @@ MINILM_DEVICE float finish_gradient(const LaunchParams& params, const Sequence& 
         sum[d + 1] += pair.y;
       }
     }
-    write_chunk(to, width, chunk, sum, factor);
+    write_chunk(to, width, chunk, sum, factor / head.grad_scale);
   }
   const int token = first + thread_index();
   return token < sequence.length ? log_ratio(head.factors(token)) : 0.0f;

@@ -12,10 +12,12 @@ namespace minilm::cuda {
 
 // Tokens of a window in shared memory, with the interface that strips expect: positions are those in the sequence.
 // segment_bytes in launch_plan.h computes the size of a block's two windows. The gradients are those of columns.
-template <int kPlanesT, int kPlanesS, int kChunksS>
+template <int kFormat, int kChunksT, int kFormatT, int kChunksS>
 struct Window {
-  char* memory;  // of the block
-  char* begin;   // of the window
+  static constexpr int kTeacherFormat = kFormatT, kStudentFormat = kFormat;
+  static constexpr int kPlanesT = kChunksT * splits_in(kFormatT), kPlanesS = kChunksS * splits_in(kFormat);
+  char* memory;  // the block's
+  char* begin;   // the window's
   int first;     // position of its first token
 
   MINILM_DEVICE BlockState& state() const { return *reinterpret_cast<BlockState*>(memory); }
@@ -67,12 +69,12 @@ MINILM_DEVICE void accumulate(float* to, const float* from, int count, bool stor
   }
 }
 
-template <int kSplits, int kChunksT, int kSplitsT, int kChunksS, bool kCausal>
+template <int kFormat, int kChunksT, int kFormatT, int kChunksS, bool kCausal>
 struct SegmentKernel {
-  static constexpr SymmetricSchedule kSchedule = symmetric_schedule(kSplits, kChunksT, kSplitsT, kChunksS, kCapability);
+  static constexpr SymmetricSchedule kSchedule = symmetric_schedule(kFormat, kChunksT, kFormatT, kChunksS, kCapability);
   static constexpr int kWarps = segment_warps(kSchedule);
   static constexpr int kRows = kSchedule.strip_rows;
-  using Columns = Window<kChunksT * kSplitsT, kChunksS * kSplits, kChunksS>;
+  using Columns = Window<kFormat, kChunksT, kFormatT, kChunksS>;
   using Schedule = Strips<Columns, kRows / 16, kChunksT, kChunksS, kCausal>;
 
   static MINILM_DEVICE void run(const LaunchParams& params, char* memory) {
@@ -131,7 +133,7 @@ struct SegmentKernel {
     const int strips = (state.sequence.length + kRows - 1) / kRows;
     const Division division(params.segments, state.sequence.length);
     char* columns = memory + kBlockStateBytes + kScratchBytes;
-    char* rows_begin = columns + capacity * (16 * (kChunksT * kSplitsT + kChunksS * kSplits + 1) + 32 * kChunksS);
+    char* rows_begin = columns + capacity * (16 * (Columns::kPlanesT + Columns::kPlanesS + 1) + 32 * kChunksS);
     CompensatedSum value;
     clear<kGradient>(Columns{memory, columns, 0});
     for (int own = division.first(part); own < division.first(part + 1); ++own) {
@@ -187,9 +189,9 @@ struct SegmentKernel {
     const BlockState& state = window.state();
     const int count = min_of(state.capacity, static_cast<int>(round_up(state.sequence.length - window.first, kRows)));
     load_tokens(state.relation->teacher.key, state.sequence, state.head, window.first, count,
-                writable(window.teacher(window.first)), window.plane(), kChunksT, kSplitsT);
+                writable(window.teacher(window.first)), window.plane(), kChunksT, kFormatT);
     load_tokens(state.relation->student.key, state.sequence, state.head, window.first, count,
-                writable(window.student(window.first)), window.plane(), kChunksS, kSplits);
+                writable(window.student(window.first)), window.plane(), kChunksS, kFormat);
     if (kGradient)
       for (int i = window.first + thread_index(); i < window.first + count; i += thread_count())
         store_uint4(window.factors(i), i < state.sequence.length ? scratch.factors(i) : Uint4{});

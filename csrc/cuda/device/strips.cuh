@@ -1,6 +1,7 @@
-// The schedule of the symmetric path for bfloat16 heads of few chunks. A warp owns a strip of rows for a whole phase:
-// their operands, their sums and their gradients stay in registers while the strip meets the columns of other strips,
-// 16 at a time. In round d, strip i meets strip i + d (schedule.cuh), so that no two strips of a round share columns.
+// The schedule of the symmetric path for heads of few chunks in half precision. A warp owns a strip of rows for a whole
+// phase: their operands, their sums and their gradients stay in registers while the strip meets the columns of other
+// strips, 16 at a time. In round d, strip i meets strip i + d (schedule.cuh), so that no two strips of a round share
+// columns.
 //
 // Two things keep the arithmetic beside the exponentials small:
 // - The factors 1/l_i + 1/l_j of phase 2 are products of tensor cores as well: (1/l_i, ones) · (ones, 1/l_j), with 1/l
@@ -70,17 +71,16 @@ struct ColumnTokens {
 };
 
 // out = scale · x · y - reference for 16 rows and 16 columns.
-template <int kChunks>
+template <int kFormat, int kChunks>
 MINILM_DEVICE void exponents(float (&out)[2][4], const uint32_t (&x)[2 * kChunks], const uint32_t (&y)[2][kChunks],
                              float scale, float reference) {
   MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) {
     float (&c)[4] = out[n];
     MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) c[e] = 0.0f;
     MINILM_UNROLL_FOR (int chunk = 0; chunk + 1 < kChunks; chunk += 2) {
-      const uint32_t* a = x + 2 * chunk;
-      mma_m16n8k16(c, a[0], a[1], a[2], a[3], y[n][chunk], y[n][chunk + 1]);
+      multiply_add(kFormat, c, x + 2 * chunk, y[n][chunk], y[n][chunk + 1]);
     }
-    if (kChunks % 2) mma_m16n8k8(c, x[2 * kChunks - 2], x[2 * kChunks - 1], y[n][kChunks - 1]);
+    if (kChunks % 2) multiply_add(kFormat, c, x[2 * kChunks - 2], x[2 * kChunks - 1], y[n][kChunks - 1]);
     MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) c[e] = fmaf(c[e], scale, -reference);
   }
 }
@@ -96,9 +96,10 @@ enum class Part {
 
 // A token has 16 bytes, four words. Phase 1: the sums of teacher and student in the last two. Phase 2, pairs of
 // bfloat16 numbers: ones if earlier tokens see this one; ones if it exists; 1/l of the teacher, 1/l of the student.
-MINILM_DEVICE Uint4 factors_of(float sum_t, float sum_s, bool exists, bool seen, bool counted) {
-  auto inverse = [](float sum) {
-    const float x = 1.0f / sum, high = low_of(pack_bfloat16(x, 0.0f));
+// `scale`: grad_scale of the student's format, a factor of 1/l and thus of M.
+MINILM_DEVICE Uint4 factors_of(float sum_t, float sum_s, float scale, bool exists, bool seen, bool counted) {
+  auto inverse = [&](float sum) {
+    const float x = scale / sum, high = low_of(pack_bfloat16(x, 0.0f));
     return pack_bfloat16(high, sub(x, high));
   };
   Uint4 factors;
@@ -119,6 +120,8 @@ MINILM_DEVICE float log_ratio(const Uint4& factors) {
 template <class Shared, int kTiles, int kChunksT, int kChunksS, bool kCausal>
 struct Strips {
   static constexpr int kRows = 16 * kTiles;
+  static constexpr int kFormat = Shared::kStudentFormat;
+  static constexpr float kGradScale = grad_scale(kFormat);
 
   struct Rows {
     RowOperands<kTiles, kChunksT> t;
@@ -137,8 +140,8 @@ struct Strips {
     MINILM_DEVICE void exponents(float (&u_t)[2][4], float (&u_s)[2][4], int m,
                                  const uint32_t (&columns_t)[2][kChunksT],
                                  const uint32_t (&columns_s)[2][kChunksS]) const {
-      cuda::exponents<kChunksT>(u_t, t.x[m], columns_t, scale_t, reference_t);
-      cuda::exponents<kChunksS>(u_s, s.x[m], columns_s, scale_s, reference_s);
+      cuda::exponents<Shared::kTeacherFormat, kChunksT>(u_t, t.x[m], columns_t, scale_t, reference_t);
+      cuda::exponents<kFormat, kChunksS>(u_s, s.x[m], columns_s, scale_s, reference_s);
     }
   };
 
@@ -278,7 +281,9 @@ struct Strips {
 
   struct Value {
     float grad[2] = {}, divergence[2] = {};
-    MINILM_DEVICE float operator()() const { return fmaf(-kLn2, divergence[0] + divergence[1], grad[0] + grad[1]); }
+    MINILM_DEVICE float operator()() const {
+      return fmaf(-kLn2, divergence[0] + divergence[1], grad[0] + grad[1]) * (1.0f / kGradScale);
+    }
   };
 
   // Gradients of a strip's rows, of a tile of 16 rows and a chunk.
@@ -321,10 +326,11 @@ struct Strips {
         MINILM_UNROLL_FOR (int k = 0; k < kGroup; ++k) {
           if (!kAll && (m + k < first || m + k >= last)) continue;
           const uint32_t (&a)[4] = x[k];
-          mma_m16n8k16(grads[m + k][chunk], a[0], a[1], a[2], a[3], y[0], y[1]);
-          if (kAll || kCausal || !diagonal || m + k != first)
-            mma_m16n8k16(sum, movmatrix(a[0]), movmatrix(a[2]), movmatrix(a[1]), movmatrix(a[3]), z[2 * k],
-                         z[2 * k + 1]);
+          multiply_add(kFormat, grads[m + k][chunk], a, y[0], y[1]);
+          if (kAll || kCausal || !diagonal || m + k != first) {
+            const uint32_t mirrored[4] = {movmatrix(a[0]), movmatrix(a[2]), movmatrix(a[1]), movmatrix(a[3])};
+            multiply_add(kFormat, sum, mirrored, z[2 * k], z[2 * k + 1]);
+          }
         }
         if (m + kGroup == kTiles) {
           store_float2(out, sum[0], sum[1]);
@@ -364,8 +370,10 @@ struct Strips {
       value.grad[0] = fmaf(weight, total, value.grad[0]);
       value.divergence[0] = fmaf(weight, divergence, value.divergence[0]);
     }
-    MINILM_UNROLL_FOR (int q = 0; q < 4; ++q)
-      out[q] = pack_bfloat16(u_s[q / 2][2 * (q % 2)], u_s[q / 2][2 * (q % 2) + 1]);
+    MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) {
+      const float low = u_s[q / 2][2 * (q % 2)], high = u_s[q / 2][2 * (q % 2) + 1];
+      out[q] = kFormat == kFloat16 ? pack_float16(low, high) : pack_bfloat16(low, high);
+    }
   }
 
   // In a square of a causal relation, rows above the diagonal are earlier than their columns: these pairs are left to
@@ -475,8 +483,8 @@ struct Strips {
     const auto& state = shared.state();
     const Uint4 sums = load_uint4(shared.factors(i));
     const bool exists = i < state.sequence.length;
-    const Uint4 factors =
-        factors_of(as_float(sums.word[2]), as_float(sums.word[3]), exists, i < state.bound, counts(state.sequence, i));
+    const Uint4 factors = factors_of(as_float(sums.word[2]), as_float(sums.word[3]), kGradScale, exists,
+                                     i < state.bound, counts(state.sequence, i));
     store_uint4(shared.factors(i), factors);
     return log_ratio(factors);
   }

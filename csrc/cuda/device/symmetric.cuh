@@ -23,9 +23,10 @@ struct BlockState {
   Sequence sequence;
   const Relation* relation;
   int64_t n, head;
-  int chunks_t, splits_t, chunks_s;
+  int chunks_t, format_t, chunks_s;
   int bound;  // mirrored pairs (column, row) are visible if row < bound
   float scale_t, scale_s, reference_t, reference_s;
+  float grad_factor;  // gradients in shared memory are too large by 1 / grad_factor, a power of two
   int capacity, tiles;
 };
 static_assert(sizeof(BlockState) <= kBlockStateBytes, "");
@@ -44,7 +45,7 @@ MINILM_DEVICE void find_head(const LaunchParams& params, int64_t index, BlockSta
   state.capacity = params.capacity;
   state.bound = state.sequence.prefix;
   state.chunks_t = chunks_of(relation.teacher.key.width);
-  state.splits_t = splits_of(relation.teacher.key.dtype);
+  state.format_t = format_of(relation.teacher.key.dtype);
   state.chunks_s = chunks_of(relation.student.key.width);
   state.scale_t = relation.teacher.scale * kLog2e;
   state.scale_s = relation.student.scale * kLog2e;
@@ -60,23 +61,25 @@ MINILM_DEVICE bool shares_reference(int length, const Range& range_t, const Rang
 
 // Layout of a block's shared memory; symmetric_bytes in launch_plan.h computes its size. Template arguments that are 0
 // (in the emulation) are replaced by the values in the block's state.
-template <int kSplits, int kChunksT, int kSplitsT, int kChunksS>
+template <int kFormat, int kChunksT, int kFormatT, int kChunksS>
 struct SymmetricLayout {
+  static constexpr int kTeacherFormat = kFormatT, kStudentFormat = kFormat;
   char* memory;
 
   MINILM_DEVICE BlockState& state() const { return *reinterpret_cast<BlockState*>(memory); }
   MINILM_DEVICE double* scratch() const { return reinterpret_cast<double*>(memory + kBlockStateBytes); }
   MINILM_DEVICE int chunks_t() const { return kChunksT ? kChunksT : state().chunks_t; }
-  MINILM_DEVICE int splits_t() const { return kSplitsT ? kSplitsT : state().splits_t; }
+  MINILM_DEVICE int format_t() const { return kFormatT ? kFormatT : state().format_t; }
   MINILM_DEVICE int chunks_s() const { return kChunksS ? kChunksS : state().chunks_s; }
   MINILM_DEVICE int plane() const { return state().capacity * 16; }
   MINILM_DEVICE char* planes() const { return memory + kBlockStateBytes + kScratchBytes; }
   MINILM_DEVICE Tokens teacher(int token) const { return {planes() + token * 16, plane()}; }
   MINILM_DEVICE Tokens student(int token) const {
-    return {planes() + chunks_t() * splits_t() * plane() + token * 16, plane()};
+    return {planes() + score_planes(format_t(), chunks_t()) * plane() + token * 16, plane()};
   }
   MINILM_DEVICE float* grads(int token) const {  // [chunk][token][8]
-    return reinterpret_cast<float*>(planes() + (chunks_t() * splits_t() + chunks_s() * kSplits) * plane()) + token * 8;
+    const int planes_before = score_planes(format_t(), chunks_t()) + student_planes(kFormat, chunks_s());
+    return reinterpret_cast<float*>(planes() + planes_before * plane()) + token * 8;
   }
   MINILM_DEVICE int grads_plane() const { return state().capacity * 8; }
   // Σ E of each row in phase 1, 1 / Σ E in phase 2.
@@ -117,20 +120,26 @@ MINILM_DEVICE void widen(Range& range, float norm) {
 }
 
 // Smallest and largest s_ii in bits, or -3e38 and 3e38 if one of them is not finite.
-MINILM_DEVICE Range range_of_norms(const Tokens& x, int length, int chunks, int splits, float scale, double* scratch) {
+MINILM_DEVICE Range range_of_norms(const Tokens& x, int length, int chunks, int format, float scale, double* scratch) {
   Range range{3e38f, -3e38f};
   for (int i = thread_index(); i < length; i += thread_count()) {
     float norm = 0.0f;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       float value[8] = {};
-      for (int split = 0; split < splits; ++split) {
+      for (int split = 0; split < splits_in(format); ++split) {
         Uint4 words = load_uint4(x.planes + (split * chunks + chunk) * x.plane + i * 16);
         MINILM_UNROLL_FOR (int d = 0; d < 4; ++d) {
-          value[2 * d] += low_of(words.word[d]);
-          value[2 * d + 1] += high_of(words.word[d]);
+          const uint32_t word = words.word[d];
+          const Float2 pair = format == kFloat16 ? unpack_float16(word) : Float2{low_of(word), high_of(word)};
+          value[2 * d] += pair.x;
+          value[2 * d + 1] += pair.y;
         }
       }
       MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) norm = fmaf(value[d], value[d], norm);
+    }
+    if (format == kFloat32) {
+      const Uint4 offset = load_uint4(x.planes + (score_planes(format, chunks) - 1) * x.plane + i * 16);
+      norm = fmaf(2.0f, low_of(offset.word[0]) + (high_of(offset.word[0]) + low_of(offset.word[1])), norm);
     }
     widen(range, norm * scale);
   }
@@ -212,13 +221,15 @@ MINILM_DEVICE float find_score_grads(const float (&score_t)[2][2][4], float (&sc
   return fmaf(-kLn2, divergence, total_grad);
 }
 
-// kSplits: splits of the student's tokens and of the score gradients. kCausal: causal mask, with or without a prefix.
-template <int kSplits, int kChunksT, int kSplitsT, int kChunksS, bool kCausal>
+// kFormat: format of the student's tokens and of the score gradients. kFormatT: format of the teacher's tokens.
+// kCausal: causal mask, with or without a prefix.
+template <int kFormat, int kChunksT, int kFormatT, int kChunksS, bool kCausal>
 struct SymmetricKernel {
-  static_assert(kSplits >= 1 && kSplits <= 3 && kSplitsT <= 3, "one to three bf16 splits");
-  using Shared = SymmetricLayout<kSplits, kChunksT, kSplitsT, kChunksS>;
-  static constexpr bool kExact = kSplits == 3;
-  static constexpr SymmetricSchedule kSchedule = symmetric_schedule(kSplits, kChunksT, kSplitsT, kChunksS, kCapability);
+  static_assert(kFormat == 1 || kFormat == kFloat16 || kFormat == kFloat32, "bfloat16, float16 or float32");
+  static_assert(kFormatT == 1 || kFormatT == kFloat16 || kFormatT == kFloat32 || kChunksT == 0, "the same");
+  using Shared = SymmetricLayout<kFormat, kChunksT, kFormatT, kChunksS>;
+  static constexpr bool kExact = kFormat == kFloat32;
+  static constexpr SymmetricSchedule kSchedule = symmetric_schedule(kFormat, kChunksT, kFormatT, kChunksS, kCapability);
   static constexpr int kStripRows = kSchedule.strip_rows;
 
   static MINILM_DEVICE void run(const LaunchParams& params, char* memory) {
@@ -234,9 +245,9 @@ struct SymmetricKernel {
     if (state.sequence.length == 0) return;
 
     load(params, shared);
-    const Range range_t = range_of_norms(shared.teacher(0), state.sequence.length, shared.chunks_t(), shared.splits_t(),
+    const Range range_t = range_of_norms(shared.teacher(0), state.sequence.length, shared.chunks_t(), shared.format_t(),
                                          state.scale_t, shared.scratch());
-    const Range range_s = range_of_norms(shared.student(0), state.sequence.length, shared.chunks_s(), kSplits,
+    const Range range_s = range_of_norms(shared.student(0), state.sequence.length, shared.chunks_s(), kFormat,
                                          state.scale_s, shared.scratch());
     if (thread_index() == 0) {
       state.reference_t = middle_of(range_t);
@@ -252,6 +263,7 @@ struct SymmetricKernel {
   static MINILM_DEVICE void find_work(const LaunchParams& params, BlockState& state) {
     find_head(params, block_index(), state);
     state.tiles = (state.sequence.length + kTile - 1) / kTile;
+    state.grad_factor = 1.0f / grad_scale(kFormat);
     if (state.sequence.length == 0) *partial_of(params, state) = 0.0;
   }
 
@@ -264,9 +276,29 @@ struct SymmetricKernel {
     const BlockState& state = shared.state();
     const int tokens = static_cast<int>(round_up(state.sequence.length, kStripRows ? kStripRows : kTile));
     load_tokens(state.relation->teacher.key, state.sequence, state.head, 0, tokens, writable(shared.teacher(0)),
-                shared.plane(), shared.chunks_t(), shared.splits_t());
+                shared.plane(), shared.chunks_t(), shared.format_t());
     load_tokens(state.relation->student.key, state.sequence, state.head, 0, tokens, writable(shared.student(0)),
-                shared.plane(), shared.chunks_s(), kSplits);
+                shared.plane(), shared.chunks_s(), kFormat);
+    if (shared.format_t() == kFloat32) {
+      float* means = shared.grads(0);
+      syncthreads();
+      find_means(shared.teacher(0), state.sequence.length, shared.chunks_t(), means);
+      syncthreads();
+      subtract_means(shared.teacher(0), state.sequence.length, tokens, shared.chunks_t(), means, 0.0f);
+    }
+    if (kFormat == kFloat32) {
+      float* means = shared.grads(0);
+      syncthreads();
+      float most = find_means(shared.student(0), state.sequence.length, shared.chunks_s(), means);
+      most = block_range({0.0f, most}, shared.scratch()).high;
+      // The power of two that brings the largest feature to between 2^13 and 2^14.
+      const bool scaled = most > 1e-30f && most < 3e38f;
+      const uint32_t exponent = scaled ? as_bits(most) >> 23 : 140;
+      subtract_means(shared.student(0), state.sequence.length, tokens, shared.chunks_s(), means,
+                     as_float((267 - exponent) << 23));
+      if (thread_index() == 0) shared.state().grad_factor *= as_float((exponent - 13) << 23);
+    }
+    if (shared.format_t() == kFloat32 || kFormat == kFloat32) syncthreads();
     for (int i = thread_index(); i < tokens; i += thread_count()) {
       shared.sums_t()[i] = shared.sums_s()[i] = 0.0f;
       for (int chunk = 0; chunk < shared.chunks_s(); ++chunk) {
@@ -284,7 +316,7 @@ struct SymmetricKernel {
     const Sequence& sequence = state.sequence;
     const float weight = weight_of(call, state.n);
     if (thread_index() == 0) *partial_of(params, state) = weight * value;
-    const float factor = state.relation->student.scale * weight;
+    const float factor = state.relation->student.scale * weight * state.grad_factor;
     const int width = state.relation->student.key.width, chunks = shared.chunks_s();
     const int64_t stride = call.num_heads * width;
     float* out = state.relation->query_grad + (sequence.batch * call.positions * call.num_heads + state.head) * width;
@@ -356,9 +388,9 @@ struct SymmetricKernel {
   static MINILM_DEVICE void add_tile_sums(const Shared& shared, const PairTile& tile) {
     const BlockState& state = shared.state();
     float score[2][4][4];
-    scores(score, shared.teacher(tile.rows), shared.teacher(tile.columns), shared.chunks_t(), shared.splits_t());
+    scores(score, shared.teacher(tile.rows), shared.teacher(tile.columns), shared.chunks_t(), shared.format_t());
     add_sums<kMasked, kCausal>(shared.sums_t(), score, state.scale_t, state.reference_t, tile, state.bound);
-    scores(score, shared.student(tile.rows), shared.student(tile.columns), shared.chunks_s(), kSplits);
+    scores(score, shared.student(tile.rows), shared.student(tile.columns), shared.chunks_s(), kFormat);
     add_sums<kMasked, kCausal>(shared.sums_s(), score, state.scale_s, state.reference_s, tile, state.bound);
   }
 
@@ -369,12 +401,12 @@ struct SymmetricKernel {
     MINILM_NO_UNROLL_FOR (int half = 0; half < 2; ++half) {
       const int columns = tile.columns + 16 * half;
       float score_t[2][2][4], score_s[2][2][4];
-      scores(score_t, shared.teacher(tile.rows), shared.teacher(columns), shared.chunks_t(), shared.splits_t());
-      scores(score_s, shared.student(tile.rows), shared.student(columns), shared.chunks_s(), kSplits);
+      scores(score_t, shared.teacher(tile.rows), shared.teacher(columns), shared.chunks_t(), shared.format_t());
+      scores(score_s, shared.student(tile.rows), shared.student(columns), shared.chunks_s(), kFormat);
       value += find_score_grads<kMasked, kCausal>(score_t, score_s, state.scale_t, state.scale_s, state.reference_t,
                                                   state.reference_s, shared.sums_t(), shared.sums_s(), tile, half,
                                                   state.bound);
-      add_gradients<kSplits, true>(score_s, shared.grads(tile.rows), shared.grads(columns), shared.grads_plane(),
+      add_gradients<kFormat, true>(score_s, shared.grads(tile.rows), shared.grads(columns), shared.grads_plane(),
                                    shared.student(tile.rows), shared.student(columns), shared.chunks_s());
     }
     return value;
@@ -396,7 +428,7 @@ struct SymmetricKernel {
           const Tokens rows = student ? shared.student(tile * kTile) : shared.teacher(tile * kTile);
           const Tokens columns = student ? shared.student(other * kTile) : shared.teacher(other * kTile);
           scores(score, rows, columns, student ? shared.chunks_s() : shared.chunks_t(),
-                 student ? kSplits : shared.splits_t());
+                 student ? kFormat : shared.format_t());
           add_row_stats<kExact>(maximum, total, score, student ? state.scale_s : state.scale_t, state.sequence,
                                 {tile * kTile, other * kTile});
         }
@@ -412,8 +444,8 @@ struct SymmetricKernel {
       PerRow kl = {};
       MINILM_NO_UNROLL_FOR (int other = 0; other < state.tiles; ++other) {
         const TileOperands all{shared.teacher(0), shared.student(0), shared.row_stats(), nullptr};
-        row_wise_tile<kSplits, kExact, true, true>(at(all, tile * kTile), at(all, other * kTile), shared.chunks_t(),
-                                                   shared.splits_t(), shared.chunks_s(), kSplits, state.scale_t,
+        row_wise_tile<kFormat, kExact, true, true>(at(all, tile * kTile), at(all, other * kTile), shared.chunks_t(),
+                                                   shared.format_t(), shared.chunks_s(), kFormat, state.scale_t,
                                                    state.scale_s, state.sequence, {tile * kTile, other * kTile}, kl,
                                                    shared.grads(tile * kTile), shared.grads_plane());
       }

@@ -1,11 +1,11 @@
 // Building blocks of both paths: tokens in shared memory, scores of a 32 × 32 tile, and products with score gradients.
 //
-// Every product runs on bfloat16 tensor cores. A number is represented by bf16 splits: bfloat16 terms whose sum is
-// exactly the number. A bfloat16 input has one split, float16 two, float32 three. Products of splits are exact in
-// float32.
+// Every product runs on tensor cores. A number is represented by bf16 splits: bfloat16 terms whose sum is exactly the
+// number. A bfloat16 input has one split, float16 two, float32 three. Products of splits are exact in float32. The
+// symmetric path multiplies float16 numbers as they are (kFloat16), which is exact as well.
 //
-// Tokens in shared memory: [split][chunk][token][8] bfloat16. A chunk is 8 features, so that a token of a chunk takes
-// 16 bytes, and 8 tokens take 128 contiguous bytes. Matrix loads are free of bank conflicts for every width.
+// Tokens in shared memory: [split][chunk][token][8] 16-bit numbers. A chunk is 8 features, so that a token of a chunk
+// takes 16 bytes, and 8 tokens take 128 contiguous bytes. Matrix loads are free of bank conflicts for every width.
 //
 // A warp holds a tile x[m][n][e] in the layout of mma accumulators: in lane 4g + t, x[m][n][e] belongs to row
 // 16m + 8(e / 2) + g and column 8n + 2t + e % 2. A tile that needs the scores of teacher and student at the same time
@@ -23,6 +23,9 @@ MINILM_DEVICE int min_of(int x, int y) { return x < y ? x : y; }
 MINILM_DEVICE int max_of(int x, int y) { return x > y ? x : y; }
 
 MINILM_DEVICE int splits_of(DType dtype) { return dtype == DType::bfloat16 ? 1 : dtype == DType::float16 ? 2 : 3; }
+MINILM_DEVICE int format_of(DType dtype) {  // in the symmetric path
+  return dtype == DType::bfloat16 ? 1 : dtype == DType::float16 ? kFloat16 : kFloat32;
+}
 MINILM_DEVICE int chunks_of(int width) { return (width + 7) / 8; }
 
 // ---- Sequences --------------------------------------------------------------------------------------------------
@@ -114,24 +117,42 @@ MINILM_DEVICE void load_chunk(const TensorView& x, int64_t at, int chunk, float 
 MINILM_DEVICE float low_of(uint32_t packed) { return as_float(packed << 16); }
 MINILM_DEVICE float high_of(uint32_t packed) { return as_float(packed & 0xffff0000u); }
 
+// Tells whether chunks of tokens in global memory are aligned and have all their features in the kernel's format.
+MINILM_DEVICE bool is_copyable(const TensorView& x, int64_t base, int format) {
+  const DType copied = format == kFloat16 ? DType::float16 : DType::bfloat16;
+  return splits_in(format) == 1 && x.dtype == copied && x.feature_stride == 1 && x.width % 8 == 0 &&
+         x.position_stride % 8 == 0 && (reinterpret_cast<uintptr_t>(x.data) + base * 2) % 16 == 0;
+}
+
 // Loads `count` tokens of one head, from token `first` of the sequence on, with all threads of the block. Tokens beyond
 // the end of the sequence are 0 and, with `rows`, those of rows that do not count. `plane`: size of a plane in bytes; a
 // plane holds one chunk of one split. Neighbouring threads load the chunks of a token, then those of the next token.
 // One head of a token may be as small as 16 bytes; blocks of neighbouring heads run at the same time and share the
 // sectors in L2.
 MINILM_DEVICE void load_tokens(const TensorView& x, const Sequence& sequence, int64_t head, int first, int count,
-                               char* planes, int plane, int chunks, int splits, bool rows = false) {
+                               char* planes, int plane, int chunks, int format, bool rows = false) {
   int64_t base = sequence.batch * x.batch_stride + head * x.head_stride;
+  if (is_copyable(x, base, format)) {
+    const char* from = static_cast<const char*>(x.data) + base * 2;
+    for (int item = thread_index(); item < count * chunks; item += thread_count()) {
+      const int slot = item / chunks, chunk = item % chunks, token = first + slot;
+      const bool exists = rows ? counts(sequence, token) : token < sequence.length;
+      const int64_t offset = exists ? position_of(sequence, token) * x.position_stride + 8 * chunk : 0;
+      copy_or_clear(planes + chunk * plane + slot * 16, from + offset * 2, exists);
+    }
+    return wait_for_copies();
+  }
   for (int item = thread_index(); item < count * chunks; item += thread_count()) {
     int slot = item / chunks, chunk = item % chunks;
     float value[8] = {};
     if (rows ? counts(sequence, first + slot) : first + slot < sequence.length)
       load_chunk(x, base + position_of(sequence, first + slot) * x.position_stride, chunk, value);
     char* to = planes + chunk * plane + slot * 16;
-    for (int split = 0; split < splits; ++split) {
+    for (int split = 0; split < splits_in(format); ++split) {
       Uint4 words;
       MINILM_UNROLL_FOR (int d = 0; d < 4; ++d) {
-        words.word[d] = pack_bfloat16(value[2 * d], value[2 * d + 1]);
+        words.word[d] = format == kFloat16 ? pack_float16(value[2 * d], value[2 * d + 1])
+                                           : pack_bfloat16(value[2 * d], value[2 * d + 1]);
         value[2 * d] = sub(value[2 * d], low_of(words.word[d]));
         value[2 * d + 1] = sub(value[2 * d + 1], high_of(words.word[d]));
       }
@@ -167,12 +188,6 @@ MINILM_DEVICE void clear_padding(const Call& call, int64_t n, int64_t first, int
     out[tokens[item / width] * stride + item % width] = 0.0f;
 }
 
-// Row and column, within a tile, of a lane's element x[m][n][e]; half = e / 2.
-MINILM_DEVICE int own_row(int m, int half) { return 16 * m + 8 * half + lane_index() / 4; }
-MINILM_DEVICE int other_column(int n, int e) { return 8 * n + lane_index() % 4 * 2 + e % 2; }
-
-// ---- Scores -----------------------------------------------------------------------------------------------------
-
 // One model's tokens in shared memory, beginning with the first token of a tile.
 struct Tokens {
   const char* planes;
@@ -182,18 +197,139 @@ MINILM_DEVICE Tokens at(const Tokens& x, int token) { return {x.planes + token *
 
 MINILM_DEVICE char* writable(const Tokens& x) { return const_cast<char*>(x.planes); }
 
+// ---- Float32 tokens of the symmetric path -----------------------------------------------------------------------
+//
+// In trained models all tokens share features that are much larger than the others, and a score would round at the size
+// of their squares. With the mean μ of the tokens, x̃ = x - μ and the offset b_i = μ·x̃_i,
+//
+//     x_i·x_j - |μ|² = x̃_i·x̃_j + b_i + b_j.
+//
+// The constant |μ|² changes no probability. The plane of offsets has two words for the three splits of b, and two of
+// ones. The product of a row's words with those of a column, exchanged in pairs, is b_i + b_j.
+
+// The 8 features of a chunk of a token, from three splits.
+MINILM_DEVICE void add_splits(const Tokens& x, int token, int chunk, int chunks, float (&value)[8]) {
+  MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) value[d] = 0.0f;
+  MINILM_UNROLL_FOR (int split = 2; split >= 0; --split) {
+    const Uint4 words = load_uint4(x.planes + (split * chunks + chunk) * x.plane + token * 16);
+    MINILM_UNROLL_FOR (int d = 0; d < 4; ++d) {
+      value[2 * d] = add(value[2 * d], low_of(words.word[d]));
+      value[2 * d + 1] = add(value[2 * d + 1], high_of(words.word[d]));
+    }
+  }
+}
+
+// Writes 8 numbers as bfloat16 or float16 splits to planes `stride` bytes apart. Overwrites them.
+template <bool kHalf>
+MINILM_DEVICE void write_splits(char* to, int stride, int splits, float (&value)[8]) {
+  for (int split = 0; split < splits; ++split) {
+    Uint4 words;
+    MINILM_UNROLL_FOR (int d = 0; d < 4; ++d) {
+      float &low = value[2 * d], &high = value[2 * d + 1];
+      const uint32_t word = words.word[d] = kHalf ? pack_float16(low, high) : pack_bfloat16(low, high);
+      const Float2 taken = kHalf ? unpack_float16(word) : Float2{low_of(word), high_of(word)};
+      low = sub(low, taken.x);
+      high = sub(high, taken.y);
+    }
+    store_uint4(to + split * stride, words);
+  }
+}
+
+// Writes the mean of each feature of `length` tokens to `means`, and 0 if it is less than the feature's deviation from
+// it: subtracting such a mean would only add rounding errors. Returns to each thread the largest magnitude of the
+// features that it has read.
+MINILM_DEVICE float find_means(const Tokens& x, int length, int chunks, float* means) {
+  float most = 0.0f;
+  for (int chunk = warp_index(); chunk < chunks; chunk += thread_count() / 32) {
+    float sum[8] = {}, squares[8] = {};
+    for (int i = lane_index(); i < length; i += 32) {
+      float value[8];
+      add_splits(x, i, chunk, chunks, value);
+      MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) {
+        sum[d] += value[d];
+        squares[d] = fmaf(value[d], value[d], squares[d]);
+        most = fmaxf(most, fabsf(value[d]));
+      }
+    }
+    MINILM_UNROLL_FOR (int mask = 16; mask > 0; mask /= 2)
+      MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) {
+        sum[d] += shuffle_xor(sum[d], mask);
+        squares[d] += shuffle_xor(squares[d], mask);
+      }
+    if (lane_index() == 0)
+      MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) {
+        const float mean = sum[d] / static_cast<float>(length);
+        means[8 * chunk + d] = 2.0f * mean * sum[d] > squares[d] ? mean : 0.0f;
+      }
+  }
+  return most;
+}
+
+// Subtracts the means from tokens of three splits, and writes their offsets. With `factor`, which is a power of two and
+// not 0, first writes factor · x for the gradient.
+MINILM_DEVICE void subtract_means(const Tokens& x, int length, int capacity, int chunks, const float* means,
+                                  float factor) {
+  char* planes = writable(x);
+  const int plane = x.plane, offsets = score_planes(kFloat32, chunks) - 1;
+  for (int i = thread_index(); i < capacity; i += thread_count()) {
+    float offset = 0.0f;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      float value[8], scaled[8];
+      add_splits(x, i, chunk, chunks, value);
+      MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) {
+        scaled[d] = value[d] * factor;
+        const float mean = i < length ? means[8 * chunk + d] : 0.0f;
+        value[d] = sub(value[d], mean);
+        offset = fmaf(value[d], mean, offset);
+      }
+      char* token = planes + i * 16 + chunk * plane;
+      write_splits<false>(token, chunks * plane, 3, value);
+      if (factor != 0.0f) write_splits<true>(token + (offsets + 1) * plane, chunks * plane, 2, scaled);
+    }
+    const float high = low_of(pack_bfloat16(offset, 0.0f)), rest = sub(offset, high);
+    const uint32_t first = pack_bfloat16(high, rest);
+    const uint32_t ones = i < length ? 0x3f803f80u : 0u;
+    store_uint4(planes + offsets * plane + i * 16,
+                {{first, pack_bfloat16(sub(rest, high_of(first)), 0.0f), ones, ones}});
+  }
+}
+
+// Row and column, within a tile, of a lane's element x[m][n][e]; half = e / 2.
+MINILM_DEVICE int own_row(int m, int half) { return 16 * m + 8 * half + lane_index() / 4; }
+MINILM_DEVICE int other_column(int n, int e) { return 8 * n + lane_index() % 4 * 2 + e % 2; }
+
+// ---- Scores -----------------------------------------------------------------------------------------------------
+
+// c += a · b for numbers of a format.
+MINILM_DEVICE void multiply_add(int format, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+  if (format == kFloat16)
+    mma_m16n8k8<true>(c, a0, a1, b0);
+  else
+    mma_m16n8k8(c, a0, a1, b0);
+}
+MINILM_DEVICE void multiply_add(int format, float (&c)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+  if (format == kFloat16)
+    mma_m16n8k16<true>(c, a[0], a[1], a[2], a[3], b0, b1);
+  else
+    mma_m16n8k16(c, a[0], a[1], a[2], a[3], b0, b1);
+}
+
+MINILM_DEVICE void add_to(float (&sum)[4], const float (&part)[4]) {
+  MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) sum[e] = add(sum[e], part[e]);
+}
+
 // Scores x_i · y_j of 32 rows and 8·kColumns columns. Split a of x is multiplied with split b of y if a + b <= 2, small
-// products first. The omitted products are below 2^-24 |x_i| |y_j|. mma truncates its sums. For float32 inputs, the
-// large products are therefore summed separately and added with rounding.
+// products first. The omitted products are below 2^-24 |x_i| |y_j|. mma truncates its sums. For three splits, the large
+// products are therefore summed separately and added with rounding. kFloat32: scores minus |μ|².
 template <int kColumns>
 MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, const Tokens& columns, int chunks,
-                          int splits) {
+                          int format) {
   static_assert(kColumns == 2 || kColumns == 4, "two or four tiles of 8 columns");
   MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
     MINILM_UNROLL_FOR (int n = 0; n < kColumns; ++n)
       MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) out[m][n][e] = 0.0f;
   // One ldmatrix loads 16 rows, or 16 columns, of two chunks.
-  const int lane = lane_index();
+  const int lane = lane_index(), splits = splits_in(format);
   const int row_at = lane % 16 * 16 + lane / 16 * rows.plane;
   const int column_at = (lane / 16 * 8 + lane % 8) * 16 + lane / 8 % 2 * columns.plane;
   for (int level = splits == 1 ? 0 : 2; level >= 0; --level)
@@ -211,10 +347,10 @@ MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, cons
             const uint32_t* first = column[n / 2] + 2 * (n % 2);
             if (splits == 3 && level == 0) {
               float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-              mma_m16n8k16(part, row[m][0], row[m][1], row[m][2], row[m][3], first[0], first[1]);
-              MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) out[m][n][e] = add(out[m][n][e], part[e]);
+              multiply_add(format, part, row[m], first[0], first[1]);
+              add_to(out[m][n], part);
             } else {
-              mma_m16n8k16(out[m][n], row[m][0], row[m][1], row[m][2], row[m][3], first[0], first[1]);
+              multiply_add(format, out[m][n], row[m], first[0], first[1]);
             }
           }
       }
@@ -224,10 +360,29 @@ MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, cons
         ldmatrix_x4(row, x + chunk * rows.plane + lane * 16);
         ldmatrix_x4(column, y + chunk * columns.plane + lane % (8 * kColumns) * 16);
         MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
-          MINILM_UNROLL_FOR (int n = 0; n < kColumns; ++n)
-            mma_m16n8k8(out[m][n], row[2 * m], row[2 * m + 1], column[n]);
+          MINILM_UNROLL_FOR (int n = 0; n < kColumns; ++n) {
+            if (format == kFloat32 && level == 0) {
+              float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+              multiply_add(format, part, row[2 * m], row[2 * m + 1], column[n]);
+              add_to(out[m][n], part);
+            } else {
+              multiply_add(format, out[m][n], row[2 * m], row[2 * m + 1], column[n]);
+            }
+          }
       }
     }
+  if (format == kFloat32) {
+    const int offsets = score_planes(format, chunks) - 1;
+    const char* column = columns.planes + offsets * columns.plane + lane / 4 * 16 + (lane ^ 2) % 4 * 4;
+    uint32_t row[4];
+    ldmatrix_x4(row, rows.planes + offsets * rows.plane + lane * 16);
+    MINILM_UNROLL_FOR (int n = 0; n < kColumns; ++n)
+      MINILM_UNROLL_FOR (int m = 0; m < 2; ++m) {
+        float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        mma_m16n8k8(part, row[2 * m], row[2 * m + 1], load_word(column + 128 * n));
+        add_to(out[m][n], part);
+      }
+  }
 }
 
 // ---- Gradients --------------------------------------------------------------------------------------------------
@@ -237,17 +392,18 @@ MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, cons
 template <int kTiles>
 using ScoreGrads = uint32_t[kTiles][2 / kTiles][4];
 
-// Writes the leading bf16 split of M to `split`. With kRest, m keeps the remainder.
-template <bool kRest>
+// Writes the leading split of M to `split`. With kRest, m keeps the remainder.
+template <int kFormat, bool kRest>
 MINILM_DEVICE void take_split(ScoreGrads<2>& split, float (&m)[2][2][4]) {
   MINILM_UNROLL_FOR (int i = 0; i < 2; ++i)
     MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) {
       float& low = m[i][q / 2][2 * (q % 2)];
       float& high = m[i][q / 2][2 * (q % 2) + 1];
-      split[i][0][q] = pack_bfloat16(low, high);
+      const uint32_t word = split[i][0][q] = kFormat >= kFloat16 ? pack_float16(low, high) : pack_bfloat16(low, high);
       if (kRest) {
-        low = sub(low, low_of(split[i][0][q]));
-        high = sub(high, high_of(split[i][0][q]));
+        const Float2 taken = kFormat >= kFloat16 ? unpack_float16(word) : Float2{low_of(word), high_of(word)};
+        low = sub(low, taken.x);
+        high = sub(high, taken.y);
       }
     }
 }
@@ -257,14 +413,16 @@ MINILM_DEVICE void transpose(ScoreGrads<1>& out, const ScoreGrads<2>& in) {
     MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) out[0][k][q] = movmatrix(in[k][0][q / 2 + 2 * (q % 2)]);
 }
 
-// sums[chunk][token][8] += m · x, with the splits 0 ... kSplits - 1 of x. `sums` begins with the tile's first token; a
-// chunk has `plane` floats. With kSeparate, the products are summed separately and added with rounding to nearest,
-// which mma does not do.
-template <int kSplits, bool kSeparate, int kTiles>
+// sums[chunk][token][8] += m · x, in a format, with the splits 0 ... kSplits - 1 of x. `sums` begins with the tile's
+// first token; a chunk has `plane` floats. With kSeparate, the products are summed separately and added with rounding
+// to nearest, which mma does not do.
+template <int kFormat, int kSplits, bool kSeparate, int kTiles>
 MINILM_DEVICE void add_products(float* sums, int plane, const ScoreGrads<kTiles>& m, const Tokens& x, int chunks) {
   constexpr int kSteps = 2 / kTiles;
   const int lane = lane_index();
   const char* token = x.planes + lane % (16 * kSteps) * 16;
+  if (kFormat == kFloat32) token += score_planes(kFormat, chunks) * x.plane;
+  constexpr int kProducts = kFormat == kFloat32 ? kFloat16 : kFormat;
   sums += lane / 4 * 8 + lane % 4 * 2;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     uint32_t y[kSplits][4];
@@ -278,7 +436,7 @@ MINILM_DEVICE void add_products(float* sums, int plane, const ScoreGrads<kTiles>
       float (&to)[4] = kSeparate ? part : sum;
       MINILM_UNROLL_FOR (int split = kSplits - 1; split >= 0; --split)
         MINILM_UNROLL_FOR (int k = 0; k < kSteps; ++k)
-          mma_m16n8k16(to, m[i][k][0], m[i][k][1], m[i][k][2], m[i][k][3], y[split][2 * k], y[split][2 * k + 1]);
+          multiply_add(kProducts, to, m[i][k], y[split][2 * k], y[split][2 * k + 1]);
       if (kSeparate)
         MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) sum[e] = add(sum[e], part[e]);
       store_float2(out, sum[0], sum[1]);
@@ -287,21 +445,28 @@ MINILM_DEVICE void add_products(float* sums, int plane, const ScoreGrads<kTiles>
   }
 }
 
-// row_sums += M · columns and, with kColumns, column_sums += Mᵀ · rows. kSplits: number of splits of the student's
-// tokens and of M. Split a of M is multiplied with split b of the tokens if a + b < kSplits. Overwrites m.
-template <int kSplits, bool kColumns, int kSplit = 0>
+// row_sums += M · columns and, with kColumns, column_sums += Mᵀ · rows, times grad_scale(kFormat). kFormat: format of
+// the student's tokens and of M. Split a of M is multiplied with split b of the tokens if a + b is less than the number
+// of splits. Overwrites m.
+template <int kFormat, bool kColumns, int kSplit = 0>
 MINILM_DEVICE void add_gradients(float (&m)[2][2][4], float* row_sums, float* column_sums, int plane,
                                  const Tokens& rows, const Tokens& columns, int chunks) {
+  constexpr int kSplits = grad_splits_in(kFormat);
+  constexpr float kScale = grad_scale(kFormat);
+  if (kSplit == 0 && kScale != 1.0f)
+    MINILM_UNROLL_FOR (int i = 0; i < 2; ++i)
+      MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
+        MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) m[i][n][e] *= kScale;
   ScoreGrads<2> split;
-  take_split<(kSplit + 1 < kSplits)>(split, m);
-  add_products<kSplits - kSplit, (kSplits > 1), 2>(row_sums, plane, split, columns, chunks);
+  take_split<kFormat, (kSplit + 1 < kSplits)>(split, m);
+  add_products<kFormat, kSplits - kSplit, (kSplits > 1), 2>(row_sums, plane, split, columns, chunks);
   if (kColumns) {
     ScoreGrads<1> mirrored;
     transpose(mirrored, split);
-    add_products<kSplits - kSplit, (kSplits > 1), 1>(column_sums, plane, mirrored, rows, chunks);
+    add_products<kFormat, kSplits - kSplit, (kSplits > 1), 1>(column_sums, plane, mirrored, rows, chunks);
   }
   if constexpr (kSplit + 1 < kSplits)
-    add_gradients<kSplits, kColumns, kSplit + 1>(m, row_sums, column_sums, plane, rows, columns, chunks);
+    add_gradients<kFormat, kColumns, kSplit + 1>(m, row_sums, column_sums, plane, rows, columns, chunks);
 }
 
 // ---- Sums -------------------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ namespace {
 constexpr int64_t kMaxBlocks = 0x7fffffff;  // grid limit of a launch
 
 // The largest number of planes of each kind over several relations.
-Planes max_planes(const std::vector<const Relation*>& relations, const DeviceProps& props) {
+Planes max_planes(const std::vector<const Relation*>& relations, const DeviceProps& props,
+                  Planes (*planes)(const Relation&, const DeviceProps&) = planes_of) {
   Planes all{};
   for (const Relation* relation : relations) {
-    const Planes one = planes_of(*relation, props);
+    const Planes one = planes(*relation, props);
     all = {
         std::max(all.teacher, one.teacher),
         std::max(all.student, one.student),
@@ -43,7 +44,8 @@ public:
     }
     if (!symmetric_.empty())
       max_symmetric_length_ = std::min<int64_t>(
-          call.max_length, plan_symmetric(props, max_planes(symmetric_, props), call.max_length).tokens);
+          call.max_length,
+          plan_symmetric(props, max_planes(symmetric_, props, symmetric_planes_of), call.max_length).tokens);
     const bool equal_lengths = !call.packed && !call.padded;
     if (max_symmetric_length_ == 0 || (equal_lengths && max_symmetric_length_ < call.max_length)) {
       symmetric_.clear();
@@ -92,8 +94,8 @@ public:
     params.first_slot = segment_slots_;
     for (const auto& [kernel, relations] :
          by_kernel(symmetric_, [&](const Relation& r) { return symmetric_kernel(r, call.causal); })) {
-      const SymmetricPlan plan =
-          plan_symmetric(props_, max_planes(relations, props_), round_up(max_symmetric_length_, kTile));
+      const SymmetricPlan plan = plan_symmetric(props_, max_planes(relations, props_, symmetric_planes_of),
+                                                round_up(max_symmetric_length_, kTile));
       fill(params, relations);
       params.capacity = plan.tokens;
       const int64_t blocks = params.num_relations * call.num_sequences * call.num_heads;
@@ -124,7 +126,7 @@ private:
   void plan_longer() {
     int64_t windows = 0;
     for (const Relation* relation : all_) {
-      const Planes planes = planes_of(*relation, props_);
+      const Planes planes = symmetric_planes_of(*relation, props_);
       const SegmentPlan plan = plan_segments(props_, planes);
       if (!may_be_symmetric(*relation) || plan.warps == 0) continue;
       segmented_.push_back(relation);
@@ -139,7 +141,7 @@ private:
   int64_t partials_bytes() const {
     return round_up(static_cast<int64_t>(all_.size()) * slots_ * static_cast<int64_t>(sizeof(double)), 256);
   }
-  int64_t heads() const { return call_.num_sequences * call_.num_heads; }  // of a relation
+  int64_t heads() const { return call_.num_sequences * call_.num_heads; }  // heads that a relation has
   int64_t rows() const { return static_cast<int64_t>(all_.size()) * call_.num_heads * total_; }
   int64_t row_stats_bytes() const { return row_wise_.empty() ? 0 : rows() * 4 * 4; }
   int64_t ranges_bytes() const {
@@ -185,7 +187,7 @@ private:
                             row_wise_plan_.bytes);
     };
     auto add_segments = [&](const std::string& kernel, const Relations& relations, int gradient) {
-      const SegmentPlan plan = plan_segments(props_, planes_of(*relations[0], props_));
+      const SegmentPlan plan = plan_segments(props_, symmetric_planes_of(*relations[0], props_));
       fill(params, relations);
       params.segments = scratch;
       params.segments.window = params.capacity = plan.window;

@@ -20,6 +20,11 @@ int splits_of(const ModelOperands& half) {
   return std::max(splits(half.query.dtype), splits(half.key.dtype));
 }
 
+// In a self relation, queries and keys are the same tokens.
+int format_of(const ModelOperands& half) {
+  return half.key.dtype == DType::bfloat16 ? 1 : half.key.dtype == DType::float16 ? kFloat16 : kFloat32;
+}
+
 std::string name(const char* kind, std::initializer_list<int> arguments) {
   std::string name = kind;
   for (int argument : arguments) name += "_" + std::to_string(argument);
@@ -28,22 +33,29 @@ std::string name(const char* kind, std::initializer_list<int> arguments) {
 
 }  // namespace
 
-Planes planes_of(const Relation& relation, const DeviceProps& props) {
+Planes planes_of(const Relation& relation, const DeviceProps&) {
   const ModelOperands &teacher = relation.teacher, &student = relation.student;
   const int chunks_t = chunks_of(teacher), splits_t = splits_of(teacher);
   const int chunks_s = chunks_of(student), splits_s = splits_of(student);
-  return {chunks_t * splits_t, chunks_s * splits_s, chunks_s, splits_s,
-          symmetric_schedule(splits_s, chunks_t, splits_t, chunks_s, props.capability)};
+  return {chunks_t * splits_t, chunks_s * splits_s, chunks_s, splits_s, {}};
+}
+
+Planes symmetric_planes_of(const Relation& relation, const DeviceProps& props) {
+  const ModelOperands &teacher = relation.teacher, &student = relation.student;
+  const int chunks_t = chunks_of(teacher), format_t = format_of(teacher);
+  const int chunks_s = chunks_of(student), format_s = format_of(student);
+  return {score_planes(format_t, chunks_t), student_planes(format_s, chunks_s), chunks_s, splits_in(format_s),
+          symmetric_schedule(format_s, chunks_t, format_t, chunks_s, props.capability)};
 }
 
 std::string symmetric_kernel(const Relation& relation, bool causal) {
   const ModelOperands &teacher = relation.teacher, &student = relation.student;
-  return name("symmetric", {splits_of(student), chunks_of(teacher), splits_of(teacher), chunks_of(student), causal});
+  return name("symmetric", {format_of(student), chunks_of(teacher), format_of(teacher), chunks_of(student), causal});
 }
 
 std::string segment_kernel(const Relation& relation, bool causal) {
   const ModelOperands &teacher = relation.teacher, &student = relation.student;
-  return name("segments", {splits_of(student), chunks_of(teacher), splits_of(teacher), chunks_of(student), causal});
+  return name("segments", {format_of(student), chunks_of(teacher), format_of(teacher), chunks_of(student), causal});
 }
 
 std::string row_stats_kernel(const Relation& relation, bool exact) {

@@ -28,6 +28,7 @@ OLDEST = 80  # the first compute capability with bfloat16 tensor cores, 8.0
 _NAME = re.compile(r"(symmetric|segments|row_stats|row_wise)((?:_\d+){5})|(reduce|sequences|weights|scale)")
 SHARED = ("reduce", "sequences", "weights", "scale")  # kernels that do not depend on widths and dtypes
 _SPLITS = {"bfloat16": 1, "float16": 2, "float32": 3}  # number of bfloat16 terms that represent a number
+_FORMATS = {"bfloat16": 1, "float16": 4, "float32": 5}  # in the symmetric path; csrc/cuda/device/launch_params.h
 
 
 class CompilerError(RuntimeError):
@@ -130,7 +131,8 @@ def kernel_names(width_t: int, width_s: int, dtype_t: str = "bfloat16", dtype_s:
     chunks_t, chunks_s = (-(-width // 8) for width in (width_t, width_s))
     splits_t, splits_s = _SPLITS[dtype_t], _SPLITS[dtype_s]
     shape = f"{chunks_t}_{splits_t}_{chunks_s}_{splits_s}"
-    own = f"{splits_s}_{chunks_t}_{splits_t}_{chunks_s}"
+    format_t, format_s = (_FORMATS[dtype] for dtype in (dtype_t, dtype_s))
+    own = f"{format_s}_{chunks_t}_{format_t}_{chunks_s}"
     symmetric = [f"{kind}_{own}_{causal}" for kind in ("symmetric", "segments") for causal in (0, 1)]
     # The approximate exponential (exact = 0) is used for training in half precision only.
     row_stats = [f"row_stats_{exact}_{shape}" for exact in ((1,) if splits_s == 3 else (0, 1))]

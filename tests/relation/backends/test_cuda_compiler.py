@@ -144,7 +144,7 @@ def _check_registers(name: str, architecture: int, code: bytes, folder: Path) ->
         opcodes = {instruction.base for instruction in body}
         assert not ("HMMA" in opcodes and opcodes & {"LDL", "STL"}), name
     assert resources.local == 0, name
-    limit = {"symmetric_1": 64, "segments_1_": 192}.get(name[:11], 0)
+    limit = {"symmetric_1": 64, "symmetric_4": 64, "segments_1_": 192, "segments_4_": 192}.get(name[:11], 0)
     assert resources.stack <= limit, name
 
 
@@ -157,7 +157,7 @@ def test_one_kernel_for_one_gpu():
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("widths", "dtype"), [
-    ((16, 8), "bfloat16"), ((64, 32), "bfloat16"), ((16, 8), "float16"), ((16, 8), "float32"),
+    ((16, 8), "bfloat16"), ((64, 32), "bfloat16"), ((16, 8), "float16"), ((64, 32), "float16"), ((16, 8), "float32"),
 ])  # fmt: skip
 def test_every_kernel_compiles_without_spills(widths, dtype, architecture, cache, tmp_path):
     pytest.importorskip("triton", reason="its wheel brings the disassembler")
@@ -168,10 +168,11 @@ def test_every_kernel_compiles_without_spills(widths, dtype, architecture, cache
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("widths", [(8, 8), (32, 16), (16, 16), (24, 24)], ids=str)
-def test_loops_over_pairs_keep_everything_in_registers(widths, architecture, cache, tmp_path):
+def test_loops_over_pairs_keep_everything_in_registers(widths, dtype, architecture, cache, tmp_path):
     pytest.importorskip("triton", reason="its wheel brings the disassembler")
-    names = [name for name in kernel_names(*widths) if name.startswith(("symmetric", "segments"))]
+    names = [name for name in kernel_names(*widths, dtype, dtype) if name.startswith(("symmetric", "segments"))]
     assert len(names) == 4
     for name, code in compile_kernels(names, architecture, cache=cache).items():
         _check_registers(name, architecture, code, tmp_path)
@@ -181,6 +182,8 @@ def test_loops_over_pairs_keep_everything_in_registers(widths, architecture, cac
 @pytest.mark.parametrize(("symbol", "bound"), [
     ("symmetric_1_2_1_1_0", 11.2), ("symmetric_1_8_1_4_0", 15.1),
     ("symmetric_1_4_1_2_0", 13.0), ("symmetric_1_2_1_2_0", 12.6), ("segments_1_2_1_1_0", 11.2),
+    ("symmetric_4_2_4_1_0", 11.2), ("symmetric_4_8_4_4_0", 15.1), ("segments_4_2_4_1_0", 11.2),
+    ("symmetric_4_4_4_2_0", 13.0), ("symmetric_4_2_4_2_0", 12.6),
 ])  # fmt: skip
 def test_issue_slots_a_pair(symbol, bound):
     """Issue slots of loss and gradient per ordered pair on sm_90, counted in the machine code (docs/static-cost.md)."""

@@ -55,6 +55,7 @@ def load(folder: Path, races: bool = False) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     loaded.emulated_set_props.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
     loaded.emulated_set_seed.argtypes = (ctypes.c_uint64,)
+    loaded.emulated_plan_parts.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     loaded.emulated_take_races.argtypes = (ctypes.c_char_p, ctypes.c_int64)
     loaded.emulated_ignore_barrier.argtypes = (ctypes.c_char_p, ctypes.c_int)
     loaded.operators = getattr(torch.ops, _operators(races))
@@ -69,9 +70,9 @@ def take_races(library: ctypes.CDLL) -> list[str]:
 
 
 def plan(library: ctypes.CDLL, kind: str, smem: tuple[int, int], planes: tuple[int, ...], last: int) -> list[int]:
-    """Calls `plan_symmetric` (last: the longest sequence) or `plan_row_wise` (last: with gradient or not)."""
+    """Calls `plan_symmetric` (last: the longest sequence), `plan_segments` or `plan_row_wise` (last: with gradient)."""
     out = (ctypes.c_int64 * 4)()
-    last_type = ctypes.c_int64 if kind == "symmetric" else ctypes.c_int
+    last_type = ctypes.c_int if kind == "row_wise" else ctypes.c_int64
     function = getattr(library, f"emulated_plan_{kind}")
     function.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.POINTER(ctypes.c_int), last_type, ctypes.c_void_p)
     function(*smem, (ctypes.c_int * 6)(*planes), last, out)

@@ -95,6 +95,23 @@ extern "C" __attribute__((visibility("default"))) void emulated_plan_symmetric(i
   out[3] = plan.bytes;
 }
 
+// The same fields as for the symmetric kernel: tokens of a window, warps, blocks per SM and bytes.
+extern "C" __attribute__((visibility("default"))) void emulated_plan_segments(int64_t block, int64_t processor,
+                                                                              const int* planes, int64_t,
+                                                                              int64_t* out) {
+  minilm::cuda::SegmentPlan plan = minilm::cuda::plan_segments(
+      {block, processor, 90, 132}, {planes[0], planes[1], planes[2], planes[3], {planes[4], planes[5]}});
+  out[0] = plan.window;
+  out[1] = plan.warps;
+  out[2] = plan.blocks;
+  out[3] = plan.bytes;
+}
+
+extern "C" __attribute__((visibility("default"))) int emulated_plan_parts(int processors, int64_t heads,
+                                                                          int64_t windows) {
+  return minilm::cuda::plan_parts({0, 0, 90, processors}, heads, windows);
+}
+
 // `out` receives warps, streamed tokens and bytes.
 extern "C" __attribute__((visibility("default"))) void emulated_plan_row_wise(int64_t block, int64_t processor,
                                                                               const int* planes, int gradient,

@@ -38,12 +38,18 @@ namespace emulation {
   std::abort();
 }
 
+struct Copy {
+  void* to;
+  uint32_t words[4];
+};
+
 struct Fiber {
   jmp_buf registers;
   ucontext_t start;
   const int* waits_for = nullptr;  // the thread is blocked as long as this equals `seen`
   int seen = 0;
   bool started = false, done = true;
+  std::vector<Copy> copies;  // cp.async
 };
 
 struct Warp {
@@ -230,8 +236,10 @@ struct Accumulator {
   float c[4];
 };
 
-template <int kK>
+template <int kK, bool kHalf>
 void mma(const Product* in, Accumulator* out) {
+  auto low = [](uint32_t packed) { return kHalf ? float16_to_float(packed & 0xffffu) : emulation::low(packed); };
+  auto high = [](uint32_t packed) { return kHalf ? float16_to_float(packed >> 16) : emulation::high(packed); };
   float a[16][kK], b[8][kK];
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
@@ -309,14 +317,21 @@ inline uint32_t pack_bfloat16(float low, float high) {
   };
   return round(low) | round(high) << 16;
 }
+struct Float2 {
+  float x, y;
+};
+inline Float2 unpack_float16(uint32_t packed) {
+  return {float16_to_float(packed & 0xffffu), float16_to_float(packed >> 16)};
+}
 inline uint32_t pack_float16(float low, float high) {
   auto round = [](float x) -> uint32_t {
-    const uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return 0x7fffu;
-    if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and more
-    // Subnormal float16 are multiples of 2^-24; the sum rounds to them.
-    if (magnitude < 0x38800000u) return sign | (as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f));
-    return sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    const double magnitude = std::fabs(static_cast<double>(x));
+    const uint32_t sign = as_bits(x) >> 31 << 15;
+    if (std::isnan(x)) return 0x7fffu;
+    if (magnitude >= 65520.0) return sign | 0x7c00u;
+    const int e = std::max(emulation::exponent(magnitude), -14);
+    const double steps = std::nearbyint(magnitude / emulation::power_of_two(e - 10));
+    return sign | ((static_cast<uint32_t>(e + 14) << 10) + static_cast<uint32_t>(steps));
   };
   return round(low) | round(high) << 16;
 }
@@ -381,16 +396,19 @@ inline uint32_t movmatrix(uint32_t x) {
     }
   });
 }
-inline void mma_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+template <bool kHalf = false>
+void mma_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
   auto out = emulation::together<emulation::Accumulator>(
-      "mma_m16n8k8", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, 0, 0}, {b0, 0}},
-      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::mma<8>(in, result); });
+      kHalf ? "mma_m16n8k8 f16" : "mma_m16n8k8", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, 0, 0}, {b0, 0}},
+      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::mma<8, kHalf>(in, result); });
   std::copy(out.c, out.c + 4, c);
 }
-inline void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+template <bool kHalf = false>
+void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   auto out = emulation::together<emulation::Accumulator>(
-      "mma_m16n8k16", emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, a2, a3}, {b0, b1}},
-      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::mma<16>(in, result); });
+      kHalf ? "mma_m16n8k16 f16" : "mma_m16n8k16",
+      emulation::Product{{c[0], c[1], c[2], c[3]}, {a0, a1, a2, a3}, {b0, b1}},
+      [](const emulation::Product* in, emulation::Accumulator* result) { emulation::mma<16, kHalf>(in, result); });
   std::copy(out.c, out.c + 4, c);
 }
 
@@ -407,15 +425,35 @@ inline void store_uint4(void* to, const Uint4& x) {
   if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("16 bytes are not aligned");
   std::memcpy(to, &x, 16);
 }
+// Copies arrive when their thread waits for them. The race check sees the accesses, not the list of copies.
+inline void copy_or_clear(void* to, const void* from, bool copy) {
+  const Uint4 words = copy ? load_uint4(from) : Uint4{};
+  auto& machine = emulation::machine;
+  machine.in_fiber = false;
+  emulation::Copy pending{to, {}};
+  std::memcpy(pending.words, &words, sizeof words);
+  machine.fibers[machine.current].copies.push_back(pending);
+  machine.in_fiber = true;
+}
+inline void wait_for_copies() {
+  auto& machine = emulation::machine;
+  auto& copies = machine.fibers[machine.current].copies;
+  for (size_t k = 0; k < copies.size(); ++k) {
+    machine.in_fiber = false;
+    void* to = copies[k].to;
+    Uint4 words;
+    std::memcpy(&words, copies[k].words, sizeof words);
+    machine.in_fiber = true;
+    store_uint4(to, words);
+  }
+  copies.clear();
+}
 inline uint32_t load_word(const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % 4) emulation::fail("4 bytes are not aligned");
   uint32_t x;
   std::memcpy(&x, from, 4);
   return x;
 }
-struct Float2 {
-  float x, y;
-};
 inline Float2 load_float2(const float* from) {
   if (reinterpret_cast<uintptr_t>(from) % 8) emulation::fail("8 bytes are not aligned");
   return {from[0], from[1]};

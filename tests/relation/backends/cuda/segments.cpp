@@ -9,9 +9,9 @@
 namespace minilm::cuda {
 namespace {
 
-template <int kSplits, int kChunksT, int kSplitsT, int kChunksS, bool kCausal>
+template <int kFormat, int kChunksT, int kFormatT, int kChunksS, bool kCausal>
 void segments(const LaunchParams params) {
-  SegmentKernel<kSplits, kChunksT, kSplitsT, kChunksS, kCausal>::run(params, shared_memory());
+  SegmentKernel<kFormat, kChunksT, kFormatT, kChunksS, kCausal>::run(params, shared_memory());
 }
 
 template <bool kCausal>
@@ -19,6 +19,8 @@ void (*kernel_of(const std::string& name))(const LaunchParams) {
   if (name.find("segments_1_2_1_1_") == 0) return segments<1, 2, 1, 1, kCausal>;
   if (name.find("segments_1_2_1_2_") == 0) return segments<1, 2, 1, 2, kCausal>;
   if (name.find("segments_1_8_1_4_") == 0) return segments<1, 8, 1, 4, kCausal>;
+  if (name.find("segments_4_2_4_1_") == 0) return segments<4, 2, 4, 1, kCausal>;
+  if (name.find("segments_4_2_1_1_") == 0) return segments<4, 2, 1, 1, kCausal>;
   return nullptr;
 }
 

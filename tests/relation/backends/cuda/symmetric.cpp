@@ -9,30 +9,33 @@
 namespace minilm::cuda {
 namespace {
 
-template <int kSplits, int kChunksT, int kSplitsT, int kChunksS, bool kCausal>
+template <int kFormat, int kChunksT, int kFormatT, int kChunksS, bool kCausal>
 void symmetric(const LaunchParams params) {
-  SymmetricKernel<kSplits, kChunksT, kSplitsT, kChunksS, kCausal>::run(params, shared_memory());
+  SymmetricKernel<kFormat, kChunksT, kFormatT, kChunksS, kCausal>::run(params, shared_memory());
 }
 
 template <bool kCausal>
-void (*kernel_of(const std::string& name, int splits))(const LaunchParams) {
+void (*kernel_of(const std::string& name, int format))(const LaunchParams) {
   if (name.find("symmetric_1_1_1_1_") == 0) return symmetric<1, 1, 1, 1, kCausal>;
   if (name.find("symmetric_1_2_1_2_") == 0) return symmetric<1, 2, 1, 2, kCausal>;
   if (name.find("symmetric_1_2_1_1_") == 0) return symmetric<1, 2, 1, 1, kCausal>;
   if (name.find("symmetric_1_8_1_4_") == 0) return symmetric<1, 8, 1, 4, kCausal>;
-  return splits == 1   ? symmetric<1, 0, 0, 0, kCausal>
-         : splits == 2 ? symmetric<2, 0, 0, 0, kCausal>
-                       : symmetric<3, 0, 0, 0, kCausal>;
+  if (name.find("symmetric_4_2_4_1_") == 0) return symmetric<4, 2, 4, 1, kCausal>;
+  if (name.find("symmetric_4_8_4_4_") == 0) return symmetric<4, 8, 4, 4, kCausal>;
+  if (name.find("symmetric_4_2_1_1_") == 0) return symmetric<4, 2, 1, 1, kCausal>;
+  return format == 1          ? symmetric<1, 0, 0, 0, kCausal>
+         : format == kFloat16 ? symmetric<kFloat16, 0, 0, 0, kCausal>
+                              : symmetric<kFloat32, 0, 0, 0, kCausal>;
 }
 
 }  // namespace
 
 bool launch_symmetric(const Launch& launch, const char*& error) {
-  int splits, chunks_t, splits_t, chunks_s, causal;
-  if (std::sscanf(launch.kernel.c_str(), "symmetric_%d_%d_%d_%d_%d", &splits, &chunks_t, &splits_t, &chunks_s,
+  int format, chunks_t, format_t, chunks_s, causal;
+  if (std::sscanf(launch.kernel.c_str(), "symmetric_%d_%d_%d_%d_%d", &format, &chunks_t, &format_t, &chunks_s,
                   &causal) != 5)
     return false;
-  auto kernel = causal ? kernel_of<true>(launch.kernel, splits) : kernel_of<false>(launch.kernel, splits);
+  auto kernel = causal ? kernel_of<true>(launch.kernel, format) : kernel_of<false>(launch.kernel, format);
   error = emulate(kernel, launch.kernel, launch.parameters, launch.blocks, launch.threads, launch.smem);
   return true;
 }
