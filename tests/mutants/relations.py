@@ -263,8 +263,8 @@ MUTANTS = [
     ),
     Mutant(
         _LOSSES,
-        "                student_scale=scale_s,\n                reduction=self.reduction,\n",
-        "                student_scale=scale_s,\n",
+        "            weights=weights,\n            reduction=self.reduction,\n",
+        "            weights=weights,\n",
         "tests/test_losses.py",
         "every loss uses the reduction 'sequence'",
     ),
