@@ -217,6 +217,27 @@ def test_upstream_gradients_weigh_each_relation(backend):
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.parametrize("upstream", [1.0, -0.3])
+def test_weighted_sum_of_relations(backend, upstream):
+    """Value and gradients have the bits of the sum by PyTorch's operators on a CPU."""
+    case = make("holes", cross=True)
+    q_t, k_t, q_s, k_s = case.tensors
+    pairs, weights = [("query", "query"), ("query", "key"), ("key", "key")], [1.0, 0.5, 2.0]
+    results = []
+    for given in (weights, None):
+        student = {"query": q_s.clone().requires_grad_(), "key": k_s.clone().requires_grad_()}
+        value = relation_kl_multi(
+            {"query": q_t, "key": k_t}, student, pairs, weights=given, backend=backend, **case.kwargs
+        )
+        if given is None:
+            first, *others = (weight * x for weight, x in zip(weights, value.unbind(), strict=True))
+            value = sum(others, first)
+        value.backward(torch.tensor(upstream))
+        results.append((value.detach(), student["query"].grad, student["key"].grad))
+    for together, apart in zip(*results, strict=True):
+        torch.testing.assert_close(together, apart, rtol=0 if backend in ("cpu", "torch") else 1e-6, atol=0)
+
+
 def test_graph_is_kept_only_as_autograd_promises(backend):
     case = make(cross=True)
     student = [x.clone().requires_grad_() for x in case.tensors[2:]]

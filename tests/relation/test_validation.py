@@ -252,3 +252,18 @@ def test_validation_reads_no_tensor_values():
         assert packed.shape == ()
         with pytest.raises(DataDependentOutputException):  # shows that reading a value raises an error here
             _call(teacher_query=torch.randn(2, 5, 3, 8), student_query=torch.randn(2, 5, 3, 4)).item()
+
+
+@pytest.mark.parametrize(
+    ("weights", "reduction", "error", "message"),
+    [
+        ([1.0], "sum", ValueError, r"weights: expected one number per relation, 2, got \[1.0\]"),
+        ([1.0, 2.0], "none", ValueError, 'weights: expected None with reduction "none"'),
+        ([1.0, float("nan")], "sum", ValueError, "weights: expected finite numbers, got nan"),
+        ([1.0, "2"], "sum", TypeError, "weights: expected numbers, got str"),
+    ],
+)
+def test_weights_of_relations(weights, reduction, error, message):
+    x = {"q": torch.zeros(1, 2, 1, 4)}
+    with pytest.raises(error, match=message):
+        relation_kl_multi(x, x, [("q", "q")] * 2, weights=weights, reduction=reduction)

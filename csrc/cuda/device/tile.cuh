@@ -139,7 +139,7 @@ MINILM_DEVICE void load_tokens(const TensorView& x, const Sequence& sequence, in
     for (int item = thread_index(); item < count * chunks; item += thread_count()) {
       const int slot = item / chunks, chunk = item % chunks, token = first + slot;
       const bool exists = rows ? counts(sequence, token) : token < sequence.length;
-      const int64_t offset = exists ? sequence.tokens[token] * x.position_stride + 8 * chunk : 0;
+      const int64_t offset = exists ? position_of(sequence, token) * x.position_stride + 8 * chunk : 0;
       copy_or_clear(planes + chunk * plane + slot * 16, from + offset * 2, exists);
     }
     return wait_for_copies();

@@ -51,7 +51,7 @@ def test_a_kernel_is_loaded_and_given_its_shared_memory_once(gpu):
 
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
 def test_launches_of_long_sequences(gpu, reduction):
-    """Five launches with gradient and one in the backward, and a scratch memory that is a multiple of the gradient's."""
+    """Five launches with gradient, one in the backward, and a scratch memory that is a multiple of the gradient's."""
     with gpu.recorded():
         _run(reduction, length=9000, batch=1)
     names = _names(gpu, gpu.of("cuLaunchKernel"))

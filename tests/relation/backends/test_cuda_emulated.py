@@ -18,6 +18,7 @@ from minilm_kernels.relation.backends import native
 from minilm_kernels.relation.masks import Mask
 from tests.relation import test_contract
 from tests.relation.cases import MALFORMED, Case, all_nan, dense, error, make, malformed
+from tests.relation.scaling import check_scaling
 
 from . import cuda
 
@@ -505,6 +506,13 @@ def test_nan_in_a_valid_token_propagates(backend, cross):
             for grad in grads:
                 assert grad[0].isnan().any()
                 assert grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1,), (7,), (3, 680), (5, 3, 137)], ids=str)
+def test_scaling_of_gradients(backend, shape):
+    """The bits of PyTorch's operators, for sizes around a block's, float16 overflow and subnormal numbers."""
+    for upstream in (torch.tensor(0.7), torch.tensor([1.0, -2.0, 0.3]), torch.tensor(3.0).expand(3)):
+        check_scaling(native.cuda, shape, upstream)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

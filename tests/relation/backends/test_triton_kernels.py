@@ -14,6 +14,7 @@ from minilm_kernels.relation.backends.triton import launch as triton_backend
 from minilm_kernels.relation.backends.triton.primitives import split
 from minilm_kernels.relation.masks import Mask
 from tests.relation.cases import MALFORMED, MASKS, Case, all_nan, error, make, malformed
+from tests.relation.scaling import check_scaling
 
 pytestmark = pytest.mark.skipif(
     backend_status()["triton"] != "ready", reason="test_triton.py runs these in the interpreter"
@@ -189,6 +190,15 @@ def test_the_parts_of_a_float32_number(on):
     assert torch.equal(parts.double().sum(0), x.double())
     assert (parts[1].abs() <= 2.0**-8 * x.abs()).all()
     assert (parts[2].abs() <= 2.0**-16 * x.abs()).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (7,), (3, 683)], ids=str)
+def test_scaling_of_gradients(on, shape):
+    """The interpreter computes the bits of PyTorch's operators, but truncates bfloat16. A GPU contracts products."""
+    if not triton_backend.interpreted():
+        pytest.skip("compares with CPU tensors")
+    for upstream in (torch.tensor(0.7), torch.tensor([1.0, -2.0, 0.3])):
+        check_scaling(triton_backend, shape, upstream, (torch.float32, torch.float16, torch.float16))
 
 
 def test_a_scalar_is_the_sum_of_its_relations(on):

@@ -43,9 +43,9 @@ def _faults(cu_seqlens, sequences, positions, max_seqlen, BLOCK: tl.constexpr):
 @triton.jit
 def _marked(mask, at, in_bounds):
     """Returns which tokens a mask marks; all that exist if the call has no such mask."""
-    if mask is None:
-        return in_bounds
-    return tl.load(mask + at, mask=in_bounds, other=0) != 0
+    if mask is not None:  # Triton compiles what follows a return
+        in_bounds = tl.load(mask + at, mask=in_bounds, other=0) != 0
+    return in_bounds
 
 
 @triton.jit(**UNSPECIALIZED)
@@ -161,6 +161,8 @@ def weights_kernel(
 def _row_count(cu_seqlens, row_counts, n, exists):
     """Returns the number of rows of sequences n that count, int64."""
     if row_counts is not None:
-        return tl.load(row_counts + n, mask=exists, other=0)
-    begin = tl.load(cu_seqlens + n, mask=exists, other=0).to(tl.int64)
-    return tl.load(cu_seqlens + n + 1, mask=exists, other=0).to(tl.int64) - begin
+        count = tl.load(row_counts + n, mask=exists, other=0)
+    else:
+        begin = tl.load(cu_seqlens + n, mask=exists, other=0).to(tl.int64)
+        count = tl.load(cu_seqlens + n + 1, mask=exists, other=0).to(tl.int64) - begin
+    return count
