@@ -478,39 +478,6 @@ def test_tokens_as_models_make_them(request, backend, device, change, widths):
     if backend == "triton" and change is _large_feature and widths == (64, 32) and device != "cpu":
         reason = "truncated sums of tensor cores shift the loss by up to 4e-7 (docs/triton.md)"
         request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
-    if backend == "triton" and change is _large_feature and widths == (64, 32) and device != "cpu":
-        reason = "truncated sums of tensor cores shift the loss by up to 4e-7 (docs/triton.md)"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
-    if backend == "triton" and change is _large_feature and widths == (64, 32) and device != "cpu":
-        reason = "truncated sums of tensor cores shift the loss by up to 4e-7 (docs/triton.md)"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
-    if backend == "triton" and change is _large_feature and widths == (64, 32) and device != "cpu":
-        reason = "truncated sums of tensor cores shift the loss by up to 4e-7 (docs/triton.md)"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
-    if backend == "triton" and change is _large_feature and widths == (64, 32) and device != "cpu":
-        reason = "truncated sums of tensor cores shift the loss by up to 4e-7 (docs/triton.md)"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
-    if backend == "triton" and change is _large_feature and widths == (64, 32) and device != "cpu":
-        reason = "truncated sums of tensor cores shift the loss by up to 4e-7 (docs/triton.md)"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
-    if backend == "triton" and change is _large_feature and widths == (64, 32) and device != "cpu":
-        reason = "truncated sums of tensor cores shift the loss by up to 4e-7 (docs/triton.md)"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
-    if backend == "triton" and change is _large_feature and widths == (64, 32) and device != "cpu":
-        reason = "truncated sums of tensor cores shift the loss by up to 4e-7 (docs/triton.md)"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
-    if backend == "triton" and change is _large_feature and widths == (64, 32) and device != "cpu":
-        reason = "truncated sums of tensor cores shift the loss by up to 4e-7 (docs/triton.md)"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
-    if backend == "triton" and change is _large_feature and widths == (64, 32) and device != "cpu":
-        reason = "truncated sums of tensor cores shift the loss by up to 4e-7 (docs/triton.md)"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
-    if backend == "triton" and change is _large_feature and widths == (64, 32) and device != "cpu":
-        reason = "truncated sums of tensor cores shift the loss by up to 4e-7 (docs/triton.md)"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
-    if backend == "triton" and change is _large_feature and widths == (64, 32) and device != "cpu":
-        reason = "truncated sums of tensor cores shift the loss by up to 4e-7 (docs/triton.md)"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
     case = make(batch=1, length=150, heads=3, widths=widths)
     case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors)).on(device)
     expected, (expected_grad,) = case.oracle("sequence")
