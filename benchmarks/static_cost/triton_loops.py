@@ -172,7 +172,14 @@ def variants_of(
 
     def tile_variant(name: str, fn: Any, kernel: str, **given: Any) -> TritonVariant:
         aligned = constants["ALIGN_T"] * itemsize == constants["ALIGN_S"] * itemsize == 16
-        config = LaunchConfig.choose(kernel, width, itemsize, precision, aligned, padded and mask == primitives.PREFIX)
+        config = LaunchConfig.choose(
+            kernel,
+            width,
+            itemsize,
+            precision,
+            intricate=mask != primitives.BIDIRECTIONAL or not aligned,
+            indices_and_prefix=padded and mask == primitives.PREFIX,
+        )
         pairs = config.block_m * config.block_n
         features = padded_width(d_t) + padded_width(d_s) * (2 if kernel == "gradient" else 1)
         products = 1 if dtype != "float32" else 6 if precision == "bf16x6" else 0  # on tensor cores

@@ -528,7 +528,7 @@ class _Group:
 
     def _launch_tiles(self, kernel: Any, name: str, **arguments: Any) -> None:
         """Launches one program per tile of tokens."""
-        from .primitives import PREFIX
+        from .primitives import BIDIRECTIONAL, PREFIX
 
         call = self.call
         itemsize_t, itemsize_s = self.teacher[0].itemsize, self.student[0].itemsize
@@ -540,7 +540,8 @@ class _Group:
                 max(self.operands["DP_T"], self.operands["DP_S"]),
                 max(itemsize_t, itemsize_s),
                 self.operands["PRECISION"],
-                self.operands["ALIGN_T"] * itemsize_t == self.operands["ALIGN_S"] * itemsize_s == 16,
+                call.mask_constants["MASK"] != BIDIRECTIONAL.value
+                or not self.operands["ALIGN_T"] * itemsize_t == self.operands["ALIGN_S"] * itemsize_s == 16,
                 call.mask_constants["HAS_INDICES"] and call.mask_constants["MASK"] == PREFIX.value,
             )
         tiles, sequence_of_tile = call.tile_grid(config.block_m)
