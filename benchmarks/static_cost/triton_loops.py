@@ -43,15 +43,19 @@ class TritonVariant:
 def variants(arch: int = 90) -> Iterator[TritonVariant]:
     """Yields the variants of each dtype: narrow and wide heads, each mask, self and cross relations."""
     for dtype in _DTYPES:
-        yield from variants_of(dtype, 16, 8, "self", arch, per_head_kernels=True)
-        for widths in ((12, 6), (64, 32), (128, 128)):
-            yield from variants_of(dtype, *widths, "self", arch)
-        if dtype != "float32":
+        yield from variants_of(dtype, 64, 32, "self", arch, per_head_kernels=True)
+        yield from variants_of(dtype, 128, 128, "self", arch)
+        if dtype == "float32":
+            yield from variants_of(dtype, 16, 8, "self", arch, per_head_kernels=True)
+            for group in ("self packed causal", "self padded prefix"):
+                yield from variants_of(dtype, 16, 8, group, arch)
+            yield from variants_of(dtype, 12, 6, "self", arch)
+        else:
             yield from variants_of(dtype, 16, 8, "self unordered", arch, per_head_kernels=True)
             yield from variants_of(dtype, 12, 6, "self unordered", arch)
-            yield from variants_of(dtype, 16, 8, "self unordered packed causal", arch)
-            yield from variants_of(dtype, 16, 8, "self unordered padded prefix", arch)
-        for group in ("self rows", "self packed causal", "self padded prefix", "cross", "cross padded prefix rows"):
+            for words in ("packed causal", "padded prefix", "split", "1024", "2048"):
+                yield from variants_of(dtype, 16, 8, f"self unordered {words}", arch)
+        for group in ("self rows", "cross", "cross padded prefix rows"):
             yield from variants_of(dtype, 16, 8, group, arch)
 
 
@@ -83,7 +87,8 @@ def variants_of(
         d_t: head width of the teacher.
         d_s: head width of the student.
         group: words that describe the call: "self" or "cross", "packed", "padded", "causal", "prefix", "rows" for
-            `reduction="none"`, and "unordered" for the kernels of unordered pairs.
+            `reduction="none"`, "unordered" for the kernel of unordered pairs, "1024" and "2048" for that many tokens
+            instead of 512, and "split" for few heads.
         arch: compute capability, such as 90.
         per_head_kernels: also yield the kernels whose work does not grow with the number of pairs.
     """
@@ -193,8 +198,11 @@ def variants_of(
         given |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         return variant(name, fn, given, config.options, (whole, bounds))
 
-    def unordered_variant(longest: int) -> TritonVariant:
-        config = LaunchConfig.unordered(longest)
+    def unordered_variants(longest: int, split: bool) -> Iterator[TritonVariant]:
+        def config_of(length: int) -> LaunchConfig:
+            return LaunchConfig.unordered((d_t, d_s), length, mask.value == primitives.BIDIRECTIONAL.value, arch)
+
+        config = config_of(longest)
         features = padded_width(d_t) + padded_width(d_s)
 
         def loop(phase: str, tail: bool, on_diagonal: bool) -> SourceLoop:
@@ -206,7 +214,7 @@ def variants_of(
             columns = 0 if on_diagonal else (4 * d_s * 2 if gradient else 8)  # read and written, or only written
 
             def work(length: int) -> Work | None:
-                if LaunchConfig.unordered(length) != config:
+                if config_of(length) != config:
                     return None
                 full = length // config.block_m * config.block_m
                 starts = range(full, length, rows) if tail else range(0, full, rows)
@@ -232,18 +240,19 @@ def variants_of(
                 work=work,
             )
 
-        loops = tuple(
-            loop(phase, tail, on_diagonal)
-            for phase in ("sums", "gradients")
-            for tail in (False, True)
-            for on_diagonal in (False, True)
-        )
-        given = {"WARPS": config.num_warps, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-        given |= {"SUMS": True, "INVERSES": True, "GRADIENT": True, "SPLIT": False}
-        return variant("unordered", unordered.unordered_kernel, given, config.options, loops)
+        def loops_of(phase: str) -> tuple[SourceLoop, ...]:
+            return tuple(loop(phase, tail, on_diagonal) for tail in (False, True) for on_diagonal in (False, True))
+
+        loops = {"SUMS": loops_of("sums"), "INVERSES": (), "GRADIENT": loops_of("gradients")}
+        given = {"WARPS": config.num_warps, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT": split}
+        for phases in [[phase] for phase in loops] if split else [list(loops)]:
+            name = f"unordered {phases[0].lower()}" if split else "unordered"
+            flags = {phase: phase in phases for phase in loops}
+            declared = tuple(source for phase in phases for source in loops[phase])
+            yield variant(name, unordered.unordered_kernel, given | flags, config.options, declared)
 
     if "unordered" in words:
-        yield unordered_variant(next((int(word) for word in words if word.isdigit()), 512))
+        yield from unordered_variants(next((int(word) for word in words if word.isdigit()), 512), "split" in words)
         if per_head_kernels:
             yield variant("total", unordered.total_kernel, {"BLOCK": TOTAL_BLOCK}, FUSION)
         return

@@ -63,6 +63,32 @@ def test_every_kind(family, mask, relations, reduction, dtype):
     assert [str(finding) for finding in findings] == []
 
 
+@pytest.mark.parametrize(
+    ("mask", "heads", "length", "max_seqlen", "spread"),
+    [
+        pytest.param("none", 12, 200, None, 1.0, id="a program per head"),
+        pytest.param("prefix-holes", 12, 97, None, 7.0, id="wide heads"),
+        pytest.param("none", 2, 200, None, 1.0, id="programs share heads"),
+        pytest.param("packed-causal", 2, 150, None, 7.0, id="programs share wide heads"),
+        pytest.param("packed", 12, 300, 1024, 1.0, id="two warps"),
+        pytest.param("packed-prefix", 6, 600, 2048, 1.0, id="four warps"),
+    ],
+)
+@pytest.mark.parametrize("family", TRITON)
+def test_unordered_pairs(family, mask, heads, length, max_seqlen, spread):
+    fixed = {"dtype": "bfloat16", "mask": mask, "relations": "q", "reduction": "token", "length": length, "batch": 1}
+    fixed |= {"widths": (16, 8), "heads": heads, "layout": "contiguous", "spread": spread, "gradient": True}
+    call = draw(1, fixed)
+    if max_seqlen is not None:
+        call.kwargs["max_seqlen"] = max_seqlen
+    device = Device()
+    with _emulated(family, device) as backend:
+        _, wrong, findings = outcome(device, call, backend)
+    assert wrong == []
+    assert [str(finding) for finding in findings] == []
+    assert {launch[0] for launch in device.launches} == {"unordered_kernel", "total_kernel"}
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("mask", "reduction"), [("none", "sequence"), ("prefix-holes", "none"), ("packed", "token")])
 @pytest.mark.parametrize(("relations", "groups"), [("q", (1, 1)), ("qk", (2, 4))])

@@ -92,7 +92,6 @@ def _spills_in_loops(compiled) -> int:
         functions, _ = sass.disassemble(Path(cubin.name))
     flow = analyse(functions[compiled.metadata.name])
     code = [instruction for loop in inner_loops(flow) for instruction in flow.code(loop.blocks)]
-    assert code
     return sum(instruction.base in ("LDL", "STL") for instruction in code)
 
 
@@ -217,26 +216,30 @@ def test_other_shapes_compile_nothing(compilations, kind, relations):
         ("self rows", {}),
         ("self packed causal", {"cu_seqlens": _BOUNDS, "causal": True}),
         ("self unordered", {}),
+        ("self unordered split", {}),
+        ("self unordered 2048", {}),
         ("self unordered packed causal", {"cu_seqlens": _BOUNDS, "causal": True}),
         (
             "cross padded prefix rows",
-            {"attention_mask": torch.arange(62).view(2, 31) % 3, "prefix_lens": torch.tensor([3, 9])},
+            {"attention_mask": torch.arange(262).view(2, 131) % 3, "prefix_lens": torch.tensor([3, 9])},
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_static_cost_is_that_of_what_runs(compilations, group, mask, monkeypatch):
     """Every kernel that `python -m benchmarks static` compiles is one that a call launches."""
-    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda _device: 0 if "unordered" in group else 99)
+    monkeypatch.setattr(triton_backend, "_gpu", lambda _device: (99 if "split" in group else 0, 90))
     relations = [(0, 0), (1, 1), (2, 2)] if "self" in group else [(0, 1), (1, 2), (2, 0)]
-    _launch_everything(4, (31,) if "packed" in group else (2, 31), relations=relations, **mask)
+    widths = (64, 32) if group in ("self", "self packed causal") else (16, 8)
+    token_shape = (31,) if "packed" in group else (2, 2100 if "2048" in group else 131)
+    _launch_everything(4, token_shape, widths, relations, **mask)
     launched = []
     for name, compiled in compilations.values():
         attributes = {place: value for place, value in compiled["configs"][0].items() if value}
         given = json.loads(compiled["specialization_data"])["options"]
         options = {option: given[option] for option in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
         launched.append((name, compiled["signature"], compiled["constants"], attributes, options))
-    for variant in variants_of("bfloat16", 16, 8, group, per_head_kernels="self" in group):
+    for variant in variants_of("bfloat16", *widths, group, per_head_kernels="self" in group):
         source = triton_source(variant)
         constants = {place: getattr(value, "value", value) for place, value in source.constants.items()}
         options = {"num_warps": 4, "num_stages": 3, "maxnreg": None} | variant.options
@@ -304,6 +307,18 @@ def test_the_host_never_waits(mask, monkeypatch):
     assert launches.count("row_stats_kernel") == 2 * 4
     assert launches.count("gradient_kernel") == 3 * 2
     assert launches.count("row_kl_kernel") == 2 * 2
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_launches_of_a_loss(monkeypatch, few):
+    """Forward and gradient of a loss of three narrow self relations are two launches; few heads take two more."""
+    launches = []
+    monkeypatch.setattr(triton_backend, "_gpu", lambda _device: (99 if few else 0, 90))
+    monkeypatch.setattr(triton_backend._Group, "_start", lambda self, kernel, *_: launches.append(kernel.__name__))
+    teacher, student = ([torch.zeros(2, 131, 4, width, dtype=torch.float16)] * 3 for width in (16, 8))
+    inputs = RelationInputs(teacher, student, [(0, 0), (1, 1), (2, 2)], Mask((2, 131), torch.device("cpu")))
+    triton_backend.forward_reduced(inputs, torch.ones(2), True)
+    assert launches == ["unordered_kernel"] * (3 if few else 1) + ["total_kernel"]
 
 
 def test_auto_leaves_cpu_tensors_to_the_others():

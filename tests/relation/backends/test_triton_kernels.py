@@ -24,6 +24,12 @@ def on() -> str:
     return "cpu" if triton_backend.interpreted() else "cuda"
 
 
+@pytest.fixture
+def unordered(monkeypatch):
+    """Lets the kernel of unordered pairs serve float32, too, whose errors are small enough to see mistakes."""
+    monkeypatch.setattr(triton_backend, "_MAX_UNORDERED_ITEMSIZE", 4 if triton_backend.interpreted() else 2)
+
+
 def _allowed(error: float) -> float:
     """Returns an error that the interpreter stays below, or what a GPU may have instead.
 
@@ -34,7 +40,7 @@ def _allowed(error: float) -> float:
 
 @pytest.mark.parametrize("mask", ["holes", "causal", "prefix-left", "packed"])
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
-def test_scores_beyond_one_pivot(on, mask, cross):
+def test_scores_beyond_one_pivot(on, mask, cross, unordered):
     """Scores of hundreds of bits make sums overflow, so the running maximum and the pivots of single rows are used."""
     case = make(mask, cross=cross, spread=14.0, heads=2).on(on)
     value, grads = case.run("sequence", "triton")
@@ -75,8 +81,8 @@ def test_a_wide_head_does_not_disturb_others(on):
     assert torch.equal(wide_grad, grad)
 
 
-def test_a_wide_head_beside_unordered_ones(on):
-    """The kernels of unordered pairs leave a head with a wide range to the square kernels, which touch no other."""
+def test_a_wide_head_beside_unordered_ones(on, unordered):
+    """In the kernel of unordered pairs, too, a head with a wide range changes no bit of the other heads."""
     case = make("holes", heads=3).on(on)
     _, (grad,) = case.run("sum", "triton")
     wide = [None if x is None else x.clone() for x in case.tensors]
@@ -92,13 +98,13 @@ def test_a_wide_head_beside_unordered_ones(on):
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5])
-def test_small_divergences_of_many_rows(on, shift):
+def test_small_divergences_of_many_rows(on, shift, unordered):
     """At a KL of 1e-5, terms of the size of `shift` cancel in every row.
 
     With a constant feature, the student's scores are greater by half a bit, as are its sums, which changes no relation.
     """
     x = make({}, batch=2, heads=2, length=130, widths=(8, 8)).tensors[0]
-    student = torch.cat([x + 2e-3 * torch.randn_like(x), torch.full_like(x[..., :1], shift)], -1)
+    student = torch.cat([x + 3e-3 * torch.randn_like(x), torch.full_like(x[..., :1], shift)], -1)
     teacher = torch.cat([x, torch.zeros_like(x[..., :1])], -1)
     case = Case((teacher, None, student, None), {"teacher_scale": 0.35, "student_scale": 0.35}).on(on)
     value, _ = case.run("token", "triton")
@@ -119,12 +125,12 @@ def test_negative_scales(on):
 
 @pytest.mark.parametrize("few", [False, True], ids=["many heads", "few heads"])
 @pytest.mark.parametrize("mask", ["prefix-holes", "packed-prefix", "causal"])
-def test_tiles_of_every_kind(on, mask, few, monkeypatch):
+def test_tiles_of_every_kind(on, mask, few, monkeypatch, unordered):
     """Prefixes and ends of long sequences lie inside tiles and at their bounds.
 
-    With few heads, self relations are computed by the square kernels.
+    If there are few heads, several programs share a self relation's heads.
     """
-    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda _device: 10**9 if few else 0)
+    monkeypatch.setattr(triton_backend, "_gpu", lambda _device: (10**9 if few else 0, 90))
     lengths = {"prefix-holes": 150, "causal": 97}.get(mask)
     if mask == "packed-prefix":
         kwargs = {
@@ -160,7 +166,7 @@ def test_malformed_packings_give_nan(on, monkeypatch, kind, cross, reduction):
 
 
 @pytest.mark.parametrize("kind", ["overlapping", "negative", "beyond T in the middle", "extreme", "decreasing"])
-def test_kernels_check_the_bounds_themselves(on, monkeypatch, kind):
+def test_kernels_check_the_bounds_themselves(on, monkeypatch, kind, unordered):
     """Even without sanitized bounds, the kernels read nothing outside the tensors."""
     monkeypatch.setattr(Mask, "sanitize_bounds", lambda self: (self, None))
     total, room = 40, 256

@@ -15,7 +15,7 @@ FUSION = {"enable_fp_fusion": True}  # contract products and sums into one instr
 PIVOT_BLOCK = 128  # rows that the pivot kernel loads at a time; not tuned
 FINALIZE_BLOCK = 512  # rows that the finalize kernel loads at a time; not tuned
 TOTAL_BLOCK = 1024  # values that the total kernel loads at a time; not tuned
-FULL_GPU = 12  # warps of a multiprocessor that the kernel of unordered pairs can use
+FULL_GPU = 11  # warps of a multiprocessor that the kernel of unordered pairs can use
 
 
 def padded_width(width: int) -> int:
@@ -90,14 +90,24 @@ class LaunchConfig:
         return cls(64, 32, 4, 1)  # gradient, sm_90, (16, 8): 12.1 slots, 112 registers; in two stages 14 slots
 
     @classmethod
-    def unordered(cls, longest: int) -> LaunchConfig:
-        """Returns the configuration of the kernel of unordered pairs for sequences of up to `longest` tokens.
+    def unordered(cls, widths: tuple[int, int], longest: int, bidirectional: bool, arch: int) -> LaunchConfig:
+        """Returns the configuration of the kernel of unordered pairs.
 
         Heads that run at the same time must fit into the L2 cache. Longer sequences therefore get programs of more
-        warps, of which fewer run at once. Without a limit of registers, two stages would take 255 of them.
+        warps, of which fewer run at once.
+
+        Args:
+            widths: head widths of teacher and student.
+            longest: length of the longest sequence, or a number of that size.
+            bidirectional: whether the mask is neither causal nor a prefix.
+            arch: compute capability, such as 90.
         """
         warps = 1 if longest < 1024 else 2 if longest < 2048 else 4
-        return cls(64 * warps, 16, warps, 2, 168)
+        # With fewer registers, loops over pairs spill. On a multiprocessor fit 11 programs of one warp with 176
+        # registers or 10 with 200, 5 of two warps with 200, 2 of four warps with 255.
+        if warps == 4 or any(width % 8 for width in widths):
+            return cls(64 * warps, 16, warps, 2, 255)
+        return cls(64 * warps, 16, warps, 2, 176 if warps == 1 and bidirectional and arch < 100 else 200)
 
     @classmethod
     def for_interpreter(cls, positions: int, packed: bool) -> LaunchConfig:

@@ -33,6 +33,7 @@ from .config import (
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WIDTH = 128
+_MAX_UNORDERED_ITEMSIZE = 2  # float32 products take too many registers; tests in the interpreter allow 4
 _MAX_RELATIONS = 12  # relations of a launch: an int64 holds 5 bits for each, the index of one of up to 24 tensors
 _LOG2_E = math.log2(math.e)
 
@@ -256,7 +257,7 @@ class _Group:
             return False
         if max(self.operands["DP_T"], self.operands["DP_S"]) > 16 or call.positions * call.inputs.heads * d_s >= 2**31:
             return False
-        return interpreted() or max(self.teacher[0].itemsize, self.student[0].itemsize) <= 2
+        return max(self.teacher[0].itemsize, self.student[0].itemsize) <= _MAX_UNORDERED_ITEMSIZE
 
     def unordered(self, weights: Tensor, grads: dict[tuple[int, int], Tensor]) -> Tensor:
         """Fills the gradient buffers of the group's relations. Returns sums of the rows' KL, (R, N, A, parts)."""
@@ -265,9 +266,14 @@ class _Group:
         call = self.call
         mask = call.inputs.mask
         longest = mask.max_seqlen if mask.max_seqlen is not None else call.total // call.sequences
-        config = LaunchConfig.for_interpreter(longest, False) if interpreted() else LaunchConfig.unordered(longest)
+        processors, arch = _gpu(mask.device)
+        config = (
+            LaunchConfig.for_interpreter(longest, False)
+            if interpreted()
+            else LaunchConfig.unordered((self.operands["D_T"], self.operands["D_S"]), longest, mask.bidirectional, arch)
+        )
         # If there are few heads, several programs share each of them, at most one for each strip.
-        wanted = FULL_GPU * _multiprocessors(mask.device) // (self.programs * config.num_warps)
+        wanted = FULL_GPU * processors // (self.programs * config.num_warps)
         parts = max(1, min(wanted, -(-longest // config.block_m)))
         copies = parts if parts > 1 else 0
         filled = [grads[r, call.inputs.relations[r][0]] for r in self.relations]
@@ -432,9 +438,12 @@ class _Group:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
-    """Returns the number of multiprocessors of a GPU; 0 for the CPU, in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """Returns the number of multiprocessors of a GPU and its compute capability, such as 90; zeros for the CPU."""
+    if device.type != "cuda":
+        return 0, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, 10 * properties.major + properties.minor
 
 
 def tile_map(cu_seqlens: Tensor, total: int, block: int) -> Tensor:

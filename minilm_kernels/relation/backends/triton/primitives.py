@@ -371,7 +371,11 @@ def log_ratio(l_t, l_s):
     r = (l_s - l_t) / (l_s + l_t)
     r2 = r * r
     series = 2.0 * r * (1.0 + r2 * (1 / 3 + r2 * (1 / 5 + r2 * (1 / 7))))
-    return tl.where(r2 < 0.01, series, LN2 * (tl.log2(l_s) - tl.log2(l_t)))
+    # The logarithm of the quotient is rounded at its own size, but the quotient can overflow.
+    quotient = l_s / l_t
+    safe = (quotient > 2.0**-120) & (quotient < 2.0**120)
+    logs = tl.where(safe, tl.log2(tl.where(safe, quotient, 1.0)), tl.log2(l_s) - tl.log2(l_t))
+    return tl.where(r2 < 0.01, series, LN2 * logs)
 
 
 @triton.jit

@@ -25,7 +25,9 @@ import triton.language as tl
 
 from .primitives import (
     BIDIRECTIONAL,
+    CAUSAL,
     LN2,
+    PREFIX,
     UNSPECIALIZED,
     decode_integer,
     decode_relation,
@@ -140,21 +142,23 @@ def _strip_sums(
             # static: begin sums
             j = k_start + tl.arange(0, BLOCK_N)
             k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, True)
-            before_t = tl.load(t.earlier_sums + j)
-            before_s = tl.load(s.earlier_sums + j)
+            if MASK != CAUSAL:
+                before_t = tl.load(t.earlier_sums + j)
+                before_s = tl.load(s.earlier_sums + j)
             k_tile_t = _load_tokens(t, k_position, k_start, length, LAYOUT_T, True, BLOCK_N)
             k_tile_s = _load_tokens(s, k_position, k_start, length, LAYOUT_S, True, BLOCK_N)
             e_t = tl.exp2(tl.fma(_dot(tile_t, k_tile_t, PRECISION), t.scale, -pivot_t))
             e_s = tl.exp2(tl.fma(_dot(tile_s, k_tile_s, PRECISION), s.scale, -pivot_s))
             sums_t += partial_sums(e_t, 8)
             sums_s += partial_sums(e_s, 8)
-            if MASK != BIDIRECTIONAL or not FULL:
+            if MASK == PREFIX or not FULL:
                 e_t *= seen
                 e_s *= seen
-            tl.store(t.earlier_sums + j, before_t + tl.sum(e_t, 0))
-            tl.store(s.earlier_sums + j, before_s + tl.sum(e_s, 0))
+            if MASK != CAUSAL:
+                tl.store(t.earlier_sums + j, before_t + tl.sum(e_t, 0))
+                tl.store(s.earlier_sums + j, before_s + tl.sum(e_s, 0))
             # static: end sums
-    for k_start in range(begin, end, BLOCK_N):
+    for k_start in tl.range(begin, end, BLOCK_N, num_stages=1):
         # static: begin sums_diagonal
         k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, FULL)
         k_tile_t = _load_tokens(t, k_position, k_start, length, LAYOUT_T, FULL, BLOCK_N)
@@ -240,14 +244,18 @@ def _strip_gradient(
             # static: begin gradients
             j = k_start + tl.arange(0, BLOCK_N)
             k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, True)
-            k_inv_t = tl.load(t.sums + j)[None, :]
-            k_inv_s = tl.load(s.sums + j)[None, :]
+            if MASK != CAUSAL:
+                k_inv_t = tl.load(t.sums + j)[None, :]
+                k_inv_s = tl.load(s.sums + j)[None, :]
             k_tile_g = load_tile(s.x, k_position, s.stride, k_start, length, BLOCK_N, D_S, DG, LAYOUT_S[2], True)
             k_tile_t = _load_tokens(t, k_position, k_start, length, LAYOUT_T, True, BLOCK_N)
             k_tile_s = _load_tokens(s, k_position, k_start, length, LAYOUT_S, True, BLOCK_N)
             u_t = tl.fma(_dot(tile_t, k_tile_t, PRECISION), t.scale, -pivot_t)
             u_s = tl.fma(_dot(tile_s, k_tile_s, PRECISION), s.scale, -pivot_s)
-            if MASK == BIDIRECTIONAL and FULL:
+            if MASK == CAUSAL:
+                p = tl.exp2(u_t) * q_inv_t
+                excess = tl.exp2(u_s) * q_inv_s - p
+            elif MASK == BIDIRECTIONAL and FULL:
                 p = tl.exp2(u_t) * (q_inv_t + k_inv_t)
                 excess = tl.exp2(u_s) * (q_inv_s + k_inv_s) - p
             else:
@@ -265,7 +273,7 @@ def _strip_gradient(
                 before = tl.load(address, mask=feature < D_S, other=0.0)
                 tl.store(address, before + mirrored, mask=feature < D_S)
             # static: end gradients
-    for k_start in range(begin, end, BLOCK_N):
+    for k_start in tl.range(begin, end, BLOCK_N, num_stages=1):
         # static: begin gradients_diagonal
         j = k_start + tl.arange(0, BLOCK_N)
         k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, FULL)
