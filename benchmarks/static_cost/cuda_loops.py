@@ -9,7 +9,7 @@ from .variants import SourceLoop, Work
 
 _SPLITS = {"bfloat16": 1, "float16": 2, "float32": 3}
 _TILE = 32  # rows and columns of a tile
-_FORMATS = _SPLITS | {"float16": 4}  # of tokens in the symmetric path (launch_params.h)
+_FORMATS = _SPLITS | {"float16": 4}  # tokens in the symmetric path (launch_params.h)
 _STRIP_ROWS = {(16, 8): 64, (16, 16): 32, (32, 16): 32, (64, 32): 32}  # in half precision; see symmetric_schedule
 _WINDOW = 8  # strips of a window of 64 rows (segment_warps)
 

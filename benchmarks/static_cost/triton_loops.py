@@ -211,10 +211,10 @@ def variants_of(
         return variant(name, fn, given, config.options, (whole, bounds))
 
     def unordered_variants(longest: int, split: bool) -> Iterator[TritonVariant]:
-        def config_at(length: int) -> LaunchConfig:
+        def config_of(length: int) -> LaunchConfig:
             return LaunchConfig.unordered((d_t, d_s), length, mask.value == primitives.BIDIRECTIONAL.value, arch)
 
-        config = config_at(longest)
+        config = config_of(longest)
         features = padded_width(d_t) + padded_width(d_s)
 
         def loop(phase: str, tail: bool, on_diagonal: bool) -> SourceLoop:
@@ -226,7 +226,7 @@ def variants_of(
             columns = 0 if on_diagonal else (4 * d_s * 2 if gradient else 8)  # read and written, or only written
 
             def work(length: int) -> Work | None:
-                if config_at(length) != config:
+                if config_of(length) != config:
                     return None
                 full = length // config.block_m * config.block_m
                 starts = range(full, length, rows) if tail else range(0, full, rows)
@@ -260,7 +260,7 @@ def variants_of(
         for phases in [[phase] for phase in loops] if split else [list(loops)]:
             name = f"unordered {phases[0].lower()}" if split else "unordered"
             flags = {phase: phase in phases for phase in loops}
-            declared = tuple(loop for phase in phases for loop in loops[phase])
+            declared = tuple(source for phase in phases for source in loops[phase])
             yield variant(name, unordered.unordered_kernel, given | flags, config.options, declared)
 
     if "unordered" in words:

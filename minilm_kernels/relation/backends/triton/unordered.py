@@ -379,7 +379,7 @@ def unordered_kernel(
     rest_end = length
     if SPLIT:
         steps = full // parts
-        owner = full % parts  # program that the remaining rows are dealt to
+        owner = full % parts  # the part that has the next strip
         owner = tl.where(steps % 2 == 0, owner, parts - 1 - owner)
         steps += (_strip(steps, part, parts, BLOCK_M, SPLIT) < rest).to(tl.int32)
         rest_end = tl.where(owner == part, length, rest)
