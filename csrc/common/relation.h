@@ -51,8 +51,8 @@ struct Call {
   const float* weights;     // (N,): weight of each sequence's rows in `values` and in the gradient; null: `weight`
   const float* row_grads;   // (R, N, A, S) or (R, A, T): weight of each row in the gradient, or null
   float weight;
-  float* values;            // (R,): weighted sums of the KL divergence, or null
-  float* row_values;        // (R, N, A, S) or (R, A, T): KL divergence of each row that counts, or null
+  float* values;      // (R,): weighted sums of the KL divergence, or null
+  float* row_values;  // (R, N, A, S) or (R, A, T): KL divergence of each row that counts, or null
   bool packed;
   bool causal;    // row i sees key j if j <= i or j is in the prefix; if false without prefixes, it sees every key
   bool padded;    // some tokens may be padding

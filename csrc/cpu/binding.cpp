@@ -15,9 +15,9 @@ void parallel_run(int64_t count, void (*body)(void*, int64_t), void* context) {
 
 // Returns the struct of a call. `like`: a query of the student, which has the shape of all queries.
 Call call_of(const Tensor& like, size_t num_relations, const Tensor& tokens, const Tensor& starts,
-                    const OptionalTensor& prefixes, const OptionalTensor& query_mask, bool causal,
-                    const OptionalTensor& weights, const OptionalTensor& row_grads, const OptionalTensor& values,
-                    const OptionalTensor& rows, bool gradient) {
+             const OptionalTensor& prefixes, const OptionalTensor& query_mask, bool causal,
+             const OptionalTensor& weights, const OptionalTensor& row_grads, const OptionalTensor& values,
+             const OptionalTensor& rows, bool gradient) {
   Call call{};
   call.packed = like.dim() == 3;
   call.num_relations = static_cast<int64_t>(num_relations);

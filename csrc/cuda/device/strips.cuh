@@ -322,22 +322,22 @@ struct Strips {
       MINILM_NO_UNROLL_FOR (int c = 0; c < columns; ++c, at.next())
         // static: begin strip-sums-ragged
         add_tile_sums<Part::ragged>(shared, rows, sums, at, row, column + 16 * c, diagonal ? c : 0, last, diagonal);
-        // static: end strip-sums-ragged
+      // static: end strip-sums-ragged
     } else if (diagonal) {
       MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c, at.next())
         // static: begin strip-sums-square
         add_tile_sums<Part::square>(shared, rows, sums, at, row, column + 16 * c, c, kTiles, true);
-        // static: end strip-sums-square
+      // static: end strip-sums-square
     } else if (kCausal && later >= state.bound && row > column) {
       MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c, at.next())
         // static: begin strip-sums-rows
         add_tile_sums<Part::rows_only>(shared, rows, sums, at, 0, 0, 0, 0, false);
-        // static: end strip-sums-rows
+      // static: end strip-sums-rows
     } else if (kCausal && later >= state.bound) {
       MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c, at.next())
         // static: begin strip-sums-columns
         add_tile_sums<Part::columns_only>(shared, rows, sums, at, 0, 0, 0, 0, false);
-        // static: end strip-sums-columns
+      // static: end strip-sums-columns
     } else {
       MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c) {
         // static: begin strip-sums
@@ -531,13 +531,13 @@ struct Strips {
         // static: begin strip-gradient-ragged
         add_tile_gradients<Part::ragged>(rows, row_factors, row_tokens, grads, value, at, column + 16 * c,
                                          diagonal ? c : 0, last, diagonal, bound);
-        // static: end strip-gradient-ragged
+      // static: end strip-gradient-ragged
     } else if (diagonal) {
       MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c, at.next())
         // static: begin strip-gradient-square
         add_tile_gradients<Part::square>(rows, row_factors, row_tokens, grads, value, at, column + 16 * c, c, kTiles,
                                          true, bound);
-        // static: end strip-gradient-square
+      // static: end strip-gradient-square
     } else {
       MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c) {
         // static: begin strip-gradient
