@@ -27,6 +27,7 @@ from .config import (
     PIVOT_BLOCK,
     TOTAL_BLOCK,
     LaunchConfig,
+    diagonal_stages,
     padded_width,
     sliced,
 )
@@ -294,6 +295,7 @@ class _Group:
             "SHIFT": self._shift,
             "SPLIT": copies > 0,
             "WARPS": config.num_warps,
+            "STAGES": diagonal_stages(arch),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
         }
