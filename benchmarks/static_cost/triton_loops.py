@@ -14,6 +14,7 @@ from minilm_kernels.relation.backends.triton.config import (
     PIVOT_BLOCK,
     TOTAL_BLOCK,
     LaunchConfig,
+    diagonal_stages,
     float32_precision,
     padded_width,
     sliced,
@@ -256,7 +257,13 @@ def variants_of(
             return tuple(loop(phase, tail, on_diagonal) for tail in (False, True) for on_diagonal in (False, True))
 
         loops = {"SUMS": loops_of("sums"), "INVERSES": (), "GRADIENT": loops_of("gradients")}
-        given = {"WARPS": config.num_warps, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT": split}
+        given = {
+            "STAGES": diagonal_stages(arch),
+            "WARPS": config.num_warps,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "SPLIT": split,
+        }
         for phases in [[phase] for phase in loops] if split else [list(loops)]:
             name = f"unordered {phases[0].lower()}" if split else "unordered"
             flags = {phase: phase in phases for phase in loops}

@@ -18,7 +18,7 @@ SEQUENCE_BLOCK = 512  # tokens, or sequences, that the kernels of masks load at 
 CLEARING_PROGRAMS = 8  # programs that clear a sequence's padding; not tuned
 SCALE_BLOCK = 2048  # numbers of a program of the scale kernel; not tuned
 TOTAL_BLOCK = 1024  # values that the total kernel loads at a time; not tuned
-FULL_GPU = 11  # warps of a multiprocessor that the kernel of unordered pairs can use
+FULL_GPU = 12  # warps of a multiprocessor that the kernel of unordered pairs can use
 
 
 def padded_width(width: int) -> int:
@@ -61,6 +61,11 @@ def supports_pipelining() -> bool:
     loop with one stage uses ordinary stores, which all versions fence. tests/ptx/fences.py checks the fences.
     """
     return _version() >= (3, 7, 1)
+
+
+def diagonal_stages(arch: int) -> int:
+    """Returns the stages of the diagonal's loops in the kernel of unordered pairs: those that do not spill."""
+    return 2 if arch == 90 and _version() >= (3, 9) else 1
 
 
 @dataclass(frozen=True)
@@ -130,12 +135,10 @@ class LaunchConfig:
             arch: compute capability, such as 90.
         """
         warps = 1 if longest < 1024 else 2 if longest < 2048 else 4
-        # With fewer registers, loops over pairs spill. On a multiprocessor fit 11 programs of one warp with 176
-        # registers or 10 with 200, 5 of two warps with 200, 2 of four warps with 255.
-        spills = arch < 90 and (3, 7) <= _version() < (3, 9)  # these assemblers spill with 200, too
-        if spills or warps == 4 or any(width % 8 for width in widths):
-            return cls(64 * warps, 16, warps, 2, 255)
-        return cls(64 * warps, 16, warps, 2, 176 if warps == 1 and bidirectional and arch < 100 else 200)
+        # A scheduler holds 3 warps with 168 registers, and 2 with up to 255. In all other cases, 168 spill in a loop.
+        many = warps == 1 and bidirectional and arch <= 90 and _version() >= (3, 9)
+        many = many and not any(width % 8 for width in widths)
+        return cls(64 * warps, 16, warps, 2, 168 if many else 255)
 
     @classmethod
     def for_interpreter(cls, positions: int, packed: bool) -> LaunchConfig:

@@ -31,6 +31,7 @@ from .config import (
     SEQUENCE_BLOCK,
     TOTAL_BLOCK,
     LaunchConfig,
+    diagonal_stages,
     float32_precision,
     padded_width,
     sliced,
@@ -407,6 +408,7 @@ class _Group:
             "SHIFT": self._shift,
             "SPLIT": copies > 0,
             "WARPS": config.num_warps,
+            "STAGES": diagonal_stages(arch),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
         }

@@ -112,7 +112,8 @@ def _find_row_pivots(
 def _strip_sums(
     start, t, s, program, indices,
     LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, PRECISION: tl.constexpr, HAS_INDICES: tl.constexpr,
-    MASK: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Stores the sums of a strip's rows over all keys up to its end, and adds the strip's part to earlier rows.
 
@@ -158,7 +159,7 @@ def _strip_sums(
                 tl.store(t.earlier_sums + j, before_t + tl.sum(e_t, 0))
                 tl.store(s.earlier_sums + j, before_s + tl.sum(e_s, 0))
             # static: end sums
-    for k_start in tl.range(begin, end, BLOCK_N, num_stages=1):
+    for k_start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         # static: begin sums_diagonal
         k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, FULL)
         k_tile_t = _load_tokens(t, k_position, k_start, length, LAYOUT_T, FULL, BLOCK_N)
@@ -209,7 +210,7 @@ def _strip_gradient(
     start, value, lost, t, s, program, indices, out, earlier_out, out_stride, factor,
     LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, DG: tl.constexpr, PRECISION: tl.constexpr,
     HAS_INDICES: tl.constexpr, MASK: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
-    WARPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, WARPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradient of a strip's rows and adds the strip's part to the gradients of earlier rows.
 
@@ -273,7 +274,7 @@ def _strip_gradient(
                 before = tl.load(address, mask=feature < D_S, other=0.0)
                 tl.store(address, before + mirrored, mask=feature < D_S)
             # static: end gradients
-    for k_start in tl.range(begin, end, BLOCK_N, num_stages=1):
+    for k_start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         # static: begin gradients_diagonal
         j = k_start + tl.arange(0, BLOCK_N)
         k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, FULL)
@@ -343,7 +344,7 @@ def unordered_kernel(
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr, SHIFT: tl.constexpr,
     PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, MASK: tl.constexpr,
     SUMS: tl.constexpr, INVERSES: tl.constexpr, GRADIENT: tl.constexpr, SPLIT: tl.constexpr,
-    WARPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, WARPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of a head to `out`, and the sum of its rows' KL to `values`. A grid of (heads, parts).
 
@@ -390,18 +391,18 @@ def unordered_kernel(
             for step in range(0, steps):
                 _strip_sums(
                     _strip(step, part, parts, BLOCK_M, SPLIT), t, s, program, indices,
-                    LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, True, False, BLOCK_M, BLOCK_N,
+                    LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, True, False, STAGES, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             for start in range(rest, rest_end, HALF):
                 _strip_sums(
                     start, t, s, program, indices,
-                    LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, False, False, HALF, BLOCK_N,
+                    LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, False, False, STAGES, HALF, BLOCK_N,
                 )  # fmt: skip
         else:
             for start in range(part * HALF, length, parts * HALF):
                 _strip_sums(
                     start, t, s, program, indices,
-                    LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, False, True, HALF, BLOCK_N,
+                    LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, False, True, STAGES, HALF, BLOCK_N,
                 )  # fmt: skip
 
     if INVERSES:
@@ -432,20 +433,20 @@ def unordered_kernel(
                 value, lost = _strip_gradient(
                     _strip(step, part, parts, BLOCK_M, SPLIT), value, lost, t, s, program, indices,
                     out, earlier_out, out_stride, factor, LAYOUT_T, LAYOUT_S, DG, PRECISION,
-                    HAS_INDICES, MASK, True, False, WARPS, BLOCK_M, BLOCK_N,
+                    HAS_INDICES, MASK, True, False, STAGES, WARPS, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             for start in range(rest, rest_end, HALF):
                 value, lost = _strip_gradient(
                     start, value, lost, t, s, program, indices,
                     out, earlier_out, out_stride, factor, LAYOUT_T, LAYOUT_S, DG, PRECISION,
-                    HAS_INDICES, MASK, False, False, WARPS, HALF, BLOCK_N,
+                    HAS_INDICES, MASK, False, False, STAGES, WARPS, HALF, BLOCK_N,
                 )  # fmt: skip
         else:
             for start in range(part * HALF, length, parts * HALF):
                 value, lost = _strip_gradient(
                     start, value, lost, t, s, program, indices,
                     out, earlier_out, out_stride, factor, LAYOUT_T, LAYOUT_S, DG, PRECISION,
-                    HAS_INDICES, MASK, False, True, WARPS, HALF, BLOCK_N,
+                    HAS_INDICES, MASK, False, True, STAGES, WARPS, HALF, BLOCK_N,
                 )  # fmt: skip
         lane = 8 * tl.arange(0, WARPS * 8)[:, None] + tl.arange(0, 8)[None, :]  # [WARPS * 8, 8]
         for start in range(part * 64 * WARPS, length, parts * 64 * WARPS):
