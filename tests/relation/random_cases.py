@@ -352,7 +352,7 @@ def main() -> int:
             command += ["--cases", str(cases), "--stride", str(options.jobs), "--seconds", str(options.seconds)]
             command += ["--folder", str(folder), "--first"]
             jobs = [subprocess.Popen([*command, str(options.first + n)], env=environment) for n in range(options.jobs)]
-            failed |= max(job.wait() for job in jobs) != 0  # waits for all
+            failed |= max(job.wait(timeout=24 * 3600) for job in jobs) != 0  # waits for all
     return int(failed)
 
 

@@ -191,6 +191,6 @@ def test_the_guard_sees_the_operators_of_pytorch():
     with Launches() as launches:
         (x.view(3, 1)[:, 0] * 2 + 1).to(torch.float64)
     assert launches.found == ["mul", "add", "_to_copy"]
-    for wait in (lambda: x[x > 0], lambda: x.sum().item(), lambda: torch.equal(x, x)):
+    for read in (lambda: x[x > 0], lambda: x.sum().item(), lambda: torch.equal(x, x)):
         with pytest.raises(AssertionError, match="the host waits"), Launches():
-            wait()
+            read()
