@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output-dir", type=Path, default=Path("demo-output"), help="folder for the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds; one student is trained for each")
-    parser.add_argument("--max-steps", type=int, default=300, help="number of optimizer steps")
+    parser.add_argument("--max-steps", type=int, default=200, help="number of optimizer steps")
     begin, _ = markers.markers(MARKER)
     parser.add_argument(
         "--update", type=Path, metavar="FILE", help=f"Markdown file to write the table into, after {begin}"

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .encoders import Candidate
 
-_ROUNDS = 7
+_ROUNDS = 5
 _BATCH = 64
 
 

@@ -23,7 +23,7 @@ def small(monkeypatch, tmp_path):
         kept[name] = tmp_path / file.name
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         short = [{key: value[:60] if isinstance(value, str) else value for key, value in row.items()} for row in rows]
-        kept[name].write_text("\n".join(map(json.dumps, short[::40])), encoding="utf-8")
+        kept[name].write_text("\n".join(map(json.dumps, short[::20])), encoding="utf-8")
     monkeypatch.setattr(assets, "test_sets", lambda: found._replace(**kept))
 
 
@@ -65,7 +65,7 @@ def test_test_sets_are_whole():
         name: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         for name, file in found._asdict().items()
     }
-    assert len(rows["topics"]) == 1113
+    assert len(rows["topics"]) == 445
     assert len({row["label"] for row in rows["topics"]}) == 5
     assert len(rows["similarity"]) == 50 * 49 // 2
     assert all(0 <= row["score"] <= 1 for row in rows["similarity"])
