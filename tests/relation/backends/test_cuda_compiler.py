@@ -133,7 +133,7 @@ def _check_registers(name: str, architecture: int, code: bytes, folder: Path) ->
         opcodes = {instruction.base for instruction in body}
         assert not ("HMMA" in opcodes and opcodes & {"LDL", "STL"}), name
     assert resources.local == 0, name
-    assert resources.stack <= (64 if name.startswith(("symmetric_1", "symmetric_4")) else 0), name
+    assert resources.stack <= (96 if name.startswith("symmetric") else 0), name
 
 
 def test_one_kernel_for_one_gpu():
@@ -172,6 +172,7 @@ def test_loops_over_pairs_keep_everything_in_registers(widths, dtype, architectu
     ("symmetric_1_4_1_2_0", 13.0), ("symmetric_1_2_1_2_0", 12.6),
     ("symmetric_4_2_4_1_0", 11.2), ("symmetric_4_8_4_4_0", 15.1),
     ("symmetric_4_4_4_2_0", 13.0), ("symmetric_4_2_4_2_0", 12.6),
+    ("symmetric_5_2_5_1_0", 18.5), ("symmetric_5_4_5_2_0", 23.4),
 ])  # fmt: skip
 def test_issue_slots_a_pair(symbol, bound):
     """Issue slots of loss and gradient per ordered pair on sm_90, counted in the machine code (docs/static-cost.md)."""
