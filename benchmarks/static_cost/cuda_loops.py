@@ -9,8 +9,8 @@ from .variants import SourceLoop, Work
 
 _SPLITS = {"bfloat16": 1, "float16": 2, "float32": 3}
 _TILE = 32  # rows and columns of a tile
-_FORMATS = _SPLITS | {"float16": 4}  # tokens in the symmetric path (launch_params.h)
-_STRIP_ROWS = {(16, 8): 64, (16, 16): 32, (32, 16): 32, (64, 32): 32}  # in half precision; see symmetric_schedule
+_FORMATS = {"bfloat16": 1, "float16": 4, "float32": 5}  # tokens in the symmetric path (launch_params.h)
+_STRIP_ROWS = {(16, 8): 64, (16, 16): 32, (32, 16): 32, (64, 32): 32}  # see symmetric_schedule; float32 only to (32, 16)
 _WINDOW = 8  # strips of a window of 64 rows (segment_warps)
 
 
@@ -31,12 +31,15 @@ class CudaVariant:
 
 def variants(arch: int = 90) -> Iterator[CudaVariant]:
     """Yields every kind of kernel: strips and tiles, with each mask, and rows."""
-    for dtype in ("bfloat16", "float16"):
+    for dtype in ("bfloat16", "float16", "float32"):
         for widths in _STRIP_ROWS:
-            yield strips(dtype, *widths, "self")
+            if in_strips(dtype, *widths):
+                yield strips(dtype, *widths, "self")
+        if dtype == "float32":
+            continue
         for group in ("self causal", "self prefix", "self long"):
             yield strips(dtype, 16, 8, group)
-    for dtype, d_t, d_s in (("bfloat16", 128, 64), ("float32", 16, 8)):
+    for dtype, d_t, d_s in (("bfloat16", 128, 64), ("float32", 64, 32)):
         yield tiles(dtype, d_t, d_s)
     for dtype, d_t, d_s in (("bfloat16", 16, 8), ("bfloat16", 64, 32), ("float16", 16, 8), ("float32", 16, 8)):
         for group in ("self row-wise", "cross", "self evaluation"):
@@ -54,19 +57,30 @@ def symmetric(dtype: str, d_t: int, d_s: int) -> CudaVariant:
 
 def in_strips(dtype: str, d_t: int, d_s: int) -> bool:
     """Returns whether the schedule of these heads is that of strips."""
-    return dtype != "float32" and (d_t, d_s) in _STRIP_ROWS
+    return (d_t, d_s) in _STRIP_ROWS and (dtype != "float32" or d_t <= 32)
+
+
+def _score_macs(dtype: str, width: int) -> int:
+    """Multiply-adds of a score: float32 tokens are three splits, of which six products count, and an offset."""
+    return 6 * _padded(width) + 8 if dtype == "float32" else _padded(width)
+
+
+def _gradient_products(dtype: str) -> int:
+    """Products of a gradient: float32 tokens and score gradients are two float16 splits each."""
+    return 3 if dtype == "float32" else 1
 
 
 def symmetric_bytes(dtype: str, d_t: int, d_s: int, length: int) -> int:
     """Returns the shared memory of its blocks, as symmetric_bytes in launch_plan.cpp does."""
     t, s = _padded(d_t) // 8, _padded(d_s) // 8
-    strips, splits = in_strips(dtype, d_t, d_s), _SPLITS[dtype]
-    return 256 + length * (16 * (1 if strips else splits) * (t + s) + 32 * s + (16 if strips or splits == 3 else 8))
+    strips, wide = in_strips(dtype, d_t, d_s), dtype == "float32"
+    planes = 3 * t + 1 + 5 * s + 1 if wide else t + s
+    return 256 + length * (16 * planes + 32 * s + (32 if strips and wide else 16 if strips or wide else 8))
 
 
 def _symmetric(dtype: str, d_t: int, d_s: int, group: str, loops: tuple[SourceLoop, ...]) -> CudaVariant:
     form, t, s = _FORMATS[dtype], _padded(d_t) // 8, _padded(d_s) // 8
-    kernel, warps = ("segments", _WINDOW) if "long" in group else ("symmetric", 4)
+    kernel, warps = ("segments", _WINDOW) if "long" in group else ("symmetric", 8 if dtype == "float32" else 4)
     causal = int("causal" in group or "prefix" in group)
     shared = None if "long" in group else {"512": symmetric_bytes(dtype, d_t, d_s, 512)}
     return CudaVariant(kernel, f"{kernel}_{form}_{t}_{form}_{s}_{causal}", group, dtype, d_t, d_s, warps, loops, shared)
@@ -83,8 +97,9 @@ def strips(dtype: str, d_t: int, d_s: int, group: str) -> CudaVariant:
     rows = _STRIP_ROWS[d_t, d_s]
     tiles = rows // 16
     pairs, square = 2 * rows * rows, rows * rows
-    scores = square * (_padded(d_t) + _padded(d_s))
-    gradient = scores + square * (16 + 2 * _padded(d_s))  # with the products of the factors
+    scores = square * (_score_macs(dtype, d_t) + _score_macs(dtype, d_s))
+    of_columns = square * _gradient_products(dtype) * _padded(d_s)
+    gradient = scores + square * 16 + 2 * of_columns  # with the products of the factors
     # On the diagonal, the 16 columns of a step meet the rows from their own on: 4 + 3 + 2 + 1 of 16 squares.
     executed = (tiles + 1) / (2 * tiles)
 
@@ -117,7 +132,7 @@ def strips(dtype: str, d_t: int, d_s: int, group: str) -> CudaVariant:
         return SourceLoop(phase, mine, pairs, macs, marker, per="warp", part=part, conditional=branches, work=work)
 
     # Without a mask, a square has no product for its columns. The first 16 rows meet no other columns.
-    on_diagonal = gradient - (rows * _padded(d_s) * 16 if group in ("self", "self long") else 0)
+    on_diagonal = gradient - (of_columns * 16 // rows if group in ("self", "self long") else 0)
     phases = []
     if "causal" in group:
         earlier, later = "strip-sums-columns", "strip-sums-rows"
@@ -135,11 +150,9 @@ def strips(dtype: str, d_t: int, d_s: int, group: str) -> CudaVariant:
 
 def tiles(dtype: str, d_t: int, d_s: int) -> CudaVariant:
     """Returns the symmetric kernel of tiles."""
-    splits = _SPLITS[dtype]
-    products = {1: 1, 2: 4, 3: 6}[splits]  # products of splits
     square = _TILE * _TILE
-    scores = square * products * (_padded(d_t) + _padded(d_s))
-    gradient = scores + square * products * 2 * _padded(d_s)
+    scores = square * (_score_macs(dtype, d_t) + _score_macs(dtype, d_s))
+    gradient = scores + square * _gradient_products(dtype) * 2 * _padded(d_s)
 
     def loop(phase: str, part: str, marker: str, macs: int) -> SourceLoop:
         pairs = square if part else 2 * square

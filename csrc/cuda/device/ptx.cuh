@@ -62,9 +62,8 @@ struct Float2 {
 };
 MINILM_DEVICE Float2 unpack_float16(uint32_t packed) {
   Float2 pair;
-  asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
-      : "=f"(pair.x), "=f"(pair.y)
-      : "r"(packed));
+  asm("cvt.f32.f16 %0, %1;" : "=f"(pair.x) : "h"(static_cast<uint16_t>(packed)));
+  asm("cvt.f32.f16 %0, %1;" : "=f"(pair.y) : "h"(static_cast<uint16_t>(packed >> 16)));
   return pair;
 }
 
