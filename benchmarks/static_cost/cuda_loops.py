@@ -10,7 +10,7 @@ from .variants import SourceLoop, Work
 _SPLITS = {"bfloat16": 1, "float16": 2, "float32": 3}
 _TILE = 32  # rows and columns of a tile
 _FORMATS = {"bfloat16": 1, "float16": 4, "float32": 5}  # tokens in the symmetric path (launch_params.h)
-_STRIP_ROWS = {(16, 8): 64, (16, 16): 32, (32, 16): 32, (64, 32): 32}  # see symmetric_schedule; float32 only to (32, 16)
+_STRIP_ROWS = {(16, 8): 64, (16, 16): 32, (32, 16): 32, (64, 32): 32}  # see symmetric_schedule
 _WINDOW = 8  # strips of a window of 64 rows (segment_warps)
 
 
