@@ -13,8 +13,8 @@ struct Planes {
   int teacher, student, student_chunks, student_splits;
   SymmetricSchedule schedule;
 };
-Planes planes_of(const Relation& relation, const DeviceProps& props);            // row-wise
-Planes symmetric_planes_of(const Relation& relation, const DeviceProps& props);  // of a self relation
+Planes planes_of(const Relation& relation, const DeviceProps& props);            // row-wise path
+Planes symmetric_planes_of(const Relation& relation, const DeviceProps& props);  // self relations, symmetric path
 
 // Names of the kernels that a relation needs. The name contains the template arguments; see device/kernels.cuh.
 std::string symmetric_kernel(const Relation& relation, bool causal);

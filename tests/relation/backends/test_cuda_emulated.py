@@ -176,14 +176,15 @@ def test_every_length_to_600(backend, dtype):
         dtype=dtype,
     )
     value, (grad,) = case.run("sum", backend)  # a mean over all sequences would underflow in float16
-    floats = case.to(torch.float32)
-    expected, (expected_grad,) = floats.run("sum", "cpu")
+    expected, (expected_grad,) = case.to(torch.float64).run("sum", "torch")
+    _, (float_grad,) = case.to(torch.float32).run("sum", "torch")
     assert abs(value / expected - 1) < 1e-5
     start = torch.tensor(0)
     for length in lengths:
         end = start + length
         if length > 1:
-            allowed = max(torch.finfo(dtype).eps, 2e-6)
+            # As in the contract, but with the backend `torch` on the same sequence. That of 3 tokens cancels most.
+            allowed = 2 * error(float_grad[start:end], expected_grad[start:end]) + torch.finfo(dtype).eps
             assert error(grad[start:end], expected_grad[start:end]) < allowed, f"length {length}"
         start = end
 
@@ -410,14 +411,14 @@ _PLANES = {  # teacher, student, chunks and splits of the student, rows of a str
         ("sm_80", "bf16 (16, 8)", 512, (512, 8, 2, 49408)),
         ("sm_80", "bf16 (16, 8)", 1024, (1024, 16, 1, 98560)),
         ("sm_80", "bf16 (16, 8)", 4096, (1728, 14, 1, 166144)),
-        ("sm_80", "fp32 (16, 8)", 1024, (864, 7, 1, 166144)),
+        ("sm_80", "fp32 (16, 8)", 1024, (576, 5, 1, 156928)),
         ("sm_90", "bf16 (16, 8)", 20, (64, 1, 16, 6400)),
         ("sm_90", "bf16 (16, 8)", 128, (128, 1, 16, 12544)),
         ("sm_90", "bf16 (16, 8)", 512, (512, 4, 4, 49408)),
         ("sm_90", "bf16 (16, 8)", 1024, (1024, 8, 2, 98560)),
         ("sm_90", "bf16 (16, 8)", 2048, (2048, 16, 1, 196864)),
         ("sm_90", "bf16 (64, 32)", 512, (512, 8, 1, 172288)),
-        ("sm_90", "fp32 (16, 8)", 512, (512, 4, 2, 98560)),
+        ("sm_90", "fp32 (16, 8)", 512, (512, 8, 1, 139520)),
         ("sm_120", "bf16 (16, 8)", 128, (128, 2, 6, 12544)),
         ("sm_120", "bf16 (16, 8)", 512, (512, 4, 2, 49408)),
         ("sm_120", "bf16 (16, 8)", 4096, (1024, 8, 1, 98560)),
