@@ -312,13 +312,15 @@ def test_every_length_in_windows(library, backend, warps, processors):
 
 
 def _check_sequences(case: Case, lengths: list[int]) -> None:
-    """Compares the gradient of every packed sequence with that of the backend `cpu` in float32."""
+    """Compares the gradient of every packed sequence with float64, as the contract does, beside `torch` in float32."""
     value, (grad,) = case.run("sum", "cuda")  # a mean over all sequences would underflow in float16
-    expected, (expected_grad,) = case.to(torch.float32).run("sum", "cpu")
+    expected, (expected_grad,) = case.to(torch.float64).run("sum", "torch")
+    _, (float_grad,) = case.to(torch.float32).run("sum", "torch")
     assert abs(value / expected - 1) < 1e-5
-    allowed = max(torch.finfo(grad.dtype).eps, 2e-6)
-    pieces = zip(lengths, grad.split(lengths), expected_grad.split(lengths), strict=True)
-    for length, piece, expected_piece in pieces:
+    pieces = (x.split(lengths) for x in (grad, expected_grad, float_grad))
+    for length, piece, expected_piece, float_piece in zip(lengths, *pieces, strict=True):
+        # That of 3 tokens cancels most.
+        allowed = 2 * error(float_piece, expected_piece) + torch.finfo(case.tensors[0].dtype).eps
         assert length == 1 or error(piece, expected_piece) < allowed, f"length {length}"
 
 
@@ -593,14 +595,14 @@ _PLANES = {  # teacher, student, chunks and splits of the student, rows of a str
         ("sm_80", "bf16 (16, 8)", 512, (512, 8, 2, 49408)),
         ("sm_80", "bf16 (16, 8)", 1024, (1024, 16, 1, 98560)),
         ("sm_80", "bf16 (16, 8)", 4096, (1728, 14, 1, 166144)),
-        ("sm_80", "fp32 (16, 8)", 1024, (864, 7, 1, 166144)),
+        ("sm_80", "fp32 (16, 8)", 1024, (576, 5, 1, 156928)),
         ("sm_90", "bf16 (16, 8)", 20, (64, 1, 16, 6400)),
         ("sm_90", "bf16 (16, 8)", 128, (128, 1, 16, 12544)),
         ("sm_90", "bf16 (16, 8)", 512, (512, 4, 4, 49408)),
         ("sm_90", "bf16 (16, 8)", 1024, (1024, 8, 2, 98560)),
         ("sm_90", "bf16 (16, 8)", 2048, (2048, 16, 1, 196864)),
         ("sm_90", "bf16 (64, 32)", 512, (512, 8, 1, 172288)),
-        ("sm_90", "fp32 (16, 8)", 512, (512, 4, 2, 98560)),
+        ("sm_90", "fp32 (16, 8)", 512, (512, 8, 1, 139520)),
         ("sm_120", "bf16 (16, 8)", 128, (128, 2, 6, 12544)),
         ("sm_120", "bf16 (16, 8)", 512, (512, 4, 2, 49408)),
         ("sm_120", "bf16 (16, 8)", 4096, (1024, 8, 1, 98560)),
@@ -623,7 +625,6 @@ def test_plan_of_symmetric_blocks(library, device, planes, longest, expected):
         ("sm_120", "bf16 (16, 8)", 12, (192, 3, 3, 30976)),
         ("sm_90", "bf16 (64, 32)", 8, (128, 4, 2, 69888)),
         ("sm_120", "bf16 (64, 32)", 8, (128, 4, 1, 69888)),
-        ("sm_90", "fp32 (16, 8)", 8, (0, 0, 0, 0)),
     ],
 )
 def test_plan_of_windows(library, device, planes, warps_of_a_kernel, expected):
