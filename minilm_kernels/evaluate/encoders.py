@@ -70,7 +70,7 @@ def distilled_static(teacher: str, device: torch.device, max_tokens: int) -> Can
     static = distill_from_model(model, tokenizer, device=str(device))
     module = StaticEmbedding(static.tokenizer, embedding_weights=static.embedding)
     encoder = SentenceTransformer(modules=[module], device=str(device))
-    return _prepared("static embeddings (model2vec)", None, encoder, max_tokens)
+    return _prepared("static embeddings", None, encoder, max_tokens)
 
 
 def _is_static(source: str) -> bool:

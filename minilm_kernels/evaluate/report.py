@@ -147,14 +147,14 @@ def plot(rows: Sequence[Row], tests: Sequence[str], file: Path) -> None:
         axes.annotate(
             f"{row.title}\n{row.parameters / 1e6:.1f}M",
             (row.speed.tokens_per_second, quality),
-            xytext=(8, 0),
+            xytext=(0, 8),
             textcoords="offset points",
             fontsize=8,
-            va="center",
+            ha="center",
             color=points.get_facecolor()[0],
         )
     axes.set_xscale("log")
-    axes.margins(x=0.25, y=0.15)
+    axes.margins(x=0.25, y=0.25)
     axes.set_xlabel("tokens per second (log scale)")
     axes.set_ylabel(f"mean of {', '.join(tests)}" if len(tests) < 4 else f"mean of {len(tests)} tests")
     axes.set_title("Quality against speed; area: parameters", fontsize=10)

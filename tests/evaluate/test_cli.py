@@ -38,7 +38,7 @@ def test_whole_comparison(
     printed = capsys.readouterr().out
     record = json.loads((output / "results.json").read_text(encoding="utf-8"))
     student, teacher, static = record["rows"]
-    assert [row["model"] for row in record["rows"]] == ["student", "teacher", "static embeddings (model2vec)"]
+    assert [row["model"] for row in record["rows"]] == ["student", "teacher", "static embeddings"]
     assert teacher["scores"]["relation KL"][0] == pytest.approx(0, abs=1e-6)
     value, low, high = student["scores"]["relation KL"]
     assert 0.01 < low <= value <= high

@@ -36,7 +36,7 @@ def test_demo(tmp_path, capsys):
     assert main(arguments) == 0
     record = json.loads((output / "evaluation" / "results.json").read_text())
     before, after, *_ = record["rows"]
-    titles = ["before", "after, seed 3", "teacher", "static embeddings (model2vec)"]
+    titles = ["before", "after, seed 3", "teacher", "static embeddings"]
     assert [row["model"] for row in record["rows"]] == titles
     assert after["scores"]["relation KL"][0] < before["scores"]["relation KL"][0]
     for row in record["rows"]:
