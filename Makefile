@@ -23,7 +23,7 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## distill a small teacher on real text; a few minutes on two cores
 	$(BIN)/python -m examples.demo $(ARGS)
 
-test: $(INSTALLED) lint  ## lint, then every test that is neither slow nor packaging; three minutes on two cores
+test: $(INSTALLED) lint  ## lint, then every test that is neither slow nor packaging; about four minutes on two cores
 	$(BIN)/python $(PYTEST) -m "not slow and not packaging" $(ARGS)
 
 slow: $(INSTALLED)  ## the slow tests: Triton's interpreter, emulated CUDA kernels, torch.compile, several processes
