@@ -162,7 +162,7 @@ MOST = {
     ("self causal", 16, 8): {512: (15.0, 2.1)},
     ("self prefix", 16, 8): {512: (15.0, 2.1)},
 }
-MOST_IN_TRITON = {("self unordered", 16, 8): {512: (16.2, 2.3), 128: (21.5, 3.0)}}
+MOST_IN_TRITON = {("self unordered", 16, 8): {512: (16.4, 2.3), 128: (21.5, 3.0)}}
 # The same without the diagonal.
 MOST_IN_WHOLE_STRIPS = {(16, 8): 11.8, (16, 16): 15.1, (32, 16): 15.5, (64, 32): 18.0}
 
@@ -208,7 +208,7 @@ def test_no_register_of_the_kernels_products_is_written_too_early():
     result = static("--backends", "triton", "--arch", "sm_90", "--dtype", "bfloat16", "--json")
     assert result.returncode == 0, result.stderr
     rows = [row for row in json.loads(result.stdout) if row["phase"] != "total"]
-    kernels = {row["kernel"] for row in rows if row["wgmma_products"]}
+    kernels = {row["kernel"] for row in rows if row.get("wgmma_products")}
     assert kernels >= {"row_stats", "row_kl", "gradient", "gradient of key"}
 
 
