@@ -87,7 +87,8 @@ def test_unordered_pairs(family, mask, heads, length, max_seqlen, spread):
         _, wrong, findings = outcome(device, call, backend)
     assert wrong == []
     assert [str(finding) for finding in findings] == []
-    assert {launch[0] for launch in device.launches} == {"unordered_kernel", "total_kernel"}
+    of_masks = {"sequences_kernel", "weights_kernel"}
+    assert {launch[0] for launch in device.launches} - of_masks == {"unordered_kernel", "total_kernel"}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

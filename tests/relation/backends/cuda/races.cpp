@@ -3,6 +3,7 @@
 // a function of ptx.cuh. An error is
 // - two warps of a block that touch a word between two barriers of the block, at least one of them writing;
 // - two blocks of a launch that touch a word of global memory, at least one of them writing.
+// Accesses of single bytes, the flags of tokens, are left out.
 // Words are found in a table by their address; a word that takes another one's place makes the check forget that one.
 
 #include <dlfcn.h>
@@ -49,6 +50,7 @@ void report(uintptr_t address, const Access& before, const Access& now, const vo
 }
 
 void touch(const void* at, size_t size, bool write, const void* caller) {
+  if (size == 1) return;  // flags of tokens: neighbours share a word, but not a byte
   const uintptr_t address = reinterpret_cast<uintptr_t>(at);
   if (!machine.in_fiber || inside(address, machine.stacks, kMostThreads * kStack) ||
       inside(address, &machine, sizeof machine) ||
