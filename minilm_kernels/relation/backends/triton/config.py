@@ -104,7 +104,7 @@ class LaunchConfig:
             rows = 128 if width <= 32 else 64
             if kernel == "gradient":  # some intricate gradients spill, to reach 168 registers, unless more are allowed
                 return cls(rows, 16, 4, 1, 255 if intricate else None)
-            return cls(rows, 32, 4, 1)
+            return cls(rows, 32, 4, 1, 255 if indices_and_prefix else None)  # 168 spill on sm_80
         if itemsize == 4:
             # Each thread holds slices of rows. Of the tiles that were tried, these are the largest that do not spill.
             if width > 64:
