@@ -20,9 +20,6 @@ class Score(NamedTuple):
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
 
 def bootstrapped(statistic: Callable[..., float], *items: ArrayLike) -> Score:
     """Scores test items, with a percentile bootstrap over them.

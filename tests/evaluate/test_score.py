@@ -5,7 +5,7 @@ import math
 import numpy
 import pytest
 
-from minilm_kernels.evaluate.score import Score, bootstrapped, over_seeds
+from minilm_kernels.evaluate.score import bootstrapped, over_seeds
 
 
 def test_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
@@ -34,7 +34,3 @@ def test_one_item_has_no_interval() -> None:
 def test_no_item_is_an_error() -> None:
     with pytest.raises(ValueError, match="got none"):
         bootstrapped(numpy.mean, [])
-
-
-def test_text() -> None:
-    assert str(Score(0.5, 0.4, 0.6)) == "0.500 [0.400, 0.600]"
