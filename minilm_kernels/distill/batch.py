@@ -83,6 +83,7 @@ class Batch:
         self._longest = int(lengths.max())
         self._mask: Tensor | None = None
 
+    @torch.inference_mode(False)  # the student shares masks with the teacher, which runs in inference mode
     def model_inputs(
         self, position_offset: int, additive: bool, *, causal_model: bool = False, reach: int | None = None
     ) -> dict[str, Any]:
