@@ -98,6 +98,7 @@ class Batch:
             self._row_positions = _tensor(places[None], device)
             self._borders = _tensor(bounds.astype(np.int32), device)
 
+    @torch.inference_mode(False)  # the student shares masks with the teacher, which runs in inference mode
     def model_inputs(
         self, position_offset: int, additive: bool, *, causal_model: bool = False, reach: int | None = None
     ) -> dict[str, Any]:

@@ -286,6 +286,10 @@ class DistillConfig:
         "type of the teacher's weights and computation; bfloat16 halves their memory",
         choices=("float32", "bfloat16"),
     )
+    torch_compile: bool = _option(
+        False,
+        "compile both models with torch.compile, which takes minutes before the first step; evaluations run without it",
+    )
     seed: int = _option(0, "random seed for initial weights, sample order, dropout and prefixes", largest=LARGEST_SEED)
     device: str = _option("auto", "auto: CUDA if available, otherwise CPU", choices=("auto", "cpu", "cuda"))
 

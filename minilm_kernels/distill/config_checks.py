@@ -83,6 +83,8 @@ def check_combinations(config: DistillConfig) -> None:
             raise ValueError(f"{flag(name)} belongs to --push-to-hub")
     if config.micro_batch_size is not None and config.gradient_accumulation_steps > 1:
         raise ValueError("--micro-batch-size and --gradient-accumulation-steps exclude each other; give one of them")
+    if config.torch_compile and not config.packing:
+        raise ValueError("--torch-compile needs --packing, because without it every batch has another length")
     if config.total_batch_size % config.gradient_accumulation_steps:
         raise ValueError(
             f"--gradient-accumulation-steps ({config.gradient_accumulation_steps}) must divide --total-batch-size "

@@ -299,6 +299,8 @@ class TrainingLoop:
             bad_documents=BadDocuments(config.bad_documents, lambda message: self.progress.say(message)),
         )
         self.models: TeacherStudent = models
+        if config.torch_compile:
+            models.compile()
         self.weights = torch.tensor(list(models.loss.relations.values()), device=dist.device)  # (relations,)
         parameters = models.trained()
         self.buffer = GradientBuffer(parameters.values(), losses=len(self.weights))
@@ -348,7 +350,7 @@ class TrainingLoop:
         dist.on_main(self._begin)
         if state.step:
             self.progress.say(f"continuing after step {state.step}")
-        self.models.student.model.train()
+        self.models.student.extractor.train()
         if state.eval_pending:
             self._evaluate(signals)
         stop = dist.max(signals.received)
@@ -459,6 +461,8 @@ class TrainingLoop:
             state.micro_batch = (state.micro_batch + 1) // 2
             result = None
             restore_random_state(generators, dist.device)
+            if self.config.torch_compile:
+                torch.compiler.reset()  # the graphs of the larger micro-batches
             if dist.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.progress.say(f"out of memory: continuing with micro-batches of {state.micro_batch} samples")

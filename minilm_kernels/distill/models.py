@@ -6,17 +6,18 @@ import copy
 import inspect
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoModel, PreTrainedModel
 
 from minilm_kernels.losses import QKV, MiniLMLoss, MiniLMv2Loss
 from minilm_kernels.qkv import QKVExtractor
-from minilm_kernels.students import copied_student, pca_student, random_student, student_config
+from minilm_kernels.students import copied_student, one_line, pca_student, random_student, student_config
 from minilm_kernels.vocabulary import TrimmedVocabulary, restricted, trim_vocabulary
 
 from .batch import Batch
@@ -81,7 +82,13 @@ class LayerModel:
             del inputs["position_ids"]
         if self._ids is not None:
             inputs["input_ids"] = self._ids[inputs["input_ids"]]
-        return batch.for_loss(self.extractor(**inputs))
+        try:
+            return batch.for_loss(self.extractor(**inputs))
+        except TorchDynamoException as error:
+            raise ValueError(
+                f"--torch-compile: the {self.role}'s {type(self.model).__name__} cannot be compiled "
+                f"({one_line(error)}); train without this option"
+            ) from error
 
     def widths(self) -> list[int]:
         """The last dimensions of query, key and value, of which grouped heads have fewer in key and value."""
@@ -110,6 +117,15 @@ class TeacherStudent:
     @property
     def student_tokenizer(self) -> Any:
         return self.tokenizer if self.vocabulary is None else self.vocabulary.tokenizer
+
+    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compiles both models, each as one graph.
+
+        Every batch shape has a graph of its own. A graph of dynamic shapes would make results depend on the shapes
+        that came before, so that a resumed run would have other last bits.
+        """
+        for model in (self.teacher, self.student):
+            model.extractor.compile(backend=backend, fullgraph=True, dynamic=False)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The student's parameters on which the loss depends, by name.
