@@ -17,6 +17,7 @@ from .packing import PADDING, Samples
 
 _TOKENS_A_DOCUMENT, _FEWEST_DOCUMENTS = 64, 16  # room for borders: paragraphs have about 100 tokens
 
+
 @dataclass(frozen=True)
 class LossWeights:
     """Numbers of documents (or their pieces) and of valid tokens, as weights for the losses of parts of a batch."""

@@ -274,6 +274,7 @@ class TrainingLoop:
         teacher_ids = None if saved is None else saved.tensors["progress"].get("vocabulary")
         output = self.stage.folder if dist.is_main else None
         models, tokenizer = _checked_models(self.stage.model_config(), dist.device, sources, output, teacher_ids)
+        tell(models.attention)
         if models.vocabulary is not None:
             tell(f"--trim-vocabulary: {models.vocabulary.summary(models.tokenizer)}")
         eval_set: EvalSet | None = None
@@ -284,7 +285,7 @@ class TrainingLoop:
                 eval_sources or sources,
                 separate=separate,
                 fraction=config.eval_fraction,
-                packer=Packer(tokenizer, config.max_seq_length, config.packing),
+                packer=Packer(tokenizer, config.max_seq_length, config.packing, models.max_document_length),
                 tokenizer=tokenizer,
                 max_samples=config.eval_samples,
                 bad_documents=BadDocuments(config.bad_documents, tell if separate else _ignore),
@@ -292,7 +293,7 @@ class TrainingLoop:
         self.stream = SampleStream(
             sources,
             tokenizer,
-            Packer(tokenizer, config.max_seq_length, config.packing),
+            Packer(tokenizer, config.max_seq_length, config.packing, models.max_document_length),
             eval_set=eval_set,
             shuffle_buffer_size=config.shuffle_buffer_size,
             seed=config.seed,

@@ -60,12 +60,9 @@ def packed_attention(
     """
     _check(query, key, value, cu_seqlens, window, dropout)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    options = (max_seqlen, scale, -1 if window is None else window, dropout)
     if prefix_lens is None:
-        return _attend(
-            query, key, value, cu_seqlens, max_seqlen, scale, causal, -1 if window is None else window, dropout
-        )
-    if window is not None:
-        raise ValueError(f"window={window}: not supported together with prefix_lens")
+        return _attend(query, key, value, cu_seqlens, causal, *options)
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     if prefix_lens.shape != starts.shape:
         raise ValueError(f"prefix_lens: expected ({len(starts)},), a number a document, got {tuple(prefix_lens.shape)}")
@@ -75,11 +72,10 @@ def packed_attention(
     halves = torch.cat([torch.stack([starts, middles], 1).flatten(), ends[-1:]])
     place = torch.arange(len(query), dtype=torch.int32, device=query.device)
     inside = place < middles[torch.searchsorted(ends, place, right=True)]
-    options = (max_seqlen, scale)
     return torch.where(
         inside[:, None, None],
-        _attend(query, key, value, halves, *options, False, -1, dropout),
-        _attend(query, key, value, cu_seqlens, *options, True, -1, dropout),
+        _attend(query, key, value, halves, False, *options),
+        _attend(query, key, value, cu_seqlens, True, *options),
     )
 
 
@@ -88,9 +84,9 @@ def _attend(
     key: Tensor,
     value: Tensor,
     cu_seqlens: Tensor,
+    causal: bool,
     max_seqlen: int,
     scale: float,
-    causal: bool,
     window: int,
     dropout: float,
 ) -> Tensor:

@@ -71,10 +71,11 @@ def test_documents_attend_to_themselves(mask: Any, key_heads: int, dtype: torch.
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_a_prefix_is_seen_by_the_whole_document(key_heads: int) -> None:
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_prefix_is_seen_by_the_whole_document(window: int | None, key_heads: int) -> None:
     inputs, prefixes = operands(key_heads=key_heads), [2, 1, 0, 30, 0, 2, 33, 0]
-    output = packed_attention(*inputs, borders(LENGTHS), 70, prefix_lens=torch.tensor(prefixes))
-    wanted = expected(inputs, causal=True, prefixes=prefixes)
+    output = packed_attention(*inputs, borders(LENGTHS), 70, prefix_lens=torch.tensor(prefixes), window=window)
+    wanted = expected(inputs, causal=True, window=window, prefixes=prefixes)
     weights = torch.randn_like(output)
     gradients = [torch.autograd.grad((x * weights).sum(), inputs) for x in (output, wanted)]
     close([output, *gradients[0]], [wanted, *gradients[1]], 1e-13)
@@ -195,7 +196,6 @@ def test_nothing_of_s_by_s_is_allocated(window: int | None, dropout: float) -> N
         ({"window": -1}, ValueError, "window=-1"),
         ({"dropout": 1.0}, ValueError, r"dropout=1.0: expected a share in \[0, 1\)"),
         ({"prefix_lens": torch.tensor([1, 1])}, ValueError, r"prefix_lens: expected \(1,\).*got \(2,\)"),
-        ({"prefix_lens": torch.tensor([1]), "window": 2}, ValueError, "window=2: not supported together with prefix"),
     ],
 )
 def test_wrong_arguments_are_named(change: Any, error: type[Exception], words: str) -> None:
