@@ -14,8 +14,8 @@ from .config import DistillConfig
 from .console import say
 from .distributed import DistContext
 from .models import TeacherStudent
+from .prefetch import Prefetcher
 from .run_folder import refuse_differences
-from .sample_stream import SampleStream
 
 
 @dataclass
@@ -39,7 +39,7 @@ class RunState:
     config: DistillConfig
     dist: DistContext
     models: TeacherStudent
-    stream: SampleStream
+    stream: Prefetcher
     optimizer: torch.optim.AdamW
     parameters: dict[str, nn.Parameter]
     teacher_digests: dict[str, str] | None
