@@ -244,10 +244,24 @@ class DistillConfig:
     )
     eval_samples: int = _option(256, "number of evaluation samples of up to --max-seq-length tokens", positive=True)
     max_seq_length: int = _option(512, "number of tokens of a sample, including special tokens", largest=2**20)
+    max_document_length: int | None = _option(
+        None,
+        "number of tokens of the longest document, including special tokens; longer ones are cut into pieces; auto: "
+        "--max-seq-length, but at most the positions of the models",
+        positive=True,
+        largest=2**20,
+        absent="auto",
+    )
     packing: bool = _option(
         True,
         "pack several documents into each sample, without attention between them; --no-packing: one document per "
         "sample, with padding",
+    )
+    attention: str = _option(
+        "auto",
+        "attention of both models in packed samples; packed: all documents in one row, with their borders; mask: a "
+        "mask of --max-seq-length x --max-seq-length; auto: packed for models that support it",
+        choices=("auto", "packed", "mask"),
     )
     shuffle_buffer_size: int = _option(
         2048, "number of samples in the shuffle buffer; 1 keeps the order of the text", positive=True
@@ -258,14 +272,27 @@ class DistillConfig:
         256, "number of samples per optimizer step, over all processes and micro-batches together", positive=True
     )
     gradient_accumulation_steps: int = _option(
-        1, "number of micro-batches into which each process splits its part of the batch", positive=True
+        1, "number of micro-batches into which each process splits its part of the batch", neutral=True, positive=True
     )
     micro_batch_size: int | None = _option(
         None,
         "number of samples that each process computes at once; auto: its part of the batch, divided by "
         "--gradient-accumulation-steps; if memory runs out, either is halved and the step is repeated",
+        neutral=True,
         positive=True,
         absent="auto",
+    )
+    parallel: str = _option(
+        "ddp",
+        "several processes; ddp: each has the whole student; fsdp: parameters, gradients and the optimizer's state of "
+        "the student are sharded (FSDP2), for large students",
+        choices=("ddp", "fsdp"),
+        neutral=True,
+    )
+    gradient_dtype: str = _option(
+        "float32",
+        "several processes: type in which gradients are exchanged; bfloat16 halves the bytes",
+        choices=("float32", "bfloat16"),
     )
     gradient_checkpointing: bool = _option(
         False,

@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilm_kernels.distill import loop, step
+from minilm_kernels.distill.gradients import SummedGradients
 from minilm_kernels.distill.stages import stages
-from minilm_kernels.distill.step import GradientBuffer
 
 from .test_loop import Settings
 
@@ -56,7 +56,7 @@ def loop_on_meta(config: Any) -> Iterator[loop.TrainingLoop]:
             model.extractor.to(META)
         run.dist.device, run.weights = META, run.weights.to(META)
         parameters = list(run.models.trained().values())
-        run.buffer = GradientBuffer(parameters, losses=len(run.weights))
+        run.gradients = SummedGradients(parameters, len(run.weights), run.dist, torch.float32)
         run.state.optimizer = torch.optim.AdamW(parameters)  # there is no fused one for this device
         run.models.student.extractor.train()
         yield run
