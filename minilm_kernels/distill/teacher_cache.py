@@ -234,8 +234,9 @@ class TeacherCache:
                 fields = _FIELDS.pack(_MAGIC, tokens, lengths[index], _checksum(views))
                 with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
                     file.seek(offset)
-                    for part in (fields, _CHECKSUM.pack(zlib.crc32(fields)), *views):
-                        file.write(part)
+                    file.write(fields + _CHECKSUM.pack(zlib.crc32(fields)))
+                    for view in views:
+                        file.write(view)
         except OSError as error:
             self._full = True
             say(f"--cache-teacher: {self.folder} cannot be written, and later samples are not stored: {error}")
@@ -263,7 +264,7 @@ def _token_hash(ids: np.ndarray, positions: np.ndarray) -> bytes:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, shared with it."""
-    return memoryview(tensor.detach().view(torch.uint8).numpy()).cast("B")
+    return tensor.detach().view(torch.uint8).numpy().data.cast("B")
 
 
 def _checksum(views: Sequence[memoryview]) -> int:
