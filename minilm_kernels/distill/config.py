@@ -244,10 +244,24 @@ class DistillConfig:
     )
     eval_samples: int = _option(256, "number of evaluation samples of up to --max-seq-length tokens", positive=True)
     max_seq_length: int = _option(512, "number of tokens of a sample, including special tokens", largest=2**20)
+    max_document_length: int | None = _option(
+        None,
+        "number of tokens of the longest document, including special tokens; longer ones are cut into pieces; auto: "
+        "--max-seq-length, but at most the positions of the models",
+        positive=True,
+        largest=2**20,
+        absent="auto",
+    )
     packing: bool = _option(
         True,
         "pack several documents into each sample, without attention between them; --no-packing: one document per "
         "sample, with padding",
+    )
+    attention: str = _option(
+        "auto",
+        "attention of both models in packed samples; packed: all documents in one row, with their borders; mask: a "
+        "mask of --max-seq-length x --max-seq-length; auto: packed for models that support it",
+        choices=("auto", "packed", "mask"),
     )
     shuffle_buffer_size: int = _option(
         2048, "number of samples in the shuffle buffer; 1 keeps the order of the text", positive=True
@@ -285,6 +299,10 @@ class DistillConfig:
         "float32",
         "type of the teacher's weights and computation; bfloat16 halves their memory",
         choices=("float32", "bfloat16"),
+    )
+    torch_compile: bool = _option(
+        False,
+        "compile both models with torch.compile, which takes minutes before the first step; evaluations run without it",
     )
     seed: int = _option(0, "random seed for initial weights, sample order, dropout and prefixes", largest=LARGEST_SEED)
     device: str = _option("auto", "auto: CUDA if available, otherwise CPU", choices=("auto", "cpu", "cuda"))

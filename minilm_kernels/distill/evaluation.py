@@ -50,9 +50,10 @@ def evaluate(
         return sums
 
     training = models.student.model.training
-    models.student.model.eval()
-    sums = within_memory(share)
-    models.student.model.train(training)
+    models.student.extractor.eval()
+    with torch.compiler.set_stance("force_eager"):  # the last micro-batch has a shape of its own
+        sums = within_memory(share)
+    models.student.extractor.train(training)
     if dist.max(stopped()):
         return None
     measured = dict(zip(relations, dist.sum(sums).tolist(), strict=True))

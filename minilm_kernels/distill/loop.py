@@ -274,6 +274,7 @@ class TrainingLoop:
         teacher_ids = None if saved is None else saved.tensors["progress"].get("vocabulary")
         output = self.stage.folder if dist.is_main else None
         models, tokenizer = _checked_models(self.stage.model_config(), dist.device, sources, output, teacher_ids)
+        tell(models.attention)
         if models.vocabulary is not None:
             tell(f"--trim-vocabulary: {models.vocabulary.summary(models.tokenizer)}")
         eval_set: EvalSet | None = None
@@ -284,7 +285,7 @@ class TrainingLoop:
                 eval_sources or sources,
                 separate=separate,
                 fraction=config.eval_fraction,
-                packer=Packer(tokenizer, config.max_seq_length, config.packing),
+                packer=Packer(tokenizer, config.max_seq_length, config.packing, models.max_document_length),
                 tokenizer=tokenizer,
                 max_samples=config.eval_samples,
                 bad_documents=BadDocuments(config.bad_documents, tell if separate else _ignore),
@@ -292,13 +293,15 @@ class TrainingLoop:
         self.stream = SampleStream(
             sources,
             tokenizer,
-            Packer(tokenizer, config.max_seq_length, config.packing),
+            Packer(tokenizer, config.max_seq_length, config.packing, models.max_document_length),
             eval_set=eval_set,
             shuffle_buffer_size=config.shuffle_buffer_size,
             seed=config.seed,
             bad_documents=BadDocuments(config.bad_documents, lambda message: self.progress.say(message)),
         )
         self.models: TeacherStudent = models
+        if config.torch_compile:
+            models.compile()
         self.weights = torch.tensor(list(models.loss.relations.values()), device=dist.device)  # (relations,)
         parameters = models.trained()
         self.buffer = GradientBuffer(parameters.values(), losses=len(self.weights))
@@ -348,7 +351,7 @@ class TrainingLoop:
         dist.on_main(self._begin)
         if state.step:
             self.progress.say(f"continuing after step {state.step}")
-        self.models.student.model.train()
+        self.models.student.extractor.train()
         if state.eval_pending:
             self._evaluate(signals)
         stop = dist.max(signals.received)
@@ -459,6 +462,8 @@ class TrainingLoop:
             state.micro_batch = (state.micro_batch + 1) // 2
             result = None
             restore_random_state(generators, dist.device)
+            if self.config.torch_compile:
+                torch.compiler.reset()  # the graphs of the larger micro-batches
             if dist.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.progress.say(f"out of memory: continuing with micro-batches of {state.micro_batch} samples")

@@ -39,6 +39,7 @@ class Packer:
 
     Args:
         max_seq_length: tokens of a sample, special tokens included.
+        max_document_length: tokens of the longest piece, special tokens included; by default, `max_seq_length`.
 
     Attributes:
         samples: complete samples, each of shape (max_seq_length,).
@@ -48,14 +49,17 @@ class Packer:
         ValueError: `max_seq_length` leaves no room beside the special tokens.
     """
 
-    def __init__(self, tokenizer: DocumentTokenizer, max_seq_length: int, packing: bool) -> None:
+    def __init__(
+        self, tokenizer: DocumentTokenizer, max_seq_length: int, packing: bool, max_document_length: int | None = None
+    ) -> None:
         self._tokenizer, self.max_seq_length, self._packing = tokenizer, max_seq_length, packing
         self._special = len(tokenizer.prefix) + len(tokenizer.suffix)
-        self._shortest = max(1, min(SHORTEST_CUT, max_seq_length // 4))
-        if max_seq_length < self._special + 2 * self._shortest:
-            raise ValueError(
-                f"--max-seq-length ({max_seq_length}) leaves no room beside {self._special} special tokens per document"
-            )
+        longest = min(max_seq_length, max_document_length or max_seq_length)
+        self._longest = longest - self._special
+        self._shortest = max(1, min(SHORTEST_CUT, longest // 4))
+        if self._longest < 2 * self._shortest:
+            option = "--max-seq-length" if longest == max_seq_length else "--max-document-length"
+            raise ValueError(f"{option} ({longest}) leaves no room beside {self._special} special tokens per document")
         self.samples: list[Samples] = []
         self.open: list[Tokens] = []
         self._room = max_seq_length
@@ -63,7 +67,7 @@ class Packer:
     def add(self, tokens: Tokens) -> None:
         """Appends a document to the open sample. Samples that become full move to `samples`."""
         while len(tokens):
-            room = self._room - self._special
+            room = min(self._room - self._special, self._longest)
             take = len(tokens)
             if take > room:
                 take = min(room, take - self._shortest)

@@ -39,8 +39,8 @@ def make_batch(
 
 
 def teacher_qkv(models: TeacherStudent, batch: Batch, *, bf16: bool = False) -> QKV:
-    """The teacher's query, key and value for the loss, without gradient; under bfloat16 autocast if `bf16`."""
-    with torch.no_grad(), torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
+    """The teacher's query, key and value for the loss, as inference tensors; under bfloat16 autocast if `bf16`."""
+    with torch.inference_mode(), torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
         return models.teacher.project(batch)
 
 

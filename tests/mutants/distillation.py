@@ -203,7 +203,7 @@ MUTANTS = [
     ),
     Mutant(
         _D + "evaluation.py",
-        "    models.student.model.eval()\n",
+        "    models.student.extractor.eval()\n",
         "",
         _T + "test_loop.py",
         "the evaluation uses dropout",
