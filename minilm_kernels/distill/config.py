@@ -272,14 +272,27 @@ class DistillConfig:
         256, "number of samples per optimizer step, over all processes and micro-batches together", positive=True
     )
     gradient_accumulation_steps: int = _option(
-        1, "number of micro-batches into which each process splits its part of the batch", positive=True
+        1, "number of micro-batches into which each process splits its part of the batch", neutral=True, positive=True
     )
     micro_batch_size: int | None = _option(
         None,
         "number of samples that each process computes at once; auto: its part of the batch, divided by "
         "--gradient-accumulation-steps; if memory runs out, either is halved and the step is repeated",
+        neutral=True,
         positive=True,
         absent="auto",
+    )
+    parallel: str = _option(
+        "ddp",
+        "several processes; ddp: each has the whole student; fsdp: parameters, gradients and the optimizer's state of "
+        "the student are sharded (FSDP2), for large students",
+        choices=("ddp", "fsdp"),
+        neutral=True,
+    )
+    gradient_dtype: str = _option(
+        "float32",
+        "several processes: type in which gradients are exchanged; bfloat16 halves the bytes",
+        choices=("float32", "bfloat16"),
     )
     gradient_checkpointing: bool = _option(
         False,

@@ -26,7 +26,8 @@ from .console import forgiving_streams, say
 from .distributed import DistContext
 from .eval_set import EvalSet, collect_eval_set
 from .evaluation import evaluate
-from .memory import is_out_of_memory, random_state, restore_random_state
+from .gradients import SummedGradients
+from .memory import is_out_of_memory
 from .metrics import Metrics, Progress, eval_records, read_metrics
 from .model_card import write_student
 from .models import TeacherStudent, load_models
@@ -40,15 +41,15 @@ from .run_folder import (
     STUDENT,
     is_finished,
     output_folder,
-    refuse_differences,
     write_settings,
 )
 from .run_state import RunState
 from .sample_stream import SampleStream
+from .sharding import ShardedGradients, shard_student
 from .signals import StopSignals
 from .sources import HubDataset, Source, open_sources
 from .stages import Stage, stages
-from .step import GradientBuffer, loss_vector, make_batch
+from .step import loss_vector, make_batch, seed_dropout
 from .tokenization import DocumentTokenizer
 from .trackers import Trackers
 
@@ -182,7 +183,8 @@ def _run_stage(stage: Stage, later: Sequence[Stage], dist: DistContext) -> Disti
         with StopSignals() as signals:
             loop.train(signals)
             if loop.finished:
-                dist.on_main(lambda: loop.write_student(output / STUDENT))
+                weights = loop.state.weights()
+                dist.on_main(lambda: loop.write_student(output / STUDENT, weights))
             # A signal during the last step of a stage comes before the next one.
             stopped_by = None if loop.finished and not later else dist.max(signals.received) or None
         if dist.is_main:
@@ -267,8 +269,6 @@ class TrainingLoop:
         This method does not communicate, so that a failure on one process can be reported to all.
         """
         config, dist = self.config, self.dist
-        if saved is not None and saved.state.get("world_size") != dist.world_size:
-            refuse_differences(config, [f"processes: {saved.state.get('world_size')} before, {dist.world_size} now"])
         tell = say if dist.is_main else _ignore
         sources, eval_sources = _open_text(config, tell)
         teacher_ids = None if saved is None else saved.tensors["progress"].get("vocabulary")
@@ -303,8 +303,16 @@ class TrainingLoop:
         if config.torch_compile:
             models.compile()
         self.weights = torch.tensor(list(models.loss.relations.values()), device=dist.device)  # (relations,)
+        sent = getattr(torch, config.gradient_dtype)
+        self.sharded = config.parallel == "fsdp" and dist.world_size > 1
+        if self.sharded:
+            shard_student(models, dist, sent)
         parameters = models.trained()
-        self.buffer = GradientBuffer(parameters.values(), losses=len(self.weights))
+        self.gradients: SummedGradients | ShardedGradients
+        if self.sharded:
+            self.gradients = ShardedGradients(parameters.values(), len(self.weights), dist)
+        else:
+            self.gradients = SummedGradients(parameters.values(), len(self.weights), dist, sent)
         self.state = RunState(
             config,
             dist,
@@ -316,7 +324,6 @@ class TrainingLoop:
             teacher_digests(models) if dist.local_rank == 0 or dist.is_main else None,
             conditions(dist.device),
         )
-        torch.manual_seed(config.seed + dist.rank)
         if saved is not None:
             self.state.load(saved)
         self.saved_step = self.state.step
@@ -333,17 +340,18 @@ class TrainingLoop:
         self.progress.close()
         self.stream.close()
 
-    def write_student(self, target: Path) -> None:
-        """Writes the finished student, with the best weights if they are asked for."""
+    def write_student(self, target: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Writes the finished student with the weights of the last step, or the best ones if they are asked for."""
         step, best = self.state.step, self.state.best_step
         if best is not None and best != step:
             try:
-                self.models.student.model.load_state_dict(self.checkpoints.weights(best))
+                weights = self.checkpoints.weights(best)
                 step = best
             except (OSError, ValueError) as error:
                 say(f"--load-best-model-at-end: {error}; the student gets the weights of the last step")
         evaluations = eval_records(self.metrics_path, best=step == best)
-        write_student(target, self.config, self.models, self.metrics_path, evaluations, self.dist.world_size, step)
+        processes = self.dist.world_size
+        write_student(target, self.config, self.models, weights, self.metrics_path, evaluations, processes, step)
 
     def train(self, signals: StopSignals) -> None:
         """Trains until the last step or a stop signal. `signals.received` is then equal on all processes."""
@@ -410,40 +418,42 @@ class TrainingLoop:
 
     def _step(self) -> None:
         """Runs an optimizer step. The gradient is the exact mean over all samples of the step."""
-        config, dist, state = self.config, self.dist, self.state
+        config, state = self.config, self.state
         samples = self._samples()
         total = LossWeights.of(samples)
         self._within_memory(lambda micro: self._accumulate(samples, total, micro))
-        dist.sum(self.buffer.flat)
-        norm = self.buffer.clip_(config.max_grad_norm)
+        norm = self.gradients.clip_(config.max_grad_norm)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate_at(config, state.step)
         state.optimizer.step()
-        state.window.append(torch.cat([self.buffer.losses, norm[None]]))
+        state.window.append(torch.cat([self.gradients.losses, norm[None]]))
         state.tokens += total.tokens
         state.step += 1
 
     def _accumulate(self, samples: Samples, total: LossWeights, micro: int) -> None:
-        """Fills the buffer with the gradient of this process's part of the step, `micro` samples at a time."""
+        """Computes the gradient of the step. Each process computes its part, `micro` samples at a time."""
         config, dist = self.config, self.dist
         share = config.total_batch_size // dist.world_size
         end = (dist.rank + 1) * share
-        self.buffer.zero_()
-        for start in range(dist.rank * share, end, micro):
-            part = slice(start, min(start + micro, end))
-            batch = make_batch(config, self.models.mask, samples, dist.device, (config.seed, 3, self.state.step), part)
-            values = loss_vector(config, self.models, batch, requires_grad=True)
-            losses = LossWeights.of(samples.part(part)).weight(config.reduction, total) * values
-            torch.dot(losses, self.weights).backward()
-            self.buffer.losses += losses.detach()
+        with self.gradients.summed():
+            for start in range(dist.rank * share, end, micro):
+                part = slice(start, min(start + micro, end))
+                seed = (config.seed, 3, self.state.step)
+                batch = make_batch(config, self.models.mask, samples, dist.device, seed, part)
+                seed_dropout(config.seed, self.state.step, start)
+                values = loss_vector(config, self.models, batch, requires_grad=True)
+                losses = LossWeights.of(samples.part(part)).weight(config.reduction, total) * values
+                if part.stop == end:
+                    self.gradients.exchange_in_next_backward()
+                torch.dot(losses, self.weights).backward()
+                self.gradients.losses += losses.detach()
 
     def _within_memory(self, action: Callable[[int], T]) -> T:
         """Calls `action` with the size of a micro-batch. If memory runs out on any process, all halve it and repeat.
 
-        `action` must not communicate. It begins with the same random state every time.
+        `action` communicates as often if it fails as if it succeeds. With `--parallel fsdp` it cannot be repeated.
         """
         dist, state = self.dist, self.state
-        generators = random_state(dist.device)
         while True:
             problem, result = "", None
             try:
@@ -451,6 +461,11 @@ class TrainingLoop:
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_out_of_memory(error):
                     raise
+                if self.sharded:
+                    raise RuntimeError(
+                        f"out of memory: --parallel fsdp cannot repeat a step; continue with --resume-from-checkpoint "
+                        f"and a --micro-batch-size below {state.micro_batch} ({error})"
+                    ) from error
                 problem = str(error)  # the error itself would keep the tensors of its traceback
             if not dist.max(int(bool(problem))):
                 return cast(T, result)
@@ -461,7 +476,6 @@ class TrainingLoop:
                 )
             state.micro_batch = (state.micro_batch + 1) // 2
             result = None
-            restore_random_state(generators, dist.device)
             if self.config.torch_compile:
                 torch.compiler.reset()  # the graphs of the larger micro-batches
             if dist.device.type == "cuda":
@@ -499,7 +513,7 @@ class TrainingLoop:
                 self.models,
                 eval_set.samples,
                 self.dist,
-                lambda: signals.received,
+                (lambda: 0) if self.sharded else (lambda: signals.received),  # all evaluate equally many micro-batches
                 self._within_memory,
             )
             if measured is not None:
@@ -570,18 +584,17 @@ def _checked_models(
 def _check_later_stages(later: Sequence[Stage], loop: TrainingLoop) -> None:
     """Checks the models of later stages before the first step, with untrained assistants as their teachers."""
     models, device = loop.models, loop.dist.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for stage in later:
-            with tempfile.TemporaryDirectory(
-                prefix=f"{TEMPORARY}{stage.name}-", dir=loop.stage.folder, ignore_cleanup_errors=True
-            ) as folder:
-                models.student.model.save_pretrained(folder)
-                models.student_tokenizer.save_pretrained(folder)
-                config = replace(stage.model_config(Path(folder)), trim_vocabulary_documents=CHECKED_DOCUMENTS)
-                try:
-                    models, _ = _checked_models(config, device, _open_text(config, _ignore)[0], stage.folder)
-                except ValueError as error:
-                    raise ValueError(f"{stage.name}: {error}") from error
+    for stage in later:
+        with tempfile.TemporaryDirectory(
+            prefix=f"{TEMPORARY}{stage.name}-", dir=loop.stage.folder, ignore_cleanup_errors=True
+        ) as folder:
+            models.student.model.save_pretrained(folder)
+            models.student_tokenizer.save_pretrained(folder)
+            config = replace(stage.model_config(Path(folder)), trim_vocabulary_documents=CHECKED_DOCUMENTS)
+            try:
+                models, _ = _checked_models(config, device, _open_text(config, _ignore)[0], stage.folder)
+            except ValueError as error:
+                raise ValueError(f"{stage.name}: {error}") from error
 
 
 def _texts(sources: Iterable[Source]) -> Iterator[str]:

@@ -263,7 +263,7 @@ def test_a_line_after_an_unmeasured_checkpoint_is_not_kept_twice(
         patch.setattr(loop, "evaluate", at_the_end)
         assert distill(settings()).step == 6
     with monkeypatch.context() as patch:
-        patch.setattr(loop.TrainingLoop, "write_student", lambda run, target: 1 / 0)
+        patch.setattr(loop.TrainingLoop, "write_student", lambda run, target, weights: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             distill(settings(resume_from_checkpoint=True))
     assert records(distill(settings(resume_from_checkpoint=True)), "eval") == records(whole, "eval")
@@ -366,8 +366,6 @@ def test_something_else_in_the_place_of_checkpoints_is_refused(settings: Setting
         ({"optimizer": {"embeddings.LayerNorm.weight.exp_avg": ...}}, "state of the optimizer does not fit"),
         ({"optimizer": {"embeddings.LayerNorm.weight.exp_avg": torch.zeros(7)}}, "state of the optimizer does not fit"),
         ({"progress": {"window": torch.zeros(2)}}, r"window has shape \(2,\)"),
-        ({"progress": {"cpu.0": ...}}, "KeyError: 'cpu.0'"),
-        ({"progress": {"cpu.0": torch.zeros(4, dtype=torch.uint8)}}, "RuntimeError"),
         (
             {"data": {"buffer.ids": torch.full((1, 32), 65, dtype=torch.int32)}},
             "buffer has no token ids of this tokenizer",
