@@ -10,11 +10,13 @@ class Layout(NamedTuple):
 
     Attributes:
         packing: True to fill samples with documents; False for one document per sample, with padding.
+        attention: the option `--attention` of the training loop.
         sorted: True to sort the samples by length, so that a micro-batch has little padding.
     """
 
     about: str
     packing: bool
+    attention: str = "mask"
     sorted: bool = False
 
 
@@ -22,4 +24,5 @@ LAYOUTS = {
     "padded": Layout("one document a sample, in order of arrival", packing=False),
     "sorted": Layout("one document a sample, sorted by length", packing=False, sorted=True),
     "dense": Layout("packed samples, with an attention mask of S x S", packing=True),
+    "packed": Layout("packed samples as one row of documents, without a mask", packing=True, attention="packed"),
 }

@@ -24,11 +24,12 @@ from benchmarks.providers import BACKENDS, PROVIDERS
 from minilm_kernels.distill.batch import Batch, LossWeights
 from minilm_kernels.distill.config import DistillConfig
 from minilm_kernels.distill.distributed import DistContext
+from minilm_kernels.distill.gradients import SummedGradients
 from minilm_kernels.distill.models import LayerModel, TeacherStudent
 from minilm_kernels.distill.optimizer import learning_rate_at, make_optimizer
 from minilm_kernels.distill.packing import PADDING, Packer, Samples, stack
 from minilm_kernels.distill.sources import ReadPrefix, open_sources
-from minilm_kernels.distill.step import GradientBuffer, make_batch, student_qkv, teacher_qkv
+from minilm_kernels.distill.step import make_batch, seed_dropout, student_qkv, teacher_qkv
 from minilm_kernels.distill.tokenization import DocumentTokenizer, Tokens
 from minilm_kernels.losses import QKV, MiniLMv2Loss
 from minilm_kernels.presets import PRESETS
@@ -143,18 +144,32 @@ class Parts:
         self.tokenizer = DocumentTokenizer(corpus.tokenizer(vocabulary))
         teacher: Any = random_student(self.pair.teacher).eval().requires_grad_(False).to(dist.device)
         student: Any = random_student(self.pair.student, seed=1).train().to(dist.device)
-        self.models = TeacherStudent(
-            LayerModel(teacher, self.pair.layer, None, "teacher"),
-            LayerModel(student, -1, None, "student"),
-            MiniLMv2Loss(self.pair.heads),
-            tokenizer=None,
-        )
+        self._models = {(False, False): self._teacher_student(teacher, student)}
         self.config = DistillConfig(teacher="-", output_dir="-", student="-", text=("-",), dropout=dropout)
-        parameters = list(self.models.trained().values())
-        self.buffer = GradientBuffer(parameters)
+        trained = self.models().trained()
+        parameters = list(trained.values())
+        self.buffer = SummedGradients(parameters, 0, dist, getattr(torch, self.config.gradient_dtype))
+        self.embeddings = sum(p.numel() for name, p in trained.items() if "embeddings" in name)
         self.optimizer = make_optimizer(self.config, parameters)
         self._folder = tempfile.TemporaryDirectory()
         self._references: dict[bytes, tuple[Tensor, Tensor]] = {}
+
+    def _teacher_student(self, teacher: Any, student: Any) -> TeacherStudent:
+        sides = LayerModel(teacher, self.pair.layer, None, "teacher"), LayerModel(student, -1, None, "student")
+        return TeacherStudent(*sides, MiniLMv2Loss(self.pair.heads), tokenizer=None)
+
+    def models(self, packed: bool = False, bf16: bool = False) -> TeacherStudent:
+        """Both models; with packed attention, other modules with the same parameters."""
+        if not packed:
+            bf16 = False
+        if (packed, bf16) not in self._models:
+            plain = [side.model for side in (self._models[False, False].teacher, self._models[False, False].student)]
+            shared = {id(x): x for model in plain for x in model.parameters()}
+            made = self._teacher_student(*(copy.deepcopy(model, dict(shared)) for model in plain))
+            for side in (made.teacher, made.student):
+                side.use_packed_attention(bf16=bf16)
+            self._models[packed, bf16] = made
+        return self._models[packed, bf16]
 
     def text(self, count: int, longest: int) -> Path:
         """A file of the first `count` documents, cut at `longest` tokens."""
@@ -173,9 +188,9 @@ class Parts:
         return self._references[key]
 
     def _reference(self, pieces: Sequence[Samples]) -> tuple[Tensor, Tensor]:
-        models = [copy.deepcopy(side.model).double().eval() for side in (self.models.teacher, self.models.student)]
-        student = LayerModel(models[1], -1, None, "student")
-        exact = TeacherStudent(LayerModel(models[0], self.pair.layer, None, "teacher"), student, self.models.loss, None)
+        models = self.models()
+        teacher, student = (copy.deepcopy(side.model).double().eval() for side in (models.teacher, models.student))
+        exact = self._teacher_student(teacher, student)
         parameters = list(exact.trained().values())
         total = torch.zeros((), dtype=torch.float64, device=self.dist.device)
         for piece in pieces:
@@ -225,10 +240,12 @@ class TrainStep:
             max_seq_length=S,
             total_batch_size=B,
             bf16=self.workload.dtype == "bfloat16",
+            attention=self.layout.attention,
         )
         self._special = len(parts.tokenizer.prefix) + len(parts.tokenizer.suffix)
         self.documents = self._fitting()
         self._source = open_sources([str(parts.text(self.documents, S - self._special))])[0]
+        self._models = parts.models(self.layout.attention == "packed", self.config.bf16)
         self._micro = B
         self._step = 0
 
@@ -268,6 +285,7 @@ class TrainStep:
     def batch(self, samples: Samples, part: slice) -> Batch:
         """The batch of a part of the samples."""
         seed = (self.config.seed, 3, self._step)
+        seed_dropout(self.config.seed, self._step, part.start)
         return make_batch(self.config, "bidirectional", samples, self.parts.dist.device, seed, part)
 
     def __call__(self) -> Laps:
@@ -280,12 +298,14 @@ class TrainStep:
     def run(self, samples: Samples, laps: Laps, batches: Sequence[Batch] | None = None) -> None:
         """Runs the step on samples that were read; with `batches`, on micro-batches that were made before."""
         parts = self.parts
-        parts.buffer.zero_()
-        for number, (part, weight) in enumerate(self._parts_of(samples)):
-            batch = self.batch(samples, part) if batches is None else batches[number]
-            laps.lap("data")
-            self._accumulate(batch, weight, laps)
-        parts.dist.sum(parts.buffer.flat)
+        divided = self._parts_of(samples)
+        with parts.buffer.summed():
+            for number, (part, weight) in enumerate(divided):
+                batch = self.batch(samples, part) if batches is None else batches[number]
+                laps.lap("data")
+                if number == len(divided) - 1:
+                    parts.buffer.exchange_in_next_backward()
+                self._accumulate(batch, weight, laps)
         laps.lap("exchange")
         parts.buffer.clip_(self.config.max_grad_norm)
         for group in parts.optimizer.param_groups:
@@ -302,10 +322,10 @@ class TrainStep:
 
     def _accumulate(self, batch: Batch, weight: float, laps: Laps) -> Tensor:
         """Adds the gradient of a micro-batch to the buffer, and returns its weighted loss."""
-        models, bf16 = self.parts.models, self.config.bf16
-        teacher = teacher_qkv(models, batch, bf16=bf16)
+        bf16 = self.config.bf16
+        teacher = teacher_qkv(self._models, batch, bf16=bf16)
         laps.lap("teacher")
-        student = student_qkv(models, batch, bf16=bf16)
+        student = student_qkv(self._models, batch, bf16=bf16)
         laps.lap("student")
         value, grads = self._loss_and_gradients(teacher, student, batch, weight)
         laps.lap("loss")
@@ -331,12 +351,12 @@ class TrainStep:
         """Relative errors of loss and gradient of the first documents in this layout, by `Parts.reference`."""
         longest = self.workload.S // _CHECKED - self._special
         checked = self._samples([tokens[:longest] for tokens in self._tokens()[:_CHECKED]])
-        self.parts.models.student.model.eval()
+        self._models.student.model.eval()
         self.parts.buffer.zero_()
         laps = Laps(self.workload.device)
         parts = self._parts_of(checked)
         value = torch.stack([self._accumulate(self.batch(checked, part), weight, laps) for part, weight in parts]).sum()
-        self.parts.models.student.model.train()
+        self._models.student.model.train()
         expected, grads = self.parts.reference(checked)
         return relative(value, expected), relative(self.parts.buffer.gradients, grads)
 

@@ -135,6 +135,7 @@ def _fill(timed: Timed, device: str) -> None:
         "mfu_of": source,
         "recipe_hours": RECIPE_TOKENS / (1e3 * tokens / best) / 3600,
         "gradient_elements": step.parts.buffer.gradients.numel(),
+        "embedding_elements": step.parts.embeddings,
     }
 
 

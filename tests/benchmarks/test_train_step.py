@@ -66,7 +66,7 @@ def test_the_gradient_is_the_training_loops(parts, layout, provider):
     value = torch.zeros(())
     parts.buffer.zero_()
     for part, weight in step._parts_of(step.samples):
-        values = weight * loss_vector(step.config, parts.models, step.batch(step.samples, part), requires_grad=True)
+        values = weight * loss_vector(step.config, step._models, step.batch(step.samples, part), requires_grad=True)
         value += values.sum().detach()
         values.sum().backward()
     expected = parts.buffer.gradients.clone()
@@ -127,7 +127,7 @@ def test_records(tmp_path):
         (provider, layout, S): {"torch": "ok", "cuda": "unsupported"}[provider]
         for provider in ("torch", "cuda")
         for S in (64, 520)
-        for layout in (LAYOUTS if S == 64 else ["dense"])
+        for layout in (LAYOUTS if S == 64 else ["dense", "packed"])
     }
     for record in (r for r in found if r["status"] == "ok"):
         detail = record["detail"]
