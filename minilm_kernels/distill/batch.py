@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,19 @@ class Batch:
             self._row_ids = _tensor(samples.ids.ravel()[order].astype(np.int64)[None], device)
             self._row_positions = _tensor(places[None], device)
             self._borders = _tensor(bounds.astype(np.int32), device)
+
+    def pinned(self) -> Batch:
+        """The batch in pinned memory, from which `to` copies without waiting for the device."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        twin = copy.copy(self)
+        vars(twin).update({name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)})
+        return twin
 
     @torch.inference_mode(False)  # the student shares masks with the teacher, which runs in inference mode
     def model_inputs(

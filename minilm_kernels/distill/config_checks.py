@@ -88,8 +88,9 @@ def check_combinations(config: DistillConfig) -> None:
     for name in ("hub_model_id", "hub_private_repo"):
         if getattr(config, name) and not config.push_to_hub:
             raise ValueError(f"{flag(name)} belongs to --push-to-hub")
-    if config.parallel == "fsdp" and config.teacher_assistant:
-        raise ValueError("--parallel fsdp and --teacher-assistant exclude each other; distil one model after the other")
+    for name in ("teacher_assistant", "torch_compile"):
+        if config.parallel == "fsdp" and getattr(config, name):
+            raise ValueError(f"--parallel fsdp and {flag(name)} exclude each other")
     if config.micro_batch_size is not None and config.gradient_accumulation_steps > 1:
         raise ValueError("--micro-batch-size and --gradient-accumulation-steps exclude each other; give one of them")
     if config.torch_compile and not config.packing:

@@ -168,7 +168,7 @@ class _RoundedBucket(_Bucket):
     def __init__(self, gradients: Tensor, members: int, context: DistContext) -> None:
         super().__init__(gradients, members, context)
         parts = context.world_size
-        size = -(-len(gradients) // parts)  # of a part
+        size = -(-len(gradients) // parts)  # elements of a part
         self.sent = gradients.new_zeros(parts * size, dtype=torch.bfloat16)
         self.parts = gradients.new_zeros(parts, size, dtype=torch.bfloat16)
         self.sum = gradients.new_zeros(size)

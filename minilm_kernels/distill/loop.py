@@ -18,7 +18,6 @@ import torch
 
 from . import hub
 from .bad_documents import BadDocuments
-from .batch import LossWeights
 from .checkpoint import TEMPORARY, Checkpoint, Checkpoints, read_checkpoint
 from .conditions import conditions, teacher_digests
 from .config import DistillConfig
@@ -32,7 +31,8 @@ from .metrics import Metrics, Progress, eval_records, read_metrics
 from .model_card import write_student
 from .models import TeacherStudent, load_models
 from .optimizer import learning_rate_at, make_optimizer
-from .packing import Packer, Samples
+from .packing import Packer
+from .prefetch import Prefetcher, PreparedStep
 from .preflight import CHECKED_DOCUMENTS, check_masks, check_saving, check_text
 from .recipes import recipe_summary
 from .run_folder import (
@@ -49,7 +49,7 @@ from .sharding import ShardedGradients, shard_student
 from .signals import StopSignals
 from .sources import HubDataset, Source, open_sources
 from .stages import Stage, stages
-from .step import loss_vector, make_batch, seed_dropout
+from .step import loss_vector, seed_dropout
 from .tokenization import DocumentTokenizer
 from .trackers import Trackers
 
@@ -302,6 +302,7 @@ class TrainingLoop:
         self.models: TeacherStudent = models
         if config.torch_compile:
             models.compile()
+        self.steps = Prefetcher(config, self.stream, models.mask, dist)
         self.weights = torch.tensor(list(models.loss.relations.values()), device=dist.device)  # (relations,)
         sent = getattr(torch, config.gradient_dtype)
         self.sharded = config.parallel == "fsdp" and dist.world_size > 1
@@ -317,7 +318,7 @@ class TrainingLoop:
             config,
             dist,
             models,
-            self.stream,
+            self.steps,
             make_optimizer(config, list(parameters.values())),
             parameters,
             # One process per machine reads the files again, because each machine may have other files.
@@ -334,11 +335,11 @@ class TrainingLoop:
         return self.state.step == self.config.max_steps and not self.state.eval_pending
 
     def close(self) -> None:
-        """Ends the trackers, the progress bar and the reading thread."""
+        """Ends the trackers, the progress bar and the threads."""
         if self.trackers is not None:
             self.trackers.close()
         self.progress.close()
-        self.stream.close()
+        self.steps.close()
 
     def write_student(self, target: Path, weights: dict[str, torch.Tensor]) -> None:
         """Writes the finished student with the weights of the last step, or the best ones if they are asked for."""
@@ -393,57 +394,43 @@ class TrainingLoop:
         self.checkpoints.rotate(self.state.best_step)
         self.trackers = Trackers(self.stage.folder, self.config, self.state.step)
 
-    def _samples(self) -> Samples:
-        """The samples of the next step. If they cannot be read, the steps since the last checkpoint are saved first."""
-        samples: Samples | None = None
-
-        def take() -> None:
-            nonlocal samples
-            samples = self.stream.take(self.config.total_batch_size)
-
+    def _prepared(self) -> PreparedStep:
+        """The data of the next step. If it cannot be read, the steps since the last checkpoint are saved first."""
+        state = self.state
         try:
-            self.dist.on_all(take)
+            self.dist.on_all(lambda: self.steps.wait(state.step, state.micro_batch))
         except Exception:
-            if samples is not None:  # another process has failed
-                self.stream.put_back(samples)
-            if self.state.step > self.saved_step:
+            if state.step > self.saved_step:
                 try:
                     self._save()
-                    self.progress.say(f"saved step {self.state.step} before the error")
+                    self.progress.say(f"saved step {state.step} before the error")
                 except (OSError, RuntimeError) as error:
-                    self.progress.say(f"step {self.state.step} could not be saved: {error}")
+                    self.progress.say(f"step {state.step} could not be saved: {error}")
             raise
-        assert samples is not None
-        return samples
+        return self.steps.pop()
 
     def _step(self) -> None:
         """Runs an optimizer step. The gradient is the exact mean over all samples of the step."""
         config, state = self.config, self.state
-        samples = self._samples()
-        total = LossWeights.of(samples)
-        self._within_memory(lambda micro: self._accumulate(samples, total, micro))
+        prepared = self._prepared()
+        self._within_memory(lambda micro: self._accumulate(prepared, micro))
         norm = self.gradients.clip_(config.max_grad_norm)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate_at(config, state.step)
         state.optimizer.step()
         state.window.append(torch.cat([self.gradients.losses, norm[None]]))
-        state.tokens += total.tokens
+        state.tokens += prepared.total.tokens
         state.step += 1
 
-    def _accumulate(self, samples: Samples, total: LossWeights, micro: int) -> None:
+    def _accumulate(self, prepared: PreparedStep, micro: int) -> None:
         """Computes the gradient of the step. Each process computes its part, `micro` samples at a time."""
-        config, dist = self.config, self.dist
-        share = config.total_batch_size // dist.world_size
-        end = (dist.rank + 1) * share
+        config, parts = self.config, self.steps.micro_batches(prepared, micro)
         with self.gradients.summed():
-            for start in range(dist.rank * share, end, micro):
-                part = slice(start, min(start + micro, end))
-                seed = (config.seed, 3, self.state.step)
-                batch = make_batch(config, self.models.mask, samples, dist.device, seed, part)
-                seed_dropout(config.seed, self.state.step, start)
-                values = loss_vector(config, self.models, batch, requires_grad=True)
-                losses = LossWeights.of(samples.part(part)).weight(config.reduction, total) * values
-                if part.stop == end:
+            for part in parts:
+                batch = part.batch.to(self.dist.device)
+                seed_dropout(config.seed, self.state.step, part.start)
+                losses = part.weight * loss_vector(config, self.models, batch, requires_grad=True)
+                if part is parts[-1]:
                     self.gradients.exchange_in_next_backward()
                 torch.dot(losses, self.weights).backward()
                 self.gradients.losses += losses.detach()
@@ -484,16 +471,17 @@ class TrainingLoop:
 
     def _train_record(self) -> dict[str, Any]:
         """Mean losses since the last line of metrics, and the norm of the last gradient before clipping."""
-        state, relations = self.state, self.models.loss.relations
+        state, relations, latest = self.state, self.models.loss.relations, self.steps.latest
+        assert latest is not None
         *means, _ = state.finite_window().mean(0).tolist()
         values = dict(zip(relations, means, strict=True))
         norm = float(state.window[-1][-1])
         state.window = []
         return {
-            "epoch": self.stream.epoch,
+            "epoch": latest.epoch,
             "tokens": state.tokens,
-            "bad_documents": self.stream.bad_documents.bad,
-            "null_documents": self.stream.bad_documents.nulls,
+            "bad_documents": latest.bad_documents,
+            "null_documents": latest.null_documents,
             "loss": sum(weight * values[name] for name, weight in relations.items()),
             **values,
             "learning_rate": learning_rate_at(self.config, state.step - 1),

@@ -15,8 +15,8 @@ from .config import DistillConfig
 from .console import say
 from .distributed import DistContext
 from .models import TeacherStudent
+from .prefetch import Prefetcher
 from .run_folder import refuse_differences
-from .sample_stream import SampleStream
 from .sharding import placed
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -43,7 +43,7 @@ class RunState:
     config: DistillConfig
     dist: DistContext
     models: TeacherStudent
-    stream: SampleStream
+    stream: Prefetcher
     optimizer: torch.optim.AdamW
     parameters: dict[str, nn.Parameter]
     teacher_digests: dict[str, str] | None

@@ -267,6 +267,8 @@ def test_one_process_exchanges_nothing_and_rounds_nothing() -> None:
     assert not summed._buckets
 
 
-def test_fsdp_refuses_assistants(settings: Settings) -> None:
-    with pytest.raises(ValueError, match="--parallel fsdp and --teacher-assistant exclude each other"):
-        settings(parallel="fsdp", teacher_assistant="2x36")
+@pytest.mark.parametrize("changes", [{"teacher_assistant": "2x36"}, {"torch_compile": True}], ids=str)
+def test_fsdp_refuses_other_options_by_their_names(changes: dict[str, Any], settings: Settings) -> None:
+    option = "--" + next(iter(changes)).replace("_", "-")
+    with pytest.raises(ValueError, match=f"--parallel fsdp and {option} exclude each other"):
+        settings(parallel="fsdp", **changes)
