@@ -272,11 +272,11 @@ def _table(
         f"revision {record['revision']}): {detail['model']}, {record['dtype']}, layout {detail['layout']}, "
         f"S = {options.length}, {setup.samples} samples a step. Measured: passes over {sizes} samples, "
         f"{parts.optimizer:.3g} ms of the optimizer, {rates[0]} and {rates[1]} a process. Computed: an all-reduce of "
-        f"{parts.elements / 1e6:.1f} million gradients by a ring, {setup.inside / 1e9:g} GB/s for a device in a node of "
-        f"{setup.node} and {setup.between / 1e9:g} GB/s for a node, {1e6 * setup.latency:g} µs a message; it overlaps "
-        f"with the last backward, except for the embeddings ({parts.last / 1e6:.1f} million). Assumed: all devices are "
-        "equally fast and do not wait for one another otherwise, and data are read while a device computes. Times in "
-        "ms; binds: the longest part of a step:"
+        f"{parts.elements / 1e6:.1f} million gradients by a ring, {setup.inside / 1e9:g} GB/s for a device in a node "
+        f"of {setup.node} and {setup.between / 1e9:g} GB/s for a node, {1e6 * setup.latency:g} µs a message; it "
+        f"overlaps with the last backward, except for the embeddings ({parts.last / 1e6:.1f} million). Assumed: all "
+        "devices are equally fast and do not wait for one another otherwise, and data are read while a device "
+        "computes. Times in ms; binds: the longest part of a step:"
     )
     header = ["devices", "samples a device", "compute", "exchange", "optimizer", "data", "step", "tokens/s"]
     header += ["efficiency", "binds", "tokens/s, exchange in bfloat16", "tokens/s, every process tokenizes the text"]

@@ -1,5 +1,7 @@
 """The step that is measured is the training loop's, and every layout computes the same loss and gradient."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,13 @@ from benchmarks.measure import corpus, training
 from benchmarks.measure.correctness import TOLERANCE
 from benchmarks.measure.layouts import LAYOUTS
 from benchmarks.measure.training import Laps, Parts, Setting, TrainStep
+from benchmarks.measure.workload import Workload
+from benchmarks.suites import train_step
 from minilm_kernels.distill.batch import Batch
 from minilm_kernels.distill.distributed import DistContext
 from minilm_kernels.distill.packing import PADDING
 from minilm_kernels.distill.step import loss_vector
+from tests.benchmarks.test_report import made
 from tests.benchmarks.test_run import run
 
 
@@ -120,14 +125,14 @@ def test_laps_add_up(monkeypatch):
 
 
 def test_records(tmp_path):
-    shapes = ("--shapes", "tiny:2x64", "tiny:1x520", "--rounds", "2", "--no-peaks")
+    shapes = ("--shapes", "tiny:2x64", "tiny:1x520:packed", "--rounds", "2", "--no-peaks")
     found = run(tmp_path, "--suite", "train_step", *shapes, "--providers", "torch", "cuda")
     by_status = {(r["provider"], r["detail"]["layout"], r["shape"]["S"]): r["status"] for r in found}
     assert by_status == {
         (provider, layout, S): {"torch": "ok", "cuda": "unsupported"}[provider]
         for provider in ("torch", "cuda")
         for S in (64, 520)
-        for layout in (LAYOUTS if S == 64 else ["dense", "packed"])
+        for layout in (LAYOUTS if S == 64 else ["packed"])
     }
     for record in (r for r in found if r["status"] == "ok"):
         detail = record["detail"]
@@ -138,3 +143,46 @@ def test_records(tmp_path):
         assert detail["tokens_per_s"] == pytest.approx(1e3 * detail["tokens"] / detail["best_ms"])
         assert detail["recipe_hours"] == pytest.approx(400_000 * 256 * 512 / detail["tokens_per_s"] / 3600)
         assert detail["tokens"] <= record["shape"]["B"] * record["shape"]["S"] or detail["layout"] != "dense"
+
+
+def row(suite, provider, layout="", S=512, **detail):
+    detail = {"model": "small", "layout": layout, **detail}
+    return made(suite, provider, Workload(1, 3, S, 8, 4), detail=detail, peak_bytes=450 * 10**6)
+
+
+def test_acceptance():
+    steps = {
+        ("dense", 512): (1000, 110, 200),
+        ("packed", 512): (1000, 100, 210),
+        ("padded", 512): (1000, 160, 310),
+        ("packed", 4096): (2000, 220, 440),
+        ("packed", 8192): (2000, 240, 470),
+    }
+    found = [
+        row("train_step", "cpu", layout, S, tokens=tokens, best_ms=wall, processor_ms=processor)
+        for (layout, S), (tokens, wall, processor) in steps.items()
+    ]
+    found.append(row("data", "loop", overhead=0.02, processor_overhead=0.04))
+    found += [row("data", name, tokens_per_s=rate) for name, rate in (("tokenizer", 1e6), ("prepare", 0.75e6))]
+    assert list(map(str, train_step.acceptance(found))) == [
+        "S = 512, packed / dense: 0.909 by wall clock (met), 1.050 by processor (missed); at most 1",
+        "S = 512, padded / packed: 1.600 by wall clock (met), 1.476 by processor (missed); at least 1.5",
+        "S = 512, padded and sorted by length / packed: not measured; at least 1",
+        "packed, S = 4096 / 512: 1.100 by wall clock (met), 1.048 by processor (met); at most 1.15",
+        "packed, S = 8192 / 512: 1.200 by wall clock (missed), 1.119 by processor (met); at most 1.15",
+        "step with the pipeline / on prepared data: "
+        "1.020 by wall clock (met), 1.040 by processor (missed); at most 1.03",
+        "preparation of shards / tokenizer alone: 0.750 by wall clock (missed); at least 0.8",
+        "memory of the preparation, MB: 450.000 by wall clock (met); at most 500",
+    ]
+    assert all(line.wall is None for line in train_step.acceptance([]))
+
+
+def test_a_shape_may_name_its_layouts():
+    options = Namespace(shapes=["tiny:4x64", "tiny:2x64:packed+dense", "tiny:1x1024"], layouts=["padded"])
+    vars(options).update(dtypes=["float32"], device="cpu")
+    found = [(s.workload.B, s.workload.S, s.layout) for s in train_step._settings(options)]
+    assert found == [(4, 64, "padded"), (2, 64, "packed"), (2, 64, "dense")]
+    options.shapes = ["tiny:4x64:upside-down"]
+    with pytest.raises(ValueError, match="--shapes: expected layouts"):
+        train_step._settings(options)
