@@ -43,7 +43,8 @@ def register(commands: argparse._SubParsersAction) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     families = ", ".join(f"{n} = {A} heads of widths {t} and {s}, {r}" for n, (A, t, s, r) in FAMILIES.items())
     shapes = (
-        f"loss, memory, accuracy: BxAxSxD_txD_s or FAMILY:BxS ({families}); inference: BxS; train_step: MODEL:BxS; "
+        f"loss, memory, accuracy: BxAxSxD_txD_s or FAMILY:BxS ({families}); inference: BxS; data: MODEL:BxS; "
+        "train_step: MODEL:BxS, or MODEL:BxS:LAYOUT+LAYOUT; "
         "memory: none skips the peaks; by default, each suite has its own shapes"
     )
     cuda = torch.cuda.is_available()
@@ -69,6 +70,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS), help=f"train_step: {layouts}")
     add("--rounds", type=int, default=6, help="train_step: the smallest number of runs of each step")
     add("--dropout", type=float, default=0.0, help="train_step: dropout of the student")
+    add("--text", type=size, default="16MiB", help="data: size of the text that is prepared")
+    preset = "train_step: the steps and the data of the acceptance lines, which are printed at the end"
+    add("--preset", choices=["acceptance"], help=preset)
     add("--no-peaks", dest="peaks", action="store_false", help="train_step: leave out the peaks of memory")
     add("--variants", nargs="+", metavar="NAME", help="variants: names in plans/variants.toml; default: all")
     add("--repeat", type=int, default=20, help="variants: number of runs whose bits are compared")
@@ -88,7 +92,7 @@ def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     if options.providers is None:
         backend = "cuda" if options.device == "cuda" else "cpu"
-        options.providers = [backend] if options.suite == "train_step" else list(PROVIDERS)
+        options.providers = [backend] if options.suite in ("train_step", "data") else list(PROVIDERS)
     for record in measure(options):
         if options.out is not None:
             records.append(options.out, record)

@@ -17,6 +17,7 @@ import numpy as np
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MEAN, SIGMA = 300, 0.6  # tokens of a document before the cut, and sigma of their logarithm
 SHORTEST, LONGEST = 8, 510  # tokens after the cut
+UNIQUE = 1 << 25  # bytes of text after which it repeats
 _SUFFIXES = 500
 _SHARE = 0.3  # of words with a suffix
 
@@ -67,13 +68,14 @@ def documents(lengths: np.ndarray, vocabulary: int, seed: int = 0) -> Iterator[s
         yield "".join(text)[1:]
 
 
-def write(file: Path, size: int, vocabulary: int, seed: int = 0) -> None:
-    """Writes documents, separated by blank lines, until the file has `size` bytes or a little more."""
-    part, written = 0, 0
+def write(file: Path, size: int, vocabulary: int) -> None:
+    """Writes documents, separated by blank lines: `size` bytes or a little more, of which `UNIQUE` do not repeat."""
+    parts: list[str] = []
+    written, number = 0, 0
     with file.open("w", encoding="ascii") as out:
         while written < size:
-            for text in documents(document_lengths(64, seed + part), vocabulary, seed + part):
-                written += out.write(f"{text}\n\n")
-                if written >= size:
-                    break
-            part += 1
+            if written < UNIQUE:
+                found = documents(document_lengths(64, number), vocabulary, number)
+                parts.append("".join(f"{text}\n\n" for text in found))
+            written += out.write(parts[number % len(parts)])
+            number += 1

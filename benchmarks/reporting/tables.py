@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from benchmarks.measure.records import Record
@@ -170,6 +171,10 @@ def small_divergences(records: Records) -> list[Record]:
     return [r for r in found if (r["provider"], r["mode"]) in measured]
 
 
+def _data(records: Records, loop: bool) -> list[Record]:
+    return [r for r in suite("data", records) if (r["provider"] == "loop") == loop]
+
+
 SELECT: dict[str, Callable[[Records], list[Record]]] = {
     "compared": lambda records: [r for group in comparisons(records) for r in providers(group)],
     "alone": alone,
@@ -177,6 +182,8 @@ SELECT: dict[str, Callable[[Records], list[Record]]] = {
     "largest_batches": largest_batches,
     "judged": lambda records: [r for r in suite("accuracy", records) if "allowed_grad" in r["detail"]],
     "small_divergences": small_divergences,
+    "loop": partial(_data, loop=True),
+    "pipeline": partial(_data, loop=False),
 }
 
 
@@ -233,6 +240,14 @@ def _add_per_token(group: Fields) -> None:
                 found[key] = (found[ms] / found["tokens"]) / (base[ms] / base["tokens"])
 
 
+def _add_tokenizer(group: Fields) -> None:
+    """Tokens per second relative to the tokenizer alone."""
+    for base in [found for found in group if (found["provider"], found["status"]) == ("tokenizer", "ok")][:1]:
+        for found in (found for found in group if found["status"] == "ok"):
+            for key, rate in (("relative", "tokens_per_s"), ("relative_processor", "tokens_per_processor_s")):
+                found[key] = found[rate] / base[rate]
+
+
 def _add_factors(group: Fields) -> None:
     """The time relative to another variant at the same shape; the variant without a base shows its time."""
     times = {(found["provider"], repr(found["shape"])): found["ns_per_pair"] for found in group}
@@ -248,5 +263,6 @@ ADD: dict[str, Callable[[Fields], None]] = {
     "worst": _add_worst,
     "fewest": _add_fewest,
     "per_token": _add_per_token,
+    "tokenizer": _add_tokenizer,
     "factors": _add_factors,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
@@ -33,6 +34,7 @@ SHAPES = {
 }
 # FLOP/s of dense matrix products with float32 sums, from NVIDIA's data sheets. On other devices, a product is measured.
 _PEAK_FLOPS = {("H100", "bfloat16"): 989e12, ("H200", "bfloat16"): 989e12, ("A100", "bfloat16"): 312e12}
+ACCEPTANCE = ["small:16x512", "small:2x4096:packed", "small:1x8192:packed"]
 _LONGEST_PADDED = 512  # no document is longer, so that more columns would be padding only
 
 
@@ -44,26 +46,99 @@ class Timed(NamedTuple):
     runs: list[tuple[dict[str, float], float]]
 
 
+class Line(NamedTuple):
+    """A line of the acceptance: a ratio by the fastest runs and by processor time, and its bar."""
+
+    name: str
+    wall: float | None
+    processor: float | None
+    bar: float
+    at_least: bool = False
+
+    def __str__(self) -> str:
+        sign = "at least" if self.at_least else "at most"
+        values = {"wall clock": self.wall, "processor": self.processor}
+        shown = [f"{value:.3f} by {name} ({self._word(value)})" for name, value in values.items() if value is not None]
+        return f"{self.name}: {', '.join(shown) or 'not measured'}; {sign} {self.bar:g}"
+
+    def _word(self, value: float) -> str:
+        return "met" if (value >= self.bar if self.at_least else value <= self.bar) else "missed"
+
+
 def measure(options: argparse.Namespace) -> Iterator[Record]:
-    """The records of every setting; settings of one model and dtype take turns."""
+    """The records of every setting; settings of one model take turns."""
+    if options.preset is None:
+        yield from _steps(options)
+        return
+    chosen = {"shapes": ACCEPTANCE, "peaks": False, "timeout": 300.0, "seconds": 30.0, "rounds": max(6, options.rounds)}
+    vars(options).update(chosen)
+    from . import data
+
     found = []
+    for record in _steps(options):
+        found.append(record)
+        yield record
+    vars(options).update({"shapes": None, "text": 10**9})
+    for record in data.measure(options):
+        found.append(record)
+        yield record
+    print("\n".join(map(str, acceptance(found))), file=sys.stderr, flush=True)
+
+
+def acceptance(found: Sequence[Record]) -> list[Line]:
+    """The acceptance lines from the records of the preset."""
+    steps = {(r["detail"]["layout"], r["shape"]["S"]): r for r in found if r["suite"] == "train_step"}
+    rows = {r["provider"]: r for r in found if r["suite"] == "data" and r["status"] == "ok"}
+
+    def line(name: str, one: tuple[str, int], other: tuple[str, int], bar: float, at_least: bool = False) -> Line:
+        pair = [steps[key] for key in (one, other) if key in steps and steps[key]["status"] == "ok"]
+        times = [[r["detail"][key] / r["detail"]["tokens"] for key in ("best_ms", "processor_ms")] for r in pair]
+        wall, processor = (a / b for a, b in zip(*times, strict=True)) if len(times) == 2 else (None, None)
+        return Line(name, wall, processor, bar, at_least)
+
+    base = ("packed", 512)
+    lines = [
+        line("S = 512, packed / dense", base, ("dense", 512), 1.0),
+        line("S = 512, padded / packed", ("padded", 512), base, 1.5, at_least=True),
+        line("S = 512, padded and sorted by length / packed", ("sorted", 512), base, 1.0, at_least=True),
+        *(line(f"packed, S = {S} / 512", ("packed", S), base, 1.15) for S in (4096, 8192)),
+    ]
+    loop, prepared, tokenizer = (rows.get(name) for name in ("loop", "prepare", "tokenizer"))
+    wall, processor = (1 + loop["detail"][key] if loop else None for key in ("overhead", "processor_overhead"))
+    lines.append(Line("step with the pipeline / on prepared data", wall, processor, 1.03))
+    keys = ("tokens_per_s", "tokens_per_processor_s")
+    rates = [[r["detail"][key] for key in keys] for r in (prepared, tokenizer) if r]
+    wall, processor = (a / b for a, b in zip(*rates, strict=True)) if len(rates) == 2 else (None, None)
+    lines.append(Line("preparation of shards / tokenizer alone", wall, processor, 0.8, at_least=True))
+    used = prepared["peak_bytes"] / 1e6 if prepared else None
+    return [*lines, Line("memory of the preparation, MB", used, None, 500)]
+
+
+def _steps(options: argparse.Namespace) -> Iterator[Record]:
     with DistContext(options.device) as dist:
         for model, settings in groupby(_settings(options), lambda setting: setting.model):
-            parts = Parts(model, options.dropout, dist)
-            for record in _measured(parts, list(settings), options):
-                found.append(record)
+            for record in _measured(Parts(model, options.dropout, dist), list(settings), options):
                 if dist.is_main:
                     yield record
 
 
 def _settings(options: argparse.Namespace) -> list[Setting]:
-    found = [
-        Setting.parse(shape, layout, dtype, options.device)
-        for shape in options.shapes or SHAPES[options.device]
-        for dtype in options.dtypes
-        for layout in options.layouts
-    ]
+    found = []
+    for shape, dtype in product(options.shapes or SHAPES[options.device], options.dtypes):
+        shape, layouts = _layouts(shape, options)
+        found += [Setting.parse(shape, layout, dtype, options.device) for layout in layouts]
     return sorted((s for s in found if _sensible(s)), key=lambda s: s.model)
+
+
+def _layouts(shape: str, options: argparse.Namespace) -> tuple[str, list[str]]:
+    """MODEL:BxS and its layouts, which may be a part of the shape."""
+    if shape.count(":") < 2:
+        return shape, options.layouts
+    shape, _, names = shape.rpartition(":")
+    layouts = names.split("+")
+    if unknown := set(layouts) - set(LAYOUTS):
+        raise ValueError(f"--shapes: expected layouts of {', '.join(LAYOUTS)}, got {', '.join(sorted(unknown))}")
+    return shape, layouts
 
 
 def _sensible(setting: Setting) -> bool:

@@ -69,6 +69,18 @@ TRAIN_STEP = [
     })
     for layout, B, S, ms in (("dense", 4, 512, 100.0), ("packed", 4, 512, 80.0), ("packed", 1, 2048, 88.0))
 ]  # fmt: skip
+DATA = [
+    made("data", "loop", median_ms=100.0, detail={
+        "model": "tiny", "best_ms": 102.0, "prepared_ms": 100.0, "overhead": 0.02, "median_overhead": 0.025,
+        "processor_overhead": 0.04,
+    }),
+    *(
+        made("data", name, median_ms=1.0, error_value=0.0, peak_bytes=peak, detail={
+            "model": "tiny", "tokens_per_s": rate, "tokens_per_processor_s": rate / 2,
+        })
+        for name, rate, peak in (("tokenizer", 1e6, None), ("prepare", 0.9e6, 400 * 2**20), ("reading", 5e6, None))
+    ),
+]  # fmt: skip
 INFERENCE = [
     made("inference", name, median_ms=median, error_value=1e-6, detail={
         "published_speedup": published, "published_million_parameters": None, "parameters": 22_000_000, "tokens": 128,
@@ -79,8 +91,8 @@ ABLATION = [
     made("ablation", name, median_ms=median, pairs=10**6, detail={"predicted": "2 ×", "relative_to": base})
     for name, median, base in (("unchanged", 0.25, None), ("vectors", 1.0, "unchanged"), ("AVX2", 2.5, "vectors"))
 ]
-ALL = [*LOSS, *lengths("torch", 2.0), *MEMORY, *BATCH, *ACCURACY, *TRAIN_STEP, *INFERENCE, *ABLATION]
-EVERY = {"loss", "cases", "memory", "batch", "accuracy", "train_step", "inference", "ablation"}
+ALL = [*LOSS, *lengths("torch", 2.0), *MEMORY, *BATCH, *ACCURACY, *TRAIN_STEP, *DATA, *INFERENCE, *ABLATION]
+EVERY = {"loss", "cases", "memory", "batch", "accuracy", "train_step", "data", "inference", "ablation"}
 
 
 def cells(table):
@@ -106,6 +118,9 @@ def test_sections_show_the_values_of_the_records():
     assert stages["dense, S = 512"] == ["`cpu`", "4", "100", "200", "1", "40", "20", "7", "30", "0", "3"]
     assert [line[3] for line in rates.values()] == ["1.25 (1.25)", "1.00 (1.00)", "1.10 (1.10)"]
     assert rates["packed, S = 2048"][4:] == ["7 %", "31 %", "17.5", "1024", "2e-06"]
+    loop, parts = SECTIONS["data"].tables(ALL)
+    assert cells(loop)["tiny"] == ["2 × 64", "102", "100", "2.0%", "2.5%", "4.0%"]
+    assert cells(parts)["prepare"] == ["900000", "0.90", "450000", "0.90", "400", "0 %"]
     (inference,) = SECTIONS["inference"].tables(ALL)
     assert cells(inference)["6 × 384"][1:3] == ["5.3 ×", "5.3 ×"]
     (ablation,) = SECTIONS["ablation"].tables(ALL)
