@@ -17,7 +17,7 @@ from .attention import packed_attention
 
 __all__ = ["use_packed_attention"]
 
-NAME = "minilm_kernels_packed"  # of the attention function and of the mask function
+NAME = "minilm_kernels_packed"  # attention function and mask function
 BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 KEYWORDS = frozenset((*BORDERS, "prefix_lens", "is_causal"))
 # Float32 rounding gives less than 1e-6; in small random encoders, one of six tokens changes the others by 2e-3.

@@ -1008,7 +1008,10 @@ def mixed_folder(path: Path) -> list[str]:
             {"method": "minilm", "relation_heads": None, "student_num_attention_heads": 3},
             r"heads in the student \(3\).*teacher \(4\)",
         ),
-        ({"max_seq_length": 41}, "--max-seq-length 41 exceeds the 40 positions"),
+        (
+            {"max_seq_length": 64, "max_document_length": 41},
+            "--max-document-length 41 exceeds the 40 positions of the teacher",
+        ),
         ({"student": other_tokenizer}, "tokenizers of --teacher .* differ, for example in .*'w"),
         ({"text": ["./nowhere.txt"]}, "--text: there is no file or folder nowhere.txt"),
         ({"text": empty_file}, "training text is empty"),
