@@ -64,6 +64,7 @@ class Batch:
         ids: token ids, (B, S) int64.
         positions: positions in the documents, (B, S) int64.
         packed: the argument.
+        teacher: the teacher's query, key and value in the layout of the loss, if they are known.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Batch:
         self._valid = None if valid.all() else _tensor(np.flatnonzero(valid), device)  # (T,)
         self._cu_seqlens = _tensor(np.append(starts, self._tokens).astype(np.int32), device)  # (N + 1,)
         self._mask: Tensor | None = None
+        self.teacher: QKV | None = None
         if packed:
             order = np.argsort(~valid, kind="stable")
             padding = np.arange(len(valid) - self._tokens) % self._longest
@@ -106,7 +108,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        if self.teacher is not None:
+            moved.teacher = QKV(*(x.to(device, non_blocking=True) for x in self.teacher))
+        return moved
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
         twin = copy.copy(self)

@@ -313,6 +313,17 @@ class DistillConfig:
         "type of the teacher's weights and computation; bfloat16 halves their memory",
         choices=("float32", "bfloat16"),
     )
+    cache_teacher: str | None = _option(
+        None,
+        "folder in which the teacher's queries, keys and values of all training samples are stored, and from which "
+        "later students of the same teacher, text, seed and lengths read them",
+        path=True,
+    )
+    cache_teacher_dtype: str = _option(
+        "bfloat16",
+        "type of the values in --cache-teacher; bfloat16 rounds them to 8 bits, float32 keeps them",
+        choices=("bfloat16", "float32"),
+    )
     torch_compile: bool = _option(
         False,
         "compile both models with torch.compile, which takes minutes before the first step; evaluations run without it",

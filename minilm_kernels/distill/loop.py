@@ -49,7 +49,8 @@ from .sharding import ShardedGradients, shard_student
 from .signals import StopSignals
 from .sources import HubDataset, Source, open_sources
 from .stages import Stage, stages
-from .step import loss_vector, seed_dropout
+from .step import loss_vector, seed_dropout, teacher_qkv
+from .teacher_cache import TeacherCache
 from .tokenization import DocumentTokenizer
 from .trackers import Trackers
 
@@ -229,6 +230,7 @@ class TrainingLoop:
         if (vocabulary := self.models.vocabulary) is not None:
             kept = hashlib.sha256(vocabulary.teacher_ids.numpy().tobytes()).hexdigest()
             dist.check_equal(kept, "the tokens that --trim-vocabulary keeps")
+        self.cache = self.steps.cache = self._open_cache() if config.cache_teacher is not None else None
         self.progress = Progress(
             self.state.step,
             config.max_steps,
@@ -329,6 +331,36 @@ class TrainingLoop:
             self.state.load(saved)
         self.saved_step = self.state.step
 
+    def _open_cache(self) -> TeacherCache:
+        """Opens the cache of the teacher's values, and checks that it has room for those of all samples."""
+        config, dist, models = self.config, self.dist, self.models
+        assert config.cache_teacher is not None
+        folder = Path(config.cache_teacher)
+        key = {
+            "teacher": dist.on_main(lambda: self.state.teacher_digests),
+            "layer": models.teacher.extractor.layer,
+            "projections": config.teacher_projections,
+            "computed in": "bfloat16 autocast" if config.bf16 else config.teacher_dtype,
+            "mask": models.mask,
+            "prefixes": [*config.prefix_range, config.total_batch_size] if models.mask == "prefix" else None,
+            "packing": config.packing,
+            "max_document_length": models.max_document_length,
+            "seed": config.seed,
+        }
+        cache = dist.on_all(
+            lambda: TeacherCache(
+                folder,
+                key,
+                models.teacher.widths,
+                config.max_seq_length,
+                packed=config.packing,
+                dtype=getattr(torch, config.cache_teacher_dtype),
+                pinned=dist.device.type == "cuda",
+            )
+        )
+        dist.on_main(lambda: say(f"--cache-teacher: {cache.check_room(config.max_steps * config.total_batch_size)}"))
+        return cache
+
     @property
     def finished(self) -> bool:
         """True if only the student remains to be written."""
@@ -340,6 +372,8 @@ class TrainingLoop:
             self.trackers.close()
         self.progress.close()
         self.steps.close()
+        if self.cache is not None:
+            self.cache.close()
 
     def write_student(self, target: Path, weights: dict[str, torch.Tensor]) -> None:
         """Writes the finished student with the weights of the last step, or the best ones if they are asked for."""
@@ -428,6 +462,9 @@ class TrainingLoop:
         with self.gradients.summed():
             for part in parts:
                 batch = part.batch.to(self.dist.device)
+                if self.cache is not None and batch.teacher is None:
+                    teacher = teacher_qkv(self.models, batch, bf16=config.bf16)
+                    batch.teacher = self.cache.store(part.first, part.samples, teacher)
                 seed_dropout(config.seed, self.state.step, part.start)
                 losses = part.weight * loss_vector(config, self.models, batch, requires_grad=True)
                 if part is parts[-1]:

@@ -15,6 +15,7 @@ from .distributed import DistContext
 from .packing import Samples
 from .sample_stream import SampleStream
 from .step import make_batch
+from .teacher_cache import TeacherCache
 
 STEPS_AHEAD = 2
 
@@ -24,11 +25,15 @@ class MicroBatch(NamedTuple):
 
     Attributes:
         start: index of its first sample in the step.
+        first: number of its first sample in the endless sequence of samples.
+        samples: its samples.
         batch: its tensors, on the CPU.
         weight: factor of its loss.
     """
 
     start: int
+    first: int
+    samples: Samples
     batch: Batch
     weight: float
 
@@ -68,10 +73,12 @@ class Prefetcher:
         mask: "bidirectional", "causal" or "prefix".
 
     Attributes:
+        cache: values of the teacher to read ahead; to be set before the first call of `wait`.
         latest: the step that `pop` has returned last.
     """
 
     def __init__(self, config: DistillConfig, stream: SampleStream, mask: str, dist: DistContext) -> None:
+        self.cache: TeacherCache | None = None
         self._config, self._stream, self._mask, self._dist = config, stream, mask, dist
         self._thread = ThreadPoolExecutor(1, "minilm-batches")
         self._ahead: deque[Future[PreparedStep]] = deque()
@@ -135,7 +142,10 @@ class Prefetcher:
         found = []
         for start in range(dist.rank * share, end, size):
             part = slice(start, min(start + size, end))
+            own, first = samples.part(part), step * config.total_batch_size + start
             batch = make_batch(config, self._mask, samples, torch.device("cpu"), (config.seed, 3, step), part)
-            weight = LossWeights.of(samples.part(part)).weight(config.reduction, total)
-            found.append(MicroBatch(start, batch.pinned() if dist.device.type == "cuda" else batch, weight))
+            batch = batch.pinned() if dist.device.type == "cuda" else batch
+            batch.teacher = None if self.cache is None else self.cache.read(first, own)
+            weight = LossWeights.of(own).weight(config.reduction, total)
+            found.append(MicroBatch(start, first, own, batch, weight))
         return found
