@@ -11,7 +11,7 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler, which measures memory, logs each start
 
 from . import ablation, static_cost
-from .commands import compare, machine, plan, report, run
+from .commands import compare, machine, plan, report, run, scale
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status of the command, 0 for success."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    for command in (run, report, compare, plan, machine, ablation, static_cost):
+    for command in (run, report, compare, plan, scale, machine, ablation, static_cost):
         command.register(commands)
     options = parser.parse_args(arguments)
     try:

@@ -68,13 +68,11 @@ def _identity(record: Record) -> str:
     """A key that is equal for records of the same measurement."""
     detail = record["detail"]
     identity: dict[str, Any] = {key: record[key] for key in ("suite", "provider", "device", "dtype", "mode", "shape")}
-    identity |= {
-        key: detail.get(key) for key in ("budget_bytes", "model", "largest_batch", "reduction", "variant", "cache")
-    }
+    identity |= {key: detail.get(key) for key in ("budget_bytes", "model", "layout", "reduction", "variant", "cache")}
     identity["graph"] = record["method"] == "graph"
     if "kl" in detail:
         identity["kl"] = f"{detail['kl']:.1e}"
-    if "budget_bytes" in detail or detail.get("largest_batch"):
+    if "budget_bytes" in detail:
         identity["shape"] = {**record["shape"], "B": None}
     return json.dumps(identity, sort_keys=True)
 

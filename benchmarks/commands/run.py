@@ -1,4 +1,4 @@
-"""`python -m benchmarks run`: measure a suite; `memory`, `step` and `inference` measure the suite of that name."""
+"""`python -m benchmarks run`: measure a suite; `memory` and `inference` measure the suite of that name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import records
+from benchmarks.measure.layouts import LAYOUTS
 from benchmarks.measure.timed_loss import MODES
 from benchmarks.measure.workload import FAMILIES, MASKS
 from benchmarks.providers import PROVIDERS
@@ -29,7 +30,7 @@ def size(text: str) -> int:
 
 
 def register(commands: argparse._SubParsersAction) -> None:
-    for name, suite in (("run", None), ("memory", "memory"), ("step", "step"), ("inference", "inference")):
+    for name, suite in (("run", None), ("memory", "memory"), ("inference", "inference")):
         about = "measure a suite" if suite is None else f"the same as run --suite {suite}"
         parser = commands.add_parser(name, help=about, description=SUITES.get(name))
         if suite is None:
@@ -42,14 +43,16 @@ def register(commands: argparse._SubParsersAction) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     families = ", ".join(f"{n} = {A} heads of widths {t} and {s}, {r}" for n, (A, t, s, r) in FAMILIES.items())
     shapes = (
-        f"loss, memory, accuracy: BxAxSxD_txD_s or FAMILY:BxS ({families}); inference: BxS; step: MODEL:BxS; memory: "
-        "none skips the peaks; by default, each suite has its own shapes"
+        f"loss, memory, accuracy: BxAxSxD_txD_s or FAMILY:BxS ({families}); inference: BxS; data: MODEL:BxS; "
+        "train_step: MODEL:BxS, or MODEL:BxS:LAYOUT+LAYOUT; "
+        "memory: none skips the peaks; by default, each suite has its own shapes"
     )
     cuda = torch.cuda.is_available()
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="device to measure on")
     add("--shapes", nargs="+", metavar="SHAPE", help=shapes)
-    add("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS), metavar="NAME", help="providers")
+    ours = "train_step: the backend of the device; other suites: all"
+    add("--providers", nargs="+", choices=list(PROVIDERS), metavar="NAME", help=f"providers; default: {ours}")
     add("--dtypes", nargs="+", choices=["float32", "float16", "bfloat16"], default=["float32"], help="input dtypes")
     add("--masks", nargs="+", choices=MASKS, default=["none"], metavar="MASK", help=f"any of {', '.join(MASKS)}")
     add("--relations", nargs="+", default=[None], metavar="LIST", help="such as qq,kk,vv or qk; default: by shape")
@@ -63,7 +66,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     batches = "memory: shapes for the search of the largest batch (B is ignored); none skips the search"
     add("--batches", nargs="+", metavar="SHAPE", help=batches)
     add("--max-batch", type=int, help="memory: the largest batch to try")
-    add("--largest", action="store_true", help="step: also measure the largest batch that fits")
+    layouts = "; ".join(f"{name}: {layout.about}" for name, layout in LAYOUTS.items())
+    add("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS), help=f"train_step: {layouts}")
+    add("--rounds", type=int, default=6, help="train_step: the smallest number of runs of each step")
+    add("--dropout", type=float, default=0.0, help="train_step: dropout of the student")
+    add("--text", type=size, default="16MiB", help="data: size of the text that is prepared")
+    preset = "train_step: the steps and the data of the acceptance lines, which are printed at the end"
+    add("--preset", choices=["acceptance"], help=preset)
+    add("--no-peaks", dest="peaks", action="store_false", help="train_step: leave out the peaks of memory")
     add("--variants", nargs="+", metavar="NAME", help="variants: names in plans/variants.toml; default: all")
     add("--repeat", type=int, default=20, help="variants: number of runs whose bits are compared")
     add("--repeat-only", action="store_true", help="variants: compare the bits and measure no time")
@@ -75,11 +85,14 @@ def main(options: argparse.Namespace) -> None:
     """Write records to standard output and `--out` as they are made, and a readable line to standard error."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here")
-    for name in ("seconds", "timeout", "threads"):
+    for name in ("seconds", "timeout", "threads", "rounds"):
         if getattr(options, name) <= 0:
             raise ValueError(f"--{name}: expected more than 0, got {getattr(options, name)}")
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for child processes
     torch.set_num_threads(options.threads)
+    if options.providers is None:
+        backend = "cuda" if options.device == "cuda" else "cpu"
+        options.providers = [backend] if options.suite in ("train_step", "data") else list(PROVIDERS)
     for record in measure(options):
         if options.out is not None:
             records.append(options.out, record)

@@ -79,7 +79,8 @@ def describe(record: Record) -> str:
     """A measurement in one line, without its result."""
     shape = record["shape"]
     sizes = f"B={shape['B']} A={shape['A']} S={shape['S']} {shape['d_t']}/{shape['d_s']}"
-    words = (record["suite"], record["detail"].get("model"), _provider(record), record["dtype"], sizes)
+    names = (record["detail"].get(key) for key in ("model", "layout"))
+    words = (record["suite"], *names, _provider(record), record["dtype"], sizes)
     return " ".join(w for w in (*words, shape["relations"], shape["mask"], record["mode"], record["method"]) if w)
 
 
@@ -98,6 +99,8 @@ def summarize(record: Record) -> str:
         "saved {:.1f} MiB": record["saved_bytes"] and record["saved_bytes"] / 2**20,
         "loss error {:.1e}": record["error_value"],
         "grad error {:.1e}": record["error_grad"],
+        "best {:.4g} ms": detail.get("best_ms"),
+        "processor {:.4g} ms": detail.get("processor_ms"),
         "{:.4g} tokens/s": detail.get("tokens_per_s"),
         "loss share {:.0%}": detail.get("loss_share"),
         "MFU {:.0%}": detail.get("mfu"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,11 +184,59 @@ def batch(records: Records) -> Figure | None:
     return figure
 
 
+def train_step(records: Records) -> Figure | None:
+    """Valid tokens per second against S, with one line or point per layout."""
+    found = _ok(tables.suite("train_step", records))
+    found = _most(found, lambda r: (r["run"], r["dtype"], r["provider"], r["detail"]["model"]), partial(_size, "S"))
+    if len({_size("S", r) for r in found}) < 2:
+        return None
+    figure, (axes,) = _axes()
+    for layout, own in groups(found, lambda r: r["detail"]["layout"]):
+        points = sorted((_size("S", r), r["detail"]["tokens_per_s"]) for r in own)
+        axes.plot(*zip(*points, strict=True), label=layout, marker="o", markersize=4)
+    sizes = sorted({_size("S", r) for r in found})
+    axes.set(xscale="log", xlabel="S", ylabel="valid tokens/s")
+    axes.set_xticks(sizes, [str(S) for S in sizes])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_title(f"{found[0]['detail']['model']}, {found[0]['dtype']}, {found[0]['device']}", fontsize=9)
+    return figure
+
+
+def scale(estimates: Mapping[str, Sequence[Any]], title: str) -> Figure:
+    """Estimated tokens/s against the number of devices, with one line per way to exchange gradients and get tokens."""
+    labels = {
+        "float32": "exchange in float32",
+        "bfloat16": "exchange in bfloat16",
+        "text": "every process tokenizes the text",
+    }
+    with matplotlib.rc_context(_SETTINGS):
+        figure, (axes,) = _axes()
+        for name, found in estimates.items():
+            if found:
+                points = [(each.devices, each.tokens_per_s) for each in found]
+                axes.plot(*zip(*points, strict=True), label=labels[name], marker="o", markersize=4)
+        first = estimates["float32"][0]
+        devices = [each.devices for each in estimates["float32"]]
+        ideal = [first.tokens_per_s * n / first.devices for n in devices]
+        axes.plot(devices, ideal, label="proportional", color="0.6", linestyle=":")
+        axes.set(xscale="log", yscale="log", xlabel="devices", ylabel="tokens/s, estimated")
+        axes.set_xticks(devices, [str(n) for n in devices], rotation=45)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+        axes.set_title(title, fontsize=7)
+    return figure
+
+
 FIGURES: dict[str, tuple[Callable[[Records], Figure | None], str]] = {
     "time": (time, "time of loss and gradient against sequence length and batch"),
     "roofline": (roofline, "time relative to the exponentials alone"),
     "memory": (memory, "peak memory against sequence length and batch"),
     "batch": (batch, "largest batch that fits"),
+    "train_step": (train_step, "tokens per second of a training step against sequence length"),
     "accuracy": (accuracy, "relative error of the loss against the divergence"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from benchmarks.measure.records import Record
@@ -71,6 +72,7 @@ def fields(record: Record) -> dict[str, Any]:
         found["ns_per_pair"] = 1e6 * found["median_ms"] / found["pairs"]
     # A measurement, or the reason why there is none.
     found["ms"] = failed or fill("{median_ms:3}", found)
+    found["best"] = failed or fill("{best_ms:3}", found)
     found["memory"] = failed or fill("{peak_bytes:MiB} ({saved_bytes:MiB})", found)
     found["largest"] = failed or ("at least " if "most" in found else "") + str(found["B"])
     found["budget"] = found.get("budget_bytes", 0) / 2**30
@@ -124,7 +126,7 @@ def groups(records: Iterable[Record], key: Callable[[Record], Any]) -> list[tupl
 
 
 def suite(name: str, records: Records) -> list[Record]:
-    return [r for r in records if r["suite"] == name and (name != "step" or r["status"] != "unsupported")]
+    return [r for r in records if r["suite"] == name and (name != "train_step" or r["status"] != "unsupported")]
 
 
 def providers(group: Records) -> list[Record]:
@@ -169,6 +171,10 @@ def small_divergences(records: Records) -> list[Record]:
     return [r for r in found if (r["provider"], r["mode"]) in measured]
 
 
+def _data(records: Records, loop: bool) -> list[Record]:
+    return [r for r in suite("data", records) if (r["provider"] == "loop") == loop]
+
+
 SELECT: dict[str, Callable[[Records], list[Record]]] = {
     "compared": lambda records: [r for group in comparisons(records) for r in providers(group)],
     "alone": alone,
@@ -176,6 +182,8 @@ SELECT: dict[str, Callable[[Records], list[Record]]] = {
     "largest_batches": largest_batches,
     "judged": lambda records: [r for r in suite("accuracy", records) if "allowed_grad" in r["detail"]],
     "small_divergences": small_divergences,
+    "loop": partial(_data, loop=True),
+    "pipeline": partial(_data, loop=False),
 }
 
 
@@ -209,9 +217,35 @@ def _add_worst(group: Fields) -> None:
         own[0] |= {**worst, "share": max(shares, default=None), "passed": passed, "count": len(own), "masks": masks}
 
 
-def _add_sources(group: Fields) -> None:
+def _add_fewest(group: Fields) -> None:
+    """The smallest number of runs."""
+    group[0]["fewest"] = min((found["runs"] for found in group if found["runs"]), default=0)
+
+
+def _add_per_token(group: Fields) -> None:
+    """Times of a valid token relative to packed (else dense) samples of 512 tokens, and the sources of the MFU."""
     sources = "; ".join(sorted({found["mfu_of"] for found in group if "mfu_of" in found}))
     group[0]["sources"] = sources or "rate that was not measured"
+    measured = [found for found in group if found["status"] == "ok"]
+    for layout in ("packed", "dense"):
+        bases = {found["provider"]: found for found in measured if (found["layout"], found["S"]) == (layout, 512)}
+        if bases:
+            group[0]["base"] = f"{layout} samples of 512"
+            break
+    else:
+        group[0]["base"] = "nothing measured"
+    for found in measured:
+        if base := bases.get(found["provider"]):
+            for key, ms in (("relative", "best_ms"), ("relative_processor", "processor_ms")):
+                found[key] = (found[ms] / found["tokens"]) / (base[ms] / base["tokens"])
+
+
+def _add_tokenizer(group: Fields) -> None:
+    """Tokens per second relative to the tokenizer alone."""
+    for base in [found for found in group if (found["provider"], found["status"]) == ("tokenizer", "ok")][:1]:
+        for found in (found for found in group if found["status"] == "ok"):
+            for key, rate in (("relative", "tokens_per_s"), ("relative_processor", "tokens_per_processor_s")):
+                found[key] = found[rate] / base[rate]
 
 
 def _add_factors(group: Fields) -> None:
@@ -227,6 +261,8 @@ ADD: dict[str, Callable[[Fields], None]] = {
     "speedup": _add_speedup,
     "ratio": _add_ratio,
     "worst": _add_worst,
-    "sources": _add_sources,
+    "fewest": _add_fewest,
+    "per_token": _add_per_token,
+    "tokenizer": _add_tokenizer,
     "factors": _add_factors,
 }

@@ -11,7 +11,7 @@ from benchmarks.measure.records import Record
 SUITES = {
     "loss": "time, memory and error of the loss and its gradient",
     "memory": "peak and saved bytes, and the largest batch that fits",
-    "step": "a distillation step by stages",
+    "train_step": "a whole training step by stages, for each layout of its samples",
     "inference": "speed of the published students relative to the 12 x 768 base model",
     "accuracy": "errors of every backend, mask and dtype relative to dense float64, and at small divergences",
     "variants": "variants of the kernels' schedules, timed in turns, and the bits of repeated runs",

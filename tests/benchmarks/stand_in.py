@@ -70,7 +70,11 @@ def replace_device() -> None:
     properties = {"major": 9, "minor": 0, "multi_processor_count": 4, "total_memory": 2**36, "L2_cache_size": 2**16}
     zero = dict.fromkeys(("memory_allocated", "max_memory_allocated"), lambda *_: 0)
     nothing = dict.fromkeys(
-        ("synchronize", "empty_cache", "reset_peak_memory_stats", "set_per_process_memory_fraction"), lambda *_: None
+        (
+            *("synchronize", "empty_cache", "reset_peak_memory_stats", "set_per_process_memory_fraction"),
+            "set_device",
+        ),
+        lambda *_: None,
     )
     replaced = {
         **{"is_available": lambda: True, "device_count": lambda: 1, "get_device_name": lambda *_: "H100 (stand-in)"},
@@ -109,8 +113,8 @@ def replace_kernels_and_shapes() -> None:
         options.max_batch = 2
         if options.suite == "variants" and options.variants is None:
             options.variants = ["cuda", "cuda, 8 warps", "triton", "triton, 1 stage"]
-        if options.suite == "step":
-            options.shapes = ["tiny:2x16"]
+        if options.suite == "train_step":
+            options.shapes, options.rounds, options.timeout = ["tiny:2x64"], 1, 600.0
         if options.suite == "inference":
             from benchmarks.suites import inference
             from minilm_kernels.students import student_config

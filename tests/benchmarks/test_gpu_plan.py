@@ -226,7 +226,15 @@ def test_the_whole_plan_on_a_stand_in_device(tmp_path):
     outcomes = _outcomes(ended.stdout)
     assert all(" done in " in outcomes[step.name] for step in STEPS), ended.stdout
     found = records.read([tree / "gpu-results"])
-    assert {r["suite"] for r in found} >= {"loss", "memory", "step", "inference", "accuracy", "variants", "first_call"}
+    assert {r["suite"] for r in found} >= {
+        "loss",
+        "memory",
+        "train_step",
+        "inference",
+        "accuracy",
+        "variants",
+        "first_call",
+    }
     by_status = {status: [r for r in found if r["status"] == status] for status in ("wrong", "failed")}
     assert not any(by_status.values()), json.dumps(by_status)[:3000]
     timed = {r["detail"]["variant"] for r in found if r["suite"] == "variants" and r["median_ms"] is not None}

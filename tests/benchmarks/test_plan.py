@@ -47,7 +47,7 @@ def test_the_gpu_plan_is_printed_without_a_gpu(tmp_path, monkeypatch, capsys):
     assert main(["gpu", "--minutes", "20", "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
     assert "no CUDA device here" in text
-    steps = ("correctness build", "correctness device-tests", "speed variants", "speed loss", "record step")
+    steps = ("correctness build", "correctness device-tests", "speed variants", "speed loss", "record train_step")
     order = [text.index(f" {step}: ") for step in steps]
     assert order == sorted(order)
     minutes = [float(line.split()[0]) for line in text.splitlines() if " min  " in line]
@@ -71,7 +71,7 @@ def test_the_parser_accepts_the_commands_of_the_plans(monkeypatch):
     names = {variant.name for variant in variants.load()}
     for options in parsed:
         assert set(options.variants or ()) <= names
-        if options.suite not in ("step", "inference"):
+        if options.suite not in ("train_step", "inference"):
             shapes = [shape for shape in options.shapes or () if shape != "none"]
             parse_all(shapes, options.masks, options.dtypes, options.relations, "cpu")
 

@@ -59,12 +59,27 @@ ACCURACY = [
         (4e-4, {"kl": 1e-5, "reduction": "sequence", "negative": True}),
     )
 ]
-STEP = [
-    made("step", "cpu", median_ms=100.0, peak_bytes=2**30, detail={
-        "model": "tiny", "largest_batch": False, "tokens_per_s": 4321.0, "loss_share": 0.07, "mfu": 0.31,
-        "mfu_of": "measured matrix product", "recipe_hours": 17.5,
-        "stages_ms": {"teacher": 40.0, "student": 20.0, "loss": 7.0, "backward": 30.0, "optimizer": 3.0},
+TRAIN_STEP = [
+    made("train_step", "cpu", Workload(B, 3, S, 8, 4), median_ms=1.1 * ms, runs=6, error_grad=2e-6, peak_bytes=2**30,
+         detail={
+        "model": "tiny", "layout": layout, "best_ms": ms, "processor_ms": 2 * ms, "tokens": 1000, "loss_share": 0.07,
+        "tokens_per_s": 1e6 / ms, "mfu": 0.31, "mfu_of": "measured matrix product", "recipe_hours": 17.5,
+        "stages_ms": {"data": 1.0, "teacher": 40.0, "student": 20.0, "loss": 7.0, "backward": 30.0, "exchange": 0.0,
+                      "optimizer": 3.0},
     })
+    for layout, B, S, ms in (("dense", 4, 512, 100.0), ("packed", 4, 512, 80.0), ("packed", 1, 2048, 88.0))
+]  # fmt: skip
+DATA = [
+    made("data", "loop", median_ms=100.0, detail={
+        "model": "tiny", "best_ms": 102.0, "prepared_ms": 100.0, "overhead": 0.02, "median_overhead": 0.025,
+        "processor_overhead": 0.04,
+    }),
+    *(
+        made("data", name, median_ms=1.0, error_value=0.0, peak_bytes=peak, detail={
+            "model": "tiny", "tokens_per_s": rate, "tokens_per_processor_s": rate / 2,
+        })
+        for name, rate, peak in (("tokenizer", 1e6, None), ("prepare", 0.9e6, 400 * 2**20), ("reading", 5e6, None))
+    ),
 ]  # fmt: skip
 INFERENCE = [
     made("inference", name, median_ms=median, error_value=1e-6, detail={
@@ -76,8 +91,8 @@ ABLATION = [
     made("ablation", name, median_ms=median, pairs=10**6, detail={"predicted": "2 ×", "relative_to": base})
     for name, median, base in (("unchanged", 0.25, None), ("vectors", 1.0, "unchanged"), ("AVX2", 2.5, "vectors"))
 ]
-ALL = [*LOSS, *lengths("torch", 2.0), *MEMORY, *BATCH, *ACCURACY, *STEP, *INFERENCE, *ABLATION]
-EVERY = {"loss", "cases", "memory", "batch", "accuracy", "step", "inference", "ablation"}
+ALL = [*LOSS, *lengths("torch", 2.0), *MEMORY, *BATCH, *ACCURACY, *TRAIN_STEP, *DATA, *INFERENCE, *ABLATION]
+EVERY = {"loss", "cases", "memory", "batch", "accuracy", "train_step", "data", "inference", "ablation"}
 
 
 def cells(table):
@@ -99,8 +114,13 @@ def test_sections_show_the_values_of_the_records():
     worst, small = SECTIONS["accuracy"].tables(ALL)
     assert cells(worst)["`cpu`"] == ["float32", "1 of 1", "2e-07", "1e-06", "0.20"]
     assert cells(small)["1e-05"] == ["4e-04 (negative)"] * 2
-    (step,) = SECTIONS["step"].tables(ALL)
-    assert cells(step)["`cpu`"][-5:] == ["7 %", "4.32e+03", "31 %", "1024", "17.5"]
+    stages, rates = (cells(table) for table in SECTIONS["train_step"].tables(ALL))
+    assert stages["dense, S = 512"] == ["`cpu`", "4", "100", "200", "1", "40", "20", "7", "30", "0", "3"]
+    assert [line[3] for line in rates.values()] == ["1.25 (1.25)", "1.00 (1.00)", "1.10 (1.10)"]
+    assert rates["packed, S = 2048"][4:] == ["7 %", "31 %", "17.5", "1024", "2e-06"]
+    loop, parts = SECTIONS["data"].tables(ALL)
+    assert cells(loop)["tiny"] == ["2 × 64", "102", "100", "2.0%", "2.5%", "4.0%"]
+    assert cells(parts)["prepare"] == ["900000", "0.90", "450000", "0.90", "400", "0 %"]
     (inference,) = SECTIONS["inference"].tables(ALL)
     assert cells(inference)["6 × 384"][1:3] == ["5.3 ×", "5.3 ×"]
     (ablation,) = SECTIONS["ablation"].tables(ALL)
@@ -115,7 +135,7 @@ def test_no_records_no_table(name):
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_no_records_no_figure(name):
     assert figures.draw(name, []) is None
-    assert figures.draw(name, STEP + INFERENCE) is None
+    assert figures.draw(name, INFERENCE) is None
     broken = [{**record, "status": "oom"} for record in ALL]
     assert figures.draw(name, broken) is None
     assert figures.svg(figures.draw(name, ALL)) == figures.svg(figures.draw(name, ALL))  # equal records, equal text
@@ -172,7 +192,7 @@ def test_update_replaces_sections_and_links_plots(tmp_path):
         records.append(tmp_path / "records" / "a.jsonl", record)
     guide = tmp_path / "guide.md"
     guide.write_text(
-        "Before.\n<!-- loss:begin -->\nold\n<!-- loss:end -->\n<!-- step:begin -->\nkept\n<!-- step:end -->\n"
+        "Before.\n<!-- loss:begin -->\nold\n<!-- loss:end -->\n<!-- inference:begin -->\nkept\n<!-- inference:end -->\n"
     )
     arguments = [
         "report",

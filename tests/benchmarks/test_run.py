@@ -8,7 +8,6 @@ import torch
 from benchmarks import roofline
 from benchmarks.__main__ import main
 from benchmarks.measure import records
-from benchmarks.measure.memory import OutOfMemory
 from benchmarks.measure.workload import Workload
 from benchmarks.providers import BACKENDS, PROVIDERS, Provider
 from benchmarks.suites import accuracy, inference
@@ -111,50 +110,6 @@ def test_memory(tmp_path):
     assert eager[1]["peak_bytes"] > 1.5 * eager[0]["peak_bytes"]
 
 
-@pytest.mark.slow
-def test_step(tmp_path):
-    arguments = ("--suite", "step", "--shapes", "tiny:3x32", "--masks", "none", "packed")
-    found = run(tmp_path, *arguments, "--providers", "eager", "torch")
-    assert [record["status"] for record in found] == ["ok"] * 4
-    for record in found:
-        detail = record["detail"]
-        assert list(detail["stages_ms"]) == ["teacher", "student", "loss", "backward", "optimizer"]
-        assert 0 < detail["loss_share"] < 1
-        assert detail["recipe_hours"] == pytest.approx(400_000 * 256 * 512 / detail["tokens_per_s"] / 3600)
-    assert found[0]["detail"]["tokens"] == 96
-    assert found[2]["detail"]["tokens"] < 96
-
-
-def test_a_step_that_does_not_fit_is_measured_at_the_largest_batch_that_does(tmp_path, monkeypatch):
-    from benchmarks.suites import step
-
-    def fit(setting, name, limit):
-        if setting.workload.B > 5:
-            raise OutOfMemory("too large")
-        return True
-
-    monkeypatch.setattr(step, "isolated", lambda function, *arguments, seconds: function(*arguments))
-    monkeypatch.setattr(step, "_run", fit)
-    refused, smaller = run(tmp_path, "--suite", "step", "--shapes", "tiny:16x32", "--providers", "eager")
-    assert (refused["status"], refused["shape"]["B"], refused["median_ms"]) == ("oom", 16, None)
-    assert (smaller["status"], smaller["shape"]["B"]) == ("ok", 5)
-    assert smaller["detail"]["largest_batch"]
-
-
-def test_step_trains():
-    """The measured steps reduce the loss."""
-    from benchmarks.suites.step import Distillation, Setting
-
-    step = Distillation(Setting.parse("tiny:4x32", "lengths", "float32", "cpu"), "torch")
-    for group in step.optimizer.param_groups:
-        group["lr"] = 1e-2
-
-    before = step.loss_and_gradients()[0].item()
-    for _ in range(20):
-        step()
-    assert step.loss_and_gradients()[0].item() < 0.7 * before
-
-
 def test_inference(tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "students", lambda: {(2, 24): (1.0, None), (1, 24): (2.0, 1)})
     found = run(tmp_path, "--suite", "inference", "--shapes", "2x16")
@@ -223,9 +178,9 @@ def test_a_backend_beyond_its_tolerance_is_wrong(tmp_path, monkeypatch, two_dive
         (["--shapes", "2x2"], "--shapes"),
         (["--seconds", "0"], "--seconds"),
         (["--suite", "inference", "--shapes", SMALL], "--shapes"),
-        (["--suite", "step", "--shapes", "tiny:3x0"], "--shapes"),
-        (["--suite", "step", "--shapes", "tiny:3x32", "--masks", "causal"], "--masks"),
-        (["--suite", "step", "--shapes", "minilm-l6-h384-bert-base:3x32"], "MiniLMv2"),
+        (["--suite", "train_step", "--shapes", "tiny:3x0"], "--shapes"),
+        (["--suite", "train_step", "--shapes", "minilm-l6-h384-bert-base:3x32"], "MODEL:BxS"),
+        (["--suite", "train_step", "--rounds", "0"], "--rounds"),
         (["--budget", "2GB"], "2GiB"),
         (["--relations", "q"], "--relations"),
     ],
