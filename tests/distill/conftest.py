@@ -56,7 +56,6 @@ def settings(teacher_folder: Path, text_file: Path, tmp_path: Path) -> Callable[
             "learning_rate": 1e-3,
             "eval_fraction": 0.1,
             "eval_samples": 12,
-            "shuffle_buffer_size": 40,
             "logging_steps": 1,
             "eval_steps": 3,
             "save_steps": 3,
