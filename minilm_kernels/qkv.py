@@ -30,6 +30,7 @@ from minilm_kernels._module_view import (
 )
 from minilm_kernels._wrappers import is_pretrained_model, unwrap
 from minilm_kernels.losses import QKV
+from minilm_kernels.packed.models import BORDERS, KEYWORDS, borders, takes_borders
 
 __all__ = ["QKV", "QKVExtractor"]
 
@@ -39,7 +40,7 @@ FOR_OTHERS = {"labels", "label", "label_ids", "next_sentence_label", "start_posi
 FOR_OTHERS |= {"num_items_in_batch", "token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
 FOR_OTHERS |= {"overflow_to_sample_mapping", "modality", "prompt_length", "task"}
 # Entries of flattened batches. Most attention functions ignore them, so that tokens attend to other sequences.
-_FLATTENED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+_FLATTENED = {*BORDERS, "seq_idx"}
 
 # Attributes of PEFT's layers that switch adapters. The copies in the view get their values from the originals.
 _ADAPTERS = ("_disable_adapters", "_active_adapter")
@@ -262,7 +263,8 @@ class QKVExtractor(nn.Module):
 
         Args:
             batch: keyword arguments of the base model's forward, usually `input_ids` and `attention_mask`, (B, S).
-                Entries that other code uses (`labels`, `token_type_ids` if the model has none, ...) are ignored.
+                Entries that other code uses (`labels`, `token_type_ids` if the model has none, ...) are ignored. After
+                `use_packed_attention(model)`, one row (1, T) with the borders of its documents.
 
         Returns:
             Query, key and value, (B, S, hidden) in the dtype of the projections. With grouped-query attention, key and
@@ -273,15 +275,18 @@ class QKVExtractor(nn.Module):
         """
         if positional:
             raise TypeError("batch: give its entries by name, as in extractor(**batch)")
-        unknown = [name for name in batch if name not in self._accepted and name not in FOR_OTHERS]
-        if flattened := [name for name in batch if name in _FLATTENED]:
+        keywords = KEYWORDS if takes_borders(self.base) else frozenset()
+        accepted = self._accepted | keywords
+        unknown = [name for name in batch if name not in accepted and name not in FOR_OTHERS]
+        if flattened := [name for name in batch if name in _FLATTENED - keywords]:
             raise TypeError(
                 f"batch: {', '.join(flattened)} describe a flattened batch, in which most attention functions mix the "
-                "sequences; give input_ids and attention_mask of shape (B, S)"
+                "sequences; call minilm_kernels.packed.use_packed_attention(model) first, or give input_ids and "
+                "attention_mask of shape (B, S)"
             )
         if unknown:
-            raise TypeError(f"batch: unknown {', '.join(unknown)}; the model takes {', '.join(sorted(self._accepted))}")
-        taken = {name: value for name, value in batch.items() if name in self._accepted}
+            raise TypeError(f"batch: unknown {', '.join(unknown)}; the model takes {', '.join(sorted(accepted))}")
+        taken = {name: value for name, value in batch.items() if name in accepted}
         follow(self._switches)
         if self.frozen:
             with torch.no_grad():
@@ -347,8 +352,12 @@ class QKVExtractor(nn.Module):
             padding = getattr(getattr(root, "config", None), "pad_token_id", None)  # its embedding is often 0
             device = next(root.parameters()).device
             ids = torch.tensor([[i for i in range(3) if i != padding][:2]], device=device)
-            example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            example = {name: value for name, value in example.items() if name in self._accepted}
+            if takes_borders(root):
+                cu_seqlens = torch.tensor([0, 2], dtype=torch.int32, device=device)
+                example = {"input_ids": ids, **borders(cu_seqlens, 2)}
+            else:
+                example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                example = {name: value for name, value in example.items() if name in self._accepted}
         inference = {name for name, x in example.items() if isinstance(x, torch.Tensor) and x.is_inference()}
         return {name: x.clone() if name in inference else x for name, x in example.items()} | self._fixed
 

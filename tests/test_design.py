@@ -15,7 +15,7 @@ FLOORS = [
     ("_choices", "_extras", "_source_tree", "presets"),
     ("_module_view", "_wrappers", "_full_attention", "_architectures"),
     ("relation",),
-    ("losses",),
+    ("losses", "packed"),
     ("qkv", "recording"),
     ("students", "vocabulary"),
     ("integrations",),

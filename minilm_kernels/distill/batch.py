@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 
 from minilm_kernels.losses import QKV
+from minilm_kernels.packed.models import borders
 
 from .packing import PADDING, Samples
+
+_TOKENS_A_DOCUMENT, _FEWEST_DOCUMENTS = 64, 16  # room for borders: paragraphs have about 100 tokens
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,10 @@ def prefix_lengths(samples: Samples, low: float, high: float, seed: tuple[int, .
 class Batch:
     """Samples on a device, as inputs of both models and of the loss.
 
+    A packed batch has two forms. `model_inputs` has the samples as rows, and a mask of B x S x S. `row_inputs` has one
+    row of all documents and their borders, for models with packed attention: its valid tokens come first, and its
+    padding makes further documents, so that all batches of a run have the same shapes.
+
     Args:
         samples: B samples of S tokens. Without packing, they are trimmed to the length of the longest.
         packed: True if a sample may contain several documents. The loss then takes the valid tokens of all samples,
@@ -55,6 +63,8 @@ class Batch:
     Attributes:
         ids: token ids, (B, S) int64.
         positions: positions in the documents, (B, S) int64.
+        packed: the argument.
+        teacher: the teacher's query, key and value in the layout of the loss, if they are known.
     """
 
     def __init__(
@@ -73,16 +83,42 @@ class Batch:
         starts = np.flatnonzero(positions[valid] == 0)
         lengths = np.diff(np.append(starts, int(valid.sum())))
 
-        self.ids = torch.from_numpy(samples.ids.astype(np.int64)).to(device, non_blocking=True)
-        self.positions = torch.from_numpy(samples.positions.astype(np.int64)).to(device, non_blocking=True)
-        self.causal = causal
-        self.prefixes = None if prefixes is None else torch.from_numpy(prefixes).to(device)  # (documents,)
-        self._packed = packed
-        self._valid = None if valid.all() else torch.from_numpy(np.flatnonzero(valid)).to(device)  # (T,)
-        self._cu_seqlens = torch.from_numpy(np.append(starts, int(valid.sum())).astype(np.int32)).to(device)  # (N + 1,)
-        self._longest = int(lengths.max())
+        self.causal, self.packed = causal, packed
+        self.ids = _tensor(samples.ids.astype(np.int64), device)
+        self.positions = _tensor(samples.positions.astype(np.int64), device)
+        self.prefixes = None if prefixes is None else _tensor(prefixes, device)  # (documents,)
+        self._tokens, self._longest = int(valid.sum()), int(lengths.max())
+        self._valid = None if valid.all() else _tensor(np.flatnonzero(valid), device)  # (T,)
+        self._cu_seqlens = _tensor(np.append(starts, self._tokens).astype(np.int32), device)  # (N + 1,)
         self._mask: Tensor | None = None
+        self.teacher: QKV | None = None
+        if packed:
+            order = np.argsort(~valid, kind="stable")
+            padding = np.arange(len(valid) - self._tokens) % self._longest
+            places = np.append(positions[valid], padding).astype(np.int64)  # (B * S,)
+            bounds = np.append(np.flatnonzero(places == 0), len(places))
+            bounds = _filled(bounds, len(places) // _TOKENS_A_DOCUMENT)
+            self._row_ids = _tensor(samples.ids.ravel()[order].astype(np.int64)[None], device)
+            self._row_positions = _tensor(places[None], device)
+            self._borders = _tensor(bounds.astype(np.int32), device)
 
+    def pinned(self) -> Batch:
+        """The batch in pinned memory, from which `to` copies without waiting for the device."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        moved = self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        if self.teacher is not None:
+            moved.teacher = QKV(*(x.to(device, non_blocking=True) for x in self.teacher))
+        return moved
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        twin = copy.copy(self)
+        vars(twin).update({name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)})
+        return twin
+
+    @torch.inference_mode(False)  # the student shares masks with the teacher, which runs in inference mode
     def model_inputs(
         self, position_offset: int, additive: bool, *, causal_model: bool = False, reach: int | None = None
     ) -> dict[str, Any]:
@@ -95,7 +131,7 @@ class Batch:
             reach: for models with layers that attend to near tokens only, the largest distance of these tokens.
         """
         mask: Any
-        if self._packed or self.causal != causal_model or self.prefixes is not None:
+        if self.packed or self.causal != causal_model or self.prefixes is not None:
             full = self._attention_mask()
             if reach is None:
                 mask = _added(full) if additive else full
@@ -111,6 +147,31 @@ class Batch:
             "attention_mask": mask,
             "position_ids": self.positions.clamp(min=0) + position_offset,
         }
+
+    def row_inputs(self, position_offset: int, max_seqlen: int, *, causal_model: bool = False) -> dict[str, Any]:
+        """Arguments for the forward of a model with packed attention (see `use_packed_attention`).
+
+        Args:
+            position_offset: position id of a document's first token.
+            max_seqlen: a bound of the documents' tokens that is the same for all batches of a run.
+            causal_model: True if the model itself attends to earlier tokens only.
+
+        Raises:
+            ValueError: a document has more tokens.
+        """
+        if self._longest > max_seqlen:
+            raise ValueError(f"max_seqlen={max_seqlen}: a document of the batch has {self._longest} tokens")
+        inputs = {
+            "input_ids": self._row_ids,
+            "position_ids": self._row_positions + position_offset,
+            **borders(self._borders, min(max_seqlen, self.ids.shape[1])),
+        }
+        if self.prefixes is not None:
+            missing = len(self._borders) - 1 - len(self.prefixes)
+            inputs["prefix_lens"] = torch.nn.functional.pad(self.prefixes, (0, missing))
+        elif self.causal != causal_model:
+            inputs["is_causal"] = self.causal
+        return inputs
 
     def _attention_mask(self) -> Tensor:
         """(B, 1, S, S) bool, True if position i attends to position j.
@@ -134,9 +195,16 @@ class Batch:
             self._mask = mask[:, None]
         return self._mask
 
-    def for_loss(self, qkv: QKV) -> QKV:
-        """Projections (B, S, hidden) in the layout of the loss: (T, hidden) without padding if the batch is packed."""
-        if not self._packed:
+    def for_loss(self, qkv: QKV, *, row: bool = False) -> QKV:
+        """Projections in the layout of the loss: (T, hidden) without padding if the batch is packed.
+
+        Args:
+            qkv: projections of `model_inputs`, (B, S, hidden), or of `row_inputs`, (1, B * S, hidden).
+            row: True for `row_inputs`.
+        """
+        if row:
+            return QKV(*(x[0, : self._tokens] for x in qkv))
+        if not self.packed:
             return qkv
         flat = (x.flatten(0, 1) for x in qkv)
         return QKV(*flat) if self._valid is None else QKV(*(x.index_select(0, self._valid) for x in flat))
@@ -144,9 +212,25 @@ class Batch:
     def loss_arguments(self) -> Mapping[str, Any]:
         """Mask arguments of the loss."""
         arguments: dict[str, Any] = {"causal": self.causal, "prefix_lens": self.prefixes}
-        if self._packed:
+        if self.packed:
             return {**arguments, "cu_seqlens": self._cu_seqlens, "max_seqlen": self._longest}
         return {**arguments, "attention_mask": self.positions != PADDING}
+
+
+def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device, non_blocking=True)
+
+
+def _filled(bounds: np.ndarray, documents: int) -> np.ndarray:
+    """Borders with empty documents at the end.
+
+    Their number is `documents`, or the smallest power of two times it that is enough. torch.compile compiles again for
+    every number, and kernels pass over empty documents.
+    """
+    count = max(documents, _FEWEST_DOCUMENTS)
+    while count < len(bounds) - 1:
+        count *= 2
+    return np.append(bounds, np.full(count + 1 - len(bounds), bounds[-1]))
 
 
 def _added(mask: Tensor) -> Tensor:

@@ -260,10 +260,24 @@ class DistillConfig:
     )
     eval_samples: int = _option(256, "number of evaluation samples of up to --max-seq-length tokens", positive=True)
     max_seq_length: int = _option(512, "number of tokens of a sample, including special tokens", largest=2**20)
+    max_document_length: int | None = _option(
+        None,
+        "number of tokens of the longest document, including special tokens; longer ones are cut into pieces; auto: "
+        "--max-seq-length, but at most the positions of the models",
+        positive=True,
+        largest=2**20,
+        absent="auto",
+    )
     packing: bool = _option(
         True,
         "pack several documents into each sample, without attention between them; --no-packing: one document per "
         "sample, with padding",
+    )
+    attention: str = _option(
+        "auto",
+        "attention of both models in packed samples; packed: all documents in one row, with their borders; mask: a "
+        "mask of --max-seq-length x --max-seq-length; auto: packed for models that support it",
+        choices=("auto", "packed", "mask"),
     )
 
     max_steps: int = _option(400_000, "number of optimizer steps", positive=True)
@@ -271,14 +285,27 @@ class DistillConfig:
         256, "number of samples per optimizer step, over all processes and micro-batches together", positive=True
     )
     gradient_accumulation_steps: int = _option(
-        1, "number of micro-batches into which each process splits its part of the batch", positive=True
+        1, "number of micro-batches into which each process splits its part of the batch", neutral=True, positive=True
     )
     micro_batch_size: int | None = _option(
         None,
         "number of samples that each process computes at once; auto: its part of the batch, divided by "
         "--gradient-accumulation-steps; if memory runs out, either is halved and the step is repeated",
+        neutral=True,
         positive=True,
         absent="auto",
+    )
+    parallel: str = _option(
+        "ddp",
+        "several processes; ddp: each has the whole student; fsdp: parameters, gradients and the optimizer's state of "
+        "the student are sharded (FSDP2), for large students",
+        choices=("ddp", "fsdp"),
+        neutral=True,
+    )
+    gradient_dtype: str = _option(
+        "float32",
+        "several processes: type in which gradients are exchanged; bfloat16 halves the bytes",
+        choices=("float32", "bfloat16"),
     )
     gradient_checkpointing: bool = _option(
         False,
@@ -298,6 +325,21 @@ class DistillConfig:
         "float32",
         "type of the teacher's weights and computation; bfloat16 halves their memory",
         choices=("float32", "bfloat16"),
+    )
+    cache_teacher: str | None = _option(
+        None,
+        "folder in which the teacher's queries, keys and values of all training samples are stored, and from which "
+        "later students of the same teacher, text, seed and lengths read them",
+        path=True,
+    )
+    cache_teacher_dtype: str = _option(
+        "bfloat16",
+        "type of the values in --cache-teacher; bfloat16 rounds them to 8 bits, float32 keeps them",
+        choices=("bfloat16", "float32"),
+    )
+    torch_compile: bool = _option(
+        False,
+        "compile both models with torch.compile, which takes minutes before the first step; evaluations run without it",
     )
     seed: int = _option(0, "random seed for initial weights, sample order, dropout and prefixes", largest=LARGEST_SEED)
     device: str = _option("auto", "auto: CUDA if available, otherwise CPU", choices=("auto", "cpu", "cuda"))

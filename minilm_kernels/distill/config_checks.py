@@ -28,6 +28,11 @@ def check_ranges(config: DistillConfig) -> None:
             raise ValueError(f"{flag(name)} must not be negative, got {value}")
     if config.max_seq_length < 8:
         raise ValueError(f"--max-seq-length must be at least 8, got {config.max_seq_length}")
+    if config.max_document_length is not None and not 8 <= config.max_document_length <= config.max_seq_length:
+        raise ValueError(
+            f"--max-document-length must be from 8 to --max-seq-length ({config.max_seq_length}), got "
+            f"{config.max_document_length}"
+        )
     if config.dropout is not None and not 0 <= config.dropout < 1:
         raise ValueError(f"--dropout must be in [0, 1), got {config.dropout}")
     if not 0 <= config.eval_fraction < 1:
@@ -78,6 +83,8 @@ def check_combinations(config: DistillConfig) -> None:
         raise ValueError(
             "--max-train-documents belongs to --text and --dataset-name; give it to minilm-distill prepare"
         )
+    if config.attention == "packed" and not config.packing:
+        raise ValueError("--attention packed belongs to --packing")
     if config.warmup_steps is not None and config.warmup_steps > config.max_steps:
         raise ValueError(f"--warmup-steps ({config.warmup_steps}) must not exceed --max-steps ({config.max_steps})")
     if config.load_best_model_at_end and not (config.eval_text or config.eval_fraction):
@@ -85,8 +92,13 @@ def check_combinations(config: DistillConfig) -> None:
     for name in ("hub_model_id", "hub_private_repo"):
         if getattr(config, name) and not config.push_to_hub:
             raise ValueError(f"{flag(name)} belongs to --push-to-hub")
+    for name in ("teacher_assistant", "torch_compile"):
+        if config.parallel == "fsdp" and getattr(config, name):
+            raise ValueError(f"--parallel fsdp and {flag(name)} exclude each other")
     if config.micro_batch_size is not None and config.gradient_accumulation_steps > 1:
         raise ValueError("--micro-batch-size and --gradient-accumulation-steps exclude each other; give one of them")
+    if config.torch_compile and not config.packing:
+        raise ValueError("--torch-compile needs --packing, because without it every batch has another length")
     if config.total_batch_size % config.gradient_accumulation_steps:
         raise ValueError(
             f"--gradient-accumulation-steps ({config.gradient_accumulation_steps}) must divide --total-batch-size "

@@ -64,7 +64,7 @@ class DistContext:
             if not dist.is_initialized():
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
                 self._started = True
-            # Flags and RNG states are exchanged on the CPU, so that they never wait for the device.
+            # Flags are exchanged on the CPU, so that they never wait for the device.
             self._control = dist.new_group(backend="gloo")
         return self
 
@@ -85,14 +85,6 @@ class DistContext:
         flag = torch.tensor(value)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._control)
         return int(flag)
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The CPU tensors of all processes, in the order of ranks."""
-        if self.world_size == 1:
-            return [tensor]
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor, group=self._control)
-        return parts
 
     def gather_objects(self, value: Any) -> list[Any]:
         """The (small) values of all processes, in the order of ranks."""

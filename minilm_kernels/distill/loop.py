@@ -18,7 +18,6 @@ import torch
 
 from . import hub
 from .bad_documents import BadDocuments
-from .batch import LossWeights
 from .checkpoint import TEMPORARY, Checkpoint, Checkpoints, read_checkpoint
 from .conditions import conditions, teacher_digests
 from .config import DistillConfig
@@ -26,12 +25,14 @@ from .console import forgiving_streams, say
 from .distributed import DistContext
 from .eval_set import EvalSet, collect_eval_set, split_eval_set
 from .evaluation import evaluate
-from .memory import is_out_of_memory, random_state, restore_random_state
+from .gradients import SummedGradients
+from .memory import is_out_of_memory
 from .metrics import Metrics, Progress, eval_records, read_metrics
 from .model_card import write_student
 from .models import TeacherStudent, load_models
 from .optimizer import learning_rate_at, make_optimizer
-from .packing import Packer, Samples
+from .packing import Packer
+from .prefetch import Prefetcher, PreparedStep
 from .preflight import CHECKED_DOCUMENTS, check_masks, check_saving, check_text
 from .preparation import document_texts, open_text, prepare_text
 from .recipes import recipe_summary
@@ -41,15 +42,16 @@ from .run_folder import (
     STUDENT,
     is_finished,
     output_folder,
-    refuse_differences,
     write_settings,
 )
 from .run_state import RunState
 from .sample_stream import SampleStream
+from .sharding import ShardedGradients, shard_student
 from .signals import StopSignals
 from .sources import Source
 from .stages import Stage, stages
-from .step import GradientBuffer, loss_vector, make_batch
+from .step import loss_vector, seed_dropout, teacher_qkv
+from .teacher_cache import TeacherCache
 from .token_shards import TokenShards
 from .tokenization import DocumentTokenizer
 from .trackers import Trackers
@@ -183,7 +185,8 @@ def _run_stage(stage: Stage, later: Sequence[Stage], dist: DistContext) -> Disti
         with StopSignals() as signals:
             loop.train(signals)
             if loop.finished:
-                dist.on_main(lambda: loop.write_student(output / STUDENT))
+                weights = loop.state.weights()
+                dist.on_main(lambda: loop.write_student(output / STUDENT, weights))
             # A signal during the last step of a stage comes before the next one.
             stopped_by = None if loop.finished and not later else dist.max(signals.received) or None
         if dist.is_main:
@@ -231,6 +234,7 @@ class TrainingLoop:
         if (vocabulary := self.models.vocabulary) is not None:
             kept = hashlib.sha256(vocabulary.teacher_ids.numpy().tobytes()).hexdigest()
             dist.check_equal(kept, "the tokens that --trim-vocabulary keeps")
+        self.cache = self.steps.cache = self._open_cache() if config.cache_teacher is not None else None
         self.progress = Progress(
             self.state.step,
             config.max_steps,
@@ -268,13 +272,12 @@ class TrainingLoop:
     def _load_models(self, saved: Checkpoint | None, later: Sequence[Stage]) -> None:
         """Loads and checks the models, and opens the text. This method does not communicate, as `_prepare`."""
         config, dist = self.config, self.dist
-        if saved is not None and saved.state.get("world_size") != dist.world_size:
-            refuse_differences(config, [f"processes: {saved.state.get('world_size')} before, {dist.world_size} now"])
         tell = say if dist.is_main else _ignore
         self._sources, self._eval_sources = open_text(config, tell)
         teacher_ids = None if saved is None else saved.tensors["progress"].get("vocabulary")
         output = self.stage.folder if dist.is_main else None
         models, tokenizer = _checked_models(self.stage.model_config(), dist.device, self._sources, output, teacher_ids)
+        tell(models.attention)
         if models.vocabulary is not None:
             tell(f"--trim-vocabulary: {models.vocabulary.summary(models.tokenizer)}")
         self.models: TeacherStudent = models
@@ -330,27 +333,68 @@ class TrainingLoop:
         elif saved is None and config.eval_fraction:
             eval_set = split_eval_set(shards, config.eval_fraction, self._packer(), config.eval_samples)
         self.stream = SampleStream(shards, self._packer(), eval_set=eval_set, seed=config.seed)
+        if config.torch_compile:
+            models.compile()
+        self.steps = Prefetcher(config, self.stream, models.mask, dist)
         self.weights = torch.tensor(list(models.loss.relations.values()), device=dist.device)  # (relations,)
+        sent = getattr(torch, config.gradient_dtype)
+        self.sharded = config.parallel == "fsdp" and dist.world_size > 1
+        if self.sharded:
+            shard_student(models, dist, sent)
         parameters = models.trained()
-        self.buffer = GradientBuffer(parameters.values(), losses=len(self.weights))
+        self.gradients: SummedGradients | ShardedGradients
+        if self.sharded:
+            self.gradients = ShardedGradients(parameters.values(), len(self.weights), dist)
+        else:
+            self.gradients = SummedGradients(parameters.values(), len(self.weights), dist, sent)
         self.state = RunState(
             config,
             dist,
             models,
-            self.stream,
+            self.steps,
             make_optimizer(config, list(parameters.values())),
             parameters,
             # One process per machine reads the files again, because each machine may have other files.
             teacher_digests(models) if dist.local_rank == 0 or dist.is_main else None,
             conditions(dist.device),
         )
-        torch.manual_seed(config.seed + dist.rank)
         if saved is not None:
             self.state.load(saved)
         self.saved_step = self.state.step
 
+    def _open_cache(self) -> TeacherCache:
+        """Opens the cache of the teacher's values, and checks that it has room for those of all samples."""
+        config, dist, models = self.config, self.dist, self.models
+        assert config.cache_teacher is not None
+        folder = Path(config.cache_teacher)
+        key = {
+            "teacher": dist.on_main(lambda: self.state.teacher_digests),
+            "layer": models.teacher.extractor.layer,
+            "projections": config.teacher_projections,
+            "computed in": "bfloat16 autocast" if config.bf16 else config.teacher_dtype,
+            "mask": models.mask,
+            "prefixes": [*config.prefix_range, config.total_batch_size] if models.mask == "prefix" else None,
+            "packing": config.packing,
+            "max_document_length": models.max_document_length,
+            "seed": config.seed,
+        }
+        cache = dist.on_all(
+            lambda: TeacherCache(
+                folder,
+                key,
+                models.teacher.widths,
+                config.max_seq_length,
+                packed=config.packing,
+                dtype=getattr(torch, config.cache_teacher_dtype),
+                pinned=dist.device.type == "cuda",
+            )
+        )
+        dist.on_main(lambda: say(f"--cache-teacher: {cache.check_room(config.max_steps * config.total_batch_size)}"))
+        return cache
+
     def _packer(self) -> Packer:
-        return Packer(self.tokenizer, self.config.max_seq_length, self.config.packing)
+        config = self.config
+        return Packer(self.tokenizer, config.max_seq_length, config.packing, self.models.max_document_length)
 
     @property
     def finished(self) -> bool:
@@ -358,22 +402,26 @@ class TrainingLoop:
         return self.state.step == self.config.max_steps and not self.state.eval_pending
 
     def close(self) -> None:
-        """Ends the trackers and the progress bar."""
+        """Ends the trackers, the progress bar and the threads."""
         if self.trackers is not None:
             self.trackers.close()
         self.progress.close()
+        self.steps.close()
+        if self.cache is not None:
+            self.cache.close()
 
-    def write_student(self, target: Path) -> None:
-        """Writes the finished student, with the best weights if they are asked for."""
+    def write_student(self, target: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Writes the finished student with the weights of the last step, or the best ones if they are asked for."""
         step, best = self.state.step, self.state.best_step
         if best is not None and best != step:
             try:
-                self.models.student.model.load_state_dict(self.checkpoints.weights(best))
+                weights = self.checkpoints.weights(best)
                 step = best
             except (OSError, ValueError) as error:
                 say(f"--load-best-model-at-end: {error}; the student gets the weights of the last step")
         evaluations = eval_records(self.metrics_path, best=step == best)
-        write_student(target, self.config, self.models, self.metrics_path, evaluations, self.dist.world_size, step)
+        processes = self.dist.world_size
+        write_student(target, self.config, self.models, weights, self.metrics_path, evaluations, processes, step)
 
     def train(self, signals: StopSignals) -> None:
         """Trains until the last step or a stop signal. `signals.received` is then equal on all processes."""
@@ -381,7 +429,7 @@ class TrainingLoop:
         dist.on_main(self._begin)
         if state.step:
             self.progress.say(f"continuing after step {state.step}")
-        self.models.student.model.train()
+        self.models.student.extractor.train()
         if state.eval_pending:
             self._evaluate(signals)
         stop = dist.max(signals.received)
@@ -415,59 +463,56 @@ class TrainingLoop:
         self.checkpoints.rotate(self.state.best_step)
         self.trackers = Trackers(self.stage.folder, self.config, self.state.step)
 
-    def _samples(self) -> Samples:
-        """The samples of the next step. If they cannot be read, the steps since the last checkpoint are saved first."""
-        place, size = self.stream.place, self.config.total_batch_size
-        share = size // self.dist.world_size
-        own = slice(self.dist.rank * share, (self.dist.rank + 1) * share)
+    def _prepared(self) -> PreparedStep:
+        """The data of the next step. If it cannot be read, the steps since the last checkpoint are saved first."""
+        state = self.state
         try:
-            return self.dist.on_all(lambda: self.stream.take(size, own))
+            self.dist.on_all(lambda: self.steps.wait(state.step, state.micro_batch))
         except Exception:
-            self.stream.place = place  # perhaps another process has failed
-            if self.state.step > self.saved_step:
+            if state.step > self.saved_step:
                 try:
                     self._save()
-                    self.progress.say(f"saved step {self.state.step} before the error")
+                    self.progress.say(f"saved step {state.step} before the error")
                 except (OSError, RuntimeError) as error:
-                    self.progress.say(f"step {self.state.step} could not be saved: {error}")
+                    self.progress.say(f"step {state.step} could not be saved: {error}")
             raise
+        return self.steps.pop()
 
     def _step(self) -> None:
         """Runs an optimizer step. The gradient is the exact mean over all samples of the step."""
-        config, dist, state = self.config, self.dist, self.state
-        samples = self._samples()
-        total = LossWeights.of(samples)
-        self._within_memory(lambda micro: self._accumulate(samples, total, micro))
-        dist.sum(self.buffer.flat)
-        norm = self.buffer.clip_(config.max_grad_norm)
+        config, state = self.config, self.state
+        prepared = self._prepared()
+        self._within_memory(lambda micro: self._accumulate(prepared, micro))
+        norm = self.gradients.clip_(config.max_grad_norm)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate_at(config, state.step)
         state.optimizer.step()
-        state.window.append(torch.cat([self.buffer.losses, norm[None]]))
-        state.tokens += total.tokens
+        state.window.append(torch.cat([self.gradients.losses, norm[None]]))
+        state.tokens += prepared.total.tokens
         state.step += 1
 
-    def _accumulate(self, samples: Samples, total: LossWeights, micro: int) -> None:
-        """Fills the buffer with the gradient of this process's part of the step, `micro` samples at a time."""
-        config, dist = self.config, self.dist
-        share = config.total_batch_size // dist.world_size
-        end = (dist.rank + 1) * share
-        self.buffer.zero_()
-        for start in range(dist.rank * share, end, micro):
-            part = slice(start, min(start + micro, end))
-            batch = make_batch(config, self.models.mask, samples, dist.device, (config.seed, 3, self.state.step), part)
-            values = loss_vector(config, self.models, batch, requires_grad=True)
-            losses = LossWeights.of(samples.part(part)).weight(config.reduction, total) * values
-            torch.dot(losses, self.weights).backward()
-            self.buffer.losses += losses.detach()
+    def _accumulate(self, prepared: PreparedStep, micro: int) -> None:
+        """Computes the gradient of the step. Each process computes its part, `micro` samples at a time."""
+        config, parts = self.config, self.steps.micro_batches(prepared, micro)
+        with self.gradients.summed():
+            for part in parts:
+                batch = part.batch.to(self.dist.device)
+                if self.cache is not None and batch.teacher is None:
+                    teacher = teacher_qkv(self.models, batch, bf16=config.bf16)
+                    batch.teacher = self.cache.store(part.first, part.samples, teacher)
+                seed_dropout(config.seed, self.state.step, part.start)
+                losses = part.weight * loss_vector(config, self.models, batch, requires_grad=True)
+                if part is parts[-1]:
+                    self.gradients.exchange_in_next_backward()
+                torch.dot(losses, self.weights).backward()
+                self.gradients.losses += losses.detach()
 
     def _within_memory(self, action: Callable[[int], T]) -> T:
         """Calls `action` with the size of a micro-batch. If memory runs out on any process, all halve it and repeat.
 
-        `action` must not communicate. It begins with the same random state every time.
+        `action` communicates as often if it fails as if it succeeds. With `--parallel fsdp` it cannot be repeated.
         """
         dist, state = self.dist, self.state
-        generators = random_state(dist.device)
         while True:
             problem, result = "", None
             try:
@@ -475,6 +520,11 @@ class TrainingLoop:
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_out_of_memory(error):
                     raise
+                if self.sharded:
+                    raise RuntimeError(
+                        f"out of memory: --parallel fsdp cannot repeat a step; continue with --resume-from-checkpoint "
+                        f"and a --micro-batch-size below {state.micro_batch} ({error})"
+                    ) from error
                 problem = str(error)  # the error itself would keep the tensors of its traceback
             if not dist.max(int(bool(problem))):
                 return cast(T, result)
@@ -485,20 +535,22 @@ class TrainingLoop:
                 )
             state.micro_batch = (state.micro_batch + 1) // 2
             result = None
-            restore_random_state(generators, dist.device)
+            if self.config.torch_compile:
+                torch.compiler.reset()  # the graphs of the larger micro-batches
             if dist.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.progress.say(f"out of memory: continuing with micro-batches of {state.micro_batch} samples")
 
     def _train_record(self) -> dict[str, Any]:
         """Mean losses since the last line of metrics, and the norm of the last gradient before clipping."""
-        state, relations = self.state, self.models.loss.relations
+        state, relations, latest = self.state, self.models.loss.relations, self.steps.latest
+        assert latest is not None
         *means, _ = state.finite_window().mean(0).tolist()
         values = dict(zip(relations, means, strict=True))
         norm = float(state.window[-1][-1])
         state.window = []
         return {
-            "epoch": self.stream.epoch,
+            "epoch": latest.epoch,
             "tokens": state.tokens,
             "bad_documents": self.stream.shards.counts.bad,
             "null_documents": self.stream.shards.counts.nulls,
@@ -521,7 +573,7 @@ class TrainingLoop:
                 self.models,
                 eval_set.samples,
                 self.dist,
-                lambda: signals.received,
+                (lambda: 0) if self.sharded else (lambda: signals.received),  # all evaluate equally many micro-batches
                 self._within_memory,
             )
             if measured is not None:
@@ -592,18 +644,17 @@ def _checked_models(
 def _check_later_stages(later: Sequence[Stage], loop: TrainingLoop) -> None:
     """Checks the models of later stages before the first step, with untrained assistants as their teachers."""
     models, device = loop.models, loop.dist.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for stage in later:
-            with tempfile.TemporaryDirectory(
-                prefix=f"{TEMPORARY}{stage.name}-", dir=loop.stage.folder, ignore_cleanup_errors=True
-            ) as folder:
-                models.student.model.save_pretrained(folder)
-                models.student_tokenizer.save_pretrained(folder)
-                config = replace(stage.model_config(Path(folder)), trim_vocabulary_documents=CHECKED_DOCUMENTS)
-                try:
-                    models, _ = _checked_models(config, device, open_text(config, _ignore)[0], stage.folder)
-                except ValueError as error:
-                    raise ValueError(f"{stage.name}: {error}") from error
+    for stage in later:
+        with tempfile.TemporaryDirectory(
+            prefix=f"{TEMPORARY}{stage.name}-", dir=loop.stage.folder, ignore_cleanup_errors=True
+        ) as folder:
+            models.student.model.save_pretrained(folder)
+            models.student_tokenizer.save_pretrained(folder)
+            config = replace(stage.model_config(Path(folder)), trim_vocabulary_documents=CHECKED_DOCUMENTS)
+            try:
+                models, _ = _checked_models(config, device, open_text(config, _ignore)[0], stage.folder)
+            except ValueError as error:
+                raise ValueError(f"{stage.name}: {error}") from error
 
 
 def _counted(config: DistillConfig, sources: Sequence[Source]) -> Iterable[str] | Mapping[int, int]:

@@ -6,17 +6,19 @@ import copy
 import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoModel, PreTrainedModel
 
 from minilm_kernels.losses import QKV, MiniLMLoss, MiniLMv2Loss
+from minilm_kernels.packed import use_packed_attention
 from minilm_kernels.qkv import QKVExtractor
-from minilm_kernels.students import copied_student, pca_student, random_student, student_config
+from minilm_kernels.students import copied_student, one_line, pca_student, random_student, student_config
 from minilm_kernels.vocabulary import TrimmedVocabulary, restricted, trim_vocabulary
 
 from .batch import Batch
@@ -43,7 +45,10 @@ class LayerModel:
     Attributes:
         extractor: the `QKVExtractor`.
         max_positions: number of positions of the model.
+        max_document_length: tokens of the longest document of the run.
+        packed: True if the model takes packed batches as one row, without a mask.
         causal: True if a token of the model attends to earlier tokens only.
+        widths: the last dimensions of query, key and value, of which grouped heads have fewer in key and value.
 
     Raises:
         ValueError: the layer or the projections do not exist. The message names the option.
@@ -65,29 +70,51 @@ class LayerModel:
             raise ValueError(f"--{role}-layer, --{role}-projections: {error}") from error
         self._offset, self.max_positions = position_range(model)
         self._takes_positions = "position_ids" in inspect.signature(type(model.base_model).forward).parameters
+        self.max_document_length = self.max_positions
+        self.packed = False
         self.causal = _attends_causally(model)
+        ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+        with torch.no_grad():
+            self.widths = [x.shape[-1] for x in self.extractor(input_ids=ids)]
+
+    def use_packed_attention(self, *, bf16: bool = False) -> None:
+        """Makes the model take packed batches as one row, without a mask; under bfloat16 autocast if `bf16`.
+
+        Raises:
+            ValueError: the model has no packed attention.
+        """
+        self.model.train(self.role == "student")
+        with torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16, enabled=bf16):
+            use_packed_attention(self.model)
+        self.packed = True
 
     def project(self, batch: Batch) -> QKV:
         """Query, key and value in the layout of the loss: (B, S, hidden), or (T, hidden) for a packed batch."""
+        row = self.packed and batch.packed
+        if row:
+            inputs = batch.row_inputs(self._offset, self.max_document_length, causal_model=self.causal)
+        else:
+            inputs = self._masked_inputs(batch)
+        if not self._takes_positions:
+            del inputs["position_ids"]
+        if self._ids is not None:
+            inputs["input_ids"] = self._ids[inputs["input_ids"]]
+        try:
+            return batch.for_loss(self.extractor(**inputs), row=row)
+        except TorchDynamoException as error:
+            raise ValueError(
+                f"--torch-compile: the {self.role}'s {type(self.model).__name__} cannot be compiled "
+                f"({one_line(error)}); train without this option"
+            ) from error
+
+    def _masked_inputs(self, batch: Batch) -> dict[str, Any]:
         config = self.model.config
         reach = None
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
             # A window counts the token itself in decoders, and in encoders that are made of them (Gemma 3).
             reach = config.sliding_window - (self.causal or hasattr(config, "use_bidirectional_attention"))
-        inputs = batch.model_inputs(
-            self._offset, config._attn_implementation == "eager", causal_model=self.causal, reach=reach
-        )
-        if not self._takes_positions:
-            del inputs["position_ids"]
-        if self._ids is not None:
-            inputs["input_ids"] = self._ids[inputs["input_ids"]]
-        return batch.for_loss(self.extractor(**inputs))
-
-    def widths(self) -> list[int]:
-        """The last dimensions of query, key and value, of which grouped heads have fewer in key and value."""
-        ids = torch.zeros(1, 2, dtype=torch.long, device=next(self.model.parameters()).device)
-        with torch.no_grad():
-            return [x.shape[-1] for x in self.extractor(input_ids=ids)]
+        additive = config._attn_implementation == "eager"
+        return batch.model_inputs(self._offset, additive, causal_model=self.causal, reach=reach)
 
 
 @dataclass(frozen=True)
@@ -98,6 +125,7 @@ class TeacherStudent:
         tokenizer: the teacher's tokenizer, which divides the text for both models.
         mask: "bidirectional", "causal" or "prefix".
         vocabulary: the student's part of the teacher's vocabulary; None if it has all of it.
+        attention: a line on the attention of both models in packed batches.
     """
 
     teacher: LayerModel
@@ -106,10 +134,25 @@ class TeacherStudent:
     tokenizer: Any
     mask: str = "bidirectional"
     vocabulary: TrimmedVocabulary | None = None
+    attention: str = ""
+
+    @property
+    def max_document_length(self) -> int:
+        """Tokens of the longest document."""
+        return min(self.teacher.max_document_length, self.student.max_document_length)
 
     @property
     def student_tokenizer(self) -> Any:
         return self.tokenizer if self.vocabulary is None else self.vocabulary.tokenizer
+
+    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compiles both models, each as one graph.
+
+        Every batch shape has a graph of its own. A graph of dynamic shapes would make results depend on the shapes
+        that came before, so that a resumed run would have other last bits.
+        """
+        for model in (self.teacher, self.student):
+            model.extractor.compile(backend=backend, fullgraph=True, dynamic=False)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The student's parameters on which the loss depends, by name.
@@ -174,11 +217,16 @@ def load_models(
     student = LayerModel(model.to(device), config.student_layer, projections, "student", ids)
     if config.student is not None:
         check_weights(student.extractor, info, f"--student {config.student}", teacher=False)
-    for name, side in (("teacher", teacher), ("student", student)):
-        if config.max_seq_length > side.max_positions:
+    sides = (teacher, student)
+    for side in sides:
+        if (config.max_document_length or 0) > side.max_positions:
             raise ValueError(
-                f"--max-seq-length {config.max_seq_length} exceeds the {side.max_positions} positions of the {name}"
+                f"--max-document-length {config.max_document_length} exceeds the {side.max_positions} positions of the "
+                f"{side.role}"
             )
+    longest = config.max_document_length or min(config.max_seq_length, *(side.max_positions for side in sides))
+    for side in sides:
+        side.max_document_length = longest
     check_ids(tokenizer, teacher.model, student.model if vocabulary is None else None)
     mask = config.mask
     if mask == "auto":
@@ -189,7 +237,25 @@ def load_models(
                 "choose the mask of both"
             )
         mask = "causal" if teacher.causal else "bidirectional"
-    return TeacherStudent(teacher, student, _make_loss(config, teacher, student), tokenizer, mask, vocabulary)
+    loss = _make_loss(config, teacher, student)
+    attention = _choose_attention(config, teacher, student)  # last, since the models now need borders in every call
+    return TeacherStudent(teacher, student, loss, tokenizer, mask, vocabulary, attention)
+
+
+def _choose_attention(config: DistillConfig, *sides: LayerModel) -> str:
+    """Turns packed attention on where it is asked for and supported. Returns a line that says what was chosen."""
+    if not config.packing or config.attention == "mask":
+        return f"attention: {'mask' if config.packing else 'one document a row'}"
+    found = []
+    for side in sides:
+        try:
+            side.use_packed_attention(bf16=config.bf16)
+            found.append(f"{side.role} packed")
+        except ValueError as error:
+            if config.attention == "packed":
+                raise ValueError(f"--attention packed: the {side.role} cannot have it: {error}") from error
+            found.append(f"{side.role} with a mask of every pair of tokens of a row ({error})")
+    return f"attention: {', '.join(found)}"
 
 
 def _attends_causally(model: Any) -> bool:
@@ -330,7 +396,7 @@ def _make_loss(config: DistillConfig, teacher: LayerModel, student: LayerModel) 
         return MiniLMLoss(heads_t, **common)
     heads = config.relation_heads or (64 if teacher.model.config.hidden_size >= 1024 else 48)
     letters = sorted(set("".join(config.relations)))
-    widths = {role: dict(zip("qkv", side.widths(), strict=True)) for role, side in sides.items()}
+    widths = {role: dict(zip("qkv", side.widths, strict=True)) for role, side in sides.items()}
     divisor = math.gcd(*(widths[role][letter] for role in sides for letter in letters))
     if divisor % heads:
         valid = ", ".join(str(n) for n in range(1, divisor + 1) if divisor % n == 0)

@@ -9,17 +9,13 @@ from .config import DistillConfig
 
 
 def make_optimizer(config: DistillConfig, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-    """Creates AdamW. One-dimensional parameters (biases and LayerNorms) get no weight decay.
-
-    The optimizer is fused if the parameters are on a CUDA device.
-    """
+    """Creates a fused AdamW. One-dimensional parameters (biases and LayerNorms) get no weight decay."""
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    fused = True if parameters[0].is_cuda else None
     return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=config.adam_betas, eps=config.adam_epsilon, fused=fused
+        groups, lr=config.learning_rate, betas=config.adam_betas, eps=config.adam_epsilon, fused=True
     )
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from minilm_kernels.students import one_line
 
 from .batch import Batch
 from .checkpoint import TEMPORARY, write_error
-from .packing import PADDING, Packer, stack
+from .packing import PADDING, Packer, Samples, stack
 from .tokenization import DocumentTokenizer
 
 CHECKED_DOCUMENTS, CHECKED_CHARACTERS = 256, 1 << 18  # the first documents of the text, up to these limits
@@ -171,24 +171,29 @@ def check_masks(models: Any, tokenizer: DocumentTokenizer, max_seq_length: int, 
     device = next(models.student.model.parameters()).device
     largest = max(models.tokenizer.get_vocab().values())
     ids = np.random.default_rng(0).integers(largest + 1, size=length).astype(np.int32)
-    lengths = (length // 2 - 2, length // 4)
-    batches = []
-    for is_packed in (False, packing):
-        packer = Packer(tokenizer, length, is_packed)
-        for count in lengths:
-            packer.add(ids[:count])
-        packer.flush()
-        samples = stack(packer.samples, length)
-        prefixes = np.array([count // 2 for count in lengths]) if models.mask == "prefix" else None
-        batches.append(Batch(samples, device, packed=is_packed, causal=models.mask == "causal", prefixes=prefixes))
-    alone, together = batches
+    packer = Packer(tokenizer, length, packing, models.max_document_length)
+    for count in (length // 2 - 2, length // 4):
+        packer.add(ids[:count])
+    packer.flush()
+    samples = stack(packer.samples, length)
+    pieces = _pieces(samples)
+    prefixes = np.array([piece.ids.size // 2 for piece in pieces]) if models.mask == "prefix" else None
+
+    def batch(samples: Samples, packed: bool, prefixes: np.ndarray | None) -> Batch:
+        return Batch(samples, device, packed=packed, causal=models.mask == "causal", prefixes=prefixes)
+
+    together = batch(samples, packing, prefixes)
     projected = []
     for side in (models.teacher, models.student):
+        alone = [
+            batch(piece, side.packed, None if prefixes is None else prefixes[i : i + 1])
+            for i, piece in enumerate(pieces)
+        ]
         training = side.model.training
         side.model.eval()
         try:
             with torch.no_grad():
-                expected = side.project(alone)
+                parts = [[x.flatten(0, -2) for x in side.project(one)] for one in alone]
                 try:
                     found = side.project(together)
                 except Exception as error:  # models that take no mask of this form raise exceptions of any kind
@@ -198,9 +203,9 @@ def check_masks(models: Any, tokenizer: DocumentTokenizer, max_seq_length: int, 
                     ) from error
         finally:
             side.model.train(training)
-        valid = alone.positions != PADDING
-        for name, x, y in zip(QKV._fields, expected, found, strict=True):
-            x, y = x[valid], y if packing else y[valid]
+        valid = together.positions != PADDING
+        for name, x, y in zip(QKV._fields, map(torch.cat, zip(*parts, strict=True)), found, strict=True):
+            y = y if packing else y[valid]
             difference = float((x - y).abs().max() / x.abs().max())
             if not difference < PACKING_TOLERANCE:
                 raise ValueError(
@@ -209,6 +214,15 @@ def check_masks(models: Any, tokenizer: DocumentTokenizer, max_seq_length: int, 
                 )
         projected.append(found)
     models.loss.components(*projected, **together.loss_arguments())
+
+
+def _pieces(samples: Samples) -> list[Samples]:
+    """Every document of the samples as a sample of its own length, without padding."""
+    pieces = []
+    for ids, positions in zip(*samples, strict=True):
+        bounds = [*np.flatnonzero(positions == 0), int((positions != PADDING).sum())]
+        pieces += [Samples(ids[None, a:b], positions[None, a:b]) for a, b in pairwise(bounds)]
+    return pieces
 
 
 def check_text(tokenizer: DocumentTokenizer, texts: Iterable[str], teacher: Any, student: Any) -> None:

@@ -38,7 +38,7 @@ def relation_kl(config: DistillConfig, device: torch.device) -> Score:
             by_line=config.documents == "line",
             option="--text",
         ),
-        packer=Packer(tokenizer, config.max_seq_length, config.packing),
+        packer=Packer(tokenizer, config.max_seq_length, config.packing, models.max_document_length),
         tokenizer=tokenizer,
         max_samples=config.eval_samples,
         bad_documents=BadDocuments(config.bad_documents, lambda message: None),

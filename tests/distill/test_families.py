@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -9,7 +10,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from minilm_kernels.distill import DistillConfig, distill
 from minilm_kernels.distill.batch import Batch
 from minilm_kernels.distill.models import LayerModel, load_models
+from minilm_kernels.distill.packing import Packer, stack
 from minilm_kernels.distill.preflight import check_masks
+from minilm_kernels.distill.step import make_batch
 from minilm_kernels.distill.tokenization import DocumentTokenizer
 
 from .families import CAUSAL, FAMILIES, NOT_PACKED, make_teacher
@@ -88,7 +91,7 @@ def test_layers_with_windows_are_refused_and_others_are_listed(family, run):
 
 @pytest.mark.parametrize(("family", "layer"), [("gemma2", 2), ("embedding-gemma", 2), ("modernbert", 1)])
 def test_packed_documents_keep_their_windows(family, layer, run, monkeypatch):
-    models = load_models(run(family, student_layer=layer, **NEW), torch.device("cpu"))
+    models = load_models(run(family, student_layer=layer, attention="mask", **NEW), torch.device("cpu"))
     tokenizer = DocumentTokenizer(models.tokenizer)
     check_masks(models, tokenizer, 40, packing=True)
     inputs = Batch.model_inputs
@@ -99,6 +102,40 @@ def test_packed_documents_keep_their_windows(family, layer, run, monkeypatch):
     monkeypatch.setattr(Batch, "model_inputs", wider)
     with pytest.raises(ValueError, match=r"--packing: the query of the teacher's .*; use --no-packing"):
         check_masks(models, tokenizer, 40, packing=True)
+
+
+@pytest.mark.parametrize("family", ["mpnet", "gemma2"])
+def test_models_without_packed_attention_keep_the_mask(family, run):
+    """MPNet does not use the attention interface; Gemma 2 caps its scores."""
+    options = {"student_layer": 2} if family == "gemma2" else {}
+    models = load_models(run(family, **NEW, **options), torch.device("cpu"))
+    assert models.attention.startswith("attention: teacher with a mask of every pair of tokens of a row (model: ")
+    check_masks(models, DocumentTokenizer(models.tokenizer), 40, packing=True)
+    with pytest.raises(ValueError, match="--attention packed: the teacher cannot have it: model: "):
+        load_models(run(family, attention="packed", **NEW, **options), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert", "albert", "llama", "gemma3"])
+@pytest.mark.parametrize("mask", ["auto", "causal", "prefix"])
+def test_packed_attention_equals_the_mask(family, mask, run):
+    """Teacher and student; documents of two samples, padding and windows."""
+    options = {"student_layer": 4 if family == "modernbert" else -1, "mask": mask, **NEW}
+    options = {**options, "student_num_hidden_layers": 4}
+    device, found = torch.device("cpu"), []
+    for attention in ("mask", "packed"):
+        models = load_models(run(family, attention=attention, **options), device)
+        packer = Packer(DocumentTokenizer(models.tokenizer), 40, True, models.max_document_length)
+        for length in (3, 20, 7, 17, 1, 5):
+            packer.add(np.arange(5, 5 + length, dtype=np.int32))
+        packer.flush()
+        samples = stack(packer.samples, 40)
+        batch = make_batch(run(family, **options), models.mask, samples, device, (0,), slice(0, 2))
+        assert [side.packed for side in (models.teacher, models.student)] == [attention == "packed"] * 2
+        for side in (models.teacher.model, models.student.model):
+            side.eval().double()
+        found.append([models.teacher.project(batch), models.student.project(batch)])
+    for x, y in zip(*(torch.cat([*side[0], *side[1]], -1) for side in found), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-6 if "gemma" in family else 1e-11)
 
 
 @pytest.mark.parametrize(

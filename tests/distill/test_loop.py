@@ -270,7 +270,7 @@ def test_a_line_after_an_unmeasured_checkpoint_is_not_kept_twice(
         patch.setattr(loop, "evaluate", at_the_end)
         assert distill(settings()).step == 6
     with monkeypatch.context() as patch:
-        patch.setattr(loop.TrainingLoop, "write_student", lambda run, target: 1 / 0)
+        patch.setattr(loop.TrainingLoop, "write_student", lambda run, target, weights: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             distill(settings(resume_from_checkpoint=True))
     assert records(distill(settings(resume_from_checkpoint=True)), "eval") == records(whole, "eval")
@@ -373,8 +373,6 @@ def test_something_else_in_the_place_of_checkpoints_is_refused(settings: Setting
         ({"optimizer": {"embeddings.LayerNorm.weight.exp_avg": ...}}, "state of the optimizer does not fit"),
         ({"optimizer": {"embeddings.LayerNorm.weight.exp_avg": torch.zeros(7)}}, "state of the optimizer does not fit"),
         ({"progress": {"window": torch.zeros(2)}}, r"window has shape \(2,\)"),
-        ({"progress": {"cpu.0": ...}}, "KeyError: 'cpu.0'"),
-        ({"progress": {"cpu.0": torch.zeros(4, dtype=torch.uint8)}}, "RuntimeError"),
         ({"state": {"data": {"place": [0, 0, 0]}}}, "KeyError"),
         ({"data": {"eval.ids": torch.full((1, 32), 65, dtype=torch.int32)}}, "eval has no token ids of this tokenizer"),
         ({"data": {"eval.ids": torch.zeros(2)}}, "eval has no token ids of this tokenizer"),
@@ -1031,7 +1029,10 @@ def mixed_folder(path: Path) -> list[str]:
             {"method": "minilm", "relation_heads": None, "student_num_attention_heads": 3},
             r"heads in the student \(3\).*teacher \(4\)",
         ),
-        ({"max_seq_length": 41}, "--max-seq-length 41 exceeds the 40 positions"),
+        (
+            {"max_seq_length": 64, "max_document_length": 41},
+            "--max-document-length 41 exceeds the 40 positions of the teacher",
+        ),
         ({"student": other_tokenizer}, "tokenizers of --teacher .* differ, for example in .*'w"),
         ({"text": ["./nowhere.txt"]}, "--text: there is no file or folder nowhere.txt"),
         ({"text": empty_file}, "training text is empty"),

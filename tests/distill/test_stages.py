@@ -163,7 +163,7 @@ def test_a_signal_while_an_assistant_is_written_ends_the_run(
         patch.setattr(
             loop.TrainingLoop,
             "write_student",
-            lambda run, target: os.kill(os.getpid(), signal.SIGTERM) or write(run, target),
+            lambda *arguments: os.kill(os.getpid(), signal.SIGTERM) or write(*arguments),
         )
         stopped = distill(settings(**CHAIN))
     assert (stopped.stopped_by, stopped.student) == (signal.SIGTERM, None)

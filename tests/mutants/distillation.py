@@ -8,7 +8,7 @@ _T = "tests/distill/"
 MUTANTS = [
     # Steps.
     Mutant(
-        _D + "step.py",
+        _D + "gradients.py",
         "(norm + 1e-6)).clamp(max=1.0))",
         "(norm + 1e-6)))",
         _T + "test_loop.py",
@@ -29,16 +29,16 @@ MUTANTS = [
         "biases and LayerNorms decay",
     ),
     Mutant(
-        _D + "loop.py",
-        "        self.buffer.zero_()\n",
+        _D + "gradients.py",
+        "        self.zero_()\n",
         "",
         _T + "test_loop.py",
         "gradients of all steps are summed",
     ),
     Mutant(
-        _D + "loop.py",
-        "dist.sum(self.buffer.flat)",
-        "self.buffer.flat",
+        _D + "gradients.py",
+        "        if context.world_size == 1:\n",
+        "        if context.world_size:\n",
         _T + "test_distributed.py",
         "ranks train independently",
     ),
@@ -80,15 +80,15 @@ MUTANTS = [
     # Memory.
     Mutant(
         _D + "loop.py",
-        "            restore_random_state(generators, dist.device)\n",
+        "                seed_dropout(config.seed, self.state.step, start)\n",
         "",
         _T + "test_memory.py",
         "a step that is repeated has other dropout",
     ),
     Mutant(
-        _D + "loop.py",
-        "slice(start, min(start + micro, end))",
-        "slice(start, start + micro)",
+        _D + "prefetch.py",
+        "slice(start, min(start + size, end))",
+        "slice(start, start + size)",
         _T + "test_memory.py",
         "the last micro-batch of a process has samples of the next one",
     ),
@@ -101,7 +101,7 @@ MUTANTS = [
     ),
     Mutant(
         _D + "run_state.py",
-        'self.micro_batch = saved.state["micro_batch"]',
+        'self.micro_batch = min(saved.state["micro_batch"], self.micro_batch)',
         "pass",
         _T + "test_memory.py",
         "a resumed run begins with the large micro-batch",
@@ -134,13 +134,6 @@ MUTANTS = [
         "",
         _T + "test_stages.py",
         "a student that cannot be made is found after days of training its assistant",
-    ),
-    Mutant(
-        _D + "loop.py",
-        'with torch.random.fork_rng([device] if device.type == "cuda" else []):',
-        "if True:",
-        _T + "test_stages.py",
-        "checks of later stages change the dropout of the assistant",
     ),
     Mutant(
         _D + "loop.py",
@@ -203,7 +196,7 @@ MUTANTS = [
     ),
     Mutant(
         _D + "evaluation.py",
-        "    models.student.model.eval()\n",
+        "    models.student.extractor.eval()\n",
         "",
         _T + "test_loop.py",
         "the evaluation uses dropout",
@@ -387,11 +380,11 @@ MUTANTS = [
         "a run under nohup stops at a hangup",
     ),
     Mutant(
-        _D + "loop.py",
-        "                self.stream.put_back(samples)",
-        "                pass",
-        _T + "test_loop.py",
-        "samples that another process could not read are never used",
+        _D + "prefetch.py",
+        "return self._state or self._stream.state()",
+        "return self._stream.state()",
+        f"{_T}test_prefetch.py {_T}test_loop.py",
+        "samples that were prepared ahead are never used after a resume",
     ),
     Mutant(
         _D + "loop.py",
