@@ -377,6 +377,8 @@ class TrainingLoop:
             "packing": config.packing,
             "max_document_length": models.max_document_length,
             "seed": config.seed,
+            "text": self.stream.shards.digest,
+            "eval": self.stream.state()[0]["eval_set"],  # these documents are left out
         }
         cache = dist.on_all(
             lambda: TeacherCache(
