@@ -51,8 +51,8 @@ MUTANTS = [
     ),
     Mutant(
         _D + "loop.py",
-        "state.step % config.save_steps == 0 or last or stop:",
-        "state.step % config.save_steps == 0 or last:",
+        "state.step % config.save_steps == 0 or last or stop or improved:",
+        "state.step % config.save_steps == 0 or last or improved:",
         f"{_T}test_loop.py {_T}test_distributed.py",
         "a stopped run loses what came after the last checkpoint",
     ),
@@ -80,14 +80,14 @@ MUTANTS = [
     # Memory.
     Mutant(
         _D + "loop.py",
-        "                seed_dropout(config.seed, self.state.step, start)\n",
+        "                seed_dropout(config.seed, self.state.step, part.start)\n",
         "",
         _T + "test_memory.py",
         "a step that is repeated has other dropout",
     ),
     Mutant(
         _D + "prefetch.py",
-        "slice(start, min(start + size, end))",
+        "slice(start, min(start + size, share.stop))",
         "slice(start, start + size)",
         _T + "test_memory.py",
         "the last micro-batch of a process has samples of the next one",
@@ -113,6 +113,56 @@ MUTANTS = [
         _T + "test_memory.py",
         "--gradient-checkpointing is ignored",
     ),
+    # Steps that are prepared ahead, compiled or cached.
+    Mutant(
+        _D + "evaluation.py",
+        'with torch.compiler.set_stance("force_eager"):',
+        "if True:",
+        _T + "test_torch_compile.py",
+        "the last micro-batch of an evaluation is compiled",
+    ),
+    Mutant(
+        _D + "batch.py",
+        "tensor.to(device, non_blocking=True)",
+        "tensor.to(device)",
+        _T + "test_host_synchronisation.py",
+        "every copy to the device waits for it",
+    ),
+    Mutant(
+        _D + "prefetch.py",
+        "min(step + STEPS_AHEAD, self._config.max_steps - 1)",
+        "step + STEPS_AHEAD",
+        _T + "test_prefetch.py",
+        "the thread reads samples after the last step",
+    ),
+    Mutant(
+        _D + "prefetch.py",
+        "step * config.total_batch_size + start",
+        "start",
+        _T + "test_teacher_cache.py",
+        "every step stores the teacher's values in the place of the first one",
+    ),
+    Mutant(
+        _D + "teacher_cache.py",
+        "        return rounded\n\n    def _rows",
+        "        return teacher\n\n    def _rows",
+        _T + "test_teacher_cache.py",
+        "a run that fills a cache in bfloat16 differs from one that reads it",
+    ),
+    Mutant(
+        _D + "teacher_cache.py",
+        "if complete and _checksum(views) == checksum:",
+        "if complete:",
+        _T + "test_teacher_cache.py",
+        "damaged values are used",
+    ),
+    Mutant(
+        _D + "teacher_cache.py",
+        "if needed - stored > free:",
+        "if needed > free:",
+        _T + "test_teacher_cache.py",
+        "a second student needs as much room as the first one",
+    ),
     # Stages.
     Mutant(
         _D + "config.py",
@@ -130,7 +180,7 @@ MUTANTS = [
     ),
     Mutant(
         _D + "loop.py",
-        "            _check_later_stages(later, loop)\n",
+        "            _check_later_stages(later, self)\n",
         "",
         _T + "test_stages.py",
         "a student that cannot be made is found after days of training its assistant",
