@@ -400,7 +400,7 @@ def _listed_difference(before: Sequence[str], now: Sequence[str]) -> str:
 
 
 def _finished(path: Path, place: list[Any], strict: bool) -> Shard | None:
-    """What a finished shard that begins at this place says about itself, unless `strict` and it lacks bad documents."""
+    """The description of a finished shard that begins at this place, unless `strict` and it lacks bad documents."""
     try:
         shard = read_shard(path)
     except Exception:  # it does not exist, or is damaged and made again

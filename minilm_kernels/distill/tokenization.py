@@ -86,7 +86,7 @@ class DocumentTokenizer:
         """SHA-256 of everything on which the tokens depend: the vocabulary, its rules, and the special tokens."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         rules = {} if backend is None else json.loads(backend.to_str())
-        for state in ("version", "truncation", "padding"):  # of the file format, and of earlier calls
+        for state in ("version", "truncation", "padding"):  # depends on the file format and on earlier calls
             rules.pop(state, None)
         special = [self.prefix.tolist(), self.suffix.tolist(), self.pad, self.unknown]
         content = [sorted(self._tokenizer.get_vocab().items()), rules or type(self._tokenizer).__name__, special]
