@@ -37,7 +37,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def short_run(teacher: Path, text: Path, output: Path, **changes: Any) -> DistillConfig:
+def short_run(teacher: Path, text: Path, output: Path, /, **changes: Any) -> DistillConfig:
     """Settings of a short run. `changes` replace defaults or are added."""
     base = {
         "teacher": str(teacher),
@@ -70,6 +70,6 @@ def settings(teacher_folder: Path, text_file: Path, tmp_path: Path) -> Callable[
     """Creates the settings of a short run. Arguments replace defaults or are added."""
 
     def make(**changes: Any) -> DistillConfig:
-        return short_run(teacher_folder, text_file, **{"output": tmp_path / "run", **changes})
+        return short_run(teacher_folder, text_file, tmp_path / "run", **changes)
 
     return make
