@@ -15,13 +15,6 @@ MUTANTS = [
         "small gradients are scaled up to --max-grad-norm",
     ),
     Mutant(
-        _D + "loop.py",
-        "torch.manual_seed(config.seed + dist.rank)",
-        "torch.manual_seed(config.seed)",
-        f"{_T}test_loop.py {_T}test_distributed.py",
-        "all ranks draw the same dropout",
-    ),
-    Mutant(
         _D + "optimizer.py",
         '"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}',
         '"params": [p for p in parameters if p.dim() <= 1], "weight_decay": config.weight_decay}',
