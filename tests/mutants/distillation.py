@@ -238,6 +238,20 @@ MUTANTS = [
         harmless="padding only has to attend to something; the loss leaves it out",
     ),
     Mutant(
+        _D + "batch.py",
+        "self._row_positions + position_offset",
+        "self._row_positions",
+        _T + "test_batch.py",
+        "RoBERTa's positions begin at its padding index in rows, too",
+    ),
+    Mutant(
+        _D + "batch.py",
+        "% self._longest",
+        "% len(valid)",
+        _T + "test_batch.py -k row_has",
+        "padding is a document that is longer than the models' positions",
+    ),
+    Mutant(
         _D + "evaluation.py",
         "    models.student.extractor.eval()\n",
         "",
