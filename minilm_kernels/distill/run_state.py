@@ -15,8 +15,8 @@ from .config import DistillConfig
 from .console import say
 from .distributed import DistContext
 from .models import TeacherStudent
+from .prefetch import Prefetcher
 from .run_folder import refuse_differences
-from .sample_stream import SampleStream
 from .sharding import placed
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -43,7 +43,7 @@ class RunState:
     config: DistillConfig
     dist: DistContext
     models: TeacherStudent
-    stream: SampleStream
+    stream: Prefetcher
     optimizer: torch.optim.AdamW
     parameters: dict[str, nn.Parameter]
     teacher_digests: dict[str, str] | None
@@ -186,14 +186,12 @@ class RunState:
         expect(window.dim() == 2 and window.shape[1] == columns, f"window has shape {tuple(window.shape)}")
         words = self.models.teacher.model.get_input_embeddings().weight.shape[0]
         data = saved.tensors["data"]
-        sample = (config.max_seq_length,)
-        parts = {"buffer": sample, "drawn": sample, "open": ()} | ({"eval": sample} if "eval.ids" in data else {})
-        for part, shape in parts.items():
-            ids, positions = data[f"{part}.ids"], data[f"{part}.positions"]
+        if "eval.ids" in data:
+            ids, positions = data["eval.ids"], data["eval.positions"]
             expect(
                 ids.shape == positions.shape
-                and ids.shape[1:] == shape
+                and ids.shape[1:] == (config.max_seq_length,)
                 and ids.dtype == positions.dtype == torch.int32
-                and (not ids.numel() or bool(ids.min() >= 0 and ids.max() < words)),
-                f"{part} has no token ids of this tokenizer",
+                and bool(ids.min() >= 0 and ids.max() < words),
+                "eval has no token ids of this tokenizer",
             )

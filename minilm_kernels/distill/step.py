@@ -52,7 +52,12 @@ def seed_dropout(seed: int, step: int, first: int) -> None:
 
 
 def teacher_qkv(models: TeacherStudent, batch: Batch, *, bf16: bool = False) -> QKV:
-    """The teacher's query, key and value for the loss, as inference tensors; under bfloat16 autocast if `bf16`."""
+    """The teacher's query, key and value for the loss, as inference tensors; under bfloat16 autocast if `bf16`.
+
+    A teacher whose values the batch has does not run.
+    """
+    if batch.teacher is not None:
+        return batch.teacher
     with torch.inference_mode(), torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
         return models.teacher.project(batch)
 
