@@ -91,7 +91,9 @@ def children(parent: int) -> list[int]:
 def wait_for_step(metrics: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not any(record["step"] >= step for record in read_metrics(metrics)):
-        assert all(process.poll() is None for process in processes), [p.communicate()[0] for p in processes]
+        assert all(process.poll() is None for process in processes), [
+            p.communicate(timeout=PATIENCE)[0] for p in processes
+        ]
         assert time.monotonic() < deadline, "the run does not advance"
         time.sleep(0.005)
 
