@@ -22,7 +22,7 @@ _LARGEST_LAYERS, _LARGEST_WIDTH = 10_000, 2**20
 # Options of a whole run, which a teacher assistant cannot have of its own.
 _NOT_OF_ASSISTANTS = {
     *("recipe", "teacher", "teacher_layer", "teacher_projections", "teacher_assistant"),
-    *("output_dir", "resume_from_checkpoint", "device"),
+    *("output_dir", "resume_from_checkpoint", "device", "tokens"),
 }
 
 
@@ -212,10 +212,26 @@ class DistillConfig:
         path=True,
     )
     dataset_name: str | None = _option(
-        None, "training text: data set of the Hugging Face hub, streamed, instead of --text", path=True
+        None, "training text: data set of the Hugging Face hub, instead of --text", path=True
     )
     dataset_config_name: str | None = _option(None, "configuration name of the hub data set")
     dataset_split: str = _option("train", "split of the hub data set")
+    tokens: str | None = _option(
+        None,
+        "training text: folder of minilm-distill prepare, instead of --text; without it, the text is tokenized before "
+        "the first step, into the folder tokens in --output-dir",
+        neutral=True,
+        path=True,
+    )
+    max_train_documents: int | None = _option(
+        None, "number of documents to use from the beginning of the training text", positive=True, absent="all"
+    )
+    preprocessing_num_workers: int | None = _option(
+        None,
+        "number of processes that tokenize the text; by default, one for each available processor",
+        neutral=True,
+        positive=True,
+    )
     text_column: str = _option(
         "text", "name of the column with the text, in hub data sets, JSON objects, CSV and Parquet files"
     )
@@ -262,9 +278,6 @@ class DistillConfig:
         "attention of both models in packed samples; packed: all documents in one row, with their borders; mask: a "
         "mask of --max-seq-length x --max-seq-length; auto: packed for models that support it",
         choices=("auto", "packed", "mask"),
-    )
-    shuffle_buffer_size: int = _option(
-        2048, "number of samples in the shuffle buffer; 1 keeps the order of the text", positive=True
     )
 
     max_steps: int = _option(400_000, "number of optimizer steps", positive=True)

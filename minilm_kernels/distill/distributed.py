@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .signals import end_with_parent
+
 T = TypeVar("T")
-_PR_SET_PDEATHSIG = 1
 
 
 class DistContext:
@@ -166,9 +164,6 @@ def _from_environment(name: str, default: int) -> int:
 
 
 def _end_with_torchrun() -> None:
-    """Asks Linux for a SIGTERM when torchrun dies, because a killed launcher cannot end its workers."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform.startswith("linux"):
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-        if os.getppid() != parent:  # the parent died before the call
-            os.kill(os.getpid(), signal.SIGTERM)
+    """Ends the process when torchrun dies."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid())

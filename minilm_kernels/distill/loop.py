@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,7 @@ from .conditions import conditions, teacher_digests
 from .config import DistillConfig
 from .console import forgiving_streams, say
 from .distributed import DistContext
-from .eval_set import EvalSet, collect_eval_set
+from .eval_set import EvalSet, collect_eval_set, split_eval_set
 from .evaluation import evaluate
 from .gradients import SummedGradients
 from .memory import is_out_of_memory
@@ -34,6 +34,7 @@ from .optimizer import learning_rate_at, make_optimizer
 from .packing import Packer
 from .prefetch import Prefetcher, PreparedStep
 from .preflight import CHECKED_DOCUMENTS, check_masks, check_saving, check_text
+from .preparation import document_texts, open_text, prepare_text
 from .recipes import recipe_summary
 from .run_folder import (
     CHECKPOINTS,
@@ -47,10 +48,11 @@ from .run_state import RunState
 from .sample_stream import SampleStream
 from .sharding import ShardedGradients, shard_student
 from .signals import StopSignals
-from .sources import HubDataset, Source, open_sources
+from .sources import Source
 from .stages import Stage, stages
 from .step import loss_vector, seed_dropout, teacher_qkv
 from .teacher_cache import TeacherCache
+from .token_shards import TokenShards
 from .tokenization import DocumentTokenizer
 from .trackers import Trackers
 
@@ -172,10 +174,9 @@ def distill(config: DistillConfig) -> DistillResult:
 def _run_stage(stage: Stage, later: Sequence[Stage], dist: DistContext) -> DistillResult:
     """Trains the model of a stage and writes it, or stops at a signal."""
     output = stage.folder
-    with closing(TrainingLoop(stage, dist)) as loop:
+    with closing(TrainingLoop(stage, dist, later)) as loop:
 
         def begin() -> None:
-            _check_later_stages(later, loop)
             for each in (stage, *later):  # from here on, their folders contain a run
                 write_settings(each.config)
 
@@ -189,8 +190,8 @@ def _run_stage(stage: Stage, later: Sequence[Stage], dist: DistContext) -> Disti
             # A signal during the last step of a stage comes before the next one.
             stopped_by = None if loop.finished and not later else dist.max(signals.received) or None
         if dist.is_main:
-            if skipped := loop.stream.bad_documents.summary():
-                print(f"minilm-distill: {skipped}")
+            if skipped := loop.stream.shards.counts.bad:
+                print(f"minilm-distill: skipped bad documents: {skipped}")
             if loop.finished:
                 print(f"minilm-distill: {'the student' if not later else stage.name} is in {output / STUDENT}")
         return dist.on_main(lambda: _result(stage.config, output, loop.state.step, stopped_by))
@@ -211,6 +212,7 @@ class TrainingLoop:
     Args:
         stage: the stage. Its folder is locked.
         dist: rank, device and collectives.
+        later: later stages, whose models are checked.
 
     Attributes:
         models: the teacher of this stage, and its student.
@@ -218,13 +220,15 @@ class TrainingLoop:
         stream: the training samples.
     """
 
-    def __init__(self, stage: Stage, dist: DistContext) -> None:
+    def __init__(self, stage: Stage, dist: DistContext, later: Sequence[Stage] = ()) -> None:
         self.stage, self.dist = stage, dist
         self.config = config = stage.config
         self.metrics_path = stage.folder / METRICS
         self.checkpoints = Checkpoints(stage.folder / CHECKPOINTS, config.save_total_limit)
         self.trackers: Trackers | None = None
         saved = self._choose_checkpoint() if config.resume_from_checkpoint else None
+        dist.on_all(lambda: self._load_models(saved, later))
+        self._prepare_text(resumed=saved is not None)
         dist.on_all(lambda: self._prepare(saved))
         dist.check_equal(self.state.teacher_digests, "the files of --teacher")
         if (vocabulary := self.models.vocabulary) is not None:
@@ -265,43 +269,70 @@ class TrainingLoop:
         dist.check_equal(saved and f"step {saved.step}, SHA-256 {saved.digest}", "the checkpoint to continue from")
         return saved
 
+    def _load_models(self, saved: Checkpoint | None, later: Sequence[Stage]) -> None:
+        """Loads and checks the models, and opens the text. This method does not communicate, as `_prepare`."""
+        config, dist = self.config, self.dist
+        tell = say if dist.is_main else _ignore
+        self._sources, self._eval_sources = open_text(config, tell)
+        teacher_ids = None if saved is None else saved.tensors["progress"].get("vocabulary")
+        output = self.stage.folder if dist.is_main else None
+        models, tokenizer = _checked_models(self.stage.model_config(), dist.device, self._sources, output, teacher_ids)
+        tell(models.attention)
+        if models.vocabulary is not None:
+            tell(f"--trim-vocabulary: {models.vocabulary.summary(models.tokenizer)}")
+        self.models: TeacherStudent = models
+        self.tokenizer = tokenizer
+        if dist.is_main:
+            _check_later_stages(later, self)
+
+    def _prepare_text(self, *, resumed: bool) -> None:
+        """Tokenizes the text on the main process, in rounds, so that the others do not wait too long at a time."""
+        config, dist, folder = self.config, self.dist, self.stage.tokens
+        if config.tokens is not None:
+            return
+
+        def differs(difference: str) -> None:
+            if resumed:
+                raise ValueError(
+                    f"--resume-from-checkpoint: the training text has changed since it was tokenized ({difference}); "
+                    "restore it, or start again in another --output-dir"
+                )
+            say(f"{folder} has the tokens of another text, or of another tokenizer ({difference}): making them anew")
+
+        with closing(
+            prepare_text(
+                config, folder, self._sources, self.tokenizer, BadDocuments(config.bad_documents, say), differs
+            )
+        ) as rounds:
+            while not dist.on_main(lambda: next(rounds)):
+                pass
+
     def _prepare(self, saved: Checkpoint | None) -> None:
         """Creates everything that the steps need.
 
         This method does not communicate, so that a failure on one process can be reported to all.
         """
-        config, dist = self.config, self.dist
-        tell = say if dist.is_main else _ignore
-        sources, eval_sources = _open_text(config, tell)
-        teacher_ids = None if saved is None else saved.tensors["progress"].get("vocabulary")
-        output = self.stage.folder if dist.is_main else None
-        models, tokenizer = _checked_models(self.stage.model_config(), dist.device, sources, output, teacher_ids)
-        tell(models.attention)
-        if models.vocabulary is not None:
-            tell(f"--trim-vocabulary: {models.vocabulary.summary(models.tokenizer)}")
-        eval_set: EvalSet | None = None
-        if saved is None and (eval_sources or config.eval_fraction):
-            separate = bool(eval_sources)
-            # Bad documents of the training text are reported when training reads them.
-            eval_set = collect_eval_set(
-                eval_sources or sources,
-                separate=separate,
-                fraction=config.eval_fraction,
-                packer=Packer(tokenizer, config.max_seq_length, config.packing, models.max_document_length),
-                tokenizer=tokenizer,
-                max_samples=config.eval_samples,
-                bad_documents=BadDocuments(config.bad_documents, tell if separate else _ignore),
+        config, dist, models, tokenizer = self.config, self.dist, self.models, self.tokenizer
+        shards = TokenShards(self.stage.tokens)
+        if shards.plan["tokenizer"] != tokenizer.digest():
+            raise ValueError(
+                f"--tokens: {shards.folder} has the tokens of another tokenizer than that of --teacher; prepare them "
+                "with this teacher"
             )
-        self.stream = SampleStream(
-            sources,
-            tokenizer,
-            Packer(tokenizer, config.max_seq_length, config.packing, models.max_document_length),
-            eval_set=eval_set,
-            shuffle_buffer_size=config.shuffle_buffer_size,
-            seed=config.seed,
-            bad_documents=BadDocuments(config.bad_documents, lambda message: self.progress.say(message)),
-        )
-        self.models: TeacherStudent = models
+        if dist.is_main:
+            shards.verify()
+        eval_set: EvalSet | None = None
+        if saved is None and self._eval_sources:
+            eval_set = collect_eval_set(
+                self._eval_sources,
+                self._packer(),
+                tokenizer,
+                config.eval_samples,
+                BadDocuments(config.bad_documents, say if dist.is_main else _ignore),
+            )
+        elif saved is None and config.eval_fraction:
+            eval_set = split_eval_set(shards, config.eval_fraction, self._packer(), config.eval_samples)
+        self.stream = SampleStream(shards, self._packer(), eval_set=eval_set, seed=config.seed)
         if config.torch_compile:
             models.compile()
         self.steps = Prefetcher(config, self.stream, models.mask, dist)
@@ -360,6 +391,10 @@ class TrainingLoop:
         )
         dist.on_main(lambda: say(f"--cache-teacher: {cache.check_room(config.max_steps * config.total_batch_size)}"))
         return cache
+
+    def _packer(self) -> Packer:
+        config = self.config
+        return Packer(self.tokenizer, config.max_seq_length, config.packing, self.models.max_document_length)
 
     @property
     def finished(self) -> bool:
@@ -517,8 +552,8 @@ class TrainingLoop:
         return {
             "epoch": latest.epoch,
             "tokens": state.tokens,
-            "bad_documents": latest.bad_documents,
-            "null_documents": latest.null_documents,
+            "bad_documents": self.stream.shards.counts.bad,
+            "null_documents": self.stream.shards.counts.nulls,
             "loss": sum(weight * values[name] for name, weight in relations.items()),
             **values,
             "learning_rate": learning_rate_at(self.config, state.step - 1),
@@ -596,12 +631,12 @@ def _checked_models(
         output: folder in which saving the student is tried; `None` to leave this out.
         teacher_ids: the student's vocabulary of a run that is resumed.
     """
-    models = load_models(config, device, islice(_texts(sources), config.trim_vocabulary_documents), teacher_ids)
+    models = load_models(config, device, _counted(config, sources), teacher_ids)
     if output is not None:
         check_saving(models.student.model, models.student_tokenizer, output)
     tokenizer = DocumentTokenizer(models.tokenizer)
     student = models.student.model if models.vocabulary is None else None
-    check_text(tokenizer, _texts(sources), models.teacher.model, student)
+    check_text(tokenizer, document_texts(sources), models.teacher.model, student)
     check_masks(models, tokenizer, config.max_seq_length, config.packing)
     return models, tokenizer
 
@@ -617,29 +652,18 @@ def _check_later_stages(later: Sequence[Stage], loop: TrainingLoop) -> None:
             models.student_tokenizer.save_pretrained(folder)
             config = replace(stage.model_config(Path(folder)), trim_vocabulary_documents=CHECKED_DOCUMENTS)
             try:
-                models, _ = _checked_models(config, device, _open_text(config, _ignore)[0], stage.folder)
+                models, _ = _checked_models(config, device, open_text(config, _ignore)[0], stage.folder)
             except ValueError as error:
                 raise ValueError(f"{stage.name}: {error}") from error
 
 
-def _texts(sources: Iterable[Source]) -> Iterator[str]:
-    """The text of all documents that have one."""
-    documents = (document for source in sources for document in source.read())
-    return (document.text for document in documents if document.text is not None)
-
-
-def _open_text(config: DistillConfig, say: Callable[[str], None]) -> tuple[list[Source], list[Source]]:
-    """Opens the training text and the separate evaluation text, if there is one."""
-
-    def files(paths: tuple[str, ...], option: str) -> list[Source]:
-        by_line = config.documents == "line"
-        return open_sources(paths, text_column=config.text_column, by_line=by_line, option=option, say=say)
-
-    training: list[Source] = files(config.text, "--text")
-    if config.dataset_name is not None:
-        name, subset = config.dataset_name, config.dataset_config_name
-        training = [HubDataset(name, subset, config.dataset_split, config.text_column)]
-    return training, files(config.eval_text, "--eval-text")
+def _counted(config: DistillConfig, sources: Sequence[Source]) -> Iterable[str] | Mapping[int, int]:
+    """The texts in which `--trim-vocabulary` counts tokens, or these counts."""
+    if config.tokens is None:
+        return islice(document_texts(sources), config.trim_vocabulary_documents)
+    if config.trim_vocabulary is None:
+        return ()
+    return TokenShards(Path(config.tokens)).token_counts(config.trim_vocabulary_documents)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -168,12 +168,15 @@ class TeacherStudent:
 
 
 def load_models(
-    config: DistillConfig, device: torch.device, texts: Iterable[str] = (), teacher_ids: Tensor | None = None
+    config: DistillConfig,
+    device: torch.device,
+    texts: Iterable[str] | Mapping[int, int] = (),
+    teacher_ids: Tensor | None = None,
 ) -> TeacherStudent:
     """Loads the frozen teacher and the float32 student with its initial weights on `device`.
 
     Args:
-        texts: with `--trim-vocabulary`, the texts whose tokens are counted.
+        texts: with `--trim-vocabulary`, the texts whose tokens are counted, or these counts.
         teacher_ids: the vocabulary that they have given before, for a run that is resumed.
 
     Raises:

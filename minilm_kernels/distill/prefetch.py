@@ -43,11 +43,11 @@ class PreparedStep(NamedTuple):
 
     Attributes:
         step: its number, from 0.
-        samples: the samples of all processes, (samples, max_seq_length).
+        samples: the samples of all processes, (samples, max_seq_length). The token ids are those of this process.
         total: their documents and tokens.
         size: number of samples of a micro-batch.
         micro_batches: the micro-batches of this process.
-        epoch, bad_documents, null_documents: of the stream after these samples.
+        epoch: that of the stream after these samples.
         state: state of the stream after these samples.
     """
 
@@ -57,8 +57,6 @@ class PreparedStep(NamedTuple):
     size: int
     micro_batches: list[MicroBatch]
     epoch: int
-    bad_documents: int
-    null_documents: int
     state: tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -86,9 +84,8 @@ class Prefetcher:
         self.latest: PreparedStep | None = None
 
     def close(self) -> None:
-        """Ends the thread, and the stream's."""
+        """Ends the thread."""
         self._thread.shutdown(cancel_futures=True)
-        self._stream.close()
 
     def wait(self, step: int, size: int) -> None:
         """Waits until a step is prepared.
@@ -129,19 +126,21 @@ class Prefetcher:
 
     def _prepare(self, step: int, size: int) -> PreparedStep:
         stream = self._stream
-        samples = stream.take(self._config.total_batch_size)
+        samples = stream.take(self._config.total_batch_size, self._own())
         total = LossWeights.of(samples)
         micro_batches = self._build(step, samples, total, size)
-        counts = stream.epoch, stream.bad_documents.bad, stream.bad_documents.nulls
-        return PreparedStep(step, samples, total, size, micro_batches, *counts, stream.state())
+        return PreparedStep(step, samples, total, size, micro_batches, stream.epoch, stream.state())
+
+    def _own(self) -> slice:
+        """The samples of this process in a step."""
+        share = self._config.total_batch_size // self._dist.world_size
+        return slice(self._dist.rank * share, (self._dist.rank + 1) * share)
 
     def _build(self, step: int, samples: Samples, total: LossWeights, size: int) -> list[MicroBatch]:
-        config, dist = self._config, self._dist
-        share = config.total_batch_size // dist.world_size
-        end = (dist.rank + 1) * share
+        config, dist, share = self._config, self._dist, self._own()
         found = []
-        for start in range(dist.rank * share, end, size):
-            part = slice(start, min(start + size, end))
+        for start in range(share.start, share.stop, size):
+            part = slice(start, min(start + size, share.stop))
             own, first = samples.part(part), step * config.total_batch_size + start
             batch = make_batch(config, self._mask, samples, torch.device("cpu"), (config.seed, 3, step), part)
             batch = batch.pinned() if dist.device.type == "cuda" else batch

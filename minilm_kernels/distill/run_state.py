@@ -186,14 +186,12 @@ class RunState:
         expect(window.dim() == 2 and window.shape[1] == columns, f"window has shape {tuple(window.shape)}")
         words = self.models.teacher.model.get_input_embeddings().weight.shape[0]
         data = saved.tensors["data"]
-        sample = (config.max_seq_length,)
-        parts = {"buffer": sample, "drawn": sample, "open": ()} | ({"eval": sample} if "eval.ids" in data else {})
-        for part, shape in parts.items():
-            ids, positions = data[f"{part}.ids"], data[f"{part}.positions"]
+        if "eval.ids" in data:
+            ids, positions = data["eval.ids"], data["eval.positions"]
             expect(
                 ids.shape == positions.shape
-                and ids.shape[1:] == shape
+                and ids.shape[1:] == (config.max_seq_length,)
                 and ids.dtype == positions.dtype == torch.int32
-                and (not ids.numel() or bool(ids.min() >= 0 and ids.max() < words)),
-                f"{part} has no token ids of this tokenizer",
+                and bool(ids.min() >= 0 and ids.max() < words),
+                "eval has no token ids of this tokenizer",
             )

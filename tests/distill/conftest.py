@@ -53,7 +53,6 @@ def short_run(teacher: Path, text: Path, output: Path, /, **changes: Any) -> Dis
         "learning_rate": 1e-3,
         "eval_fraction": 0.1,
         "eval_samples": 12,
-        "shuffle_buffer_size": 40,
         "logging_steps": 1,
         "eval_steps": 3,
         "save_steps": 3,

@@ -77,7 +77,6 @@ def test_a_run_killed_at_a_random_step_continues_to_the_same_bits(settings: Sett
         "total_batch_size": 2,
         "relation_heads": 2,
         "eval_samples": 4,
-        "shuffle_buffer_size": 20,
         "eval_steps": 100,
         "save_steps": 5,
     }
@@ -122,7 +121,6 @@ def test_a_chain_killed_in_every_stage_continues_to_the_same_bits(settings: Sett
         "max_seq_length": 16,
         "total_batch_size": 2,
         "eval_samples": 4,
-        "shuffle_buffer_size": 20,
         "eval_steps": 50,
         "save_steps": 5,
     }

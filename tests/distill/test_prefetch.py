@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,15 +60,14 @@ def test_micro_batches_are_those_of_the_stream_in_its_order(
     config = settings(**options)
     plain = stream([Documents(TEXTS)], packing=config.packing)
     share = 6 // processes
-    with (
-        prefetcher(
-            stream([Documents(TEXTS)], packing=config.packing), config, mask=config.mask, processes=processes, rank=rank
-        ) as steps,
-        closing(plain),
-    ):
+    samples_of_rank = stream([Documents(TEXTS)], packing=config.packing)
+    with prefetcher(samples_of_rank, config, mask=config.mask, processes=processes, rank=rank) as steps:
         for number, prepared in enumerate(steps_of(steps, 12, size)):
             samples = plain.take(6)
-            assert same(prepared.samples, samples)
+            mine = slice(rank * share, (rank + 1) * share)
+            assert same(prepared.samples.part(mine), samples.part(mine))
+            assert np.array_equal(prepared.samples.positions, samples.positions)
+            assert not np.delete(prepared.samples.ids, np.arange(6)[mine], 0).any()
             assert (prepared.step, prepared.total) == (number, LossWeights.of(samples))
             starts = range(rank * share, (rank + 1) * share, size)
             assert [part.start for part in prepared.micro_batches] == list(starts)
@@ -113,7 +113,7 @@ def test_the_saved_position_is_that_before_the_prepared_steps(done: int) -> None
     if not done:
         assert state[0] == initial[0]
     else:
-        assert state[0]["epoch"] == found[-1].epoch
+        assert state[0]["place"][0] == found[-1].epoch
     with prefetcher(stream([Documents(TEXTS)])) as steps:
         steps.load_state(*state)
         for one, other in zip(rest, steps_of(steps, 12 - done, first=done), strict=True):
@@ -125,7 +125,12 @@ def test_no_sample_is_taken_for_steps_after_the_last() -> None:
     samples = stream([Documents(TEXTS)])
     taken = []
     real = samples.take
-    samples.take = lambda count: taken.append(threading.current_thread().name) or real(count)  # type: ignore[method-assign]
+
+    def take(count: int, own: slice) -> Samples:
+        taken.append(threading.current_thread().name)
+        return real(count, own)
+
+    samples.take = take  # type: ignore[method-assign, assignment]
     with prefetcher(samples, settings(max_steps=4)) as steps:
         steps_of(steps, 4)
     assert len(taken) == 4
@@ -138,19 +143,20 @@ def test_an_error_arrives_at_its_step_with_the_position_before_it(failing: int) 
     samples = stream([Documents(TEXTS)])
     real, calls = samples.take, iter(range(100))
 
-    def broken(count: int) -> Samples:
+    def broken(count: int, own: slice) -> Samples:
         if next(calls) == failing:
             raise OSError("the text cannot be read")
-        return real(count)
+        return real(count, own)
 
-    samples.take = broken  # type: ignore[method-assign]
+    samples.take = broken  # type: ignore[method-assign, assignment]
     with prefetcher(samples) as steps:
         steps_of(steps, failing)
         for _ in range(2):
             with pytest.raises(OSError, match="the text cannot be read"):
                 steps.wait(failing, 6)
         state = steps.state()
-    with prefetcher(stream([Documents(TEXTS)])) as again, closing(stream([Documents(TEXTS)])) as plain:
+    plain = stream([Documents(TEXTS)])
+    with prefetcher(stream([Documents(TEXTS)])) as again:
         again.load_state(*state)
         for _ in range(failing):
             plain.take(6)

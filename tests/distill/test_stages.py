@@ -63,7 +63,7 @@ def _settings(teacher: Path, text: Path, output: Path, **changes: Any) -> Distil
         **{"teacher": teacher, "text": [str(text)], "output_dir": output, "device": "cpu", "relation_heads": 12},
         **{"student_num_hidden_layers": 1, "student_hidden_size": 24, "student_num_attention_heads": 4},
         **{"max_seq_length": 32, "total_batch_size": 8, "max_steps": 6, "learning_rate": 1e-3, "eval_fraction": 0.1},
-        **{"eval_samples": 12, "shuffle_buffer_size": 40, "logging_steps": 1, "eval_steps": 3, "save_steps": 3},
+        **{"eval_samples": 12, "logging_steps": 1, "eval_steps": 3, "save_steps": 3},
     }
     return DistillConfig(**{**options, **CHAIN, **changes})
 

@@ -35,7 +35,7 @@ def settings(tmp_path: Path) -> Settings:
 
     def make(name: str, **changes: object) -> DistillConfig:
         sizes = {"student_num_hidden_layers": 1, "student_hidden_size": 24, "student_num_attention_heads": 4}
-        often = {"logging_steps": 1, "save_steps": 5, "eval_steps": 50, "eval_samples": 4, "shuffle_buffer_size": 20}
+        often = {"logging_steps": 1, "save_steps": 5, "eval_steps": 50, "eval_samples": 4}
         given = {"teacher": tmp_path / "teacher", "text": [tmp_path / "text.txt"], "output_dir": tmp_path / name}
         return DistillConfig(
             **{**given, **sizes, **often, "relation_heads": 12, "max_seq_length": 32, "total_batch_size": 2},
