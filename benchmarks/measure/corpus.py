@@ -19,7 +19,7 @@ MEAN, SIGMA = 300, 0.6  # tokens of a document before the cut, and sigma of thei
 SHORTEST, LONGEST = 8, 510  # tokens after the cut
 UNIQUE = 1 << 25  # bytes of text after which it repeats
 _SUFFIXES = 500
-_SHARE = 0.3  # of words with a suffix
+_SHARE = 0.3  # words with a suffix
 
 
 def document_lengths(count: int, seed: int = 0) -> np.ndarray:

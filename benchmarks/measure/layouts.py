@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Layout(NamedTuple):
-    """How the documents of a step become samples.
+    """A way to make samples of the documents of a step.
 
     Attributes:
         packing: True to fill samples with documents; False for one document per sample, with padding.

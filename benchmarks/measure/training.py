@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import copy
 import re
-import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +27,6 @@ from minilm_kernels.distill.gradients import SummedGradients
 from minilm_kernels.distill.models import LayerModel, TeacherStudent
 from minilm_kernels.distill.optimizer import learning_rate_at, make_optimizer
 from minilm_kernels.distill.packing import PADDING, Packer, Samples, stack
-from minilm_kernels.distill.sources import ReadPrefix, open_sources
 from minilm_kernels.distill.step import make_batch, seed_dropout, student_qkv, teacher_qkv
 from minilm_kernels.distill.tokenization import DocumentTokenizer, Tokens
 from minilm_kernels.losses import QKV, MiniLMv2Loss
@@ -133,6 +131,9 @@ class Parts:
         model: a name of `model_pair`.
         dropout: dropout of the student.
         dist: rank, device and collectives.
+
+    Attributes:
+        embeddings: elements of the embeddings' gradient.
     """
 
     def __init__(self, model: str, dropout: float, dist: DistContext) -> None:
@@ -151,7 +152,6 @@ class Parts:
         self.buffer = SummedGradients(parameters, 0, dist, getattr(torch, self.config.gradient_dtype))
         self.embeddings = sum(p.numel() for name, p in trained.items() if "embeddings" in name)
         self.optimizer = make_optimizer(self.config, parameters)
-        self._folder = tempfile.TemporaryDirectory()
         self._references: dict[bytes, tuple[Tensor, Tensor]] = {}
 
     def _teacher_student(self, teacher: Any, student: Any) -> TeacherStudent:
@@ -171,13 +171,10 @@ class Parts:
             self._models[packed, bf16] = made
         return self._models[packed, bf16]
 
-    def text(self, count: int, longest: int) -> Path:
-        """A file of the first `count` documents, cut at `longest` tokens."""
-        file = Path(self._folder.name, f"{count}-{longest}.txt")
-        if not file.exists():
-            lengths = np.minimum(corpus.document_lengths(count), longest)
-            file.write_text("\n\n".join(corpus.documents(lengths, self.pair.student.vocab_size)), encoding="ascii")
-        return file
+    def documents(self, count: int, longest: int) -> list[Tokens]:
+        """The tokens of the first `count` documents, cut at `longest` tokens."""
+        lengths = np.minimum(corpus.document_lengths(count), longest)
+        return self.tokenizer.batch(list(corpus.documents(lengths, self.pair.student.vocab_size)))
 
     def reference(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Loss and gradient of the documents of samples, each alone, in float64 and without the package's loss."""
@@ -242,41 +239,34 @@ class TrainStep:
             bf16=self.workload.dtype == "bfloat16",
             attention=self.layout.attention,
         )
-        self._special = len(parts.tokenizer.prefix) + len(parts.tokenizer.suffix)
-        self.documents = self._fitting()
-        self._source = open_sources([str(parts.text(self.documents, S - self._special))])[0]
+        self._longest = S - len(parts.tokenizer.prefix) - len(parts.tokenizer.suffix)
+        # As many documents as fill B packed samples. They are the step of every layout.
+        most = max(1, B * S // corpus.SHORTEST)
+        self.documents = bisect_right(range(1, most), B, key=self._packed_samples)
+        self._tokens = parts.documents(self.documents, self._longest)
         self._models = parts.models(self.layout.attention == "packed", self.config.bf16)
         self._micro = B
         self._step = 0
 
-    def _fitting(self) -> int:
-        """The number of documents that fill B packed samples. They are the step of every layout."""
-        B, S = self.workload.B, self.workload.S
-        packer = Packer(self.parts.tokenizer, S, True)
-        lengths = np.minimum(corpus.document_lengths(max(2, B * S // corpus.SHORTEST)), S - self._special)
-        for number, length in enumerate(lengths):
-            packer.add(np.zeros(length, np.int32))
-            if len(packer.samples) + bool(packer.open) > B:
-                return number
-        return len(lengths)
+    def _packed_samples(self, documents: int) -> int:
+        """The number of packed samples that these many documents make."""
+        lengths = np.minimum(corpus.document_lengths(documents), self._longest)
+        return len(self._pack([np.zeros(length, np.int32) for length in lengths], packing=True))
 
-    @cached_property
-    def samples(self) -> Samples:
-        return self.read()
-
-    def read(self) -> Samples:
-        """Reads and tokenizes the documents of a step, and makes its samples of them."""
-        return self._samples(self._tokens())
-
-    def _tokens(self) -> list[Tokens]:
-        return self.parts.tokenizer.documents(list(self._source.read(None, ReadPrefix())))[0]
-
-    def _samples(self, tokens: Sequence[Tokens]) -> Samples:
-        packer = Packer(self.parts.tokenizer, self.workload.S, self.layout.packing)
+    def _pack(self, tokens: Sequence[Tokens], packing: bool) -> list[Samples]:
+        packer = Packer(self.parts.tokenizer, self.workload.S, packing)
         for document in tokens:
             packer.add(document)
         packer.flush()
-        samples = stack(packer.samples, self.workload.S)
+        return packer.samples
+
+    @cached_property
+    def samples(self) -> Samples:
+        return self.pack(self._tokens)
+
+    def pack(self, tokens: Sequence[Tokens]) -> Samples:
+        """The samples of documents in this layout."""
+        samples = stack(self._pack(tokens, self.layout.packing), self.workload.S)
         if self.layout.sorted:
             order = np.argsort((samples.positions != PADDING).sum(1), kind="stable")
             samples = Samples(samples.ids[order], samples.positions[order])
@@ -284,35 +274,30 @@ class TrainStep:
 
     def batch(self, samples: Samples, part: slice) -> Batch:
         """The batch of a part of the samples."""
-        seed = (self.config.seed, 3, self._step)
-        seed_dropout(self.config.seed, self._step, part.start)
-        return make_batch(self.config, "bidirectional", samples, self.parts.dist.device, seed, part)
+        batch = make_batch(self.config, "bidirectional", samples, torch.device("cpu"), (0,), part)
+        return batch.to(self.parts.dist.device)
 
     def __call__(self) -> Laps:
         laps = Laps(self.workload.device)
-        samples = self.read()
-        laps.lap("data")
-        self.run(samples, laps)
-        return laps
-
-    def run(self, samples: Samples, laps: Laps, batches: Sequence[Batch] | None = None) -> None:
-        """Runs the step on samples that were read; with `batches`, on micro-batches that were made before."""
-        parts = self.parts
-        divided = self._parts_of(samples)
-        with parts.buffer.summed():
-            for number, (part, weight) in enumerate(divided):
-                batch = self.batch(samples, part) if batches is None else batches[number]
+        samples = self.pack(self._tokens)
+        parts = self._parts_of(samples)
+        buffer, optimizer = self.parts.buffer, self.parts.optimizer
+        with buffer.summed():
+            for number, (part, weight) in enumerate(parts):
+                batch = self.batch(samples, part)
                 laps.lap("data")
-                if number == len(divided) - 1:
-                    parts.buffer.exchange_in_next_backward()
+                seed_dropout(self.config.seed, self._step, part.start)
+                if number == len(parts) - 1:
+                    buffer.exchange_in_next_backward()
                 self._accumulate(batch, weight, laps)
         laps.lap("exchange")
-        parts.buffer.clip_(self.config.max_grad_norm)
-        for group in parts.optimizer.param_groups:
+        buffer.clip_(self.config.max_grad_norm)
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(self.config, self._step)
-        parts.optimizer.step()
+        optimizer.step()
         self._step += 1
         laps.lap("optimizer")
+        return laps
 
     def _parts_of(self, samples: Samples) -> list[tuple[slice, float]]:
         """The micro-batches of a step and the weights of their losses."""
@@ -349,8 +334,8 @@ class TrainStep:
 
     def check(self) -> tuple[float, float]:
         """Relative errors of loss and gradient of the first documents in this layout, by `Parts.reference`."""
-        longest = self.workload.S // _CHECKED - self._special
-        checked = self._samples([tokens[:longest] for tokens in self._tokens()[:_CHECKED]])
+        longest = self.workload.S // _CHECKED - (self.workload.S - self._longest)
+        checked = self.pack([tokens[:longest] for tokens in self._tokens[:_CHECKED]])
         self._models.student.model.eval()
         self.parts.buffer.zero_()
         laps = Laps(self.workload.device)
