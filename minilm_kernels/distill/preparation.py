@@ -6,6 +6,7 @@ documents between two positions of the text, and its bytes depend on these alone
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -27,10 +28,10 @@ from .bad_documents import BadDocuments
 from .checkpoint import make_folder, read_file, remove_unfinished, sha256, write_error, write_file
 from .config import DistillConfig
 from .console import forgiving_streams, say
+from .distributed import end_with_parent
 from .loading import load_tokenizer, resolve_source
 from .preflight import check_text
 from .run_folder import lock_folder
-from .signals import end_with_parent
 from .sources import Document, HubDataset, Source, open_sources
 from .token_shards import (
     DIGESTS,
@@ -415,6 +416,7 @@ def _begin_process(tokenizer: DocumentTokenizer, parent: int) -> None:
     """Prepares a forked process, which ends when its parent is killed and leaves Ctrl-C to it."""
     global _inherited
     _inherited = tokenizer
+    gc.freeze()  # a collection would write to, and so copy, all memory in common
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one thread
