@@ -30,7 +30,6 @@ from .config import DistillConfig
 from .console import forgiving_streams, say
 from .distributed import end_with_parent
 from .loading import load_tokenizer, resolve_source
-from .preflight import check_text
 from .run_folder import lock_folder
 from .sources import Document, HubDataset, Source, open_sources
 from .token_shards import (
@@ -48,7 +47,7 @@ from .token_shards import (
     write_manifest,
     write_shard,
 )
-from .tokenization import DocumentTokenizer, Tokens
+from .tokenization import DocumentTokenizer, Tokens, check_tokenizer
 
 PLAN = "plan.json"
 ROUND_SECONDS = 60.0  # far below the time after which waiting processes give up
@@ -304,7 +303,7 @@ def prepare(config: DistillConfig) -> TokenShards:
         folder = Path(config.output_dir)
         sources, _ = open_text(replace(config, eval_text=()), say)
         tokenizer = DocumentTokenizer(load_tokenizer(resolve_source(config.teacher, "--teacher"), "--teacher"))
-        check_text(tokenizer, document_texts(sources), None, None)
+        check_tokenizer(tokenizer, document_texts(sources))
 
         def differs(difference: str) -> None:
             raise ValueError(
