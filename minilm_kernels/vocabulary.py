@@ -123,7 +123,9 @@ class TrimmedVocabulary:
         return int(self.student_ids[value]) if value < len(self.student_ids) else None
 
 
-def trim_vocabulary(tokenizer: Any, texts: Iterable[str] | None = None, size: int | None = None) -> TrimmedVocabulary:
+def trim_vocabulary(
+    tokenizer: Any, texts: Iterable[str] | Mapping[int, int] | None = None, size: int | None = None
+) -> TrimmedVocabulary:
     """Creates the tokenizer of a student with a part of the teacher's tokens.
 
     The kept tokens are those of `texts` or, with `size`, the most frequent of them. Without `texts`, they are the
@@ -138,7 +140,7 @@ def trim_vocabulary(tokenizer: Any, texts: Iterable[str] | None = None, size: in
     Args:
         tokenizer: the teacher's tokenizer, with the backend of the library tokenizers. WordPiece, BPE, Unigram and
             WordLevel are supported.
-        texts: texts whose tokens are kept.
+        texts: texts whose tokens are kept, or a mapping from the ids of these tokens to how often they occur.
         size: largest number of tokens of the student, including those that are always kept.
 
     Returns:
@@ -175,7 +177,7 @@ def trim_vocabulary(tokenizer: Any, texts: Iterable[str] | None = None, size: in
     if texts is None:
         candidates: Iterable[int] = sorted(ids.values())
     else:
-        counts = _counts(tokenizer, texts)
+        counts = texts if isinstance(texts, Mapping) else _counts(tokenizer, texts)
         candidates = sorted(counts, key=lambda token: (-counts[token], token))
     needed = _needed(content["model"], ids)
     kept: set[int] = set()

@@ -1,4 +1,4 @@
-"""Two processes that compute together over gloo."""
+"""Two or more processes that compute together over gloo."""
 
 import gc
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 
-def _worker(rank: int, work: Callable[[int, str], None], folder: str) -> None:
+def _worker(rank: int, work: Callable[[int, str], None], folder: str, processes: int) -> None:
     """Ends the process without Python's shutdown, in which a process group can deadlock."""
     try:
         torch.set_num_threads(1)
-        torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+        torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=processes)
         work(rank, folder)
         gc.collect()
         torch.distributed.destroy_process_group()
@@ -24,9 +24,9 @@ def _worker(rank: int, work: Callable[[int, str], None], folder: str) -> None:
     os._exit(0)
 
 
-def run_two(work: Callable[[int, str], None], folder: Path) -> None:
-    """Runs `work(rank, folder)` in two processes of one group."""
-    workers = torch.multiprocessing.spawn(_worker, (work, str(folder)), nprocs=2, join=False)
+def run_two(work: Callable[[int, str], None], folder: Path, processes: int = 2) -> None:
+    """Runs `work(rank, folder)` in two (or more) processes of one group."""
+    workers = torch.multiprocessing.spawn(_worker, (work, str(folder), processes), nprocs=processes, join=False)
     deadline = time.monotonic() + 240
     try:
         while not workers.join(timeout=5):

@@ -26,10 +26,11 @@ from benchmarks.measure.workload import Inputs, Workload
 from benchmarks.providers import PROVIDERS
 from minilm_kernels.distill.batch import Batch
 from minilm_kernels.distill.config import DistillConfig
+from minilm_kernels.distill.gradients import GradientBuffer
 from minilm_kernels.distill.models import LayerModel, TeacherStudent
 from minilm_kernels.distill.optimizer import make_optimizer
 from minilm_kernels.distill.packing import PADDING, Samples
-from minilm_kernels.distill.step import GradientBuffer, student_qkv, teacher_qkv
+from minilm_kernels.distill.step import student_qkv, teacher_qkv
 from minilm_kernels.losses import QKV, MiniLMv2Loss
 from minilm_kernels.presets import PRESETS
 from minilm_kernels.students import preset_config, random_student, student_config

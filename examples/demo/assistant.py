@@ -4,12 +4,10 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from . import markers
+from . import study
 
-MARKER = "assistant"
 HEADS = 12  # attention heads of teacher, assistant and student
 ASSISTANT = "6x192"  # as many layers as the teacher, and the width of the student
 SETTINGS: dict[str, Any] = {
@@ -33,32 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 for success, 1 for an error, and 128 + the signal number if a signal stopped it.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.demo.assistant",
-        description="Distill MiniLM-L6 into students of three layers and half its width, directly and through an "
+    return study.main(
+        "assistant",
+        "Distill MiniLM-L6 into students of three layers and half its width, directly and through an "
         "assistant, with the same total number of steps, and compare them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        600,
+        lambda steps: "" if steps >= 2 and steps % 2 == 0 else "an even number, half of it for each stage",
+        _compare,
+        argv,
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("assistant-output"), help="folder for the runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds; two runs for each")
-    parser.add_argument("--max-steps", type=int, default=600, help="number of optimizer steps of all stages together")
-    begin, _ = markers.markers(MARKER)
-    parser.add_argument(
-        "--update", type=Path, metavar="FILE", help=f"Markdown file to write the table into, after {begin}"
-    )
-    options = parser.parse_args(argv)
-    if options.max_steps < 2 or options.max_steps % 2:
-        parser.error(f"--max-steps: expected an even number, half of it for each stage, got {options.max_steps}")
-    try:
-        if options.update:
-            markers.check_markers(options.update, MARKER)
-        return _run(options)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
 
 
-def _run(options: argparse.Namespace) -> int:
+def _compare(options: argparse.Namespace) -> str | int:
     from minilm_kernels.distill import DistillConfig, distill  # imports transformers, which takes seconds
     from minilm_kernels.evaluate.cli import main as evaluate
 
@@ -91,13 +75,7 @@ def _run(options: argparse.Namespace) -> int:
     words += ["--retrieval", str(tests.headlines), "--output-dir", str(output), "--no-speed"]
     if status := evaluate(words):
         return status
-    table = format_table(json.loads((output / "results.json").read_text(encoding="utf-8"))["rows"])
-    print(table)
-    if options.update:
-        words = [f"--seeds {' '.join(map(str, options.seeds))}", f"--max-steps {options.max_steps}"]
-        command = f"python -m examples.demo.assistant {' '.join(words)} --update {options.update}"
-        markers.update(options.update, MARKER, f"{table}\n`{command}`\nreproduces this table.")
-    return 0
+    return format_table(json.loads((output / "results.json").read_text(encoding="utf-8"))["rows"])
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -4,12 +4,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from . import markers
+from . import study
 
-MARKER = "initialization"
 INITIALIZATIONS = ("random", "pca")
 EVALUATIONS = 4  # after the first step; the columns of the table
 SETTINGS: dict[str, Any] = {
@@ -31,32 +29,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 for success, 1 for an error, and 128 + the signal number if a signal stopped it.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.demo.initialization",
-        description="Distill MiniLM-L6 into students of half its width, initialized at random and by PCA of its "
+    return study.main(
+        "initialization",
+        "Distill MiniLM-L6 into students of half its width, initialized at random and by PCA of its "
         "embeddings, and compare their evaluation loss.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        300,
+        lambda steps: "" if steps >= EVALUATIONS else f"{EVALUATIONS} or more",
+        _compare,
+        argv,
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("initialization-output"), help="folder for the runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds; two runs for each")
-    parser.add_argument("--max-steps", type=int, default=300, help="number of optimizer steps of each run")
-    begin, _ = markers.markers(MARKER)
-    parser.add_argument(
-        "--update", type=Path, metavar="FILE", help=f"Markdown file to write the table into, after {begin}"
-    )
-    options = parser.parse_args(argv)
-    if options.max_steps < EVALUATIONS:
-        parser.error(f"--max-steps: expected {EVALUATIONS} or more, got {options.max_steps}")
-    try:
-        if options.update:
-            markers.check_markers(options.update, MARKER)
-        return _run(options)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
 
 
-def _run(options: argparse.Namespace) -> int:
+def _compare(options: argparse.Namespace) -> str | int:
     from minilm_kernels.distill import DistillConfig, distill  # imports transformers, which takes seconds
 
     from . import assets
@@ -83,13 +67,7 @@ def _run(options: argparse.Namespace) -> int:
                 return 128 + result.stopped_by
             records = map(json.loads, result.metrics.read_text(encoding="utf-8").splitlines())
             losses[initialization, seed] = {r["step"]: r["eval_loss"] for r in records if r["split"] == "eval"}
-    table = format_table(losses)
-    print(table)
-    if options.update:
-        words = [f"--seeds {' '.join(map(str, options.seeds))}", f"--max-steps {options.max_steps}"]
-        command = f"python -m examples.demo.initialization {' '.join(words)} --update {options.update}"
-        markers.update(options.update, MARKER, f"{table}\n`{command}`\nreproduces this table.")
-    return 0
+    return format_table(losses)
 
 
 def format_table(losses: dict[tuple[str, int], dict[int, float]]) -> str:

@@ -8,8 +8,9 @@ from .config import DistillConfig
 
 if TYPE_CHECKING:
     from .loop import DistillResult, distill
+    from .preparation import prepare
 
-__all__ = ["DistillConfig", "DistillResult", "distill"]
+__all__ = ["DistillConfig", "DistillResult", "distill", "prepare"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,6 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with optional_imports("distill", "minilm_kernels.distill"):
-        from . import loop
+        from . import loop, preparation
 
-    return getattr(loop, name)
+    return getattr(preparation if name == "prepare" else loop, name)

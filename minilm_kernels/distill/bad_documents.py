@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from .sources import Document
 
@@ -13,7 +12,7 @@ QUIET_SECONDS = 30.0  # minimum time between later warnings
 # A corpus with more than nine bad documents in ten is probably not the intended one (a wrong --text-column, another
 # format), and training on the rest would be an accident. With fewer bad documents, the rest is worth training on. A
 # single bad file at the beginning can produce many bad documents, so the share is checked from this number on, and at
-# the end of the epoch.
+# the end of the text.
 ENOUGH_BAD = 1000
 GOOD_SHARE = 0.1
 
@@ -26,43 +25,42 @@ class BadDocuments:
         say: is called with each warning.
 
     Attributes:
-        bad, nulls: documents without text since the start of the run, counted every time they are read.
+        bad, nulls: documents without text.
+        strict: True if a bad document is an error.
     """
 
     def __init__(self, policy: str = "skip", say: Callable[[str], None] = lambda message: None) -> None:
-        self._policy, self._say = policy, say
-        self.bad = self.nulls = 0
-        self._epoch_good = self._epoch_bad = 0
+        self.strict, self._say = policy == "error", say
+        self.bad = self.nulls = self._good = 0
         self._latest = ""
         self._named, self._unnamed, self._last = 0, 0, 0.0
 
-    def note(self, good: int, bad: Sequence[Document], nulls: int, *, warn: bool = True) -> None:
+    def note(self, good: int, bad: Sequence[Document], nulls: int) -> None:
         """Counts documents.
 
         Raises:
-            ValueError: there is a bad document and the policy is "error", or nearly all documents of the epoch are bad.
+            ValueError: there is a bad document and the policy is "error", or nearly all documents are bad.
         """
-        if bad and self._policy == "error":
+        if bad and self.strict:
             raise ValueError(
                 f"{_described(bad[0])}; repair or remove it, or skip such documents with --bad-documents skip, "
-                "then continue with --resume-from-checkpoint"
+                "then run the same command again, which keeps the text that is already tokenized"
             )
         count = sum(document.documents for document in bad)
         if bad:
             self._latest = _described(bad[-1])
-        if self._epoch_bad + count >= ENOUGH_BAD:
-            self._check(self._epoch_good + good, self._epoch_bad + count)
-        self.bad, self.nulls = self.bad + count, self.nulls + nulls
-        self._epoch_good, self._epoch_bad = self._epoch_good + good, self._epoch_bad + count
-        for document in bad if warn else ():
+        self.bad, self.nulls, self._good = self.bad + count, self.nulls + nulls, self._good + good
+        if self.bad >= ENOUGH_BAD:
+            self._check()
+        for document in bad:
             self._warn(document)
 
-    def end_epoch(self) -> None:
-        """Resets the counts of the epoch. Raises `ValueError` if nearly all of its documents were bad."""
-        self._check(self._epoch_good, self._epoch_bad)
-        self._epoch_good = self._epoch_bad = 0
+    def end_text(self) -> None:
+        """Raises `ValueError` if nearly all documents of the text were bad."""
+        self._check()
 
-    def _check(self, good: int, bad: int) -> None:
+    def _check(self) -> None:
+        good, bad = self._good, self.bad
         if bad and good < GOOD_SHARE * (good + bad):
             raise ValueError(
                 f"{bad} of the first {good + bad} documents cannot be read; check the text and --text-column. "
@@ -80,24 +78,14 @@ class BadDocuments:
 
     def listed(self) -> str:
         """The counts in parentheses, for a message; "" if there are none."""
-        counts = {"bad": self.bad, "without text (null)": self.nulls}
-        parts = [f"{count} {kind}" for kind, count in counts.items() if count]
-        return f" ({', '.join(parts)})" if parts else ""
+        return listed(self.bad, self.nulls)
 
-    def summary(self) -> str:
-        """The number of bad documents, for the end of a run; "" if there are none."""
-        if not self.bad:
-            return ""
-        return f"skipped bad documents: {self.bad} (each is counted once per epoch)"
 
-    def state(self) -> dict[str, Any]:
-        """The counts as JSON, for a checkpoint."""
-        return {"bad": self.bad, "nulls": self.nulls, "epoch_good": self._epoch_good, "epoch_bad": self._epoch_bad}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restores the counts that `state` returned."""
-        self.bad, self.nulls = state["bad"], state["nulls"]
-        self._epoch_good, self._epoch_bad = state["epoch_good"], state["epoch_bad"]
+def listed(bad: int, nulls: int) -> str:
+    """Numbers of documents without text in parentheses, for a message; "" if there are none."""
+    counts = {"bad": bad, "without text (null)": nulls}
+    parts = [f"{count} {kind}" for kind, count in counts.items() if count]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _described(document: Document) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,7 @@ class Batch:
         ids: token ids, (B, S) int64.
         positions: positions in the documents, (B, S) int64.
         packed: the argument.
+        teacher: the teacher's query, key and value in the layout of the loss, if they are known.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Batch:
         self._valid = None if valid.all() else _tensor(np.flatnonzero(valid), device)  # (T,)
         self._cu_seqlens = _tensor(np.append(starts, self._tokens).astype(np.int32), device)  # (N + 1,)
         self._mask: Tensor | None = None
+        self.teacher: QKV | None = None
         if packed:
             order = np.argsort(~valid, kind="stable")
             padding = np.arange(len(valid) - self._tokens) % self._longest
@@ -98,6 +101,22 @@ class Batch:
             self._row_ids = _tensor(samples.ids.ravel()[order].astype(np.int64)[None], device)
             self._row_positions = _tensor(places[None], device)
             self._borders = _tensor(bounds.astype(np.int32), device)
+
+    def pinned(self) -> Batch:
+        """The batch in pinned memory, from which `to` copies without waiting for the device."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        moved = self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        if self.teacher is not None:
+            moved.teacher = QKV(*(x.to(device, non_blocking=True) for x in self.teacher))
+        return moved
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        twin = copy.copy(self)
+        vars(twin).update({name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)})
+        return twin
 
     @torch.inference_mode(False)  # the student shares masks with the teacher, which runs in inference mode
     def model_inputs(

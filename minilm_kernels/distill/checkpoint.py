@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .console import say
 
-FORMAT = 5
+FORMAT = 6
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TEMPORARY = ".unfinished-"
@@ -58,7 +58,7 @@ class Checkpoint:
     Attributes:
         step: number of finished optimizer steps.
         state: JSON state (settings, position in the text, counters).
-        tensors: file name without suffix to named tensors on any device (model, optimizer, data, random state).
+        tensors: file name without suffix to named tensors on any device (model, optimizer, data, progress).
         folder: the folder from which it was read.
         digest: SHA-256 that identifies its content.
     """

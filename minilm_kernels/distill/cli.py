@@ -36,7 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="minilm-distill",
         description="Distill the self-attention relations of a teacher into a student (MiniLM, MiniLMv2).",
-        epilog="Several GPUs: torchrun --nproc-per-node N -m minilm_kernels.distill OPTIONS.",
+        epilog="Several GPUs: torchrun --nproc-per-node N -m minilm_kernels.distill OPTIONS. "
+        "minilm-distill prepare OPTIONS only tokenizes the text, into --output-dir, which several runs then take as "
+        "--tokens; the options are those of a run, and those of the student may be left out.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -79,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug, status = False, 2
     try:
         parser = build_parser()
-        given, rest = parser.parse_known_args(argv)
+        words = sys.argv[1:] if argv is None else list(argv)
+        only_text = words[:1] == ["prepare"]
+        given, rest = parser.parse_known_args(words[only_text:])
         options = vars(given)
         debug = options.pop("debug", False)
         if rest:
@@ -97,11 +101,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .config_file import read_settings  # imports yaml
 
             settings = read_settings(file)
-        config = DistillConfig.from_mapping({**settings, **options}, "options" if file is None else f"--config {file}")
+        given_options = {**settings, **options}
+        if only_text and not given_options.keys() & {"recipe", "student", "copy_layers", "student_num_hidden_layers"}:
+            given_options["copy_layers"] = "1"  # any student
+        config = DistillConfig.from_mapping(given_options, "options" if file is None else f"--config {file}")
 
         status = 1
-        from minilm_kernels.distill import distill  # imports torch and transformers, which takes seconds
+        from minilm_kernels.distill import distill, prepare  # imports torch and transformers, which takes seconds
 
+        if only_text:
+            counts = prepare(config).counts
+            print(
+                f"minilm-distill: {config.output_dir} has {counts.documents} documents, {counts.tokens} tokens"
+                + (f"; skipped bad documents: {counts.bad}" if counts.bad else "")
+            )
+            return 0
         result = distill(config)
         return 0 if result.stopped_by is None else 128 + result.stopped_by
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ _LARGEST_LAYERS, _LARGEST_WIDTH = 10_000, 2**20
 # Options of a whole run, which a teacher assistant cannot have of its own.
 _NOT_OF_ASSISTANTS = {
     *("recipe", "teacher", "teacher_layer", "teacher_projections", "teacher_assistant"),
-    *("output_dir", "resume_from_checkpoint", "device"),
+    *("output_dir", "resume_from_checkpoint", "device", "tokens"),
 }
 
 
@@ -212,10 +212,26 @@ class DistillConfig:
         path=True,
     )
     dataset_name: str | None = _option(
-        None, "training text: data set of the Hugging Face hub, streamed, instead of --text", path=True
+        None, "training text: data set of the Hugging Face hub, instead of --text", path=True
     )
     dataset_config_name: str | None = _option(None, "configuration name of the hub data set")
     dataset_split: str = _option("train", "split of the hub data set")
+    tokens: str | None = _option(
+        None,
+        "training text: folder of minilm-distill prepare, instead of --text; without it, the text is tokenized before "
+        "the first step, into the folder tokens in --output-dir",
+        neutral=True,
+        path=True,
+    )
+    max_train_documents: int | None = _option(
+        None, "number of documents to use from the beginning of the training text", positive=True, absent="all"
+    )
+    preprocessing_num_workers: int | None = _option(
+        None,
+        "number of processes that tokenize the text; by default, one for each available processor",
+        neutral=True,
+        positive=True,
+    )
     text_column: str = _option(
         "text", "name of the column with the text, in hub data sets, JSON objects, CSV and Parquet files"
     )
@@ -263,23 +279,33 @@ class DistillConfig:
         "mask of --max-seq-length x --max-seq-length; auto: packed for models that support it",
         choices=("auto", "packed", "mask"),
     )
-    shuffle_buffer_size: int = _option(
-        2048, "number of samples in the shuffle buffer; 1 keeps the order of the text", positive=True
-    )
 
     max_steps: int = _option(400_000, "number of optimizer steps", positive=True)
     total_batch_size: int = _option(
         256, "number of samples per optimizer step, over all processes and micro-batches together", positive=True
     )
     gradient_accumulation_steps: int = _option(
-        1, "number of micro-batches into which each process splits its part of the batch", positive=True
+        1, "number of micro-batches into which each process splits its part of the batch", neutral=True, positive=True
     )
     micro_batch_size: int | None = _option(
         None,
         "number of samples that each process computes at once; auto: its part of the batch, divided by "
         "--gradient-accumulation-steps; if memory runs out, either is halved and the step is repeated",
+        neutral=True,
         positive=True,
         absent="auto",
+    )
+    parallel: str = _option(
+        "ddp",
+        "several processes; ddp: each has the whole student; fsdp: parameters, gradients and the optimizer's state of "
+        "the student are sharded (FSDP2), for large students",
+        choices=("ddp", "fsdp"),
+        neutral=True,
+    )
+    gradient_dtype: str = _option(
+        "float32",
+        "several processes: type in which gradients are exchanged; bfloat16 halves the bytes",
+        choices=("float32", "bfloat16"),
     )
     gradient_checkpointing: bool = _option(
         False,
@@ -299,6 +325,17 @@ class DistillConfig:
         "float32",
         "type of the teacher's weights and computation; bfloat16 halves their memory",
         choices=("float32", "bfloat16"),
+    )
+    cache_teacher: str | None = _option(
+        None,
+        "folder in which the teacher's queries, keys and values of all training samples are stored, and from which "
+        "later students of the same teacher, text, seed and lengths read them",
+        path=True,
+    )
+    cache_teacher_dtype: str = _option(
+        "bfloat16",
+        "type of the values in --cache-teacher; bfloat16 rounds them to 8 bits, float32 keeps them",
+        choices=("bfloat16", "float32"),
     )
     torch_compile: bool = _option(
         False,

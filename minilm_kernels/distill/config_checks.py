@@ -77,8 +77,12 @@ def check_combinations(config: DistillConfig) -> None:
         raise ValueError(f"give exactly one of {', '.join(students)}, got {' and '.join(given) or 'none of them'}")
     if config.student_init != "random" and config.student_num_hidden_layers is None:
         raise ValueError(f"--student-init {config.student_init} belongs to --student-num-hidden-layers")
-    if bool(config.text) == bool(config.dataset_name):
-        raise ValueError("give the training text as either --text or --dataset-name")
+    if bool(config.text) + bool(config.dataset_name) + bool(config.tokens) != 1:
+        raise ValueError("give the training text as exactly one of --text, --dataset-name and --tokens")
+    if config.tokens is not None and config.max_train_documents is not None:
+        raise ValueError(
+            "--max-train-documents belongs to --text and --dataset-name; give it to minilm-distill prepare"
+        )
     if config.attention == "packed" and not config.packing:
         raise ValueError("--attention packed belongs to --packing")
     if config.warmup_steps is not None and config.warmup_steps > config.max_steps:
@@ -88,6 +92,9 @@ def check_combinations(config: DistillConfig) -> None:
     for name in ("hub_model_id", "hub_private_repo"):
         if getattr(config, name) and not config.push_to_hub:
             raise ValueError(f"{flag(name)} belongs to --push-to-hub")
+    for name in ("teacher_assistant", "torch_compile"):
+        if config.parallel == "fsdp" and getattr(config, name):
+            raise ValueError(f"--parallel fsdp and {flag(name)} exclude each other")
     if config.micro_batch_size is not None and config.gradient_accumulation_steps > 1:
         raise ValueError("--micro-batch-size and --gradient-accumulation-steps exclude each other; give one of them")
     if config.torch_compile and not config.packing:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .signals import end_with_parent
+
 T = TypeVar("T")
-_PR_SET_PDEATHSIG = 1
 
 
 class DistContext:
@@ -66,7 +64,7 @@ class DistContext:
             if not dist.is_initialized():
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
                 self._started = True
-            # Flags and RNG states are exchanged on the CPU, so that they never wait for the device.
+            # Flags are exchanged on the CPU, so that they never wait for the device.
             self._control = dist.new_group(backend="gloo")
         return self
 
@@ -87,14 +85,6 @@ class DistContext:
         flag = torch.tensor(value)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._control)
         return int(flag)
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The CPU tensors of all processes, in the order of ranks."""
-        if self.world_size == 1:
-            return [tensor]
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor, group=self._control)
-        return parts
 
     def gather_objects(self, value: Any) -> list[Any]:
         """The (small) values of all processes, in the order of ranks."""
@@ -174,9 +164,6 @@ def _from_environment(name: str, default: int) -> int:
 
 
 def _end_with_torchrun() -> None:
-    """Asks Linux for a SIGTERM when torchrun dies, because a killed launcher cannot end its workers."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform.startswith("linux"):
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-        if os.getppid() != parent:  # the parent died before the call
-            os.kill(os.getpid(), signal.SIGTERM)
+    """Ends the process when torchrun dies."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid())

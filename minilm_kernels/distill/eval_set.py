@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .bad_documents import BadDocuments
+from .bad_documents import BadDocuments, listed
 from .packing import Packer, Samples, stack
-from .sources import Document, Source
-from .tokenization import DocumentTokenizer, Tokens
-
-EMPTY = "the training text is empty: no document in --text or --dataset-name has any tokens"
-
-
-def digest(text: str) -> bytes:
-    """A hash of a document's content, which decides whether the document is used for training or evaluation."""
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+from .sources import Source
+from .token_shards import TokenShards, digest
+from .tokenization import DocumentTokenizer
 
 
 @dataclass(frozen=True)
@@ -44,6 +38,11 @@ class EvalSet:
         own = digest(text)
         return int.from_bytes(own, "big") < self.limit or own in self.digests
 
+    def contains_digests(self, digests: np.ndarray) -> np.ndarray:
+        """The same for the digests of many documents as numbers, (documents,) uint64 to (documents,) bool."""
+        others = np.array([int.from_bytes(own, "big") for own in self.digests], np.uint64)
+        return (digests < np.uint64(self.limit)) | np.isin(digests, others)
+
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The content as JSON and as tensors, for a checkpoint."""
         state = {"limit": self.limit, "digests": sorted(digest.hex() for digest in self.digests)}
@@ -64,72 +63,66 @@ def limit_of(fraction: float) -> int:
 
 def collect_eval_set(
     sources: Sequence[Source],
-    separate: bool,
-    fraction: float,
     packer: Packer,
     tokenizer: DocumentTokenizer,
     max_samples: int,
     bad_documents: BadDocuments,
 ) -> EvalSet:
-    """Collects the first `max_samples` samples of the evaluation documents.
-
-    Args:
-        sources: the evaluation text if `separate`, otherwise the training text. `fraction` of the training text is
-            used. If that is no document or all documents, as in a small corpus, the document with the smallest digest
-            is used.
+    """Collects the first `max_samples` samples of a separate evaluation text.
 
     Raises:
-        ValueError: no document can be used for evaluation, a bad document is an error, or nearly all are bad.
+        ValueError: there is no document, a bad document is an error, or nearly all are bad.
     """
-    limit = 0 if separate else limit_of(fraction)
     seen: set[bytes] = set()
-    smallest, smallest_tokens = 1 << 64, list[Tokens]()
-    different = set[int]()  # digests of the first two different documents
-    found = lines = trained = 0
     for document in (document for source in sources for document in source.read()):
-        refused: list[Document] = []
-        text = document.text
-        if text and not text.isspace():
-            own = digest(text)
-            number = int.from_bytes(own, "big")
-            chosen = separate or number < limit
-            trained += not chosen
-            found, lines = found + 1, lines + len(text.strip().splitlines())
-            if len(different) < 2:
-                different.add(number)
-            if chosen or number < smallest:
-                tokens, refused = tokenizer.documents([document])
-                if chosen and any(map(len, tokens)) and separate:
-                    seen.add(own)
-                for piece in tokens if chosen else ():
-                    packer.add(piece)
-                if number < smallest and any(map(len, tokens)):
-                    smallest, smallest_tokens = number, tokens
-        elif document.problem:
-            refused = [document]
-        good = int(text is not None and not refused)
-        bad_documents.note(good, refused, int(text is None and not document.problem))
-        if len(packer.samples) >= max_samples:
+        refused = [document] if document.problem else []
+        if document.text and not document.text.isspace():
+            [tokens], refused = tokenizer.documents([document])
+            if any(map(len, tokens)):
+                seen.add(digest(document.text))
+            for piece in tokens:
+                packer.add(piece)
+        good = int(document.text is not None and not refused)
+        bad_documents.note(good, refused, int(document.text is None and not document.problem))
+        if packer.complete >= max_samples:
             break
     else:
-        bad_documents.end_epoch()
-        if not separate and not (trained and (packer.samples or packer.open)):  # a small corpus
-            packer.clear()
-            if len(different) > 1:
-                limit = smallest + 1
-                for piece in smallest_tokens:
-                    packer.add(piece)
+        bad_documents.end_text()
     packer.flush()
-    if not packer.samples:
-        if separate:
-            raise ValueError(f"--eval-text has no text{bad_documents.listed()}")
-        if not smallest_tokens:
-            raise ValueError(f"{EMPTY}{bad_documents.listed()}")
-        how_many = "1 document" if found == 1 else f"{found} identical documents"
-        by_line = f"--documents line, if each of its {lines} lines is a document; " if lines > found else ""
-        raise ValueError(
-            f"--eval-fraction {fraction}: the training text has {how_many}{bad_documents.listed()}, which cannot be "
-            f"used for both evaluation and training; give {by_line}more text; a separate --eval-text; or "
-            "--eval-fraction 0 to train without evaluation"
-        )
-    return EvalSet(stack(packer.samples[:max_samples], packer.max_seq_length), limit, frozenset(seen))
+    if not packer.complete:
+        raise ValueError(f"--eval-text has no text{bad_documents.listed()}")
+    return EvalSet(stack(packer.samples[:max_samples], packer.max_seq_length), 0, frozenset(seen))
+
+
+def split_eval_set(shards: TokenShards, fraction: float, packer: Packer, max_samples: int) -> EvalSet:
+    """Takes a share of the training documents, and collects their first `max_samples` samples.
+
+    Args:
+        fraction: the share. If that is no document or all documents, as in a small corpus, the document with the
+            smallest digest is used.
+
+    Raises:
+        ValueError: all documents are the same, so that none can be used for evaluation only.
+    """
+    digests = shards.digests
+    limit = limit_of(fraction)
+    chosen = np.flatnonzero(digests < np.uint64(limit))
+    if not 0 < len(chosen) < len(digests):
+        smallest = int(digests.min())
+        if smallest == int(digests.max()):
+            counts = shards.counts
+            found = len(digests)
+            how_many = "1 document" if found == 1 else f"{found} identical documents"
+            by_line = f"--documents line, if each of its {counts.lines} lines is a document; "
+            raise ValueError(
+                f"--eval-fraction {fraction}: the training text has {how_many}{listed(counts.bad, counts.nulls)}, "
+                f"which cannot be used for both evaluation and training; give {by_line if counts.lines > found else ''}"
+                "more text; a separate --eval-text; or --eval-fraction 0 to train without evaluation"
+            )
+        limit, chosen = smallest + 1, np.array([digests.argmin()])
+    for document in chosen.tolist():
+        packer.add(shards.read(document))
+        if packer.complete >= max_samples:
+            break
+    packer.flush()
+    return EvalSet(stack(packer.samples[:max_samples], packer.max_seq_length), limit)

@@ -40,12 +40,15 @@ def evaluate(
         """The losses of this process, (relations,) float64."""
         sums = torch.zeros(len(relations), dtype=torch.float64, device=dist.device)
         starts = range(0, len(samples.ids), micro_batch)
-        for start in starts[dist.rank :: dist.world_size]:
+        for first in range(0, len(starts), dist.world_size):
             if stopped():
                 break
+            # All processes run equally many micro-batches; a repeated one does not count.
+            counts = first + dist.rank < len(starts)
+            start = starts[first + dist.rank if counts else first]
             part = slice(start, start + micro_batch)
             batch = make_batch(config, models.mask, samples, dist.device, (config.seed, 2), part)
-            weight = LossWeights.of(samples.part(part)).weight(config.reduction, total)
+            weight = counts * LossWeights.of(samples.part(part)).weight(config.reduction, total)
             sums += weight * loss_vector(config, models, batch, requires_grad=False).double()
         return sums
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,21 +18,23 @@ import torch
 
 from . import hub
 from .bad_documents import BadDocuments
-from .batch import LossWeights
 from .checkpoint import TEMPORARY, Checkpoint, Checkpoints, read_checkpoint
 from .conditions import conditions, teacher_digests
 from .config import DistillConfig
 from .console import forgiving_streams, say
 from .distributed import DistContext
-from .eval_set import EvalSet, collect_eval_set
+from .eval_set import EvalSet, collect_eval_set, split_eval_set
 from .evaluation import evaluate
-from .memory import is_out_of_memory, random_state, restore_random_state
+from .gradients import SummedGradients
+from .memory import is_out_of_memory
 from .metrics import Metrics, Progress, eval_records, read_metrics
 from .model_card import write_student
 from .models import TeacherStudent, load_models
 from .optimizer import learning_rate_at, make_optimizer
-from .packing import Packer, Samples
+from .packing import Packer
+from .prefetch import Prefetcher, PreparedStep
 from .preflight import CHECKED_DOCUMENTS, check_masks, check_saving, check_text
+from .preparation import document_texts, open_text, prepare_text
 from .recipes import recipe_summary
 from .run_folder import (
     CHECKPOINTS,
@@ -40,15 +42,17 @@ from .run_folder import (
     STUDENT,
     is_finished,
     output_folder,
-    refuse_differences,
     write_settings,
 )
 from .run_state import RunState
 from .sample_stream import SampleStream
+from .sharding import ShardedGradients, shard_student
 from .signals import StopSignals
-from .sources import HubDataset, Source, open_sources
+from .sources import Source
 from .stages import Stage, stages
-from .step import GradientBuffer, loss_vector, make_batch
+from .step import loss_vector, seed_dropout, teacher_qkv
+from .teacher_cache import TeacherCache
+from .token_shards import TokenShards
 from .tokenization import DocumentTokenizer
 from .trackers import Trackers
 
@@ -170,10 +174,9 @@ def distill(config: DistillConfig) -> DistillResult:
 def _run_stage(stage: Stage, later: Sequence[Stage], dist: DistContext) -> DistillResult:
     """Trains the model of a stage and writes it, or stops at a signal."""
     output = stage.folder
-    with closing(TrainingLoop(stage, dist)) as loop:
+    with closing(TrainingLoop(stage, dist, later)) as loop:
 
         def begin() -> None:
-            _check_later_stages(later, loop)
             for each in (stage, *later):  # from here on, their folders contain a run
                 write_settings(each.config)
 
@@ -182,12 +185,13 @@ def _run_stage(stage: Stage, later: Sequence[Stage], dist: DistContext) -> Disti
         with StopSignals() as signals:
             loop.train(signals)
             if loop.finished:
-                dist.on_main(lambda: loop.write_student(output / STUDENT))
+                weights = loop.state.weights()
+                dist.on_main(lambda: loop.write_student(output / STUDENT, weights))
             # A signal during the last step of a stage comes before the next one.
             stopped_by = None if loop.finished and not later else dist.max(signals.received) or None
         if dist.is_main:
-            if skipped := loop.stream.bad_documents.summary():
-                print(f"minilm-distill: {skipped}")
+            if skipped := loop.stream.shards.counts.bad:
+                print(f"minilm-distill: skipped bad documents: {skipped}")
             if loop.finished:
                 print(f"minilm-distill: {'the student' if not later else stage.name} is in {output / STUDENT}")
         return dist.on_main(lambda: _result(stage.config, output, loop.state.step, stopped_by))
@@ -208,6 +212,7 @@ class TrainingLoop:
     Args:
         stage: the stage. Its folder is locked.
         dist: rank, device and collectives.
+        later: later stages, whose models are checked.
 
     Attributes:
         models: the teacher of this stage, and its student.
@@ -215,18 +220,21 @@ class TrainingLoop:
         stream: the training samples.
     """
 
-    def __init__(self, stage: Stage, dist: DistContext) -> None:
+    def __init__(self, stage: Stage, dist: DistContext, later: Sequence[Stage] = ()) -> None:
         self.stage, self.dist = stage, dist
         self.config = config = stage.config
         self.metrics_path = stage.folder / METRICS
         self.checkpoints = Checkpoints(stage.folder / CHECKPOINTS, config.save_total_limit)
         self.trackers: Trackers | None = None
         saved = self._choose_checkpoint() if config.resume_from_checkpoint else None
+        dist.on_all(lambda: self._load_models(saved, later))
+        self._prepare_text(resumed=saved is not None)
         dist.on_all(lambda: self._prepare(saved))
         dist.check_equal(self.state.teacher_digests, "the files of --teacher")
         if (vocabulary := self.models.vocabulary) is not None:
             kept = hashlib.sha256(vocabulary.teacher_ids.numpy().tobytes()).hexdigest()
             dist.check_equal(kept, "the tokens that --trim-vocabulary keeps")
+        self.cache = self.steps.cache = self._open_cache() if config.cache_teacher is not None else None
         self.progress = Progress(
             self.state.step,
             config.max_steps,
@@ -261,65 +269,134 @@ class TrainingLoop:
         dist.check_equal(saved and f"step {saved.step}, SHA-256 {saved.digest}", "the checkpoint to continue from")
         return saved
 
+    def _load_models(self, saved: Checkpoint | None, later: Sequence[Stage]) -> None:
+        """Loads and checks the models, and opens the text. This method does not communicate, as `_prepare`."""
+        config, dist = self.config, self.dist
+        tell = say if dist.is_main else _ignore
+        self._sources, self._eval_sources = open_text(config, tell)
+        teacher_ids = None if saved is None else saved.tensors["progress"].get("vocabulary")
+        output = self.stage.folder if dist.is_main else None
+        models, tokenizer = _checked_models(self.stage.model_config(), dist.device, self._sources, output, teacher_ids)
+        tell(models.attention)
+        if models.vocabulary is not None:
+            tell(f"--trim-vocabulary: {models.vocabulary.summary(models.tokenizer)}")
+        self.models: TeacherStudent = models
+        self.tokenizer = tokenizer
+        if dist.is_main:
+            _check_later_stages(later, self)
+
+    def _prepare_text(self, *, resumed: bool) -> None:
+        """Tokenizes the text on the main process, in rounds, so that the others do not wait too long at a time."""
+        config, dist, folder = self.config, self.dist, self.stage.tokens
+        if config.tokens is not None:
+            return
+
+        def differs(difference: str) -> None:
+            if resumed:
+                raise ValueError(
+                    f"--resume-from-checkpoint: the training text has changed since it was tokenized ({difference}); "
+                    "restore it, or start again in another --output-dir"
+                )
+            say(f"{folder} has the tokens of another text, or of another tokenizer ({difference}): making them anew")
+
+        with closing(
+            prepare_text(
+                config, folder, self._sources, self.tokenizer, BadDocuments(config.bad_documents, say), differs
+            )
+        ) as rounds:
+            while not dist.on_main(lambda: next(rounds)):
+                pass
+
     def _prepare(self, saved: Checkpoint | None) -> None:
         """Creates everything that the steps need.
 
         This method does not communicate, so that a failure on one process can be reported to all.
         """
-        config, dist = self.config, self.dist
-        if saved is not None and saved.state.get("world_size") != dist.world_size:
-            refuse_differences(config, [f"processes: {saved.state.get('world_size')} before, {dist.world_size} now"])
-        tell = say if dist.is_main else _ignore
-        sources, eval_sources = _open_text(config, tell)
-        teacher_ids = None if saved is None else saved.tensors["progress"].get("vocabulary")
-        output = self.stage.folder if dist.is_main else None
-        models, tokenizer = _checked_models(self.stage.model_config(), dist.device, sources, output, teacher_ids)
-        tell(models.attention)
-        if models.vocabulary is not None:
-            tell(f"--trim-vocabulary: {models.vocabulary.summary(models.tokenizer)}")
-        eval_set: EvalSet | None = None
-        if saved is None and (eval_sources or config.eval_fraction):
-            separate = bool(eval_sources)
-            # Bad documents of the training text are reported when training reads them.
-            eval_set = collect_eval_set(
-                eval_sources or sources,
-                separate=separate,
-                fraction=config.eval_fraction,
-                packer=Packer(tokenizer, config.max_seq_length, config.packing, models.max_document_length),
-                tokenizer=tokenizer,
-                max_samples=config.eval_samples,
-                bad_documents=BadDocuments(config.bad_documents, tell if separate else _ignore),
+        config, dist, models, tokenizer = self.config, self.dist, self.models, self.tokenizer
+        shards = TokenShards(self.stage.tokens)
+        if shards.plan["tokenizer"] != tokenizer.digest():
+            raise ValueError(
+                f"--tokens: {shards.folder} has the tokens of another tokenizer than that of --teacher; prepare them "
+                "with this teacher"
             )
-        self.stream = SampleStream(
-            sources,
-            tokenizer,
-            Packer(tokenizer, config.max_seq_length, config.packing, models.max_document_length),
-            eval_set=eval_set,
-            shuffle_buffer_size=config.shuffle_buffer_size,
-            seed=config.seed,
-            bad_documents=BadDocuments(config.bad_documents, lambda message: self.progress.say(message)),
-        )
-        self.models: TeacherStudent = models
+        if dist.is_main:
+            shards.verify()
+        eval_set: EvalSet | None = None
+        if saved is None and self._eval_sources:
+            eval_set = collect_eval_set(
+                self._eval_sources,
+                self._packer(),
+                tokenizer,
+                config.eval_samples,
+                BadDocuments(config.bad_documents, say if dist.is_main else _ignore),
+            )
+        elif saved is None and config.eval_fraction:
+            eval_set = split_eval_set(shards, config.eval_fraction, self._packer(), config.eval_samples)
+        self.stream = SampleStream(shards, self._packer(), eval_set=eval_set, seed=config.seed)
         if config.torch_compile:
             models.compile()
+        self.steps = Prefetcher(config, self.stream, models.mask, dist)
         self.weights = torch.tensor(list(models.loss.relations.values()), device=dist.device)  # (relations,)
+        sent = getattr(torch, config.gradient_dtype)
+        self.sharded = config.parallel == "fsdp" and dist.world_size > 1
+        if self.sharded:
+            shard_student(models, dist, sent)
         parameters = models.trained()
-        self.buffer = GradientBuffer(parameters.values(), losses=len(self.weights))
+        self.gradients: SummedGradients | ShardedGradients
+        if self.sharded:
+            self.gradients = ShardedGradients(parameters.values(), len(self.weights), dist)
+        else:
+            self.gradients = SummedGradients(parameters.values(), len(self.weights), dist, sent)
         self.state = RunState(
             config,
             dist,
             models,
-            self.stream,
+            self.steps,
             make_optimizer(config, list(parameters.values())),
             parameters,
             # One process per machine reads the files again, because each machine may have other files.
             teacher_digests(models) if dist.local_rank == 0 or dist.is_main else None,
             conditions(dist.device),
         )
-        torch.manual_seed(config.seed + dist.rank)
         if saved is not None:
             self.state.load(saved)
         self.saved_step = self.state.step
+
+    def _open_cache(self) -> TeacherCache:
+        """Opens the cache of the teacher's values, and checks that it has room for those of all samples."""
+        config, dist, models = self.config, self.dist, self.models
+        assert config.cache_teacher is not None
+        folder = Path(config.cache_teacher)
+        key = {
+            "teacher": dist.on_main(lambda: self.state.teacher_digests),
+            "layer": models.teacher.extractor.layer,
+            "projections": config.teacher_projections,
+            "computed in": "bfloat16 autocast" if config.bf16 else config.teacher_dtype,
+            "mask": models.mask,
+            "prefixes": [*config.prefix_range, config.total_batch_size] if models.mask == "prefix" else None,
+            "packing": config.packing,
+            "max_document_length": models.max_document_length,
+            "seed": config.seed,
+            "text": self.stream.shards.digest,
+            "eval": self.stream.state()[0]["eval_set"],  # these documents are left out
+        }
+        cache = dist.on_all(
+            lambda: TeacherCache(
+                folder,
+                key,
+                models.teacher.widths,
+                config.max_seq_length,
+                packed=config.packing,
+                dtype=getattr(torch, config.cache_teacher_dtype),
+                pinned=dist.device.type == "cuda",
+            )
+        )
+        dist.on_main(lambda: say(f"--cache-teacher: {cache.check_room(config.max_steps * config.total_batch_size)}"))
+        return cache
+
+    def _packer(self) -> Packer:
+        config = self.config
+        return Packer(self.tokenizer, config.max_seq_length, config.packing, self.models.max_document_length)
 
     @property
     def finished(self) -> bool:
@@ -327,23 +404,26 @@ class TrainingLoop:
         return self.state.step == self.config.max_steps and not self.state.eval_pending
 
     def close(self) -> None:
-        """Ends the trackers, the progress bar and the reading thread."""
+        """Ends the trackers, the progress bar and the threads."""
         if self.trackers is not None:
             self.trackers.close()
         self.progress.close()
-        self.stream.close()
+        self.steps.close()
+        if self.cache is not None:
+            self.cache.close()
 
-    def write_student(self, target: Path) -> None:
-        """Writes the finished student, with the best weights if they are asked for."""
+    def write_student(self, target: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Writes the finished student with the weights of the last step, or the best ones if they are asked for."""
         step, best = self.state.step, self.state.best_step
         if best is not None and best != step:
             try:
-                self.models.student.model.load_state_dict(self.checkpoints.weights(best))
+                weights = self.checkpoints.weights(best)
                 step = best
             except (OSError, ValueError) as error:
                 say(f"--load-best-model-at-end: {error}; the student gets the weights of the last step")
         evaluations = eval_records(self.metrics_path, best=step == best)
-        write_student(target, self.config, self.models, self.metrics_path, evaluations, self.dist.world_size, step)
+        processes = self.dist.world_size
+        write_student(target, self.config, self.models, weights, self.metrics_path, evaluations, processes, step)
 
     def train(self, signals: StopSignals) -> None:
         """Trains until the last step or a stop signal. `signals.received` is then equal on all processes."""
@@ -385,65 +465,56 @@ class TrainingLoop:
         self.checkpoints.rotate(self.state.best_step)
         self.trackers = Trackers(self.stage.folder, self.config, self.state.step)
 
-    def _samples(self) -> Samples:
-        """The samples of the next step. If they cannot be read, the steps since the last checkpoint are saved first."""
-        samples: Samples | None = None
-
-        def take() -> None:
-            nonlocal samples
-            samples = self.stream.take(self.config.total_batch_size)
-
+    def _prepared(self) -> PreparedStep:
+        """The data of the next step. If it cannot be read, the steps since the last checkpoint are saved first."""
+        state = self.state
         try:
-            self.dist.on_all(take)
+            self.dist.on_all(lambda: self.steps.wait(state.step, state.micro_batch))
         except Exception:
-            if samples is not None:  # another process has failed
-                self.stream.put_back(samples)
-            if self.state.step > self.saved_step:
+            if state.step > self.saved_step:
                 try:
                     self._save()
-                    self.progress.say(f"saved step {self.state.step} before the error")
+                    self.progress.say(f"saved step {state.step} before the error")
                 except (OSError, RuntimeError) as error:
-                    self.progress.say(f"step {self.state.step} could not be saved: {error}")
+                    self.progress.say(f"step {state.step} could not be saved: {error}")
             raise
-        assert samples is not None
-        return samples
+        return self.steps.pop()
 
     def _step(self) -> None:
         """Runs an optimizer step. The gradient is the exact mean over all samples of the step."""
-        config, dist, state = self.config, self.dist, self.state
-        samples = self._samples()
-        total = LossWeights.of(samples)
-        self._within_memory(lambda micro: self._accumulate(samples, total, micro))
-        dist.sum(self.buffer.flat)
-        norm = self.buffer.clip_(config.max_grad_norm)
+        config, state = self.config, self.state
+        prepared = self._prepared()
+        self._within_memory(lambda micro: self._accumulate(prepared, micro))
+        norm = self.gradients.clip_(config.max_grad_norm)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate_at(config, state.step)
         state.optimizer.step()
-        state.window.append(torch.cat([self.buffer.losses, norm[None]]))
-        state.tokens += total.tokens
+        state.window.append(torch.cat([self.gradients.losses, norm[None]]))
+        state.tokens += prepared.total.tokens
         state.step += 1
 
-    def _accumulate(self, samples: Samples, total: LossWeights, micro: int) -> None:
-        """Fills the buffer with the gradient of this process's part of the step, `micro` samples at a time."""
-        config, dist = self.config, self.dist
-        share = config.total_batch_size // dist.world_size
-        end = (dist.rank + 1) * share
-        self.buffer.zero_()
-        for start in range(dist.rank * share, end, micro):
-            part = slice(start, min(start + micro, end))
-            batch = make_batch(config, self.models.mask, samples, dist.device, (config.seed, 3, self.state.step), part)
-            values = loss_vector(config, self.models, batch, requires_grad=True)
-            losses = LossWeights.of(samples.part(part)).weight(config.reduction, total) * values
-            torch.dot(losses, self.weights).backward()
-            self.buffer.losses += losses.detach()
+    def _accumulate(self, prepared: PreparedStep, micro: int) -> None:
+        """Computes the gradient of the step. Each process computes its part, `micro` samples at a time."""
+        config, parts = self.config, self.steps.micro_batches(prepared, micro)
+        with self.gradients.summed():
+            for part in parts:
+                batch = part.batch.to(self.dist.device)
+                if self.cache is not None and batch.teacher is None:
+                    teacher = teacher_qkv(self.models, batch, bf16=config.bf16)
+                    batch.teacher = self.cache.store(part.first, part.samples, teacher)
+                seed_dropout(config.seed, self.state.step, part.start)
+                losses = part.weight * loss_vector(config, self.models, batch, requires_grad=True)
+                if part is parts[-1]:
+                    self.gradients.exchange_in_next_backward()
+                torch.dot(losses, self.weights).backward()
+                self.gradients.losses += losses.detach()
 
     def _within_memory(self, action: Callable[[int], T]) -> T:
         """Calls `action` with the size of a micro-batch. If memory runs out on any process, all halve it and repeat.
 
-        `action` must not communicate. It begins with the same random state every time.
+        `action` communicates as often if it fails as if it succeeds. With `--parallel fsdp` it cannot be repeated.
         """
         dist, state = self.dist, self.state
-        generators = random_state(dist.device)
         while True:
             problem, result = "", None
             try:
@@ -451,6 +522,11 @@ class TrainingLoop:
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_out_of_memory(error):
                     raise
+                if self.sharded:
+                    raise RuntimeError(
+                        f"out of memory: --parallel fsdp cannot repeat a step; continue with --resume-from-checkpoint "
+                        f"and a --micro-batch-size below {state.micro_batch} ({error})"
+                    ) from error
                 problem = str(error)  # the error itself would keep the tensors of its traceback
             if not dist.max(int(bool(problem))):
                 return cast(T, result)
@@ -461,7 +537,6 @@ class TrainingLoop:
                 )
             state.micro_batch = (state.micro_batch + 1) // 2
             result = None
-            restore_random_state(generators, dist.device)
             if self.config.torch_compile:
                 torch.compiler.reset()  # the graphs of the larger micro-batches
             if dist.device.type == "cuda":
@@ -476,10 +551,10 @@ class TrainingLoop:
         norm = float(state.window[-1][-1])
         state.window = []
         return {
-            "epoch": self.stream.epoch,
+            "epoch": self.steps.epoch,
             "tokens": state.tokens,
-            "bad_documents": self.stream.bad_documents.bad,
-            "null_documents": self.stream.bad_documents.nulls,
+            "bad_documents": self.stream.shards.counts.bad,
+            "null_documents": self.stream.shards.counts.nulls,
             "loss": sum(weight * values[name] for name, weight in relations.items()),
             **values,
             "learning_rate": learning_rate_at(self.config, state.step - 1),
@@ -499,7 +574,7 @@ class TrainingLoop:
                 self.models,
                 eval_set.samples,
                 self.dist,
-                lambda: signals.received,
+                (lambda: 0) if self.sharded else (lambda: signals.received),  # all evaluate equally many micro-batches
                 self._within_memory,
             )
             if measured is not None:
@@ -557,12 +632,12 @@ def _checked_models(
         output: folder in which saving the student is tried; `None` to leave this out.
         teacher_ids: the student's vocabulary of a run that is resumed.
     """
-    models = load_models(config, device, islice(_texts(sources), config.trim_vocabulary_documents), teacher_ids)
+    models = load_models(config, device, _counted(config, sources), teacher_ids)
     if output is not None:
         check_saving(models.student.model, models.student_tokenizer, output)
     tokenizer = DocumentTokenizer(models.tokenizer)
     student = models.student.model if models.vocabulary is None else None
-    check_text(tokenizer, _texts(sources), models.teacher.model, student)
+    check_text(tokenizer, document_texts(sources), models.teacher.model, student)
     check_masks(models, tokenizer, config.max_seq_length, config.packing)
     return models, tokenizer
 
@@ -570,38 +645,26 @@ def _checked_models(
 def _check_later_stages(later: Sequence[Stage], loop: TrainingLoop) -> None:
     """Checks the models of later stages before the first step, with untrained assistants as their teachers."""
     models, device = loop.models, loop.dist.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for stage in later:
-            with tempfile.TemporaryDirectory(
-                prefix=f"{TEMPORARY}{stage.name}-", dir=loop.stage.folder, ignore_cleanup_errors=True
-            ) as folder:
-                models.student.model.save_pretrained(folder)
-                models.student_tokenizer.save_pretrained(folder)
-                config = replace(stage.model_config(Path(folder)), trim_vocabulary_documents=CHECKED_DOCUMENTS)
-                try:
-                    models, _ = _checked_models(config, device, _open_text(config, _ignore)[0], stage.folder)
-                except ValueError as error:
-                    raise ValueError(f"{stage.name}: {error}") from error
+    for stage in later:
+        with tempfile.TemporaryDirectory(
+            prefix=f"{TEMPORARY}{stage.name}-", dir=loop.stage.folder, ignore_cleanup_errors=True
+        ) as folder:
+            models.student.model.save_pretrained(folder)
+            models.student_tokenizer.save_pretrained(folder)
+            config = replace(stage.model_config(Path(folder)), trim_vocabulary_documents=CHECKED_DOCUMENTS)
+            try:
+                models, _ = _checked_models(config, device, open_text(config, _ignore)[0], stage.folder)
+            except ValueError as error:
+                raise ValueError(f"{stage.name}: {error}") from error
 
 
-def _texts(sources: Iterable[Source]) -> Iterator[str]:
-    """The text of all documents that have one."""
-    documents = (document for source in sources for document in source.read())
-    return (document.text for document in documents if document.text is not None)
-
-
-def _open_text(config: DistillConfig, say: Callable[[str], None]) -> tuple[list[Source], list[Source]]:
-    """Opens the training text and the separate evaluation text, if there is one."""
-
-    def files(paths: tuple[str, ...], option: str) -> list[Source]:
-        by_line = config.documents == "line"
-        return open_sources(paths, text_column=config.text_column, by_line=by_line, option=option, say=say)
-
-    training: list[Source] = files(config.text, "--text")
-    if config.dataset_name is not None:
-        name, subset = config.dataset_name, config.dataset_config_name
-        training = [HubDataset(name, subset, config.dataset_split, config.text_column)]
-    return training, files(config.eval_text, "--eval-text")
+def _counted(config: DistillConfig, sources: Sequence[Source]) -> Iterable[str] | Mapping[int, int]:
+    """The texts in which `--trim-vocabulary` counts tokens, or these counts."""
+    if config.tokens is None:
+        return islice(document_texts(sources), config.trim_vocabulary_documents)
+    if config.trim_vocabulary is None:
+        return ()
+    return TokenShards(Path(config.tokens)).token_counts(config.trim_vocabulary_documents)
 
 
 @contextmanager
@@ -613,10 +676,14 @@ def _deterministic(device: torch.device) -> Iterator[None]:
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read on the first use of cuBLAS
     torch.use_deterministic_algorithms(True, warn_only=True)
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
+    memory.fill_uninitialized_memory = False  # otherwise every new tensor is written twice
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
+        memory.fill_uninitialized_memory = fills
 
 
 def _result(config: DistillConfig, output: Path, step: int, stopped_by: int | None) -> DistillResult:

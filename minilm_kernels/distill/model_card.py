@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 import minilm_kernels
 
@@ -22,6 +23,7 @@ def write_student(
     target: Path,
     config: DistillConfig,
     models: TeacherStudent,
+    weights: dict[str, Tensor],
     metrics: Path,
     evaluations: EvalRecords,
     processes: int,
@@ -31,6 +33,7 @@ def write_student(
 
     Args:
         target: the folder.
+        weights: state dict of the student.
         metrics: the metrics.jsonl of the run, which is copied.
         evaluations: the first and the last eval record, if there are any.
         processes: number of processes of the run.
@@ -41,7 +44,7 @@ def write_student(
     """
 
     def fill(folder: Path) -> None:
-        models.student.model.save_pretrained(folder)
+        models.student.model.save_pretrained(folder, state_dict=weights)
         models.student_tokenizer.save_pretrained(folder)
         (folder / "settings.json").write_text(
             json.dumps(config.published().as_dict(), indent=1) + "\n", encoding="utf-8"

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,6 +48,7 @@ class LayerModel:
         max_document_length: tokens of the longest document of the run.
         packed: True if the model takes packed batches as one row, without a mask.
         causal: True if a token of the model attends to earlier tokens only.
+        widths: the last dimensions of query, key and value, of which grouped heads have fewer in key and value.
 
     Raises:
         ValueError: the layer or the projections do not exist. The message names the option.
@@ -72,6 +73,9 @@ class LayerModel:
         self.max_document_length = self.max_positions
         self.packed = False
         self.causal = _attends_causally(model)
+        ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+        with torch.no_grad():
+            self.widths = [x.shape[-1] for x in self.extractor(input_ids=ids)]
 
     def use_packed_attention(self, *, bf16: bool = False) -> None:
         """Makes the model take packed batches as one row, without a mask; under bfloat16 autocast if `bf16`.
@@ -111,12 +115,6 @@ class LayerModel:
             reach = config.sliding_window - (self.causal or hasattr(config, "use_bidirectional_attention"))
         additive = config._attn_implementation == "eager"
         return batch.model_inputs(self._offset, additive, causal_model=self.causal, reach=reach)
-
-    def widths(self) -> list[int]:
-        """The last dimensions of query, key and value, of which grouped heads have fewer in key and value."""
-        ids = torch.zeros(1, 2, dtype=torch.long, device=next(self.model.parameters()).device)
-        with torch.no_grad():
-            return [x.shape[-1] for x in self.extractor(input_ids=ids)]
 
 
 @dataclass(frozen=True)
@@ -170,12 +168,15 @@ class TeacherStudent:
 
 
 def load_models(
-    config: DistillConfig, device: torch.device, texts: Iterable[str] = (), teacher_ids: Tensor | None = None
+    config: DistillConfig,
+    device: torch.device,
+    texts: Iterable[str] | Mapping[int, int] = (),
+    teacher_ids: Tensor | None = None,
 ) -> TeacherStudent:
     """Loads the frozen teacher and the float32 student with its initial weights on `device`.
 
     Args:
-        texts: with `--trim-vocabulary`, the texts whose tokens are counted.
+        texts: with `--trim-vocabulary`, the texts whose tokens are counted, or these counts.
         teacher_ids: the vocabulary that they have given before, for a run that is resumed.
 
     Raises:
@@ -395,7 +396,7 @@ def _make_loss(config: DistillConfig, teacher: LayerModel, student: LayerModel) 
         return MiniLMLoss(heads_t, **common)
     heads = config.relation_heads or (64 if teacher.model.config.hidden_size >= 1024 else 48)
     letters = sorted(set("".join(config.relations)))
-    widths = {role: dict(zip("qkv", side.widths(), strict=True)) for role, side in sides.items()}
+    widths = {role: dict(zip("qkv", side.widths, strict=True)) for role, side in sides.items()}
     divisor = math.gcd(*(widths[role][letter] for role in sides for letter in letters))
     if divisor % heads:
         valid = ", ".join(str(n) for n in range(1, divisor + 1) if divisor % n == 0)

@@ -33,20 +33,19 @@ class Samples(NamedTuple):
 class Packer:
     """Packs documents into samples; each piece of a document gets the tokenizer's special tokens.
 
-    With `packing`, a document that does not fit into the current sample is cut into pieces of at least `SHORTEST_CUT`
-    tokens (or a quarter of `max_seq_length`, if that is less). If the first piece would be shorter, the document starts
-    the next sample. Without `packing`, every piece is a sample.
+    A document of more than `max_document_length` tokens is cut into pieces, with `packing` also one that does not fit
+    into the current sample. Pieces have at least `SHORTEST_CUT` tokens (or a quarter of the longest piece, if that is
+    less). If the first piece would be shorter, the document starts the next sample. Without `packing`, every piece is a
+    sample.
+
+    Borders depend on the lengths of the documents alone (`place`), so that they are known before any token is read.
 
     Args:
         max_seq_length: tokens of a sample, special tokens included.
         max_document_length: tokens of the longest piece, special tokens included; by default, `max_seq_length`.
 
-    Attributes:
-        samples: complete samples, each of shape (max_seq_length,).
-        open: pieces of the sample that is being filled.
-
     Raises:
-        ValueError: `max_seq_length` leaves no room beside the special tokens.
+        ValueError: one of the lengths leaves no room beside the special tokens.
     """
 
     def __init__(
@@ -54,60 +53,89 @@ class Packer:
     ) -> None:
         self._tokenizer, self.max_seq_length, self._packing = tokenizer, max_seq_length, packing
         self._special = len(tokenizer.prefix) + len(tokenizer.suffix)
-        longest = min(max_seq_length, max_document_length or max_seq_length)
-        self._longest = longest - self._special
+        longest = max_seq_length if max_document_length is None else min(max_seq_length, max_document_length)
         self._shortest = max(1, min(SHORTEST_CUT, longest // 4))
+        self._longest = longest - self._special
         if self._longest < 2 * self._shortest:
             option = "--max-seq-length" if longest == max_seq_length else "--max-document-length"
             raise ValueError(f"{option} ({longest}) leaves no room beside {self._special} special tokens per document")
-        self.samples: list[Samples] = []
-        self.open: list[Tokens] = []
-        self._room = max_seq_length
+        self.begin()
 
-    def add(self, tokens: Tokens) -> None:
-        """Appends a document to the open sample. Samples that become full move to `samples`."""
-        while len(tokens):
+    def begin(self) -> None:
+        """Drops all pieces and begins with an empty sample."""
+        self._room, self._sample = self.max_seq_length, 0
+        self._pieces: list[list[Tokens]] = []
+
+    def place(self, length: int, start: int = 0) -> list[tuple[int, int, int]]:
+        """Assigns the tokens `start` to `length` of a document to samples.
+
+        Returns:
+            For each piece, the number of its sample, counted from the latest `begin`, and the range of its tokens.
+        """
+        placed = []
+        while start < length:
             room = min(self._room - self._special, self._longest)
-            take = len(tokens)
+            take = length - start
             if take > room:
                 take = min(room, take - self._shortest)
                 if take < self._shortest:
                     self.flush()
                     continue
-            self._append(np.concatenate([self._tokenizer.prefix, tokens[:take], self._tokenizer.suffix]))
-            tokens = tokens[take:]
-
-    def _append(self, piece: Tokens) -> None:
-        self.open.append(piece)
-        self._room -= len(piece)
-        if not self._packing or self._room <= self._special:
-            self.flush()
+            placed.append((self._sample, start, start + take))
+            start += take
+            self._room -= take + self._special
+            if not self._packing or self._room <= self._special:
+                self.flush()
+        return placed
 
     def flush(self) -> None:
-        """Pads the open sample and moves it to `samples`."""
-        if not self.open:
-            return
-        ids = np.full(self.max_seq_length, self._tokenizer.pad, np.int32)
-        positions = np.full(self.max_seq_length, PADDING, np.int32)
-        used = self.max_seq_length - self._room
-        ids[:used] = np.concatenate(self.open)
-        positions[:used] = np.concatenate([piece_positions(piece) for piece in self.open])
-        self.samples.append(Samples(ids, positions))
-        self.open, self._room = [], self.max_seq_length
+        """Completes the sample that is being filled."""
+        if self._room < self.max_seq_length:
+            self._room, self._sample = self.max_seq_length, self._sample + 1
 
-    def clear(self) -> None:
-        """Drops all samples."""
-        self.samples, self.open, self._room = [], [], self.max_seq_length
+    def add(self, tokens: Tokens) -> None:
+        """Appends a document."""
+        for sample, start, stop in self.place(len(tokens)):
+            if sample == len(self._pieces):
+                self._pieces.append([])
+            self._pieces[sample].append(tokens[start:stop])
 
-    def reopen(self, ids: np.ndarray, positions: np.ndarray) -> None:
-        """Restores the open sample from the concatenated tokens of `open`."""
-        self.open = np.split(ids, np.flatnonzero(positions == 0)[1:]) if len(ids) else []
-        self._room = self.max_seq_length - len(ids)
+    @property
+    def complete(self) -> int:
+        """Number of complete samples since `begin`."""
+        return self._sample
 
+    @property
+    def samples(self) -> list[Samples]:
+        """The complete samples of the documents that were added, each of shape (max_seq_length,)."""
+        pieces = self._pieces[: self._sample]
+        samples = self.layout([[len(piece) for piece in sample] for sample in pieces])
+        for ids, sample in zip(samples.ids, pieces, strict=True):
+            self.fill(ids, sample)
+        return [Samples(*sample) for sample in zip(*samples, strict=True)]
 
-def piece_positions(piece: Tokens) -> np.ndarray:
-    """Positions of the tokens of a piece, from 0."""
-    return np.arange(len(piece), dtype=np.int32)
+    def layout(self, lengths: Sequence[Sequence[int]]) -> Samples:
+        """Samples without their tokens.
+
+        Args:
+            lengths: tokens of each piece of each sample, without special tokens.
+        """
+        shape = (len(lengths), self.max_seq_length)
+        ids = np.full(shape, self._tokenizer.pad, np.int32) if self._tokenizer.pad else np.zeros(shape, np.int32)
+        positions = np.full(shape, PADDING, np.int32)
+        order = np.arange(self.max_seq_length, dtype=np.int32)
+        for row, sample in zip(positions, lengths, strict=True):
+            end = 0
+            for length in sample:
+                begin, end = end, end + length + self._special
+                row[begin:end] = order[: end - begin]
+        return Samples(ids, positions)
+
+    def fill(self, ids: np.ndarray, pieces: Sequence[Tokens]) -> None:
+        """Writes the tokens of a sample's pieces into its row of `layout`."""
+        prefix, suffix = self._tokenizer.prefix, self._tokenizer.suffix
+        row = np.concatenate([part for piece in pieces for part in (prefix, piece, suffix)])
+        ids[: len(row)] = row
 
 
 def stack(samples: Sequence[Samples], max_seq_length: int) -> Samples:

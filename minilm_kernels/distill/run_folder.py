@@ -8,8 +8,10 @@ import json
 import os
 import socket
 import stat
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +24,7 @@ SETTINGS = "settings.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 STUDENT = "student"
+TOKENS = "tokens"
 # Errors of flock on file systems without locks. 524 is ENOTSUPP, which NFS returns.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, 524}
 
@@ -55,7 +58,7 @@ def output_folder(config: DistillConfig, dist: DistContext) -> Iterator[Path]:
         contains_run()  # before anything is written into a folder of another run
         try:
             make_folder(output)
-            lock = _lock(output)
+            lock = lock_folder(output)
         except OSError as error:
             raise write_error(error, output) from error
         if contains_run():  # again, because another run may have ended before the lock was free
@@ -120,27 +123,37 @@ def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
-def _lock(output: Path) -> BinaryIO:
-    """Locks the folder with a file that names host and process. Raises `RuntimeError` if another process holds it."""
-    path = output / ".lock"
+def lock_folder(folder: Path, option: str = "--output-dir") -> BinaryIO:
+    """Locks a folder with a file that names host and process, until the file is closed.
+
+    Args:
+        option: the option that names the folder, for messages.
+
+    Raises:
+        ValueError: something else has the file's name.
+        RuntimeError: another process holds the lock.
+        OSError: the file cannot be written.
+    """
+    path = folder / ".lock"
     if path.is_symlink():
-        raise ValueError(f"--output-dir: {path} is a symbolic link; remove it")
+        raise ValueError(f"{option}: {path} is a symbolic link; remove it")
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     lock = open(handle, "r+b", buffering=0)  # noqa: PTH123, SIM115
+    os.register_at_fork(after_in_child=partial(_close, weakref.ref(lock)))
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise ValueError(f"--output-dir: {path} is not a regular file; remove it")
+            raise ValueError(f"{option}: {path} is not a regular file; remove it")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = lock.read(200).decode("utf-8", "replace").strip()
             raise RuntimeError(
-                f"--output-dir: another process is running in {output}" + (f" ({holder})" if holder else "")
+                f"{option}: another process is running in {folder}" + (f" ({holder})" if holder else "")
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                raise OSError(error.errno, f"--output-dir: {path} cannot be locked: {error.strerror}") from error
-            say(f"--output-dir: {output} has no file locks ({error.strerror}); make sure that only one run uses it")
+                raise OSError(error.errno, f"{option}: {path} cannot be locked: {error.strerror}") from error
+            say(f"{option}: {folder} has no file locks ({error.strerror}); make sure that only one run uses it")
         with suppress(OSError):  # only for the error message above
             lock.truncate(0)
             lock.write(f"host {socket.gethostname()}, process {os.getpid()}\n".encode())
@@ -148,3 +161,9 @@ def _lock(output: Path) -> BinaryIO:
         lock.close()
         raise
     return lock
+
+
+def _close(lock: weakref.ref[BinaryIO]) -> None:
+    """Closes the lock in a forked process, which would otherwise keep it after the end of its parent."""
+    if (file := lock()) is not None:
+        file.close()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 from .checkpoint import Checkpoint, damaged
 from .conditions import condition_changes
@@ -14,8 +15,11 @@ from .config import DistillConfig
 from .console import say
 from .distributed import DistContext
 from .models import TeacherStudent
+from .prefetch import Prefetcher
 from .run_folder import refuse_differences
-from .sample_stream import SampleStream
+from .sharding import placed
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass
@@ -39,7 +43,7 @@ class RunState:
     config: DistillConfig
     dist: DistContext
     models: TeacherStudent
-    stream: SampleStream
+    stream: Prefetcher
     optimizer: torch.optim.AdamW
     parameters: dict[str, nn.Parameter]
     teacher_digests: dict[str, str] | None
@@ -71,25 +75,22 @@ class RunState:
             )
         return window
 
+    def weights(self) -> dict[str, Tensor]:
+        """The student's weights on the CPU of the main process; all processes must call it, and others get none."""
+        return cast("dict[str, Tensor]", get_model_state_dict(self.models.student.model, options=_WHOLE))
+
     def checkpoint(self) -> Checkpoint:
-        """The state as a checkpoint. All processes must call it, because it gathers their random states."""
+        """The state as a checkpoint. It does not depend on the number of processes, which must all call this method."""
         data_state, data = self.stream.state()
-        rng = {f"cpu.{rank}": state for rank, state in enumerate(self.dist.gather(torch.get_rng_state()))}
-        if self.dist.device.type == "cuda":
-            states = self.dist.gather(torch.cuda.get_rng_state(self.dist.device))
-            rng |= {f"cuda.{rank}": state for rank, state in enumerate(states)}
         kept = self.models.vocabulary
         vocabulary = {} if kept is None else {"vocabulary": kept.teacher_ids}
-        moments = {
-            f"{name}.{key}": torch.as_tensor(value)
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state[parameter].items()
-        }
+        found: dict[str, Any]  # name of a parameter to its state
+        found = get_optimizer_state_dict(self.models.student.model, self.optimizer, options=_WHOLE).get("state", {})  # type: ignore[assignment]
+        moments = {f"{name}.{key}": torch.as_tensor(x) for name, state in found.items() for key, x in state.items()}
         return Checkpoint(
             self.step,
             {
                 "settings": self.config.as_dict(),
-                "world_size": self.dist.world_size,
                 "tokens": self.tokens,
                 "micro_batch": self.micro_batch,
                 "eval_pending": self.eval_pending,
@@ -100,10 +101,10 @@ class RunState:
                 "data": data_state,
             },
             {
-                "model": self.models.student.model.state_dict(),
+                "model": self.weights(),
                 "optimizer": moments,
                 "data": data,
-                "progress": {"window": self.finite_window(), **vocabulary, **rng},
+                "progress": {"window": self.finite_window(), **vocabulary},
             },
         )
 
@@ -137,25 +138,24 @@ class RunState:
         self._check(saved)
         self.step = saved.step
         self.tokens = saved.state["tokens"]
-        self.micro_batch = saved.state["micro_batch"]
+        self.micro_batch = min(saved.state["micro_batch"], self.micro_batch)  # there may be more processes now
         self.eval_pending = saved.state["eval_pending"]
         self.best_step, self.best_loss = saved.state["best_step"], saved.state["best_loss"]
-        self.models.student.model.load_state_dict(saved.tensors["model"])
+        student = self.models.student.model
+        own = student.state_dict()
+        student.load_state_dict({name: placed(tensor, own[name]) for name, tensor in saved.tensors["model"].items()})
         moments: dict[int, dict[str, Tensor]] = {}
         index = {
             id(value): i for i, value in enumerate(p for group in self.optimizer.param_groups for p in group["params"])
         }
         for key, tensor in saved.tensors["optimizer"].items():
             name, _, moment = key.rpartition(".")
-            # The tensors are cloned, because those of the file have another alignment, which can change the last bits.
-            moments.setdefault(index[id(self.parameters[name])], {})[moment] = tensor.clone()
+            parameter = self.parameters[name]
+            moments.setdefault(index[id(parameter)], {})[moment] = placed(tensor, parameter if tensor.dim() else tensor)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.stream.load_state(saved.state["data"], saved.tensors["data"])
         progress = saved.tensors["progress"]
         self.window = list(progress["window"].to(self.dist.device))
-        torch.set_rng_state(progress[f"cpu.{self.dist.rank}"])
-        if self.dist.device.type == "cuda" and f"cuda.{self.dist.rank}" in progress:  # absent if the run was on a CPU
-            torch.cuda.set_rng_state(progress[f"cuda.{self.dist.rank}"], self.dist.device)
 
     def _check(self, saved: Checkpoint) -> None:
         """Raises `ValueError` if the content of the checkpoint does not fit this run."""
@@ -173,7 +173,7 @@ class RunState:
         known = type(best[0]) is int and 0 < best[0] <= saved.step and type(best[1]) is float
         expect(best == (None, None) or known, f"best_step and best_loss are {best!r}")
         micro = saved.state["micro_batch"]
-        expect(0 < micro <= config.micro_batch(self.dist.world_size), f"micro_batch is {micro}")
+        expect(0 < micro <= config.total_batch_size, f"micro_batch is {micro}")
         moments = {
             f"{name}.{moment}": shape
             for name, parameter in self.parameters.items()
@@ -186,14 +186,12 @@ class RunState:
         expect(window.dim() == 2 and window.shape[1] == columns, f"window has shape {tuple(window.shape)}")
         words = self.models.teacher.model.get_input_embeddings().weight.shape[0]
         data = saved.tensors["data"]
-        sample = (config.max_seq_length,)
-        parts = {"buffer": sample, "drawn": sample, "open": ()} | ({"eval": sample} if "eval.ids" in data else {})
-        for part, shape in parts.items():
-            ids, positions = data[f"{part}.ids"], data[f"{part}.positions"]
+        if "eval.ids" in data:
+            ids, positions = data["eval.ids"], data["eval.positions"]
             expect(
                 ids.shape == positions.shape
-                and ids.shape[1:] == shape
+                and ids.shape[1:] == (config.max_seq_length,)
                 and ids.dtype == positions.dtype == torch.int32
-                and (not ids.numel() or bool(ids.min() >= 0 and ids.max() < words)),
-                f"{part} has no token ids of this tokenizer",
+                and bool(ids.min() >= 0 and ids.max() < words),
+                "eval has no token ids of this tokenizer",
             )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .config import DistillConfig
-from .run_folder import STUDENT
+from .run_folder import STUDENT, TOKENS
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,14 @@ class Stage:
     Attributes:
         name: "assistant-1" and so on, then "student"; "" if the run has no assistant.
         config: the settings, with the original teacher. Its `output_dir` is the folder of the stage.
+        tokens: folder of the token shards, which is the same for all stages.
         previous: settings of the stage before; `None` if the teacher is the original one.
         steps_before, steps_after: number of steps of all earlier and of all later stages.
     """
 
     name: str
     config: DistillConfig
+    tokens: Path
     previous: DistillConfig | None
     steps_before: int
     steps_after: int
@@ -59,8 +61,9 @@ def stages(config: DistillConfig) -> list[Stage]:
     names = [*(f"assistant-{number}" for number in range(1, len(configs))), "student" if configs[1:] else ""]
     for index, name in enumerate(names[:-1]):
         configs[index] = replace(configs[index], output_dir=str(Path(config.output_dir) / name))
+    tokens = Path(config.output_dir) / TOKENS if config.tokens is None else Path(config.tokens)
     steps = [each.max_steps for each in configs]
     return [
-        Stage(name, each, configs[i - 1] if i else None, sum(steps[:i]), sum(steps[i + 1 :]))
+        Stage(name, each, tokens, configs[i - 1] if i else None, sum(steps[:i]), sum(steps[i + 1 :]))
         for i, (name, each) in enumerate(zip(names, configs, strict=True))
     ]

@@ -1,14 +1,13 @@
-"""The forward of a training step (teacher, student, loss) and the buffer of its gradients.
+"""The forward of a training step: teacher, student, loss.
 
 The training loop, the evaluation and the benchmarks share this code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minilm_kernels.losses import QKV
 
@@ -38,8 +37,27 @@ def make_batch(
     return Batch(samples.part(part), device, packed=config.packing, causal=causal, prefixes=prefixes)
 
 
+def seed_dropout(seed: int, step: int, first: int) -> None:
+    """Seeds torch's generators for the dropout of a micro-batch.
+
+    The numbers depend neither on earlier micro-batches nor on the process. A repeated or resumed step therefore draws
+    the same ones, and equal micro-batches have the same dropout for any number of processes.
+
+    Args:
+        seed: the seed of the run.
+        step: number of finished steps.
+        first: index of the micro-batch's first sample in the step.
+    """
+    torch.manual_seed(int(np.random.SeedSequence((seed, 4, step, first)).generate_state(1, np.uint64)[0]))
+
+
 def teacher_qkv(models: TeacherStudent, batch: Batch, *, bf16: bool = False) -> QKV:
-    """The teacher's query, key and value for the loss, as inference tensors; under bfloat16 autocast if `bf16`."""
+    """The teacher's query, key and value for the loss, as inference tensors; under bfloat16 autocast if `bf16`.
+
+    A teacher whose values the batch has does not run.
+    """
+    if batch.teacher is not None:
+        return batch.teacher
     with torch.inference_mode(), torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
         return models.teacher.project(batch)
 
@@ -72,38 +90,3 @@ def loss_vector(config: DistillConfig, models: TeacherStudent, batch: Batch, *, 
     """`loss_components` as one tensor, (relations,), in the order of `models.loss.relations`."""
     values = loss_components(models, batch, bf16=config.bf16, requires_grad=requires_grad)
     return torch.stack([values[name] for name in models.loss.relations])
-
-
-class GradientBuffer:
-    """One flat tensor with all gradients, followed by some losses, for a single all-reduce, norm and scaling.
-
-    The `grad` of each parameter becomes a view of the buffer.
-
-    Args:
-        parameters: parameters of one device.
-        losses: number of elements after the gradients.
-
-    Attributes:
-        flat: the buffer, (elements of all parameters + losses,).
-        gradients: its first part, (elements of all parameters,).
-        losses: its second part, (losses,).
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], losses: int = 0) -> None:
-        parameters = list(parameters)
-        sizes = [parameter.numel() for parameter in parameters]
-        self.flat = torch.zeros(sum(sizes) + losses, device=parameters[0].device)
-        self.gradients, self.losses = self.flat.split([sum(sizes), losses])
-        for parameter, gradient in zip(parameters, self.gradients.split(sizes), strict=True):
-            parameter.grad = gradient.view_as(parameter)
-
-    def zero_(self) -> None:
-        """Sets gradients and losses to zero."""
-        self.flat.zero_()
-
-    def clip_(self, max_norm: float) -> Tensor:
-        """Scales the gradients to a norm of at most `max_norm`; 0 turns clipping off. Returns the original norm."""
-        norm = torch.linalg.vector_norm(self.gradients)
-        if max_norm:
-            self.gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -54,28 +57,45 @@ class DocumentTokenizer:
         )
         return [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
 
-    def documents(self, documents: Sequence[Document]) -> tuple[list[Tokens], list[Document]]:
+    def documents(self, documents: Sequence[Document]) -> tuple[list[list[Tokens]], list[Document]]:
         """Tokenizes documents that have text.
 
         Returns:
-            Token ids, with several entries for a long document, and the documents that the tokenizer refuses.
+            The token ids of each document, with several entries for a long one and none for one that the tokenizer
+            refuses, and the documents that it refuses.
         """
         pieces = [_pieces(document.text or "") for document in documents]
         try:
-            return self.batch([piece for parts in pieces for piece in parts]), []
+            tokens = iter(self.batch([piece for parts in pieces for piece in parts]))
+            return [list(islice(tokens, len(parts))) for parts in pieces], []
         except BaseException as error:  # a panic in a Rust tokenizer is not an Exception
             if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
                 raise
             if len(documents) == 1:
                 problem = f"the tokenizer refuses it ({type(error).__name__}: {error})"
-                return [], [documents[0]._replace(text=None, problem=problem)]
-        tokens: list[Tokens] = []
+                return [[]], [documents[0]._replace(text=None, problem=problem)]
+        found: list[list[Tokens]] = []
         refused: list[Document] = []
         for document in documents:
             good, bad = self.documents([document])
-            tokens += good
+            found += good
             refused += bad
-        return tokens, refused
+        return found, refused
+
+    def digest(self) -> str:
+        """SHA-256 of everything on which the tokens depend: the vocabulary, its rules, and the special tokens."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        rules = {} if backend is None else json.loads(backend.to_str())
+        for state in ("version", "truncation", "padding"):  # depends on the file format and on earlier calls
+            rules.pop(state, None)
+        special = [self.prefix.tolist(), self.suffix.tolist(), self.pad, self.unknown]
+        content = [sorted(self._tokenizer.get_vocab().items()), rules or type(self._tokenizer).__name__, special]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id."""
+        return max(self._tokenizer.get_vocab().values())
 
 
 def _pieces(text: str) -> list[str]:

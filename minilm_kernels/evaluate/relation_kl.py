@@ -38,8 +38,6 @@ def relation_kl(config: DistillConfig, device: torch.device) -> Score:
             by_line=config.documents == "line",
             option="--text",
         ),
-        separate=True,
-        fraction=0.0,
         packer=Packer(tokenizer, config.max_seq_length, config.packing, models.max_document_length),
         tokenizer=tokenizer,
         max_samples=config.eval_samples,

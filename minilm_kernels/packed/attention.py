@@ -105,7 +105,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, window
         raise ValueError(f"query and key need equal T and width, and key heads that divide the heads; got {shapes}")
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         raise TypeError(f"expected one floating-point dtype, got {query.dtype}, {key.dtype} and {value.dtype}")
-    if query.device.type not in ("cpu", "cuda"):
+    if query.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"query: packed attention runs on cpu and cuda, got a tensor on {query.device}")
     if not key.device == value.device == cu_seqlens.device == query.device:
         raise ValueError(

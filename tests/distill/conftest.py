@@ -37,34 +37,38 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def short_run(teacher: Path, text: Path, output: Path, /, **changes: Any) -> DistillConfig:
+    """Settings of a short run. `changes` replace defaults or are added."""
+    base = {
+        "teacher": str(teacher),
+        "output_dir": str(output),
+        "text": [str(text)],
+        "student_num_hidden_layers": 1,
+        "student_hidden_size": 24,
+        "student_num_attention_heads": 4,
+        "relation_heads": 12,
+        "max_seq_length": 32,
+        "total_batch_size": 8,
+        "max_steps": 6,
+        "learning_rate": 1e-3,
+        "eval_fraction": 0.1,
+        "eval_samples": 12,
+        "logging_steps": 1,
+        "eval_steps": 3,
+        "save_steps": 3,
+        "device": "cpu",
+    }
+    merged = {**base, **changes}
+    if "student" in changes or "copy_layers" in changes:
+        merged |= {"student_num_hidden_layers": None, "student_hidden_size": None}
+    return DistillConfig(**merged)
+
+
 @pytest.fixture
 def settings(teacher_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., DistillConfig]:
     """Creates the settings of a short run. Arguments replace defaults or are added."""
 
     def make(**changes: Any) -> DistillConfig:
-        base = {
-            "teacher": str(teacher_folder),
-            "output_dir": str(tmp_path / "run"),
-            "text": [str(text_file)],
-            "student_num_hidden_layers": 1,
-            "student_hidden_size": 24,
-            "student_num_attention_heads": 4,
-            "relation_heads": 12,
-            "max_seq_length": 32,
-            "total_batch_size": 8,
-            "max_steps": 6,
-            "learning_rate": 1e-3,
-            "eval_fraction": 0.1,
-            "eval_samples": 12,
-            "shuffle_buffer_size": 40,
-            "logging_steps": 1,
-            "eval_steps": 3,
-            "save_steps": 3,
-            "device": "cpu",
-        }
-        merged = {**base, **changes}
-        if "student" in changes or "copy_layers" in changes:
-            merged |= {"student_num_hidden_layers": None, "student_hidden_size": None}
-        return DistillConfig(**merged)
+        return short_run(teacher_folder, text_file, tmp_path / "run", **changes)
 
     return make

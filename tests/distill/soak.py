@@ -77,7 +77,7 @@ class Soak:
             f"--teacher {self.work}/teacher --text {self.work}/text.txt --output-dir {self.output} "
             "--student-num-hidden-layers 1 --student-hidden-size 24 --student-num-attention-heads 4 "
             f"--relation-heads 12 --max-seq-length 16 --total-batch-size 4 --learning-rate 1e-3 --max-steps {STEPS} "
-            "--dropout 0.1 --eval-fraction 0.1 --eval-samples 4 --shuffle-buffer-size 20 --logging-steps 1 "
+            "--dropout 0.1 --eval-fraction 0.1 --eval-samples 4 --logging-steps 1 "
             f"--eval-steps 3 --save-steps 2 --save-total-limit {scenario.keep} --device cpu "
             + more
             + ("--resume-from-checkpoint" if resume else "")

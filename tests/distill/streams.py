@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import atexit
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minilm_kernels.distill.bad_documents import BadDocuments
 from minilm_kernels.distill.packing import PADDING, Packer, Samples
+from minilm_kernels.distill.preparation import TokenFolder
 from minilm_kernels.distill.sample_stream import SampleStream
-from minilm_kernels.distill.sources import Cursor, Document, ReadPrefix, Source
+from minilm_kernels.distill.sources import Cursor, Document, Source
+from minilm_kernels.distill.token_shards import TokenShards
 from minilm_kernels.distill.tokenization import DocumentTokenizer
 
 from .tiny import make_tokenizer
@@ -39,30 +46,58 @@ def pieces(samples: Samples) -> list[list[int]]:
 class Documents:
     """A source of given texts (`None`: null, `...`: a bad document) that records at which positions reading began."""
 
+    path = None
+
     def __init__(self, texts: list[Any], name: str = "given") -> None:
         self.texts, self.name, self.began = texts, name, list[Any]()
 
-    def read(self, cursor: Cursor | None = None, prefix: ReadPrefix | None = None) -> Iterator[Document]:
+    def read(self, cursor: Cursor | None = None) -> Iterator[Document]:
         self.began.append(cursor)
         for number in range(cursor or 0, len(self.texts)):
             text = self.texts[number]
-            if prefix is not None:
-                prefix.add_row(text)
             where = f"{self.name}, row {number + 1}"
             yield Document(None if text is ... else text, where, number + 1, "is bad" if text is ... else "")
 
-    def prefix(self, size: int) -> ReadPrefix:
-        prefix = ReadPrefix()
-        for text in self.texts[:size]:
-            prefix.add_row(text)
-        return prefix
+    def fingerprint(self) -> dict[str, Any]:
+        return {"texts": hashlib.sha256(repr(self.texts).encode()).hexdigest()}
 
 
-def stream(sources: list[Source], policy: str = "skip", **changes: Any) -> SampleStream:
-    arguments = {"eval_set": None, "shuffle_buffer_size": 10, "seed": 0, "packing": True, **changes}
-    packer = Packer(TOKENIZER, 24, arguments.pop("packing"))
-    said = arguments.pop("said", [])
-    return SampleStream(sources, TOKENIZER, packer, bad_documents=BadDocuments(policy, said.append), **arguments)
+@atexit.register
+def _remove_folders() -> None:
+    for folder in _folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+_folders: list[str] = []
+
+
+def shards_of(
+    sources: Sequence[Source],
+    policy: str = "skip",
+    *,
+    said: list[str] | None = None,
+    tokenizer: DocumentTokenizer = TOKENIZER,
+    folder: Path | None = None,
+    processes: int = 1,
+    most_documents: int | None = None,
+) -> TokenShards:
+    """The token shards of a text, in a folder that is removed at the end of the process unless it is given."""
+    if folder is None:
+        _folders.append(tempfile.mkdtemp())
+        folder = Path(_folders[-1])
+    target = TokenFolder(folder, sources, tokenizer, {}, most_documents)
+    for _ in target.prepare(BadDocuments(policy, [].append if said is None else said.append), processes):
+        pass
+    return TokenShards(folder)
+
+
+def stream(sources: Sequence[Source] | TokenShards, policy: str = "skip", **changes: Any) -> SampleStream:
+    """The samples of 24 tokens of a text."""
+    arguments = {"eval_set": None, "seed": 0, **changes}
+    packer = Packer(TOKENIZER, 24, arguments.pop("packing", True))
+    said = arguments.pop("said", None)
+    shards = sources if isinstance(sources, TokenShards) else shards_of(sources, policy, said=said)
+    return SampleStream(shards, packer, **arguments)
 
 
 def words(samples: Samples) -> list[int]:

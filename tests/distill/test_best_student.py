@@ -97,9 +97,9 @@ def test_a_damaged_best_checkpoint_costs_the_choice_and_not_the_student(
     given_losses([5.0, 1.0, 2.0])
     write = loop.TrainingLoop.write_student
 
-    def after_damage(self: loop.TrainingLoop, target: Path) -> None:
+    def after_damage(self: loop.TrainingLoop, target: Path, weights: Any) -> None:
         (tmp_path / "run" / "checkpoints" / "step-000000001" / "model.safetensors").write_bytes(b"")
-        write(self, target)
+        write(self, target, weights)
 
     monkeypatch.setattr(loop.TrainingLoop, "write_student", after_damage)
     result = distill(settings(max_steps=2, eval_steps=1, load_best_model_at_end=True))

@@ -62,8 +62,8 @@ def test_text_and_native_values_mean_the_same() -> None:
         ({"student": "s"}, "--student and --copy-layers"),
         ({"copy_layers": None}, "none of them"),
         ({"copy_layers": None, "student_num_hidden_layers": 3}, "--student-hidden-size"),
-        ({"text": ()}, "--text or --dataset-name"),
-        ({"dataset_name": "d"}, "--text or --dataset-name"),
+        ({"text": ()}, "exactly one of --text"),
+        ({"dataset_name": "d"}, "exactly one of --text"),
         ({"warmup_steps": 11, "max_steps": 10}, "--warmup-steps"),
         ({"gradient_accumulation_steps": 3, "total_batch_size": 8}, "--gradient-accumulation-steps"),
         ({"micro_batch_size": 0}, "--micro-batch-size must be positive"),
@@ -173,11 +173,14 @@ def test_backends_have_one_source() -> None:
 def test_home_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     named = [option.name for option in fields(DistillConfig) if option.metadata["path"]]
-    assert set(named) == {"teacher", "output_dir", "student", "dataset_name", "text", "eval_text"}
+    paths = {"teacher", "output_dir", "student", "dataset_name", "tokens", "text", "eval_text", "cache_teacher"}
+    assert set(named) == paths
     for name in named:
         several = name in ("text", "eval_text")
         changes: dict[str, Any] = {name: ["~/a", "b~", "c/~"] if several else "~/a"}
-        changes |= {"copy_layers": None} if name == "student" else {"text": ()} if name == "dataset_name" else {}
+        changes |= (
+            {"copy_layers": None} if name == "student" else {"text": ()} if name in ("dataset_name", "tokens") else {}
+        )
         value = getattr(DistillConfig(**{**NEEDED, **changes}), name)
         assert value == ((f"{tmp_path}/a", "b~", "c/~") if several else f"{tmp_path}/a")
     (tmp_path / "c.yaml").write_text("learning_rate: 1\n")

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from minilm_kernels.distill import DistillConfig, distill, distributed, signals
 from minilm_kernels.distill import distributed as processes
-from minilm_kernels.distill.checkpoint import read_checkpoint
 from minilm_kernels.distill.metrics import read_metrics
 
 Settings = Callable[..., DistillConfig]
@@ -79,7 +77,6 @@ def test_a_run_killed_at_a_random_step_continues_to_the_same_bits(settings: Sett
         "total_batch_size": 2,
         "relation_heads": 2,
         "eval_samples": 4,
-        "shuffle_buffer_size": 20,
         "eval_steps": 100,
         "save_steps": 5,
     }
@@ -124,7 +121,6 @@ def test_a_chain_killed_in_every_stage_continues_to_the_same_bits(settings: Sett
         "max_seq_length": 16,
         "total_batch_size": 2,
         "eval_samples": 4,
-        "shuffle_buffer_size": 20,
         "eval_steps": 50,
         "save_steps": 5,
     }
@@ -201,11 +197,7 @@ def test_two_processes_take_the_steps_of_one(settings: Settings, tmp_path: Path)
         said = process.communicate(timeout=PATIENCE)[0]
     [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
     stopped = int(checkpoint.name.removeprefix("step-"))
-    generators = read_checkpoint(checkpoint).tensors["progress"]
-    assert not torch.equal(generators["cpu.0"], generators["cpu.1"])  # each process has its own dropout
     assert f"stopped at step {stopped}; continue with\n  torchrun --nproc-per-node 2" in said
-    with pytest.raises(ValueError, match="processes: 2 before, 1 now"):
-        distill(settings(**changes, resume_from_checkpoint=True))
     with started(*torchrun, *options(config), "--resume-from-checkpoint") as process:
         said = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, said

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from minilm_kernels.distill.bad_documents import BadDocuments
-from minilm_kernels.distill.eval_set import EvalSet, collect_eval_set, digest, limit_of
+from minilm_kernels.distill.eval_set import EvalSet, collect_eval_set, digest, limit_of, split_eval_set
 from minilm_kernels.distill.packing import Packer, Samples
 
-from .streams import TOKENIZER, Documents, same, stream, words
+from .streams import TOKENIZER, Documents, same, shards_of, stream, words
 from .tiny import make_texts
 
 
@@ -25,8 +25,9 @@ def eval_set_of(
     texts: list[Any], separate: bool = False, fraction: float = 0.2, max_samples: int = 1000, policy: str = "skip"
 ) -> EvalSet:
     packer = Packer(TOKENIZER, 24, packing=True)
-    bad_documents = BadDocuments(policy)
-    return collect_eval_set([Documents(texts)], separate, fraction, packer, TOKENIZER, max_samples, bad_documents)
+    if separate:
+        return collect_eval_set([Documents(texts)], packer, TOKENIZER, max_samples, BadDocuments(policy))
+    return split_eval_set(shards_of([Documents(texts)], policy), fraction, packer, max_samples)
 
 
 def numbered(count: int) -> list[str]:
@@ -66,6 +67,8 @@ def test_evaluation_samples_are_limited_and_needed() -> None:
         eval_set_of(["  ", None, None])
     with pytest.raises(ValueError, match=r"2 of the first 2 documents cannot be read"):
         eval_set_of([..., ...])
+    with pytest.raises(ValueError, match=r"2 of the first 2 documents cannot be read"):
+        eval_set_of([..., ...], separate=True)
     with pytest.raises(ValueError, match=r"given, row 2: is bad.*--bad-documents"):
         eval_set_of(["w1", ..., "w2"], policy="error")
 
@@ -75,7 +78,7 @@ def test_evaluation_samples_are_limited_and_needed() -> None:
     fraction=st.sampled_from([1e-9, 0.01, 0.999999]),
     shuffle=st.randoms(use_true_random=False),
 )
-@settings(max_examples=40)
+@settings(max_examples=15)
 def test_a_small_corpus_evaluates_on_one_document(count: int, fraction: float, shuffle: Any) -> None:
     texts = numbered(count)
     if 0 < sum(int.from_bytes(digest(text), "big") < limit_of(fraction) for text in texts) < count:
@@ -113,20 +116,29 @@ def test_a_stream_reports_that_all_is_in_the_evaluation_set() -> None:
 
 
 def test_the_evaluation_set_of_a_run_stays(tmp_path: Path) -> None:
-    """A resumed run takes samples and rule from the checkpoint, even if the repaired text would give others."""
+    """A resumed run takes samples and rule from the checkpoint, even if a new run would choose other documents."""
     texts = [f"w{i} w{i + 1}" for i in range(9)]
-    first = stream([Documents(texts)], eval_set=eval_set_of(texts, fraction=1e-9))
+    shards = shards_of([Documents(texts)])
+    first = stream(shards, eval_set=eval_set_of(texts, fraction=1e-9))
     state, tensors = first.state()
-    more = [*texts, *[f"w{i}" for i in range(20, 50)]]
-    again = stream([Documents(more)])
+    again = stream(shards)
     again.load_state(json.loads(json.dumps(state)), load(save(tensors)))
     assert first.eval_set is not None
     assert again.eval_set is not None
     assert same(again.eval_set.samples, first.eval_set.samples)
     [chosen] = [text for text in texts if first.eval_set.contains(text)]
     assert again.eval_set.contains(chosen)
-    assert not eval_set_of(more, fraction=1e-9).contains(chosen)  # collecting again would choose another one
+    assert same(again.take(20), first.take(20))
 
-    separate = stream([Documents(texts)], eval_set=eval_set_of(texts[:2], separate=True))
+    separate = stream(shards, eval_set=eval_set_of(texts[:2], separate=True))
     again.load_state(*separate.state())
     assert [text for text in texts if again.eval_set.contains(text)] == texts[:2]
+
+
+def test_the_rule_for_digests_is_that_for_texts() -> None:
+    texts = make_texts(300)
+    samples = Samples(np.empty((0, 24)), np.empty((0, 24)))
+    for limit, others in ((0, texts[:5]), (limit_of(0.3), ()), (limit_of(0.3), texts[:5])):
+        chosen = EvalSet(samples, limit, frozenset(map(digest, others)))
+        digests = shards_of([Documents(texts)]).digests
+        assert chosen.contains_digests(digests).tolist() == [chosen.contains(text) for text in texts]

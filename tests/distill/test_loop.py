@@ -53,6 +53,7 @@ from minilm_kernels.distill.run_folder import output_folder
 from minilm_kernels.distill.sample_stream import SampleStream
 from minilm_kernels.distill.stages import stages
 from minilm_kernels.distill.step import loss_components
+from minilm_kernels.distill.token_shards import TokenShards
 from minilm_kernels.students import copied_student
 
 from .tiny import make_model, make_texts, make_tokenizer, save_model
@@ -166,20 +167,26 @@ def test_resume_before_any_checkpoint_begins(
 def test_an_error_of_the_text_saves_the_steps_before_it(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The error occurs between two samples of a step. Samples that were drawn before it must be used again."""
+    """The error occurs between two documents of a step. Samples that were read before it must be used again."""
     whole = distill(settings(output_dir=tmp_path / "whole"))
-    real = SampleStream._draw
-    draws = 0
+    real_take, real_read = SampleStream.take, TokenShards.read
+    steps = reads = 0
 
-    def broken(stream: SampleStream) -> Any:
-        nonlocal draws
-        draws += 1
-        if draws == 4 * 8 + 3:
+    def take(stream: SampleStream, *arguments: Any) -> Any:
+        nonlocal steps, reads
+        steps, reads = steps + 1, 0
+        return real_take(stream, *arguments)
+
+    def broken(shards: TokenShards, *arguments: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        if (steps, reads) == (5, 3):
             raise OSError(errno.EIO, "the text cannot be read")
-        return real(stream)
+        return real_read(shards, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SampleStream, "_draw", broken)
+        patch.setattr(SampleStream, "take", take)
+        patch.setattr(TokenShards, "read", broken)
         with pytest.raises(OSError, match="the text cannot be read"):
             distill(settings(save_steps=1000))
     assert "saved step 4 before the error" in capsys.readouterr().err
@@ -200,7 +207,7 @@ def test_rows_of_a_step_that_failed_elsewhere_come_again(
         nonlocal calls
         result = real(dist, action)
         calls += 1
-        if calls == 1 + 5:  # in the fifth step after the preparation
+        if calls == 2 + 5:  # in the fifth step after the preparation
             raise RuntimeError("process 1 failed: no text")
         return result
 
@@ -263,7 +270,7 @@ def test_a_line_after_an_unmeasured_checkpoint_is_not_kept_twice(
         patch.setattr(loop, "evaluate", at_the_end)
         assert distill(settings()).step == 6
     with monkeypatch.context() as patch:
-        patch.setattr(loop.TrainingLoop, "write_student", lambda run, target: 1 / 0)
+        patch.setattr(loop.TrainingLoop, "write_student", lambda run, target, weights: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             distill(settings(resume_from_checkpoint=True))
     assert records(distill(settings(resume_from_checkpoint=True)), "eval") == records(whole, "eval")
@@ -277,12 +284,12 @@ def test_a_signal_before_the_first_step_ends_at_once(
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(600)
 
-    for name in ("load_models", "collect_eval_set"):
+    for name in ("load_models", "split_eval_set"):
         with monkeypatch.context() as patch:
             patch.setattr(loop, name, slow)
             with pytest.raises(KeyboardInterrupt):
                 distill(settings())
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "tokens"]
     assert distill(settings(max_steps=1)).step == 1
 
 
@@ -366,14 +373,9 @@ def test_something_else_in_the_place_of_checkpoints_is_refused(settings: Setting
         ({"optimizer": {"embeddings.LayerNorm.weight.exp_avg": ...}}, "state of the optimizer does not fit"),
         ({"optimizer": {"embeddings.LayerNorm.weight.exp_avg": torch.zeros(7)}}, "state of the optimizer does not fit"),
         ({"progress": {"window": torch.zeros(2)}}, r"window has shape \(2,\)"),
-        ({"progress": {"cpu.0": ...}}, "KeyError: 'cpu.0'"),
-        ({"progress": {"cpu.0": torch.zeros(4, dtype=torch.uint8)}}, "RuntimeError"),
-        (
-            {"data": {"buffer.ids": torch.full((1, 32), 65, dtype=torch.int32)}},
-            "buffer has no token ids of this tokenizer",
-        ),
-        ({"data": {"open.ids": torch.zeros(2)}}, "open has no token ids of this tokenizer"),
-        ({"data": {"drawn.ids": ...}}, "KeyError: 'drawn.ids'"),
+        ({"state": {"data": {"place": [0, 0, 0]}}}, "KeyError"),
+        ({"data": {"eval.ids": torch.full((1, 32), 65, dtype=torch.int32)}}, "eval has no token ids of this tokenizer"),
+        ({"data": {"eval.ids": torch.zeros(2)}}, "eval has no token ids of this tokenizer"),
         ({"data": {"eval.ids": torch.full((1, 32), -1, dtype=torch.int32)}}, "eval has no token ids of this tokenizer"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -512,19 +514,39 @@ def test_a_start_that_fails_leaves_the_folder_free(settings: Settings, tmp_path:
             distill(settings(max_steps=1, resume_from_checkpoint=True))
 
 
-def test_text_may_change_behind_the_place_only(settings: Settings, text_file: Path, tmp_path: Path) -> None:
+def test_text_that_has_changed_is_refused_or_tokenized_anew(
+    settings: Settings, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text())
     whole = distill(settings(text=[text]))
-    shutil.rmtree(tmp_path / "run" / "student")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000000006")
-    text.write_text(text_file.read_text() + "\n\nw1 w2")
-    assert distill(settings(text=[text], resume_from_checkpoint=True)).step == whole.step
-    shutil.rmtree(tmp_path / "run" / "student")
-    text.write_text("w0" + text_file.read_text()[2:])
-    assert text.stat().st_size == text_file.stat().st_size
-    with pytest.raises(ValueError, match=r"--resume-from-checkpoint: .*text has changed.*text\.txt differs"):
-        distill(settings(text=[text], resume_from_checkpoint=True))
+    expected, tokens = weights(whole), tmp_path / "run" / "tokens"
+
+    def resume(**changes: Any) -> Any:
+        shutil.rmtree(tmp_path / "run" / "student", ignore_errors=True)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000000006", ignore_errors=True)
+        return distill(settings(text=[text], resume_from_checkpoint=True, **changes))
+
+    text.write_text(text_file.read_text())  # the same text with another date
+    assert weights(resume()) == expected
+    shutil.rmtree(tokens)  # the same tokens are made again
+    assert weights(resume()) == expected
+    for changed in (text_file.read_text() + "\n\nw1 w2", "w0" + text_file.read_text()[2:]):
+        text.write_text(changed)
+        with pytest.raises(
+            ValueError, match=r"--resume-from-checkpoint: the training text has changed .*\(text\.txt differs\)"
+        ):
+            resume()
+    tokens.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"--resume-from-checkpoint: .*tokens has other tokens than at the checkpoint"):
+        resume()
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    text.write_text(text_file.read_text())
+    assert weights(resume()) == expected
+    assert "has the tokens of another text, or of another tokenizer (text.txt differs): making them" in (
+        capsys.readouterr().err
+    )
 
 
 def late(folder: Path, line: str) -> Path:
@@ -541,16 +563,15 @@ def test_a_bad_document_is_skipped_and_counted(
     options = {
         "text": [late(tmp_path, '{"text": "w1 w2')],
         "max_steps": 30,
-        "shuffle_buffer_size": 1,
         "save_steps": 1000,
     }
     whole = distill(settings(output_dir=tmp_path / "whole", **options))
     said = capfd.readouterr()
     assert said.err.count(f"minilm-distill: skipped a document: {tmp_path / 'late.jsonl'}, line 300: not JSON") == 1
     last = records(whole)[-1]
-    assert last["bad_documents"] == last["epoch"] > 0
-    assert last["null_documents"] == 0
-    assert f"skipped bad documents: {last['bad_documents']} (" in said.out
+    assert (last["bad_documents"], last["null_documents"]) == (1, 0)
+    assert last["epoch"] > 0
+    assert "minilm-distill: skipped bad documents: 1\n" in said.out
     with monkeypatch.context() as patch:
         stop_at(27, patch)
         distill(settings(**options))
@@ -560,17 +581,17 @@ def test_a_bad_document_is_skipped_and_counted(
 
     late(tmp_path, '{"text": null}')
     nulls = records(distill(settings(output_dir=tmp_path / "nulls", **options)))[-1]
-    assert (nulls["bad_documents"], nulls["null_documents"]) == (0, last["bad_documents"])
+    assert (nulls["bad_documents"], nulls["null_documents"]) == (0, 1)
 
 
 def test_a_run_that_a_bad_document_ended_continues_after_the_repair(settings: Settings, tmp_path: Path) -> None:
-    options = {"max_steps": 30, "shuffle_buffer_size": 1, "save_steps": 5, "eval_fraction": 0}
+    options = {"max_steps": 30, "save_steps": 5, "eval_fraction": 0}
     repaired = '{"text": "w1 w2 and more than was cut off"}'
     whole = distill(settings(text=[late(tmp_path, repaired)], output_dir=tmp_path / "whole", **options))
     bad = late(tmp_path, '{"text": "w1 w2')
     with pytest.raises(ValueError, match=r"late\.jsonl, line 300: not JSON"):
         distill(settings(text=[bad], bad_documents="error", **options))
-    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert not (tmp_path / "run" / "settings.json").exists()  # the text is tokenized before the first step
     late(tmp_path, repaired)
     continued = distill(settings(text=[bad], bad_documents="skip", resume_from_checkpoint=True, **options))
     assert records(continued) == records(whole)
@@ -591,9 +612,7 @@ def test_what_a_folder_holds_besides_is_named(
     assert "(more.txt.zst)" in line
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"total_batch_size": 64}, {"shuffle_buffer_size": 1}, {"packing": False}, {"max_steps": 40}]
-)
+@pytest.mark.parametrize("options", [{}, {"total_batch_size": 64}, {"packing": False}, {"max_steps": 40}])
 @pytest.mark.parametrize("documents", [2, 5])
 def test_small_corpora_train(documents: int, options: dict[str, Any], settings: Settings, tmp_path: Path) -> None:
     text = tmp_path / "small.txt"

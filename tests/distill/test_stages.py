@@ -63,7 +63,7 @@ def _settings(teacher: Path, text: Path, output: Path, **changes: Any) -> Distil
         **{"teacher": teacher, "text": [str(text)], "output_dir": output, "device": "cpu", "relation_heads": 12},
         **{"student_num_hidden_layers": 1, "student_hidden_size": 24, "student_num_attention_heads": 4},
         **{"max_seq_length": 32, "total_batch_size": 8, "max_steps": 6, "learning_rate": 1e-3, "eval_fraction": 0.1},
-        **{"eval_samples": 12, "shuffle_buffer_size": 40, "logging_steps": 1, "eval_steps": 3, "save_steps": 3},
+        **{"eval_samples": 12, "logging_steps": 1, "eval_steps": 3, "save_steps": 3},
     }
     return DistillConfig(**{**options, **CHAIN, **changes})
 
@@ -163,7 +163,7 @@ def test_a_signal_while_an_assistant_is_written_ends_the_run(
         patch.setattr(
             loop.TrainingLoop,
             "write_student",
-            lambda run, target: os.kill(os.getpid(), signal.SIGTERM) or write(run, target),
+            lambda *arguments: os.kill(os.getpid(), signal.SIGTERM) or write(*arguments),
         )
         stopped = distill(settings(**CHAIN))
     assert (stopped.stopped_by, stopped.student) == (signal.SIGTERM, None)

@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 
 from minilm_kernels.distill import tokenization
-from minilm_kernels.distill.bad_documents import BadDocuments
-from minilm_kernels.distill.packing import Packer
-from minilm_kernels.distill.sample_stream import SampleStream
 from minilm_kernels.distill.tokenization import DocumentTokenizer
 
-from .streams import Documents, pieces, same, stream
+from .streams import Documents, pieces, shards_of, stream
 from .tiny import make_tokenizer
 
 
@@ -33,7 +30,7 @@ def test_special_tokens_are_found(form: str) -> None:
 def test_a_long_record_is_cut_into_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenization, "LARGEST_DOCUMENT", 10)
     text = "w1 w2 w3 w4 w5 w6 " + "w7w8w9" * 4
-    samples = stream([Documents([text])], shuffle_buffer_size=1).take(1)
+    samples = stream([Documents([text])]).take(1)
     assert tokenization._pieces(text) == ["w1 w2 w3 ", "w4 w5 w6 ", "w7w8w9w7w8", "w9w7w8w9w7", "w8w9"]
     assert len(pieces(samples)) == 5
 
@@ -54,17 +51,12 @@ def test_documents_that_the_tokenizer_refuses_are_bad() -> None:
     texts = ["w1 w2", "w3 w13", "w17", "w4"]
     said: list[str] = []
     tokenizer = Picky(make_tokenizer())
-    samples = SampleStream(
-        [Documents(texts)],
-        tokenizer,
-        Packer(tokenizer, 24, True),
-        eval_set=None,
-        shuffle_buffer_size=1,
-        seed=0,
-        bad_documents=BadDocuments("skip", said.append),
-    )
-    expected = stream([Documents(["w1 w2", "w4"])], shuffle_buffer_size=1).take(3)
-    assert same(samples.take(3), expected)
+    shards = shards_of([Documents(texts)], tokenizer=tokenizer, said=said)
+    assert [shards.read(document).tolist() for document in range(len(shards))] == [
+        tokenizer("w1 w2").tolist(),
+        tokenizer("w4").tolist(),
+    ]
+    assert (shards.counts.good, shards.counts.bad) == (2, 2)
     assert said == [
         "skipped a document: given, row 2: the tokenizer refuses it (Panic: w13)",
         "skipped a document: given, row 3: the tokenizer refuses it (TypeError: TextEncodeInput must be Union)",

@@ -54,10 +54,10 @@ def test_the_teacher_runs_in_inference_mode_with_the_gradients_of_no_grad(
             assert teacher_qkv(run.models, batch).query.is_inference() == (mode is not torch.no_grad)
             monkeypatch.undo()
             monkeypatch.setattr(step.torch, "inference_mode", mode)
-            run.buffer.zero_()
+            run.gradients.zero_()
             sum(loss_components(run.models, batch).values()).backward()
             monkeypatch.undo()
-            found.append(run.buffer.gradients.clone())
+            found.append(run.gradients.gradients.clone())
         assert found[0].abs().max() > 0
         assert torch.equal(*found)
 

@@ -135,7 +135,9 @@ def test_a_published_student_loads_as_its_article_says(tmp_path: Path, text_file
     )
     models = load_models(config, CPU)
     (tmp_path / "metrics.jsonl").touch()
-    write_student(tmp_path / "student", config, models, tmp_path / "metrics.jsonl", None, 1)
+    write_student(
+        tmp_path / "student", config, models, models.student.model.state_dict(), tmp_path / "metrics.jsonl", None, 1, 1
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
     model = AutoModel.from_pretrained(tmp_path / "student")

@@ -52,6 +52,7 @@ def main(folder: str, runs: str) -> None:
             inputs[1] = f"{folder}/short.txt"
         if distributed.get_rank() == 0:
             print(f"[{name} {output}]")
+        torch.manual_seed(0)
         example.main(*inputs, **SIZES, **arguments)
 
 

@@ -74,7 +74,8 @@ def run(launch: Launch) -> int:
     if given != taken:
         raise ValueError(f"{launch.kernel.name}: expected {taken} bytes of parameters, got {given}")
     launch.memory.prepare()
-    global_races = Races(int(launch.memory.places[-1]) // 4 + 4) if launch.races else None
+    granule = _granule(launch.kernel, "global")
+    global_races = Races((int(launch.memory.places[-1]) >> granule) + 4) if launch.races else None
     wave = max(1, _WAVE // threads)
     executed = 0
     with np.errstate(all="ignore"):
@@ -113,9 +114,9 @@ class Machine:
 
         self.epoch = self.block_of + first_block << 24  # counts a thread's barriers; differs between blocks
         self.warp_epoch = (self.thread + self.first_thread) // 32 << 24
-        self.shared_races = Races(self.shared.data.size >> _shared_granule(self.kernel)) if launch.races else None
+        self.granules = {space: _granule(self.kernel, space) for space in ("global", "shared")}
+        self.shared_races = Races(self.shared.data.size >> self.granules["shared"]) if launch.races else None
         self.global_races = global_races
-        self.shared_granule = _shared_granule(self.kernel)
         self.copies: list = []  # pending asynchronous copies, see instructions.access
         self.committed = np.zeros(self.threads, np.int64)
 
@@ -178,10 +179,6 @@ class Machine:
         if values.dtype.itemsize > dtype.itemsize:
             return values.view(f"{'i' if dtype.kind == 'i' else 'u'}{values.dtype.itemsize}")
         return values.view(dtype)
-
-    def granule(self, space: str) -> int:
-        """log2 of the size in bytes of the granules that the race detector distinguishes."""
-        return 2 if space == "global" else self.shared_granule
 
     def address_of(self, symbol: str) -> int:
         if symbol in self.kernel.shared:
@@ -312,10 +309,8 @@ def _straight(block: Block) -> list[Instruction]:
     return block.instructions[:-1] if ends else block.instructions
 
 
-def _shared_granule(kernel: Kernel) -> int:
-    """log2 of the granules' size in shared memory: 4 bytes, or 2 if the kernel has accesses below 4 bytes."""
-    for block in kernel.blocks:
-        for i in block.instructions:
-            if i.opcode[0] in ("ld", "st") and "shared" in i.opcode and WIDTHS.get(i.opcode[-1], 32) < 32:
-                return 1
-    return 2
+def _granule(kernel: Kernel, space: str) -> int:
+    """log2 of the bytes that the race detector does not tell apart: those of the narrowest store, at most 4."""
+    stores = (i.opcode for block in kernel.blocks for i in block.instructions if i.opcode[0] == "st")
+    sizes = [WIDTHS.get(opcode[-1], 32) // 8 for opcode in stores if space in opcode]
+    return min([4, *sizes]).bit_length() - 1

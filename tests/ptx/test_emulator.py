@@ -277,6 +277,12 @@ def test_two_blocks_that_write_one_place():
     assert run(later, *_two_arrays(32), blocks=2) == ["race: global memory is written"]
 
 
+def test_bytes_of_one_word_are_different_places():
+    body = "mul.wide.u32 %d6, %r2, {}; add.s64 %d6, %d2, %d6; cvt.u16.u32 %h1, %r2; st.global.u8 [%d6], %h1;"
+    assert run(body.format(1), *_two_arrays(32), blocks=2) == []
+    assert run(body.format(0), *_two_arrays(32), blocks=2) == ["race: global memory gets two values at once"]
+
+
 def test_lanes_that_store_to_one_place_are_noted():
     found = run("st.shared.u32 [memory], %r1; bar.sync 0;", *_two_arrays(32))
     assert found == ["note: lanes of a warp store different values to one place of shared memory"]

@@ -6,6 +6,7 @@ import torch
 from minilm_kernels._choices import REDUCTIONS
 from minilm_kernels.relation import dispatch
 from tests.relation import random_cases
+from tests.relation.backends import cuda
 from tests.relation.cases import Case
 
 
@@ -16,8 +17,9 @@ def test_a_sample(backend):
 
 
 @pytest.mark.slow
-def test_a_sample_of_the_emulated_kernels():
-    count, wrong = random_cases.check("cuda", range(100))
+def test_a_sample_of_the_emulated_kernels(made_once):
+    folder = made_once("emulated", cuda.build)  # a process can load one copy of the library
+    count, wrong = random_cases.check("cuda", range(100), folder=folder)
     assert (count, wrong) == (100, [])
 
 

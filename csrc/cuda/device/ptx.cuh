@@ -29,6 +29,9 @@ MINILM_DEVICE char* shared_memory() {
   return memory;
 }
 
+// Hides a number from the compiler: loops whose bounds depend on it are not unrolled.
+MINILM_DEVICE void hide_value(int& x) { asm volatile("" : "+r"(x)); }
+
 MINILM_DEVICE void syncthreads() { __syncthreads(); }
 MINILM_DEVICE void syncwarp() { __syncwarp(); }
 MINILM_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }

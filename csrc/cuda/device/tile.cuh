@@ -334,7 +334,9 @@ MINILM_DEVICE void scores(float (&out)[2][kColumns][4], const Tokens& rows, cons
   const int lane = lane_index(), splits = splits_in(format);
   const int row_at = lane % 16 * 16 + lane / 16 * rows.plane;
   const int column_at = (lane / 16 * 8 + lane % 8) * 16 + lane / 8 % 2 * columns.plane;
-  for (int level = splits == 1 ? 0 : 2; level >= 0; --level)
+  int level = splits == 1 ? 0 : 2;
+  if (splits == 2 && chunks > 4) hide_value(level);  // unrolled, the products of so wide tokens spill on sm_100
+  for (; level >= 0; --level)
     for (int a = max_of(0, level - splits + 1); a <= min_of(level, splits - 1); ++a) {
       const char* x = rows.planes + a * chunks * rows.plane;
       const char* y = columns.planes + (level - a) * chunks * columns.plane;

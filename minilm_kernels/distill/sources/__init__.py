@@ -2,7 +2,7 @@
 
 A source yields a `Document` for each document, readable or not. An unreadable document has no text and describes the
 problem, so that the caller can decide whether to skip it. `source.read(cursor)` continues after the document with this
-cursor. Cursors are JSON, so that a checkpoint can contain them.
+cursor. Cursors are JSON, so that a file can contain them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .delimited import DelimitedFile
-from .document import LARGEST_DOCUMENT, Cursor, Document, ReadPrefix, Source
+from .document import LARGEST_DOCUMENT, Cursor, Document, Source
 from .file_kinds import (
     DELIMITERS,
     JSONL_SUFFIXES,
@@ -27,7 +27,7 @@ from .hub import HubDataset
 from .lines import JsonArray, JsonLines, TextFile
 from .parquet import ParquetFile
 
-__all__ = ["LARGEST_DOCUMENT", "Cursor", "Document", "HubDataset", "ReadPrefix", "Source", "open_sources"]
+__all__ = ["LARGEST_DOCUMENT", "Cursor", "Document", "HubDataset", "Source", "open_sources"]
 
 _LISTED = 5  # names of skipped files in a message
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from .document import LARGEST_RECORD, Cursor, Document, ReadPrefix, decode, not_utf8, text_document
+from .document import LARGEST_RECORD, Cursor, Document, decode, not_utf8, text_document
 from .file_kinds import open_bytes
 from .lines import ByteFile, rest_of_line
 
@@ -46,11 +46,11 @@ class DelimitedFile(ByteFile):
         csv.field_size_limit(max(csv.field_size_limit(), LARGEST_RECORD))  # the default is 128 KiB
         return csv.reader(lines, delimiter=self.delimiter, strict=True)
 
-    def _documents(self, file: BinaryIO, cursor: Cursor | None, prefix: ReadPrefix) -> Iterator[Document]:
+    def _documents(self, file: BinaryIO, cursor: Cursor | None) -> Iterator[Document]:
         lines = _CsvLines(file)
         header = self._header(lines)
         if cursor is None:
-            offset, line = lines.finish(0, 0, prefix)
+            offset, line = lines.finish(0, 0)
         else:
             offset, line = cursor
             lines.seek(offset)
@@ -65,7 +65,7 @@ class DelimitedFile(ByteFile):
                 problem = f"not {self.path.suffix[1:].upper()} ({error})"
                 lines.keep_first()
             problem = problem or lines.undecodable
-            offset, line = lines.finish(offset, line, prefix)
+            offset, line = lines.finish(offset, line)
             after, where = [offset, line], f"{self.path}, line {begin}"
             if problem:
                 yield Document(None, where, after, problem)
@@ -122,12 +122,11 @@ class _CsvLines:
         self._file.seek(offset)
         self._record, self._size, self.undecodable = [], 0, ""
 
-    def finish(self, offset: int, line: int, prefix: ReadPrefix) -> tuple[int, int]:
+    def finish(self, offset: int, line: int) -> tuple[int, int]:
         """Ends the current record, which began at `offset` after `line` lines. Returns both after the record."""
         for raw in self._record:
-            prefix.add(raw)
             offset, line = offset + len(raw), line + 1
         if self._unfinished:
-            offset += rest_of_line(self._file, prefix)
+            offset += rest_of_line(self._file)
         self._record, self._size, self._unfinished, self.undecodable = [], 0, False, ""
         return offset, line

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 LARGEST_DOCUMENT = 1 << 20  # bytes of plain text, or characters of a column's text; longer text is split
@@ -33,34 +33,6 @@ class Document(NamedTuple):
     documents: int = 1
 
 
-class ReadPrefix:
-    """The part of a source that has been read: its size (bytes of a file, rows of a table) and its SHA-256."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._hash = hashlib.sha256()
-
-    def add(self, content: bytes) -> None:
-        """Appends bytes of a file."""
-        self._hash.update(content)
-        self.size += len(content)
-
-    def add_row(self, value: Any, count: int = 1) -> None:
-        """Appends a cell of a table, which represents `count` rows."""
-        self._hash.update(json.dumps([value], default=repr).encode())
-        self.size += count
-
-    def copy(self) -> ReadPrefix:
-        """An independent copy."""
-        other = ReadPrefix()
-        other.size, other._hash = self.size, self._hash.copy()
-        return other
-
-    def digest(self) -> str:
-        """SHA-256 in hexadecimal."""
-        return self._hash.hexdigest()
-
-
 class Source(Protocol):
     """A file or data set that yields documents."""
 
@@ -68,27 +40,25 @@ class Source(Protocol):
     def name(self) -> str:
         """Identifies the source: a cursor is only valid for a source of the same name."""
 
-    def read(self, cursor: Cursor | None = None, prefix: ReadPrefix | None = None) -> Iterator[Document]:
+    @property
+    def path(self) -> Path | None:
+        """The file; `None` for a data set."""
+
+    def read(self, cursor: Cursor | None = None) -> Iterator[Document]:
         """Yields documents.
 
         Args:
             cursor: a document's cursor to continue after; `None` starts from the beginning.
-            prefix: the part before `cursor`. It grows while documents are read, and ends at the cursor of the latest
-                document.
         """
 
-    def prefix(self, size: int) -> ReadPrefix:
-        """Reads the first `size` bytes or rows again, or all if there are fewer."""
+    def fingerprint(self) -> dict[str, Any]:
+        """Its size and date, or its revision, as JSON: without reading the text, it tells whether it has changed."""
 
 
-def row_prefix(source: Source, size: int) -> ReadPrefix:
-    """`Source.prefix` for tables: reads the first `size` rows."""
-    prefix = ReadPrefix()
-    if size:
-        for _ in source.read(None, prefix):
-            if prefix.size >= size:
-                break
-    return prefix
+def file_fingerprint(path: Path) -> dict[str, Any]:
+    """`Source.fingerprint` of a file: its size in bytes, and the time of its last change in nanoseconds."""
+    found = path.stat()
+    return {"bytes": found.st_size, "changed": found.st_mtime_ns}
 
 
 def decode(raw: bytes) -> str:

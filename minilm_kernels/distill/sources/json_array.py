@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 BLOCK = 1 << 20
@@ -50,9 +50,9 @@ class _Broken(Exception):
 class _Reader:
     """A window of the file that grows at its end and shrinks at its start."""
 
-    def __init__(self, file: BinaryIO, offset: int, line: int, consumed: Callable[[bytes], None]) -> None:
+    def __init__(self, file: BinaryIO, offset: int, line: int) -> None:
         file.seek(offset)
-        self._file, self._consumed = file, consumed
+        self._file = file
         self.offset, self.line = offset, line  # at the start of the window; lines count from 1
         self.window = bytearray()
 
@@ -65,7 +65,6 @@ class _Reader:
         """Removes and returns the first `size` bytes."""
         taken = bytes(self.window[:size])
         del self.window[:size]
-        self._consumed(taken)
         self.offset += size
         self.line += taken.count(b"\n")
         return taken
@@ -82,19 +81,16 @@ class _Reader:
                 return False
 
 
-def elements(
-    file: BinaryIO, cursor: list[int] | None, consumed: Callable[[bytes], None], largest: int
-) -> Iterator[Element]:
+def elements(file: BinaryIO, cursor: list[int] | None, largest: int) -> Iterator[Element]:
     """Yields the elements of the array.
 
     Args:
         file: at any position. It may begin with a byte order mark.
         cursor: the cursor of an element to continue after; `None` starts at the beginning.
-        consumed: is called with the bytes up to an element's cursor before the element is yielded.
         largest: elements longer than this many bytes are not kept.
     """
     offset, line, number = cursor or (0, 1, 0)
-    reader = _Reader(file, offset, line, consumed)
+    reader = _Reader(file, offset, line)
     if cursor is None:
         reader.grow()
         if reader.window.startswith(codecs.BOM_UTF8):

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .document import (
     END,
@@ -16,8 +16,8 @@ from .document import (
     READ_BYTES,
     Cursor,
     Document,
-    ReadPrefix,
     decode,
+    file_fingerprint,
     json_document,
     not_utf8,
 )
@@ -36,33 +36,27 @@ class ByteFile(ABC):
         """Raises `ValueError` if the first bytes of the file are not text."""
         read_head(self.path, option)
 
-    def read(self, cursor: Cursor | None = None, prefix: ReadPrefix | None = None) -> Iterator[Document]:
+    def read(self, cursor: Cursor | None = None) -> Iterator[Document]:
         if cursor == END:
             return
-        prefix = ReadPrefix() if prefix is None else prefix
+        after = cursor
         try:
             with open_bytes(self.path) as file:
-                yield from self._documents(file, cursor, prefix)
+                for document in self._documents(file, cursor):
+                    after = document.cursor
+                    yield document
         except (*DAMAGED, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # a disk error: a later attempt may succeed
             problem = f"the rest of the file cannot be decompressed: {error}"
-            yield Document(None, f"{self.path}, byte {prefix.size}", END, problem)
+            yield Document(None, f"{self.path}, after byte {after[0] if after else 0}", END, problem)
 
     @abstractmethod
-    def _documents(self, file: BinaryIO, cursor: Cursor | None, prefix: ReadPrefix) -> Iterator[Document]:
+    def _documents(self, file: BinaryIO, cursor: Cursor | None) -> Iterator[Document]:
         """Implements `read` for an open file."""
 
-    def prefix(self, size: int) -> ReadPrefix:
-        prefix = ReadPrefix()
-        try:
-            with open_bytes(self.path) as file:
-                while block := file.read(min(READ_BYTES, size - prefix.size)):
-                    prefix.add(block)
-        except (*DAMAGED, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-        return prefix
+    def fingerprint(self) -> dict[str, Any]:
+        return file_fingerprint(self.path)
 
 
 @dataclass(frozen=True)
@@ -74,12 +68,12 @@ class TextFile(ByteFile):
 
     by_line: bool
 
-    def _documents(self, file: BinaryIO, cursor: Cursor | None, prefix: ReadPrefix) -> Iterator[Document]:
+    def _documents(self, file: BinaryIO, cursor: Cursor | None) -> Iterator[Document]:
         parts: list[str] = []
         size = begin = 0
         where = problem = ""
         after = cursor
-        for line, raw, after in _lines(file, cursor, prefix):
+        for line, raw, after in _lines(file, cursor):
             blank = not raw.strip()
             if not blank:
                 begin = begin or line
@@ -106,8 +100,8 @@ class JsonLines(ByteFile):
 
     text_column: str
 
-    def _documents(self, file: BinaryIO, cursor: Cursor | None, prefix: ReadPrefix) -> Iterator[Document]:
-        for line, raw, after in _records(file, cursor, prefix):
+    def _documents(self, file: BinaryIO, cursor: Cursor | None) -> Iterator[Document]:
+        for line, raw, after in _records(file, cursor):
             where = f"{self.path}, line {line}"
             if raw is None:
                 yield Document(None, where, after, f"the line is longer than {LARGEST_RECORD} bytes")
@@ -121,8 +115,8 @@ class JsonArray(ByteFile):
 
     text_column: str
 
-    def _documents(self, file: BinaryIO, cursor: Cursor | None, prefix: ReadPrefix) -> Iterator[Document]:
-        for element in elements(file, cursor, prefix.add, LARGEST_RECORD):
+    def _documents(self, file: BinaryIO, cursor: Cursor | None) -> Iterator[Document]:
+        for element in elements(file, cursor, LARGEST_RECORD):
             where = f"{self.path}, line {element.line}, element {element.number}"
             after = END if element.cursor is None else element.cursor
             if element.raw is None:
@@ -131,7 +125,7 @@ class JsonArray(ByteFile):
                 yield json_document(element.raw, self.text_column, where, after)
 
 
-def _lines(file: BinaryIO, cursor: Cursor | None, prefix: ReadPrefix) -> Iterator[tuple[int, bytes, Cursor]]:
+def _lines(file: BinaryIO, cursor: Cursor | None) -> Iterator[tuple[int, bytes, Cursor]]:
     """Yields (line number, line, cursor after it). Lines of `LARGEST_DOCUMENT` bytes or more are split at spaces."""
     offset, line = cursor or (0, 0)
     file.seek(offset)
@@ -142,31 +136,28 @@ def _lines(file: BinaryIO, cursor: Cursor | None, prefix: ReadPrefix) -> Iterato
         if len(raw) == LARGEST_DOCUMENT and not whole:
             cut = raw.rfind(b" ") + 1 or _character_border(raw)
             raw, rest = raw[:cut], raw[cut:]
-        prefix.add(raw)
         text = raw if offset else raw.removeprefix(codecs.BOM_UTF8)
         offset += len(raw)
         yield line, text, [offset, line - (not whole)]
 
 
-def _records(file: BinaryIO, cursor: Cursor | None, prefix: ReadPrefix) -> Iterator[tuple[int, bytes | None, Cursor]]:
+def _records(file: BinaryIO, cursor: Cursor | None) -> Iterator[tuple[int, bytes | None, Cursor]]:
     """Yields (line number, line, cursor after it), with `None` for lines longer than `LARGEST_RECORD`."""
     offset, line = cursor or (0, 0)
     file.seek(offset)
     while raw := file.readline(LARGEST_RECORD + 1):
-        prefix.add(raw)
         text: bytes | None = raw if offset else raw.removeprefix(codecs.BOM_UTF8)
         line, offset = line + 1, offset + len(raw)
         if len(raw) > LARGEST_RECORD and not raw.endswith(b"\n"):
             text = None
-            offset += rest_of_line(file, prefix)
+            offset += rest_of_line(file)
         yield line, text, [offset, line]
 
 
-def rest_of_line(file: BinaryIO, prefix: ReadPrefix) -> int:
+def rest_of_line(file: BinaryIO) -> int:
     """Reads to the end of the line. Returns the number of bytes."""
     size = 0
     while part := file.readline(READ_BYTES):
-        prefix.add(part)
         size += len(part)
         if part.endswith(b"\n"):
             break

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from minilm_kernels._extras import optional_imports
 
-from .document import LARGEST_RECORD, Cursor, Document, ReadPrefix, decode, not_utf8, row_prefix, text_document
+from .document import LARGEST_RECORD, Cursor, Document, decode, file_fingerprint, not_utf8, text_document
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,7 @@ class ParquetFile:
                 raise
             raise ValueError(f"{self.path}: not a readable Parquet file: {error}") from error
 
-    def read(self, cursor: Cursor | None = None, prefix: ReadPrefix | None = None) -> Iterator[Document]:
-        prefix = ReadPrefix() if prefix is None else prefix
+    def read(self, cursor: Cursor | None = None) -> Iterator[Document]:
         done = cursor or 0
         with self._open() as file:
             end = 0
@@ -61,7 +59,6 @@ class ParquetFile:
                         for value, problem in _cells(batch.column(0)):
                             row += 1
                             if row > done:
-                                prefix.add_row(value)
                                 where = f"{self.path}, row {row}"
                                 if problem:
                                     yield Document(None, where, row, problem)
@@ -71,7 +68,6 @@ class ParquetFile:
                     if isinstance(error, OSError) and error.errno is not None:
                         raise
                     first = max(row, done)
-                    prefix.add_row(None, end - first)
                     yield Document(
                         None, f"{self.path}, rows {first + 1} to {end}", end, f"damaged: {error}", end - first
                     )
@@ -83,12 +79,12 @@ class ParquetFile:
         size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == self.text_column)
         return max(1, min(1024, LARGEST_RECORD * metadata.num_rows // max(1, size)))
 
-    def prefix(self, size: int) -> ReadPrefix:
-        return row_prefix(self, size)
+    def fingerprint(self) -> dict[str, Any]:
+        return file_fingerprint(self.path)
 
 
 def _cells(column: Any) -> Iterator[tuple[Any, str]]:
-    """Yields (value, problem) of each cell. The value of a bad cell is its hash, which the prefix needs."""
+    """Yields (value, problem) of each cell."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):
@@ -101,10 +97,9 @@ def _cells(column: Any) -> Iterator[tuple[Any, str]]:
         if content is None:
             yield None, ""
         elif content.size > LARGEST_RECORD:
-            yield hashlib.sha256(content).hexdigest(), f"the cell is longer than {LARGEST_RECORD} bytes"
+            yield None, f"the cell is longer than {LARGEST_RECORD} bytes"
         else:
-            raw = content.to_pybytes()
             try:
-                yield decode(raw), ""
+                yield decode(content.to_pybytes()), ""
             except UnicodeDecodeError as error:
-                yield hashlib.sha256(raw).hexdigest(), not_utf8(error)
+                yield None, not_utf8(error)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from minilm_kernels.distill.sources import HubDataset, ReadPrefix, Source, delimited, open_sources
+from minilm_kernels.distill.sources import HubDataset, Source, delimited, open_sources
 from minilm_kernels.distill.sources import lines as line_files
 from minilm_kernels.distill.sources import parquet as parquet_files
 from tests.distill.tiny import make_texts
@@ -146,23 +146,28 @@ def words(text: str | None) -> list[str]:
 def test_every_cursor_continues_where_it_was_taken(make: Make, tmp_path: Path) -> None:
     source = make(tmp_path, TEXTS)
     expected = [words(text) for text in (TEXTS if make is not hub else TEXTS[::2] + TEXTS[1::2])]
-    prefix = ReadPrefix()
-    read, prefixes = [], []
-    for document in source.read(None, prefix):
+    read = []
+    for document in source.read():
         assert not document.problem
         read.append((words(document.text), json.loads(json.dumps(document.cursor))))
-        prefixes.append(prefix.copy())
     assert [text for text, _ in read if text] == expected
     for number in range(0, len(read), 6 if make is hub else 1):
-        again = source.prefix(prefixes[number].size)
-        assert again.digest() == prefixes[number].digest()
-        rest = list(source.read(read[number][1], again))
+        rest = list(source.read(read[number][1]))
         assert [words(document.text) for document in rest] == [text for text, _ in read[number + 1 :]]
         if make is not hub:  # the state of a hub stream may depend on the position at which reading began
             cursors = [json.loads(json.dumps(document.cursor)) for document in rest]
             assert cursors == [cursor for _, cursor in read[number + 1 :]]
-        assert again.digest() == prefix.digest()
         assert [document.where for document in rest] == [d.where for d in list(source.read())[number + 1 :]]
+
+
+@pytest.mark.parametrize("make", [make for make in ALL if make is not hub])
+def test_fingerprints_change_with_the_file(make: Make, tmp_path: Path) -> None:
+    source = make(tmp_path, TEXTS)
+    before = source.fingerprint()
+    assert before == make(tmp_path, TEXTS).fingerprint() or before["bytes"] == source.fingerprint()["bytes"]
+    assert source.path is not None
+    os.utime(source.path, ns=(1, 1))
+    assert source.fingerprint() == {**before, "changed": 1}
 
 
 def test_reading_on_does_not_read_again(tmp_path: Path) -> None:
@@ -358,11 +363,9 @@ def test_damaged_compression_loses_the_rest_of_the_file(
     content = "\n".join(f'{{"text": "{chance.random()}"}}' for _ in range(8_000)).encode()
     file = tmp_path / f"a.jsonl{suffix}"
     file.write_bytes(pack(content)[:-1000])
-    prefix = ReadPrefix()
-    *good, bad = opened(file).read(None, prefix)
+    *good, bad = opened(file).read()
     assert len(good) > 1000
-    assert opened(file).prefix(prefix.size).digest() == prefix.digest()
-    assert opened(file).prefix(prefix.size + 10**6).digest() != prefix.digest()
+    assert bad.where == f"{file}, after byte {good[-1].cursor[0]}"
     assert all(document.text for document in good)
     assert "rest of the file cannot be decompressed" in bad.problem
     assert list(opened(file).read(bad.cursor)) == []

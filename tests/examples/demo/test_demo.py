@@ -23,7 +23,7 @@ def small(monkeypatch, tmp_path):
         kept[name] = tmp_path / file.name
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         short = [{key: value[:60] if isinstance(value, str) else value for key, value in row.items()} for row in rows]
-        kept[name].write_text("\n".join(map(json.dumps, short[::20])), encoding="utf-8")
+        kept[name].write_text("\n".join(map(json.dumps, short[::10])), encoding="utf-8")
     monkeypatch.setattr(assets, "test_sets", lambda: found._replace(**kept))
 
 

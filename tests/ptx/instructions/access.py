@@ -128,7 +128,7 @@ class Port:
     def _granules(self, space: str, first: np.ndarray, size: int, threads: np.ndarray):
         """The granules of accesses of `size` bytes from `first` on, for the race detector, and the thread of each."""
         machine = self.machine
-        shift = machine.granule(space)
+        shift = machine.granules[space]
         if space == "global":
             first = machine.memory.side_by_side(first)
         count = max(1, size >> shift)

@@ -119,9 +119,9 @@ def test_a_loss_of_one_shape_needs_at_most_eight_kernels(needed, props, kwargs, 
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache shared by the tests of this module."""
-    return KernelCache(tmp_path_factory.mktemp("kernels") / "cache")
+def cache():
+    """The cache of `make cuda`. The test of a kernel compiles it for others, and finds what did not change."""
+    return KernelCache(Path(__file__).parents[3] / "build" / "cuda")
 
 
 def _sass(name: str, architecture: int, code: bytes, folder: Path):

@@ -114,7 +114,7 @@ class LaunchConfig:
             registers = {"gradient": 128, "row_kl": 168}.get(kernel) if older else None
             return cls(64 if width <= 16 and kernel != "gradient" else 32, 32, 8, 1, registers)
         if kernel == "gradient" and indices_and_prefix:
-            return cls(64, 16, 4, 1, 128 if older else None)  # 64 x 32 spills on sm_80, 128 x 32 on sm_100
+            return cls(64, 16, 4, 1, 128)  # 64 x 32 spills on sm_80, 128 x 32 on sm_100, 56 registers there, too
         if kernel == "row_stats" and width > 64 and not supports_pipelining():
             return cls(64, 32, 4, 1, 255)  # Triton 3.6 spills to reach 168 registers
         if kernel == "row_stats" and supports_pipelining():

@@ -1,0 +1,30 @@
+#!/bin/bash
+# minilm-distill as a SLURM job: sbatch examples/slurm.sh --teacher ... --output-dir /shared/run ...
+#
+# One process per GPU. Two minutes before the time limit, the run saves a checkpoint and ends, and the job is queued
+# again. It continues from its newest checkpoint, also on another number of nodes.
+#SBATCH --job-name=minilm-distill
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+set -euo pipefail
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
+
+status=0
+# shellcheck disable=SC2016  # the variables of each task
+srun --kill-on-bad-exit=1 bash -c '
+    export WORLD_SIZE=$SLURM_NTASKS RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
+    exec minilm-distill "$@" --resume-from-checkpoint
+' minilm-distill "$@" || status=$?
+
+if [ "$status" = 138 ]; then  # 128 + SIGUSR1
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
