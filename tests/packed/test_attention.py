@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilm_kernels.packed import cpu, cuda, packed_attention
@@ -188,7 +189,11 @@ def test_nothing_of_s_by_s_is_allocated(window: int | None, dropout: float) -> N
         ({"key": torch.zeros(3, 4, 8), "value": torch.zeros(3, 4, 8)}, ValueError, "equal T and width"),
         ({"value": torch.zeros(2, 4, 16)}, ValueError, r"value \(2, 4, 16\)"),
         ({"value": torch.zeros(2, 4, 8).double()}, TypeError, "one floating-point dtype, got .*torch.float64"),
-        ({"query": torch.zeros(2, 4, 8, device="meta")}, ValueError, "runs on cpu and cuda, got a tensor on meta"),
+        (
+            {"query": torch.zeros(2, 4, 8, device="meta")},
+            ValueError,
+            "expected one device, got query on meta, key on cpu",
+        ),
         ({"cu_seqlens": torch.tensor([0, 2])}, TypeError, "cu_seqlens: expected int32, got torch.int64"),
         ({"cu_seqlens": torch.tensor([0], dtype=torch.int32)}, ValueError, r"cu_seqlens: expected \(N \+ 1,\)"),
         ({"cu_seqlens": borders([3])}, ValueError, r"rise from 0 to the 2 tokens, got \[0, 3\]"),
@@ -203,6 +208,15 @@ def test_wrong_arguments_are_named(change: Any, error: type[Exception], words: s
     arguments = {name: torch.zeros(2, 4, 8) for name in ("query", "key", "value")}
     with pytest.raises(error, match=words):
         packed_attention(**{**arguments, "cu_seqlens": borders([2]), "max_seqlen": 2, **change})
+
+
+def test_devices() -> None:
+    with FakeTensorMode():
+        inputs = [torch.empty(2, 4, 8, device="mps") for _ in range(3)]
+        with pytest.raises(ValueError, match="runs on cpu and cuda, got a tensor on mps"):
+            packed_attention(*inputs, torch.empty(2, dtype=torch.int32, device="mps"), 2)
+    output = packed_attention(*(x.to("meta") for x in operands()), borders(LENGTHS).to("meta"), 70)  # shapes alone
+    assert (output.shape, output.device.type) == ((sum(LENGTHS), 4, 8), "meta")
 
 
 class TestCuda:
