@@ -377,6 +377,8 @@ class TrainingLoop:
             "packing": config.packing,
             "max_document_length": models.max_document_length,
             "seed": config.seed,
+            "text": self.stream.shards.digest,
+            "eval": self.stream.state()[0]["eval_set"],  # these documents are left out
         }
         cache = dist.on_all(
             lambda: TeacherCache(
@@ -543,14 +545,13 @@ class TrainingLoop:
 
     def _train_record(self) -> dict[str, Any]:
         """Mean losses since the last line of metrics, and the norm of the last gradient before clipping."""
-        state, relations, latest = self.state, self.models.loss.relations, self.steps.latest
-        assert latest is not None
+        state, relations = self.state, self.models.loss.relations
         *means, _ = state.finite_window().mean(0).tolist()
         values = dict(zip(relations, means, strict=True))
         norm = float(state.window[-1][-1])
         state.window = []
         return {
-            "epoch": latest.epoch,
+            "epoch": self.steps.epoch,
             "tokens": state.tokens,
             "bad_documents": self.stream.shards.counts.bad,
             "null_documents": self.stream.shards.counts.nulls,
@@ -675,10 +676,14 @@ def _deterministic(device: torch.device) -> Iterator[None]:
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read on the first use of cuBLAS
     torch.use_deterministic_algorithms(True, warn_only=True)
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
+    memory.fill_uninitialized_memory = False  # otherwise every new tensor is written twice
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
+        memory.fill_uninitialized_memory = fills
 
 
 def _result(config: DistillConfig, output: Path, step: int, stopped_by: int | None) -> DistillResult:

@@ -212,8 +212,8 @@ class TeacherCache:
             magic, tokens, count, checksum = _FIELDS.unpack(fields)
             if (magic, tokens, count) != (_MAGIC, _token_hash(*sample), len(parts[0])):
                 raise ValueError(
-                    f"--cache-teacher: {path} has the values of other tokens for sample {number}: of another text, or "
-                    "in another order; use another folder, or remove this one"
+                    f"--cache-teacher: {path} has the values of other tokens for sample {number}; remove the folder "
+                    f"{self.folder}"
                 )
             if complete and _checksum(views) == checksum:
                 return True

@@ -103,7 +103,8 @@ def attend(
         else:
             scores = _scores(q, k, scale, seen)
             sums = scores.logsumexp(-1)
-            out = _dropped(torch.exp(scores - sums[..., None]), dropout, chance) @ v.to(scores.dtype)
+            p = scores.sub_(sums[..., None]).exp_()
+            out = p.mul_(_kept(p, dropout, chance)) @ v.to(p.dtype) / (1 - dropout)
         _split(output, rows, groups).copy_(out)
         _split(lse[..., None], rows, groups).copy_(sums[..., None])
     return output, lse
@@ -142,12 +143,13 @@ def attend_backward(
             sums = sums.transpose(1, 2).contiguous().transpose(1, 2)  # the strides that the kernel expects
             parts = _BACKWARD(grad, q, k, v, out, sums, 0.0, in_order, attn_mask=_bias(seen, q), scale=scale)
         else:
-            p = torch.exp(_scores(q, k, scale, seen) - sums[..., None])
+            p = _scores(q, k, scale, seen).sub_(sums[..., None]).exp_()
+            kept = _kept(p, dropout, chance)
             q, k, v, grad, out = (x.to(p.dtype) for x in (q, k, v, grad, out))
-            kept = _dropped(torch.ones_like(p), dropout, chance)
-            inner = (grad * out).sum(-1, keepdim=True)  # equals the sum of p * dp over the keys
-            ds = p * (kept * (grad @ v.mT) - inner) * scale
-            parts = ds @ k, ds.mT @ q, (kept * p).mT @ grad
+            inner = (grad * out).sum(-1, keepdim=True)  # the sum of p * dp over the keys
+            grad = grad / (1 - dropout)
+            ds = (grad @ v.mT).mul_(kept).sub_(inner).mul_(p)
+            parts = ds @ (k * scale), ds.mT @ (q * scale), p.mul_(kept).mT @ grad
         _split(grads[0], rows, groups).copy_(parts[0])
         for whole, part in zip(grads[1:], parts[1:], strict=True):
             whole[keys].transpose(0, 1).add_(part[0] if groups == 1 else part.sum(0))
@@ -184,6 +186,6 @@ def _scores(query: Tensor, key: Tensor, scale: float, seen: Tensor | None) -> Te
     return scores if seen is None else scores.masked_fill_(~seen, -torch.inf)
 
 
-def _dropped(p: Tensor, dropout: float, chance: torch.Generator) -> Tensor:
-    """Drops probabilities and scales the others up."""
-    return p.mul_(torch.empty_like(p).bernoulli_(1 - dropout, generator=chance)).div_(1 - dropout)
+def _kept(p: Tensor, dropout: float, chance: torch.Generator) -> Tensor:
+    """1 for probabilities that are kept, 0 for others."""
+    return torch.empty_like(p).bernoulli_(1 - dropout, generator=chance)

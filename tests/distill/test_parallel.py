@@ -68,7 +68,7 @@ def run_list(rank: int, folder: str) -> None:
     gradients.BUCKET_BYTES = 4096  # several buckets
     real, begun = loop.TrainingLoop._accumulate, loop.TrainingLoop._begin
 
-    def fails_once(run: Any, samples: Any, total: Any, micro: int) -> None:
+    def fails_once(run: Any, prepared: Any, micro: int) -> None:
         """The second process runs out of memory in its last backward, after some buckets have been sent."""
         embedding = run.models.student.model.get_input_embeddings().weight
         if rank == 1 and run.state.step == 1 and micro == 4:
@@ -79,11 +79,11 @@ def run_list(rank: int, folder: str) -> None:
 
             hook = embedding.register_hook(fail)
             try:
-                real(run, samples, total, micro)
+                real(run, prepared, micro)
             finally:
                 hook.remove()
         else:
-            real(run, samples, total, micro)
+            real(run, prepared, micro)
 
     def note_sizes(run: Any) -> None:
         begun(run)
@@ -126,6 +126,7 @@ def runs(
     add("two-then-two", forgotten=3, resume_from_checkpoint=True, **PLAN)
     add("two-then-one", **PLAN)
     add("out-of-memory", fails=True, **PLAN | {"dropout": 0.0})
+    add("cached", **PLAN, cache_teacher=str(folder / "cache"), cache_teacher_dtype="float32")
     add("bfloat16", gradient_dtype="bfloat16", **PLAN)
     add("fsdp", **FSDP)
     add("fsdp-then-fsdp", **FSDP)
@@ -177,6 +178,21 @@ def test_a_step_is_repeated_after_a_part_of_the_exchange(runs: tuple[Path, Setti
     assert found.state["micro_batch"] == 2
     distill(make("whole", **PLAN | {"dropout": 0.0}))
     check_close(folder / "out-of-memory", folder / "whole")
+
+
+@pytest.mark.slow
+def test_one_process_reads_the_teachers_values_that_two_have_stored(
+    runs: tuple[Path, Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, make = runs
+    check_equal(folder / "cached", folder / "two")
+    monkeypatch.setattr(loop, "teacher_qkv", None)  # the teacher does not run
+    distill(
+        make(
+            "cached-one", micro_batch_size=4, **PLAN, cache_teacher=str(folder / "cache"), cache_teacher_dtype="float32"
+        )
+    )
+    check_equal(folder / "cached-one", folder / "two")
 
 
 @pytest.mark.slow

@@ -182,6 +182,19 @@ def test_the_slurm_job_is_queued_again_and_continues(settings: Settings, command
     check_equal(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_accelerate_launches_the_command(settings: Settings, commands: Path, tmp_path: Path) -> None:
+    distill(settings("whole", micro_batch_size=1, max_steps=10))
+    command(commands / "accelerate", f'exec "{sys.executable}" -m accelerate.commands.accelerate_cli "$@"')
+    launch = f"launch --cpu --num_processes 2 --main_process_port {free_port()} -m minilm_kernels.distill"
+    with started(
+        commands / "accelerate", [*launch.split(), *options(settings("run", max_steps=10))], commands
+    ) as process:
+        said = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == 0, said
+    check_equal(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("name", ["torchrun.sh", "slurm.sh", "ray_train.py", "accelerate_loop.py"])
 def test_an_engine_takes_at_most_forty_lines(name: str) -> None:
     assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) <= 40

@@ -15,13 +15,6 @@ MUTANTS = [
         "small gradients are scaled up to --max-grad-norm",
     ),
     Mutant(
-        _D + "loop.py",
-        "torch.manual_seed(config.seed + dist.rank)",
-        "torch.manual_seed(config.seed)",
-        f"{_T}test_loop.py {_T}test_distributed.py",
-        "all ranks draw the same dropout",
-    ),
-    Mutant(
         _D + "optimizer.py",
         '"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}',
         '"params": [p for p in parameters if p.dim() <= 1], "weight_decay": config.weight_decay}',
@@ -51,8 +44,8 @@ MUTANTS = [
     ),
     Mutant(
         _D + "loop.py",
-        "state.step % config.save_steps == 0 or last or stop:",
-        "state.step % config.save_steps == 0 or last:",
+        "state.step % config.save_steps == 0 or last or stop or improved:",
+        "state.step % config.save_steps == 0 or last or improved:",
         f"{_T}test_loop.py {_T}test_distributed.py",
         "a stopped run loses what came after the last checkpoint",
     ),
@@ -80,7 +73,7 @@ MUTANTS = [
     # Memory.
     Mutant(
         _D + "loop.py",
-        "                seed_dropout(config.seed, self.state.step, start)\n",
+        "                seed_dropout(config.seed, self.state.step, part.start)\n",
         "",
         _T + "test_memory.py",
         "a step that is repeated has other dropout",
@@ -112,6 +105,56 @@ MUTANTS = [
         "    if False:\n",
         _T + "test_memory.py",
         "--gradient-checkpointing is ignored",
+    ),
+    # Steps that are prepared ahead, compiled or cached.
+    Mutant(
+        _D + "evaluation.py",
+        'with torch.compiler.set_stance("force_eager"):',
+        "if True:",
+        _T + "test_torch_compile.py",
+        "the last micro-batch of an evaluation is compiled",
+    ),
+    Mutant(
+        _D + "batch.py",
+        "tensor.to(device, non_blocking=True)",
+        "tensor.to(device)",
+        _T + "test_host_synchronisation.py",
+        "every copy to the device waits for it",
+    ),
+    Mutant(
+        _D + "prefetch.py",
+        "min(step + STEPS_AHEAD, self._config.max_steps - 1)",
+        "step + STEPS_AHEAD",
+        _T + "test_prefetch.py",
+        "the thread reads samples after the last step",
+    ),
+    Mutant(
+        _D + "prefetch.py",
+        "step * config.total_batch_size + start",
+        "start",
+        _T + "test_teacher_cache.py",
+        "every step stores the teacher's values in the place of the first one",
+    ),
+    Mutant(
+        _D + "teacher_cache.py",
+        "        return rounded\n\n    def _rows",
+        "        return teacher\n\n    def _rows",
+        _T + "test_teacher_cache.py",
+        "a run that fills a cache in bfloat16 differs from one that reads it",
+    ),
+    Mutant(
+        _D + "teacher_cache.py",
+        "if complete and _checksum(views) == checksum:",
+        "if complete:",
+        _T + "test_teacher_cache.py",
+        "damaged values are used",
+    ),
+    Mutant(
+        _D + "teacher_cache.py",
+        "if needed - stored > free:",
+        "if needed > free:",
+        _T + "test_teacher_cache.py",
+        "a second student needs as much room as the first one",
     ),
     # Stages.
     Mutant(
@@ -193,6 +236,20 @@ MUTANTS = [
         _T + "test_batch.py",
         "each padding token is a document of its own",
         harmless="padding only has to attend to something; the loss leaves it out",
+    ),
+    Mutant(
+        _D + "batch.py",
+        "self._row_positions + position_offset",
+        "self._row_positions",
+        _T + "test_batch.py",
+        "RoBERTa's positions begin at its padding index in rows, too",
+    ),
+    Mutant(
+        _D + "batch.py",
+        "% self._longest",
+        "% len(valid)",
+        _T + "test_batch.py -k row_has",
+        "padding is a document that is longer than the models' positions",
     ),
     Mutant(
         _D + "evaluation.py",
