@@ -676,13 +676,14 @@ def _deterministic(device: torch.device) -> Iterator[None]:
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read on the first use of cuBLAS
     torch.use_deterministic_algorithms(True, warn_only=True)
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False  # otherwise every new tensor is written twice
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
+    memory.fill_uninitialized_memory = False  # otherwise every new tensor is written twice
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        memory.fill_uninitialized_memory = fills
 
 
 def _result(config: DistillConfig, output: Path, step: int, stopped_by: int | None) -> DistillResult:
