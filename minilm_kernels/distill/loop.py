@@ -495,8 +495,9 @@ class TrainingLoop:
 
     def _accumulate(self, prepared: PreparedStep, micro: int) -> None:
         """Computes the gradient of the step. Each process computes its part, `micro` samples at a time."""
-        config, parts = self.config, self.steps.micro_batches(prepared, micro)
+        config = self.config
         with self.gradients.summed():
+            parts = self.steps.micro_batches(prepared, micro)
             for part in parts:
                 batch = part.batch.to(self.dist.device)
                 if self.cache is not None and batch.teacher is None:

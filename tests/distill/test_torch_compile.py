@@ -79,13 +79,9 @@ def test_each_model_has_one_graph_for_each_number_of_samples(
         return arguments
 
     monkeypatch.setattr(Batch, "loss_arguments", counted)
-    compiled = distill(config)
+    distill(config)
     assert len(documents) > 4
     assert backend.graphs == 2 * 2
-    monkeypatch.undo()
-    assert losses(compiled) == losses(
-        distill(settings(output_dir=Path(config.output_dir) / "eager", max_steps=3, **UNEVEN))
-    )
 
 
 @pytest.mark.slow
@@ -111,6 +107,18 @@ def test_a_smaller_micro_batch_begins_with_new_graphs(
         run.train(signals)
         assert run.state.micro_batch == 1
     assert backend.graphs == 6 * 2
+
+
+@pytest.mark.slow
+def test_more_shapes_than_the_default_limit_are_compiled(settings: Settings, tmp_path: Path) -> None:
+    backend = CountingBackend()
+    with closing(loop.TrainingLoop(stages(settings(output_dir=tmp_path))[0], loop.DistContext("cpu"))) as run:
+        run.models.compile(backend)
+        run.models.student.extractor.train()
+        samples = run.stream.take(8)
+        for count in range(1, 7):
+            loss_components(run.models, Batch(samples.part(slice(0, count)), run.dist.device, packed=True))
+    assert backend.graphs == 2 * 6
 
 
 def test_a_model_that_cannot_be_compiled_is_named(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
