@@ -33,7 +33,7 @@ from .models import TeacherStudent, load_models
 from .optimizer import learning_rate_at, make_optimizer
 from .packing import Packer
 from .prefetch import Prefetcher, PreparedStep
-from .preflight import CHECKED_DOCUMENTS, check_masks, check_saving, check_text
+from .preflight import check_masks, check_saving, check_text
 from .preparation import document_texts, open_text, prepare_text
 from .recipes import recipe_summary
 from .run_folder import (
@@ -53,7 +53,7 @@ from .stages import Stage, stages
 from .step import loss_vector, seed_dropout, teacher_qkv
 from .teacher_cache import TeacherCache
 from .token_shards import TokenShards
-from .tokenization import DocumentTokenizer
+from .tokenization import CHECKED_DOCUMENTS, DocumentTokenizer
 from .trackers import Trackers
 
 T = TypeVar("T")

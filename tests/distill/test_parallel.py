@@ -19,6 +19,7 @@ from minilm_kernels.distill import DistillConfig, distill, gradients, loop
 from minilm_kernels.distill.checkpoint import read_checkpoint
 from minilm_kernels.distill.distributed import DistContext
 from minilm_kernels.distill.metrics import read_metrics
+from minilm_kernels.distill.step import seed_dropout
 from tests.processes import run_two
 
 Settings = Callable[..., DistillConfig]
@@ -271,6 +272,17 @@ def rounded_sums(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_rounded_sums_are_within_their_bound_and_equal_everywhere(tmp_path: Path) -> None:
     run_two(rounded_sums, tmp_path, processes=3)
+
+
+def test_the_numbers_of_dropout_depend_on_the_micro_batch_alone() -> None:
+    def numbers(*place: int) -> list[float]:
+        torch.rand(len(place) + place[-1])  # earlier draws do not matter
+        seed_dropout(*place)
+        return torch.rand(8).tolist()
+
+    places = [(0, 1, 0), (0, 1, 4), (0, 2, 0), (1, 1, 0)]
+    assert [numbers(*place) for place in places] == [numbers(*place) for place in places]
+    assert len({tuple(numbers(*place)) for place in places}) == len(places)
 
 
 def test_one_process_exchanges_nothing_and_rounds_nothing() -> None:

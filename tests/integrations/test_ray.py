@@ -48,7 +48,7 @@ def test_workers_go_on_after_a_killed_one(tmp_path: Path) -> None:
         try:
             deadline = time.monotonic() + PATIENCE
             while not any(record["step"] >= 20 for record in read_metrics(tmp_path / "run" / "metrics.jsonl")):
-                assert process.poll() is None, process.communicate()[0]
+                assert process.poll() is None, process.communicate(timeout=PATIENCE)[0]
                 assert time.monotonic() < deadline, "the run does not advance"
                 time.sleep(0.01)
             found = re.search(r"process (\d+)", (tmp_path / "run" / ".lock").read_text())

@@ -70,6 +70,56 @@ MUTANTS = [
         f"{_T}test_config.py {_T}test_loop.py",
         "a run is continued with settings that change its results",
     ),
+    # Several processes.
+    Mutant(
+        _D + "gradients.py",
+        "            bucket.missing = bucket.members\n",
+        "            pass\n",
+        _T + "test_parallel.py -k rounded_sums",
+        "from the second step on, the exchange begins after the backward",
+    ),
+    Mutant(
+        _D + "gradients.py",
+        "            self._context.sum(self.losses)\n",
+        "",
+        _T + "test_parallel.py -k rounded_sums",
+        "the loss in the metrics is that of the main process",
+    ),
+    Mutant(
+        _D + "gradients.py",
+        "self.gradients.copy_(self.sent[: len(self.gradients)])",
+        "pass",
+        _T + "test_parallel.py -k rounded_sums",
+        "with --gradient-dtype bfloat16, processes train independently",
+    ),
+    Mutant(
+        _D + "step.py",
+        "(seed, 4, step, first)",
+        "(seed, 4, step)",
+        _T + "test_parallel.py -k numbers_of_dropout",
+        "all micro-batches of a step have the same dropout",
+    ),
+    Mutant(
+        _D + "run_state.py",
+        'min(saved.state["micro_batch"], self.micro_batch)',
+        "self.micro_batch",
+        _T + "test_parallel.py -k not_interrupted",
+        "the dropout of a run changes with the number of processes",
+    ),
+    Mutant(
+        _D + "sharding.py",
+        "        module.set_gradient_divide_factor(1.0)\n",
+        "",
+        _T + "test_parallel.py -k fsdp",
+        "with --parallel fsdp, the gradient is divided by the number of processes",
+    ),
+    Mutant(
+        _D + "evaluation.py",
+        "weight = counts * ",
+        "weight = ",
+        _T + "test_parallel.py -k fsdp",
+        "the eval loss counts some samples twice",
+    ),
     # Memory.
     Mutant(
         _D + "loop.py",
