@@ -82,3 +82,9 @@ def test_padding_of_documents_has_no_packed_attention(settings: Settings) -> Non
 def test_wrong_options_are_named(options: dict[str, Any], message: str, settings: Settings) -> None:
     with pytest.raises(ValueError, match=message):
         settings(**options)
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"teacher_dtype": "bfloat16"}, {"gradient_checkpointing": True}])
+def test_packed_attention_with_other_options(options: dict[str, Any], settings: Settings) -> None:
+    result = distill(settings(attention="packed", max_steps=2, dropout=0.1, **options))
+    assert np.isfinite(result.eval_after["eval_loss"])

@@ -231,6 +231,13 @@ def test_damage_is_found_said_and_repaired(
         assert capsys.readouterr().err.count(f"{file} is damaged at sample 0") == 1
 
 
+def test_a_file_that_cannot_be_read_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing(make_cache(tmp_path)) as cache:
+        (cache.folder / "00000000.bin").mkdir()
+        assert cache.read(0, make_samples()) is None
+    assert "00000000.bin cannot be read ([Errno 21]" in capsys.readouterr().err
+
+
 def test_a_removed_file_is_not_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with closing(make_cache(tmp_path)) as cache:
         cache.store(0, make_samples(), make_values(packed=True))

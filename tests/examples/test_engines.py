@@ -188,7 +188,7 @@ def test_the_slurm_job_is_queued_again_and_continues(settings: Settings, command
 def test_accelerate_launches_the_command(settings: Settings, commands: Path, tmp_path: Path) -> None:
     distill(settings("whole", micro_batch_size=1, max_steps=10))
     command(commands / "accelerate", f'exec "{sys.executable}" -m accelerate.commands.accelerate_cli "$@"')
-    launch = f"launch --cpu --num_processes 2 --main_process_port {free_port()} -m minilm_kernels.distill"
+    launch = f"launch --multi_gpu --num_processes 2 --main_process_port {free_port()} -m minilm_kernels.distill"
     with started(
         commands / "accelerate", [*launch.split(), *options(settings("run", max_steps=10))], commands
     ) as process:
