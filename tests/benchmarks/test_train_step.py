@@ -124,6 +124,7 @@ def test_laps_add_up(monkeypatch):
     assert processor >= 0
 
 
+@pytest.mark.slow
 def test_records(tmp_path):
     shapes = ("--shapes", "tiny:2x64", "tiny:1x520:packed", "--rounds", "2", "--no-peaks")
     found = run(tmp_path, "--suite", "train_step", *shapes, "--providers", "torch", "cuda")
@@ -145,9 +146,9 @@ def test_records(tmp_path):
         assert detail["tokens"] <= record["shape"]["B"] * record["shape"]["S"] or detail["layout"] != "dense"
 
 
-def row(suite, provider, layout="", S=512, **detail):
+def row(suite, provider, layout="", S=512, B=2, **detail):
     detail = {"model": "small", "layout": layout, **detail}
-    return made(suite, provider, Workload(1, 3, S, 8, 4), detail=detail, peak_bytes=450 * 10**6)
+    return made(suite, provider, Workload(B, 3, S, 8, 4), detail=detail, peak_bytes=450 * 10**6)
 
 
 def test_acceptance():
@@ -162,6 +163,7 @@ def test_acceptance():
         row("train_step", "cpu", layout, S, tokens=tokens, best_ms=wall, processor_ms=processor)
         for (layout, S), (tokens, wall, processor) in steps.items()
     ]
+    found.append(row("train_step", "cpu", "packed", 512, B=1, tokens=1000, best_ms=999, processor_ms=999))
     found.append(row("data", "loop", overhead=0.02, processor_overhead=0.04))
     speeds = {"tokenizer": (1e6, 5e5), "prepare": (0.75e6, 4.5e5)}
     found += [
