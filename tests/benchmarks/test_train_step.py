@@ -65,8 +65,7 @@ def test_layouts_have_the_same_documents(parts):
     assert (packed.positions != PADDING).mean() > 0.8
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("provider", ["torch", "eager"])
+@pytest.mark.parametrize(("layout", "provider"), [*((layout, "torch") for layout in LAYOUTS), ("packed", "eager")])
 def test_the_gradient_is_the_training_loops(parts, layout, provider):
     """The stages together compute what the loop computes with one backward from the loss."""
     step = step_of(parts, layout, provider=provider)
