@@ -30,7 +30,7 @@ from minilm_kernels._module_view import (
 )
 from minilm_kernels._wrappers import is_pretrained_model, unwrap
 from minilm_kernels.losses import QKV
-from minilm_kernels.packed.models import BORDERS, KEYWORDS, borders, takes_borders
+from minilm_kernels.packed.models import BORDERS, KEYWORDS, borders, register, takes_borders
 
 __all__ = ["QKV", "QKVExtractor"]
 
@@ -331,8 +331,11 @@ class QKVExtractor(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self._rotary == "after":  # unpickled, maybe in another process
+        # Unpickled, maybe in another process.
+        if self._rotary == "after":
             _register_capture()
+        if takes_borders(self.base):
+            register()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QKVExtractor":
         self.model._apply(fn, recurse)

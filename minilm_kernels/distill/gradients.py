@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .distributed import DistContext
 
-BUCKET_BYTES = 25 << 20  # float32 gradients of a bucket, as in DistributedDataParallel
+BUCKET_BYTES = 8 << 20  # float32 gradients of a bucket: about a layer of hidden size 384
 
 
 class GradientBuffer:

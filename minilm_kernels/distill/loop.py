@@ -33,7 +33,7 @@ from .models import TeacherStudent, load_models
 from .optimizer import learning_rate_at, make_optimizer
 from .packing import Packer
 from .prefetch import Prefetcher, PreparedStep
-from .preflight import CHECKED_DOCUMENTS, check_masks, check_saving, check_text
+from .preflight import check_masks, check_saving, check_text
 from .preparation import document_texts, open_text, prepare_text
 from .recipes import recipe_summary
 from .run_folder import (
@@ -53,7 +53,7 @@ from .stages import Stage, stages
 from .step import loss_vector, seed_dropout, teacher_qkv
 from .teacher_cache import TeacherCache
 from .token_shards import TokenShards
-from .tokenization import DocumentTokenizer
+from .tokenization import CHECKED_DOCUMENTS, DocumentTokenizer
 from .trackers import Trackers
 
 T = TypeVar("T")
@@ -377,6 +377,8 @@ class TrainingLoop:
             "packing": config.packing,
             "max_document_length": models.max_document_length,
             "seed": config.seed,
+            "text": self.stream.shards.digest,
+            "eval": self.stream.state()[0]["eval_set"],  # these documents are left out
         }
         cache = dist.on_all(
             lambda: TeacherCache(
@@ -493,8 +495,9 @@ class TrainingLoop:
 
     def _accumulate(self, prepared: PreparedStep, micro: int) -> None:
         """Computes the gradient of the step. Each process computes its part, `micro` samples at a time."""
-        config, parts = self.config, self.steps.micro_batches(prepared, micro)
+        config = self.config
         with self.gradients.summed():
+            parts = self.steps.micro_batches(prepared, micro)
             for part in parts:
                 batch = part.batch.to(self.dist.device)
                 if self.cache is not None and batch.teacher is None:
@@ -535,22 +538,19 @@ class TrainingLoop:
                 )
             state.micro_batch = (state.micro_batch + 1) // 2
             result = None
-            if self.config.torch_compile:
-                torch.compiler.reset()  # the graphs of the larger micro-batches
             if dist.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.progress.say(f"out of memory: continuing with micro-batches of {state.micro_batch} samples")
 
     def _train_record(self) -> dict[str, Any]:
         """Mean losses since the last line of metrics, and the norm of the last gradient before clipping."""
-        state, relations, latest = self.state, self.models.loss.relations, self.steps.latest
-        assert latest is not None
+        state, relations = self.state, self.models.loss.relations
         *means, _ = state.finite_window().mean(0).tolist()
         values = dict(zip(relations, means, strict=True))
         norm = float(state.window[-1][-1])
         state.window = []
         return {
-            "epoch": latest.epoch,
+            "epoch": self.steps.epoch,
             "tokens": state.tokens,
             "bad_documents": self.stream.shards.counts.bad,
             "null_documents": self.stream.shards.counts.nulls,
@@ -675,10 +675,14 @@ def _deterministic(device: torch.device) -> Iterator[None]:
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read on the first use of cuBLAS
     torch.use_deterministic_algorithms(True, warn_only=True)
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
+    memory.fill_uninitialized_memory = False  # otherwise every new tensor is written twice
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
+        memory.fill_uninitialized_memory = fills
 
 
 def _result(config: DistillConfig, output: Path, step: int, stopped_by: int | None) -> DistillResult:

@@ -72,16 +72,16 @@ class Prefetcher:
 
     Attributes:
         cache: values of the teacher to read ahead; to be set before the first call of `wait`.
-        latest: the step that `pop` has returned last.
+        epoch: number of complete passes over the text, after the latest step that was returned.
     """
 
     def __init__(self, config: DistillConfig, stream: SampleStream, mask: str, dist: DistContext) -> None:
         self.cache: TeacherCache | None = None
         self._config, self._stream, self._mask, self._dist = config, stream, mask, dist
-        self._thread = ThreadPoolExecutor(1, "minilm-batches")
+        self._thread = ThreadPoolExecutor(1, "minilm-batches", initializer=self._begin)
         self._ahead: deque[Future[PreparedStep]] = deque()
         self._state: tuple[dict[str, Any], dict[str, Tensor]] | None = None
-        self.latest: PreparedStep | None = None
+        self.epoch = 0
 
     def close(self) -> None:
         """Ends the thread."""
@@ -106,9 +106,9 @@ class Prefetcher:
 
     def pop(self) -> PreparedStep:
         """Returns the step that `wait` has waited for."""
-        self.latest = self._ahead.popleft().result()
-        self._state = self.latest.state
-        return self.latest
+        prepared = self._ahead.popleft().result()
+        self._state, self.epoch = prepared.state, prepared.epoch
+        return prepared
 
     def micro_batches(self, prepared: PreparedStep, size: int) -> list[MicroBatch]:
         """The micro-batches of this process. They are built again if `size` has changed since `wait`."""
@@ -123,6 +123,10 @@ class Prefetcher:
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Restores the stream before the first step; see `SampleStream.load_state`."""
         self._stream.load_state(state, tensors)
+
+    def _begin(self) -> None:
+        if self._dist.device.type == "cuda":  # pinned memory belongs to the thread's device, by default the first one
+            torch.cuda.set_device(self._dist.device)
 
     def _prepare(self, step: int, size: int) -> PreparedStep:
         stream = self._stream

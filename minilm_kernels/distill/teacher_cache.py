@@ -198,6 +198,7 @@ class TeacherCache:
     def _read(self, number: int, sample: tuple[np.ndarray, np.ndarray], parts: Sequence[Tensor]) -> bool:
         path, offset = self._entry(number)
         views = list(map(_bytes, parts))
+        problem, header, complete = "is damaged", b"?", False
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(offset)
@@ -205,6 +206,8 @@ class TeacherCache:
                 complete = all(file.readinto(view) == len(view) for view in views)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            problem = f"cannot be read ({error})"
         if not any(header):  # a part of the file that was never written
             return False
         fields, own = header[: _FIELDS.size], header[_FIELDS.size :]
@@ -212,13 +215,13 @@ class TeacherCache:
             magic, tokens, count, checksum = _FIELDS.unpack(fields)
             if (magic, tokens, count) != (_MAGIC, _token_hash(*sample), len(parts[0])):
                 raise ValueError(
-                    f"--cache-teacher: {path} has the values of other tokens for sample {number}: of another text, or "
-                    "in another order; use another folder, or remove this one"
+                    f"--cache-teacher: {path} has the values of other tokens for sample {number}; remove the folder "
+                    f"{self.folder}"
                 )
             if complete and _checksum(views) == checksum:
                 return True
         if not self._damaged:
-            say(f"--cache-teacher: {path} is damaged at sample {number}; the teacher runs again for such samples")
+            say(f"--cache-teacher: {path} {problem} at sample {number}; the teacher runs again for such samples")
         self._damaged = True
         return False
 

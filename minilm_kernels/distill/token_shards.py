@@ -62,7 +62,7 @@ class Counts(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What a shard's file says about it.
+    """The description of a shard in its file.
 
     Attributes:
         begin, end: the positions in the text between which it was read, [index of the source, cursor].
@@ -94,7 +94,7 @@ def write_shard(path: Path, shard: Shard, tokens: Sequence[Tokens], digests: Seq
 
 
 def read_shard(path: Path) -> Shard:
-    """What a shard's file says about it. Raises one of several errors if it is damaged."""
+    """The description of a shard in its file. Raises one of several errors if it is damaged."""
     with safe_open(path, "numpy") as file:
         begin, end, counts = json.loads(file.metadata()["shard"])
         return Shard(begin, end, Counts(*counts))
@@ -258,7 +258,7 @@ class TokenShards:
         return self._tokens(shard)[begin - offset : end - offset].astype(np.int32)
 
     def token_counts(self, documents: int) -> Counter[int]:
-        """How often each token occurs in the first documents."""
+        """The number of occurrences of each token in the first documents."""
         counts: Counter[int] = Counter()
         for document in range(min(documents, len(self))):
             counts.update(self.read(document).tolist())

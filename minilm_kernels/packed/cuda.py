@@ -80,8 +80,76 @@ def attend(
         varlen_attn: Any = varlen.varlen_attn
         return varlen_attn(query, key, value, *borders, scale=scale, window_size=sides, **grouped)
     key, value = (x if groups == 1 else x.repeat_interleave(groups, 1) for x in (key, value))
-    rows = (x.contiguous()[None] for x in (query, key, value))
-    output, *_ = torch.ops.aten._efficient_attention_forward(
-        *rows, None, *borders, dropout, int(causal), torch.is_grad_enabled(), scale=scale
+    return _efficient(query, key, value, cu_seqlens, max_seqlen, scale, causal, dropout)[0]
+
+
+# PyTorch's operators have no working shape function of the backward (2.13), which torch.compile needs.
+@torch.library.custom_op("minilm_kernels::packed_attention_efficient", mutates_args=())
+def _efficient(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    causal: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, (T, heads, width), log-sum-exp of the scores, (N, heads, max_seqlen), and the place of random numbers."""
+    rows = [x.contiguous()[None] for x in (query, key, value)]
+    borders = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    output, lse, seed, offset, *_ = torch.ops.aten._efficient_attention_forward(
+        *rows, None, *borders, dropout, int(causal), True, scale=scale
     )
-    return output[0]
+    return output[0], lse, seed, offset
+
+
+@_efficient.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, *_: Any) -> tuple[Tensor, ...]:
+    lse = query.new_empty(len(cu_seqlens) - 1, query.shape[1], -(-max_seqlen // 32) * 32, dtype=torch.float32)
+    seed, offset = (torch.empty((), dtype=torch.int64, device="cpu") for _ in range(2))
+    return query.new_empty(query.shape), lse, seed, offset
+
+
+@torch.library.custom_op("minilm_kernels::packed_attention_efficient_backward", mutates_args=())
+def _efficient_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    max_seqlen: int,
+    scale: float,
+    causal: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradient, query, key, value, output = (x.contiguous()[None] for x in (gradient, query, key, value, output))
+    borders = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    random = (lse, dropout, seed, offset)
+    grads = torch.ops.aten._efficient_attention_backward(
+        *(gradient, query, key, value, None, output, *borders, *random, int(causal), False), scale=scale
+    )
+    return grads[0][0], grads[1][0], grads[2][0]
+
+
+@_efficient_backward.register_fake
+def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.max_seqlen, ctx.scale, ctx.causal, ctx.dropout = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple:
+    options = (ctx.max_seqlen, ctx.scale, ctx.causal, ctx.dropout)
+    return *_efficient_backward(gradient, *ctx.saved_tensors, *options), *(None,) * 5
+
+
+_efficient.register_autograd(_backward, setup_context=_setup_context)

@@ -79,7 +79,7 @@ def use_packed_attention(model: nn.Module) -> None:
         raise ValueError(f"model: {name} is an encoder-decoder, whose cross-attention has no packed form")
     if not inner._can_set_attn_implementation():
         raise ValueError(f"model: the attention of {name} does not go through transformers' attention interface")
-    _register()
+    register()
     before = inner.config._attn_implementation
     inner.set_attn_implementation(NAME)
     try:
@@ -89,8 +89,8 @@ def use_packed_attention(model: nn.Module) -> None:
         raise ValueError(f"model: {name} has no packed attention: {error}") from error
 
 
-def _register() -> None:
-    """Makes both functions known to transformers."""
+def register() -> None:
+    """Makes the attention function and the mask function known to transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attention)

@@ -173,7 +173,8 @@ def test_backends_have_one_source() -> None:
 def test_home_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     named = [option.name for option in fields(DistillConfig) if option.metadata["path"]]
-    assert set(named) == {"teacher", "output_dir", "student", "dataset_name", "tokens", "text", "eval_text"}
+    paths = {"teacher", "output_dir", "student", "dataset_name", "tokens", "text", "eval_text", "cache_teacher"}
+    assert set(named) == paths
     for name in named:
         several = name in ("text", "eval_text")
         changes: dict[str, Any] = {name: ["~/a", "b~", "c/~"] if several else "~/a"}

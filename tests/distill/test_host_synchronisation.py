@@ -116,3 +116,15 @@ def test_reading_and_copies_that_wait_are_found(
         with BlockingCopies() as copies:
             run._step()
     assert copies.found == ["aten._to_copy.default from cpu to meta"]
+
+
+def test_new_tensors_are_not_filled() -> None:
+    """Deterministic algorithms fill every new tensor on CUDA, unless told not to."""
+
+    def settings_now() -> tuple[bool, bool]:
+        return torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+
+    before = settings_now()
+    with loop._deterministic(torch.device("cuda")):
+        assert settings_now() == (True, False)
+    assert settings_now() == before

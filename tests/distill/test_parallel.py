@@ -19,6 +19,7 @@ from minilm_kernels.distill import DistillConfig, distill, gradients, loop
 from minilm_kernels.distill.checkpoint import read_checkpoint
 from minilm_kernels.distill.distributed import DistContext
 from minilm_kernels.distill.metrics import read_metrics
+from minilm_kernels.distill.step import seed_dropout
 from tests.processes import run_two
 
 Settings = Callable[..., DistillConfig]
@@ -68,7 +69,7 @@ def run_list(rank: int, folder: str) -> None:
     gradients.BUCKET_BYTES = 4096  # several buckets
     real, begun = loop.TrainingLoop._accumulate, loop.TrainingLoop._begin
 
-    def fails_once(run: Any, samples: Any, total: Any, micro: int) -> None:
+    def fails_once(run: Any, prepared: Any, micro: int) -> None:
         """The second process runs out of memory in its last backward, after some buckets have been sent."""
         embedding = run.models.student.model.get_input_embeddings().weight
         if rank == 1 and run.state.step == 1 and micro == 4:
@@ -79,11 +80,11 @@ def run_list(rank: int, folder: str) -> None:
 
             hook = embedding.register_hook(fail)
             try:
-                real(run, samples, total, micro)
+                real(run, prepared, micro)
             finally:
                 hook.remove()
         else:
-            real(run, samples, total, micro)
+            real(run, prepared, micro)
 
     def note_sizes(run: Any) -> None:
         begun(run)
@@ -126,6 +127,7 @@ def runs(
     add("two-then-two", forgotten=3, resume_from_checkpoint=True, **PLAN)
     add("two-then-one", **PLAN)
     add("out-of-memory", fails=True, **PLAN | {"dropout": 0.0})
+    add("cached", **PLAN, cache_teacher=str(folder / "cache"), cache_teacher_dtype="float32")
     add("bfloat16", gradient_dtype="bfloat16", **PLAN)
     add("fsdp", **FSDP)
     add("fsdp-then-fsdp", **FSDP)
@@ -177,6 +179,21 @@ def test_a_step_is_repeated_after_a_part_of_the_exchange(runs: tuple[Path, Setti
     assert found.state["micro_batch"] == 2
     distill(make("whole", **PLAN | {"dropout": 0.0}))
     check_close(folder / "out-of-memory", folder / "whole")
+
+
+@pytest.mark.slow
+def test_one_process_reads_the_teachers_values_that_two_have_stored(
+    runs: tuple[Path, Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, make = runs
+    check_equal(folder / "cached", folder / "two")
+    monkeypatch.setattr(loop, "teacher_qkv", None)  # the teacher does not run
+    distill(
+        make(
+            "cached-one", micro_batch_size=4, **PLAN, cache_teacher=str(folder / "cache"), cache_teacher_dtype="float32"
+        )
+    )
+    check_equal(folder / "cached-one", folder / "two")
 
 
 @pytest.mark.slow
@@ -255,6 +272,17 @@ def rounded_sums(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_rounded_sums_are_within_their_bound_and_equal_everywhere(tmp_path: Path) -> None:
     run_two(rounded_sums, tmp_path, processes=3)
+
+
+def test_the_numbers_of_dropout_depend_on_the_micro_batch_alone() -> None:
+    def numbers(*place: int) -> list[float]:
+        torch.rand(len(place) + place[-1])  # earlier draws do not matter
+        seed_dropout(*place)
+        return torch.rand(8).tolist()
+
+    places = [(0, 1, 0), (0, 1, 4), (0, 2, 0), (1, 1, 0)]
+    assert [numbers(*place) for place in places] == [numbers(*place) for place in places]
+    assert len({tuple(numbers(*place)) for place in places}) == len(places)
 
 
 def test_one_process_exchanges_nothing_and_rounds_nothing() -> None:

@@ -174,17 +174,19 @@ def test_the_thread_ends_with_the_run() -> None:
         steps.wait(4, 6)
 
 
-def test_tensors_for_cuda_are_pinned_on_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    pinned = []
+def test_tensors_for_cuda_are_pinned_on_the_thread_for_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 1)
+    calls: list[tuple[str, Any]] = []
 
     def pin(tensor: torch.Tensor) -> torch.Tensor:
-        pinned.append(threading.current_thread().name)
+        calls.append((threading.current_thread().name, tensor.data_ptr()))
         return tensor.clone()
 
     monkeypatch.setattr(prefetch.torch.Tensor, "pin_memory", pin)
-    with prefetcher(stream([Documents(TEXTS)])) as steps:
-        steps._dist.device = torch.device("cuda")
+    monkeypatch.setattr(prefetch.torch.cuda, "set_device", lambda x: calls.append((threading.current_thread().name, x)))
+    with prefetcher(stream([Documents(TEXTS)]), settings(max_steps=1)) as steps:
+        steps._dist.device = device
         (prepared,) = steps_of(steps, 1)
-        steps.close()
-        assert len(pinned) % len(tensors(prepared.micro_batches[0].batch)) == 0
-        assert set(pinned) == {"minilm-batches_0"}
+    assert calls[0][1] == device
+    assert len(calls) == 1 + len(tensors(prepared.micro_batches[0].batch))
+    assert {name for name, _ in calls} == {"minilm-batches_0"}

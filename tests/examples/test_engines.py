@@ -91,7 +91,9 @@ def children(parent: int) -> list[int]:
 def wait_for_step(metrics: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not any(record["step"] >= step for record in read_metrics(metrics)):
-        assert all(process.poll() is None for process in processes), [p.communicate()[0] for p in processes]
+        assert all(process.poll() is None for process in processes), [
+            p.communicate(timeout=PATIENCE)[0] for p in processes
+        ]
         assert time.monotonic() < deadline, "the run does not advance"
         time.sleep(0.005)
 
@@ -179,6 +181,19 @@ def test_the_slurm_job_is_queued_again_and_continues(settings: Settings, command
     assert process.returncode == 0, said
     assert "continuing after step" in said
     assert not requeued.exists()
+    check_equal(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_command(settings: Settings, commands: Path, tmp_path: Path) -> None:
+    distill(settings("whole", micro_batch_size=1, max_steps=10))
+    command(commands / "accelerate", f'exec "{sys.executable}" -m accelerate.commands.accelerate_cli "$@"')
+    launch = f"launch --multi_gpu --num_processes 2 --main_process_port {free_port()} -m minilm_kernels.distill"
+    with started(
+        commands / "accelerate", [*launch.split(), *options(settings("run", max_steps=10))], commands
+    ) as process:
+        said = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == 0, said
     check_equal(tmp_path / "run", tmp_path / "whole")
 
 

@@ -47,7 +47,7 @@ def main(folder: str, runs: str) -> None:
         if output == "trained":
             torch.optim.AdamW, example.DataCollatorForLanguageModeling = adamw, DataCollatorForLanguageModeling
         else:
-            torch.optim.AdamW = lambda parameters, lr: torch.optim.SGD(parameters, lr=64.0)
+            torch.optim.AdamW = lambda parameters, lr: torch.optim.SGD(parameters, lr=4096.0)
             example.DataCollatorForLanguageModeling = FixedMasks
             inputs[1] = f"{folder}/short.txt"
         if distributed.get_rank() == 0:

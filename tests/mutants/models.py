@@ -11,6 +11,36 @@ _QUICK = "-k 'not compiles and not distributed'"
 
 MUTANTS = [
     Mutant(
+        "minilm_kernels/packed/cpu.py",
+        "distance.abs() <= window if narrow",
+        "distance.abs() < window if narrow",
+        "tests/packed/test_attention.py",
+        "windows are narrower by one token",
+    ),
+    Mutant(
+        "minilm_kernels/packed/cpu.py",
+        "            inner = (grad * out).sum(-1, keepdim=True)  # the sum of p * dp over the keys\n"
+        "            grad = grad / (1 - dropout)\n",
+        "            grad = grad / (1 - dropout)\n"
+        "            inner = (grad * out).sum(-1, keepdim=True)  # the sum of p * dp over the keys\n",
+        "tests/packed/test_attention.py -k dropout",
+        "the gradient of dropped probabilities is scaled twice",
+    ),
+    Mutant(
+        "minilm_kernels/packed/models.py",
+        "        dropout=dropout,\n",
+        "",
+        "tests/packed/test_models.py -k dropout",
+        "attention dropout is lost",
+    ),
+    Mutant(
+        "minilm_kernels/packed/models.py",
+        "sliding_window - 1,  # it",
+        "sliding_window,  # it",
+        "tests/packed/test_models.py -k one_call_each",
+        "windows of models are wider by one token",
+    ),
+    Mutant(
         "minilm_kernels/_architectures.py",
         "return layer if layer > 0 else count + 1 + layer",
         "return layer if layer > 0 else count + layer",

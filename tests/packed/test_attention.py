@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilm_kernels.packed import cpu, cuda, packed_attention
@@ -187,7 +189,11 @@ def test_nothing_of_s_by_s_is_allocated(window: int | None, dropout: float) -> N
         ({"key": torch.zeros(3, 4, 8), "value": torch.zeros(3, 4, 8)}, ValueError, "equal T and width"),
         ({"value": torch.zeros(2, 4, 16)}, ValueError, r"value \(2, 4, 16\)"),
         ({"value": torch.zeros(2, 4, 8).double()}, TypeError, "one floating-point dtype, got .*torch.float64"),
-        ({"query": torch.zeros(2, 4, 8, device="meta")}, ValueError, "runs on cpu and cuda, got a tensor on meta"),
+        (
+            {"query": torch.zeros(2, 4, 8, device="meta")},
+            ValueError,
+            "expected one device, got query on meta, key on cpu",
+        ),
         ({"cu_seqlens": torch.tensor([0, 2])}, TypeError, "cu_seqlens: expected int32, got torch.int64"),
         ({"cu_seqlens": torch.tensor([0], dtype=torch.int32)}, ValueError, r"cu_seqlens: expected \(N \+ 1,\)"),
         ({"cu_seqlens": borders([3])}, ValueError, r"rise from 0 to the 2 tokens, got \[0, 3\]"),
@@ -202,6 +208,15 @@ def test_wrong_arguments_are_named(change: Any, error: type[Exception], words: s
     arguments = {name: torch.zeros(2, 4, 8) for name in ("query", "key", "value")}
     with pytest.raises(error, match=words):
         packed_attention(**{**arguments, "cu_seqlens": borders([2]), "max_seqlen": 2, **change})
+
+
+def test_devices() -> None:
+    with FakeTensorMode():
+        inputs = [torch.empty(2, 4, 8, device="mps") for _ in range(3)]
+        with pytest.raises(ValueError, match="runs on cpu and cuda, got a tensor on mps"):
+            packed_attention(*inputs, torch.empty(2, dtype=torch.int32, device="mps"), 2)
+    output = packed_attention(*(x.to("meta") for x in operands()), borders(LENGTHS).to("meta"), 70)  # shapes alone
+    assert (output.shape, output.device.type) == ((sum(LENGTHS), 4, 8), "meta")
 
 
 class TestCuda:
@@ -250,11 +265,27 @@ class TestCuda:
 
     def efficient(self, q: Any, k: Any, v: Any, bias: None, cu_q: Any, cu_k: Any, *rest: Any, scale: float) -> Any:
         most_q, most_k, dropout, kind, with_lse = rest
-        assert (most_q, most_k, dropout, with_lse) == (70, 70, 0.0, True)
+        assert (bias, most_q, most_k, dropout, with_lse) == (None, 70, 70, 0.0, True)
         assert q.shape == k.shape == v.shape
         assert q.shape[0] == 1
         output = self.by_definition(q[0], k[0], v[0], cu_q, -1, 0 if kind else -1, scale)
-        return output[None], None, None, None, 0, 0
+        lse, seed, offset = torch.tensor(5.0), torch.tensor(6), torch.tensor(7)
+        return output[None], lse, seed, offset, 70, 70
+
+    def efficient_backward(self, grad: Any, q: Any, k: Any, v: Any, bias: None, *rest: Any, scale: float) -> Any:
+        out, cu_q, _, most_q, most_k, lse, dropout, seed, offset, kind, bias_grad = rest
+        assert (bias, most_q, most_k, dropout, bias_grad) == (None, 70, 70, 0.0, False)
+        assert (lse, seed, offset) == (5, 6, 7)
+
+        def gradients() -> Any:
+            inputs = [x[0].detach().requires_grad_() for x in (q, k, v)]
+            output = self.by_definition(*inputs, cu_q, -1, 0 if kind else -1, scale)
+            return output.detach(), torch.autograd.grad(output, inputs, grad[0])
+
+        with ThreadPoolExecutor() as pool:  # inside an operator, this thread records no graph
+            output, found = pool.submit(gradients).result()
+        assert torch.equal(output, out[0])
+        return *(x[None] for x in found), torch.empty(())
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("key_heads", [4, 2])
@@ -264,10 +295,13 @@ class TestCuda:
             return
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", self.varlen)
         monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", self.efficient)
+        monkeypatch.setattr(torch.ops.aten, "_efficient_attention_backward", self.efficient_backward)
         inputs = operands(key_heads=key_heads, dtype=dtype)
         options = (70, 8**-0.5, mask.get("causal", False), mask.get("window", -1), 0.0)
         found = cuda.attend(*inputs, borders(LENGTHS), *options)
-        close([found], [expected([x.detach() for x in inputs], **mask)], ROUNDING[dtype])
+        wanted, weights = expected(inputs, **mask), torch.randn(found.shape)
+        gradients = [torch.autograd.grad((x * weights).sum(), inputs) for x in (found, wanted)]
+        close([found, *gradients[0]], [wanted, *gradients[1]], ROUNDING[dtype])
 
     def test_stand_ins_have_the_arguments_of_torch(self) -> None:
         import inspect
@@ -275,7 +309,29 @@ class TestCuda:
         from torch.nn.attention.varlen import varlen_attn
 
         inspect.signature(varlen_attn).bind(*range(7), scale=1.0, window_size=(-1, 0), enable_gqa=True)
-        schema = torch.ops.aten._efficient_attention_forward.default._schema
-        names = [argument.name for argument in schema.arguments]
-        wanted = "query key value bias cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k dropout_p custom_mask_type"
-        assert names[:12] == [*wanted.split(), "compute_log_sumexp", "scale"]
+        forward, backward = (
+            [argument.name for argument in operator.default._schema.arguments]
+            for operator in (torch.ops.aten._efficient_attention_forward, torch.ops.aten._efficient_attention_backward)
+        )
+        borders = "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
+        wanted = f"query key value bias {borders} dropout_p custom_mask_type compute_log_sumexp scale"
+        assert forward[:12] == wanted.split()
+        wanted = f"grad_out_ query key value bias out {borders} logsumexp dropout_p philox_seed philox_offset"
+        assert backward[:17] == [*wanted.split(), "custom_mask_type", "bias_requires_grad", "scale"]
+
+    @pytest.mark.parametrize("key_heads", [4, 2])
+    @pytest.mark.parametrize(
+        ("dtype", "dropout", "window"),
+        [(torch.float32, 0.1, -1), (torch.bfloat16, 0.0, -1), (torch.bfloat16, 0.0, 5), (torch.float16, 0.1, -1)],
+    )
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_torch_accepts_and_differentiates_them(
+        self, key_heads: int, dtype: torch.dtype, dropout: float, window: int, causal: bool, monkeypatch: Any
+    ) -> None:
+        """Shapes alone, on the meta device."""
+        monkeypatch.setattr(cuda, "_flash_attention", lambda: None)
+        inputs = [x.detach().to("meta").requires_grad_() for x in operands(key_heads=key_heads, dtype=dtype)]
+        output = cuda.attend(*inputs, borders(LENGTHS).to("meta"), 70, 0.3, causal, window, dropout)
+        assert (output.shape, output.dtype) == (inputs[0].shape, dtype)
+        gradients = torch.autograd.grad(output.sum(), inputs)
+        assert [x.shape for x in gradients] == [x.shape for x in inputs]
