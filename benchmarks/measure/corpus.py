@@ -16,7 +16,7 @@ import numpy as np
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MEAN, SIGMA = 300, 0.6  # tokens of a document before the cut, and sigma of their logarithm
-SHORTEST, LONGEST = 8, 510  # tokens after the cut
+_SHORTEST, LONGEST = 8, 510  # tokens after the cut
 UNIQUE = 1 << 25  # bytes of text after which it repeats
 _SUFFIXES = 500
 _SHARE = 0.3  # words with a suffix
@@ -25,7 +25,7 @@ _SHARE = 0.3  # words with a suffix
 def document_lengths(count: int, seed: int = 0) -> np.ndarray:
     """(count,) tokens of documents, without special tokens: log-normal with mean `MEAN`, cut at `LONGEST`."""
     normal = np.random.default_rng((seed, 0)).standard_normal(count)
-    return np.clip(np.rint(MEAN * np.exp(SIGMA * normal - SIGMA**2 / 2)), SHORTEST, LONGEST).astype(int)
+    return np.clip(np.rint(MEAN * np.exp(SIGMA * normal - SIGMA**2 / 2)), _SHORTEST, LONGEST).astype(int)
 
 
 @cache

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import re
+import tempfile
 import time
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.providers import BACKENDS, PROVIDERS
+from minilm_kernels.distill.bad_documents import BadDocuments
 from minilm_kernels.distill.batch import Batch, LossWeights
 from minilm_kernels.distill.config import DistillConfig
 from minilm_kernels.distill.distributed import DistContext
@@ -27,8 +29,12 @@ from minilm_kernels.distill.gradients import SummedGradients
 from minilm_kernels.distill.models import LayerModel, TeacherStudent
 from minilm_kernels.distill.optimizer import learning_rate_at, make_optimizer
 from minilm_kernels.distill.packing import PADDING, Packer, Samples, stack
+from minilm_kernels.distill.preparation import TokenFolder
+from minilm_kernels.distill.sample_stream import Place, SampleStream
+from minilm_kernels.distill.sources import open_sources
 from minilm_kernels.distill.step import make_batch, seed_dropout, student_qkv, teacher_qkv
-from minilm_kernels.distill.tokenization import DocumentTokenizer, Tokens
+from minilm_kernels.distill.token_shards import TokenShards
+from minilm_kernels.distill.tokenization import DocumentTokenizer
 from minilm_kernels.losses import QKV, MiniLMv2Loss
 from minilm_kernels.presets import PRESETS
 from minilm_kernels.students import preset_config, random_student, student_config
@@ -44,6 +50,7 @@ STAGES = ("data", "teacher", "student", "loss", "backward", "exchange", "optimiz
 RELATIONS = [("q", "q"), ("k", "k"), ("v", "v")]
 _CHECKED = 3  # documents of the step that is compared with the reference
 _REFERENCE_SCORES = 2**22
+_SPARE = 4  # times as many documents in the shards as a step has on average, so that no step reaches their end
 
 
 class ModelPair(NamedTuple):
@@ -138,8 +145,8 @@ class Parts:
 
     def __init__(self, model: str, dropout: float, dist: DistContext) -> None:
         self.pair, self.dist = copy.deepcopy(model_pair(model)), dist
-        for config in self.pair[:2]:  # BERT's 0.02 makes attention and relations nearly uniform, and hides errors
-            config.initializer_range = config.hidden_size**-0.5
+        for config in self.pair[:2]:  # with BERT's 0.02, attention is nearly uniform and hides errors
+            config.initializer_range = 2 * config.hidden_size**-0.5
         self.pair.student.update({"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout})
         vocabulary = self.pair.student.vocab_size
         self.tokenizer = DocumentTokenizer(corpus.tokenizer(vocabulary))
@@ -152,6 +159,7 @@ class Parts:
         self.buffer = SummedGradients(parameters, 0, dist, getattr(torch, self.config.gradient_dtype))
         self.embeddings = sum(p.numel() for name, p in trained.items() if "embeddings" in name)
         self.optimizer = make_optimizer(self.config, parameters)
+        self._folder = tempfile.TemporaryDirectory()
         self._references: dict[bytes, tuple[Tensor, Tensor]] = {}
 
     def _teacher_student(self, teacher: Any, student: Any) -> TeacherStudent:
@@ -171,10 +179,16 @@ class Parts:
             self._models[packed, bf16] = made
         return self._models[packed, bf16]
 
-    def documents(self, count: int, longest: int) -> list[Tokens]:
-        """The tokens of the first `count` documents, cut at `longest` tokens."""
-        lengths = np.minimum(corpus.document_lengths(count), longest)
-        return self.tokenizer.batch(list(corpus.documents(lengths, self.pair.student.vocab_size)))
+    def shards(self, count: int, longest: int) -> TokenShards:
+        """The token shards of `count` documents, cut at `longest` tokens."""
+        folder = Path(self._folder.name, f"{count}-{longest}")
+        if not folder.exists():
+            lengths = np.minimum(corpus.document_lengths(count), longest)
+            file = folder.with_suffix(".txt")
+            file.write_text("\n\n".join(corpus.documents(lengths, self.pair.student.vocab_size)), encoding="ascii")
+            for _ in TokenFolder(folder, open_sources([str(file)]), self.tokenizer, {}).prepare(BadDocuments()):
+                pass
+        return TokenShards(folder)
 
     def reference(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Loss and gradient of the documents of samples, each alone, in float64 and without the package's loss."""
@@ -240,33 +254,29 @@ class TrainStep:
             attention=self.layout.attention,
         )
         self._longest = S - len(parts.tokenizer.prefix) - len(parts.tokenizer.suffix)
-        # As many documents as fill B packed samples. They are the step of every layout.
-        most = max(1, B * S // corpus.SHORTEST)
-        self.documents = bisect_right(range(1, most), B, key=self._packed_samples)
-        self._tokens = parts.documents(self.documents, self._longest)
+        self._shards = parts.shards(_SPARE * B * S // min(S, corpus.MEAN) + _SPARE, self._longest)
+        # The documents of B packed samples are the step of every layout.
+        stream = self._stream(packing=True)
+        stream.take(B)
+        self.documents = max(1, stream.place.document)
+        self._count = B if self.layout.packing else self.documents
+        self._samples = self._stream(self.layout.packing)
         self._models = parts.models(self.layout.attention == "packed", self.config.bf16)
         self._micro = B
         self._step = 0
 
-    def _packed_samples(self, documents: int) -> int:
-        """The number of packed samples that these many documents make."""
-        lengths = np.minimum(corpus.document_lengths(documents), self._longest)
-        return len(self._pack([np.zeros(length, np.int32) for length in lengths], packing=True))
-
-    def _pack(self, tokens: Sequence[Tokens], packing: bool) -> list[Samples]:
+    def _stream(self, packing: bool) -> SampleStream:
         packer = Packer(self.parts.tokenizer, self.workload.S, packing)
-        for document in tokens:
-            packer.add(document)
-        packer.flush()
-        return packer.samples
+        return SampleStream(self._shards, packer, eval_set=None, seed=self.config.seed)
 
     @cached_property
     def samples(self) -> Samples:
-        return self.pack(self._tokens)
+        return self.read()
 
-    def pack(self, tokens: Sequence[Tokens]) -> Samples:
-        """The samples of documents in this layout."""
-        samples = stack(self._pack(tokens, self.layout.packing), self.workload.S)
+    def read(self) -> Samples:
+        """Reads the samples of the step, which are the first of an epoch."""
+        self._samples.place = Place()
+        samples = self._samples.take(self._count)
         if self.layout.sorted:
             order = np.argsort((samples.positions != PADDING).sum(1), kind="stable")
             samples = Samples(samples.ids[order], samples.positions[order])
@@ -279,7 +289,7 @@ class TrainStep:
 
     def __call__(self) -> Laps:
         laps = Laps(self.workload.device)
-        samples = self.pack(self._tokens)
+        samples = self.read()
         parts = self._parts_of(samples)
         buffer, optimizer = self.parts.buffer, self.parts.optimizer
         with buffer.summed():
@@ -335,7 +345,11 @@ class TrainStep:
     def check(self) -> tuple[float, float]:
         """Relative errors of loss and gradient of the first documents in this layout, by `Parts.reference`."""
         longest = self.workload.S // _CHECKED - (self.workload.S - self._longest)
-        checked = self.pack([tokens[:longest] for tokens in self._tokens[:_CHECKED]])
+        packer = Packer(self.parts.tokenizer, self.workload.S, self.layout.packing)
+        for document in range(_CHECKED):
+            packer.add(self._shards.read(document)[:longest])
+        packer.flush()
+        checked = stack(packer.samples, self.workload.S)
         self._models.student.model.eval()
         self.parts.buffer.zero_()
         laps = Laps(self.workload.device)

@@ -12,6 +12,7 @@ SUITES = {
     "loss": "time, memory and error of the loss and its gradient",
     "memory": "peak and saved bytes, and the largest batch that fits",
     "train_step": "a whole training step by stages, for each layout of its samples",
+    "data": "what the input pipeline costs, and the speeds of its parts",
     "inference": "speed of the published students relative to the 12 x 768 base model",
     "accuracy": "errors of every backend, mask and dtype relative to dense float64, and at small divergences",
     "variants": "variants of the kernels' schedules, timed in turns, and the bits of repeated runs",

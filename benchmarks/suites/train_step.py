@@ -34,7 +34,8 @@ SHAPES = {
 }
 # FLOP/s of dense matrix products with float32 sums, from NVIDIA's data sheets. On other devices, a product is measured.
 _PEAK_FLOPS = {("H100", "bfloat16"): 989e12, ("H200", "bfloat16"): 989e12, ("A100", "bfloat16"): 312e12}
-ACCEPTANCE = ["small:16x512", "small:2x4096:packed", "small:1x8192:packed"]
+# Those of one and four samples are parts of the estimates of `scale`.
+ACCEPTANCE = ["small:16x512", "small:2x4096:packed", "small:1x8192:packed", "small:1x512:packed", "small:4x512:packed"]
 _LONGEST_PADDED = 512  # no document is longer, so that more columns would be padding only
 
 
@@ -87,7 +88,8 @@ def measure(options: argparse.Namespace) -> Iterator[Record]:
 
 def acceptance(found: Sequence[Record]) -> list[Line]:
     """The acceptance lines from the records of the preset."""
-    steps = {(r["detail"]["layout"], r["shape"]["S"]): r for r in found if r["suite"] == "train_step"}
+    by_size = sorted((r for r in found if r["suite"] == "train_step"), key=lambda r: r["shape"]["B"])
+    steps = {(r["detail"]["layout"], r["shape"]["S"]): r for r in by_size}  # the largest batch of each
     rows = {r["provider"]: r for r in found if r["suite"] == "data" and r["status"] == "ok"}
 
     def line(name: str, one: tuple[str, int], other: tuple[str, int], bar: float, at_least: bool = False) -> Line:

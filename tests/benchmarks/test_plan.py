@@ -71,7 +71,7 @@ def test_the_parser_accepts_the_commands_of_the_plans(monkeypatch):
     names = {variant.name for variant in variants.load()}
     for options in parsed:
         assert set(options.variants or ()) <= names
-        if options.suite not in ("train_step", "inference"):
+        if options.suite not in ("train_step", "data", "inference"):
             shapes = [shape for shape in options.shapes or () if shape != "none"]
             parse_all(shapes, options.masks, options.dtypes, options.relations, "cpu")
 
