@@ -100,8 +100,6 @@ def strips(dtype: str, d_t: int, d_s: int, group: str) -> CudaVariant:
     scores = square * (_score_macs(dtype, d_t) + _score_macs(dtype, d_s))
     of_columns = square * _gradient_products(dtype) * _padded(d_s)
     gradient = scores + square * 16 + 2 * of_columns  # with the products of the factors
-    # On the diagonal, the 16 columns of a step meet the rows from their own on: 4 + 3 + 2 + 1 of 16 squares.
-    executed = (tiles + 1) / (2 * tiles)
 
     def whole(length: int, share: Callable[[int], float] = lambda n: n * (n - 1) / 2, entries: bool = True) -> Work:
         n = length // rows
@@ -114,17 +112,21 @@ def strips(dtype: str, d_t: int, d_s: int, group: str) -> CudaVariant:
     def later_rows(n: int) -> float:  # rounds in which the strip is later than the columns: they wrapped around
         return sum(d for d in range(1, (n + 1) // 2))
 
-    def diagonal(length: int) -> Work:
-        n = length // rows
-        return Work(n, n * square, executed)
+    def diagonal(length: int, left: int = 0) -> Work:
+        """`left`: rows of a last strip with fewer rows, whose tiles meet all later ones of a strip."""
+        n, steps = length // rows, -(-left // 16)
+        squares = n * tiles * (tiles + 1) / 2 + steps * tiles - steps * (steps - 1) / 2
+        turns = n + bool(left)
+        return Work(turns, n * square + left**2, squares / max(1, turns * tiles * tiles))
 
-    def tail(length: int) -> Work:
-        """The last strip, if it has fewer rows: with all others, and with itself."""
+    def tail(length: int, itself: bool) -> Work:
+        """The last strip, if it has fewer rows: with all others and, perhaps, with itself."""
         n, left = divmod(length, rows)
         steps = -(-left // 16)
-        squares = n * steps * tiles + steps * (steps + 1) / 2
-        turns = n + 1 if left else 0
-        return Work(turns, length**2 - (n * rows) ** 2, squares / max(1, turns * tiles * tiles))
+        squares = n * steps * tiles + itself * steps * (steps + 1) / 2
+        turns = n + itself if left else 0
+        pairs = length**2 - (n * rows) ** 2 - (0 if itself else left**2)
+        return Work(turns, pairs, squares / max(1, turns * tiles * tiles))
 
     def loop(phase: str, part: str, marker: str, macs: int, work: Callable[[int], Work]) -> SourceLoop:
         mine = square if part == "diagonal" else pairs
@@ -140,11 +142,13 @@ def strips(dtype: str, d_t: int, d_s: int, group: str) -> CudaVariant:
         phases.append(loop("sums", "later rows", later, scores, lambda s: whole(s, later_rows, entries=False)))
     else:
         phases.append(loop("sums", "", "strip-sums", scores, whole))
-    phases.append(loop("sums", "diagonal", "strip-sums-square", scores, diagonal))
-    phases.append(loop("sums", "tail", "strip-sums-ragged", scores, tail))
+    itself = group in ("self", "self long")
+    own = diagonal if itself else lambda s: diagonal(s, s % rows)
+    phases.append(loop("sums", "diagonal", "strip-sums-square", scores, own))
+    phases.append(loop("sums", "tail", "strip-sums-ragged", scores, lambda s: tail(s, itself)))
     phases.append(loop("gradient", "", "strip-gradient", gradient, whole))
-    phases.append(loop("gradient", "diagonal", "strip-gradient-square", on_diagonal, diagonal))
-    phases.append(loop("gradient", "tail", "strip-gradient-ragged", gradient, tail))
+    phases.append(loop("gradient", "diagonal", "strip-gradient-square", on_diagonal, lambda s: diagonal(s, s % rows)))
+    phases.append(loop("gradient", "tail", "strip-gradient-ragged", gradient, lambda s: tail(s, False)))
     return _symmetric(dtype, d_t, d_s, group, tuple(phases))
 
 

@@ -199,8 +199,8 @@ MUTANTS = [
     ),
     Mutant(
         _CUDA + "strips.cuh",
-        "j == i && column + i < bound ? 0.5f : 1.0f",
-        "j == i ? 0.5f : 1.0f",
+        "i + 8 * n < bound ? 0.5f : 1.0f",
+        "0.5f",
         _STRIPS,
         "with a causal mask, pairs of a token with itself count half",
     ),

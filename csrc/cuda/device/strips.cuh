@@ -8,7 +8,7 @@
 //   the sum of two bfloat16 numbers. The ones are zeros for tokens that do not exist, and for directions that are not
 //   visible. Phase 2 therefore needs no mask, except on the diagonal of a causal relation.
 // - On the diagonal, a strip meets its own 16 columns only from the rows of these columns on. The 16 × 16 square of the
-//   diagonal itself has all its pairs in both orders, so that its rows' sums are complete without those of its columns.
+//   diagonal itself has all its pairs in both orders, so that its columns' sums are complete without those of its rows.
 #pragma once
 
 #include "schedule.cuh"
@@ -37,14 +37,17 @@ struct RowOperands {
       }
   }
 
-  // Scores of the 16 rows of tile m and 16 columns.
+  // Scores of the 16 rows of tile m and 16 columns. kSquare: these are the same tokens, and m need not be a constant.
+  template <bool kSquare>
   MINILM_DEVICE void scores(float (&out)[2][4], int m, const uint32_t (&y)[2][kChunks]) const {
+    uint32_t own[2 * kChunks];
+    MINILM_UNROLL_FOR (int k = 0; k < 2 * kChunks; ++k) own[k] = kSquare ? y[k % 2][k / 2] : x[m][k];
     MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) {
       float (&c)[4] = out[n];
       MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) c[e] = 0.0f;
       MINILM_UNROLL_FOR (int chunk = 0; chunk + 1 < kChunks; chunk += 2)
-        multiply_add(kFormat, c, x[m] + 2 * chunk, y[n][chunk], y[n][chunk + 1]);
-      if (kChunks % 2) multiply_add(kFormat, c, x[m][2 * kChunks - 2], x[m][2 * kChunks - 1], y[n][kChunks - 1]);
+        multiply_add(kFormat, c, own + 2 * chunk, y[n][chunk], y[n][chunk + 1]);
+      if (kChunks % 2) multiply_add(kFormat, c, own[2 * kChunks - 2], own[2 * kChunks - 1], y[n][kChunks - 1]);
     }
   }
 };
@@ -62,6 +65,7 @@ struct RowOperands<kFloat32, kTiles, kChunks> {
   }
 
   // Small products first, as in tile.cuh. Two products of 8 features make one of 16.
+  template <bool>
   MINILM_DEVICE void scores(float (&out)[2][4], int m, const uint32_t (&y)[2][kPlanes]) const {
     uint32_t x[kPlanes + 1][2];
     MINILM_UNROLL_FOR (int k = 0; k < kPlanes; k += 2) {
@@ -141,12 +145,18 @@ struct ColumnTokens {
   }
 };
 
+// A constant as an argument.
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+
 // Pairs of a strip and 16 columns.
 enum class Part {
   whole,         // all pairs, in both orders
   rows_only,     // only the rows see the columns: they are later
   columns_only,  // only the columns see the rows
-  square,        // the columns are rows of the strip, which has no padding
+  square,        // the columns are rows of the strip
   ragged,        // some tokens are beyond the end of the sequence, or of the prefix
 };
 
@@ -196,11 +206,12 @@ struct Strips {
       reference_t = state.reference_t;
       reference_s = state.reference_s;
     }
+    template <bool kSquare>
     MINILM_DEVICE void exponents(float (&u_t)[2][4], float (&u_s)[2][4], int m,
                                  const uint32_t (&columns_t)[2][kPlanesT],
                                  const uint32_t (&columns_s)[2][kPlanesS]) const {
-      t.scores(u_t, m, columns_t);
-      s.scores(u_s, m, columns_s);
+      t.template scores<kSquare>(u_t, m, columns_t);
+      s.template scores<kSquare>(u_s, m, columns_s);
       MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
         MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) {
           u_t[n][e] = fmaf(u_t[n][e], scale_t, -reference_t);
@@ -267,48 +278,65 @@ struct Strips {
     float t[kTiles][2], s[kTiles][2];
   };
 
-  // Square and ragged: rows of the 16-row tiles first ... last - 1; with `diagonal`, tile `first` has the columns'
-  // tokens.
+  // Square: the columns are the rows of tile `first`. Ragged: rows of the 16-row tiles first ... last - 1; with
+  // `diagonal`, tile `first` has the columns' tokens.
   template <Part kPart>
   static MINILM_DEVICE void add_tile_sums(const Shared& shared, const Rows& rows, Sums& sums, const Columns& at,
                                           int row, int column, int first, int last, bool diagonal) {
-    constexpr bool kAll = kPart != Part::square && kPart != Part::ragged;
     constexpr bool kMasked = kPart == Part::ragged || (kPart == Part::square && kCausal);
     const int length = kMasked ? shared.state().sequence.length : 0, bound = kMasked ? shared.state().bound : 0;
     uint32_t columns_t[2][kPlanesT], columns_s[2][kPlanesS];
     at.teacher.template load<kFormatT>(columns_t);
     at.student.template load<kFormat>(columns_s);
     float column_sums[8] = {};  // [model][n][e % 2]
-    MINILM_UNROLL_FOR (int m = 0; m < kTiles; ++m) {
-      if (!kAll && (m < first || m >= last)) continue;
-      const float weight = diagonal && m == first ? 0.0f : 1.0f;
+    auto add_block = [&](auto square, int m, float weight) {
+      constexpr bool kSquare = decltype(square)::value;
       float u_t[2][4], u_s[2][4];
-      rows.exponents(u_t, u_s, m, columns_t, columns_s);
+      rows.template exponents<kSquare>(u_t, u_s, m, columns_t, columns_s);
       MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
         MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) {
           float x_t = exp2_fast(u_t[n][e]), x_s = exp2_fast(u_s[n][e]);
           float mirrored_t = x_t, mirrored_s = x_s;
           if (kMasked) {
-            const int i = row + own_row(m, e / 2), j = column + other_column(n, e);
-            if (j >= length || (kCausal && j > i && j >= bound)) x_t = x_s = 0.0f;
-            if (i >= length || (kCausal && i > j && i >= bound)) mirrored_t = mirrored_s = 0.0f;
+            if (kPart == Part::square) {  // what tokens beyond the end get does not matter
+              const bool hidden = own_row(m, e / 2) >= bound - row;
+              if (hidden && (!kSquare || is_later(n, e))) mirrored_t = mirrored_s = 0.0f;
+            } else {
+              const int i = row + own_row(m, e / 2), j = column + other_column(n, e);
+              if (j >= length || (kCausal && j > i && j >= bound)) x_t = x_s = 0.0f;
+              if (i >= length || (kCausal && i > j && i >= bound)) mirrored_t = mirrored_s = 0.0f;
+            }
           }
-          if (kPart != Part::columns_only) {
+          if (kPart != Part::columns_only && !kSquare) {
             sums.t[m][e / 2] += x_t;
             sums.s[m][e / 2] += x_s;
           }
           float &to_t = column_sums[2 * n + e % 2], &to_s = column_sums[4 + 2 * n + e % 2];
-          if (kAll) {
-            const bool begin = m == 0 && e / 2 == 0;
-            to_t = begin ? mirrored_t : to_t + mirrored_t;
-            to_s = begin ? mirrored_s : to_s + mirrored_s;
-          } else {
+          if (kPart == Part::ragged) {
             to_t = fmaf(mirrored_t, weight, to_t);
             to_s = fmaf(mirrored_s, weight, to_s);
+          } else {
+            const bool begin = (kPart == Part::square ? kSquare : m == 0) && e / 2 == 0;
+            to_t = begin ? mirrored_t : to_t + mirrored_t;
+            to_s = begin ? mirrored_s : to_s + mirrored_s;
           }
         }
-    }
+    };
+    if (kPart == Part::square) add_block(Flag<true>{}, first, 1.0f);
+    MINILM_UNROLL_FOR (int m = 0; m < kTiles; ++m)
+      if (meets<kPart>(m, first, last)) add_block(Flag<false>{}, m, diagonal && m == first ? 0.0f : 1.0f);
     if (kPart != Part::rows_only) *at.sums += distributed_sums(column_sums, 4);
+  }
+
+  // Whether the row of element [n][e] of a square is later than its column.
+  static MINILM_DEVICE bool is_later(int n, int e) {
+    return e / 2 != n ? e / 2 > n : own_row(0, 0) > other_column(0, e);
+  }
+
+  // Whether tile m of the rows meets the columns. Squares are computed apart.
+  template <Part kPart>
+  static MINILM_DEVICE bool meets(int m, int first, int last) {
+    return kPart == Part::square ? m > 0 && m > first : kPart != Part::ragged || (m >= first && m < last);
   }
 
   static MINILM_DEVICE void add_sums(const Shared& shared, const Rows& rows, Sums& sums, int strip, int other) {
@@ -316,18 +344,21 @@ struct Strips {
     const int row = strip * kRows, column = other * kRows, later = max_of(row, column);
     const bool diagonal = strip == other;
     Columns at(shared, column, row >= column);
-    const bool cut = kCausal && !diagonal && later < state.bound && later + kRows > state.bound;
-    if (later + kRows > state.sequence.length || cut) {
+    const bool cut = kCausal && later < state.bound && later + kRows > state.bound;
+    const bool ragged = later + kRows > state.sequence.length || cut;
+    if (diagonal && (kCausal || !ragged)) {
+      const int columns = kCausal ? tiles_of(state, other) : kTiles;
+      MINILM_NO_UNROLL_FOR (int c = 0; c < columns; ++c, at.next())
+        // static: begin strip-sums-square
+        add_tile_sums<Part::square>(shared, rows, sums, at, row, 0, c, kTiles, false);
+      // static: end strip-sums-square
+    } else if (ragged) {
+      const bool own = !kCausal && diagonal;
       const int last = tiles_of(state, strip), columns = tiles_of(state, other);
       MINILM_NO_UNROLL_FOR (int c = 0; c < columns; ++c, at.next())
         // static: begin strip-sums-ragged
-        add_tile_sums<Part::ragged>(shared, rows, sums, at, row, column + 16 * c, diagonal ? c : 0, last, diagonal);
+        add_tile_sums<Part::ragged>(shared, rows, sums, at, row, column + 16 * c, own ? c : 0, last, own);
       // static: end strip-sums-ragged
-    } else if (diagonal) {
-      MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c, at.next())
-        // static: begin strip-sums-square
-        add_tile_sums<Part::square>(shared, rows, sums, at, row, column + 16 * c, c, kTiles, true);
-      // static: end strip-sums-square
     } else if (kCausal && later >= state.bound && row > column) {
       MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c, at.next())
         // static: begin strip-sums-rows
@@ -372,9 +403,8 @@ struct Strips {
   // `row_factors`, `row_tokens`: a lane's addresses of the factors and of the student's tokens of the rows.
   template <Part kPart>
   static MINILM_DEVICE void add_tile_gradients(const Rows& rows, const char* row_factors, const char* row_tokens,
-                                               Grads& grads, Value& value, const Columns& at, int column, int first,
-                                               int last, bool diagonal, int bound) {
-    constexpr bool kAll = kPart == Part::whole;
+                                               Grads& grads, Value& value, const Columns& at, int first, int last,
+                                               int bound) {
     uint32_t columns_t[2][kPlanesT], columns_s[2][kPlanesS];
     at.teacher.template load<kFormatT>(columns_t);
     at.student.template load<kFormat>(columns_s);
@@ -385,24 +415,39 @@ struct Strips {
     // With one chunk, each 16 rows are done with before the next ones. More chunks share the loads of two.
     constexpr int kGroup = kChunksS == 1 ? 1 : 2;
     uint32_t y[kSplits][2];
-    if (kChunksS == 1)
-      MINILM_UNROLL_FOR (int k = 0; k < kSplits; ++k) ldmatrix_x2_trans(y[k], grad_tokens(at.student.one, plane, k, 0));
     float column_grads[kChunksS][4];
+    auto load_grads = [&](int chunk) {
+      const float* from = at.grads + chunk * plane / 2;
+      const Float2 upper = load_float2(from), lower = load_float2(from + 64);
+      float (&sum)[4] = column_grads[chunk];
+      sum[0] = upper.x, sum[1] = upper.y, sum[2] = lower.x, sum[3] = lower.y;
+    };
+    auto load_columns = [&](int chunk) {
+      MINILM_UNROLL_FOR (int k = 0; k < kSplits; ++k)
+        ldmatrix_x2_trans(y[k], grad_tokens(at.student.one, plane, k, chunk));
+    };
+    if (kChunksS == 1) load_columns(0);
+    if constexpr (kPart == Part::square) {
+      uint32_t x[kSplits][4];
+      score_gradients<true>(x, rows, row_factors + 256 * first, value, columns_t, columns_s, column_factors, plane,
+                            first, bound);
+      MINILM_UNROLL_FOR (int chunk = 0; chunk < kChunksS; ++chunk) {
+        load_grads(chunk);
+        if (kChunksS > 1) load_columns(chunk);
+        add_products(column_grads[chunk], x, y, 0);
+        if (kCausal) add_mirrored(column_grads[chunk], x, y, 0);
+      }
+    }
     MINILM_UNROLL_FOR (int m = 0; m < kTiles; m += kGroup) {
       uint32_t x[kGroup][kSplits][4];  // score gradients
       MINILM_UNROLL_FOR (int k = 0; k < kGroup; ++k)
-        score_gradients<kPart>(x[k], rows, row_factors + 256 * (m + k), value, columns_t, columns_s, column_factors,
-                               plane, m + k, column, first, last, diagonal, bound);
+        if (meets<kPart>(m + k, first, last))
+          score_gradients<false>(x[k], rows, row_factors + 256 * (m + k), value, columns_t, columns_s, column_factors,
+                                 plane, m + k, bound);
       MINILM_UNROLL_FOR (int chunk = 0; chunk < kChunksS; ++chunk) {
-        float* out = at.grads + chunk * plane / 2;
         float (&sum)[4] = column_grads[chunk];
-        if (m == 0) {
-          const Float2 upper = load_float2(out), lower = load_float2(out + 64);
-          sum[0] = upper.x, sum[1] = upper.y, sum[2] = lower.x, sum[3] = lower.y;
-        }
-        if (kChunksS > 1)
-          MINILM_UNROLL_FOR (int k = 0; k < kSplits; ++k)
-            ldmatrix_x2_trans(y[k], grad_tokens(at.student.one, plane, k, chunk));
+        if (m == 0 && kPart != Part::square) load_grads(chunk);
+        if (kChunksS > 1) load_columns(chunk);
         uint32_t z[kSplits][2 * kGroup];
         MINILM_UNROLL_FOR (int k = 0; k < kSplits; ++k) {
           const char* tokens = grad_tokens(row_tokens, plane, k, chunk) + 256 * m;
@@ -412,22 +457,27 @@ struct Strips {
             ldmatrix_x4_trans(z[k], tokens);
         }
         MINILM_UNROLL_FOR (int k = 0; k < kGroup; ++k) {
-          if (!kAll && (m + k < first || m + k >= last)) continue;
+          if (!meets<kPart>(m + k, first, last)) continue;
           add_products(grads[m + k][chunk], x[k], y, 0);
-          if (kAll || kCausal || !diagonal || m + k != first) {
-            uint32_t mirrored[kSplits][4];
-            MINILM_UNROLL_FOR (int split = 0; split < kSplits; ++split)
-              MINILM_UNROLL_FOR (int q = 0; q < 4; ++q)
-                mirrored[split][q] = movmatrix(x[k][split][q / 2 + 2 * (q % 2)]);
-            add_products(sum, mirrored, z, 2 * k);
-          }
+          add_mirrored(sum, x[k], z, 2 * k);
         }
         if (m + kGroup == kTiles) {
+          float* out = at.grads + chunk * plane / 2;
           store_float2(out, sum[0], sum[1]);
           store_float2(out + 64, sum[2], sum[3]);
         }
       }
     }
+  }
+
+  // sum += mᵀ · x, with the words first, first + 1 of x.
+  template <int kWords>
+  static MINILM_DEVICE void add_mirrored(float (&sum)[4], const uint32_t (&m)[kSplits][4],
+                                         const uint32_t (&x)[kSplits][kWords], int first) {
+    uint32_t mirrored[kSplits][4];
+    MINILM_UNROLL_FOR (int split = 0; split < kSplits; ++split)
+      MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) mirrored[split][q] = movmatrix(m[split][q / 2 + 2 * (q % 2)]);
+    add_products(sum, mirrored, x, first);
   }
 
   // Address of a split and a chunk of the tokens that score gradients are multiplied with.
@@ -451,18 +501,17 @@ struct Strips {
     }
   }
 
-  // Score gradients of 16 rows, tile m of the strip, and 16 columns, packed as the first operand of mma.
-  template <Part kPart>
+  // Score gradients of 16 rows, tile m of the strip, and 16 columns, packed as the first operand of mma. kSquare: they
+  // are the same tokens, and m need not be a constant.
+  template <bool kSquare>
   static MINILM_DEVICE void score_gradients(uint32_t (&out)[kSplits][4], const Rows& rows, const char* row_factors,
                                             Value& value, const uint32_t (&columns_t)[2][kPlanesT],
                                             const uint32_t (&columns_s)[2][kPlanesS],
                                             const uint32_t (&column_factors)[kThree ? 2 : 1][2], int plane, int m,
-                                            int column, int first, int last, bool diagonal, int bound) {
-    constexpr bool kAll = kPart == Part::whole;
-    if (!kAll && (m < first || m >= last)) return;
-    const bool square = !kAll && diagonal && m == first;
+                                            int bound) {
+    constexpr bool kTwice = kSquare && !kCausal;  // without a mask, a square has each of its pairs twice
     float u_t[2][4], u_s[2][4], factor_t[2][4], factor_s[2][4];
-    rows.exponents(u_t, u_s, m, columns_t, columns_s);
+    rows.template exponents<kSquare>(u_t, u_s, m, columns_t, columns_s);
     if constexpr (kThree) {
       MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
         MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) factor_t[n][e] = factor_s[n][e] = 0.0f;
@@ -476,21 +525,21 @@ struct Strips {
       const uint32_t own[2] = {load_word(row_factors), load_word(row_factors + 128)};
       MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) factors(factor_t[n], factor_s[n], own, column_factors[0][n]);
     }
-    if (kCausal && square) keep_later_rows(factor_t, factor_s, column, bound);
+    if (kCausal && kSquare) keep_later_rows(factor_t, factor_s, bound);
     float total = 0.0f, divergence = 0.0f;
     MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
       MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) {
         const float p = exp2_fast(u_t[n][e]) * factor_t[n][e];
         const float x = fmaf(exp2_fast(u_s[n][e]), factor_s[n][e], -p);
-        float &to = kAll ? value.grad[m % 2] : total, &to_divergence = kAll ? value.divergence[m % 2] : divergence;
+        float &to = kTwice ? total : value.grad[kSquare ? 0 : m % 2];
+        float &to_divergence = kTwice ? divergence : value.divergence[kSquare ? 0 : m % 2];
         to += x;
         to_divergence = fmaf(p, u_s[n][e] - u_t[n][e], to_divergence);
         u_s[n][e] = x;
       }
-    if (!kAll) {  // without a mask, a square has each of its pairs twice
-      const float weight = square && !kCausal ? 0.5f : 1.0f;
-      value.grad[0] = fmaf(weight, total, value.grad[0]);
-      value.divergence[0] = fmaf(weight, divergence, value.divergence[0]);
+    if (kTwice) {
+      value.grad[0] = fmaf(0.5f, total, value.grad[0]);
+      value.divergence[0] = fmaf(0.5f, divergence, value.divergence[0]);
     }
     MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) {
       const float low = u_s[q / 2][2 * (q % 2)], high = u_s[q / 2][2 * (q % 2) + 1];
@@ -505,11 +554,13 @@ struct Strips {
   // In a square of a causal relation, rows above the diagonal are earlier than their columns: these pairs are left to
   // the mirrored ones. A pair (i, i) is both of its orders at once, and its gradient has a part of its row and one of
   // its column.
-  static MINILM_DEVICE void keep_later_rows(float (&factor_t)[2][4], float (&factor_s)[2][4], int column, int bound) {
+  static MINILM_DEVICE void keep_later_rows(float (&factor_t)[2][4], float (&factor_s)[2][4], int bound) {
     MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
       MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) {
-        const int i = own_row(0, e / 2), j = other_column(n, e);
-        const float weight = j > i ? 0.0f : j == i && column + i < bound ? 0.5f : 1.0f;
+        if (e / 2 > n) continue;  // the rows 8 ... 15 are later than the columns 0 ... 7
+        const int i = own_row(0, 0), j = other_column(0, e);
+        const float diagonal = i + 8 * n < bound ? 0.5f : 1.0f;
+        const float weight = e / 2 < n || j > i ? 0.0f : j == i ? diagonal : 1.0f;
         factor_t[n][e] *= weight;
         factor_s[n][e] *= weight;
       }
@@ -525,23 +576,24 @@ struct Strips {
     const char* row_tokens = own.student(row).planes + lane_index() % (kChunksS == 1 ? 16 : 32) * 16;
     Columns at(shared, column, later);
     Value value;
-    if (max_of(row, column) + kRows > state.sequence.length) {
+    const bool ragged = max_of(row, column) + kRows > state.sequence.length;
+    if (diagonal) {
+      const int columns = tiles_of(state, other);
+      MINILM_NO_UNROLL_FOR (int c = 0; c < columns; ++c, at.next())
+        // static: begin strip-gradient-square
+        add_tile_gradients<Part::square>(rows, row_factors, row_tokens, grads, value, at, c, kTiles,
+                                         bound - column - 16 * c);
+      // static: end strip-gradient-square
+    } else if (ragged) {
       const int last = tiles_of(state, strip), columns = tiles_of(state, other);
       MINILM_NO_UNROLL_FOR (int c = 0; c < columns; ++c, at.next())
         // static: begin strip-gradient-ragged
-        add_tile_gradients<Part::ragged>(rows, row_factors, row_tokens, grads, value, at, column + 16 * c,
-                                         diagonal ? c : 0, last, diagonal, bound);
+        add_tile_gradients<Part::ragged>(rows, row_factors, row_tokens, grads, value, at, 0, last, 0);
       // static: end strip-gradient-ragged
-    } else if (diagonal) {
-      MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c, at.next())
-        // static: begin strip-gradient-square
-        add_tile_gradients<Part::square>(rows, row_factors, row_tokens, grads, value, at, column + 16 * c, c, kTiles,
-                                         true, bound);
-      // static: end strip-gradient-square
     } else {
       MINILM_NO_UNROLL_FOR (int c = 0; c < kTiles; ++c) {
         // static: begin strip-gradient
-        add_tile_gradients<Part::whole>(rows, row_factors, row_tokens, grads, value, at, 0, 0, 0, false, 0);
+        add_tile_gradients<Part::whole>(rows, row_factors, row_tokens, grads, value, at, 0, 0, 0);
         at.next();
         // static: end strip-gradient
       }
