@@ -1,5 +1,6 @@
 """Distillation of a whole model: `distill(DistillConfig(...))`, or `minilm-distill` on the command line."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from minilm_kernels._extras import optional_imports
@@ -18,6 +19,5 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with optional_imports("distill", "minilm_kernels.distill"):
-        from . import loop, preparation
-
-    return getattr(preparation if name == "prepare" else loop, name)
+        module = import_module(".preparation" if name == "prepare" else ".loop", __name__)
+    return getattr(module, name)

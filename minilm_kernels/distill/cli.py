@@ -107,15 +107,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = DistillConfig.from_mapping(given_options, "options" if file is None else f"--config {file}")
 
         status = 1
-        from minilm_kernels.distill import distill, prepare  # imports torch and transformers, which takes seconds
-
         if only_text:
+            from minilm_kernels.distill import prepare  # imports torch and transformers, which takes seconds
+
             counts = prepare(config).counts
             print(
                 f"minilm-distill: {config.output_dir} has {counts.documents} documents, {counts.tokens} tokens"
                 + (f"; skipped bad documents: {counts.bad}" if counts.bad else "")
             )
             return 0
+        from minilm_kernels.distill import distill  # as above
+
         result = distill(config)
         return 0 if result.stopped_by is None else 128 + result.stopped_by
     except KeyboardInterrupt:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .signals import end_with_parent
-
 T = TypeVar("T")
+_PR_SET_PDEATHSIG = 1
 
 
 class DistContext:
@@ -167,3 +169,15 @@ def _end_with_torchrun() -> None:
     """Ends the process when torchrun dies."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(os.getppid())
+
+
+def end_with_parent(parent: int) -> None:
+    """Asks Linux for a SIGTERM when the parent dies, because a killed process cannot end those that it has started.
+
+    Args:
+        parent: number of the parent process.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+        if os.getppid() != parent:  # the parent died before the call
+            os.kill(os.getpid(), signal.SIGTERM)

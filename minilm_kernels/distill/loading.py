@@ -18,8 +18,6 @@ from torch import nn
 from torch.nn.modules import module as hooks
 from transformers import AutoModel, AutoTokenizer
 
-from minilm_kernels.students import one_line
-
 # A config can ask for any number of layers. These limits and the size of the weight files bound the size of a model.
 _MOST_LAYERS = 10_000
 _MOST_MODULES = 200_000  # limit for models of the hub, because their files are not known before they are loaded
@@ -119,6 +117,8 @@ def _loading_errors(source: str, option: str, what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         where = "folder" if Path(source).is_dir() else "hub name (there is no such folder)"
+        from minilm_kernels.students import one_line  # imports what only models need
+
         raise ValueError(f"{option}: no {what} could be loaded from the {where} {source}: {one_line(error)}") from error
 
 

@@ -33,7 +33,7 @@ from .models import TeacherStudent, load_models
 from .optimizer import learning_rate_at, make_optimizer
 from .packing import Packer
 from .prefetch import Prefetcher, PreparedStep
-from .preflight import CHECKED_DOCUMENTS, check_masks, check_saving, check_text
+from .preflight import check_masks, check_saving, check_text
 from .preparation import document_texts, open_text, prepare_text
 from .recipes import recipe_summary
 from .run_folder import (
@@ -53,7 +53,7 @@ from .stages import Stage, stages
 from .step import loss_vector, seed_dropout, teacher_qkv
 from .teacher_cache import TeacherCache
 from .token_shards import TokenShards
-from .tokenization import DocumentTokenizer
+from .tokenization import CHECKED_DOCUMENTS, DocumentTokenizer
 from .trackers import Trackers
 
 T = TypeVar("T")
@@ -495,8 +495,9 @@ class TrainingLoop:
 
     def _accumulate(self, prepared: PreparedStep, micro: int) -> None:
         """Computes the gradient of the step. Each process computes its part, `micro` samples at a time."""
-        config, parts = self.config, self.steps.micro_batches(prepared, micro)
+        config = self.config
         with self.gradients.summed():
+            parts = self.steps.micro_batches(prepared, micro)
             for part in parts:
                 batch = part.batch.to(self.dist.device)
                 if self.cache is not None and batch.teacher is None:
@@ -537,8 +538,6 @@ class TrainingLoop:
                 )
             state.micro_batch = (state.micro_batch + 1) // 2
             result = None
-            if self.config.torch_compile:
-                torch.compiler.reset()  # the graphs of the larger micro-batches
             if dist.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.progress.say(f"out of memory: continuing with micro-batches of {state.micro_batch} samples")

@@ -30,6 +30,8 @@ _DROPOUT = re.compile(r"dropout|_pdrop$")
 _DROPOUT_OF_TASK_HEADS = re.compile(r"classif|summary|^qa_")
 # Float32 rounding gives less than 1e-6; in small random encoders, one of six tokens changes the others by 2e-3.
 _CAUSAL_TOLERANCE = 1e-4
+# Both models have a graph for each number of samples and each room for documents. Beyond the limit, compiling fails.
+_GRAPHS = 64
 
 
 class LayerModel:
@@ -151,6 +153,8 @@ class TeacherStudent:
         Every batch shape has a graph of its own. A graph of dynamic shapes would make results depend on the shapes
         that came before, so that a resumed run would have other last bits.
         """
+        config: Any = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, _GRAPHS)
         for model in (self.teacher, self.student):
             model.extractor.compile(backend=backend, fullgraph=True, dynamic=False)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from itertools import islice, pairwise
+from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,11 @@ from minilm_kernels.students import one_line
 from .batch import Batch
 from .checkpoint import TEMPORARY, write_error
 from .packing import PADDING, Packer, Samples, stack
-from .tokenization import DocumentTokenizer
+from .tokenization import DocumentTokenizer, check_tokenizer
 
-CHECKED_DOCUMENTS, CHECKED_CHARACTERS = 256, 1 << 18  # the first documents of the text, up to these limits
-# In a language that the tokenizer knows, a few per cent of the tokens are unknown; in another language, nearly all.
-MOST_UNKNOWN = 0.5
 # Embeddings have some unused rows, as padding to a round number or in reserve. More unused rows mean that the tokenizer
 # belongs to another model.
 MOST_ROWS_A_TOKEN, MOST_PADDING = 2, 128
-# A tokenizer without an unknown token drops unknown words, so that it returns few tokens. A known text never has this
-# many characters per token.
-MOST_CHARACTERS_A_TOKEN = 64
 # Float32 rounding in another order of the keys gives 1e-6; a mask that is ignored gives more than 1e-2.
 PACKING_TOLERANCE = 1e-3
 
@@ -235,22 +229,9 @@ def check_text(tokenizer: DocumentTokenizer, texts: Iterable[str], teacher: Any,
     Raises:
         ValueError: the tokenizer does not know most of the words, or token ids exceed an embedding.
     """
-    first = list(_first(texts))
-    if not first:
+    ids = check_tokenizer(tokenizer, texts)
+    if not ids:
         return
-    ids = [int(i) for tokens in tokenizer.batch(first) for i in tokens]
-    characters = sum(len("".join(text.split())) for text in first)
-    if len(ids) * MOST_CHARACTERS_A_TOKEN < characters:
-        raise ValueError(
-            f"--teacher: its tokenizer returns {len(ids)} tokens for the first {characters} characters of the text: it "
-            "does not know this language"
-        )
-    strange = ids.count(tokenizer.unknown) if tokenizer.unknown is not None else 0
-    if strange > MOST_UNKNOWN * len(ids):
-        raise ValueError(
-            f"--teacher: its tokenizer does not know the text: {strange} of the first {len(ids)} tokens are its "
-            "unknown token; check that the tokenizer belongs to the model, and that the model knows this language"
-        )
     largest = max([*ids, *map(int, tokenizer.prefix), *map(int, tokenizer.suffix), tokenizer.pad])
     for name, model in (("teacher", teacher), ("student", student)):
         rows = embedding_rows(model)
@@ -258,15 +239,6 @@ def check_text(tokenizer: DocumentTokenizer, texts: Iterable[str], teacher: Any,
             raise ValueError(
                 f"the teacher's tokenizer returns id {largest}, but the {name}'s embedding has only {rows} rows"
             )
-
-
-def _first(texts: Iterable[str]) -> Iterator[str]:
-    room = CHECKED_CHARACTERS
-    for text in islice(texts, CHECKED_DOCUMENTS):
-        yield text[:room]
-        room -= len(text)
-        if room <= 0:
-            return
 
 
 def check_saving(student: Any, tokenizer: Any, output: Path) -> None:

@@ -6,6 +6,7 @@ documents between two positions of the text, and its bytes depend on these alone
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -27,10 +28,9 @@ from .bad_documents import BadDocuments
 from .checkpoint import make_folder, read_file, remove_unfinished, sha256, write_error, write_file
 from .config import DistillConfig
 from .console import forgiving_streams, say
+from .distributed import end_with_parent
 from .loading import load_tokenizer, resolve_source
-from .preflight import check_text
 from .run_folder import lock_folder
-from .signals import end_with_parent
 from .sources import Document, HubDataset, Source, open_sources
 from .token_shards import (
     DIGESTS,
@@ -47,7 +47,7 @@ from .token_shards import (
     write_manifest,
     write_shard,
 )
-from .tokenization import DocumentTokenizer, Tokens
+from .tokenization import DocumentTokenizer, Tokens, check_tokenizer
 
 PLAN = "plan.json"
 ROUND_SECONDS = 60.0  # far below the time after which waiting processes give up
@@ -303,7 +303,7 @@ def prepare(config: DistillConfig) -> TokenShards:
         folder = Path(config.output_dir)
         sources, _ = open_text(replace(config, eval_text=()), say)
         tokenizer = DocumentTokenizer(load_tokenizer(resolve_source(config.teacher, "--teacher"), "--teacher"))
-        check_text(tokenizer, document_texts(sources), None, None)
+        check_tokenizer(tokenizer, document_texts(sources))
 
         def differs(difference: str) -> None:
             raise ValueError(
@@ -415,6 +415,7 @@ def _begin_process(tokenizer: DocumentTokenizer, parent: int) -> None:
     """Prepares a forked process, which ends when its parent is killed and leaves Ctrl-C to it."""
     global _inherited
     _inherited = tokenizer
+    gc.freeze()  # a collection would write to, and so copy, all memory in common
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one thread

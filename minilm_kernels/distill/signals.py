@@ -1,8 +1,7 @@
-"""Signals that stop a run after the current step, with a checkpoint, or a process whose parent has ended."""
+"""Signals that stop a run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -19,7 +18,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 ABORTING = (signal.SIGINT, signal.SIGTERM)
 # These signals are not caught if the program already has a handler for them.
 _FREE = (signal.SIGUSR1, signal.SIGXCPU)
-_PR_SET_PDEATHSIG = 1
 # torchrun forwards signals that the terminal may have sent to the workers already.
 ECHO_SECONDS = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
@@ -65,15 +63,3 @@ class StopSignals:
         elif number in ABORTING and time.monotonic() - self._first[number] >= ECHO_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-
-
-def end_with_parent(parent: int) -> None:
-    """Asks Linux for a SIGTERM when the parent dies, because a killed process cannot end those that it has started.
-
-    Args:
-        parent: number of the parent process.
-    """
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-        if os.getppid() != parent:  # the parent died before the call
-            os.kill(os.getpid(), signal.SIGTERM)

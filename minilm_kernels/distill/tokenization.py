@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,6 +13,12 @@ import numpy as np
 from .sources import LARGEST_DOCUMENT, Document
 
 Tokens = np.ndarray  # (tokens,) int32
+CHECKED_DOCUMENTS, CHECKED_CHARACTERS = 256, 1 << 18  # the first documents of the text, up to these limits
+# In a language that the tokenizer knows, a few per cent of the tokens are unknown; in another language, nearly all.
+MOST_UNKNOWN = 0.5
+# A tokenizer without an unknown token drops unknown words, so that it returns few tokens. A known text never has this
+# many characters per token.
+MOST_CHARACTERS_A_TOKEN = 64
 
 
 class DocumentTokenizer:
@@ -106,3 +112,43 @@ def _pieces(text: str) -> list[str]:
         pieces.append(text[:cut])
         text = text[cut:]
     return [*pieces, text]
+
+
+def check_tokenizer(tokenizer: DocumentTokenizer, texts: Iterable[str]) -> list[int]:
+    """Tokenizes the first documents.
+
+    Args:
+        texts: the documents, of which a few are read.
+
+    Returns:
+        All token ids.
+
+    Raises:
+        ValueError: the tokenizer does not know most of the words.
+    """
+    first = list(_first(texts))
+    if not first:
+        return []
+    ids = [int(i) for tokens in tokenizer.batch(first) for i in tokens]
+    characters = sum(len("".join(text.split())) for text in first)
+    if len(ids) * MOST_CHARACTERS_A_TOKEN < characters:
+        raise ValueError(
+            f"--teacher: its tokenizer returns {len(ids)} tokens for the first {characters} characters of the text: it "
+            "does not know this language"
+        )
+    strange = ids.count(tokenizer.unknown) if tokenizer.unknown is not None else 0
+    if strange > MOST_UNKNOWN * len(ids):
+        raise ValueError(
+            f"--teacher: its tokenizer does not know the text: {strange} of the first {len(ids)} tokens are its "
+            "unknown token; check that the tokenizer belongs to the model, and that the model knows this language"
+        )
+    return ids
+
+
+def _first(texts: Iterable[str]) -> Iterator[str]:
+    room = CHECKED_CHARACTERS
+    for text in islice(texts, CHECKED_DOCUMENTS):
+        yield text[:room]
+        room -= len(text)
+        if room <= 0:
+            return
