@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 from minilm_kernels.distill import DistillConfig, preparation, prepare
 from minilm_kernels.distill.preparation import TokenFolder
 from minilm_kernels.distill.run_folder import lock_folder
-from minilm_kernels.distill.sources import Source, open_sources
+from minilm_kernels.distill.sources import HubDataset, Source, open_sources
 from minilm_kernels.distill.token_shards import MANIFEST, TokenShards
 from minilm_kernels.distill.tokenization import DocumentTokenizer
 
@@ -224,6 +224,24 @@ def test_a_change_of_text_tokenizer_or_settings_is_seen(tmp_path: Path) -> None:
     shards = shards_of(renamed, folder=target)
     assert documents_of(shards) == tokens_of(FIRST + GOOD)
     assert content(target) == content(shards_of(renamed, folder=tmp_path / "fresh").folder)
+
+
+def test_a_data_set_of_the_hub_is_prepared_and_continued(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for part in range(2):
+        pq.write_table(pa.table({"text": GOOD[part::2]}), tmp_path / "set" / f"train-{part}.parquet")
+    source = HubDataset(str(tmp_path / "set"), None, "train", "text")
+    shards = shards_of([source], folder=tmp_path / "tokens")
+    assert documents_of(shards) == tokens_of(GOOD[::2] + GOOD[1::2])
+    expected = content(tmp_path / "tokens")
+    (tmp_path / "tokens" / MANIFEST).unlink()
+    (tmp_path / "tokens" / "shard-000001.safetensors").unlink()
+    shards_of([source], folder=tmp_path / "tokens")
+    assert content(tmp_path / "tokens").keys() == expected.keys()
+    assert documents_of(TokenShards(tmp_path / "tokens")) == documents_of(shards)
+    limited = shards_of([source], most_documents=7)
+    assert documents_of(limited) == tokens_of(GOOD[:14:2])
+    assert TokenFolder(tmp_path / "tokens", [source], TOKENIZER, {}).difference() == ""
 
 
 def test_text_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:

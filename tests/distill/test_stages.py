@@ -17,10 +17,11 @@ from transformers import AutoConfig
 from minilm_kernels.distill import DistillConfig, DistillResult, distill, loop, metrics
 from minilm_kernels.distill.distributed import DistContext
 from minilm_kernels.distill.metrics import read_metrics
+from minilm_kernels.distill.preparation import TokenFolder
 from minilm_kernels.distill.run_folder import output_folder
 from minilm_kernels.distill.stages import stages
 
-from .tiny import save_model
+from .tiny import make_texts, save_model
 
 Settings = Callable[..., DistillConfig]
 TIMED = {"tokens_per_second"}
@@ -317,3 +318,24 @@ def test_a_finished_assistant_needs_no_checkpoints(
     shutil.rmtree(tmp_path / "run" / "assistant-1" / "checkpoints")
     distill(settings(**CHAIN, resume_from_checkpoint=True))
     check_equal(tmp_path / "run", whole)
+
+
+def test_all_stages_use_the_same_tokens(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, prepared = TokenFolder.prepare, []
+    monkeypatch.setattr(TokenFolder, "prepare", lambda *given: prepared.append(given[0].folder) or real(*given))
+    distill(settings(**CHAIN))
+    assert prepared == [tmp_path / "run" / "tokens"]
+    assert not list((tmp_path / "run").glob("assistant-*/tokens"))
+    # An assistant with a text of its own has tokens of its own, which the student replaces.
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(make_texts(90, seed=8)))
+    chain = {
+        **CHAIN,
+        "output_dir": tmp_path / "two",
+        "teacher_assistant": [{**CHAIN["teacher_assistant"][0], "text": [str(other)]}],
+    }
+    distill(settings(**chain))
+    assert prepared == [tmp_path / "run" / "tokens", *[tmp_path / "two" / "tokens"] * 2]
+    assert "has the tokens of another text" in capsys.readouterr().err

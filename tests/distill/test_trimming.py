@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizer
 
 from minilm_kernels import MiniLMv2Loss, QKVExtractor, preset_config, trim_vocabulary
-from minilm_kernels.distill import DistillConfig, distill
+from minilm_kernels.distill import DistillConfig, distill, loop
 from minilm_kernels.distill.model_card import write_student
 from minilm_kernels.distill.models import load_models
 from minilm_kernels.distill.packing import Packer, stack
@@ -63,7 +63,7 @@ def test_teacher_and_student_see_the_same_tokens(packing: bool, settings: Settin
 def test_a_stopped_run_keeps_its_vocabulary(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Text after the place of a stopped run may change, and with it the most frequent tokens."""
+    """The vocabulary is that of the checkpoint, even if other tokens are the most frequent now."""
     text = tmp_path / "text.txt"
     documents = make_texts(3000, longest=20)
     text.write_text("\n\n".join(documents))
@@ -72,9 +72,11 @@ def test_a_stopped_run_keeps_its_vocabulary(
     with monkeypatch.context() as patch:
         stop_at(4, patch)
         assert distill(settings(**options)).stopped_by == signal.SIGTERM
-    text.write_text("\n\n".join([*documents[:2500], *(["w1 w1 w2 w59 w59 w59"] * 500)]))
-    counted = trim_vocabulary(make_tokenizer(), text.read_text().split("\n\n"), 30)
-    continued = distill(settings(**options, resume_from_checkpoint=True))
+    other = [*documents[:2500], *(["w1 w1 w2 w59 w59 w59"] * 500)]
+    counted = trim_vocabulary(make_tokenizer(), other, 30)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_counted", lambda config, sources: other)
+        continued = distill(settings(**options, resume_from_checkpoint=True))
     names = [AutoTokenizer.from_pretrained(run.student).get_vocab() for run in (whole, continued)]
     assert names[0] == names[1] != counted.tokenizer.get_vocab()
     assert weights(continued) == weights(whole)
@@ -183,3 +185,12 @@ def test_the_multilingual_recipe_with_a_smaller_vocabulary(tmp_path: Path, text_
     text = text_file.read_text()
     assert tokenizer.tokenize(text) == teacher.tokenize(text)
     assert tokenizer.unk_token not in tokenizer.tokenize(text)
+
+
+def test_tokens_give_the_vocabulary_of_their_text(settings: Settings, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"trim_vocabulary": 30, "trim_vocabulary_documents": 40, "max_steps": 1}
+    from_text = distill(settings(output_dir=tmp_path / "text", **options))
+    from_tokens = distill(settings(text=(), tokens=tmp_path / "text" / "tokens", **options))
+    names = [AutoTokenizer.from_pretrained(run.student).get_vocab() for run in (from_text, from_tokens)]
+    assert names[0] == names[1]
+    assert weights(from_text) == weights(from_tokens)
