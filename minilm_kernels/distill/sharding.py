@@ -27,17 +27,20 @@ def shard_student(models: TeacherStudent, context: DistContext, dtype: torch.dty
         dtype: type in which gradients are sent and added.
 
     Raises:
-        ValueError: a parameter is in a module that the extractor has copied.
+        ValueError: layers share their weights, or a parameter is in a module that the extractor has copied.
     """
-    extractor = models.student.extractor
+    extractor, kind = models.student.extractor, type(models.student.model).__name__
     trained = models.trained().keys()
+    lists = [list(module) for module in extractor.base.modules() if isinstance(module, nn.ModuleList)]
+    layers = max(lists, key=_size, default=[])
+    owned = [id(parameter) for layer in layers for parameter in layer.parameters()]
+    if len(set(owned)) < len(owned):
+        raise ValueError(f"--parallel fsdp: {kind} cannot be sharded, because its layers share their weights")
     assert dist.group.WORLD is not None
     mesh = DeviceMesh.from_group(dist.group.WORLD, context.device.type)
     policy = MixedPrecisionPolicy(reduce_dtype=dtype)
     # The last layer is a copy without its attention, whose forward does not end.
-    lists = [list(module) for module in extractor.base.modules() if isinstance(module, nn.ModuleList)]
-    layers = max(lists, key=_size, default=[])[:-1]
-    for module in (*layers, extractor):
+    for module in (*layers[:-1], extractor):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         assert isinstance(module, FSDPModule)
         # The loss of a micro-batch already has its weight in the step: gradients are added, not averaged.
@@ -45,7 +48,6 @@ def shard_student(models: TeacherStudent, context: DistContext, dtype: torch.dty
         module.set_force_sum_reduction_for_comms(True)
     parameters = dict(models.student.model.named_parameters())
     if whole := [name for name in trained if not isinstance(parameters[name], DTensor)]:
-        kind = type(models.student.model).__name__
         raise ValueError(f"--parallel fsdp: {kind} cannot be sharded, because {whole[0]} has a module of its own")
 
 

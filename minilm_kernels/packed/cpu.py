@@ -54,6 +54,11 @@ def _blocks(borders: list[int], causal: bool, window: int, dropout: float) -> It
             yield _Block(slice(i, j), slice(first, last), False, seen)
 
 
+def _with_dense_heads(x: Tensor) -> Tensor:
+    """The kernel reads the numbers of a head as neighbours, and does not check that they are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _split(x: Tensor, part: slice, groups: int) -> Tensor:
     """(T, heads, width) to (groups, key heads, L, width); the query heads of a key head are neighbours."""
     return x[part].unflatten(1, (-1, groups)).permute(2, 1, 0, 3)
@@ -92,6 +97,7 @@ def attend(
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """Output, (T, heads, width), and log-sum-exp of the scores, (T, heads). `window` is -1 without one."""
+    query, key, value = map(_with_dense_heads, (query, key, value))
     groups = query.shape[1] // key.shape[1]
     chance = None if seed is None else torch.Generator().manual_seed(int(seed))
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -132,6 +138,7 @@ def attend_backward(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. The blocks come in the order of the forward, and so do random numbers."""
+    query, key, value = map(_with_dense_heads, (query, key, value))
     groups = query.shape[1] // key.shape[1]
     chance = None if seed is None else torch.Generator().manual_seed(int(seed))
     grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]

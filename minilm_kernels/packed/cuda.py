@@ -63,6 +63,7 @@ def attend(
     name = kernel(query.dtype, window, dropout)
     borders = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     groups = query.shape[1] // key.shape[1]
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if name == "flash_attn":
         return _flash_attention()(
             *(query, key, value, *borders),

@@ -14,11 +14,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import AlbertConfig, AlbertModel
 
+from minilm_kernels import MiniLMv2Loss
 from minilm_kernels.distill import DistillConfig, distill, gradients, loop
 from minilm_kernels.distill.checkpoint import read_checkpoint
 from minilm_kernels.distill.distributed import DistContext
 from minilm_kernels.distill.metrics import read_metrics
+from minilm_kernels.distill.models import LayerModel, TeacherStudent
+from minilm_kernels.distill.sharding import shard_student
 from minilm_kernels.distill.step import seed_dropout
 from tests.processes import run_two
 
@@ -300,3 +304,11 @@ def test_fsdp_refuses_other_options_by_their_names(changes: dict[str, Any], sett
     option = "--" + next(iter(changes)).replace("_", "-")
     with pytest.raises(ValueError, match=f"--parallel fsdp and {option} exclude each other"):
         settings(parallel="fsdp", **changes)
+
+
+def test_fsdp_refuses_layers_that_share_their_weights() -> None:
+    sizes = {"vocab_size": 99, "hidden_size": 24, "embedding_size": 16, "num_hidden_layers": 2}
+    model = AlbertModel(AlbertConfig(**sizes, num_attention_heads=2, intermediate_size=48))
+    side = LayerModel(model, -1, None, "student")
+    with pytest.raises(ValueError, match="--parallel fsdp: AlbertModel cannot be sharded, because its layers share"):
+        shard_student(TeacherStudent(side, side, MiniLMv2Loss(2), None), DistContext("cpu"), torch.float32)

@@ -27,6 +27,13 @@ MUTANTS = [
         "the gradient of dropped probabilities is scaled twice",
     ),
     Mutant(
+        "minilm_kernels/packed/cpu.py",
+        "return x if x.stride(-1) == 1 else x.contiguous()",
+        "return x",
+        "tests/packed/test_attention.py -k layout",
+        "the fused kernel reads other numbers if those of a head are not neighbours",
+    ),
+    Mutant(
         "minilm_kernels/packed/models.py",
         "        dropout=dropout,\n",
         "",

@@ -83,15 +83,17 @@ def test_a_prefix_is_seen_by_the_whole_document(window: int | None, key_heads: i
     close([output, *gradients[0]], [wanted, *gradients[1]], 1e-13)
 
 
-def test_scale_and_layout() -> None:
-    inputs = [x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in operands()]  # as models give them
-    wanted = torch.cat(
-        [
-            alone(*part, visible(len(part[0]), False, None, 0), 0.7)
-            for part in zip(*(x.split(LENGTHS) for x in inputs), strict=True)
-        ]
-    )
-    close([packed_attention(*inputs, borders(LENGTHS), 99, scale=0.7)], [wanted], 1e-13)
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1), (2, 1, 0)])
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_scale_and_layout(dropout: float, order: tuple[int, int, int]) -> None:
+    """Operands with any order of dimensions in memory, and an expanded gradient."""
+    back = [order.index(i) for i in range(3)]
+    inputs = [x.detach().permute(order).contiguous().permute(back).requires_grad_() for x in operands()]
+    parts = zip(*(x.split(LENGTHS) for x in inputs), strict=True)
+    wanted = torch.cat([alone(*part, visible(len(part[0]), False, None, 0), 0.7) for part in parts])
+    found = packed_attention(*inputs, borders(LENGTHS), 99, scale=0.7, dropout=dropout)
+    gradients = [torch.autograd.grad(x.sum(), inputs) for x in (found, wanted)]
+    close([found, *gradients[0]], [wanted, *gradients[1]], 1e-13 if not dropout else 1e-8)
 
 
 @pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window": 5}, {"causal": True, "window": 5}])
