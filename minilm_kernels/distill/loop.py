@@ -538,8 +538,6 @@ class TrainingLoop:
                 )
             state.micro_batch = (state.micro_batch + 1) // 2
             result = None
-            if self.config.torch_compile:
-                torch.compiler.reset()  # the graphs of the larger micro-batches
             if dist.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.progress.say(f"out of memory: continuing with micro-batches of {state.micro_batch} samples")
