@@ -28,8 +28,8 @@ from tests.processes import run_two
 
 Settings = Callable[..., DistillConfig]
 PLAN: dict[str, Any] = {"dropout": 0.3, "student_num_hidden_layers": 2, "save_total_limit": 9}
-# Three micro-batches of 5 samples in the evaluation, of which two processes repeat one.
-FSDP = PLAN | {"parallel": "fsdp", "eval_samples": 15, "micro_batch_size": 2}
+# Five micro-batches in the evaluation, of which two processes repeat one.
+FSDP = PLAN | {"parallel": "fsdp", "eval_samples": 9, "micro_batch_size": 2}
 
 
 def in_environment(rank: int, processes: int) -> None:
