@@ -9,6 +9,7 @@ MODULES = [
     "_extras",
     "distill.config",
     "distill.loop",
+    "distill.preparation",
     "distill.optimizer",
     "integrations.relation_term",
     "losses",

@@ -353,7 +353,7 @@ MUTANTS = [
     ),
     Mutant(
         _D + "sample_stream.py",
-        "            token = 0\n",
+        "                    token = 0\n",
         "",
         _T + "test_sample_stream.py",
         "documents after a resumed place lose their first tokens",
