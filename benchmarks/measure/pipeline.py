@@ -63,18 +63,18 @@ class LoopSteps:
 
     def block(self, with_pipeline: Runs, prepared: Runs) -> float:
         """Runs a block of steps both ways. Returns the largest relative difference of their losses."""
-        loop = self.loop
+        loop, own = self.loop, self.loop._prepared
         data: list[PreparedStep] = []
 
-        def step() -> None:
-            loop._step()
-            assert loop.steps.latest is not None
-            data.append(loop.steps.latest)
+        def keep() -> PreparedStep:
+            data.append(own())
+            return data[-1]
 
-        self._timed(step, with_pipeline)
-        waiting = iter(data.copy())
-        own, loop._prepared = loop._prepared, lambda: next(waiting)  # type: ignore[method-assign]
         try:
+            loop._prepared = keep  # type: ignore[method-assign]
+            self._timed(loop._step, with_pipeline)
+            waiting = iter(data)
+            loop._prepared = lambda: next(waiting)  # type: ignore[method-assign]
             self._timed(loop._step, prepared)
         finally:
             loop._prepared = own  # type: ignore[method-assign]

@@ -226,7 +226,7 @@ def _add_per_token(group: Fields) -> None:
     """Times of a valid token relative to packed (else dense) samples of 512 tokens, and the sources of the MFU."""
     sources = "; ".join(sorted({found["mfu_of"] for found in group if "mfu_of" in found}))
     group[0]["sources"] = sources or "rate that was not measured"
-    measured = [found for found in group if found["status"] == "ok"]
+    measured = sorted((found for found in group if found["status"] == "ok"), key=lambda found: found["B"])
     for layout in ("packed", "dense"):
         bases = {found["provider"]: found for found in measured if (found["layout"], found["S"]) == (layout, 512)}
         if bases:
