@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minilm_kernels.distill.token_shards import TokenShards
-
 from benchmarks.measure import corpus, pipeline, preparation, records
 from benchmarks.measure.correctness import guarded
 from benchmarks.measure.records import Record
@@ -24,6 +22,7 @@ from benchmarks.measure.timing import summary
 from benchmarks.measure.training import Setting, model_pair
 from minilm_kernels.distill import DistillConfig
 from minilm_kernels.distill.distributed import DistContext
+from minilm_kernels.distill.token_shards import TokenShards
 from minilm_kernels.distill.tokenization import DocumentTokenizer
 
 SHAPES = {"cpu": "small:2x512", "cuda": "minilmv2-l6-h384-bert-base:256x512"}

@@ -531,8 +531,8 @@ struct Strips {
       MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) {
         const float p = exp2_fast(u_t[n][e]) * factor_t[n][e];
         const float x = fmaf(exp2_fast(u_s[n][e]), factor_s[n][e], -p);
-        float &to = kTwice ? total : value.grad[kSquare ? 0 : m % 2];
-        float &to_divergence = kTwice ? divergence : value.divergence[kSquare ? 0 : m % 2];
+        float& to = kTwice ? total : value.grad[kSquare ? 0 : m % 2];
+        float& to_divergence = kTwice ? divergence : value.divergence[kSquare ? 0 : m % 2];
         to += x;
         to_divergence = fmaf(p, u_s[n][e] - u_t[n][e], to_divergence);
         u_s[n][e] = x;
