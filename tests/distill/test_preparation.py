@@ -182,14 +182,14 @@ def test_a_killed_preparation_continues_to_the_same_bytes(tmp_path: Path) -> Non
                 os._exit(0)
         while len(list(target.glob("shard-*"))) == len(kept[-1]) and not os.waitpid(child, os.WNOHANG)[0]:
             time.sleep(0.001)
-        time.sleep(chance.random() * 0.1)
+        time.sleep(chance.random() * 0.03)
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         found = content(target)
         kept.append({name: value for name, value in found.items() if name.startswith("shard-") or name == MANIFEST})
         assert kept[-2].items() <= kept[-1].items() <= expected.items()
-    assert len(kept) > 3
+    assert len(kept) > 2  # killed at least once
     shards_of(sources, folder=target)
     assert content(target) == expected
 

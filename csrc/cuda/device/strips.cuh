@@ -298,7 +298,7 @@ struct Strips {
           float x_t = exp2_fast(u_t[n][e]), x_s = exp2_fast(u_s[n][e]);
           float mirrored_t = x_t, mirrored_s = x_s;
           if (kMasked) {
-            if (kPart == Part::square) {  // what tokens beyond the end get does not matter
+            if (kPart == Part::square) {  // tokens beyond the end may get anything
               const bool hidden = own_row(m, e / 2) >= bound - row;
               if (hidden && (!kSquare || is_later(n, e))) mirrored_t = mirrored_s = 0.0f;
             } else {
@@ -328,12 +328,12 @@ struct Strips {
     if (kPart != Part::rows_only) *at.sums += distributed_sums(column_sums, 4);
   }
 
-  // Whether the row of element [n][e] of a square is later than its column.
+  // True if the row of element [n][e] of a square is later than its column.
   static MINILM_DEVICE bool is_later(int n, int e) {
     return e / 2 != n ? e / 2 > n : own_row(0, 0) > other_column(0, e);
   }
 
-  // Whether tile m of the rows meets the columns. Squares are computed apart.
+  // True if tile m of the rows meets the columns. Squares are computed apart.
   template <Part kPart>
   static MINILM_DEVICE bool meets(int m, int first, int last) {
     return kPart == Part::square ? m > 0 && m > first : kPart != Part::ragged || (m >= first && m < last);
