@@ -222,7 +222,8 @@ def _parts(found: Sequence[Record], records: Records, options: argparse.Namespac
         passes[record["shape"]["B"]] = sum(stages[stage] for stage in _PASS)
     largest = max(found, key=lambda r: r["shape"]["B"])
     detail, B = largest["detail"], largest["shape"]["B"]
-    speeds = {r["provider"]: r["detail"]["tokens_per_s"] for r in suite("data", records) if r["status"] == "ok"}
+    data = [r for r in suite("data", records) if r["status"] == "ok"]
+    speeds = {r["provider"]: r["detail"]["tokens_per_s"] for r in data if r["provider"] in ("reading", "tokenizer")}
     return Parts(
         passes,
         detail["stages_ms"]["backward"] / passes[B],

@@ -85,6 +85,7 @@ def rows():
         })  # fmt: skip
     for name, rate in (("tokenizer", 1e6), ("reading", 5e6)):
         yield made("data", name, detail={"model": "tiny", "tokens_per_s": rate})
+    yield made("data", "loop", detail={"model": "tiny", "overhead": 0.01})
 
 
 def test_table_and_plot(tmp_path, capsys):
