@@ -185,14 +185,15 @@ def batch(records: Records) -> Figure | None:
 
 
 def train_step(records: Records) -> Figure | None:
-    """Valid tokens per second against S, with one line or point per layout."""
+    """Valid tokens per second of the largest batch against S, with one line or point per layout."""
     found = _ok(tables.suite("train_step", records))
     found = _most(found, lambda r: (r["run"], r["dtype"], r["provider"], r["detail"]["model"]), partial(_size, "S"))
     if len({_size("S", r) for r in found}) < 2:
         return None
     figure, (axes,) = _axes()
     for layout, own in groups(found, lambda r: r["detail"]["layout"]):
-        points = sorted((_size("S", r), r["detail"]["tokens_per_s"]) for r in own)
+        largest = {_size("S", r): r for r in sorted(own, key=partial(_size, "B"))}
+        points = [(S, largest[S]["detail"]["tokens_per_s"]) for S in sorted(largest)]
         axes.plot(*zip(*points, strict=True), label=layout, marker="o", markersize=4)
     sizes = sorted({_size("S", r) for r in found})
     axes.set(xscale="log", xlabel="S", ylabel="valid tokens/s")
