@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def _measured(setting: Setting, folder: Path, options: argparse.Namespace) -> It
     pipeline.folder_of(folder, pair, _LOOP_BYTES)
 
     def row(name: str, work: Callable[[Record], None]) -> Record:
-        record = records.new("data", name, setting.workload, detail={"model": setting.model})
+        workload = setting.workload if name == "loop" else replace(setting.workload, device="cpu")
+        record = records.new("data", name, workload, detail={"model": setting.model})
         guarded(record, partial(work, record))
         return record
 

@@ -180,8 +180,9 @@ def test_a_new_student_has_the_teacher_s_projections(run):
 
 @pytest.mark.slow
 def test_a_fused_projection_and_a_stack_can_be_named(run):
-    found = load_models(run("gpt2", **NEW), torch.device("cpu"))
-    named = load_models(run("gpt2", teacher_projections=("h.{i}.attn.c_attn:blocks",), **NEW), torch.device("cpu"))
+    found = load_models(run("gpt2", attention="mask", **NEW), torch.device("cpu"))
+    projections = {"teacher_projections": ("h.{i}.attn.c_attn:blocks",), "attention": "mask"}
+    named = load_models(run("gpt2", **projections, **NEW), torch.device("cpu"))
     ids = {"input_ids": torch.tensor([[5, 6, 7]])}
     for x, y in zip(found.teacher.extractor(**ids), named.teacher.extractor(**ids), strict=True):
         assert torch.equal(x, y)
