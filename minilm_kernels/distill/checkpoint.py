@@ -411,7 +411,7 @@ def write_error(error: Exception, target: Path) -> OSError:
     if number in _FULL:
         return OSError(
             number,
-            f"the disk is full: {target} could not be written. Earlier checkpoints are intact: make room and continue "
-            f"with --resume-from-checkpoint ({error})",
+            f"the disk is full: {target} could not be written. What was complete before is intact: make room and "
+            f"continue, a training run with --resume-from-checkpoint ({error})",
         )
     return OSError(number or errno.EIO, f"{target} could not be written: {error}")
