@@ -13,7 +13,7 @@ INTEGRATIONS := $(VENV)/.integrations
 JOBS ?= 2
 PYTEST := -m pytest --numprocesses $(JOBS) --dist worksteal
 
-.PHONY: help demo test slow integrations check lint format docs bench ratios sanitize soak compute-sanitizer packaging wheels cuda
+.PHONY: help demo test slow nightly integrations check lint format docs bench ratios sanitize soak compute-sanitizer packaging wheels cuda
 .PHONY: mutants random architectures clean
 .NOTPARALLEL:
 
@@ -27,7 +27,10 @@ test: $(INSTALLED) lint  ## lint, then every test that is neither slow nor packa
 	$(BIN)/python $(PYTEST) -m "not slow and not packaging" $(ARGS)
 
 slow: $(INSTALLED)  ## the slow tests: Triton's interpreter, emulated CUDA kernels, torch.compile, several processes
-	$(BIN)/python $(PYTEST) -m "slow and not packaging" $(ARGS)
+	$(BIN)/python $(PYTEST) -m "slow and not packaging and not nightly" $(ARGS)
+
+nightly: $(INSTALLED)  ## the tests that make check leaves to the night: more GPUs and seeds
+	$(BIN)/python $(PYTEST) -m nightly $(ARGS)
 
 integrations: $(INTEGRATIONS)  ## install the trainers of other packages and test with them, the examples included
 	$(BIN)/python $(PYTEST) tests/integrations $(ARGS)

@@ -38,7 +38,7 @@ def _emulated(family: str, device: Device) -> Iterator[str]:
         yield backend
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(x, marks=pytest.mark.nightly) for x in range(8, 30))])
 @pytest.mark.parametrize("family", [*TRITON, CUDA[0]])
 def test_random_calls(family, seed):
     device = Device()
