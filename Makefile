@@ -95,10 +95,8 @@ wheels: $(INSTALLED)  ## build the sdist and the manylinux wheel into dist/, and
 
 ARCHITECTURES := 80 86 89 90 100 120
 cuda: $(INSTALLED)  ## compile the CUDA kernels of head widths 16 and 8 for all GPUs into build/cuda; needs no GPU
-	for dtype in bfloat16 float16 float32; do \
-		$(BIN)/python -m minilm_kernels precompile --cache build/cuda --dtype $$dtype \
-			--widths 16,8 --arch $(ARCHITECTURES) || exit 1; \
-	done
+	printf '%s\n' bfloat16 float16 float32 | xargs -P $(JOBS) -I DTYPE \
+		$(BIN)/python -m minilm_kernels precompile --cache build/cuda --dtype DTYPE --widths 16,8 --arch $(ARCHITECTURES)
 
 random: $(INSTALLED)  ## 100 000 random calls against float64, over emulation, interpreter and CPU backends; an hour
 	$(BIN)/python -m tests.relation.random_cases --jobs $(JOBS) $(ARGS)

@@ -203,6 +203,7 @@ def check_limits(figures: dict, most: dict) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_no_register_of_the_kernels_products_is_written_too_early():
     """The command fails if a register is written too early. The package's Triton kernels use wgmma on sm_90."""
     result = static("--backends", "triton", "--arch", "sm_90", "--dtype", "bfloat16", "--json")

@@ -61,7 +61,12 @@ SECONDS = 1800  # limit of one shard, on a busy machine
 
 @pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize(
-    "shard", [name if name == "sample" else pytest.param(name, marks=pytest.mark.slow) for name in SHARDS]
+    "shard",
+    [
+        "sample",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("masks", "contract", "kernels", "operator")),
+        pytest.param("rows", marks=[pytest.mark.slow, pytest.mark.nightly]),  # tests/ptx runs some of them
+    ],
 )
 def test_in_the_interpreter(shard):
     selection, least = SHARDS[shard]
