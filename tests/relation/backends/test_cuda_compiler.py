@@ -154,9 +154,10 @@ def test_one_kernel_for_one_gpu():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("widths", "dtype"), [
-    ((16, 8), "bfloat16"), ((64, 32), "bfloat16"), ((16, 8), "float16"), ((64, 32), "float16"), ((16, 8), "float32"),
+@pytest.mark.parametrize(("widths", "dtype", "architecture"), [
+    *(((16, 8), dtype, arch) for dtype in ("bfloat16", "float16", "float32") for arch in ARCHITECTURES),
+    *(pytest.param((64, 32), dtype, arch, marks=[pytest.mark.nightly] if arch in (90, 120) else [])
+      for dtype in ("bfloat16", "float16") for arch in ARCHITECTURES),
 ])  # fmt: skip
 def test_every_kernel_compiles_without_spills(widths, dtype, architecture, cache, tmp_path):
     pytest.importorskip("triton", reason="its wheel brings the disassembler")

@@ -64,8 +64,9 @@ SECONDS = 1800  # limit of one shard, on a busy machine
     "shard",
     [
         "sample",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("masks", "contract", "kernels", "operator")),
-        pytest.param("rows", marks=[pytest.mark.slow, pytest.mark.nightly]),  # tests/ptx runs some of them
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("masks", "kernels", "operator")),
+        # tests/ptx runs such calls, too
+        *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.nightly]) for name in ("contract", "rows")),
     ],
 )
 def test_in_the_interpreter(shard):
