@@ -1,5 +1,6 @@
-"""Two or more processes that compute together over gloo."""
+"""Processes of tests: two or more that compute together over gloo, and the descendants of one."""
 
+import contextlib
 import gc
 import os
 import time
@@ -34,3 +35,11 @@ def run_two(work: Callable[[int, str], None], folder: Path, processes: int = 2) 
     finally:
         for process in workers.processes:
             process.kill()
+
+
+def children(parent: int) -> list[int]:
+    """The descendants of a process, from /proc."""
+    with contextlib.suppress(OSError):
+        below = [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+        return [*below, *(deeper for child in below for deeper in children(child))]
+    return []

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from minilm_kernels.distill import DistillConfig, distill, distributed, signals
 from minilm_kernels.distill import distributed as processes
 from minilm_kernels.distill.metrics import read_metrics
+from tests.processes import children
 
 Settings = Callable[..., DistillConfig]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -46,14 +47,6 @@ def started(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
         process.communicate(timeout=PATIENCE)
-
-
-def children(parent: int) -> list[int]:
-    """The descendants of a process, from /proc."""
-    with contextlib.suppress(OSError):
-        below = [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-        return [*below, *(deeper for child in below for deeper in children(child))]
-    return []
 
 
 def wait_for_step(process: subprocess.Popen[str], metrics: Path, step: int) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from minilm_kernels.distill import DistillConfig, distill
 from minilm_kernels.distill.metrics import read_metrics
 from tests.distill.tiny import make_texts, save_model
+from tests.processes import children
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PATIENCE = 200.0
@@ -79,13 +80,6 @@ def started(path: Path, arguments: list[str], bin: Path, **variables: str) -> It
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         process.communicate(timeout=PATIENCE)
-
-
-def children(parent: int) -> list[int]:
-    with contextlib.suppress(OSError):
-        below = [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-        return [*below, *(deeper for child in below for deeper in children(child))]
-    return []
 
 
 def wait_for_step(metrics: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
