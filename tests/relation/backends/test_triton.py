@@ -108,7 +108,7 @@ def _spills_in_loops(compiled) -> int:
         (90, "bfloat16", 12),
         (90, "float32", 12),
         *(
-            pytest.param(arch, dtype, 1, marks=pytest.mark.slow)
+            pytest.param(arch, dtype, 1, marks=[pytest.mark.slow, pytest.mark.nightly][: 2 if arch == 100 else 1])
             for arch in (80, 90, 100)
             for dtype in ("bfloat16", "float32")
         ),
