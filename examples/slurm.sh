@@ -13,13 +13,15 @@
 #SBATCH --requeue
 set -euo pipefail
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${hosts%%$'\n'*}
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 
 status=0
+# A minute after the first task has ended, SLURM ends the others: all of them save, or wait for one that has failed.
 # shellcheck disable=SC2016  # the variables of each task
-srun --kill-on-bad-exit=1 bash -c '
+srun --wait=60 bash -c '
     export WORLD_SIZE=$SLURM_NTASKS RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
     exec minilm-distill "$@" --resume-from-checkpoint
 ' minilm-distill "$@" || status=$?
