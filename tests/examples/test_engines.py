@@ -93,9 +93,12 @@ def wait_for_step(metrics: Path, step: int, processes: list[subprocess.Popen[str
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port that no process listens on, below those that the system gives to other connections meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def check_equal(run: Path, whole: Path) -> None:
