@@ -28,7 +28,7 @@ from minilm_kernels.distill.distributed import DistContext
 from minilm_kernels.distill.gradients import SummedGradients
 from minilm_kernels.distill.models import LayerModel, TeacherStudent
 from minilm_kernels.distill.optimizer import learning_rate_at, make_optimizer
-from minilm_kernels.distill.packing import PADDING, Packer, Samples, stack
+from minilm_kernels.distill.packing import PADDING, Packer, Samples
 from minilm_kernels.distill.preparation import TokenFolder
 from minilm_kernels.distill.sample_stream import Place, SampleStream
 from minilm_kernels.distill.sources import open_sources
@@ -349,7 +349,7 @@ class TrainStep:
         for document in range(_CHECKED):
             packer.add(self._shards.read(document)[:longest])
         packer.flush()
-        checked = stack(packer.samples, self.workload.S)
+        checked = packer.samples
         self._models.student.model.eval()
         self.parts.buffer.zero_()
         laps = Laps(self.workload.device)

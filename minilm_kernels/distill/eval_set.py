@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .bad_documents import BadDocuments, listed
-from .packing import Packer, Samples, stack
+from .packing import Packer, Samples
 from .sources import Source
 from .token_shards import TokenShards, digest
 from .tokenization import DocumentTokenizer
@@ -91,7 +91,7 @@ def collect_eval_set(
     packer.flush()
     if not packer.complete:
         raise ValueError(f"--eval-text has no text{bad_documents.listed()}")
-    return EvalSet(stack(packer.samples[:max_samples], packer.max_seq_length), 0, frozenset(seen))
+    return EvalSet(packer.samples.part(slice(max_samples)), 0, frozenset(seen))
 
 
 def split_eval_set(shards: TokenShards, fraction: float, packer: Packer, max_samples: int) -> EvalSet:
@@ -125,4 +125,4 @@ def split_eval_set(shards: TokenShards, fraction: float, packer: Packer, max_sam
         if packer.complete >= max_samples:
             break
     packer.flush()
-    return EvalSet(stack(packer.samples[:max_samples], packer.max_seq_length), limit)
+    return EvalSet(packer.samples.part(slice(max_samples)), limit)

@@ -106,13 +106,13 @@ class Packer:
         return self._sample
 
     @property
-    def samples(self) -> list[Samples]:
-        """The complete samples of the documents that were added, each of shape (max_seq_length,)."""
+    def samples(self) -> Samples:
+        """The complete samples of the documents that were added."""
         pieces = self._pieces[: self._sample]
         samples = self.layout([[len(piece) for piece in sample] for sample in pieces])
         for ids, sample in zip(samples.ids, pieces, strict=True):
             self.fill(ids, sample)
-        return [Samples(*sample) for sample in zip(*samples, strict=True)]
+        return samples
 
     def layout(self, lengths: Sequence[Sequence[int]]) -> Samples:
         """Samples without their tokens.
@@ -136,11 +136,3 @@ class Packer:
         prefix, suffix = self._tokenizer.prefix, self._tokenizer.suffix
         row = np.concatenate([part for piece in pieces for part in (prefix, piece, suffix)])
         ids[: len(row)] = row
-
-
-def stack(samples: Sequence[Samples], max_seq_length: int) -> Samples:
-    """Stacks samples of shape (max_seq_length,) into one `Samples` of shape (samples, max_seq_length)."""
-    empty = np.empty((0, max_seq_length), np.int32)
-    if not samples:
-        return Samples(empty, empty)
-    return Samples(np.stack([sample.ids for sample in samples]), np.stack([sample.positions for sample in samples]))

@@ -21,7 +21,7 @@ from minilm_kernels.students import one_line
 
 from .batch import Batch
 from .checkpoint import TEMPORARY, write_error
-from .packing import PADDING, Packer, Samples, stack
+from .packing import PADDING, Packer, Samples
 from .tokenization import DocumentTokenizer, check_tokenizer
 
 # Embeddings have some unused rows, as padding to a round number or in reserve. More unused rows mean that the tokenizer
@@ -169,7 +169,7 @@ def check_masks(models: Any, tokenizer: DocumentTokenizer, max_seq_length: int, 
     for count in (length // 2 - 2, length // 4):
         packer.add(ids[:count])
     packer.flush()
-    samples = stack(packer.samples, length)
+    samples = packer.samples
     pieces = _pieces(samples)
     prefixes = np.array([piece.ids.size // 2 for piece in pieces]) if models.mask == "prefix" else None
 

@@ -11,7 +11,7 @@ import torch
 
 from minilm_kernels.distill import DistillConfig, distill
 from minilm_kernels.distill.models import TeacherStudent, load_models
-from minilm_kernels.distill.packing import PADDING, Packer, Samples, stack
+from minilm_kernels.distill.packing import PADDING, Packer, Samples
 from minilm_kernels.distill.step import loss_components, make_batch
 from minilm_kernels.distill.tokenization import DocumentTokenizer
 from tests.packed.test_attention import Largest
@@ -25,7 +25,7 @@ def samples_of(models: TeacherStudent, config: DistillConfig, lengths: Any) -> S
     for length in lengths:
         packer.add(np.random.default_rng(length).integers(5, 65, length).astype(np.int32))
     packer.flush()
-    return stack(packer.samples, config.max_seq_length)
+    return packer.samples
 
 
 @pytest.mark.parametrize("attention", ["auto", "packed", "mask"])

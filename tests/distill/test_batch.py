@@ -12,7 +12,7 @@ import torch
 from minilm_kernels.distill import DistillConfig
 from minilm_kernels.distill.batch import Batch, LossWeights, prefix_lengths
 from minilm_kernels.distill.models import LayerModel, position_range
-from minilm_kernels.distill.packing import PADDING, Packer, Samples, stack
+from minilm_kernels.distill.packing import PADDING, Packer, Samples
 from minilm_kernels.distill.step import make_batch
 from minilm_kernels.distill.tokenization import DocumentTokenizer
 from minilm_kernels.losses import MiniLMv2Loss
@@ -29,7 +29,7 @@ def pack(texts: list[str], packing: bool = True) -> Samples:
     for text in texts:
         packer.add(TOKENIZER(text))
     packer.flush()
-    return stack(packer.samples, SEQ_LEN)
+    return packer.samples
 
 
 def documents(samples: Samples) -> list[np.ndarray]:

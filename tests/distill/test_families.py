@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from minilm_kernels.distill import DistillConfig, distill
 from minilm_kernels.distill.batch import Batch
 from minilm_kernels.distill.models import LayerModel, load_models
-from minilm_kernels.distill.packing import Packer, stack
+from minilm_kernels.distill.packing import Packer
 from minilm_kernels.distill.preflight import check_masks
 from minilm_kernels.distill.step import make_batch
 from minilm_kernels.distill.tokenization import DocumentTokenizer
@@ -128,7 +128,7 @@ def test_packed_attention_equals_the_mask(family, mask, run):
         for length in (3, 20, 7, 17, 1, 5):
             packer.add(np.arange(5, 5 + length, dtype=np.int32))
         packer.flush()
-        samples = stack(packer.samples, 40)
+        samples = packer.samples
         batch = make_batch(run(family, **options), models.mask, samples, device, (0,), slice(0, 2))
         assert [side.packed for side in (models.teacher, models.student)] == [attention == "packed"] * 2
         for side in (models.teacher.model, models.student.model):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm_kernels.distill import packing as packing_module
-from minilm_kernels.distill.packing import PADDING, Packer, stack
+from minilm_kernels.distill.packing import PADDING, Packer
 
 from .streams import TOKENIZER, pieces
 
@@ -28,7 +28,7 @@ def test_packing_keeps_every_token_in_order(
     for document in documents:
         packer.add(np.array(document, np.int32))
     packer.flush()
-    samples = stack(packer.samples, max_seq_length)
+    samples = packer.samples
     found = pieces(samples)
     assert [token for piece in found for token in piece] == [token for document in documents for token in document]
     assert all(len(piece) + 2 <= longest for piece in found)
@@ -48,7 +48,7 @@ def test_a_document_that_fits_is_not_cut() -> None:
     for length in (14, 6, 6, 3):
         packer.add(np.full(length, 9, np.int32))
     packer.flush()
-    assert [len(piece) for piece in pieces(stack(packer.samples, 16))] == [14, 6, 6, 3]
+    assert [len(piece) for piece in pieces(packer.samples)] == [14, 6, 6, 3]
 
 
 def test_borders_are_known_without_tokens() -> None:
@@ -59,7 +59,7 @@ def test_borders_are_known_without_tokens() -> None:
     packer.flush()
     planned = [placed for length in lengths for placed in planner.place(length)]
     planner.flush()
-    samples = stack(packer.samples, 24)
+    samples = packer.samples
     assert planner.complete == len(samples.ids)
     for number in range(planner.complete):
         sizes = [stop - start for sample, start, stop in planned if sample == number]

@@ -15,7 +15,7 @@ from minilm_kernels import MiniLMv2Loss, QKVExtractor, preset_config, trim_vocab
 from minilm_kernels.distill import DistillConfig, distill, loop
 from minilm_kernels.distill.model_card import write_student
 from minilm_kernels.distill.models import load_models
-from minilm_kernels.distill.packing import Packer, stack
+from minilm_kernels.distill.packing import Packer
 from minilm_kernels.distill.step import loss_components, make_batch
 from minilm_kernels.distill.tokenization import DocumentTokenizer
 
@@ -40,7 +40,7 @@ def test_teacher_and_student_see_the_same_tokens(packing: bool, settings: Settin
     for tokens in tokenizer.batch(texts):
         packer.add(tokens)
     packer.flush()
-    samples = stack(packer.samples, config.max_seq_length)
+    samples = packer.samples
     models.student.model.eval()
     found = loss_components(models, make_batch(config, models.mask, samples, CPU, (0,), slice(None)))
     batch = models.tokenizer(texts, padding=True, return_tensors="pt")
