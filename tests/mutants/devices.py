@@ -143,7 +143,7 @@ MUTANTS = [
     ),
     Mutant(
         _CUDA + "row_wise.cuh",
-        "weights[i] = !counts(sequence, first + i) ? 0.0f : given ?",
+        "weights[i] = !counts(sequence, first + i) ? 0.0f\n                   : given                      ?",
         "weights[i] = given ?",
         _ROWS_AND_GROUPS,
         "a NaN in the upstream gradient of a row that does not count reaches the keys",
@@ -206,8 +206,8 @@ MUTANTS = [
     ),
     Mutant(
         _CUDA + "strips.cuh",
-        "words.word[model] = exists && (model == 1 || i < state.bound) ? 0x3f803f80u : 0u;",
-        "words.word[model] = exists ? 0x3f803f80u : 0u;",
+        "factors.word[0] = exists && seen ? 0x3f803f80u : 0u;",
+        "factors.word[0] = exists ? 0x3f803f80u : 0u;",
         _STRIPS,
         "gradients count pairs that a causal mask hides",
     ),
@@ -227,8 +227,8 @@ MUTANTS = [
     ),
     Mutant(
         "csrc/cuda/host/launch_plan.cpp",
-        "token += planes.schedule.strip_rows || planes.student_splits == 3 ? 16 : 8;",
-        "token += 8;",
+        "planes.student_splits == 3 && planes.schedule.strip_rows   ? 32",
+        "planes.student_splits == 3 && planes.schedule.strip_rows   ? 8",
         _EMULATED,
         "float32 students write beyond their shared memory",
     ),

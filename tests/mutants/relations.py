@@ -270,8 +270,8 @@ MUTANTS = [
     ),
     Mutant(
         _LOSSES,
-        "            return 1 / self.temperature\n",
-        "            return 1 / self.temperature / math.sqrt(heads.shape[-1])\n",
+        "return 1 / self.temperature if self.normalize",
+        "return 1 / self.temperature / math.sqrt(heads.shape[-1]) if self.normalize",
         "tests/test_losses.py -k 'cosines or bitdistill'",
         "cosines are divided by the square root of the width, too",
     ),

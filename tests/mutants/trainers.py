@@ -94,8 +94,8 @@ MUTANTS = [
     ),
     Mutant(
         _SENTENCES,
-        "torch.stack([value for value, _ in columns]).mean()",
-        "torch.stack([value for value, _ in columns]).sum()",
+        "self.relation_weight * values.mean()",
+        "self.relation_weight * values.sum()",
         f"{_TESTS} weighted_mean",
         "the weight of the relation loss depends on the number of columns",
     ),
