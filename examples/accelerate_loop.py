@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
 
 from minilm_kernels import MiniLMv2Loss, QKVExtractor, student_config
@@ -19,7 +18,7 @@ def main(model, text, output, layers=6, width=384, heads=12, relation_heads=48, 
     student = AutoModel.from_config(student_config(model.config, layers, width, num_attention_heads=heads))
     teacher, qkv = QKVExtractor(model.to(accelerator.device), frozen=True), QKVExtractor(student)
     rows = [tokenizer(line, truncation=True, max_length=128) for line in Path(text).read_text("utf-8").splitlines()]
-    loader = DataLoader(rows, batch_size, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer))
+    loader = torch.utils.data.DataLoader(rows, batch_size, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer))
     qkv, optimizer, loader = accelerator.prepare(qkv, torch.optim.AdamW(qkv.parameters(), lr=6e-4), loader)
     batches = chain.from_iterable(repeat(loader))
     for number in range(1, steps + 1):
@@ -34,6 +33,7 @@ def main(model, text, output, layers=6, width=384, heads=12, relation_heads=48, 
         optimizer.zero_grad()
     student.save_pretrained(output, is_main_process=accelerator.is_main_process)
     tokenizer.save_pretrained(output)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

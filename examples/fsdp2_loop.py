@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
@@ -40,21 +39,22 @@ def main(teacher, text, output, layers=6, width=384, heads=12, relation_heads=48
         sampler.set_epoch(epoch)
         for batch in DataLoader(rows, batch_size, sampler=sampler, collate_fn=collate, drop_last=True):
             labels = batch.to(device).pop("labels")
-            distributed.all_reduce(masked := (labels != -100).sum())
+            torch.distributed.all_reduce(masked := (labels != -100).sum())
             term.run_teacher(**batch)
             masked_lm = cross_entropy(student(**batch).logits.flatten(0, 1), labels.flatten(), reduction="sum")
-            loss = masked_lm * distributed.get_world_size() / masked  # FSDP2 takes the mean of the gradients
+            loss = masked_lm * torch.distributed.get_world_size() / masked  # FSDP2 takes the mean of the gradients
             (loss + term.value(batch["attention_mask"])).backward()
             optimizer.step()
             optimizer.zero_grad()
     after = eval_kl()
     weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if distributed.get_rank() == 0:
+    if torch.distributed.get_rank() == 0:
         print(f"eval KL {before:.4f} before, {after:.4f} after")
         student.save_pretrained(output, state_dict=weights)
         tokenizer.save_pretrained(output)
 
 
 if __name__ == "__main__":
-    distributed.init_process_group()
+    torch.distributed.init_process_group()
     main(*sys.argv[1:4])
+    torch.distributed.destroy_process_group()

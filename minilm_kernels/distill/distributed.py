@@ -73,6 +73,8 @@ class DistContext:
     def __exit__(self, *error: object) -> None:
         if self._started:
             dist.destroy_process_group()
+        elif self._control is not None:
+            dist.destroy_process_group(self._control)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sums a tensor on the device over all processes, in place."""
