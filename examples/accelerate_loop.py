@@ -33,8 +33,8 @@ def main(model, text, output, layers=6, width=384, heads=12, relation_heads=48, 
         optimizer.zero_grad()
     student.save_pretrained(output, is_main_process=accelerator.is_main_process)
     tokenizer.save_pretrained(output)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:4])
+    Accelerator().end_training()

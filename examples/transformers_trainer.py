@@ -52,8 +52,8 @@ def main() -> None:
     trainer.train()
     trainer.save_model(args.output)
     after = trainer.evaluate()["eval_relation_kl"]
-    trainer.accelerator.print(f"eval KL {before:.4f} before, {after:.4f} after")
-    trainer.accelerator.end_training()
+    if trainer.is_world_process_zero():
+        print(f"eval KL {before:.4f} before, {after:.4f} after")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -11,18 +12,23 @@ from pathlib import Path
 import torch
 
 
+def end_process() -> None:
+    """Leaves the process group and ends the process, without Python's shutdown, in which a group can hang or abort."""
+    gc.collect()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def _worker(rank: int, work: Callable[[int, str], None], folder: str, processes: int) -> None:
-    """Ends the process without Python's shutdown, in which a process group can deadlock."""
     try:
         torch.set_num_threads(1)
         torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=processes)
         work(rank, folder)
-        gc.collect()
-        torch.distributed.destroy_process_group()
+        end_process()
     except BaseException:
         traceback.print_exc()
         os._exit(1)
-    os._exit(0)
 
 
 def run_two(work: Callable[[int, str], None], folder: Path, processes: int = 2) -> None:

@@ -16,6 +16,7 @@ from torch import distributed
 from transformers import DataCollatorForLanguageModeling
 
 from tests.integrations.tiny import RELATION_HEADS
+from tests.processes import end_process
 
 QUIET = {"logger": False, "enable_progress_bar": False}
 SIZES = {"layers": 2, "width": 16, "heads": 4, "relation_heads": RELATION_HEADS}
@@ -37,10 +38,10 @@ class FixedMasks:
 
 def main(folder: str, runs: str) -> None:
     torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
     adamw, trainer = torch.optim.AdamW, lightning.Trainer
+    processes = distributed.get_world_size()
     for name, output, arguments in json.loads(runs):
-        distributed.init_process_group("gloo")
-        processes = distributed.get_world_size()
         example = importlib.import_module(f"examples.{name}")
         lightning.Trainer = functools.partial(trainer, accelerator="cpu", devices=processes, **QUIET)
         inputs = [f"{folder}/teacher", f"{folder}/long.txt", f"{folder}/{name}-{output}"]
@@ -54,9 +55,8 @@ def main(folder: str, runs: str) -> None:
             print(f"[{name} {output}]")
         torch.manual_seed(0)
         example.main(*inputs, **SIZES, **arguments)
-        if distributed.is_initialized():
-            distributed.destroy_process_group()  # a process that ends with a group may abort
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_process()
