@@ -6,6 +6,7 @@ None of them waits for the device: the borders stay there.
 from __future__ import annotations
 
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -76,12 +77,18 @@ def attend(
     if name == "varlen":
         from torch.nn.attention import varlen
 
-        grouped: Any = {"enable_gqa": True} if groups > 1 else {}  # torch 2.11 does not know the argument
-        sides = (window, 0 if causal else window)  # -1 is no bound
         varlen_attn: Any = varlen.varlen_attn
-        return varlen_attn(query, key, value, *borders, scale=scale, window_size=sides, **grouped)
-    key, value = (x if groups == 1 else x.repeat_interleave(groups, 1) for x in (key, value))
+        options: dict[str, Any] = {"scale": scale, "window_size": (window, 0 if causal else window)}  # -1 is no bound
+        if groups > 1 and "enable_gqa" in signature(varlen_attn).parameters:  # torch 2.11 lacks it
+            options["enable_gqa"], groups = True, 1
+        return varlen_attn(query, *_repeated(groups, key, value), *borders, **options)
+    key, value = _repeated(groups, key, value)
     return _efficient(query, key, value, cu_seqlens, max_seqlen, scale, causal, dropout)[0]
+
+
+def _repeated(groups: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each key head as often as it has query heads."""
+    return tensors if groups == 1 else tuple(x.repeat_interleave(groups, 1) for x in tensors)
 
 
 # PyTorch's operators have no working shape function of the backward (2.13), which torch.compile needs.

@@ -260,8 +260,14 @@ class TestCuda:
         left, right = kw["window_size"]
         return self.by_definition(q, k, v, cu_q, left, 0 if kw["causal"] else right, kw["softmax_scale"])
 
-    def varlen(self, q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, most_q: int, most_k: int, **kw: Any) -> Tensor:
-        assert kw.pop("enable_gqa", False) == (q.shape[1] != k.shape[1])
+    def varlen(
+        self, q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, most_q: int, most_k: int, *, enable_gqa=False, **kw: Any
+    ) -> Tensor:
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        return self.older_varlen(q, k, v, cu_q, cu_k, most_q, most_k, **kw)
+
+    def older_varlen(self, q: Any, k: Any, v: Any, cu_q: Any, _: Any, __: int, ___: int, **kw: Any) -> Tensor:
+        """Knows `enable_gqa` as little as torch 2.11."""
         assert set(kw) == {"scale", "window_size"}
         return self.by_definition(q, k, v, cu_q, *kw["window_size"], kw["scale"])
 
@@ -304,6 +310,17 @@ class TestCuda:
         wanted, weights = expected(inputs, **mask), torch.randn(found.shape)
         gradients = [torch.autograd.grad((x * weights).sum(), inputs) for x in (found, wanted)]
         close([found, *gradients[0]], [wanted, *gradients[1]], ROUNDING[dtype])
+
+    def test_grouped_heads_without_an_argument_for_them(self, monkeypatch: Any) -> None:
+        def varlen(q: Any, k: Any, v: Any, *others: Any, scale: float, window_size: Any) -> Tensor:
+            assert q.shape == k.shape == v.shape
+            return self.older_varlen(q, k, v, *others, scale=scale, window_size=window_size)
+
+        monkeypatch.setattr(cuda, "_flash_attention", lambda: None)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+        inputs = operands(key_heads=2, dtype=torch.bfloat16)
+        found = cuda.attend(*inputs, borders(LENGTHS), 70, 8**-0.5, False, -1, 0.0)
+        close([found], [expected(inputs)], ROUNDING[torch.bfloat16])
 
     def test_stand_ins_have_the_arguments_of_torch(self) -> None:
         import inspect
