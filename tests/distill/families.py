@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 
 from .tiny import SPECIAL, WORDS
 
@@ -59,6 +60,8 @@ NOT_PACKED = {"bart", "deberta-v2"}
 def make_teacher(family: str) -> PreTrainedModel:
     """A random model. Its weights are so large that attention is far from uniform."""
     model_type, settings = FAMILIES[family]
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {model_type}")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModel.from_config(AutoConfig.for_model(model_type, **settings))

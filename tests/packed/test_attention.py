@@ -327,7 +327,9 @@ class TestCuda:
 
         from torch.nn.attention.varlen import varlen_attn
 
-        inspect.signature(varlen_attn).bind(*range(7), scale=1.0, window_size=(-1, 0), enable_gqa=True)
+        arguments = inspect.signature(varlen_attn)
+        arguments.bind(*range(7), scale=1.0, window_size=(-1, 0))
+        assert ("enable_gqa" in arguments.parameters) == (torch.__version__ >= (2, 12))
         forward, backward = (
             [argument.name for argument in operator.default._schema.arguments]
             for operator in (torch.ops.aten._efficient_attention_forward, torch.ops.aten._efficient_attention_backward)
