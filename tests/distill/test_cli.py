@@ -97,7 +97,9 @@ def test_version_names_package_and_torch(capsys: pytest.CaptureFixture[str]) -> 
     from minilm_kernels import __version__
 
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"minilm-distill {__version__}, torch {torch.__version__}\n"
+    found = capsys.readouterr().out
+    assert found.startswith(f"minilm-distill {__version__}, torch ")
+    assert torch.__version__.startswith(found.split()[-1])  # the package may leave out "+cu130"
 
 
 @pytest.mark.parametrize(
