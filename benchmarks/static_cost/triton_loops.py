@@ -197,6 +197,7 @@ def variants_of(
                 pairs=pairs,
                 exponentials=2 * pairs,
                 tensor_macs=pairs * features * products,
+                looped_macs=pairs * sum(dp for dp in map(padded_width, (d_t, d_s)) if sliced(dp, itemsize)),
                 marker=marker,
                 trips=0 if part else 512 / config.block_n,
                 copies=copies,
