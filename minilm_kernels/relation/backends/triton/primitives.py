@@ -307,7 +307,8 @@ def multiply(x, y, PRECISION: tl.constexpr, SCORES: tl.constexpr = False):
         product = tl.dot(x_middle, y_high, product)
         product = tl.dot(x_high, y_middle, product)
         if SCORES:
-            product += tl.dot(x_high, y_high)
+            # An addition would become the product's accumulator.
+            product = tl.fma(tl.dot(x_high, y_high), 1.0, product)
         else:
             product = tl.dot(x_high, y_high, product)
     else:
