@@ -178,6 +178,7 @@ def variants_of(
             width,
             itemsize,
             precision,
+            arch,
             intricate=mask != primitives.BIDIRECTIONAL or not aligned,
             indices_and_prefix=padded and mask == primitives.PREFIX,
         )

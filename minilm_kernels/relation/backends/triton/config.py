@@ -86,7 +86,7 @@ class LaunchConfig:
 
     @classmethod
     def choose(
-        cls, kernel: str, width: int, itemsize: int, precision: str, intricate: bool, indices_and_prefix: bool
+        cls, kernel: str, width: int, itemsize: int, precision: str, arch: int, intricate: bool, indices_and_prefix: bool
     ) -> LaunchConfig:
         """Returns the configuration of a kernel, "row_stats", "row_kl" or "gradient".
 
@@ -95,16 +95,18 @@ class LaunchConfig:
             width: the larger padded head width of teacher and student.
             itemsize: the larger item size of their dtypes, in bytes.
             precision: how products of float32 numbers are computed.
+            arch: compute capability, such as 90.
             intricate: whether the call has a causal or prefix mask, or rows that are not loaded 16 bytes at a time.
             indices_and_prefix: whether the call has both a padding mask and a prefix mask.
         """
         older = _version() < (3, 9)
         if itemsize == 4 and precision == "bf16x6":
-            # On sm_80 every warp splits the looped tile, so a warp should have many rows.
-            rows = 128 if width <= 32 else 64
+            # 128 rows share the work of splitting a looped tile. On sm_100, older Tritons spill them.
+            tight = older and arch >= 100
+            rows = 128 if width <= 32 and not tight else 64
             if kernel == "gradient":  # some intricate gradients spill, to reach 168 registers, unless more are allowed
-                return cls(rows, 16, 4, 1, 255 if intricate else None)
-            return cls(rows, 32, 4, 1, 255 if indices_and_prefix else None)  # 168 spill on sm_80
+                return cls(rows, 16, 4, 1, 255 if intricate or tight else None)
+            return cls(rows, 32, 4, 1, 255 if indices_and_prefix or tight else None)  # 168 spill on sm_80
         if itemsize == 4:
             # Each thread holds slices of rows. Of the tiles that were tried, these are the largest that do not spill.
             if width > 64:

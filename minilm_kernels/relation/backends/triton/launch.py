@@ -542,6 +542,7 @@ class _Group:
                 max(self.operands["DP_T"], self.operands["DP_S"]),
                 max(itemsize_t, itemsize_s),
                 self.operands["PRECISION"],
+                _gpu(call.inputs.mask.device)[1],
                 call.mask_constants["MASK"] != BIDIRECTIONAL.value
                 or not self.operands["ALIGN_T"] * itemsize_t == self.operands["ALIGN_S"] * itemsize_s == 16,
                 call.mask_constants["HAS_INDICES"] and call.mask_constants["MASK"] == PREFIX.value,
