@@ -115,9 +115,11 @@ def test_packing_to_bfloat16_rounds_to_even():
     assert np.array_equal(packed >> 16, expected ^ 0x8000)
 
 
-def test_sum_of_a_warp():
+def test_sum_and_maximum_of_a_warp():
     got = compute("redux.sync.add.s32 %r10, %r4, -1;", WORDS)
     assert np.array_equal(got, np.full_like(got, WORDS.sum(dtype=np.uint64) & 0xFFFFFFFF))
+    largest = compute("redux.sync.max.s32 %r10, %r4, -1;", WORDS).view(np.int32)
+    assert np.array_equal(largest, np.full_like(largest, WORDS.view(np.int32).max()))
 
 
 @pytest.mark.parametrize(

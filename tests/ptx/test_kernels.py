@@ -124,13 +124,21 @@ def test_strips_of_several_warps(gpu, widths, length, mask):
     assert len(segments) == (2 if gpu == "windows" else 0)
 
 
-@pytest.mark.parametrize("tokens", ["any", "large feature", "large mean"])
+@pytest.mark.parametrize(
+    ("tokens", "widths"),
+    [
+        ("any", (16, 8)),
+        ("large mean", (16, 8)),
+        ("large feature", (16, 8)),
+        ("large feature", (64, 32)),
+        ("large tokens", (64, 32)),
+    ],
+)
 @pytest.mark.parametrize("family", TRITON)
-def test_float32_products_on_tensor_cores(family, tokens):
+def test_float32_products_on_tensor_cores(family, tokens, widths):
     """Truncated sums of bfloat16 products are as accurate as the contract requires of float32."""
-    case = make(batch=1, length=150, heads=2, widths=(16, 8))
-    change = {"any": lambda x: x, "large feature": large_feature, "large mean": lambda x: 3 + 0.3 * x}[tokens]
-    case = replace(case, tensors=tuple(None if x is None else change(x) for x in case.tensors))
+    case = make(batch=1, length=150, heads=2, widths=widths)
+    case = replace(case, tensors=tuple(None if x is None else _CHANGES[tokens](x) for x in case.tensors))
     expected, (expected_grad,) = case.oracle("sequence")
     rows, (dense_grad,) = dense(case, torch.full(case.row_shape(), 1 / 300))
     with _emulated(family, Device()) as backend:
@@ -143,6 +151,21 @@ def test_float32_products_on_tensor_cores(family, tokens):
 def large_feature(x: torch.Tensor) -> torch.Tensor:
     """All tokens share one feature ten times as large as the others."""
     return torch.cat([x[..., :-1], 10 + 0.1 * x[..., -1:]], -1)
+
+
+def _large_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Every 50th token has a feature a thousand times as large as the others, and the other tokens hardly have it."""
+    x = torch.cat([x[..., :-1], 0.1 * x[..., -1:]], -1)
+    x[:, ::50, :, -1] = 1000
+    return x
+
+
+_CHANGES = {
+    "any": lambda x: x,
+    "large mean": lambda x: 3 + 0.3 * x,
+    "large feature": large_feature,
+    "large tokens": _large_tokens,
+}
 
 
 @pytest.mark.parametrize("relations", ["q", "qk"])

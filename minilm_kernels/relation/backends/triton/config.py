@@ -86,7 +86,14 @@ class LaunchConfig:
 
     @classmethod
     def choose(
-        cls, kernel: str, width: int, itemsize: int, precision: str, arch: int, intricate: bool, indices_and_prefix: bool
+        cls,
+        kernel: str,
+        width: int,
+        itemsize: int,
+        precision: str,
+        arch: int,
+        intricate: bool,
+        indices_and_prefix: bool,
     ) -> LaunchConfig:
         """Returns the configuration of a kernel, "row_stats", "row_kl" or "gradient".
 

@@ -281,8 +281,9 @@ def split(x, GRID_AXIS: tl.constexpr = None):
     first = x
     if GRID_AXIS is not None:
         largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, GRID_AXIS, keep_dims=True)
-        # 1.5 * 2^14 times the largest magnitude's power of 2: a sum with it is rounded to the grid.
-        shift = ((largest & 0x7F800000) + ((14 << 23) + (1 << 22))).to(tl.float32, bitcast=True)
+        # 1.5 * 2^14 times the largest magnitude's power of 2, without overflow: sums with it are rounded to the grid.
+        exponent = tl.minimum(largest, 0x78000000) & 0x7F800000
+        shift = (exponent + ((14 << 23) + (1 << 22))).to(tl.float32, bitcast=True)
         first = (x + shift) - shift
     high = (first.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
     rest = x - high.to(tl.float32, bitcast=True)
@@ -307,10 +308,8 @@ def multiply(x, y, PRECISION: tl.constexpr, SCORES: tl.constexpr = False):
         product = tl.dot(x_middle, y_high, product)
         product = tl.dot(x_high, y_middle, product)
         if SCORES:
-            # An addition would become the product's accumulator.
-            product = tl.fma(tl.dot(x_high, y_high), 1.0, product)
-        else:
-            product = tl.dot(x_high, y_high, product)
+            return tl.fma(tl.dot(x_high, y_high), 1.0, product)  # an addition would become the product's accumulator
+        product = tl.dot(x_high, y_high, product)
     else:
         product = tl.dot(x, y, input_precision="ieee")
     return product
