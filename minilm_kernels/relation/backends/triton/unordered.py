@@ -52,7 +52,6 @@ class Head(NamedTuple):
     stride: Any
     scale: Any
     pivot: Any  # shared by all rows, unless the head is wide
-    row_pivots: Any  # pointer to the rows' pivots, if the head is wide
 
 
 @triton.jit
@@ -62,22 +61,21 @@ def _load_tokens(head, position, start, length, LAYOUT: tl.constexpr, FULL: tl.c
 
 
 @triton.jit
-def _load_rows(x, rows, length):
-    """Loads statistics of rows; those beyond the sequence are 0."""
-    return tl.load(x + rows, mask=rows < length, other=0.0)
+def _row_pairs(stats, rows):
+    """Returns pointers to a statistic of teacher and student in each row, [BLOCK, 2]."""
+    return stats + 2 * rows[:, None] + tl.arange(0, 2)[None, :]
 
 
 @triton.jit
-def _sums_of(sums, rows):
-    """Returns pointers to the sums of teacher and student in each row, [BLOCK, 2]."""
-    return sums + 2 * rows[:, None] + tl.arange(0, 2)[None, :]
-
-
-@triton.jit
-def _load_sums(sums, rows, length, FULL: tl.constexpr):
-    """Returns the sums (or their inverses) of teacher and student in each row; those beyond the sequence are 0."""
-    address = _sums_of(sums, rows)
+def _load_pairs(stats, rows, length, FULL: tl.constexpr):
+    """Returns a statistic of teacher and student in each row; those beyond the sequence are 0."""
+    address = _row_pairs(stats, rows)
     return tl.split(tl.load(address) if FULL else tl.load(address, mask=(rows < length)[:, None], other=0.0))
+
+
+@triton.jit
+def _store_pairs(stats, rows, length, x_t, x_s):
+    tl.store(_row_pairs(stats, rows), tl.join(x_t, x_s), mask=(rows < length)[:, None])
 
 
 @triton.jit
@@ -94,7 +92,7 @@ def _seen(i, program, MASK: tl.constexpr):
 
 @triton.jit
 def _find_row_pivots(
-    i, tile_t, tile_s, t, s, program, indices,
+    i, tile_t, tile_s, t, s, pivots, program, indices,
     LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, PRECISION: tl.constexpr, HAS_INDICES: tl.constexpr,
     MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -113,14 +111,13 @@ def _find_row_pivots(
         pivot_s = tl.maximum(pivot_s, tl.max(tl.where(visible, score_s, float("-inf")), 1))
     pivot_t = tl.ceil(pivot_t)
     pivot_s = tl.ceil(pivot_s)
-    tl.store(t.row_pivots + i, pivot_t, mask=i < length)
-    tl.store(s.row_pivots + i, pivot_s, mask=i < length)
+    _store_pairs(pivots, i, length, pivot_t, pivot_s)
     return pivot_t[:, None], pivot_s[:, None]
 
 
 @triton.jit
 def _strip_sums(
-    start, t, s, sums, earlier_sums, program, indices,
+    start, t, s, sums, earlier_sums, pivots, program, indices,
     LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, PRECISION: tl.constexpr, HAS_INDICES: tl.constexpr,
     MASK: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -141,7 +138,7 @@ def _strip_sums(
         begin = 0
         end = length
         pivot_t, pivot_s = _find_row_pivots(
-            i, tile_t, tile_s, t, s, program, indices,
+            i, tile_t, tile_s, t, s, pivots, program, indices,
             LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
@@ -154,7 +151,7 @@ def _strip_sums(
             j = k_start + tl.arange(0, BLOCK_N)
             k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, True)
             if MASK != CAUSAL:
-                before = tl.load(_sums_of(earlier_sums, j))
+                before = tl.load(_row_pairs(earlier_sums, j))
             k_tile_t = _load_tokens(t, k_position, k_start, length, LAYOUT_T, True, BLOCK_N)
             k_tile_s = _load_tokens(s, k_position, k_start, length, LAYOUT_S, True, BLOCK_N)
             e_t = tl.exp2(tl.fma(_dot(tile_t, k_tile_t, PRECISION), t.scale, -pivot_t))
@@ -165,7 +162,7 @@ def _strip_sums(
                 e_t *= seen
                 e_s *= seen
             if MASK != CAUSAL:
-                tl.store(_sums_of(earlier_sums, j), before + tl.join(tl.sum(e_t, 0), tl.sum(e_s, 0)))
+                tl.store(_row_pairs(earlier_sums, j), before + tl.join(tl.sum(e_t, 0), tl.sum(e_s, 0)))
             # static: end sums
     for k_start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         # static: begin sums_diagonal
@@ -181,7 +178,7 @@ def _strip_sums(
         sums_t += _row_sums(e_t)
         sums_s += _row_sums(e_s)
         # static: end sums_diagonal
-    tl.store(_sums_of(sums, i), tl.join(tl.sum(sums_t, 1), tl.sum(sums_s, 1)), mask=(i < length)[:, None])
+    _store_pairs(sums, i, length, tl.sum(sums_t, 1), tl.sum(sums_s, 1))
     tl.debug_barrier()  # other threads add to these sums
 
 
@@ -195,7 +192,7 @@ def _row_sums(x):
 def _invert_sums(sums, copies, copy_stride, start, has_gradient, length, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
     """Replaces the sums of BLOCK rows by their inverses times 2**SHIFT, and by 0 where there is no gradient."""
     i = start + tl.arange(0, BLOCK)
-    address = _sums_of(sums, i)
+    address = _row_pairs(sums, i)
     in_bounds = (i < length)[:, None]
     total = tl.load(address, mask=in_bounds, other=1.0)
     for copy in range(1, copies + 1):
@@ -222,7 +219,7 @@ def _thread_sums(x, WARPS: tl.constexpr):
 
 @triton.jit
 def _strip_gradient(
-    start, value, lost, t, s, inverses, program, indices, out, earlier_out, out_stride, factor,
+    start, value, lost, t, s, inverses, pivots, program, indices, out, earlier_out, out_stride, factor,
     LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, DG: tl.constexpr, PRECISION: tl.constexpr,
     HAS_INDICES: tl.constexpr, MASK: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
     STAGES: tl.constexpr, WARPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -240,7 +237,7 @@ def _strip_gradient(
     # Operands of the gradient are DG wide: where DG is 8, half of a product of padded width would be wasted.
     tile_g = load_tile(s.x, q_position, s.stride, start, length, BLOCK_M, D_S, DG, LAYOUT_S[2], FULL)
     seen = _seen(i, program, MASK)
-    q_inv_t, q_inv_s = _load_sums(inverses, i, length, FULL)
+    q_inv_t, q_inv_s = _load_pairs(inverses, i, length, FULL)
     q_inv_t = q_inv_t[:, None]
     q_inv_s = q_inv_s[:, None]
     feature = tl.arange(0, DG)[None, :]
@@ -250,8 +247,9 @@ def _strip_gradient(
     if WIDE:
         begin = 0
         end = length
-        pivot_t = _load_rows(t.row_pivots, i, length)[:, None]
-        pivot_s = _load_rows(s.row_pivots, i, length)[:, None]
+        pivot_t, pivot_s = _load_pairs(pivots, i, length, False)
+        pivot_t = pivot_t[:, None]
+        pivot_s = pivot_s[:, None]
     else:
         begin = start
         end = start + BLOCK_M if FULL else tl.minimum(start + BLOCK_M, length)
@@ -262,7 +260,7 @@ def _strip_gradient(
             j = k_start + tl.arange(0, BLOCK_N)
             k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, True)
             if MASK != CAUSAL:
-                k_inv_t, k_inv_s = _load_sums(inverses, j, length, True)
+                k_inv_t, k_inv_s = _load_pairs(inverses, j, length, True)
                 k_inv_t = k_inv_t[None, :]
                 k_inv_s = k_inv_s[None, :]
             k_tile_g = load_tile(s.x, k_position, s.stride, k_start, length, BLOCK_N, D_S, DG, LAYOUT_S[2], True)
@@ -295,7 +293,7 @@ def _strip_gradient(
         # static: begin gradients_diagonal
         j = k_start + tl.arange(0, BLOCK_N)
         k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, FULL)
-        k_inv_t, k_inv_s = _load_sums(inverses, j, length, FULL)
+        k_inv_t, k_inv_s = _load_pairs(inverses, j, length, FULL)
         k_inv_t = k_inv_t[None, :]
         k_inv_s = k_inv_s[None, :]
         k_tile_g = load_tile(s.x, k_position, s.stride, k_start, length, BLOCK_N, D_S, DG, LAYOUT_S[2], FULL)
@@ -317,8 +315,9 @@ def _strip_gradient(
             excess = tl.where(fwd, tl.exp2(u_s) * q_inv_s, 0.0) - p
             excess_sum += _thread_sums(excess, WARPS)  # as a row; the other order is a row of another strip
             product_sum += _thread_sums(tl.where(fwd, p * (u_s - u_t), 0.0), WARPS)
-            u_t = tl.fma(dot_t, t.scale, -_load_rows(t.row_pivots, j, length)[None, :])
-            u_s = tl.fma(dot_s, s.scale, -_load_rows(s.row_pivots, j, length)[None, :])
+            k_pivot_t, k_pivot_s = _load_pairs(pivots, j, length, False)
+            u_t = tl.fma(dot_t, t.scale, -k_pivot_t[None, :])
+            u_s = tl.fma(dot_s, s.scale, -k_pivot_s[None, :])
             excess += tl.where(mirrored, tl.exp2(u_s) * k_inv_s - tl.exp2(u_t) * k_inv_t, 0.0)
         # static: end wide
         # static: begin gradients_diagonal
@@ -357,7 +356,7 @@ def _strip(step, part, parts, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr):
 def unordered_kernel(
     teacher, teacher_strides, student, student_strides, query_codes, scale_t, scale_s, gradient_scale,
     heads, sequences, positions, total, stats_head_stride16, stats_seq_stride16, copies,
-    indices, starts, prefixes, counted, sums, pivot_t, pivot_s, weights, values, out,
+    indices, starts, prefixes, counted, sums, pivots, weights, values, out,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr, DG: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr, SHIFT: tl.constexpr,
     PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, MASK: tl.constexpr,
@@ -393,8 +392,9 @@ def unordered_kernel(
     earlier_sums = sums
     if SPLIT:
         earlier_sums += (1 + part) * copy_stride
-    t = Head(x_t, stride_t, scale_t, shared_t, pivot_t + row)
-    s = Head(x_s, stride_s, scale_s, shared_s, pivot_s + row)
+    pivots += 2 * row
+    t = Head(x_t, stride_t, scale_t, shared_t)
+    s = Head(x_s, stride_s, scale_s, shared_s)
     full = length // BLOCK_M
     rest = full * BLOCK_M  # start of the remaining rows
     steps = full
@@ -411,18 +411,18 @@ def unordered_kernel(
         if shared:
             for step in range(0, steps):
                 _strip_sums(
-                    _strip(step, part, parts, BLOCK_M, SPLIT), t, s, sums, earlier_sums, program, indices,
+                    _strip(step, part, parts, BLOCK_M, SPLIT), t, s, sums, earlier_sums, pivots, program, indices,
                     LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, True, False, STAGES, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             for start in range(rest, rest_end, HALF):
                 _strip_sums(
-                    start, t, s, sums, earlier_sums, program, indices,
+                    start, t, s, sums, earlier_sums, pivots, program, indices,
                     LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, False, False, STAGES, HALF, BLOCK_N,
                 )  # fmt: skip
         else:
             for start in range(part * HALF, length, parts * HALF):
                 _strip_sums(
-                    start, t, s, sums, earlier_sums, program, indices,
+                    start, t, s, sums, earlier_sums, pivots, program, indices,
                     LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, False, True, STAGES, HALF, BLOCK_N,
                 )  # fmt: skip
 
@@ -451,26 +451,26 @@ def unordered_kernel(
         if shared:
             for step in range(0, steps):
                 value, lost = _strip_gradient(
-                    _strip(step, part, parts, BLOCK_M, SPLIT), value, lost, t, s, sums, program, indices,
+                    _strip(step, part, parts, BLOCK_M, SPLIT), value, lost, t, s, sums, pivots, program, indices,
                     out, earlier_out, out_stride, factor, LAYOUT_T, LAYOUT_S, DG, PRECISION,
                     HAS_INDICES, MASK, True, False, STAGES, WARPS, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             for start in range(rest, rest_end, HALF):
                 value, lost = _strip_gradient(
-                    start, value, lost, t, s, sums, program, indices,
+                    start, value, lost, t, s, sums, pivots, program, indices,
                     out, earlier_out, out_stride, factor, LAYOUT_T, LAYOUT_S, DG, PRECISION,
                     HAS_INDICES, MASK, False, False, STAGES, WARPS, HALF, BLOCK_N,
                 )  # fmt: skip
         else:
             for start in range(part * HALF, length, parts * HALF):
                 value, lost = _strip_gradient(
-                    start, value, lost, t, s, sums, program, indices,
+                    start, value, lost, t, s, sums, pivots, program, indices,
                     out, earlier_out, out_stride, factor, LAYOUT_T, LAYOUT_S, DG, PRECISION,
                     HAS_INDICES, MASK, False, True, STAGES, WARPS, HALF, BLOCK_N,
                 )  # fmt: skip
         for start in range(part * 64 * WARPS, length, parts * 64 * WARPS):
             # The inverses are 0 in rows that do not count or see only themselves.
-            inverse_t, inverse_s = _load_sums(sums, start + tl.arange(0, 64 * WARPS), length, False)
+            inverse_t, inverse_s = _load_pairs(sums, start + tl.arange(0, 64 * WARPS), length, False)
             inverse_s = tl.where(inverse_t > 0.0, inverse_s, 1.0)
             ratio = log_ratio(inverse_s, tl.where(inverse_t > 0.0, inverse_t, 1.0))
             value, lost = _add_exactly(value, lost, tl.reshape(ratio * 2.0**SHIFT, [WARPS * 8, 8]))
