@@ -240,8 +240,9 @@ def _strip_gradient(
     q_inv_t, q_inv_s = _load_pairs(inverses, i, length, FULL)
     q_inv_t = q_inv_t[:, None]
     q_inv_s = q_inv_s[:, None]
-    feature = tl.arange(0, DG)[None, :]
-    acc = tl.zeros([BLOCK_M, DG], tl.float32)
+    WIDTH: tl.constexpr = LAYOUT_S[1] if WIDE else DG
+    feature = tl.arange(0, WIDTH)[None, :]
+    acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     excess_sum = tl.zeros([WARPS * 8, 8], tl.float32)
     product_sum = tl.zeros([WARPS * 8, 8], tl.float32)
     if WIDE:
@@ -293,9 +294,12 @@ def _strip_gradient(
         # static: begin gradients_diagonal
         j = k_start + tl.arange(0, BLOCK_N)
         k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, FULL)
-        k_tile_g = load_tile(s.x, k_position, s.stride, k_start, length, BLOCK_N, D_S, DG, LAYOUT_S[2], FULL)
         k_tile_t = _load_tokens(t, k_position, k_start, length, LAYOUT_T, FULL, BLOCK_N)
         k_tile_s = _load_tokens(s, k_position, k_start, length, LAYOUT_S, FULL, BLOCK_N)
+        if WIDE:
+            k_tile_g = k_tile_s
+        else:
+            k_tile_g = load_tile(s.x, k_position, s.stride, k_start, length, BLOCK_N, D_S, DG, LAYOUT_S[2], FULL)
         k_inv_t, k_inv_s = _load_pairs(inverses, j, length, FULL)
         k_inv_t = k_inv_t[None, :]
         k_inv_s = k_inv_s[None, :]
