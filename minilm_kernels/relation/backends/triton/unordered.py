@@ -290,7 +290,7 @@ def _strip_gradient(
                 before = tl.load(address, mask=feature < D_S, other=0.0)
                 tl.store(address, before + mirrored, mask=feature < D_S)
             # static: end gradients
-    for k_start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+    for k_start in tl.range(begin, end, BLOCK_N, num_stages=STAGES if FULL else 1):
         # static: begin gradients_diagonal
         j = k_start + tl.arange(0, BLOCK_N)
         k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, FULL)
