@@ -142,7 +142,7 @@ def variants_of(
         "relations": ("i32",) * 3,
         **dict.fromkeys(("scale_t", "scale_s", "gradient_scale", "weight"), "fp32"),
         **dict.fromkeys(primitives.UNSPECIALIZED["do_not_specialize"], "i32"),
-        **dict.fromkeys(("sum_t", "sum_s", "pivot_t", "pivot_s"), "*fp32"),
+        **dict.fromkeys(("sums", "pivots", "sum_t", "sum_s", "pivot_t", "pivot_s"), "*fp32"),
         **dict.fromkeys(("kl_rows", "values", "losses", "head_stats", "weights"), "*fp32"),
         **dict.fromkeys(("row_grads", "rows_out"), "*fp32"),
         "out": ("*fp32",) * 3,

@@ -35,7 +35,6 @@ from .primitives import (
     head_program,
     load_tile,
     log_ratio,
-    partial_sums,
     row_offset,
     rows_with_gradient,
     sees,
@@ -53,9 +52,6 @@ class Head(NamedTuple):
     stride: Any
     scale: Any
     pivot: Any  # shared by all rows, unless the head is wide
-    sums: Any  # pointer to the sums of rows, later to their inverses
-    earlier_sums: Any  # pointer to the sums to which strips add their part of earlier rows
-    row_pivots: Any  # pointer to the rows' pivots, if the head is wide
 
 
 @triton.jit
@@ -65,9 +61,21 @@ def _load_tokens(head, position, start, length, LAYOUT: tl.constexpr, FULL: tl.c
 
 
 @triton.jit
-def _load_rows(x, rows, length, FULL: tl.constexpr):
-    """Loads statistics of rows; those beyond the sequence are 0."""
-    return tl.load(x + rows) if FULL else tl.load(x + rows, mask=rows < length, other=0.0)
+def _row_pairs(stats, rows):
+    """Returns pointers to a statistic of teacher and student in each row, [BLOCK, 2]."""
+    return stats + 2 * rows[:, None] + tl.arange(0, 2)[None, :]
+
+
+@triton.jit
+def _load_pairs(stats, rows, length, FULL: tl.constexpr):
+    """Returns a statistic of teacher and student in each row; those beyond the sequence are 0."""
+    address = _row_pairs(stats, rows)
+    return tl.split(tl.load(address) if FULL else tl.load(address, mask=(rows < length)[:, None], other=0.0))
+
+
+@triton.jit
+def _store_pairs(stats, rows, length, x_t, x_s):
+    tl.store(_row_pairs(stats, rows), tl.join(x_t, x_s), mask=(rows < length)[:, None])
 
 
 @triton.jit
@@ -84,7 +92,7 @@ def _seen(i, program, MASK: tl.constexpr):
 
 @triton.jit
 def _find_row_pivots(
-    i, tile_t, tile_s, t, s, program, indices,
+    i, tile_t, tile_s, t, s, pivots, program, indices,
     LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, PRECISION: tl.constexpr, HAS_INDICES: tl.constexpr,
     MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -103,14 +111,13 @@ def _find_row_pivots(
         pivot_s = tl.maximum(pivot_s, tl.max(tl.where(visible, score_s, float("-inf")), 1))
     pivot_t = tl.ceil(pivot_t)
     pivot_s = tl.ceil(pivot_s)
-    tl.store(t.row_pivots + i, pivot_t, mask=i < length)
-    tl.store(s.row_pivots + i, pivot_s, mask=i < length)
+    _store_pairs(pivots, i, length, pivot_t, pivot_s)
     return pivot_t[:, None], pivot_s[:, None]
 
 
 @triton.jit
 def _strip_sums(
-    start, t, s, program, indices,
+    start, t, s, sums, earlier_sums, pivots, program, indices,
     LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, PRECISION: tl.constexpr, HAS_INDICES: tl.constexpr,
     MASK: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -125,13 +132,13 @@ def _strip_sums(
     tile_t = _load_tokens(t, q_position, start, length, LAYOUT_T, FULL, BLOCK_M)
     tile_s = _load_tokens(s, q_position, start, length, LAYOUT_S, FULL, BLOCK_M)
     seen = _seen(i, program, MASK)
-    sums_t = tl.zeros([BLOCK_M, 8], tl.float32)
-    sums_s = tl.zeros([BLOCK_M, 8], tl.float32)
+    sums_t = tl.zeros([BLOCK_M, 4], tl.float32)
+    sums_s = tl.zeros([BLOCK_M, 4], tl.float32)
     if WIDE:
         begin = 0
         end = length
         pivot_t, pivot_s = _find_row_pivots(
-            i, tile_t, tile_s, t, s, program, indices,
+            i, tile_t, tile_s, t, s, pivots, program, indices,
             LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
@@ -144,20 +151,18 @@ def _strip_sums(
             j = k_start + tl.arange(0, BLOCK_N)
             k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, True)
             if MASK != CAUSAL:
-                before_t = tl.load(t.earlier_sums + j)
-                before_s = tl.load(s.earlier_sums + j)
+                before = tl.load(_row_pairs(earlier_sums, j))
             k_tile_t = _load_tokens(t, k_position, k_start, length, LAYOUT_T, True, BLOCK_N)
             k_tile_s = _load_tokens(s, k_position, k_start, length, LAYOUT_S, True, BLOCK_N)
             e_t = tl.exp2(tl.fma(_dot(tile_t, k_tile_t, PRECISION), t.scale, -pivot_t))
             e_s = tl.exp2(tl.fma(_dot(tile_s, k_tile_s, PRECISION), s.scale, -pivot_s))
-            sums_t += partial_sums(e_t, 8)
-            sums_s += partial_sums(e_s, 8)
+            sums_t += _row_sums(e_t)
+            sums_s += _row_sums(e_s)
             if MASK == PREFIX or not FULL:
                 e_t *= seen
                 e_s *= seen
             if MASK != CAUSAL:
-                tl.store(t.earlier_sums + j, before_t + tl.sum(e_t, 0))
-                tl.store(s.earlier_sums + j, before_s + tl.sum(e_s, 0))
+                tl.store(_row_pairs(earlier_sums, j), before + tl.join(tl.sum(e_t, 0), tl.sum(e_s, 0)))
             # static: end sums
     for k_start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         # static: begin sums_diagonal
@@ -170,22 +175,29 @@ def _strip_sums(
             visible = visible_keys(i, k_start, length, program.prefix, MASK, BLOCK_N)
             e_t = tl.where(visible, e_t, 0.0)
             e_s = tl.where(visible, e_s, 0.0)
-        sums_t += partial_sums(e_t, 8)
-        sums_s += partial_sums(e_s, 8)
+        sums_t += _row_sums(e_t)
+        sums_s += _row_sums(e_s)
         # static: end sums_diagonal
-    tl.store(t.sums + i, tl.sum(sums_t, 1), mask=i < length)
-    tl.store(s.sums + i, tl.sum(sums_s, 1), mask=i < length)
+    _store_pairs(sums, i, length, tl.sum(sums_t, 1), tl.sum(sums_s, 1))
     tl.debug_barrier()  # other threads add to these sums
 
 
 @triton.jit
-def _invert_sums(head, copies, copy_stride, start, has_gradient, length, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+def _row_sums(x):
+    """Reduces [M, N] to [M, 4]. In the layout of tensor-core tiles, sums stay within the threads."""
+    return tl.sum(tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@triton.jit
+def _invert_sums(sums, copies, copy_stride, start, has_gradient, length, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
     """Replaces the sums of BLOCK rows by their inverses times 2**SHIFT, and by 0 where there is no gradient."""
     i = start + tl.arange(0, BLOCK)
-    total = tl.load(head.sums + i, mask=i < length, other=1.0)
+    address = _row_pairs(sums, i)
+    in_bounds = (i < length)[:, None]
+    total = tl.load(address, mask=in_bounds, other=1.0)
     for copy in range(1, copies + 1):
-        total += tl.load(head.sums + copy * copy_stride + i, mask=i < length, other=0.0)
-    tl.store(head.sums + i, tl.where(has_gradient, 2.0**SHIFT / total, 0.0), mask=i < length)
+        total += tl.load(address + copy * copy_stride, mask=in_bounds, other=0.0)
+    tl.store(address, tl.where(has_gradient[:, None], 2.0**SHIFT / total, 0.0), mask=in_bounds)
 
 
 @triton.jit
@@ -207,7 +219,7 @@ def _thread_sums(x, WARPS: tl.constexpr):
 
 @triton.jit
 def _strip_gradient(
-    start, value, lost, t, s, program, indices, out, earlier_out, out_stride, factor,
+    start, value, lost, t, s, inverses, pivots, program, indices, out, earlier_out, out_stride, factor,
     LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, DG: tl.constexpr, PRECISION: tl.constexpr,
     HAS_INDICES: tl.constexpr, MASK: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
     STAGES: tl.constexpr, WARPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -225,17 +237,20 @@ def _strip_gradient(
     # Operands of the gradient are DG wide: where DG is 8, half of a product of padded width would be wasted.
     tile_g = load_tile(s.x, q_position, s.stride, start, length, BLOCK_M, D_S, DG, LAYOUT_S[2], FULL)
     seen = _seen(i, program, MASK)
-    q_inv_t = _load_rows(t.sums, i, length, FULL)[:, None]
-    q_inv_s = _load_rows(s.sums, i, length, FULL)[:, None]
-    feature = tl.arange(0, DG)[None, :]
-    acc = tl.zeros([BLOCK_M, DG], tl.float32)
+    q_inv_t, q_inv_s = _load_pairs(inverses, i, length, FULL)
+    q_inv_t = q_inv_t[:, None]
+    q_inv_s = q_inv_s[:, None]
+    WIDTH: tl.constexpr = LAYOUT_S[1] if WIDE else DG
+    feature = tl.arange(0, WIDTH)[None, :]
+    acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     excess_sum = tl.zeros([WARPS * 8, 8], tl.float32)
     product_sum = tl.zeros([WARPS * 8, 8], tl.float32)
     if WIDE:
         begin = 0
         end = length
-        pivot_t = _load_rows(t.row_pivots, i, length, False)[:, None]
-        pivot_s = _load_rows(s.row_pivots, i, length, False)[:, None]
+        pivot_t, pivot_s = _load_pairs(pivots, i, length, False)
+        pivot_t = pivot_t[:, None]
+        pivot_s = pivot_s[:, None]
     else:
         begin = start
         end = start + BLOCK_M if FULL else tl.minimum(start + BLOCK_M, length)
@@ -246,8 +261,9 @@ def _strip_gradient(
             j = k_start + tl.arange(0, BLOCK_N)
             k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, True)
             if MASK != CAUSAL:
-                k_inv_t = tl.load(t.sums + j)[None, :]
-                k_inv_s = tl.load(s.sums + j)[None, :]
+                k_inv_t, k_inv_s = _load_pairs(inverses, j, length, True)
+                k_inv_t = k_inv_t[None, :]
+                k_inv_s = k_inv_s[None, :]
             k_tile_g = load_tile(s.x, k_position, s.stride, k_start, length, BLOCK_N, D_S, DG, LAYOUT_S[2], True)
             k_tile_t = _load_tokens(t, k_position, k_start, length, LAYOUT_T, True, BLOCK_N)
             k_tile_s = _load_tokens(s, k_position, k_start, length, LAYOUT_S, True, BLOCK_N)
@@ -274,15 +290,19 @@ def _strip_gradient(
                 before = tl.load(address, mask=feature < D_S, other=0.0)
                 tl.store(address, before + mirrored, mask=feature < D_S)
             # static: end gradients
-    for k_start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+    for k_start in tl.range(begin, end, BLOCK_N, num_stages=STAGES if FULL else 1):
         # static: begin gradients_diagonal
         j = k_start + tl.arange(0, BLOCK_N)
         k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, FULL)
-        k_inv_t = _load_rows(t.sums, j, length, FULL)[None, :]
-        k_inv_s = _load_rows(s.sums, j, length, FULL)[None, :]
-        k_tile_g = load_tile(s.x, k_position, s.stride, k_start, length, BLOCK_N, D_S, DG, LAYOUT_S[2], FULL)
         k_tile_t = _load_tokens(t, k_position, k_start, length, LAYOUT_T, FULL, BLOCK_N)
         k_tile_s = _load_tokens(s, k_position, k_start, length, LAYOUT_S, FULL, BLOCK_N)
+        if WIDE:
+            k_tile_g = k_tile_s
+        else:
+            k_tile_g = load_tile(s.x, k_position, s.stride, k_start, length, BLOCK_N, D_S, DG, LAYOUT_S[2], FULL)
+        k_inv_t, k_inv_s = _load_pairs(inverses, j, length, FULL)
+        k_inv_t = k_inv_t[None, :]
+        k_inv_s = k_inv_s[None, :]
         dot_t = _dot(tile_t, k_tile_t, PRECISION)
         dot_s = _dot(tile_s, k_tile_s, PRECISION)
         u_t = tl.fma(dot_t, t.scale, -pivot_t)
@@ -299,8 +319,9 @@ def _strip_gradient(
             excess = tl.where(fwd, tl.exp2(u_s) * q_inv_s, 0.0) - p
             excess_sum += _thread_sums(excess, WARPS)  # as a row; the other order is a row of another strip
             product_sum += _thread_sums(tl.where(fwd, p * (u_s - u_t), 0.0), WARPS)
-            u_t = tl.fma(dot_t, t.scale, -_load_rows(t.row_pivots, j, length, False)[None, :])
-            u_s = tl.fma(dot_s, s.scale, -_load_rows(s.row_pivots, j, length, False)[None, :])
+            k_pivot_t, k_pivot_s = _load_pairs(pivots, j, length, False)
+            u_t = tl.fma(dot_t, t.scale, -k_pivot_t[None, :])
+            u_s = tl.fma(dot_s, s.scale, -k_pivot_s[None, :])
             excess += tl.where(mirrored, tl.exp2(u_s) * k_inv_s - tl.exp2(u_t) * k_inv_t, 0.0)
         # static: end wide
         # static: begin gradients_diagonal
@@ -339,7 +360,7 @@ def _strip(step, part, parts, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr):
 def unordered_kernel(
     teacher, teacher_strides, student, student_strides, query_codes, scale_t, scale_s, gradient_scale,
     heads, sequences, positions, total, stats_head_stride16, stats_seq_stride16, copies,
-    indices, starts, prefixes, counted, sum_t, sum_s, pivot_t, pivot_s, weights, values, out,
+    indices, starts, prefixes, counted, sums, pivots, weights, values, out,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr, DG: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr, SHIFT: tl.constexpr,
     PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, MASK: tl.constexpr,
@@ -349,7 +370,7 @@ def unordered_kernel(
     """Writes the gradient of a head to `out`, and the sum of its rows' KL to `values`. A grid of (heads, parts).
 
     The phases are SUMS of every row, their INVERSES a, and the GRADIENT with the value. With SPLIT, each is a launch of
-    its own, and `copies` programs share a head; they have their copies behind `sum_t`, `sum_s` and `out`.
+    its own, and `copies` programs share a head; they have their copies behind `sums` and `out`.
 
     The sum of KL is that of log(a_t / a_s) minus that of log(2) p (u_s - u_t). These cancel when KL is small, so
     rounding errors of their sum are kept. The sum of q - p is 0 but for the rounding of a, which it corrects to first
@@ -370,10 +391,14 @@ def unordered_kernel(
         x_t, stride_t, x_s, stride_s, scale_t, scale_s, program, indices, LAYOUT_T, LAYOUT_S, HAS_INDICES, BLOCK_M
     )
     row = row_offset(program, heads, stats_head_stride16, stats_seq_stride16, PACKED)
-    copy_stride = (tl.num_programs(0) // sequences).to(tl.int64) * stats_head_stride16 * 16
-    earlier = row + (1 + part) * copy_stride if SPLIT else row
-    t = Head(x_t, stride_t, scale_t, shared_t, sum_t + row, sum_t + earlier, pivot_t + row)
-    s = Head(x_s, stride_s, scale_s, shared_s, sum_s + row, sum_s + earlier, pivot_s + row)
+    copy_stride = (tl.num_programs(0) // sequences).to(tl.int64) * stats_head_stride16 * 32
+    sums += 2 * row
+    earlier_sums = sums
+    if SPLIT:
+        earlier_sums += (1 + part) * copy_stride
+    pivots += 2 * row
+    t = Head(x_t, stride_t, scale_t, shared_t)
+    s = Head(x_s, stride_s, scale_s, shared_s)
     full = length // BLOCK_M
     rest = full * BLOCK_M  # start of the remaining rows
     steps = full
@@ -390,18 +415,18 @@ def unordered_kernel(
         if shared:
             for step in range(0, steps):
                 _strip_sums(
-                    _strip(step, part, parts, BLOCK_M, SPLIT), t, s, program, indices,
+                    _strip(step, part, parts, BLOCK_M, SPLIT), t, s, sums, earlier_sums, pivots, program, indices,
                     LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, True, False, STAGES, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             for start in range(rest, rest_end, HALF):
                 _strip_sums(
-                    start, t, s, program, indices,
+                    start, t, s, sums, earlier_sums, pivots, program, indices,
                     LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, False, False, STAGES, HALF, BLOCK_N,
                 )  # fmt: skip
         else:
             for start in range(part * HALF, length, parts * HALF):
                 _strip_sums(
-                    start, t, s, program, indices,
+                    start, t, s, sums, earlier_sums, pivots, program, indices,
                     LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, False, True, STAGES, HALF, BLOCK_N,
                 )  # fmt: skip
 
@@ -411,8 +436,7 @@ def unordered_kernel(
             has_gradient = rows_with_gradient(
                 counted, indices, program, start, positions, BLOCK_M, PACKED, HAS_INDICES, HAS_QUERY_MASK, MASK
             )
-            _invert_sums(t, added, copy_stride, start, has_gradient, length, SHIFT, BLOCK_M)
-            _invert_sums(s, added, copy_stride, start, has_gradient, length, SHIFT, BLOCK_M)
+            _invert_sums(sums, added, copy_stride, start, has_gradient, length, SHIFT, BLOCK_M)
         tl.debug_barrier()  # other threads read these inverses
 
     if GRADIENT:
@@ -431,31 +455,29 @@ def unordered_kernel(
         if shared:
             for step in range(0, steps):
                 value, lost = _strip_gradient(
-                    _strip(step, part, parts, BLOCK_M, SPLIT), value, lost, t, s, program, indices,
+                    _strip(step, part, parts, BLOCK_M, SPLIT), value, lost, t, s, sums, pivots, program, indices,
                     out, earlier_out, out_stride, factor, LAYOUT_T, LAYOUT_S, DG, PRECISION,
                     HAS_INDICES, MASK, True, False, STAGES, WARPS, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             for start in range(rest, rest_end, HALF):
                 value, lost = _strip_gradient(
-                    start, value, lost, t, s, program, indices,
+                    start, value, lost, t, s, sums, pivots, program, indices,
                     out, earlier_out, out_stride, factor, LAYOUT_T, LAYOUT_S, DG, PRECISION,
                     HAS_INDICES, MASK, False, False, STAGES, WARPS, HALF, BLOCK_N,
                 )  # fmt: skip
         else:
             for start in range(part * HALF, length, parts * HALF):
                 value, lost = _strip_gradient(
-                    start, value, lost, t, s, program, indices,
+                    start, value, lost, t, s, sums, pivots, program, indices,
                     out, earlier_out, out_stride, factor, LAYOUT_T, LAYOUT_S, DG, PRECISION,
                     HAS_INDICES, MASK, False, True, STAGES, WARPS, HALF, BLOCK_N,
                 )  # fmt: skip
-        lane = 8 * tl.arange(0, WARPS * 8)[:, None] + tl.arange(0, 8)[None, :]  # [WARPS * 8, 8]
         for start in range(part * 64 * WARPS, length, parts * 64 * WARPS):
             # The inverses are 0 in rows that do not count or see only themselves.
-            inverse_t = tl.load(t.sums + start + lane, mask=start + lane < length, other=0.0)
-            inverse_s = tl.load(s.sums + start + lane, mask=start + lane < length, other=0.0)
+            inverse_t, inverse_s = _load_pairs(sums, start + tl.arange(0, 64 * WARPS), length, False)
             inverse_s = tl.where(inverse_t > 0.0, inverse_s, 1.0)
             ratio = log_ratio(inverse_s, tl.where(inverse_t > 0.0, inverse_t, 1.0))
-            value, lost = _add_exactly(value, lost, ratio * 2.0**SHIFT)
+            value, lost = _add_exactly(value, lost, tl.reshape(ratio * 2.0**SHIFT, [WARPS * 8, 8]))
         kl = tl.sum(tl.sum(value, 1), 0) + tl.sum(tl.sum(lost, 1), 0)
         tl.store(values + tl.program_id(0) * parts + part, kl * 2.0**-SHIFT)
 
