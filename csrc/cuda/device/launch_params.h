@@ -51,8 +51,8 @@ constexpr int kRowWiseWarps = 4;  // warps per block; two blocks run on an SM
 // Parts of the shared memory of a symmetric block.
 constexpr int kBlockStateBytes = 128, kScratchBytes = 128;
 
-// What all blocks of a head share. If `shared` is 0, no reference score serves all its rows: it takes the row-wise
-// path.
+// Numbers that all blocks of a head share. If `shared` is 0, no reference score serves all its rows, and it takes the
+// row-wise path.
 constexpr int kMaxMeans = 64;  // features of both models; strips of float32 tokens have at most 8 chunks
 struct HeadRange {
   float reference_t, reference_s;

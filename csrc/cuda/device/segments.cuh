@@ -81,7 +81,7 @@ MINILM_DEVICE float find_means(const HeadTokens& load, int chunks, float* means,
         most = fmaxf(most, fabsf(value[d]));
       }
     }
-    scratch[thread_index()] = distributed_sums(sum, 1);  // of feature lane % 8
+    scratch[thread_index()] = distributed_sums(sum, 1);  // lane % 8 is the feature
     scratch[thread_count() + thread_index()] = distributed_sums(squares, 1);
     syncthreads();
     if (thread_index() < 8) {
