@@ -58,7 +58,7 @@ struct HeadRange {
   float reference_t, reference_s;
   int32_t shared;
   float token_factor, grad_factor;  // powers of two: of the student's tokens, and of the gradients that are stored
-  float means[kMaxMeans];           // of float32 tokens: those of the teacher, then those of the student
+  float means[kMaxMeans];           // float32 features of the teacher, then of the student
 };
 
 // Heads that exceed shared memory (segments.cuh). Row-wise launches of such heads have these parameters as well.
