@@ -237,9 +237,15 @@ MINILM_DEVICE void write_splits(char* to, int stride, int splits, float (&value)
   }
 }
 
-// Writes the mean of each feature of `length` tokens to `means`, and 0 if it is less than the feature's deviation from
-// it: subtracting such a mean would only add rounding errors. Returns to each thread the largest magnitude of the
-// features that it has read.
+// The mean of a feature of `length` tokens, or 0 if it is less than the feature's deviation from it: subtracting such a
+// mean would only add rounding errors.
+MINILM_DEVICE float useful_mean(float sum, float squares, int length) {
+  const float mean = sum / static_cast<float>(length);
+  return 2.0f * mean * sum > squares ? mean : 0.0f;
+}
+
+// Writes the useful mean of each feature to `means`. Returns to each thread the largest magnitude of the features that
+// it has read.
 MINILM_DEVICE float find_means(const Tokens& x, int length, int chunks, float* means) {
   float most = 0.0f;
   for (int chunk = warp_index(); chunk < chunks; chunk += thread_count() / 32) {
@@ -259,25 +265,23 @@ MINILM_DEVICE float find_means(const Tokens& x, int length, int chunks, float* m
         squares[d] += shuffle_xor(squares[d], mask);
       }
     if (lane_index() == 0)
-      MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) {
-        const float mean = sum[d] / static_cast<float>(length);
-        means[8 * chunk + d] = 2.0f * mean * sum[d] > squares[d] ? mean : 0.0f;
-      }
+      MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) means[8 * chunk + d] = useful_mean(sum[d], squares[d], length);
   }
   return most;
 }
 
-// Subtracts the means from tokens of three splits, and writes their offsets. With `factor`, which is a power of two and
-// not 0, first writes factor · x for the gradient.
-MINILM_DEVICE void subtract_means(const Tokens& x, int length, int capacity, int chunks, const float* means,
-                                  float factor) {
-  char* planes = writable(x);
-  const int plane = x.plane, offsets = score_planes(kFloat32, chunks) - 1;
+// Writes tokens less their means, as three splits, and their offsets. load(token, chunk, value): their 8 features. With
+// `factor`, which is a power of two and not 0, also writes factor · x for the gradient.
+template <class Load>
+MINILM_DEVICE void subtract_means(const Tokens& to, int length, int capacity, int chunks, const float* means,
+                                  float factor, const Load& load) {
+  char* planes = writable(to);
+  const int plane = to.plane, offsets = score_planes(kFloat32, chunks) - 1;
   for (int i = thread_index(); i < capacity; i += thread_count()) {
     float offset = 0.0f;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       float value[8], scaled[8];
-      add_splits(x, i, chunk, chunks, value);
+      load(i, chunk, value);
       MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) {
         scaled[d] = value[d] * factor;
         const float mean = i < length ? means[8 * chunk + d] : 0.0f;

@@ -108,7 +108,8 @@ SymmetricPlan plan_symmetric(const DeviceProps& props, const Planes& planes, int
 }
 
 int64_t segment_bytes(const Planes& planes, int window) {
-  const int64_t tokens = 16 * (planes.teacher + planes.student + 1);  // with four words for sums or factors
+  // Sums or factors take four words, and eight with float32 students.
+  const int64_t tokens = 16 * (planes.teacher + planes.student + (planes.student_splits == 3 ? 2 : 1));
   return kBlockStateBytes + kScratchBytes + window * (2 * tokens + 32 * planes.student_chunks);
 }
 
