@@ -44,7 +44,6 @@ class SourceLoop:
     pairs: float  # ordered pairs; a tile of unordered pairs counts twice
     exponentials: int = 0  # elements that go through ex2
     tensor_macs: int = 0  # multiply-adds on tensor cores, widths padded as compiled; 0: not declared
-    looped_macs: int = 0  # ordinary multiply-adds of loops inside, which the compiler may unroll; 0: no such loops
     marker: str = ""  # tags of the machine loop, joined by "+"; "": the only loop with exponentials
     trips: float = 0  # turns per entry of the loop, at S = 512 if they depend on S; 0: unknown
     per: str = "block"  # the counts are of a "block" or of a "warp"
@@ -53,6 +52,7 @@ class SourceLoop:
     conditional: bool = False  # the exponentials are in branches, of which an iteration executes a share (Work)
     l2_bytes: float = 0  # bytes that an iteration reads and writes in global memory, each once
     work: Callable[[int], Work | None] | None = None  # by the length of the sequence; None: another kernel serves it
+    looped_macs: int = 0  # ordinary multiply-adds of loops inside, which the compiler may unroll; 0: no such loops
 
 
 @dataclass(frozen=True)
