@@ -150,8 +150,6 @@ def _strip_sums(
             # static: begin sums
             j = k_start + tl.arange(0, BLOCK_N)
             k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, True)
-            if MASK != CAUSAL:
-                before = tl.load(_row_pairs(earlier_sums, j))
             k_tile_t = _load_tokens(t, k_position, k_start, length, LAYOUT_T, True, BLOCK_N)
             k_tile_s = _load_tokens(s, k_position, k_start, length, LAYOUT_S, True, BLOCK_N)
             e_t = tl.exp2(tl.fma(_dot(tile_t, k_tile_t, PRECISION), t.scale, -pivot_t))
@@ -162,7 +160,7 @@ def _strip_sums(
                 e_t *= seen
                 e_s *= seen
             if MASK != CAUSAL:
-                tl.store(_row_pairs(earlier_sums, j), before + tl.join(tl.sum(e_t, 0), tl.sum(e_s, 0)))
+                tl.atomic_add(_row_pairs(earlier_sums, j), tl.join(tl.sum(e_t, 0), tl.sum(e_s, 0)), sem="relaxed")
             # static: end sums
     for k_start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         # static: begin sums_diagonal
@@ -282,12 +280,9 @@ def _strip_gradient(
             excess = excess.to(k_tile_g.dtype)
             acc = tl.dot(excess, k_tile_g, acc, input_precision=PRECISION)
             address = earlier_out + (k_position * out_stride)[:, None] + feature
+            address = tl.max_contiguous(address, (1, 2))  # as in the product's layout, so that nothing is exchanged
             mirrored = factor * tl.dot(tl.trans(excess), tile_g, input_precision=PRECISION)
-            if D_S == DG:
-                tl.store(address, tl.load(address) + mirrored)
-            else:
-                before = tl.load(address, mask=feature < D_S, other=0.0)
-                tl.store(address, before + mirrored, mask=feature < D_S)
+            tl.atomic_add(address, mirrored, mask=None if D_S == DG else feature < D_S, sem="relaxed")
             # static: end gradients
     for k_start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         # static: begin gradients_diagonal
