@@ -288,12 +288,12 @@ def _strip_gradient(
         # static: begin gradients_diagonal
         j = k_start + tl.arange(0, BLOCK_N)
         k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, FULL)
-        k_inv_t, k_inv_s = _load_pairs(inverses, j, length, FULL)
-        k_inv_t = k_inv_t[None, :]
-        k_inv_s = k_inv_s[None, :]
         k_tile_g = load_tile(s.x, k_position, s.stride, k_start, length, BLOCK_N, D_S, DG, LAYOUT_S[2], FULL)
         k_tile_t = _load_tokens(t, k_position, k_start, length, LAYOUT_T, FULL, BLOCK_N)
         k_tile_s = _load_tokens(s, k_position, k_start, length, LAYOUT_S, FULL, BLOCK_N)
+        k_inv_t, k_inv_s = _load_pairs(inverses, j, length, FULL)
+        k_inv_t = k_inv_t[None, :]
+        k_inv_s = k_inv_s[None, :]
         dot_t = _dot(tile_t, k_tile_t, PRECISION)
         dot_s = _dot(tile_s, k_tile_s, PRECISION)
         u_t = tl.fma(dot_t, t.scale, -pivot_t)
