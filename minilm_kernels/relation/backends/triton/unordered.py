@@ -337,6 +337,21 @@ def _diagonal_pairs(
 
 
 @triton.jit
+def _gradient_rows(out, position, out_stride, DG: tl.constexpr):
+    """Returns pointers to the gradient of the tokens at `position`, [BLOCK, DG]."""
+    address = out + ((position * out_stride)[:, None] + tl.arange(0, DG)[None, :])
+    # Two features of a thread are contiguous, as in a product, whose values then need not be exchanged.
+    return tl.max_contiguous(address, (1, 2))
+
+
+@triton.jit
+def _store_gradient(out, out_stride, rows, gradient, length, D_S: tl.constexpr):
+    DG: tl.constexpr = gradient.shape[1]
+    mask = (rows.i < length)[:, None] & (tl.arange(0, DG)[None, :] < D_S)
+    tl.store(_gradient_rows(out, rows.position, out_stride, DG), gradient, mask=mask)
+
+
+@triton.jit
 def _strip_gradient(
     start, value, lost, t, s, inverses, pivots, program, indices, out, earlier_out, out_stride, factor,
     LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, DG: tl.constexpr, PRECISION: tl.constexpr,
@@ -380,8 +395,7 @@ def _strip_gradient(
                 rows_1, keys, acc_1, excess_sum, product_sum, t, s, program, PRECISION, MASK, FULL, WARPS
             )
             mirrored = tl.dot(tl.trans(excess), rows_1.tile_g, mirrored, input_precision=PRECISION)
-            address = earlier_out + ((keys.position * out_stride)[:, None] + feature)
-            address = tl.max_contiguous(address, (1, 2))  # as in the product's layout, so that nothing is exchanged
+            address = _gradient_rows(earlier_out, keys.position, out_stride, DG)
             tl.atomic_add(address, factor * mirrored, mask=None if D_S == DG else feature < D_S, sem="relaxed")
     for k_start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         keys = _load_gradient_rows(
@@ -393,16 +407,8 @@ def _strip_gradient(
         acc_1, excess_sum, product_sum = _diagonal_pairs(
             rows_1, keys, acc_1, excess_sum, product_sum, t, s, pivots, program, PRECISION, MASK, FULL, WIDE, WARPS
         )
-    tl.store(
-        out + (rows_0.position * out_stride)[:, None] + feature,
-        factor * acc_0,
-        mask=(rows_0.i < length)[:, None] & (feature < D_S),
-    )
-    tl.store(
-        out + (rows_1.position * out_stride)[:, None] + feature,
-        factor * acc_1,
-        mask=(rows_1.i < length)[:, None] & (feature < D_S),
-    )
+    _store_gradient(out, out_stride, rows_0, factor * acc_0, length, D_S)
+    _store_gradient(out, out_stride, rows_1, factor * acc_1, length, D_S)
     tl.debug_barrier()  # other threads add to these rows
     return _add_exactly(value, lost, excess_sum - LN2 * product_sum)
 
