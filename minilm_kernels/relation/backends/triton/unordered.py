@@ -70,7 +70,7 @@ def _row_pairs(stats, rows):
 def _load_pairs(stats, rows, length, FULL: tl.constexpr):
     """Returns a statistic of teacher and student in each row; those beyond the sequence are 0."""
     address = _row_pairs(stats, rows)
-    return tl.split(tl.load(address) if FULL else tl.load(address, mask=(rows < length)[:, None], other=0.0))
+    return tl.load(address) if FULL else tl.load(address, mask=(rows < length)[:, None], other=0.0)
 
 
 @triton.jit
@@ -223,8 +223,7 @@ class Rows(NamedTuple):
     tile_t: Any
     tile_s: Any
     tile_g: Any  # tile_s with DG features: where DG is 8, half of a product of padded width would be wasted
-    inverse_t: Any  # [BLOCK]
-    inverse_s: Any
+    inverses: Any  # [BLOCK, 2]
 
 
 @triton.jit
@@ -237,11 +236,11 @@ def _load_gradient_rows(
     length = program.length
     i = start + tl.arange(0, BLOCK)
     position = token_positions(indices, start, length, BLOCK, HAS_INDICES, FULL)
-    inverse_t, inverse_s = _load_pairs(inverses, i, length, FULL)
+    inverses = _load_pairs(inverses, i, length, FULL)
     tile_g = load_tile(s.x, position, s.stride, start, length, BLOCK, LAYOUT_S[0], DG, LAYOUT_S[2], FULL)
     tile_t = _load_tokens(t, position, start, length, LAYOUT_T, FULL, BLOCK)
     tile_s = _load_tokens(s, position, start, length, LAYOUT_S, FULL, BLOCK)
-    return Rows(i, position, tile_t, tile_s, tile_g, inverse_t, inverse_s)
+    return Rows(i, position, tile_t, tile_s, tile_g, inverses)
 
 
 @triton.jit
@@ -252,10 +251,12 @@ def _earlier_pairs(
     """Returns q - p of the rows' pairs with earlier tokens and of the mirrored pairs, added up, and `acc` with their
     part of the rows' gradient; adds to the sums of q - p and of p (u_s - u_t)."""
     # static: begin gradients
-    q_inv_t = rows.inverse_t[:, None]
-    q_inv_s = rows.inverse_s[:, None]
-    k_inv_t = keys.inverse_t[None, :]
-    k_inv_s = keys.inverse_s[None, :]
+    q_inv_t, q_inv_s = tl.split(rows.inverses)
+    q_inv_t = q_inv_t[:, None]
+    q_inv_s = q_inv_s[:, None]
+    k_inv_t, k_inv_s = tl.split(keys.inverses)
+    k_inv_t = k_inv_t[None, :]
+    k_inv_s = k_inv_s[None, :]
     u_t = tl.fma(_dot(rows.tile_t, keys.tile_t, PRECISION), t.scale, -t.pivot)
     u_s = tl.fma(_dot(rows.tile_s, keys.tile_s, PRECISION), s.scale, -s.pivot)
     if MASK == CAUSAL:
@@ -287,16 +288,18 @@ def _diagonal_pairs(
     length = program.length
     i = rows.i[:, None]
     j = keys.i[None, :]
-    q_inv_t = rows.inverse_t[:, None]
-    q_inv_s = rows.inverse_s[:, None]
-    k_inv_t = keys.inverse_t[None, :]
-    k_inv_s = keys.inverse_s[None, :]
+    q_inv_t, q_inv_s = tl.split(rows.inverses)
+    q_inv_t = q_inv_t[:, None]
+    q_inv_s = q_inv_s[:, None]
+    k_inv_t, k_inv_s = tl.split(keys.inverses)
+    k_inv_t = k_inv_t[None, :]
+    k_inv_s = k_inv_s[None, :]
     dot_t = _dot(rows.tile_t, keys.tile_t, PRECISION)
     dot_s = _dot(rows.tile_s, keys.tile_s, PRECISION)
     # static: end gradients_diagonal
     # static: begin wide
     if WIDE:
-        pivot_t, pivot_s = _load_pairs(pivots, rows.i, length, False)
+        pivot_t, pivot_s = tl.split(_load_pairs(pivots, rows.i, length, False))
         u_t = tl.fma(dot_t, t.scale, -pivot_t[:, None])
         u_s = tl.fma(dot_s, s.scale, -pivot_s[:, None])
         fwd = j < length
@@ -308,7 +311,7 @@ def _diagonal_pairs(
         excess = tl.where(fwd, tl.exp2(u_s) * q_inv_s, 0.0) - p
         excess_sum += _thread_sums(excess, WARPS)  # as a row; the other order is a row of another strip
         product_sum += _thread_sums(tl.where(fwd, p * (u_s - u_t), 0.0), WARPS)
-        pivot_t, pivot_s = _load_pairs(pivots, keys.i, length, False)
+        pivot_t, pivot_s = tl.split(_load_pairs(pivots, keys.i, length, False))
         u_t = tl.fma(dot_t, t.scale, -pivot_t[None, :])
         u_s = tl.fma(dot_s, s.scale, -pivot_s[None, :])
         excess += tl.where(mirrored, tl.exp2(u_s) * k_inv_s - tl.exp2(u_t) * k_inv_t, 0.0)
@@ -539,7 +542,7 @@ def unordered_kernel(
                 )  # fmt: skip
         for start in range(part * 64 * WARPS, length, parts * 64 * WARPS):
             # The inverses are 0 in rows that do not count or see only themselves.
-            inverse_t, inverse_s = _load_pairs(sums, start + tl.arange(0, 64 * WARPS), length, False)
+            inverse_t, inverse_s = tl.split(_load_pairs(sums, start + tl.arange(0, 64 * WARPS), length, False))
             inverse_s = tl.where(inverse_t > 0.0, inverse_s, 1.0)
             ratio = log_ratio(inverse_s, tl.where(inverse_t > 0.0, inverse_t, 1.0))
             value, lost = _add_exactly(value, lost, tl.reshape(ratio * 2.0**SHIFT, [WARPS * 8, 8]))
