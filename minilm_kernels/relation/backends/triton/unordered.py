@@ -215,32 +215,32 @@ def _thread_sums(x, WARPS: tl.constexpr):
     return tl.reshape(tl.sum(tl.sum(x, 2), 0), [WARPS * 8, 8])
 
 
-class Rows(NamedTuple):
-    """Half of a strip's rows in the gradient."""
+class Tokens(NamedTuple):
+    """A block of tokens in the gradient."""
 
-    i: Any  # numbers of the tokens
+    i: Any
     position: Any
     tile_t: Any
     tile_s: Any
-    tile_g: Any  # tile_s with DG features: where DG is 8, half of a product of padded width would be wasted
+    tile_g: Any  # the student's, as an operand of the gradient
     inverses: Any  # [BLOCK, 2]
 
 
 @triton.jit
-def _load_gradient_rows(
+def _load_gradient_tokens(
     start, t, s, inverses, program, indices,
-    LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, DG: tl.constexpr, HAS_INDICES: tl.constexpr, FULL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, LAYOUT_G: tl.constexpr, HAS_INDICES: tl.constexpr,
+    FULL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Returns the `Rows` of the tokens from `start` on."""
+    """Returns the `Tokens` from `start` on."""
     length = program.length
     i = start + tl.arange(0, BLOCK)
     position = token_positions(indices, start, length, BLOCK, HAS_INDICES, FULL)
     inverses = _load_pairs(inverses, i, length, FULL)
-    tile_g = load_tile(s.x, position, s.stride, start, length, BLOCK, LAYOUT_S[0], DG, LAYOUT_S[2], FULL)
     tile_t = _load_tokens(t, position, start, length, LAYOUT_T, FULL, BLOCK)
     tile_s = _load_tokens(s, position, start, length, LAYOUT_S, FULL, BLOCK)
-    return Rows(i, position, tile_t, tile_s, tile_g, inverses)
+    tile_g = tile_s if LAYOUT_G == LAYOUT_S else _load_tokens(s, position, start, length, LAYOUT_G, FULL, BLOCK)
+    return Tokens(i, position, tile_t, tile_s, tile_g, inverses)
 
 
 @triton.jit
@@ -340,18 +340,18 @@ def _diagonal_pairs(
 
 
 @triton.jit
-def _gradient_rows(out, position, out_stride, DG: tl.constexpr):
-    """Returns pointers to the gradient of the tokens at `position`, [BLOCK, DG]."""
-    address = out + ((position * out_stride)[:, None] + tl.arange(0, DG)[None, :])
-    # Two features of a thread are contiguous, as in a product, whose values then need not be exchanged.
+def _gradient_of(out, position, out_stride, WIDTH: tl.constexpr):
+    """Returns pointers to the gradient of the tokens at `position`, [BLOCK, WIDTH]."""
+    address = out + ((position * out_stride)[:, None] + tl.arange(0, WIDTH)[None, :])
+    # A thread of a product has two features side by side. In this layout no value goes to another thread.
     return tl.max_contiguous(address, (1, 2))
 
 
 @triton.jit
 def _store_gradient(out, out_stride, rows, gradient, length, D_S: tl.constexpr):
-    DG: tl.constexpr = gradient.shape[1]
-    mask = (rows.i < length)[:, None] & (tl.arange(0, DG)[None, :] < D_S)
-    tl.store(_gradient_rows(out, rows.position, out_stride, DG), gradient, mask=mask)
+    WIDTH: tl.constexpr = gradient.shape[1]
+    mask = (rows.i < length)[:, None] & (tl.arange(0, WIDTH)[None, :] < D_S)
+    tl.store(_gradient_of(out, rows.position, out_stride, WIDTH), gradient, mask=mask)
 
 
 @triton.jit
@@ -368,17 +368,19 @@ def _strip_gradient(
     A turn takes one half of the rows after the other, which halves the registers that hold scores.
     """
     length = program.length
-    D_S: tl.constexpr = LAYOUT_S[0]
+    # Where DG is 8, half of a product of padded width would be wasted.
+    LAYOUT_G: tl.constexpr = LAYOUT_S if WIDE else (LAYOUT_S[0], DG, LAYOUT_S[2])
+    D_S: tl.constexpr = LAYOUT_G[0]
+    WIDTH: tl.constexpr = LAYOUT_G[1]
     HALF: tl.constexpr = BLOCK_M // 2
-    rows_0 = _load_gradient_rows(
-        start, t, s, inverses, program, indices, LAYOUT_T, LAYOUT_S, DG, HAS_INDICES, FULL, HALF
+    rows_0 = _load_gradient_tokens(
+        start, t, s, inverses, program, indices, LAYOUT_T, LAYOUT_S, LAYOUT_G, HAS_INDICES, FULL, HALF
     )
-    rows_1 = _load_gradient_rows(
-        start + HALF, t, s, inverses, program, indices, LAYOUT_T, LAYOUT_S, DG, HAS_INDICES, FULL, HALF
+    rows_1 = _load_gradient_tokens(
+        start + HALF, t, s, inverses, program, indices, LAYOUT_T, LAYOUT_S, LAYOUT_G, HAS_INDICES, FULL, HALF
     )
-    feature = tl.arange(0, DG)[None, :]
-    acc_0 = tl.zeros([HALF, DG], tl.float32)
-    acc_1 = tl.zeros([HALF, DG], tl.float32)
+    acc_0 = tl.zeros([HALF, WIDTH], tl.float32)
+    acc_1 = tl.zeros([HALF, WIDTH], tl.float32)
     excess_sum = tl.zeros([WARPS * 8, 8], tl.float32)
     product_sum = tl.zeros([WARPS * 8, 8], tl.float32)
     begin = 0
@@ -387,8 +389,8 @@ def _strip_gradient(
         begin = start
         end = start + BLOCK_M if FULL else tl.minimum(start + BLOCK_M, length)
         for k_start in range(0, start, BLOCK_N):
-            keys = _load_gradient_rows(
-                k_start, t, s, inverses, program, indices, LAYOUT_T, LAYOUT_S, DG, HAS_INDICES, True, BLOCK_N
+            keys = _load_gradient_tokens(
+                k_start, t, s, inverses, program, indices, LAYOUT_T, LAYOUT_S, LAYOUT_G, HAS_INDICES, True, BLOCK_N
             )
             excess, acc_0, excess_sum, product_sum = _earlier_pairs(
                 rows_0, keys, acc_0, excess_sum, product_sum, t, s, program, PRECISION, MASK, FULL, WARPS
@@ -398,11 +400,12 @@ def _strip_gradient(
                 rows_1, keys, acc_1, excess_sum, product_sum, t, s, program, PRECISION, MASK, FULL, WARPS
             )
             mirrored = tl.dot(tl.trans(excess), rows_1.tile_g, mirrored, input_precision=PRECISION)
-            address = _gradient_rows(earlier_out, keys.position, out_stride, DG)
-            tl.atomic_add(address, factor * mirrored, mask=None if D_S == DG else feature < D_S, sem="relaxed")
+            address = _gradient_of(earlier_out, keys.position, out_stride, WIDTH)
+            mask = None if D_S == WIDTH else tl.arange(0, WIDTH)[None, :] < D_S
+            tl.atomic_add(address, factor * mirrored, mask=mask, sem="relaxed")
     for k_start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        keys = _load_gradient_rows(
-            k_start, t, s, inverses, program, indices, LAYOUT_T, LAYOUT_S, DG, HAS_INDICES, FULL, BLOCK_N
+        keys = _load_gradient_tokens(
+            k_start, t, s, inverses, program, indices, LAYOUT_T, LAYOUT_S, LAYOUT_G, HAS_INDICES, FULL, BLOCK_N
         )
         acc_0, excess_sum, product_sum = _diagonal_pairs(
             rows_0, keys, acc_0, excess_sum, product_sum, t, s, pivots, program, PRECISION, MASK, FULL, WIDE, WARPS
