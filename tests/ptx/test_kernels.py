@@ -96,7 +96,7 @@ def test_unordered_pairs(family, mask, heads, length, max_seqlen, spread):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", TRITON)
 def test_small_divergences_of_unordered_pairs(family, dtype):
-    """At a KL of 1e-5, errors are below a third of what the contract allows for 10 000 rows, with 1 200 rows already."""
+    """At a KL of 1e-5, errors are below a third of what the contract allows for 10 000 rows, with 1 200 rows."""
     device = Device()
     errors = []
     with _emulated(family, device) as backend:
