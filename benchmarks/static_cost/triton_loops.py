@@ -224,7 +224,7 @@ def variants_of(
             tile = rows * config.block_n
             gradient = phase == "gradients"
             products = (8 if d_s <= 8 else 16) * gradient
-            columns = 0 if on_diagonal else 4 * d_s if gradient else 8  # added to
+            columns = 0 if on_diagonal else (4 * d_s if gradient else 8)  # additions to earlier rows
 
             def work(length: int) -> Work | None:
                 if config_of(length) != config:
