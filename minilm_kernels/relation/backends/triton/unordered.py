@@ -4,7 +4,8 @@ A program owns a head and cuts its tokens into strips of BLOCK_M rows, and what 
 as many, because comparisons with the sequence's end take registers. Each strip meets tiles of BLOCK_N earlier tokens,
 then itself, the diagonal. Contributions to the strip's own rows stay in registers. Those to earlier rows are added to
 global memory: within a strip every tile has its own rows, and a strip stores its rows before later strips add to them.
-No other program touches them, so there are no atomics, and the order of additions is fixed.
+No other program touches them, so the order of additions is fixed. They are atomic only to return nothing: no thread
+waits for a load.
 
 Rows of a strip see all earlier tokens, under every mask. An earlier token sees a row i of the strip if the mask is
 bidirectional or i < prefix. Only the diagonal compares positions.
