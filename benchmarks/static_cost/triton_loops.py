@@ -226,7 +226,7 @@ def variants_of(
             tile = rows * config.block_n
             gradient = phase == "gradients"
             products = (8 if d_s <= 8 else 16) * gradient
-            columns = 0 if on_diagonal else (4 * d_s * 2 if gradient else 8)  # read and written, or only written
+            columns = 0 if on_diagonal else (4 * d_s if gradient else 8)  # additions to earlier rows
 
             def work(length: int) -> Work | None:
                 if config_of(length) != config:

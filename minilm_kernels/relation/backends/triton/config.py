@@ -149,9 +149,9 @@ class LaunchConfig:
         # A scheduler holds 3 warps with 168 registers, and 2 with up to 255. In all other cases, 168 spill in a loop.
         many = warps == 1 and bidirectional and arch <= 90 and _version() >= (3, 9)
         many = many and not any(width % 8 for width in widths)
-        return cls(64 * warps, 16, warps, 2, 168 if many else 255)
+        return cls(64 * warps, 16, warps, 3, 168 if many else 255)
 
     @classmethod
     def for_interpreter(cls, positions: int, packed: bool) -> LaunchConfig:
         """Returns tile sizes for Triton's interpreter, whose time per loop iteration hardly depends on their size."""
-        return cls(32, 16, 1, 1) if positions <= 300 or packed else cls(512, 256, 1, 1)
+        return cls(64, 16, 1, 1) if positions <= 300 or packed else cls(512, 256, 1, 1)
