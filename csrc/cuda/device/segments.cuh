@@ -35,19 +35,6 @@ struct Window {
   }
 };
 
-// The tokens of a head in global memory.
-struct HeadTokens {
-  const TensorView& x;
-  const Sequence& sequence;
-  int64_t base;
-
-  MINILM_DEVICE HeadTokens(const TensorView& view, const Sequence& of, int64_t head)
-      : x(view), sequence(of), base(of.batch * view.batch_stride + head * view.head_stride) {}
-  MINILM_DEVICE void operator()(int token, int chunk, float (&value)[8]) const {
-    load_chunk(x, base + position_of(sequence, token) * x.position_stride, chunk, value);
-  }
-};
-
 // Smallest and largest s_ii in bits, less |μ|² if the tokens have means; see range_of_norms.
 MINILM_DEVICE Range range_of_head(const HeadTokens& load, int chunks, float scale, const float* means,
                                   double* scratch) {
@@ -65,36 +52,6 @@ MINILM_DEVICE Range range_of_head(const HeadTokens& load, int chunks, float scal
     widen(range, norm * scale);
   }
   return block_range(range, scratch);
-}
-
-// As find_means in tile.cuh. `scratch`: two floats per thread.
-MINILM_DEVICE float find_means(const HeadTokens& load, int chunks, float* means, float* scratch) {
-  float most = 0.0f;
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    float sum[8] = {}, squares[8] = {};
-    for (int i = thread_index(); i < load.sequence.length; i += thread_count()) {
-      float value[8];
-      load(i, chunk, value);
-      MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) {
-        sum[d] += value[d];
-        squares[d] = fmaf(value[d], value[d], squares[d]);
-        most = fmaxf(most, fabsf(value[d]));
-      }
-    }
-    scratch[thread_index()] = distributed_sums(sum, 1);  // lane % 8 is the feature
-    scratch[thread_count() + thread_index()] = distributed_sums(squares, 1);
-    syncthreads();
-    if (thread_index() < 8) {
-      float total = 0.0f, total_squares = 0.0f;
-      for (int i = thread_index(); i < thread_count(); i += 8) {
-        total += scratch[i];
-        total_squares += scratch[thread_count() + i];
-      }
-      means[8 * chunk + thread_index()] = useful_mean(total, total_squares, load.sequence.length);
-    }
-    syncthreads();
-  }
-  return most;
 }
 
 // Adds the first `count` of 8 numbers to `to`, or stores them.

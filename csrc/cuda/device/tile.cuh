@@ -127,12 +127,13 @@ MINILM_DEVICE bool is_copyable(const TensorView& x, int64_t base, int format) {
 }
 
 // Loads `count` tokens of one head, from token `first` of the sequence on, with all threads of the block. Tokens beyond
-// the end of the sequence are 0 and, with `rows`, those of rows that do not count. `plane`: size of a plane in bytes; a
-// plane holds one chunk of one split. Neighbouring threads load the chunks of a token, then those of the next token.
-// One head of a token may be as small as 16 bytes; blocks of neighbouring heads run at the same time and share the
-// sectors in L2.
+// the end of the sequence are 0 and, with `rows`, those of rows that do not count. `means`, if given, are subtracted
+// from the others. `plane`: size of a plane in bytes; a plane holds one chunk of one split. Neighbouring threads load
+// the chunks of a token, then those of the next token. One head of a token may be as small as 16 bytes; blocks of
+// neighbouring heads run at the same time and share the sectors in L2.
 MINILM_DEVICE void load_tokens(const TensorView& x, const Sequence& sequence, int64_t head, int first, int count,
-                               char* planes, int plane, int chunks, int format, bool rows = false) {
+                               char* planes, int plane, int chunks, int format, bool rows = false,
+                               const float* means = nullptr) {
   int64_t base = sequence.batch * x.batch_stride + head * x.head_stride;
   if (is_copyable(x, base, format)) {
     const char* from = static_cast<const char*>(x.data) + base * 2;
@@ -147,8 +148,11 @@ MINILM_DEVICE void load_tokens(const TensorView& x, const Sequence& sequence, in
   for (int item = thread_index(); item < count * chunks; item += thread_count()) {
     int slot = item / chunks, chunk = item % chunks;
     float value[8] = {};
-    if (rows ? counts(sequence, first + slot) : first + slot < sequence.length)
+    if (rows ? counts(sequence, first + slot) : first + slot < sequence.length) {
       load_chunk(x, base + position_of(sequence, first + slot) * x.position_stride, chunk, value);
+      if (means)
+        MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) value[d] = sub(value[d], means[8 * chunk + d]);
+    }
     char* to = planes + chunk * plane + slot * 16;
     for (int split = 0; split < splits_in(format); ++split) {
       Uint4 words;

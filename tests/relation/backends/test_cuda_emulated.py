@@ -258,6 +258,45 @@ def test_sequences_beyond_shared_memory(library, backend, mask, reduction):
         _check(make({"cu_seqlens": lengths.int()}, heads=2, widths=(16, 8)))
 
 
+def _with_feature(x: torch.Tensor, size: float) -> torch.Tensor:
+    return torch.cat([x[..., :-1], size + x[..., -1:]], -1)
+
+
+@pytest.mark.parametrize("groups", [(1, 1), (2, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("size", [0.0, 100.0])
+def test_common_component_of_keys(backend, size, groups):
+    """A feature of all keys that is 100 times as large as the others, with queries that do or do not share one."""
+    q_t, k_t, q_s, k_s = make(batch=1, length=150, heads=2, widths=(16, 8), cross=True, groups=groups).tensors
+    queries, keys = ([_with_feature(x, large) for x in pair] for pair, large in (((q_t, q_s), size), ((k_t, k_s), 100)))
+    case = Case((queries[0], keys[0], queries[1], keys[1]), {})
+    repeated = [key.repeat_interleave(group, 2) for key, group in zip(keys, groups, strict=True)]
+    full = Case((queries[0], repeated[0], queries[1], repeated[1]), {})
+    eps = torch.finfo(torch.float32).eps
+    for reduction in ("sequence", "none"):
+        value, grads = case.run(reduction, backend)
+        expected, expected_grads = case.oracle(reduction)
+        rows, (query_grad, key_grad) = dense(
+            full, torch.full_like(full.oracle("none")[0], 1 if reduction == "none" else 1 / 300)
+        )
+        key_grad = key_grad.unflatten(2, (-1, groups[1])).sum(3)
+        plain = rows if reduction == "none" else rows.double().mean()
+        assert error(value, expected) <= 2 * error(plain, expected) + eps
+        for grad, plain_grad, expected_grad in zip(grads, (query_grad, key_grad), expected_grads, strict=True):
+            assert error(grad, expected_grad) <= 2 * error(plain_grad, expected_grad) + eps
+    evaluated = relation_kl(*(x.detach() for x in case.tensors), backend=backend)
+    assert error(evaluated, case.oracle("sequence")[0]) <= 2 * error(rows.double().mean(), expected.mean()) + eps
+
+
+@pytest.mark.parametrize("size", [10.0, 100.0])
+def test_common_component_without_gradient(backend, size):
+    """Rows of a self relation and its evaluation see tokens as keys whose mean is subtracted."""
+    q_t, _, q_s, _ = (x if x is None else _with_feature(x, size) for x in make(batch=1, length=150, heads=2).tensors)
+    rows = relation_kl(q_t, None, q_s, None, reduction="none", backend=backend)
+    expected = relation_kl(q_t.double(), None, q_s.double(), None, reduction="none", backend="reference")
+    plain, _ = dense(Case((q_t, None, q_s, None), {}))
+    assert error(rows, expected) <= 2 * error(plain, expected) + torch.finfo(torch.float32).eps
+
+
 def _use_windows(
     library, warps: int, processors: int, widths: tuple[int, int] = (16, 8), dtypes=(_BF16, _BF16)
 ) -> None:
