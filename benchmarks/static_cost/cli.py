@@ -50,7 +50,7 @@ def register(commands) -> None:
         "--cuda-module", default=CUDA_MODULE, metavar="MODULE", help="module with variants(), or a JSON file of kernels"
     )
     parser.add_argument("--kernel", default="*", help="only kernels whose name matches this pattern")
-    parser.add_argument("--group", default="*", help="only groups that match this pattern")
+    parser.add_argument("--group", nargs="+", default=["*"], help="only groups that match one of these patterns")
     parser.add_argument("--dtype", default="*", help="only this dtype of the inputs")
     parser.add_argument("--widths", default="*", metavar="D_txD_s", help="only these widths, such as 16x8")
     parser.add_argument(
@@ -113,20 +113,22 @@ def _declared(options: argparse.Namespace) -> Iterator[tuple[str, Variant]]:
         if "cuda" in options.backends:
             declared += cuda_variants(arch, options.cuda_module)
         for variant in declared:
-            values = (variant.kernel, variant.group, variant.dtype, f"{variant.d_t}x{variant.d_s}")
-            patterns = (options.kernel, options.group, options.dtype, options.widths)
-            if all(map(fnmatch.fnmatch, values, patterns)):
+            values = (variant.kernel, variant.dtype, f"{variant.d_t}x{variant.d_s}")
+            patterns = (options.kernel, options.dtype, options.widths)
+            grouped = any(fnmatch.fnmatch(variant.group, pattern) for pattern in options.group)
+            if grouped and all(map(fnmatch.fnmatch, values, patterns)):
                 yield arch, variant
 
 
 def _markdown(rows: list[dict]) -> str:
-    """Returns a Markdown table of the loops and totals, grouped by dtype."""
+    """Returns a Markdown table of the loops over whole tiles and of the totals at each length, grouped by dtype."""
     headings = ("architecture", "dtype", "widths", "kernel", "exponentials", "issue slots", "registers", "spill bytes")
     table = [headings, ("---",) * len(headings)]
-    shown = [row for row in rows if row["phase"] != "outside"]
-    for row in sorted(shown, key=lambda row: (row["arch"], row["dtype"], row["phase"] == "total")):
-        phase = "" if row["phase"] in ("total", row["kernel"]) else f" {row['phase']}"
-        kernel = f"{row['kernel']}{phase} [{row['group']}]".replace("+", " + ")
+    shown = [row for row in rows if row["phase"] not in ("outside", "total") and not row["part"]]
+    for row in sorted(shown, key=lambda row: (row["arch"], row["dtype"], row["group"])):
+        length = row["phase"].startswith("S=")
+        phase = f", {row['phase']}" if length else "" if row["phase"] == row["kernel"] else f" {row['phase']}"
+        kernel = f"{row['kernel']}{phase} [{row['group']}]".replace("+", " + ").replace("=", " = ")
         figures = (f"{row['mufu_per_pair']:.2f}", f"{row['issue_slots_per_pair']:.2f}", row["registers"])
         table.append((row["arch"], row["dtype"], f"{row['d_t']}, {row['d_s']}", kernel, *figures, row["spill_bytes"]))
     lines = [f"| {' | '.join(map(str, cells))} |" for cells in table]

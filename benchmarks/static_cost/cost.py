@@ -286,7 +286,7 @@ def _turn(flow: Flow, loop: Loop, trip: Trip, source: SourceLoop, warps: int) ->
     It has several turns of the machine loop if it contains that loop and the compiler did not unroll it. The
     exponentials determine the number of turns. One path through the enclosing loop is counted with the turns, and
     `unroll` checks the multiply-adds of the sum. If loops inside have products alone, as those over the splits of a
-    number have, their turns are those that the declared multiply-adds require.
+    number or the slices of a row have, their turns are those that the declared multiply-adds require.
     """
     scale = warps if source.per == "block" else 1
     least = flow.trip(loop, frozenset()).must & trip.may if source.conditional else trip.must
@@ -302,13 +302,23 @@ def _turn(flow: Flow, loop: Loop, trip: Trip, source: SourceLoop, warps: int) ->
             may = outside.plus(may, turns)
             must = count(flow.code(around.must - loop.blocks)).plus(must, turns)
     missing = source.tensor_macs / scale - may.tensor_macs
+    inside = frozenset[int]().union(*(child.blocks for child in loop.children)) & trip.may
+    products, more = count(flow.code(inside)), 0.0  # turns of the loops inside, beyond one
     if missing and source.tensor_macs and may.exponentials * WARP * scale == source.exponentials:
-        inside = frozenset[int]().union(*(child.blocks for child in loop.children)) & trip.may
-        products = count(flow.code(inside))
-        if products.tensor_macs and not products.exponentials and missing > -turns * products.tensor_macs:
+        if products.tensor_macs and missing > -turns * products.tensor_macs:
             more = missing / products.tensor_macs
-            may, must = may.plus(products, more), must.plus(count(flow.code(inside & least)), more)
+    elif source.looped_macs and (multiplied := _multiply_adds(products) * WARP * scale):
+        if source.looped_macs % multiplied:
+            found = f"{multiplied:g} multiply-adds in loops inside, expected a divisor of {source.looped_macs}"
+            raise Mismatch(f"phase {_label(source.phase, source.part)}: {found}")
+        more = source.looped_macs / multiplied - 1
+    if more and not products.exponentials:
+        may, must = may.plus(products, more), must.plus(count(flow.code(inside & least)), more)
     return _Turn(may, must, turns, whole)
+
+
+def _multiply_adds(counts: Counts) -> float:
+    return counts.opcodes["float", "FFMA"] + 2 * counts.opcodes["packed float", "FFMA2"]
 
 
 def _enclosing(flow: Flow, loop: Loop) -> _Turn:
@@ -421,7 +431,9 @@ def _notes(flow: Flow, loops: list[Loop], turns: int, counts: Counts) -> list[st
         if loop.back_edges > 1:
             notes.append(f"{loop.back_edges} back edges, counted as one loop")
         if loop.children:
-            notes.append(f"{len(loop.children)} loops inside, counted as one turn each")
+            notes.append(
+                f"{len(loop.children)} loops inside, counted as one turn each unless their products are declared"
+            )
     if counts.calls:
         notes.append(f"{counts.calls} calls, whose callees are not counted")
     if counts.tensor_unknown:

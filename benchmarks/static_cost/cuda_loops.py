@@ -11,7 +11,7 @@ _SPLITS = {"bfloat16": 1, "float16": 2, "float32": 3}
 _TILE = 32  # rows and columns of a tile
 _FORMATS = {"bfloat16": 1, "float16": 4, "float32": 5}  # tokens in the symmetric path (launch_params.h)
 _STRIP_ROWS = {(16, 8): 64, (16, 16): 32, (32, 16): 32, (64, 32): 32}  # see symmetric_schedule
-_WINDOW = 8  # strips of a window of 64 rows (segment_warps)
+_WINDOW = {"bfloat16": 8, "float16": 8, "float32": 3}  # strips of a window of 64 rows on sm_90 (plan_segments)
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,7 @@ def variants(arch: int = 90) -> Iterator[CudaVariant]:
         for widths in _STRIP_ROWS:
             if in_strips(dtype, *widths):
                 yield strips(dtype, *widths, "self")
-        if dtype == "float32":
-            continue
-        for group in ("self causal", "self prefix", "self long"):
+        for group in ("self causal", "self prefix", "self long") if dtype != "float32" else ("self long",):
             yield strips(dtype, 16, 8, group)
     for dtype, d_t, d_s in (("bfloat16", 128, 64), ("float32", 64, 32)):
         yield tiles(dtype, d_t, d_s)
@@ -80,7 +78,7 @@ def symmetric_bytes(dtype: str, d_t: int, d_s: int, length: int) -> int:
 
 def _symmetric(dtype: str, d_t: int, d_s: int, group: str, loops: tuple[SourceLoop, ...]) -> CudaVariant:
     form, t, s = _FORMATS[dtype], _padded(d_t) // 8, _padded(d_s) // 8
-    kernel, warps = ("segments", _WINDOW) if "long" in group else ("symmetric", 8 if dtype == "float32" else 4)
+    kernel, warps = ("segments", _WINDOW[dtype]) if "long" in group else ("symmetric", 8 if dtype == "float32" else 4)
     causal = int("causal" in group or "prefix" in group)
     shared = None if "long" in group else {"512": symmetric_bytes(dtype, d_t, d_s, 512)}
     return CudaVariant(kernel, f"{kernel}_{form}_{t}_{form}_{s}_{causal}", group, dtype, d_t, d_s, warps, loops, shared)
@@ -106,7 +104,7 @@ def strips(dtype: str, d_t: int, d_s: int, group: str) -> CudaVariant:
         left = 1 if length % rows else 0
         strips = n + left
         # A strip meets the columns of its own window and of half of the others, one window at a time.
-        windows = (-(-strips // _WINDOW) + 1) / 2 if "long" in group else 1
+        windows = (-(-strips // _WINDOW[dtype]) + 1) / 2 if "long" in group else 1
         return Work(share(n), share(n) * pairs, entries=strips * windows * entries)
 
     def later_rows(n: int) -> float:  # rounds in which the strip is later than the columns: they wrapped around

@@ -22,7 +22,8 @@ from .variants import Variant, cuda_variant, triton_variant
 
 _STUDENTS = {16: 8, 32: 16, 64: 32, 128: 64}  # width of the student by the teacher's
 _HALVES = ("bfloat16", "float16")
-_KINDS = {"qq": "self", "kk": "self", "vv": "self", "qk": "cross"}
+KINDS = tuple(f"{relation} {work}" for relation in ("self", "cross") for work in get_args(Work))
+_RELATIONS = {"qq": "self", "kk": "self", "vv": "self", "qk": "cross"}
 Sizes = tuple[str, int, int]  # dtype, and the widths of teacher and student
 
 
@@ -36,6 +37,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--arch", nargs="+", choices=list(MACHINES), default=["sm_80", "sm_90"], metavar="sm_XX")
     parser.add_argument("--dtype", nargs="+", choices=[*_HALVES, "float32"], default=[*_HALVES, "float32"])
     parser.add_argument("--widths", nargs="+", type=int, choices=WIDTHS, default=list(WIDTHS), metavar="D_t")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help="of calls")
     parser.add_argument(
         "--measured", nargs="*", type=Path, default=[], metavar="FILE", help="records of losses on the first --arch"
     )
@@ -49,7 +51,9 @@ def main(options: argparse.Namespace) -> int:
     for arch in options.arch:
         for dtype in options.dtype:
             for width in options.widths:
-                rows |= {_key(row): row for row in static_rows(arch, dtype, width)}
+                for kind in options.kinds:
+                    relation, work = kind.split(" ", 1)
+                    rows |= {_key(row): row for row in static_rows(arch, dtype, width, (relation,), (work,))}
                 write(options.output, rows.values())
     for path in options.measured:
         add_measured(rows, map(json.loads, path.read_text(encoding="utf-8").splitlines()), options.arch[0])
@@ -164,7 +168,7 @@ def add_measured(rows: dict[tuple, dict], records: Iterable[dict], arch: str) ->
     machine, measured = MACHINES[arch], defaultdict[tuple, dict[str, float]](dict)
     for record in records:
         shape = record["shape"]
-        kinds = {_KINDS.get(name) for name in (shape["relations"] or "").split(",")}
+        kinds = {_RELATIONS.get(name) for name in (shape["relations"] or "").split(",")}
         if (record["suite"], record["status"], record["mode"], shape["mask"]) != ("loss", "ok", "full", "none"):
             continue
         if record["provider"] not in ("cuda", "triton") or None in kinds or len(kinds) > 1:

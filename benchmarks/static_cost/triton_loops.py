@@ -142,7 +142,7 @@ def variants_of(
         "relations": ("i32",) * 3,
         **dict.fromkeys(("scale_t", "scale_s", "gradient_scale", "weight"), "fp32"),
         **dict.fromkeys(primitives.UNSPECIALIZED["do_not_specialize"], "i32"),
-        **dict.fromkeys(("sum_t", "sum_s", "pivot_t", "pivot_s"), "*fp32"),
+        **dict.fromkeys(("sums", "pivots", "sum_t", "sum_s", "pivot_t", "pivot_s"), "*fp32"),
         **dict.fromkeys(("kl_rows", "values", "losses", "head_stats", "weights"), "*fp32"),
         **dict.fromkeys(("row_grads", "rows_out"), "*fp32"),
         "out": ("*fp32",) * 3,
@@ -178,6 +178,7 @@ def variants_of(
             width,
             itemsize,
             precision,
+            arch,
             intricate=mask != primitives.BIDIRECTIONAL or not aligned,
             indices_and_prefix=padded and mask == primitives.PREFIX,
         )
@@ -197,6 +198,7 @@ def variants_of(
                 pairs=pairs,
                 exponentials=2 * pairs,
                 tensor_macs=pairs * features * products,
+                looped_macs=pairs * sum(dp for dp in map(padded_width, (d_t, d_s)) if sliced(dp, itemsize)),
                 marker=marker,
                 trips=0 if part else 512 / config.block_n,
                 copies=copies,
@@ -224,7 +226,7 @@ def variants_of(
             tile = rows * config.block_n
             gradient = phase == "gradients"
             products = (8 if d_s <= 8 else 16) * gradient
-            columns = 0 if on_diagonal else (4 * d_s * 2 if gradient else 8)  # read and written, or only written
+            columns = 0 if on_diagonal else (4 * d_s if gradient else 8)  # additions to earlier rows
 
             def work(length: int) -> Work | None:
                 if config_of(length) != config:

@@ -52,6 +52,7 @@ class SourceLoop:
     conditional: bool = False  # the exponentials are in branches, of which an iteration executes a share (Work)
     l2_bytes: float = 0  # bytes that an iteration reads and writes in global memory, each once
     work: Callable[[int], Work | None] | None = None  # by the length of the sequence; None: another kernel serves it
+    looped_macs: int = 0  # ordinary multiply-adds of loops inside, which the compiler may unroll; 0: no such loops
 
 
 @dataclass(frozen=True)

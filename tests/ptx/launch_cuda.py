@@ -20,12 +20,13 @@ from .driver import driver
 
 # Number of the GPU, and bytes of shared memory per block and per SM. On sm_90, short sequences get blocks of one warp.
 # With little memory per SM, they get several warps. With little memory per block, long sequences take the row-wise path
-# or, with strips, windows: of two strips of (16, 8) in bfloat16 in "windows".
+# or, with strips, windows: of two strips of (16, 8) in "windows" and, with float32, in "float32 windows".
 GPUS = {
     "sm_90": (1, 232448, 233472),
     "crowded": (2, 232448, 30000),
     "small": (3, 16384, 16384),
     "windows": (4, 20736, 21760),
+    "float32 windows": (5, 65792, 66816),
 }
 ARCHITECTURE = 80  # PTX for it also runs on newer GPUs
 

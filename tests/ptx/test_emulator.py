@@ -115,9 +115,11 @@ def test_packing_to_bfloat16_rounds_to_even():
     assert np.array_equal(packed >> 16, expected ^ 0x8000)
 
 
-def test_sum_of_a_warp():
+def test_sum_and_maximum_of_a_warp():
     got = compute("redux.sync.add.s32 %r10, %r4, -1;", WORDS)
     assert np.array_equal(got, np.full_like(got, WORDS.sum(dtype=np.uint64) & 0xFFFFFFFF))
+    largest = compute("redux.sync.max.s32 %r10, %r4, -1;", WORDS).view(np.int32)
+    assert np.array_equal(largest, np.full_like(largest, WORDS.view(np.int32).max()))
 
 
 @pytest.mark.parametrize(
@@ -251,6 +253,22 @@ def test_a_barrier_orders_warps():
     given, out = _two_arrays(128)
     assert run(LOAD + SUM.format("bar.sync 0;"), given, out, 128) == []
     assert np.array_equal(out, given ^ 64)
+
+
+def test_reductions_add_to_memory_and_may_not_meet():
+    body = "mov.b32 %f1, %r4; red.global.gpu.relaxed.add.v2.f32 [ %d6 + 0 ], { %f1, %f1 };"
+    each = "mul.wide.u32 %d6, %r1, 8; add.s64 %d6, %d2, %d6;"
+    given, out = FLOATS.view(np.uint32), np.ones(64, np.float32)
+    assert run(LOAD + each + body, given, out.view(np.uint32)) == []
+    assert np.array_equal(out, 1 + FLOATS.repeat(2))
+    out = np.full(64, 1e-40, np.float32)
+    assert run(LOAD + each + body, np.zeros(32, np.uint32), out.view(np.uint32)) == []
+    assert (out == 0).all()
+    assert "race: global memory is written" in run(LOAD + "mov.u64 %d6, %d2;" + body, given, np.ones(64, np.uint32))
+    one = "setp.eq.s32 %p1, %r1, {}; @%p1 red.global.gpu.relaxed.add.f32 [%d2], %f1;"
+    both = LOAD + "mov.b32 %f1, %r4;" + one.format(0) + "{}" + one.format(1)
+    assert run(both.format("bar.sync 0;"), given, np.ones(64, np.uint32)) == []
+    assert "race: global memory is written" in run(both.format(""), given, np.ones(64, np.uint32))
 
 
 def test_a_missing_barrier_is_a_race():

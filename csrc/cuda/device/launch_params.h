@@ -51,10 +51,14 @@ constexpr int kRowWiseWarps = 4;  // warps per block; two blocks run on an SM
 // Parts of the shared memory of a symmetric block.
 constexpr int kBlockStateBytes = 128, kScratchBytes = 128;
 
-// The reference scores of a head. If `shared` is 0, no reference serves all its rows: it takes the row-wise path.
+// Numbers that all blocks of a head share. If `shared` is 0, no reference score serves all its rows, and it takes the
+// row-wise path.
+constexpr int kMaxMeans = 64;  // features of both models; strips of float32 tokens have at most 8 chunks
 struct HeadRange {
   float reference_t, reference_s;
   int32_t shared;
+  float token_factor, grad_factor;  // powers of two: of the student's tokens, and of the gradients that are stored
+  float means[kMaxMeans];           // float32 features of the teacher, then of the student
 };
 
 // Heads that exceed shared memory (segments.cuh). Row-wise launches of such heads have these parameters as well.
@@ -63,7 +67,7 @@ struct SegmentParams {
   int32_t parts;        // most parts of a head, an odd number
   int32_t gradient;     // phase: 0, sums; 1, gradients
   int32_t grad_floats;  // floats of a token in `grads`
-  HeadRange* ranges;    // [R][N][A]
+  HeadRange* ranges;    // [R][N][A][parts]: each block has its own
   float *sums, *grads;  // [1 + parts / 2] and [parts / 2] of [R][A][positions of all sequences][floats of a token]
 };
 

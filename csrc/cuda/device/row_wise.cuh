@@ -191,6 +191,68 @@ MINILM_DEVICE void row_wise_tile(const TileOperands& own, const TileOperands& ot
   }
 }
 
+// ---- Means ------------------------------------------------------------------------------------------------------
+
+// The tokens of a head in global memory.
+struct HeadTokens {
+  const TensorView& x;
+  const Sequence& sequence;
+  int64_t base;
+
+  MINILM_DEVICE HeadTokens(const TensorView& view, const Sequence& of, int64_t head)
+      : x(view), sequence(of), base(of.batch * view.batch_stride + head * view.head_stride) {}
+  MINILM_DEVICE void operator()(int token, int chunk, float (&value)[8]) const {
+    load_chunk(x, base + position_of(sequence, token) * x.position_stride, chunk, value);
+  }
+};
+
+// As find_means in tile.cuh. `scratch`: two floats per thread.
+MINILM_DEVICE float find_means(const HeadTokens& load, int chunks, float* means, float* scratch) {
+  float most = 0.0f;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    float sum[8] = {}, squares[8] = {};
+    for (int i = thread_index(); i < load.sequence.length; i += thread_count()) {
+      float value[8];
+      load(i, chunk, value);
+      MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) {
+        sum[d] += value[d];
+        squares[d] = fmaf(value[d], value[d], squares[d]);
+        most = fmaxf(most, fabsf(value[d]));
+      }
+    }
+    scratch[thread_index()] = distributed_sums(sum, 1);  // lane % 8 is the feature
+    scratch[thread_count() + thread_index()] = distributed_sums(squares, 1);
+    syncthreads();
+    if (thread_index() < 8) {
+      float total = 0.0f, total_squares = 0.0f;
+      for (int i = thread_index(); i < thread_count(); i += 8) {
+        total += scratch[i];
+        total_squares += scratch[thread_count() + i];
+      }
+      means[8 * chunk + thread_index()] = useful_mean(total, total_squares, load.sequence.length);
+    }
+    syncthreads();
+  }
+  return most;
+}
+
+// A constant vector in all keys adds a constant to the scores of a row, which changes no probability: the row-wise
+// kernels subtract the mean of a float32 head's keys. The gradient of a query is a sum over keys, in which the constant
+// has the factor Σ_j G_ij = 0; that of a key has no keys. If a pass computes both orders of the pairs of a self
+// relation, its scores are symmetric, and nothing is subtracted.
+struct KeyMeans {
+  float *t, *s;    // of teacher and student
+  float* scratch;  // two floats per thread
+  bool used;
+
+  MINILM_DEVICE const float* operator()(float* means, const TensorView& keys, const Sequence& sequence, int head,
+                                        int chunks, int splits) const {
+    if (splits < 3 || !used) return nullptr;
+    find_means(HeadTokens(keys, sequence, head), chunks, means, scratch);
+    return means;
+  }
+};
+
 // ---- Kernels ----------------------------------------------------------------------------------------------------
 
 // Layout of a block's shared memory; row_wise_bytes in launch_plan.h computes its size.
@@ -198,10 +260,13 @@ struct RowWiseLayout {
   Tokens own_t, own_s, other_t, other_s;
   RowStats own_rows, other_rows;
   float *grads, *own_weights, *other_weights;
+  KeyMeans means;
   double* scratch;
   int own;
 
-  MINILM_DEVICE RowWiseLayout(char* memory, int own_tokens, int streamed, int planes_t, int planes_s, int grad_chunks)
+  // `reduced`: the keys' means are subtracted.
+  MINILM_DEVICE RowWiseLayout(char* memory, int own_tokens, int streamed, int planes_t, int planes_s, int grad_chunks,
+                              bool reduced)
       : own(own_tokens) {
     char* next = memory;
     auto tokens = [&](int count, int planes) {
@@ -223,6 +288,10 @@ struct RowWiseLayout {
     own_weights = floats(own);
     other_rows = {floats(streamed), floats(streamed), floats(streamed), floats(streamed)};
     other_weights = floats(streamed);
+    means.t = floats(planes_t / 3 * 8);
+    means.s = floats(planes_s / 3 * 8);
+    means.scratch = reinterpret_cast<float*>(writable(other_t));
+    means.used = reduced;
     scratch = reinterpret_cast<double*>(next);
   }
 };
@@ -338,12 +407,15 @@ struct RowStatsKernel {
     const Shape<kChunksT, kSplitsT, kChunksS, kSplitsS> shape(relation);
     const int chunks_t = shape.chunks_t(), splits_t = shape.splits_t();
     const int chunks_s = shape.chunks_s(), splits_s = shape.splits_s();
-    const RowWiseLayout shared(memory, own, params.capacity, chunks_t * splits_t, chunks_s * splits_s, 0);
+    const RowWiseLayout shared(memory, own, params.capacity, chunks_t * splits_t, chunks_s * splits_s, 0,
+                               !relation.self || !params.call.gradient);
     const int head = work.head, key_head_t = head / relation.teacher.group, key_head_s = head / relation.student.group;
     load_tokens(relation.teacher.query, sequence, head, work.first, own, writable(shared.own_t), shared.own_t.plane,
                 chunks_t, splits_t, !relation.self);
     load_tokens(relation.student.query, sequence, head, work.first, own, writable(shared.own_s), shared.own_s.plane,
                 chunks_s, splits_s, !relation.self);
+    const float* means_t = shared.means(shared.means.t, relation.teacher.key, sequence, key_head_t, chunks_t, splits_t);
+    const float* means_s = shared.means(shared.means.s, relation.student.key, sequence, key_head_s, chunks_s, splits_s);
     const TokenRange streamed = find_streamed(sequence, work.first, own, true, false);
     const float scale_t = relation.teacher.scale * kLog2e, scale_s = relation.student.scale * kLog2e;
 
@@ -355,9 +427,9 @@ struct RowStatsKernel {
     MINILM_NO_UNROLL_FOR (int first = streamed.first; first < streamed.end; first += params.capacity) {
       syncthreads();
       load_tokens(relation.teacher.key, sequence, key_head_t, first, params.capacity, writable(shared.other_t),
-                  shared.other_t.plane, chunks_t, splits_t);
+                  shared.other_t.plane, chunks_t, splits_t, false, means_t);
       load_tokens(relation.student.key, sequence, key_head_s, first, params.capacity, writable(shared.other_s),
-                  shared.other_s.plane, chunks_s, splits_s);
+                  shared.other_s.plane, chunks_s, splits_s, false, means_s);
       syncthreads();
       MINILM_NO_UNROLL_FOR (int tile = 0; tile < params.capacity; tile += kTile) {
         const TileOrigin origin{work.first + warp, first + tile};
@@ -411,7 +483,7 @@ struct RowWiseKernel {
     const int chunks_t = shape.chunks_t(), splits_t = shape.splits_t();
     const int chunks_s = shape.chunks_s(), splits_s = shape.splits_s();
     const RowWiseLayout shared(memory, own_tokens, params.capacity, chunks_t * splits_t, chunks_s * splits_s,
-                               kSplits ? chunks_s : 0);
+                               kSplits ? chunks_s : 0, !relation.self || kSplits == 0);
     if (kSplits)
       for (int i = thread_index(); i < chunks_s * own_tokens * 8; i += thread_count()) shared.grads[i] = 0.0f;
     const TokenRange streamed = find_streamed(sequence, work.first, own_tokens, forward, backward);
@@ -420,22 +492,25 @@ struct RowWiseKernel {
     const TileOperands all{shared.other_t, shared.other_s, shared.other_rows, shared.other_weights};
 
     PerRow kl = {};
+    const float *means_t = nullptr, *means_s = nullptr;
     MINILM_NO_UNROLL_FOR (int head = work.head, first = streamed.first; head < work.end_head;) {
       const int key_head_t = head / relation.teacher.group, key_head_s = head / relation.student.group;
       const int64_t row_stats_at = first_row_stats(params, work, head), row_at = first_row(params, work, head);
       syncthreads();
       if (first == streamed.first) {
+        means_t = shared.means(shared.means.t, relation.teacher.key, sequence, key_head_t, chunks_t, splits_t);
+        means_s = shared.means(shared.means.s, relation.student.key, sequence, key_head_s, chunks_s, splits_s);
         load_tokens(own_x_t, sequence, forward ? head : key_head_t, work.first, own_tokens, writable(shared.own_t),
-                    shared.own_t.plane, chunks_t, splits_t, forward && !relation.self);
+                    shared.own_t.plane, chunks_t, splits_t, forward && !relation.self, forward ? nullptr : means_t);
         load_tokens(own_x_s, sequence, forward ? head : key_head_s, work.first, own_tokens, writable(shared.own_s),
-                    shared.own_s.plane, chunks_s, splits_s, forward && !relation.self);
+                    shared.own_s.plane, chunks_s, splits_s, forward && !relation.self, forward ? nullptr : means_s);
         load_row_stats(params, sequence, row_stats_at, row_at, work.first, own_tokens, shared.own_rows,
                        shared.own_weights);
       }
       load_tokens(other_x_t, sequence, forward ? key_head_t : head, first, params.capacity, writable(shared.other_t),
-                  shared.other_t.plane, chunks_t, splits_t, !forward);
+                  shared.other_t.plane, chunks_t, splits_t, !forward, forward ? means_t : nullptr);
       load_tokens(other_x_s, sequence, forward ? key_head_s : head, first, params.capacity, writable(shared.other_s),
-                  shared.other_s.plane, chunks_s, splits_s, !forward);
+                  shared.other_s.plane, chunks_s, splits_s, !forward, forward ? means_s : nullptr);
       load_row_stats(params, sequence, row_stats_at, row_at, first, params.capacity, shared.other_rows,
                      shared.other_weights);
       syncthreads();

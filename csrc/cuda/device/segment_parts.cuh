@@ -25,17 +25,21 @@ struct HeadScratch {
   HeadRange* range;
   float* sums;   // [contribution][token][2]
   float* grads;  // [contribution - 1][token][8 * chunks]
-  float* words;  // [4][token]: the factors of strips.cuh
+  float* words;  // [4][token]: the factors of strips.cuh; of float32 students, [2][token]: 1/l of teacher and student
   int64_t stride;
   int grad_floats;
-  float grad_scale;  // the gradients are multiplied by it
+  int format;  // the student's
 
+  // `part`: that of the block; without one, the first.
   MINILM_DEVICE HeadScratch(const LaunchParams& params, const Relation& relation, int64_t n, const Sequence& sequence,
-                            int64_t head)
-      : range(params.segments.ranges + (relation.index * params.call.num_sequences + n) * params.call.num_heads + head),
+                            int64_t head, int part = 0)
+      : range(params.segments.ranges +
+              ((relation.index * params.call.num_sequences + n) * params.call.num_heads + head) *
+                  params.segments.parts +
+              part),
         stride(params.row_stats_stride),
         grad_floats(params.segments.grad_floats),
-        grad_scale(cuda::grad_scale(format_of(relation.student.key.dtype))) {
+        format(format_of(relation.student.key.dtype)) {
     const Call& call = params.call;
     const int64_t total = call.packed ? call.positions : call.num_sequences * call.positions;
     const int64_t row = (relation.index * call.num_heads + head) * total + sequence.first;
@@ -65,8 +69,14 @@ MINILM_DEVICE void finish_sums(const LaunchParams& params, const Sequence& seque
     sum_t += part.x;
     sum_s += part.y;
   }
-  const Uint4 factors =
-      factors_of(sum_t, sum_s, head.grad_scale, true, token < sequence.prefix, counts(sequence, token));
+  const float scale = grad_scale(head.format);
+  const bool counted = counts(sequence, token);
+  if (head.format == kFloat32) {
+    head.words[token] = counted ? scale / sum_t : 0.0f;  // 0: every probability of the row is 0
+    head.words[head.stride + token] = counted ? scale / sum_s : 0.0f;
+    return;
+  }
+  const Uint4 factors = factors_of(sum_t, sum_s, scale, true, token < sequence.prefix, counted);
   MINILM_UNROLL_FOR (int k = 0; k < 4; ++k) head.words[k * head.stride + token] = as_float(factors.word[k]);
 }
 
@@ -90,10 +100,13 @@ MINILM_DEVICE float finish_gradient(const LaunchParams& params, const Sequence& 
         sum[d + 1] += pair.y;
       }
     }
-    write_chunk(to, width, chunk, sum, factor / head.grad_scale);
+    write_chunk(to, width, chunk, sum, factor * head.range->grad_factor);
   }
   const int token = first + thread_index();
-  return token < sequence.length ? log_ratio(head.factors(token)) : 0.0f;
+  if (token >= sequence.length) return 0.0f;
+  if (head.format != kFloat32) return log_ratio(head.factors(token));
+  const float inverse_t = head.words[token], inverse_s = head.words[head.stride + token];
+  return inverse_t != 0.0f ? kLn2 * log2_of_ratio(inverse_t, inverse_s) : 0.0f;
 }
 
 }  // namespace minilm::cuda

@@ -15,7 +15,9 @@ namespace minilm::cuda {
 template <int kFormat, int kChunksT, int kFormatT, int kChunksS>
 struct Window {
   static constexpr int kTeacherFormat = kFormatT, kStudentFormat = kFormat;
-  static constexpr int kPlanesT = kChunksT * splits_in(kFormatT), kPlanesS = kChunksS * splits_in(kFormat);
+  static constexpr int kPlanesT = score_planes(kFormatT, kChunksT), kPlanesS = student_planes(kFormat, kChunksS);
+  static constexpr int kFactorPlanes = kFormat == kFloat32 ? 2 : 1;
+  static constexpr int kPlanes = kPlanesT + kPlanesS + kFactorPlanes;
   char* memory;  // the block's
   char* begin;   // the window's
   int first;     // position of its first token
@@ -29,21 +31,23 @@ struct Window {
     return begin + (kPlanesT + kPlanesS) * plane() + (token - first) * 16;
   }
   MINILM_DEVICE float* grads(int token) const {  // [chunk][token][8]
-    return reinterpret_cast<float*>(begin + (kPlanesT + kPlanesS + 1) * plane()) + (token - first) * 8;
+    return reinterpret_cast<float*>(begin + kPlanes * plane()) + (token - first) * 8;
   }
 };
 
-// Smallest and largest s_ii in bits of a head in global memory; see range_of_norms.
-MINILM_DEVICE Range range_of_head(const TensorView& x, const Sequence& sequence, int64_t head, int chunks, float scale,
+// Smallest and largest s_ii in bits, less |μ|² if the tokens have means; see range_of_norms.
+MINILM_DEVICE Range range_of_head(const HeadTokens& load, int chunks, float scale, const float* means,
                                   double* scratch) {
-  const int64_t base = sequence.batch * x.batch_stride + head * x.head_stride;
   Range range{3e38f, -3e38f};
-  for (int i = thread_index(); i < sequence.length; i += thread_count()) {
+  for (int i = thread_index(); i < load.sequence.length; i += thread_count()) {
     float norm = 0.0f;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       float value[8];
-      load_chunk(x, base + position_of(sequence, i) * x.position_stride, chunk, value);
-      MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) norm = fmaf(value[d], value[d], norm);
+      load(i, chunk, value);
+      MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) {
+        const float mean = means ? means[8 * chunk + d] : 0.0f, x = sub(value[d], mean);
+        norm = fmaf(x, fmaf(2.0f, mean, x), norm);
+      }
     }
     widen(range, norm * scale);
   }
@@ -73,8 +77,9 @@ template <int kFormat, int kChunksT, int kFormatT, int kChunksS, bool kCausal>
 struct SegmentKernel {
   static constexpr SymmetricSchedule kSchedule = symmetric_schedule(kFormat, kChunksT, kFormatT, kChunksS, kCapability);
   static constexpr int kWarps = segment_warps(kSchedule);
-  // float32 tokens have no windows yet: their mean is that of the whole head.
-  static constexpr int kRows = kFormat == kFloat32 || kFormatT == kFloat32 ? 0 : kSchedule.strip_rows;
+  static constexpr int kRows = kSchedule.strip_rows;
+  static constexpr bool kMeansT = kFormatT == kFloat32, kMeansS = kFormat == kFloat32;
+  static_assert(kRows == 0 || !(kMeansT || kMeansS) || 8 * (kChunksT + kChunksS) <= kMaxMeans, "means of a head");
   using Columns = Window<kFormat, kChunksT, kFormatT, kChunksS>;
   using Schedule = Strips<Columns, kRows / 16, kChunksT, kChunksS, kCausal>;
 
@@ -88,15 +93,15 @@ struct SegmentKernel {
       syncthreads();
       double value = 0.0;
       if (state.sequence.length > 0 && part < Division(params.segments, state.sequence.length).parts) {
-        const HeadScratch scratch(params, *state.relation, state.n, state.sequence, state.head);
+        const HeadScratch scratch(params, *state.relation, state.n, state.sequence, state.head, part);
         if (params.segments.gradient) {
-          const HeadRange range = *scratch.range;
+          const HeadRange& range = *scratch.range;
           if (thread_index() == 0) {
             state.reference_t = range.reference_t;
             state.reference_s = range.reference_s;
           }
           if (range.shared) value = meet<true>(params, scratch, memory, part);
-        } else if (find_range(scratch, memory, part)) {
+        } else if (find_range(*scratch.range, memory)) {
           meet<false>(params, scratch, memory, part);
         }
       }
@@ -109,19 +114,31 @@ struct SegmentKernel {
     }
   }
 
-  // Every block finds the range of its head, whose blocks therefore do not wait for each other.
-  static MINILM_DEVICE bool find_range(const HeadScratch& scratch, char* memory, int part) {
+  // Every block finds the range and the means of its head, whose blocks therefore do not wait for each other.
+  static MINILM_DEVICE bool find_range(HeadRange& head, char* memory) {
     BlockState& state = *reinterpret_cast<BlockState*>(memory);
     double* sums = reinterpret_cast<double*>(memory + kBlockStateBytes);
-    const Range range_t =
-        range_of_head(state.relation->teacher.key, state.sequence, state.head, kChunksT, state.scale_t, sums);
-    const Range range_s =
-        range_of_head(state.relation->student.key, state.sequence, state.head, kChunksS, state.scale_s, sums);
+    const HeadTokens teacher(state.relation->teacher.key, state.sequence, state.head);
+    const HeadTokens student(state.relation->student.key, state.sequence, state.head);
+    float *means_t = head.means, *means_s = means_t + 8 * kChunksT;
+    float* windows = reinterpret_cast<float*>(memory + kBlockStateBytes + kScratchBytes);
+    if (kMeansT) find_means(teacher, kChunksT, means_t, windows);
+    float token_factor = 1.0f, grad_factor = 1.0f / grad_scale(kFormat);
+    if (kMeansS) {
+      const float most = find_means(student, kChunksS, means_s, windows);
+      const uint32_t exponent = exponent_of(block_range({0.0f, most}, sums).high);
+      token_factor = cuda::token_factor(exponent);
+      grad_factor *= cuda::grad_factor(exponent);
+    }
+    const Range range_t = range_of_head(teacher, kChunksT, state.scale_t, kMeansT ? means_t : nullptr, sums);
+    const Range range_s = range_of_head(student, kChunksS, state.scale_s, kMeansS ? means_s : nullptr, sums);
     const bool shared = shares_reference(state.sequence.length, range_t, range_s);
     if (thread_index() == 0) {
-      state.reference_t = middle_of(range_t);
-      state.reference_s = middle_of(range_s);
-      if (part == 0) *scratch.range = {state.reference_t, state.reference_s, shared};
+      head.reference_t = state.reference_t = middle_of(range_t);
+      head.reference_s = state.reference_s = middle_of(range_s);
+      head.shared = shared;
+      head.token_factor = token_factor;
+      head.grad_factor = grad_factor;
     }
     return shared;
   }
@@ -134,7 +151,7 @@ struct SegmentKernel {
     const int strips = (state.sequence.length + kRows - 1) / kRows;
     const Division division(params.segments, state.sequence.length);
     char* columns = memory + kBlockStateBytes + kScratchBytes;
-    char* rows_begin = columns + capacity * (16 * (Columns::kPlanesT + Columns::kPlanesS + 1) + 32 * kChunksS);
+    char* rows_begin = columns + capacity * (16 * Columns::kPlanes + 32 * kChunksS);
     CompensatedSum value;
     clear<kGradient>(Columns{memory, columns, 0});
     for (int own = division.first(part); own < division.first(part + 1); ++own) {
@@ -189,24 +206,55 @@ struct SegmentKernel {
   static MINILM_DEVICE void load(const HeadScratch& scratch, const Columns& window) {
     const BlockState& state = window.state();
     const int count = min_of(state.capacity, static_cast<int>(round_up(state.sequence.length - window.first, kRows)));
-    load_tokens(state.relation->teacher.key, state.sequence, state.head, window.first, count,
-                writable(window.teacher(window.first)), window.plane(), kChunksT, kFormatT);
-    load_tokens(state.relation->student.key, state.sequence, state.head, window.first, count,
-                writable(window.student(window.first)), window.plane(), kChunksS, kFormat);
-    if (kGradient)
-      for (int i = window.first + thread_index(); i < window.first + count; i += thread_count())
-        store_uint4(window.factors(i), i < state.sequence.length ? scratch.factors(i) : Uint4{});
+    const HeadRange& head = *scratch.range;
+    load_model<kChunksT, kFormatT>(window, state.relation->teacher.key, window.teacher(window.first), count, head.means,
+                                   0.0f);
+    load_model<kChunksS, kFormat>(window, state.relation->student.key, window.student(window.first), count,
+                                  head.means + 8 * kChunksT, kGradient ? head.token_factor : 0.0f);
+    if (!kGradient) return;
+    for (int i = window.first + thread_index(); i < window.first + count; i += thread_count()) {
+      const bool exists = i < state.sequence.length;
+      if constexpr (Schedule::kThree)
+        MINILM_UNROLL_FOR (int model = 0; model < 2; ++model)
+          store_uint4(window.factors(i) + model * window.plane(),
+                      factors_of(exists ? scratch.words[model * scratch.stride + i] : 0.0f, exists, i < state.bound));
+      else
+        store_uint4(window.factors(i), exists ? scratch.factors(i) : Uint4{});
+    }
+  }
+
+  template <int kChunks, int kTokens>
+  static MINILM_DEVICE void load_model(const Columns& window, const TensorView& x, const Tokens& to, int count,
+                                       const float* means, float factor) {
+    const BlockState& state = window.state();
+    if constexpr (kTokens == kFloat32) {
+      const HeadTokens tokens(x, state.sequence, state.head);
+      const int left = state.sequence.length - window.first;
+      subtract_means(to, left, count, kChunks, means, factor, [&](int i, int chunk, float (&value)[8]) {
+        if (i < left)
+          tokens(window.first + i, chunk, value);
+        else
+          MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) value[d] = 0.0f;
+      });
+    } else {
+      load_tokens(x, state.sequence, state.head, window.first, count, writable(to), to.plane, kChunks, kTokens);
+    }
   }
 
   // Sets the columns' sums, or their gradients, to zero.
   template <bool kGradient>
   static MINILM_DEVICE void clear(const Columns& window) {
     for (int i = thread_index(); i < window.state().capacity; i += thread_count()) {
-      if (!kGradient) store_uint4(window.factors(i), Uint4{});
+      if (!kGradient) clear_sums(window, i);
       for (int chunk = 0; kGradient && chunk < kChunksS; ++chunk)
         for (int half = 0; half < 8; half += 4)
           store_uint4(window.grads(i) + chunk * window.grads_plane() + half, Uint4{});
     }
+  }
+
+  static MINILM_DEVICE void clear_sums(const Columns& window, int i) {
+    MINILM_UNROLL_FOR (int k = 0; k < Columns::kFactorPlanes; ++k)
+      store_uint4(window.factors(i) + k * window.plane(), Uint4{});
   }
 
   // Adds the columns' sums, or their gradients, to contribution `k` in global memory, and sets them to zero.
@@ -217,14 +265,12 @@ struct SegmentKernel {
     const int length = state.sequence.length;
     if (!kGradient) {
       for (int i = window.first + thread_index(); i < window.first + state.capacity; i += thread_count()) {
-        char* from = window.factors(i);
         if (i < length) {
-          const Float2 sums = load_float2(reinterpret_cast<const float*>(from) + 2);
           float* to = scratch.sums_of(k, i);
           const Float2 before = store ? Float2{0.0f, 0.0f} : load_float2(to);
-          store_float2(to, before.x + sums.x, before.y + sums.y);
+          store_float2(to, before.x + *Schedule::sum_of(window, i, 0), before.y + *Schedule::sum_of(window, i, 1));
         }
-        store_uint4(from, Uint4{});
+        clear_sums(window, i);
       }
       return;
     }

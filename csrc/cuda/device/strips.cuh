@@ -176,6 +176,13 @@ MINILM_DEVICE Uint4 factors_of(float sum_t, float sum_s, float scale, bool exist
   return factors;
 }
 
+// The same for one model of float32 students, with three splits of 1/l, which is `inverse`.
+MINILM_DEVICE Uint4 factors_of(float inverse, bool exists, bool seen) {
+  const float high = low_of(pack_bfloat16(inverse, 0.0f)), rest = sub(inverse, high);
+  const uint32_t split = pack_bfloat16(high, rest), last = pack_bfloat16(sub(rest, high_of(split)), 0.0f);
+  return {{exists && seen ? 0x3f803f80u : 0u, exists ? 0x3f803f80u : 0u, split, last}};
+}
+
 // A token's logarithms' contribution to the loss. It takes the same rounded 1/l as the pairs do: their rounding errors
 // then cancel to first order.
 MINILM_DEVICE float log_ratio(const Uint4& factors) {
@@ -673,14 +680,10 @@ struct Strips {
       store_uint4(shared.factors(i), factors);
       return log_ratio(factors);
     } else {
-      const uint32_t seen = exists && i < state.bound ? 0x3f803f80u : 0u, ones = exists ? 0x3f803f80u : 0u;
       float inverse[2];
       MINILM_UNROLL_FOR (int model = 0; model < 2; ++model) {
-        const float x = inverse[model] = kGradScale / *sum_of(shared, i, model);
-        const float high = low_of(pack_bfloat16(x, 0.0f)), rest = sub(x, high);
-        const uint32_t split = pack_bfloat16(high, rest), last = pack_bfloat16(sub(rest, high_of(split)), 0.0f);
-        store_uint4(shared.factors(i) + model * shared.plane(),  // 0: every probability of the row is 0
-                    {{seen, ones, counted ? split : 0u, counted ? last : 0u}});
+        inverse[model] = counted ? kGradScale / *sum_of(shared, i, model) : 0.0f;  // 0: every probability is 0
+        store_uint4(shared.factors(i) + model * shared.plane(), factors_of(inverse[model], exists, i < state.bound));
       }
       return counted ? kLn2 * log2_of_ratio(inverse[0], inverse[1]) : 0.0f;
     }

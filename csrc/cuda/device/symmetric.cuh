@@ -59,6 +59,12 @@ MINILM_DEVICE bool shares_reference(int length, const Range& range_t, const Rang
          range_s.high - range_s.low <= kMaxNormRange;
 }
 
+// Exponent of the largest feature of a float32 student. Its tokens are multiplied by 2^(140 - exponent) for the
+// gradient, so that this feature is between 2^13 and 2^14.
+MINILM_DEVICE uint32_t exponent_of(float most) { return most > 1e-30f && most < 3e38f ? as_bits(most) >> 23 : 140; }
+MINILM_DEVICE float token_factor(uint32_t exponent) { return as_float((267 - exponent) << 23); }
+MINILM_DEVICE float grad_factor(uint32_t exponent) { return as_float((exponent - 13) << 23); }
+
 // Layout of a block's shared memory; symmetric_bytes in launch_plan.h computes its size. Template arguments that are 0
 // (in the emulation) are replaced by the values in the block's state.
 template <int kFormat, int kChunksT, int kFormatT, int kChunksS>
@@ -284,19 +290,22 @@ struct SymmetricKernel {
       syncthreads();
       find_means(shared.teacher(0), state.sequence.length, shared.chunks_t(), means);
       syncthreads();
-      subtract_means(shared.teacher(0), state.sequence.length, tokens, shared.chunks_t(), means, 0.0f);
+      subtract_means(shared.teacher(0), state.sequence.length, tokens, shared.chunks_t(), means, 0.0f,
+                     [&](int i, int chunk, float (&value)[8]) {
+                       add_splits(shared.teacher(0), i, chunk, shared.chunks_t(), value);
+                     });
     }
     if (kFormat == kFloat32) {
       float* means = shared.grads(0);
       syncthreads();
       float most = find_means(shared.student(0), state.sequence.length, shared.chunks_s(), means);
       most = block_range({0.0f, most}, shared.scratch()).high;
-      // The power of two that brings the largest feature to between 2^13 and 2^14.
-      const bool scaled = most > 1e-30f && most < 3e38f;
-      const uint32_t exponent = scaled ? as_bits(most) >> 23 : 140;
-      subtract_means(shared.student(0), state.sequence.length, tokens, shared.chunks_s(), means,
-                     as_float((267 - exponent) << 23));
-      if (thread_index() == 0) shared.state().grad_factor *= as_float((exponent - 13) << 23);
+      const uint32_t exponent = exponent_of(most);
+      subtract_means(shared.student(0), state.sequence.length, tokens, shared.chunks_s(), means, token_factor(exponent),
+                     [&](int i, int chunk, float (&value)[8]) {
+                       add_splits(shared.student(0), i, chunk, shared.chunks_s(), value);
+                     });
+      if (thread_index() == 0) shared.state().grad_factor *= grad_factor(exponent);
     }
     if (shared.format_t() == kFloat32 || kFormat == kFloat32) syncthreads();
     for (int i = thread_index(); i < tokens; i += thread_count()) {

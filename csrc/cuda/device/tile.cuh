@@ -127,12 +127,13 @@ MINILM_DEVICE bool is_copyable(const TensorView& x, int64_t base, int format) {
 }
 
 // Loads `count` tokens of one head, from token `first` of the sequence on, with all threads of the block. Tokens beyond
-// the end of the sequence are 0 and, with `rows`, those of rows that do not count. `plane`: size of a plane in bytes; a
-// plane holds one chunk of one split. Neighbouring threads load the chunks of a token, then those of the next token.
-// One head of a token may be as small as 16 bytes; blocks of neighbouring heads run at the same time and share the
-// sectors in L2.
+// the end of the sequence are 0 and, with `rows`, those of rows that do not count. `means`, if given, are subtracted
+// from the others. `plane`: size of a plane in bytes; a plane holds one chunk of one split. Neighbouring threads load
+// the chunks of a token, then those of the next token. One head of a token may be as small as 16 bytes; blocks of
+// neighbouring heads run at the same time and share the sectors in L2.
 MINILM_DEVICE void load_tokens(const TensorView& x, const Sequence& sequence, int64_t head, int first, int count,
-                               char* planes, int plane, int chunks, int format, bool rows = false) {
+                               char* planes, int plane, int chunks, int format, bool rows = false,
+                               const float* means = nullptr) {
   int64_t base = sequence.batch * x.batch_stride + head * x.head_stride;
   if (is_copyable(x, base, format)) {
     const char* from = static_cast<const char*>(x.data) + base * 2;
@@ -147,8 +148,11 @@ MINILM_DEVICE void load_tokens(const TensorView& x, const Sequence& sequence, in
   for (int item = thread_index(); item < count * chunks; item += thread_count()) {
     int slot = item / chunks, chunk = item % chunks;
     float value[8] = {};
-    if (rows ? counts(sequence, first + slot) : first + slot < sequence.length)
+    if (rows ? counts(sequence, first + slot) : first + slot < sequence.length) {
       load_chunk(x, base + position_of(sequence, first + slot) * x.position_stride, chunk, value);
+      if (means)
+        MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) value[d] = sub(value[d], means[8 * chunk + d]);
+    }
     char* to = planes + chunk * plane + slot * 16;
     for (int split = 0; split < splits_in(format); ++split) {
       Uint4 words;
@@ -237,9 +241,15 @@ MINILM_DEVICE void write_splits(char* to, int stride, int splits, float (&value)
   }
 }
 
-// Writes the mean of each feature of `length` tokens to `means`, and 0 if it is less than the feature's deviation from
-// it: subtracting such a mean would only add rounding errors. Returns to each thread the largest magnitude of the
-// features that it has read.
+// The mean of a feature of `length` tokens, or 0 if it is less than the feature's deviation from it: subtracting such a
+// mean would only add rounding errors.
+MINILM_DEVICE float useful_mean(float sum, float squares, int length) {
+  const float mean = sum / static_cast<float>(length);
+  return 2.0f * mean * sum > squares ? mean : 0.0f;
+}
+
+// Writes the useful mean of each feature to `means`. Returns to each thread the largest magnitude of the features that
+// it has read.
 MINILM_DEVICE float find_means(const Tokens& x, int length, int chunks, float* means) {
   float most = 0.0f;
   for (int chunk = warp_index(); chunk < chunks; chunk += thread_count() / 32) {
@@ -259,25 +269,23 @@ MINILM_DEVICE float find_means(const Tokens& x, int length, int chunks, float* m
         squares[d] += shuffle_xor(squares[d], mask);
       }
     if (lane_index() == 0)
-      MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) {
-        const float mean = sum[d] / static_cast<float>(length);
-        means[8 * chunk + d] = 2.0f * mean * sum[d] > squares[d] ? mean : 0.0f;
-      }
+      MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) means[8 * chunk + d] = useful_mean(sum[d], squares[d], length);
   }
   return most;
 }
 
-// Subtracts the means from tokens of three splits, and writes their offsets. With `factor`, which is a power of two and
-// not 0, first writes factor · x for the gradient.
-MINILM_DEVICE void subtract_means(const Tokens& x, int length, int capacity, int chunks, const float* means,
-                                  float factor) {
-  char* planes = writable(x);
-  const int plane = x.plane, offsets = score_planes(kFloat32, chunks) - 1;
+// Writes tokens less their means, as three splits, and their offsets. load(token, chunk, value): their 8 features. With
+// `factor`, which is a power of two and not 0, also writes factor · x for the gradient.
+template <class Load>
+MINILM_DEVICE void subtract_means(const Tokens& to, int length, int capacity, int chunks, const float* means,
+                                  float factor, const Load& load) {
+  char* planes = writable(to);
+  const int plane = to.plane, offsets = score_planes(kFloat32, chunks) - 1;
   for (int i = thread_index(); i < capacity; i += thread_count()) {
     float offset = 0.0f;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       float value[8], scaled[8];
-      add_splits(x, i, chunk, chunks, value);
+      load(i, chunk, value);
       MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) {
         scaled[d] = value[d] * factor;
         const float mean = i < length ? means[8 * chunk + d] : 0.0f;

@@ -85,7 +85,7 @@ public:
       next += bytes;
     };
     take(params.row_stats, row_stats_bytes(), first_row);
-    take(params.segments.ranges, ranges_bytes(), all_[0]->index * heads());
+    take(params.segments.ranges, ranges_bytes(), all_[0]->index * heads() * parts_);
     take(params.segments.sums, segment_sums_bytes(), first_row * 2);
     take(params.segments.grads, segment_grads_bytes(), first_row * grad_floats_);
 
@@ -128,9 +128,7 @@ private:
     for (const Relation* relation : all_) {
       const Planes planes = symmetric_planes_of(*relation, props_);
       const SegmentPlan plan = plan_segments(props_, planes);
-      const bool float32 =  // see SegmentKernel
-          relation->teacher.key.dtype == DType::float32 || relation->student.key.dtype == DType::float32;
-      if (!may_be_symmetric(*relation) || plan.warps == 0 || float32) continue;
+      if (!may_be_symmetric(*relation) || plan.warps == 0) continue;
       segmented_.push_back(relation);
       grad_floats_ = std::max(grad_floats_, 8 * planes.student_chunks);
       windows = std::max(windows, (call_.max_length + plan.window - 1) / plan.window);
@@ -147,7 +145,8 @@ private:
   int64_t rows() const { return static_cast<int64_t>(all_.size()) * call_.num_heads * total_; }
   int64_t row_stats_bytes() const { return row_wise_.empty() ? 0 : rows() * 4 * 4; }
   int64_t ranges_bytes() const {
-    return segmented_.empty() ? 0 : round_up(static_cast<int64_t>(all_.size()) * heads() * sizeof(HeadRange), 16);
+    return segmented_.empty() ? 0
+                              : round_up(static_cast<int64_t>(all_.size()) * heads() * parts_ * sizeof(HeadRange), 16);
   }
   int64_t segment_sums_bytes() const {
     return segmented_.empty() ? 0 : (1 + parts_ / 2) * round_up(rows() * 2 * 4, 16);

@@ -108,7 +108,8 @@ SymmetricPlan plan_symmetric(const DeviceProps& props, const Planes& planes, int
 }
 
 int64_t segment_bytes(const Planes& planes, int window) {
-  const int64_t tokens = 16 * (planes.teacher + planes.student + 1);  // with four words for sums or factors
+  // Sums or factors take four words, and eight with float32 students.
+  const int64_t tokens = 16 * (planes.teacher + planes.student + (planes.student_splits == 3 ? 2 : 1));
   return kBlockStateBytes + kScratchBytes + window * (2 * tokens + 32 * planes.student_chunks);
 }
 
@@ -142,6 +143,7 @@ int plan_parts(const DeviceProps& props, int64_t heads, int64_t windows) {
 
 int64_t row_wise_bytes(const Planes& planes, int own, int streamed, bool gradient) {
   int64_t bytes = 16 * (planes.teacher + planes.student) * (own + streamed) + 20 * (own + streamed) + kScratchBytes;
+  bytes += 32 * (planes.teacher / 3 + planes.student / 3);  // means of float32 keys
   if (gradient) bytes += 32 * planes.student_chunks * own;
   return round_up(bytes, 128);
 }

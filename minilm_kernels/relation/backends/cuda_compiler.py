@@ -133,8 +133,7 @@ def kernel_names(width_t: int, width_s: int, dtype_t: str = "bfloat16", dtype_s:
     shape = f"{chunks_t}_{splits_t}_{chunks_s}_{splits_s}"
     format_t, format_s = (_FORMATS[dtype] for dtype in (dtype_t, dtype_s))
     own = f"{format_s}_{chunks_t}_{format_t}_{chunks_s}"
-    kinds = ("symmetric",) if "float32" in (dtype_t, dtype_s) else ("symmetric", "segments")
-    symmetric = [f"{kind}_{own}_{causal}" for kind in kinds for causal in (0, 1)]
+    symmetric = [f"{kind}_{own}_{causal}" for kind in ("symmetric", "segments") for causal in (0, 1)]
     # The approximate exponential (exact = 0) is used for training in half precision only.
     row_stats = [f"row_stats_{exact}_{shape}" for exact in ((1,) if splits_s == 3 else (0, 1))]
     return [*symmetric, *row_stats, *(f"row_wise_{splits}_{shape}" for splits in (0, splits_s)), *SHARED]

@@ -163,6 +163,7 @@ MOST = {
     ("self prefix", 16, 8): {512: (13.0, 2.1)},
 }
 MOST_IN_TRITON = {("self unordered", 16, 8): {512: (16.4, 2.3), 128: (21.5, 3.0)}}
+MOST_IN_FLOAT32 = {("self", 16, 8): {512: (56, 4)}}
 # The same without the diagonal.
 MOST_IN_WHOLE_STRIPS = {(16, 8): 11.8, (16, 16): 15.1, (32, 16): 15.5, (64, 32): 18.0}
 
@@ -186,12 +187,17 @@ def test_the_packages_strips(arch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_the_packages_unordered_triton_kernel(arch):
-    options = ("--dtype", "bfloat16", "--widths", "16x8", "--group", "self unordered")
+@pytest.mark.parametrize(
+    ("dtype", "group", "most"),
+    [("bfloat16", "self unordered", MOST_IN_TRITON), ("float32", "self", MOST_IN_FLOAT32)],
+    ids=["bfloat16", "float32"],
+)
+def test_the_packages_triton_kernels(arch, dtype, group, most):
+    options = ("--dtype", dtype, "--widths", "16x8", "--group", group)
     result = static("--backends", "triton", "--arch", arch, *options, "--json")
     assert result.returncode == 0, result.stderr
     figures = {(row["group"], row["d_t"], row["d_s"], row["phase"]): row for row in json.loads(result.stdout)}
-    check_limits(figures, MOST_IN_TRITON)
+    check_limits(figures, most)
 
 
 def check_limits(figures: dict, most: dict) -> None:

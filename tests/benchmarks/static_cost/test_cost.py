@@ -196,6 +196,21 @@ def test_code_in_branches_is_executed_as_often_as_its_exponentials():
     assert row["issue_slots_always_per_pair"] == 5 / 2
 
 
+def test_loops_inside_take_the_turns_of_their_declared_products():
+    """A turn of 32 pairs has 128 multiply-adds: a loop inside has half of them in 4 slots."""
+    function = Function("kernel", [Instruction("NOP", "")], {".L_0": 1, ".L_1": 2})
+    function.code += [Instruction("MUFU.EX2", ""), Instruction("FFMA", ""), Instruction("FFMA", "")]
+    function.code += [Instruction("LDS", ""), Instruction("BRA", "`(.L_1)", "P1")]
+    function.code += [Instruction("BRA", "`(.L_0)", "P0"), Instruction("EXIT", "")]
+    kernel = Built(function, Resources(32, 0, 0, 0), 1, 0)
+    loop = SourceLoop("lse", pairs=32, exponentials=32, looped_macs=128)
+    (row,) = rows(kernel, loop)
+    assert row["issue_slots_per_pair"] == row["issue_slots_always_per_pair"] == 2 + 2 * 4
+    assert row["breakdown"]["float"] == 4
+    with pytest.raises(cost.Mismatch, match="64 multiply-adds in loops inside, expected a divisor of 100"):
+        rows(kernel, replace(loop, looped_macs=100))
+
+
 def test_global_bytes_are_at_most_those_of_the_instructions():
     """16 lanes that read the same 4 bytes need 64 bytes of L2: the declaration tells, but cannot exceed 128."""
     loop = SourceLoop("lse", pairs=32, exponentials=32, l2_bytes=64)

@@ -242,6 +242,32 @@ def _build_st(machine, instruction):
     return operation
 
 
+def _build_red(machine, instruction):
+    """red.global.add.f32. It is a race if another thread accesses the place: the order of additions must be fixed."""
+    opcode = instruction.opcode
+    if opcode[1:5] != ("global", "gpu", "relaxed", "add") or opcode[-1] != "f32":
+        raise NotImplementedError(instruction.text)
+    where, what = instruction.operands
+    items = what.items if isinstance(what, Vector) else (what,)
+    sources = [machine.source(item, "f32") for item in items]
+    addresses = address_source(machine, where)
+    port = Port(machine, instruction, "global")
+
+    def flush(x: np.ndarray) -> np.ndarray:
+        return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+
+    def operation(active) -> None:
+        threads = machine.thread if active.full else active.threads
+        at = addresses(active)
+        values = np.stack(
+            [source[threads] if np.ndim(source) else np.full(threads.size, source) for source in sources], 1
+        )
+        before = port.load(at, threads, 4, len(items)).view(np.float32)
+        port.store(at, threads, flush(flush(before) + flush(values)).view(np.uint32))
+
+    return operation
+
+
 @dataclass
 class _Copy:
     """A cp.async before its wait: the values that it read, and the places that get them at the wait."""
@@ -312,4 +338,11 @@ def _build_fence(machine, instruction):
     return operation
 
 
-BUILDERS = {"ld": _build_ld, "st": _build_st, "cp": _build_cp, "membar": _build_fence, "fence": _build_fence}
+BUILDERS = {
+    "ld": _build_ld,
+    "st": _build_st,
+    "red": _build_red,
+    "cp": _build_cp,
+    "membar": _build_fence,
+    "fence": _build_fence,
+}

@@ -59,8 +59,9 @@ def _build_shfl(machine, instruction):
 
 
 def _build_redux(machine, instruction):
-    """redux.sync.add with all lanes as members: every lane receives the sum of all lanes, modulo 2^32."""
-    if instruction.opcode[2] != "add":
+    """redux.sync with all lanes as members: every lane receives the sum, modulo 2^32, or the maximum of all lanes."""
+    mode, kind = instruction.opcode[2:4]
+    if (mode, kind) not in (("add", "s32"), ("add", "u32"), ("max", "s32")):
         raise NotImplementedError(instruction.text)
     target = machine.target(instruction.operands[0], "b32")
     value, members = (machine.source(x, "b32") for x in instruction.operands[1:3])
@@ -70,7 +71,8 @@ def _build_redux(machine, instruction):
         if not np.all(np.broadcast_to(members, machine.threads)[active.mask] == np.uint32(0xFFFFFFFF)):
             raise NotImplementedError(f"{instruction.text}: the mask does not have all lanes")
         lanes = np.broadcast_to(value, machine.threads).reshape(-1, 32)
-        assign(target, active, lanes.astype(np.uint64).sum(1).astype(np.uint32).repeat(32))
+        result = lanes.view(np.int32).max(1) if mode == "max" else lanes.astype(np.uint64).sum(1)
+        assign(target, active, result.astype(np.uint32).repeat(32))
 
     return operation
 

@@ -258,11 +258,54 @@ def test_sequences_beyond_shared_memory(library, backend, mask, reduction):
         _check(make({"cu_seqlens": lengths.int()}, heads=2, widths=(16, 8)))
 
 
-def _use_windows(library, warps: int, processors: int, widths: tuple[int, int] = (16, 8)) -> None:
+def _with_feature(x: torch.Tensor, size: float) -> torch.Tensor:
+    return torch.cat([x[..., :-1], size + x[..., -1:]], -1)
+
+
+@pytest.mark.parametrize("groups", [(1, 1), (2, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("size", [0.0, 100.0])
+def test_common_component_of_keys(backend, size, groups):
+    """A feature of all keys that is 100 times as large as the others, with queries that do or do not share one."""
+    q_t, k_t, q_s, k_s = make(batch=1, length=150, heads=2, widths=(16, 8), cross=True, groups=groups).tensors
+    queries, keys = ([_with_feature(x, large) for x in pair] for pair, large in (((q_t, q_s), size), ((k_t, k_s), 100)))
+    case = Case((queries[0], keys[0], queries[1], keys[1]), {})
+    repeated = [key.repeat_interleave(group, 2) for key, group in zip(keys, groups, strict=True)]
+    full = Case((queries[0], repeated[0], queries[1], repeated[1]), {})
+    eps = torch.finfo(torch.float32).eps
+    for reduction in ("sequence", "none"):
+        value, grads = case.run(reduction, backend)
+        expected, expected_grads = case.oracle(reduction)
+        rows, (query_grad, key_grad) = dense(
+            full, torch.full_like(full.oracle("none")[0], 1 if reduction == "none" else 1 / 300)
+        )
+        key_grad = key_grad.unflatten(2, (-1, groups[1])).sum(3)
+        plain = rows if reduction == "none" else rows.double().mean()
+        assert error(value, expected) <= 2 * error(plain, expected) + eps
+        for grad, plain_grad, expected_grad in zip(grads, (query_grad, key_grad), expected_grads, strict=True):
+            assert error(grad, expected_grad) <= 2 * error(plain_grad, expected_grad) + eps
+    evaluated = relation_kl(*(x.detach() for x in case.tensors), backend=backend)
+    assert error(evaluated, case.oracle("sequence")[0]) <= 2 * error(rows.double().mean(), expected.mean()) + eps
+
+
+@pytest.mark.parametrize("size", [10.0, 100.0])
+def test_common_component_without_gradient(backend, size):
+    """Rows of a self relation and its evaluation see tokens as keys whose mean is subtracted."""
+    q_t, _, q_s, _ = (x if x is None else _with_feature(x, size) for x in make(batch=1, length=150, heads=2).tensors)
+    rows = relation_kl(q_t, None, q_s, None, reduction="none", backend=backend)
+    expected = relation_kl(q_t.double(), None, q_s.double(), None, reduction="none", backend="reference")
+    plain, _ = dense(Case((q_t, None, q_s, None), {}))
+    assert error(rows, expected) <= 2 * error(plain, expected) + torch.finfo(torch.float32).eps
+
+
+def _use_windows(
+    library, warps: int, processors: int, widths: tuple[int, int] = (16, 8), dtypes=(_BF16, _BF16)
+) -> None:
     """Gives blocks memory for two windows of `warps` strips. More processors get more parts of a head."""
     chunks_t, chunks_s = (-(-width // 8) for width in widths)
     window = warps * (64 if 2 * chunks_t + 6 * chunks_s <= 10 else 32)
-    size = 256 + window * (32 * (chunks_t + chunks_s + 1) + 32 * chunks_s)
+    single_t, single_s = (dtype == torch.float32 for dtype in dtypes)
+    planes = (3 * chunks_t + 1 if single_t else chunks_t) + (5 * chunks_s + 3 if single_s else chunks_s + 1)
+    size = 256 + window * (32 * planes + 32 * chunks_s)
     library.emulated_set_props(size, size + 1024, processors)
     library.emulated_take_segments()
 
@@ -272,43 +315,85 @@ def _check_windows(library, case: Case, reduction: str = "sequence") -> None:
     assert library.emulated_take_segments() == 2
 
 
-@pytest.mark.parametrize("dtype", [_BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [_BF16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("mask", _LONG)
 def test_heads_in_windows(library, backend, mask, dtype):
     """Three windows of 64 tokens, each of which is a part."""
-    _use_windows(library, 1, 132)
+    _use_windows(library, 1, 132, dtypes=(dtype, dtype))
     _check_windows(library, make(_LONG[mask], batch=3, length=131, heads=1, widths=(16, 8), dtype=dtype))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"causal": True}, {"prefix_lens": torch.tensor([10, 200, 128, 0])}], ids=str)
 @pytest.mark.parametrize(("warps", "processors"), [(1, 1), (1, 3), (1, 132), (2, 132)])
-def test_packed_heads_in_windows(library, backend, more, warps, processors):
+@pytest.mark.parametrize("dtype", [_BF16, torch.float32], ids=str)
+def test_packed_heads_in_windows(library, backend, more, warps, processors, dtype):
     """Sequences that fit into one block are in the same batch."""
-    _use_windows(library, warps, processors)
+    _use_windows(library, warps, processors, dtypes=(dtype, dtype))
     packed = {"cu_seqlens": torch.tensor([0, 60, 430, 558, 559]).int()}
-    _check_windows(library, make(packed | more, heads=2, widths=(16, 8), dtype=_BF16, rows=0.8), "token")
+    _check_windows(library, make(packed | more, heads=2, widths=(16, 8), dtype=dtype, rows=0.8), "token")
 
 
-@pytest.mark.parametrize("widths", [(64, 32), (12, 6), (16, 16), (16, 3)], ids=str)
-def test_widths_of_heads_in_windows(library, backend, widths):
-    _use_windows(library, 1 if widths in ((12, 6), (16, 3)) else 2, 132, widths)
+@pytest.mark.parametrize(
+    ("widths", "dtype"),
+    [
+        ((64, 32), _BF16),
+        ((12, 6), _BF16),
+        ((16, 16), _BF16),
+        ((16, 3), _BF16),
+        ((12, 6), torch.float32),
+        ((16, 3), torch.float32),
+        ((32, 16), torch.float32),
+    ],
+    ids=str,
+)
+def test_widths_of_heads_in_windows(library, backend, widths, dtype):
+    _use_windows(library, 1 if widths in ((12, 6), (16, 3)) else 2, 132, widths, (dtype, dtype))
     for mask in ("prefix", "rows"):
-        _check_windows(library, make(_LONG[mask], batch=3, length=131, heads=2, widths=widths, dtype=_BF16))
+        _check_windows(library, make(_LONG[mask], batch=3, length=131, heads=2, widths=widths, dtype=dtype))
+
+
+_MEANS = {
+    "large feature": test_contract._large_feature,
+    "large mean": test_contract._large_mean,
+    "far": lambda x: x - 40,
+}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"), [(torch.float32, torch.float32), (torch.float32, _BF16), (_BF16, torch.float32)], ids=str
+)
+@pytest.mark.parametrize("change", _MEANS)
+def test_means_of_heads_in_windows(library, backend, change, teacher, student):
+    """Tokens with a large common component. They are the same numbers for the kernel, the oracle and dense PyTorch."""
+    _use_windows(library, 1, 132, dtypes=(teacher, student))
+    q_t, _, q_s, _ = (x if x is None else _MEANS[change](x) for x in make(batch=2, length=201, widths=(16, 8)).tensors)
+    case = Case((q_t.to(teacher), None, q_s.to(student), None), {})
+    rows, (dense_grad,) = dense(case.to(torch.float32), torch.full(case.row_shape(), 1 / (2 * 201 * q_t.shape[2])))
+    value, (grad,) = case.run("sequence", backend)
+    expected, (expected_grad,) = case.oracle("sequence")
+    # The mean of half-precision tokens is not subtracted.
+    eps = torch.finfo(torch.float32).eps * (1 if teacher == student == torch.float32 else 8)
+    assert error(value, expected) <= 2 * error(rows.double().mean(), expected) + eps
+    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + max(eps, torch.finfo(student).eps)
+    assert library.emulated_take_segments() == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("warps", "processors"), [(1, 60), (2, 400)])
-def test_every_length_in_windows(library, backend, warps, processors):
+@pytest.mark.parametrize(
+    ("warps", "processors", "dtype"),
+    [(1, 60, _BF16), (2, 400, _BF16), pytest.param(1, 400, torch.float32, marks=pytest.mark.nightly)],
+)
+def test_every_length_in_windows(library, backend, warps, processors, dtype):
     """The longest sequences have 3 or 5 parts, and shorter ones down to 1."""
-    _use_windows(library, warps, processors)
+    _use_windows(library, warps, processors, dtypes=(dtype, dtype))
     lengths = torch.arange(65, 400)
     mask = {
         "cu_seqlens": torch.cat((torch.zeros(1), lengths.cumsum(0))).int(),
         "max_seqlen": 400,
         "prefix_lens": torch.where(lengths % 3 == 0, lengths // 2, torch.where(lengths % 3 == 1, 0, lengths)),
     }
-    _check_sequences(make(mask, widths=(16, 8), heads=1, dtype=_BF16), lengths.tolist())
+    _check_sequences(make(mask, widths=(16, 8), heads=1, dtype=dtype), lengths.tolist())
 
 
 def _check_sequences(case: Case, lengths: list[int]) -> None:
@@ -325,37 +410,47 @@ def _check_sequences(case: Case, lengths: list[int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", [{}, {"prefix_lens": torch.tensor([2500])}], ids=["none", "prefix"])
-def test_4097_tokens_in_windows(library, backend, mask):
-    """Nine windows of 512 tokens in five parts, with the shared memory of sm_90."""
+@pytest.mark.parametrize(
+    ("mask", "dtype"),
+    [
+        ({}, _BF16),
+        ({"prefix_lens": torch.tensor([2500])}, _BF16),
+        pytest.param({"prefix_lens": torch.tensor([2500])}, torch.float32, marks=pytest.mark.nightly),
+    ],
+    ids=["none", "prefix", "float32 prefix"],
+)
+def test_4097_tokens_in_windows(library, backend, mask, dtype):
+    """Nine windows of 512 tokens, or 22 of 192, in five parts, with the shared memory of sm_90."""
     library.emulated_set_props(*_SM_90, 1)
     holes = torch.ones(1, 4200, dtype=torch.bool)
     holes[0, 1000:1103] = False
     library.emulated_take_segments()
     _check_windows(
-        library, make(mask | {"attention_mask": holes}, batch=1, length=4200, heads=1, widths=(16, 8), dtype=_BF16)
+        library, make(mask | {"attention_mask": holes}, batch=1, length=4200, heads=1, widths=(16, 8), dtype=dtype)
     )
 
 
-def test_windows_of_heads_with_any_range(library, backend):
+@pytest.mark.parametrize("dtype", [_BF16, torch.float32], ids=str)
+def test_windows_of_heads_with_any_range(library, backend, dtype):
     """Heads whose s_ii range too widely for one reference take the row-wise path, others of the call do not."""
-    _use_windows(library, 1, 132)
-    case = make(batch=1, length=150, heads=3, widths=(16, 8), dtype=_BF16)
+    _use_windows(library, 1, 132, dtypes=(dtype, dtype))
+    case = make(batch=1, length=150, heads=3, widths=(16, 8), dtype=dtype)
     wide = torch.tensor([1.0, 8.0, 1.0])[:, None]
     for teacher, student in ((wide, 1), (1, wide), (wide, wide)):
         x, _, y, _ = case.tensors
-        mixed = Case(((x * teacher).to(_BF16), None, (y * student).to(_BF16), None), {})
+        mixed = Case(((x * teacher).to(dtype), None, (y * student).to(dtype), None), {})
         value, (grad,) = mixed.run("sequence", backend)
         expected, (expected_grad,) = mixed.oracle("sequence")
         assert error(value, expected) < 1e-5
         for head in range(3):
-            assert error(grad[:, :, head], expected_grad[:, :, head]) < 6e-3
+            assert error(grad[:, :, head], expected_grad[:, :, head]) < (6e-3 if dtype == _BF16 else 2e-5)
 
 
+@pytest.mark.parametrize("dtype", [_BF16, torch.float32], ids=str)
 @pytest.mark.parametrize("payload", [math.nan, math.inf])
-def test_nan_in_a_window_propagates(library, backend, payload):
-    _use_windows(library, 1, 132)
-    case = make(batch=2, length=140, heads=1, widths=(16, 8), dtype=_BF16)
+def test_nan_in_a_window_propagates(library, backend, payload, dtype):
+    _use_windows(library, 1, 132, dtypes=(dtype, dtype))
+    case = make(batch=2, length=140, heads=1, widths=(16, 8), dtype=dtype)
     case.tensors[2].data[0, 100, 0, 3] = payload
     value, (grad,) = case.run("sum", backend)
     assert value.isnan()
@@ -424,24 +519,30 @@ def test_no_instance_has_a_race(watched, widths, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("widths", [(16, 8), (16, 16), (64, 32)], ids=str)
-def test_windows_have_no_race(watched, widths):
+@pytest.mark.parametrize(
+    ("widths", "dtype"), [((16, 8), _BF16), ((16, 16), _BF16), ((64, 32), _BF16), ((16, 8), torch.float32)], ids=str
+)
+def test_windows_have_no_race(watched, widths, dtype):
     for warps, processors in ((2, 132), (2, 1), (3, 132)):
-        _use_windows(watched, warps, processors, widths)
+        _use_windows(watched, warps, processors, widths, (dtype, dtype))
         for mask in ({}, {"prefix_lens": torch.tensor([300])}):
-            make(mask, batch=1, length=450, heads=1, widths=widths, dtype=_BF16, rows=0.7).run("sequence", "cuda")
+            make(mask, batch=1, length=450, heads=1, widths=widths, dtype=dtype, rows=0.7).run("sequence", "cuda")
             assert cuda.take_races(watched) == []
             assert watched.emulated_take_segments() == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kernel", "harmless"), [("symmetric", {3, 7, 17, 18}), ("segments", {16})])
-def test_a_missing_barrier_is_a_race(watched, kernel, harmless):
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "harmless"),
+    [("symmetric", _BF16, {3, 7, 17, 18}), ("segments", _BF16, {16}), ("segments", torch.float32, {24})],
+    ids=str,
+)
+def test_a_missing_barrier_is_a_race(watched, kernel, dtype, harmless):
     """The harmless barriers have nothing to order: another one follows or precedes them."""
     if kernel == "segments":
-        _use_windows(watched, 2, 132)
-    case = make({"prefix_lens": torch.tensor([150])}, batch=1, length=260, heads=1, widths=(16, 8), dtype=_BF16)
-    name = f"{kernel}_1_2_1_1_1".encode()
+        _use_windows(watched, 2, 132, dtypes=(dtype, dtype))
+    case = make({"prefix_lens": torch.tensor([150])}, batch=1, length=260, heads=1, widths=(16, 8), dtype=dtype)
+    name = f"{kernel}_{'5_2_5_1_1' if dtype == torch.float32 else '1_2_1_1_1'}".encode()
     watched.emulated_ignore_barrier(name, 0)
     case.run("sequence", "cuda")
     barriers = watched.emulated_ignore_barrier(name, 0)
@@ -625,6 +726,9 @@ def test_plan_of_symmetric_blocks(library, device, planes, longest, expected):
         ("sm_120", "bf16 (16, 8)", 12, (192, 3, 3, 30976)),
         ("sm_90", "bf16 (64, 32)", 8, (128, 4, 2, 69888)),
         ("sm_120", "bf16 (64, 32)", 8, (128, 4, 1, 69888)),
+        ("sm_80", "fp32 (16, 8)", 8, (256, 4, 1, 131328)),
+        ("sm_90", "fp32 (16, 8)", 8, (192, 3, 2, 98560)),
+        ("sm_120", "fp32 (16, 8)", 8, (192, 3, 1, 98560)),
     ],
 )
 def test_plan_of_windows(library, device, planes, warps_of_a_kernel, expected):

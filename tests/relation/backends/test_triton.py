@@ -117,7 +117,7 @@ def _spills_in_loops(compiled) -> int:
 def test_variants_compile_without_spills(arch, dtype, every):
     """Kernels use 0 bytes of stack: no register is spilled, and no array is indexed at run time.
 
-    The kernels of unordered pairs may spill between their loops.
+    The kernels of unordered pairs, and those in float32, may spill between their loops.
     """
     chosen = [variant for variant in variants(arch) if variant.dtype == dtype]
     assert len(chosen) > 20
@@ -125,7 +125,7 @@ def test_variants_compile_without_spills(arch, dtype, every):
         compiled = compile_triton(variant, arch)
         usage = _usage(compiled)
         label = (variant.kernel, variant.group, variant.d_t, variant.d_s, usage)
-        if "unordered" in variant.group:
+        if "unordered" in variant.group or dtype == "float32":
             assert _spills_in_loops(compiled) == 0, label
         else:
             assert usage["STACK"] == usage["LOCAL"] == 0, label

@@ -86,7 +86,14 @@ class LaunchConfig:
 
     @classmethod
     def choose(
-        cls, kernel: str, width: int, itemsize: int, precision: str, intricate: bool, indices_and_prefix: bool
+        cls,
+        kernel: str,
+        width: int,
+        itemsize: int,
+        precision: str,
+        arch: int,
+        intricate: bool,
+        indices_and_prefix: bool,
     ) -> LaunchConfig:
         """Returns the configuration of a kernel, "row_stats", "row_kl" or "gradient".
 
@@ -95,16 +102,20 @@ class LaunchConfig:
             width: the larger padded head width of teacher and student.
             itemsize: the larger item size of their dtypes, in bytes.
             precision: how products of float32 numbers are computed.
+            arch: compute capability, such as 90.
             intricate: whether the call has a causal or prefix mask, or rows that are not loaded 16 bytes at a time.
             indices_and_prefix: whether the call has both a padding mask and a prefix mask.
         """
         older = _version() < (3, 9)
         if itemsize == 4 and precision == "bf16x6":
-            # On sm_80 every warp splits the looped tile, so a warp should have many rows.
-            rows = 128 if width <= 32 else 64
+            # 128 rows share the work of splitting a looped tile. On sm_100, older Tritons spill them.
+            tight = older and arch >= 100
+            rows = 128 if width <= 32 and not tight else 64
             if kernel == "gradient":  # some intricate gradients spill, to reach 168 registers, unless more are allowed
-                return cls(rows, 16, 4, 1, 255 if intricate else None)
-            return cls(rows, 32, 4, 1, 255 if indices_and_prefix else None)  # 168 spill on sm_80
+                return cls(rows, 16, 4, 1, 255 if intricate or tight else None)
+            # 168 registers spill on sm_80. On sm_90, Triton 3.8 computes an exponential twice to save some.
+            ample = indices_and_prefix or tight or (arch == 90 and _version()[:2] == (3, 8))
+            return cls(rows, 32, 4, 1, 255 if ample else None)
         if itemsize == 4:
             # Each thread holds slices of rows. Of the tiles that were tried, these are the largest that do not spill.
             if width > 64:
@@ -138,9 +149,9 @@ class LaunchConfig:
         # A scheduler holds 3 warps with 168 registers, and 2 with up to 255. In all other cases, 168 spill in a loop.
         many = warps == 1 and bidirectional and arch <= 90 and _version() >= (3, 9)
         many = many and not any(width % 8 for width in widths)
-        return cls(64 * warps, 16, warps, 2, 168 if many else 255)
+        return cls(64 * warps, 16, warps, 3, 168 if many else 255)
 
     @classmethod
     def for_interpreter(cls, positions: int, packed: bool) -> LaunchConfig:
         """Returns tile sizes for Triton's interpreter, whose time per loop iteration hardly depends on their size."""
-        return cls(32, 16, 1, 1) if positions <= 300 or packed else cls(512, 256, 1, 1)
+        return cls(64, 16, 1, 1) if positions <= 300 or packed else cls(512, 256, 1, 1)

@@ -359,9 +359,9 @@ class _Group:
         """Number of programs in a grid with one for each head of a sequence in a relation."""
         return len(self.relations) * self.call.sequences * self.call.inputs.heads
 
-    def new_row_stats(self, copies: int = 0) -> Tensor:
-        """Allocates one float32 per row, (R, A, rows), and in front of R, `copies` more that are 0."""
-        shape = (len(self.relations), self.call.inputs.heads, self.head_stride16 * 16)
+    def new_row_stats(self, copies: int = 0, numbers: int = 1) -> Tensor:
+        """Allocates `numbers` float32 per row, (R, A, rows * numbers), and in front of R, `copies` more that are 0."""
+        shape = (len(self.relations), self.call.inputs.heads, self.head_stride16 * 16 * numbers)
         return self.call.new((1 + copies, *shape), zeros=True) if copies else self.call.new(shape)
 
     def has_unordered_kernel(self) -> bool:
@@ -395,10 +395,8 @@ class _Group:
         values = call.new((len(self.relations), call.sequences, call.inputs.heads, parts))
         arguments = {
             **self.operands,
-            "sum_t": self.new_row_stats(copies),
-            "sum_s": self.new_row_stats(copies),
-            "pivot_t": self.new_row_stats(),
-            "pivot_s": self.new_row_stats(),
+            "sums": self.new_row_stats(copies, numbers=2),
+            "pivots": self.new_row_stats(numbers=2),
             "copies": copies,
             "weights": call.weights,
             "values": values,
@@ -542,6 +540,7 @@ class _Group:
                 max(self.operands["DP_T"], self.operands["DP_S"]),
                 max(itemsize_t, itemsize_s),
                 self.operands["PRECISION"],
+                _gpu(call.inputs.mask.device)[1],
                 call.mask_constants["MASK"] != BIDIRECTIONAL.value
                 or not self.operands["ALIGN_T"] * itemsize_t == self.operands["ALIGN_S"] * itemsize_s == 16,
                 call.mask_constants["HAS_INDICES"] and call.mask_constants["MASK"] == PREFIX.value,

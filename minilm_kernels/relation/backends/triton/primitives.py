@@ -271,13 +271,21 @@ def _upper_half(bits):
 
 
 @triton.jit
-def split(x):
+def split(x, GRID_AXIS: tl.constexpr = None):
     """Returns three bfloat16 tiles whose sum is the float32 tile x, the largest first.
 
     The first two are rounded to nearest, so that signs and errors of the parts are independent. They are computed as
     integers: conversions to bfloat16 would compete with the exponentials for a slow unit.
+    With GRID_AXIS, the first part is a multiple of 2^-10 times the power of 2 above the largest magnitude on this axis.
     """
-    high = (x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
+    first = x
+    if GRID_AXIS is not None:
+        largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, GRID_AXIS, keep_dims=True)
+        # 1.5 * 2^14 times the largest magnitude's power of 2, without overflow: sums with it are rounded to the grid.
+        exponent = tl.minimum(largest, 0x78000000) & 0x7F800000
+        shift = (exponent + ((14 << 23) + (1 << 22))).to(tl.float32, bitcast=True)
+        first = (x + shift) - shift
+    high = (first.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
     rest = x - high.to(tl.float32, bitcast=True)
     middle = (rest.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
     low = (rest - middle.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
@@ -285,17 +293,22 @@ def split(x):
 
 
 @triton.jit
-def multiply(x, y, PRECISION: tl.constexpr):
-    """Returns x @ y. PRECISION "bf16x6" computes float32 products on tensor cores, see docs/triton.md."""
+def multiply(x, y, PRECISION: tl.constexpr, SCORES: tl.constexpr = False):
+    """Returns x @ y. PRECISION "bf16x6" computes float32 products on tensor cores, see docs/triton.md.
+
+    SCORES: the largest products are added up without truncation, at the cost of an addition and of finding their grid.
+    """
     if x.dtype == tl.float32 and PRECISION == "bf16x6":
-        x_high, x_middle, x_low = split(x)
-        y_high, y_middle, y_low = split(y)
+        x_high, x_middle, x_low = split(x, 1 if SCORES else None)
+        y_high, y_middle, y_low = split(y, 0 if SCORES else None)
         # Tensor cores truncate sums. The smallest products come first, so that few sums are truncated at full size.
         product = tl.dot(x_low, y_high)
         product = tl.dot(x_high, y_low, product)
         product = tl.dot(x_middle, y_middle, product)
         product = tl.dot(x_middle, y_high, product)
         product = tl.dot(x_high, y_middle, product)
+        if SCORES:
+            return tl.fma(tl.dot(x_high, y_high), 1.0, product)  # an addition would become the product's accumulator
         product = tl.dot(x_high, y_high, product)
     else:
         product = tl.dot(x, y, input_precision="ieee")
@@ -324,7 +337,7 @@ def score_tile(
     ALIGN: tl.constexpr = LAYOUT[2]
     SLICED: tl.constexpr = LAYOUT[3]
     if not SLICED:
-        dot = multiply(x.q_tile, tl.trans(k_tile), PRECISION)
+        dot = multiply(x.q_tile, tl.trans(k_tile), PRECISION, True)
     else:
         length = program.length
         dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

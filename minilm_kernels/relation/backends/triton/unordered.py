@@ -4,7 +4,8 @@ A program owns a head and cuts its tokens into strips of BLOCK_M rows, and what 
 as many, because comparisons with the sequence's end take registers. Each strip meets tiles of BLOCK_N earlier tokens,
 then itself, the diagonal. Contributions to the strip's own rows stay in registers. Those to earlier rows are added to
 global memory: within a strip every tile has its own rows, and a strip stores its rows before later strips add to them.
-No other program touches them, so there are no atomics, and the order of additions is fixed.
+No other program touches them, so the order of additions is fixed. They are atomic only to return nothing: no thread
+waits for a load.
 
 Rows of a strip see all earlier tokens, under every mask. An earlier token sees a row i of the strip if the mask is
 bidirectional or i < prefix. Only the diagonal compares positions.
@@ -35,7 +36,6 @@ from .primitives import (
     head_program,
     load_tile,
     log_ratio,
-    partial_sums,
     row_offset,
     rows_with_gradient,
     sees,
@@ -53,9 +53,6 @@ class Head(NamedTuple):
     stride: Any
     scale: Any
     pivot: Any  # shared by all rows, unless the head is wide
-    sums: Any  # pointer to the sums of rows, later to their inverses
-    earlier_sums: Any  # pointer to the sums to which strips add their part of earlier rows
-    row_pivots: Any  # pointer to the rows' pivots, if the head is wide
 
 
 @triton.jit
@@ -65,9 +62,21 @@ def _load_tokens(head, position, start, length, LAYOUT: tl.constexpr, FULL: tl.c
 
 
 @triton.jit
-def _load_rows(x, rows, length, FULL: tl.constexpr):
-    """Loads statistics of rows; those beyond the sequence are 0."""
-    return tl.load(x + rows) if FULL else tl.load(x + rows, mask=rows < length, other=0.0)
+def _row_pairs(stats, rows):
+    """Returns pointers to a statistic of teacher and student in each row, [BLOCK, 2]."""
+    return stats + 2 * rows[:, None] + tl.arange(0, 2)[None, :]
+
+
+@triton.jit
+def _load_pairs(stats, rows, length, FULL: tl.constexpr):
+    """Returns a statistic of teacher and student in each row; those beyond the sequence are 0."""
+    address = _row_pairs(stats, rows)
+    return tl.load(address) if FULL else tl.load(address, mask=(rows < length)[:, None], other=0.0)
+
+
+@triton.jit
+def _store_pairs(stats, rows, length, x_t, x_s, FULL: tl.constexpr):
+    tl.store(_row_pairs(stats, rows), tl.join(x_t, x_s), mask=None if FULL else (rows < length)[:, None])
 
 
 @triton.jit
@@ -84,7 +93,7 @@ def _seen(i, program, MASK: tl.constexpr):
 
 @triton.jit
 def _find_row_pivots(
-    i, tile_t, tile_s, t, s, program, indices,
+    i, tile_t, tile_s, t, s, pivots, program, indices,
     LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, PRECISION: tl.constexpr, HAS_INDICES: tl.constexpr,
     MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -103,14 +112,13 @@ def _find_row_pivots(
         pivot_s = tl.maximum(pivot_s, tl.max(tl.where(visible, score_s, float("-inf")), 1))
     pivot_t = tl.ceil(pivot_t)
     pivot_s = tl.ceil(pivot_s)
-    tl.store(t.row_pivots + i, pivot_t, mask=i < length)
-    tl.store(s.row_pivots + i, pivot_s, mask=i < length)
+    _store_pairs(pivots, i, length, pivot_t, pivot_s, False)
     return pivot_t[:, None], pivot_s[:, None]
 
 
 @triton.jit
 def _strip_sums(
-    start, t, s, program, indices,
+    start, t, s, sums, earlier_sums, pivots, program, indices,
     LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, PRECISION: tl.constexpr, HAS_INDICES: tl.constexpr,
     MASK: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -125,13 +133,13 @@ def _strip_sums(
     tile_t = _load_tokens(t, q_position, start, length, LAYOUT_T, FULL, BLOCK_M)
     tile_s = _load_tokens(s, q_position, start, length, LAYOUT_S, FULL, BLOCK_M)
     seen = _seen(i, program, MASK)
-    sums_t = tl.zeros([BLOCK_M, 8], tl.float32)
-    sums_s = tl.zeros([BLOCK_M, 8], tl.float32)
+    sums_t = tl.zeros([BLOCK_M, 4], tl.float32)
+    sums_s = tl.zeros([BLOCK_M, 4], tl.float32)
     if WIDE:
         begin = 0
         end = length
         pivot_t, pivot_s = _find_row_pivots(
-            i, tile_t, tile_s, t, s, program, indices,
+            i, tile_t, tile_s, t, s, pivots, program, indices,
             LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
@@ -143,21 +151,17 @@ def _strip_sums(
             # static: begin sums
             j = k_start + tl.arange(0, BLOCK_N)
             k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, True)
-            if MASK != CAUSAL:
-                before_t = tl.load(t.earlier_sums + j)
-                before_s = tl.load(s.earlier_sums + j)
             k_tile_t = _load_tokens(t, k_position, k_start, length, LAYOUT_T, True, BLOCK_N)
             k_tile_s = _load_tokens(s, k_position, k_start, length, LAYOUT_S, True, BLOCK_N)
             e_t = tl.exp2(tl.fma(_dot(tile_t, k_tile_t, PRECISION), t.scale, -pivot_t))
             e_s = tl.exp2(tl.fma(_dot(tile_s, k_tile_s, PRECISION), s.scale, -pivot_s))
-            sums_t += partial_sums(e_t, 8)
-            sums_s += partial_sums(e_s, 8)
+            sums_t += _row_sums(e_t)
+            sums_s += _row_sums(e_s)
             if MASK == PREFIX or not FULL:
                 e_t *= seen
                 e_s *= seen
             if MASK != CAUSAL:
-                tl.store(t.earlier_sums + j, before_t + tl.sum(e_t, 0))
-                tl.store(s.earlier_sums + j, before_s + tl.sum(e_s, 0))
+                tl.atomic_add(_row_pairs(earlier_sums, j), tl.join(tl.sum(e_t, 0), tl.sum(e_s, 0)), sem="relaxed")
             # static: end sums
     for k_start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         # static: begin sums_diagonal
@@ -170,22 +174,29 @@ def _strip_sums(
             visible = visible_keys(i, k_start, length, program.prefix, MASK, BLOCK_N)
             e_t = tl.where(visible, e_t, 0.0)
             e_s = tl.where(visible, e_s, 0.0)
-        sums_t += partial_sums(e_t, 8)
-        sums_s += partial_sums(e_s, 8)
+        sums_t += _row_sums(e_t)
+        sums_s += _row_sums(e_s)
         # static: end sums_diagonal
-    tl.store(t.sums + i, tl.sum(sums_t, 1), mask=i < length)
-    tl.store(s.sums + i, tl.sum(sums_s, 1), mask=i < length)
+    _store_pairs(sums, i, length, tl.sum(sums_t, 1), tl.sum(sums_s, 1), FULL)
     tl.debug_barrier()  # other threads add to these sums
 
 
 @triton.jit
-def _invert_sums(head, copies, copy_stride, start, has_gradient, length, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+def _row_sums(x):
+    """Reduces [M, N] to [M, 4]. In the layout of tensor-core tiles, sums stay within the threads."""
+    return tl.sum(tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@triton.jit
+def _invert_sums(sums, copies, copy_stride, start, has_gradient, length, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
     """Replaces the sums of BLOCK rows by their inverses times 2**SHIFT, and by 0 where there is no gradient."""
     i = start + tl.arange(0, BLOCK)
-    total = tl.load(head.sums + i, mask=i < length, other=1.0)
+    address = _row_pairs(sums, i)
+    in_bounds = (i < length)[:, None]
+    total = tl.load(address, mask=in_bounds, other=1.0)
     for copy in range(1, copies + 1):
-        total += tl.load(head.sums + copy * copy_stride + i, mask=i < length, other=0.0)
-    tl.store(head.sums + i, tl.where(has_gradient, 2.0**SHIFT / total, 0.0), mask=i < length)
+        total += tl.load(address + copy * copy_stride, mask=in_bounds, other=0.0)
+    tl.store(address, tl.where(has_gradient[:, None], 2.0**SHIFT / total, 0.0), mask=in_bounds)
 
 
 @triton.jit
@@ -205,9 +216,151 @@ def _thread_sums(x, WARPS: tl.constexpr):
     return tl.reshape(tl.sum(tl.sum(x, 2), 0), [WARPS * 8, 8])
 
 
+class Tokens(NamedTuple):
+    """A block of tokens in the gradient."""
+
+    i: Any
+    position: Any
+    tile_t: Any
+    tile_s: Any
+    tile_g: Any  # the student's, as an operand of the gradient
+    inverses: Any  # [BLOCK, 2]
+
+
+@triton.jit
+def _load_gradient_tokens(
+    start, t, s, inverses, program, indices,
+    LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, LAYOUT_G: tl.constexpr, HAS_INDICES: tl.constexpr,
+    FULL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Returns the `Tokens` from `start` on."""
+    length = program.length
+    i = start + tl.arange(0, BLOCK)
+    position = token_positions(indices, start, length, BLOCK, HAS_INDICES, FULL)
+    inverses = _load_pairs(inverses, i, length, FULL)
+    tile_t = _load_tokens(t, position, start, length, LAYOUT_T, FULL, BLOCK)
+    tile_s = _load_tokens(s, position, start, length, LAYOUT_S, FULL, BLOCK)
+    tile_g = tile_s if LAYOUT_G == LAYOUT_S else _load_tokens(s, position, start, length, LAYOUT_G, FULL, BLOCK)
+    return Tokens(i, position, tile_t, tile_s, tile_g, inverses)
+
+
+@triton.jit
+def _earlier_pairs(
+    rows, keys, acc, excess_sum, product_sum, t, s, program,
+    PRECISION: tl.constexpr, MASK: tl.constexpr, FULL: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Returns q - p of the rows' pairs with earlier tokens and of the mirrored pairs, added up, and `acc` with their
+    part of the rows' gradient; adds to the sums of q - p and of p (u_s - u_t)."""
+    # static: begin gradients
+    q_inv_t, q_inv_s = tl.split(rows.inverses)
+    q_inv_t = q_inv_t[:, None]
+    q_inv_s = q_inv_s[:, None]
+    k_inv_t, k_inv_s = tl.split(keys.inverses)
+    k_inv_t = k_inv_t[None, :]
+    k_inv_s = k_inv_s[None, :]
+    u_t = tl.fma(_dot(rows.tile_t, keys.tile_t, PRECISION), t.scale, -t.pivot)
+    u_s = tl.fma(_dot(rows.tile_s, keys.tile_s, PRECISION), s.scale, -s.pivot)
+    if MASK == CAUSAL:
+        p = tl.exp2(u_t) * q_inv_t
+        excess = tl.exp2(u_s) * q_inv_s - p
+    elif MASK == BIDIRECTIONAL and FULL:
+        p = tl.exp2(u_t) * (q_inv_t + k_inv_t)
+        excess = tl.exp2(u_s) * (q_inv_s + k_inv_s) - p
+    else:
+        seen = _seen(rows.i, program, MASK)
+        p = tl.exp2(u_t) * tl.fma(seen, k_inv_t, q_inv_t)
+        excess = tl.exp2(u_s) * tl.fma(seen, k_inv_s, q_inv_s) - p
+    excess_sum += _thread_sums(excess, WARPS)
+    product_sum += _thread_sums(p * (u_s - u_t), WARPS)
+    excess = excess.to(keys.tile_g.dtype)
+    acc = tl.dot(excess, keys.tile_g, acc, input_precision=PRECISION)
+    # static: end gradients
+    return excess, acc, excess_sum, product_sum
+
+
+@triton.jit
+def _diagonal_pairs(
+    rows, keys, acc, excess_sum, product_sum, t, s, pivots, program,
+    PRECISION: tl.constexpr, MASK: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Returns `acc` with the gradient of the rows' pairs, in both orders; adds to the sums of q - p and of
+    p (u_s - u_t)."""
+    # static: begin gradients_diagonal
+    length = program.length
+    i = rows.i[:, None]
+    j = keys.i[None, :]
+    q_inv_t, q_inv_s = tl.split(rows.inverses)
+    q_inv_t = q_inv_t[:, None]
+    q_inv_s = q_inv_s[:, None]
+    k_inv_t, k_inv_s = tl.split(keys.inverses)
+    k_inv_t = k_inv_t[None, :]
+    k_inv_s = k_inv_s[None, :]
+    dot_t = _dot(rows.tile_t, keys.tile_t, PRECISION)
+    dot_s = _dot(rows.tile_s, keys.tile_s, PRECISION)
+    # static: end gradients_diagonal
+    # static: begin wide
+    if WIDE:
+        pivot_t, pivot_s = tl.split(_load_pairs(pivots, rows.i, length, False))
+        u_t = tl.fma(dot_t, t.scale, -pivot_t[:, None])
+        u_s = tl.fma(dot_s, s.scale, -pivot_s[:, None])
+        fwd = j < length
+        mirrored = i < length
+        if MASK != BIDIRECTIONAL:
+            fwd = fwd & sees(i, j, program.prefix)
+            mirrored = mirrored & sees(j, i, program.prefix)
+        p = tl.where(fwd, tl.exp2(u_t) * q_inv_t, 0.0)
+        excess = tl.where(fwd, tl.exp2(u_s) * q_inv_s, 0.0) - p
+        excess_sum += _thread_sums(excess, WARPS)  # as a row; the other order is a row of another strip
+        product_sum += _thread_sums(tl.where(fwd, p * (u_s - u_t), 0.0), WARPS)
+        pivot_t, pivot_s = tl.split(_load_pairs(pivots, keys.i, length, False))
+        u_t = tl.fma(dot_t, t.scale, -pivot_t[None, :])
+        u_s = tl.fma(dot_s, s.scale, -pivot_s[None, :])
+        excess += tl.where(mirrored, tl.exp2(u_s) * k_inv_s - tl.exp2(u_t) * k_inv_t, 0.0)
+    # static: end wide
+    # static: begin gradients_diagonal
+    else:
+        u_t = tl.fma(dot_t, t.scale, -t.pivot)
+        u_s = tl.fma(dot_s, s.scale, -s.pivot)
+        if MASK == BIDIRECTIONAL:
+            p = tl.exp2(u_t) * (q_inv_t + k_inv_t)
+            excess = tl.exp2(u_s) * (q_inv_s + k_inv_s) - p
+        else:
+            fwd = sees(i, j, program.prefix)
+            mirrored = sees(j, i, program.prefix)
+            p = tl.exp2(u_t) * (tl.where(fwd, q_inv_t, 0.0) + tl.where(mirrored, k_inv_t, 0.0))
+            excess = tl.exp2(u_s) * (tl.where(fwd, q_inv_s, 0.0) + tl.where(mirrored, k_inv_s, 0.0)) - p
+        if not FULL:
+            in_bounds = (i < length) & (j < length)
+            p = tl.where(in_bounds, p, 0.0)
+            excess = tl.where(in_bounds, excess, 0.0)
+        excess_sum += 0.5 * _thread_sums(excess, WARPS)  # the diagonal visits both orders of a pair
+        product_sum += 0.5 * _thread_sums(p * (u_s - u_t), WARPS)
+    acc = tl.dot(excess.to(keys.tile_g.dtype), keys.tile_g, acc, input_precision=PRECISION)
+    # static: end gradients_diagonal
+    return acc, excess_sum, product_sum
+
+
+@triton.jit
+def _gradient_of(out, position, out_stride, WIDTH: tl.constexpr):
+    """Returns pointers to the gradient of the tokens at `position`, [BLOCK, WIDTH]."""
+    address = out + ((position * out_stride)[:, None] + tl.arange(0, WIDTH)[None, :])
+    # A thread of a product has two features side by side. In this layout no value goes to another thread.
+    return tl.max_contiguous(address, (1, 2))
+
+
+@triton.jit
+def _store_gradient(out, out_stride, rows, gradient, length, D_S: tl.constexpr, FULL: tl.constexpr):
+    WIDTH: tl.constexpr = gradient.shape[1]
+    address = _gradient_of(out, rows.position, out_stride, WIDTH)
+    if FULL and D_S == WIDTH:
+        tl.store(address, gradient)
+    else:
+        tl.store(address, gradient, mask=(rows.i < length)[:, None] & (tl.arange(0, WIDTH)[None, :] < D_S))
+
+
 @triton.jit
 def _strip_gradient(
-    start, value, lost, t, s, program, indices, out, earlier_out, out_stride, factor,
+    start, value, lost, t, s, inverses, pivots, program, indices, out, earlier_out, out_stride, factor,
     LAYOUT_T: tl.constexpr, LAYOUT_S: tl.constexpr, DG: tl.constexpr, PRECISION: tl.constexpr,
     HAS_INDICES: tl.constexpr, MASK: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
     STAGES: tl.constexpr, WARPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -215,114 +368,57 @@ def _strip_gradient(
     """Stores the gradient of a strip's rows and adds the strip's part to the gradients of earlier rows.
 
     Adds the strip's sum of (q - p) - log(2) p (u_s - u_t) to `value` and its rounding error to `lost`.
+
+    A turn takes one half of the rows after the other, which halves the registers that hold scores.
     """
     length = program.length
-    D_S: tl.constexpr = LAYOUT_S[0]
-    i = start + tl.arange(0, BLOCK_M)
-    q_position = token_positions(indices, start, length, BLOCK_M, HAS_INDICES, FULL)
-    tile_t = _load_tokens(t, q_position, start, length, LAYOUT_T, FULL, BLOCK_M)
-    tile_s = _load_tokens(s, q_position, start, length, LAYOUT_S, FULL, BLOCK_M)
-    # Operands of the gradient are DG wide: where DG is 8, half of a product of padded width would be wasted.
-    tile_g = load_tile(s.x, q_position, s.stride, start, length, BLOCK_M, D_S, DG, LAYOUT_S[2], FULL)
-    seen = _seen(i, program, MASK)
-    q_inv_t = _load_rows(t.sums, i, length, FULL)[:, None]
-    q_inv_s = _load_rows(s.sums, i, length, FULL)[:, None]
-    feature = tl.arange(0, DG)[None, :]
-    acc = tl.zeros([BLOCK_M, DG], tl.float32)
+    # Where DG is 8, half of a product of padded width would be wasted.
+    LAYOUT_G: tl.constexpr = LAYOUT_S if WIDE else (LAYOUT_S[0], DG, LAYOUT_S[2])
+    D_S: tl.constexpr = LAYOUT_G[0]
+    WIDTH: tl.constexpr = LAYOUT_G[1]
+    HALF: tl.constexpr = BLOCK_M // 2
+    rows_0 = _load_gradient_tokens(
+        start, t, s, inverses, program, indices, LAYOUT_T, LAYOUT_S, LAYOUT_G, HAS_INDICES, FULL, HALF
+    )
+    rows_1 = _load_gradient_tokens(
+        start + HALF, t, s, inverses, program, indices, LAYOUT_T, LAYOUT_S, LAYOUT_G, HAS_INDICES, FULL, HALF
+    )
+    acc_0 = tl.zeros([HALF, WIDTH], tl.float32)
+    acc_1 = tl.zeros([HALF, WIDTH], tl.float32)
     excess_sum = tl.zeros([WARPS * 8, 8], tl.float32)
     product_sum = tl.zeros([WARPS * 8, 8], tl.float32)
-    if WIDE:
-        begin = 0
-        end = length
-        pivot_t = _load_rows(t.row_pivots, i, length, False)[:, None]
-        pivot_s = _load_rows(s.row_pivots, i, length, False)[:, None]
-    else:
+    begin = 0
+    end = length
+    if not WIDE:
         begin = start
         end = start + BLOCK_M if FULL else tl.minimum(start + BLOCK_M, length)
-        pivot_t = t.pivot
-        pivot_s = s.pivot
         for k_start in range(0, start, BLOCK_N):
-            # static: begin gradients
-            j = k_start + tl.arange(0, BLOCK_N)
-            k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, True)
-            if MASK != CAUSAL:
-                k_inv_t = tl.load(t.sums + j)[None, :]
-                k_inv_s = tl.load(s.sums + j)[None, :]
-            k_tile_g = load_tile(s.x, k_position, s.stride, k_start, length, BLOCK_N, D_S, DG, LAYOUT_S[2], True)
-            k_tile_t = _load_tokens(t, k_position, k_start, length, LAYOUT_T, True, BLOCK_N)
-            k_tile_s = _load_tokens(s, k_position, k_start, length, LAYOUT_S, True, BLOCK_N)
-            u_t = tl.fma(_dot(tile_t, k_tile_t, PRECISION), t.scale, -pivot_t)
-            u_s = tl.fma(_dot(tile_s, k_tile_s, PRECISION), s.scale, -pivot_s)
-            if MASK == CAUSAL:
-                p = tl.exp2(u_t) * q_inv_t
-                excess = tl.exp2(u_s) * q_inv_s - p
-            elif MASK == BIDIRECTIONAL and FULL:
-                p = tl.exp2(u_t) * (q_inv_t + k_inv_t)
-                excess = tl.exp2(u_s) * (q_inv_s + k_inv_s) - p
-            else:
-                p = tl.exp2(u_t) * tl.fma(seen, k_inv_t, q_inv_t)
-                excess = tl.exp2(u_s) * tl.fma(seen, k_inv_s, q_inv_s) - p
-            excess_sum += _thread_sums(excess, WARPS)
-            product_sum += _thread_sums(p * (u_s - u_t), WARPS)
-            excess = excess.to(k_tile_g.dtype)
-            acc = tl.dot(excess, k_tile_g, acc, input_precision=PRECISION)
-            address = earlier_out + (k_position * out_stride)[:, None] + feature
-            mirrored = factor * tl.dot(tl.trans(excess), tile_g, input_precision=PRECISION)
-            if D_S == DG:
-                tl.store(address, tl.load(address) + mirrored)
-            else:
-                before = tl.load(address, mask=feature < D_S, other=0.0)
-                tl.store(address, before + mirrored, mask=feature < D_S)
-            # static: end gradients
+            keys = _load_gradient_tokens(
+                k_start, t, s, inverses, program, indices, LAYOUT_T, LAYOUT_S, LAYOUT_G, HAS_INDICES, True, BLOCK_N
+            )
+            excess, acc_0, excess_sum, product_sum = _earlier_pairs(
+                rows_0, keys, acc_0, excess_sum, product_sum, t, s, program, PRECISION, MASK, FULL, WARPS
+            )
+            mirrored = tl.dot(tl.trans(excess), rows_0.tile_g, input_precision=PRECISION)
+            excess, acc_1, excess_sum, product_sum = _earlier_pairs(
+                rows_1, keys, acc_1, excess_sum, product_sum, t, s, program, PRECISION, MASK, FULL, WARPS
+            )
+            mirrored = tl.dot(tl.trans(excess), rows_1.tile_g, mirrored, input_precision=PRECISION)
+            address = _gradient_of(earlier_out, keys.position, out_stride, WIDTH)
+            mask = None if D_S == WIDTH else tl.arange(0, WIDTH)[None, :] < D_S
+            tl.atomic_add(address, factor * mirrored, mask=mask, sem="relaxed")
     for k_start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        # static: begin gradients_diagonal
-        j = k_start + tl.arange(0, BLOCK_N)
-        k_position = token_positions(indices, k_start, length, BLOCK_N, HAS_INDICES, FULL)
-        k_inv_t = _load_rows(t.sums, j, length, FULL)[None, :]
-        k_inv_s = _load_rows(s.sums, j, length, FULL)[None, :]
-        k_tile_g = load_tile(s.x, k_position, s.stride, k_start, length, BLOCK_N, D_S, DG, LAYOUT_S[2], FULL)
-        k_tile_t = _load_tokens(t, k_position, k_start, length, LAYOUT_T, FULL, BLOCK_N)
-        k_tile_s = _load_tokens(s, k_position, k_start, length, LAYOUT_S, FULL, BLOCK_N)
-        dot_t = _dot(tile_t, k_tile_t, PRECISION)
-        dot_s = _dot(tile_s, k_tile_s, PRECISION)
-        u_t = tl.fma(dot_t, t.scale, -pivot_t)
-        u_s = tl.fma(dot_s, s.scale, -pivot_s)
-        # static: end gradients_diagonal
-        # static: begin wide
-        if WIDE:
-            fwd = (j < length)[None, :]
-            mirrored = (i < length)[:, None]
-            if MASK != BIDIRECTIONAL:
-                fwd = fwd & sees(i[:, None], j[None, :], program.prefix)
-                mirrored = mirrored & sees(j[None, :], i[:, None], program.prefix)
-            p = tl.where(fwd, tl.exp2(u_t) * q_inv_t, 0.0)
-            excess = tl.where(fwd, tl.exp2(u_s) * q_inv_s, 0.0) - p
-            excess_sum += _thread_sums(excess, WARPS)  # as a row; the other order is a row of another strip
-            product_sum += _thread_sums(tl.where(fwd, p * (u_s - u_t), 0.0), WARPS)
-            u_t = tl.fma(dot_t, t.scale, -_load_rows(t.row_pivots, j, length, False)[None, :])
-            u_s = tl.fma(dot_s, s.scale, -_load_rows(s.row_pivots, j, length, False)[None, :])
-            excess += tl.where(mirrored, tl.exp2(u_s) * k_inv_s - tl.exp2(u_t) * k_inv_t, 0.0)
-        # static: end wide
-        # static: begin gradients_diagonal
-        else:
-            if MASK == BIDIRECTIONAL:
-                p = tl.exp2(u_t) * (q_inv_t + k_inv_t)
-                excess = tl.exp2(u_s) * (q_inv_s + k_inv_s) - p
-            else:
-                fwd = sees(i[:, None], j[None, :], program.prefix)
-                mirrored = sees(j[None, :], i[:, None], program.prefix)
-                p = tl.exp2(u_t) * (tl.where(fwd, q_inv_t, 0.0) + tl.where(mirrored, k_inv_t, 0.0))
-                excess = tl.exp2(u_s) * (tl.where(fwd, q_inv_s, 0.0) + tl.where(mirrored, k_inv_s, 0.0)) - p
-            if not FULL:
-                in_bounds = (i < length)[:, None] & (j < length)[None, :]
-                p = tl.where(in_bounds, p, 0.0)
-                excess = tl.where(in_bounds, excess, 0.0)
-            excess_sum += 0.5 * _thread_sums(excess, WARPS)  # the diagonal visits both orders of a pair
-            product_sum += 0.5 * _thread_sums(p * (u_s - u_t), WARPS)
-        acc = tl.dot(excess.to(k_tile_g.dtype), k_tile_g, acc, input_precision=PRECISION)
-        # static: end gradients_diagonal
-    address = out + (q_position * out_stride)[:, None] + feature
-    tl.store(address, factor * acc, mask=(i < length)[:, None] & (feature < D_S))
+        keys = _load_gradient_tokens(
+            k_start, t, s, inverses, program, indices, LAYOUT_T, LAYOUT_S, LAYOUT_G, HAS_INDICES, FULL, BLOCK_N
+        )
+        acc_0, excess_sum, product_sum = _diagonal_pairs(
+            rows_0, keys, acc_0, excess_sum, product_sum, t, s, pivots, program, PRECISION, MASK, FULL, WIDE, WARPS
+        )
+        acc_1, excess_sum, product_sum = _diagonal_pairs(
+            rows_1, keys, acc_1, excess_sum, product_sum, t, s, pivots, program, PRECISION, MASK, FULL, WIDE, WARPS
+        )
+    _store_gradient(out, out_stride, rows_0, factor * acc_0, length, D_S, FULL)
+    _store_gradient(out, out_stride, rows_1, factor * acc_1, length, D_S, FULL)
     tl.debug_barrier()  # other threads add to these rows
     return _add_exactly(value, lost, excess_sum - LN2 * product_sum)
 
@@ -339,7 +435,7 @@ def _strip(step, part, parts, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr):
 def unordered_kernel(
     teacher, teacher_strides, student, student_strides, query_codes, scale_t, scale_s, gradient_scale,
     heads, sequences, positions, total, stats_head_stride16, stats_seq_stride16, copies,
-    indices, starts, prefixes, counted, sum_t, sum_s, pivot_t, pivot_s, weights, values, out,
+    indices, starts, prefixes, counted, sums, pivots, weights, values, out,
     D_T: tl.constexpr, D_S: tl.constexpr, DP_T: tl.constexpr, DP_S: tl.constexpr, DG: tl.constexpr,
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr, SHIFT: tl.constexpr,
     PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, MASK: tl.constexpr,
@@ -349,7 +445,7 @@ def unordered_kernel(
     """Writes the gradient of a head to `out`, and the sum of its rows' KL to `values`. A grid of (heads, parts).
 
     The phases are SUMS of every row, their INVERSES a, and the GRADIENT with the value. With SPLIT, each is a launch of
-    its own, and `copies` programs share a head; they have their copies behind `sum_t`, `sum_s` and `out`.
+    its own, and `copies` programs share a head; they have their copies behind `sums` and `out`.
 
     The sum of KL is that of log(a_t / a_s) minus that of log(2) p (u_s - u_t). These cancel when KL is small, so
     rounding errors of their sum are kept. The sum of q - p is 0 but for the rounding of a, which it corrects to first
@@ -370,10 +466,14 @@ def unordered_kernel(
         x_t, stride_t, x_s, stride_s, scale_t, scale_s, program, indices, LAYOUT_T, LAYOUT_S, HAS_INDICES, BLOCK_M
     )
     row = row_offset(program, heads, stats_head_stride16, stats_seq_stride16, PACKED)
-    copy_stride = (tl.num_programs(0) // sequences).to(tl.int64) * stats_head_stride16 * 16
-    earlier = row + (1 + part) * copy_stride if SPLIT else row
-    t = Head(x_t, stride_t, scale_t, shared_t, sum_t + row, sum_t + earlier, pivot_t + row)
-    s = Head(x_s, stride_s, scale_s, shared_s, sum_s + row, sum_s + earlier, pivot_s + row)
+    copy_stride = (tl.num_programs(0) // sequences).to(tl.int64) * stats_head_stride16 * 32
+    sums += 2 * row
+    earlier_sums = sums
+    if SPLIT:
+        earlier_sums += (1 + part) * copy_stride
+    pivots += 2 * row
+    t = Head(x_t, stride_t, scale_t, shared_t)
+    s = Head(x_s, stride_s, scale_s, shared_s)
     full = length // BLOCK_M
     rest = full * BLOCK_M  # start of the remaining rows
     steps = full
@@ -390,18 +490,18 @@ def unordered_kernel(
         if shared:
             for step in range(0, steps):
                 _strip_sums(
-                    _strip(step, part, parts, BLOCK_M, SPLIT), t, s, program, indices,
+                    _strip(step, part, parts, BLOCK_M, SPLIT), t, s, sums, earlier_sums, pivots, program, indices,
                     LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, True, False, STAGES, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             for start in range(rest, rest_end, HALF):
                 _strip_sums(
-                    start, t, s, program, indices,
+                    start, t, s, sums, earlier_sums, pivots, program, indices,
                     LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, False, False, STAGES, HALF, BLOCK_N,
                 )  # fmt: skip
         else:
             for start in range(part * HALF, length, parts * HALF):
                 _strip_sums(
-                    start, t, s, program, indices,
+                    start, t, s, sums, earlier_sums, pivots, program, indices,
                     LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, False, True, STAGES, HALF, BLOCK_N,
                 )  # fmt: skip
 
@@ -411,8 +511,7 @@ def unordered_kernel(
             has_gradient = rows_with_gradient(
                 counted, indices, program, start, positions, BLOCK_M, PACKED, HAS_INDICES, HAS_QUERY_MASK, MASK
             )
-            _invert_sums(t, added, copy_stride, start, has_gradient, length, SHIFT, BLOCK_M)
-            _invert_sums(s, added, copy_stride, start, has_gradient, length, SHIFT, BLOCK_M)
+            _invert_sums(sums, added, copy_stride, start, has_gradient, length, SHIFT, BLOCK_M)
         tl.debug_barrier()  # other threads read these inverses
 
     if GRADIENT:
@@ -431,31 +530,29 @@ def unordered_kernel(
         if shared:
             for step in range(0, steps):
                 value, lost = _strip_gradient(
-                    _strip(step, part, parts, BLOCK_M, SPLIT), value, lost, t, s, program, indices,
+                    _strip(step, part, parts, BLOCK_M, SPLIT), value, lost, t, s, sums, pivots, program, indices,
                     out, earlier_out, out_stride, factor, LAYOUT_T, LAYOUT_S, DG, PRECISION,
                     HAS_INDICES, MASK, True, False, STAGES, WARPS, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             for start in range(rest, rest_end, HALF):
                 value, lost = _strip_gradient(
-                    start, value, lost, t, s, program, indices,
+                    start, value, lost, t, s, sums, pivots, program, indices,
                     out, earlier_out, out_stride, factor, LAYOUT_T, LAYOUT_S, DG, PRECISION,
                     HAS_INDICES, MASK, False, False, STAGES, WARPS, HALF, BLOCK_N,
                 )  # fmt: skip
         else:
             for start in range(part * HALF, length, parts * HALF):
                 value, lost = _strip_gradient(
-                    start, value, lost, t, s, program, indices,
+                    start, value, lost, t, s, sums, pivots, program, indices,
                     out, earlier_out, out_stride, factor, LAYOUT_T, LAYOUT_S, DG, PRECISION,
                     HAS_INDICES, MASK, False, True, STAGES, WARPS, HALF, BLOCK_N,
                 )  # fmt: skip
-        lane = 8 * tl.arange(0, WARPS * 8)[:, None] + tl.arange(0, 8)[None, :]  # [WARPS * 8, 8]
         for start in range(part * 64 * WARPS, length, parts * 64 * WARPS):
             # The inverses are 0 in rows that do not count or see only themselves.
-            inverse_t = tl.load(t.sums + start + lane, mask=start + lane < length, other=0.0)
-            inverse_s = tl.load(s.sums + start + lane, mask=start + lane < length, other=0.0)
+            inverse_t, inverse_s = tl.split(_load_pairs(sums, start + tl.arange(0, 64 * WARPS), length, False))
             inverse_s = tl.where(inverse_t > 0.0, inverse_s, 1.0)
             ratio = log_ratio(inverse_s, tl.where(inverse_t > 0.0, inverse_t, 1.0))
-            value, lost = _add_exactly(value, lost, ratio * 2.0**SHIFT)
+            value, lost = _add_exactly(value, lost, tl.reshape(ratio * 2.0**SHIFT, [WARPS * 8, 8]))
         kl = tl.sum(tl.sum(value, 1), 0) + tl.sum(tl.sum(lost, 1), 0)
         tl.store(values + tl.program_id(0) * parts + part, kl * 2.0**-SHIFT)
 

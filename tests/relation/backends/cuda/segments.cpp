@@ -21,6 +21,10 @@ void (*kernel_of(const std::string& name))(const LaunchParams) {
   if (name.find("segments_1_8_1_4_") == 0) return segments<1, 8, 1, 4, kCausal>;
   if (name.find("segments_4_2_4_1_") == 0) return segments<4, 2, 4, 1, kCausal>;
   if (name.find("segments_4_2_1_1_") == 0) return segments<4, 2, 1, 1, kCausal>;
+  if (name.find("segments_5_2_5_1_") == 0) return segments<5, 2, 5, 1, kCausal>;
+  if (name.find("segments_5_2_1_1_") == 0) return segments<5, 2, 1, 1, kCausal>;
+  if (name.find("segments_1_2_5_1_") == 0) return segments<1, 2, 5, 1, kCausal>;
+  if (name.find("segments_5_4_5_2_") == 0) return segments<5, 4, 5, 2, kCausal>;
   return nullptr;
 }
 
