@@ -47,8 +47,8 @@ constexpr SymmetricSchedule symmetric_schedule(int format_s, int chunks_t, int f
   return {32, 8};
 }
 
-// Whether strips compute a quarter of their exponentials by polynomials: where exponentials bind. Compute capability 10.3
-// has twice as many exponentials per clock.
+// Strips compute a quarter of their exponentials by polynomials where exponentials bind by far. Compute capability 10.3
+// has twice as many per clock.
 constexpr bool has_polynomials(int format_s, int chunks_t, int format_t, int chunks_s, int capability) {
   return capability == 100 && format_s != kFloat32 && format_t != kFloat32 &&
          symmetric_schedule(format_s, chunks_t, format_t, chunks_s, capability).strip_rows == 64;

@@ -172,8 +172,8 @@ MINILM_DEVICE void operator+=(Float2& a, const Float2& b) { a = a + b; }
 MINILM_DEVICE Float2 exp2_fast(const Float2& u) { return {exp2_fast(u.x), exp2_fast(u.y)}; }
 
 // 2^u = 2^n p(f) with multiply-adds, for u <= 127. n is u rounded to an integer, by adding a number whose unit is 1, and
-// f = u - n, which is exact. p is within 3e-9 of 2^f, of which p(0) = 1; with the roundings of p, the error is that of
-// ex2.approx. Below 2^-126, p's exponent is 0: results are between 0 and 2^-126, and 0 from -127 on.
+// f = u - n, which is exact. p errs by 3e-9 relative to 2^f, its roundings by less than 1.4 · 2^-24; p(0) = 1
+// (docs/cuda.md). Results are 0 up to u = -127, and between 0 and 2^-126 up to -126.
 MINILM_DEVICE Float2 exp2_polynomial(Float2 u) {
   u = {fmaxf(u.x, -127.0f), fmaxf(u.y, -127.0f)};
   constexpr float kInteger = 12582912.0f;  // 1.5 · 2^23
