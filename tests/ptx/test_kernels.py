@@ -133,8 +133,10 @@ def test_rows_that_count_and_grouped_keys(family, relations, groups, mask, reduc
     [
         ("crowded", (16, 8), 200, "bfloat16"),
         ("crowded", (64, 32), 70, "bfloat16"),
+        ("crowded sm_100", (16, 8), 200, "bfloat16"),
         ("windows", (16, 8), 300, "bfloat16"),
         ("windows", (64, 32), 100, "bfloat16"),
+        ("windows sm_100", (16, 8), 300, "bfloat16"),
         ("float32 windows", (16, 8), 300, "float32"),
     ],
 )
