@@ -10,17 +10,21 @@ from tests.relation.backends import cuda
 from tests.relation.cases import Case
 
 
+def seeds_of(backend: str, count: int) -> range:
+    return range(0, count * random_cases.EVERY[backend], random_cases.EVERY[backend])
+
+
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_a_sample(backend):
-    count, wrong = random_cases.check(backend, range(100))
-    assert (count, wrong) == (100, [])
+    counts, wrong = random_cases.check([backend], seeds_of(backend, 100))
+    assert (counts, wrong) == ({backend: 100}, [])
 
 
 @pytest.mark.slow
 def test_a_sample_of_the_emulated_kernels(made_once):
     folder = made_once("emulated", cuda.build)  # a process can load one copy of the library
-    count, wrong = random_cases.check("cuda", range(100), folder=folder)
-    assert (count, wrong) == (100, [])
+    counts, wrong = random_cases.check(["cuda", "cpu", "torch"], range(100), folder)
+    assert (counts, wrong) == ({"cuda": 100, "cpu": 25, "torch": 15}, [])
 
 
 def test_a_seed_gives_one_case():
@@ -59,7 +63,7 @@ def test_mistakes_are_found(monkeypatch, mistake):
         return value, grads
 
     monkeypatch.setattr(Case, "run", wrong)
-    _, found = random_cases.check("torch", range(40))
+    _, found = random_cases.check(["torch"], seeds_of("torch", 40))
     assert found
     assert all("--seed" in line for line in found)
 
@@ -70,6 +74,6 @@ def test_an_exception_is_a_wrong_case(monkeypatch):
 
     monkeypatch.setattr(dispatch.MODULES["torch"], "forward_reduced", fail)
     monkeypatch.setattr(dispatch.MODULES["torch"], "forward_none", fail)
-    _, found = random_cases.check("torch", range(2))
+    _, found = random_cases.check(["torch"], seeds_of("torch", 2))
     assert len(found) == 2
     assert "RuntimeError: no result" in found[0]
