@@ -65,12 +65,14 @@ EVERY = {"cuda": 1, "triton": 40, "cpu": 4, "torch": 7}  # a backend computes th
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _COMMON = ((16, 8), (16, 6), (16, 12), (64, 32))
 _WIDTHS = (*_COMMON, *_COMMON, (12, 6), (32, 16), (1, 1), (7, 17), (24, 40), (3, 64))
+_SCALES = ((None, None), (None, None), (None, None), (0.2, None), (None, -0.3), (-0.3, 0.2))  # teacher, student
 # Share, border lengths and the range of other lengths.
 _SIZES = (
     (0.82, (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33), (1, 40)),
     (0.14, (47, 49, 63, 64, 65, 79, 81, 95, 97), (41, 100)),
     (0.04, (111, 113, 127, 128, 129, 145), (101, 150)),
 )
+_SHORTEST = 23  # length of the batches whose dense errors are computed for every distribution
 _SHORT = 40  # the longest sequence in Triton's interpreter
 _SMEM = ((232448, 233472), (232448, 30000))  # bytes of shared memory of a block and of an SM
 _LITTLE_SMEM = (16384, 16384)  # for long sequences of narrow heads, which then do not fit
@@ -128,7 +130,7 @@ def draw(seed: int) -> Drawn:
         dtypes = tuple(torch.float16 if dtype == torch.bfloat16 else dtype for dtype in dtypes)
     cross = choose.random() < 0.4
     widths = choose.choice(_WIDTHS)
-    scales = tuple(choose.choice((None, None, None, 0.2, -0.3)) for _ in range(2))
+    scales = choose.choice(_SCALES)
     distribution = Distribution(dtypes, widths, choose.choice((0.1, 1.0, 1.0, 3.0)), scales, cross)
     heads = choose.choice((1, 1, 1, 2, 2, 3, 4))
     groups = tuple(choose.choice([g for g in (1, 2, 3, 4) if heads % g == 0]) for _ in range(2)) if cross else (1, 1)
@@ -219,11 +221,16 @@ def _errors(case: Case, visible: Tensor) -> tuple[float, float, float]:
 
 @cache
 def dense_errors(distribution: Distribution, length: int) -> tuple[float, float]:
-    """The largest errors in full batches without a mask."""
-    everything = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-    sizes = ((6, length), (30, 5), (60, 2))
-    errors = [_errors(distribution.draw(size, 3, (1, 1), 7), everything) for size in sizes]
-    return max(row for row, _, _ in errors), max(token for _, token, _ in errors)
+    """The largest errors of rows and tokens in full batches without a mask: of this length, of 23, and short ones."""
+    if length == _SHORTEST:  # the other half of the batch has sequences of 5 and 2 tokens, in one call for speed
+        sequence = torch.arange(7).repeat_interleave(torch.tensor([5, 5, 5, 2, 2, 2, 2]))
+        short = sequence[:, None] == sequence
+        visible = torch.stack([torch.ones_like(short)] * 6 + [short] * 6)[:, None]
+        row, token, _ = _errors(distribution.draw((12, length), 3, (1, 1), 7), visible)
+        return row, token
+    row, token, _ = _errors(distribution.draw((6, length), 3, (1, 1), 7), torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    short_row, short_token = dense_errors(distribution, _SHORTEST)
+    return max(row, short_row), max(token, short_token)
 
 
 @dataclass(frozen=True)
@@ -239,10 +246,12 @@ class Expected:
 def expect(drawn: Drawn) -> Expected:
     value, grads = drawn.case.oracle(drawn.reduction, drawn.upstream)
     token_shape = drawn.case.token_shape()
-    longest = max(23, token_shape[-1] if not drawn.mask.packed else int(drawn.case.kwargs["cu_seqlens"].diff().max()))
+    longest = max(
+        _SHORTEST, token_shape[-1] if not drawn.mask.packed else int(drawn.case.kwargs["cu_seqlens"].diff().max())
+    )
     # A few lengths only, so that errors of the dense loss are found in the cache.
     own_row, own_token, own_norm = _errors(drawn.case, drawn.mask.dense()[:, None])
-    row, token = dense_errors(drawn.distribution, next(n for n in (23, 64, 150) if n >= longest))
+    row, token = dense_errors(drawn.distribution, next(n for n in (_SHORTEST, 64, 150) if n >= longest))
     rounding = torch.finfo(torch.float32).eps * value.norm().item()
     weights = _row_weights(drawn)  # (B, A, S) or (A, T)
     if drawn.reduction == "none":

@@ -55,7 +55,7 @@ struct Fiber {
 struct Warp {
   int arrived = 0, generation = 0;
   const char* instruction = nullptr;
-  alignas(16) char in[32][64], out[32][64];
+  alignas(64) char in[32 * 64], out[32 * 64];
 };
 
 constexpr size_t kStack = 256 << 10;
@@ -184,20 +184,18 @@ Out together(const char* instruction, const In& in, const Compute& compute) {
   const int lane = machine.current % 32;
   if (warp.arrived == 0) warp.instruction = instruction;
   if (warp.instruction != instruction) fail("lanes of a warp execute different instructions");
-  std::memcpy(warp.in[lane], &in, sizeof in);
+  In* all = reinterpret_cast<In*>(warp.in);
+  Out* results = reinterpret_cast<Out*>(warp.out);
+  std::memcpy(all + lane, &in, sizeof in);
   if (++warp.arrived == 32) {
-    In all[32];
-    Out results[32];
-    for (int l = 0; l < 32; ++l) std::memcpy(&all[l], warp.in[l], sizeof(In));
     compute(all, results);
-    for (int l = 0; l < 32; ++l) std::memcpy(warp.out[l], &results[l], sizeof(Out));
     warp.arrived = 0;
     ++warp.generation;
   } else {
     yield(&warp.generation);
   }
   Out out;
-  std::memcpy(&out, warp.out[lane], sizeof out);
+  std::memcpy(&out, results + lane, sizeof out);
   return out;
 }
 
@@ -210,8 +208,8 @@ typedef double Doubles __attribute__((vector_size(64)));
 typedef int64_t Integers __attribute__((vector_size(64)));
 typedef int32_t Words __attribute__((vector_size(32)));
 
-// c + Σ_k a[k] b[k] over 8 products, truncated.
-inline Floats accumulate(Floats c, const float* a, const Floats* b) {
+// c += Σ_k a[k] b[k] over 8 products, truncated.
+inline void accumulate(Floats& c, const float* a, const Floats* b) {
   Doubles term[9], most{}, plain{};
   for (int k = 0; k < 8; ++k) term[k] = static_cast<double>(a[k]) * __builtin_convertvector(b[k], Doubles);
   term[8] = __builtin_convertvector(c, Doubles);
@@ -231,7 +229,7 @@ inline Floats accumulate(Floats c, const float* a, const Floats* b) {
   const Integers larger = (beyond < 0.0 ? -beyond : beyond) > (result < 0.0 ? -result : result);  // -1 or 0
   const Words truncated = reinterpret_cast<Words>(rounded) + __builtin_convertvector(larger, Words);
   const Integers ordinary = (most < 1e38) & (most >= 1e-37) & (plain - plain == 0.0);
-  return __builtin_convertvector(ordinary, Words) ? reinterpret_cast<Floats>(truncated) : whole;
+  c = __builtin_convertvector(ordinary, Words) ? reinterpret_cast<Floats>(truncated) : whole;
 }
 
 inline bool is_zero(const float* x) {
@@ -266,14 +264,17 @@ void mma(const Product* in, Accumulator* out) {
     }
     for (int e = 0; e < 4; ++e) c[g + 8 * (e / 2)][2 * t + e % 2] = in[lane].c[e];
   }
-  // Rows of zeros, which are padding in most cases, add zeros.
+  // Rows of zeros are frequent, since padding is 0.
   Words unusual{};
   for (const Floats& x : b) unusual |= x - x != 0.0f;
   bool finite = true;
   for (int n = 0; n < 8; ++n) finite &= unusual[n] == 0;
   for (int row = 0; row < 16; ++row)
     for (int k = 0; k < kK; k += 8)
-      c[row] = finite && is_zero(&a[row][k]) ? c[row] + 0.0f : accumulate(c[row], &a[row][k], &b[k]);
+      if (finite && is_zero(&a[row][k]))
+        c[row] += 0.0f;
+      else
+        accumulate(c[row], &a[row][k], &b[k]);
   for (int lane = 0; lane < 32; ++lane)
     for (int e = 0; e < 4; ++e) out[lane].c[e] = c[lane / 4 + 8 * (e / 2)][lane % 4 * 2 + e % 2];
 }
