@@ -329,7 +329,7 @@ def _served(backend: str, folder: Path | None) -> Iterator[Choose]:
     if backend == "cuda":
         assert folder is not None, "a folder with the emulated kernels is needed"
         library = cuda.load(folder)
-        operators = torch.ops.minilm_kernels_cuda_emulated
+        operators = library.operators
         emulated = {"operators": operators, "device_type": "cpu", "load_error": None, "device": lambda _device: (0, 0)}
 
         def choose(draw: random.Random, drawn: Drawn, large: bool = False) -> None:
@@ -366,7 +366,7 @@ def _least_smem(library: CDLL, drawn: Drawn) -> int:
     teacher, student = ([x for x in pair if x is not None] for pair in ((query_t, key_t), (query_s, key_s)))
     library.emulated_set_props(1024, 1024, *(1 for _ in library.emulated_set_props.argtypes[2:]))
     indices = [0, len(teacher) - 1]
-    reason = torch.ops.minilm_kernels_cuda_emulated.unsupported_reason(teacher, student, indices, 0)
+    reason = library.operators.unsupported_reason(teacher, student, indices, 0)
     return int(reason.split("need ")[1].split(" bytes")[0])
 
 

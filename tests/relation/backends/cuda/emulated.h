@@ -108,17 +108,20 @@ inline void start(int thread) {
   context.uc_stack.ss_size = kStack;
   context.uc_link = nullptr;
   makecontext(&context, enter, 0);
+  machine.in_fiber = true;
   setcontext(&context);
 }
 
 inline void resume(int thread) {
   Fiber& fiber = machine.fibers[thread];
   machine.current = thread;
-  machine.in_fiber = true;
   if (__builtin_setjmp(machine.scheduler) == 0) {
-    if (fiber.started) jump(fiber.registers);
-    fiber.started = true;
-    start(thread);
+    if (!fiber.started) {
+      fiber.started = true;
+      start(thread);
+    }
+    machine.in_fiber = true;
+    jump(fiber.registers);
   }
   machine.in_fiber = false;
 }
