@@ -78,7 +78,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
 
     def made(name: str, fill: Callable[[Path], None]) -> Path:
         folder, unfinished = base / name, base / f"{name}.unfinished"
-        with FileLock(base / f"{name}.lock", timeout=240):
+        with FileLock(base / f"{name}.lock", timeout=600):
             if not folder.exists():
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir()

@@ -3,8 +3,20 @@
     python -m tests.relation.random_cases --cases 100000 --backends cuda triton cpu torch
     python -m tests.relation.random_cases --backends cuda --seed 12345     # a single case again
 
-A case is a function of its seed. `cuda` runs in the emulated thread block and `triton` in Triton's interpreter, so that
-no GPU is needed.
+A case is a call by one backend, a function of its seed. `cuda` runs in the emulated thread block and `triton` in
+Triton's interpreter, so that no GPU is needed. All backends of a seed are compared with one result of the reference.
+`cuda` computes every seed, the others the multiples of a number (`EVERY`): 100 000 cases are 70 529 of `cuda`, 17 633
+of `cpu`, 10 076 of `torch` and 1 764 of `triton`. CUDA kernels have most of the code that depends on shapes and
+machines, and no other test in which so many run; the CPU library is the next; `torch` has one path for all shapes; a
+case of the interpreter takes as long as twenty of the emulation.
+
+Most calls are short, since mistakes are made at the borders of tiles: with up to 33 tokens, a call has one to three
+tiles of 16, full ones and others. One call in seven has up to 100 tokens, a second strip of 64 rows that is not full,
+and one in 25 up to 150, several rounds of strips and blocks of 128 rows. The emulated GPUs are of several sizes: with
+little shared memory, blocks are of 16 rows and windows short, so that short sequences have several of them.
+
+A run that was interrupted goes on where it stopped, if neither the sources nor the options have changed; build/random
+has the seeds that are done. An emulated kernel that ends its process is a wrong case, and the run goes on behind it.
 
 The contract allows twice the error of dense PyTorch in the same dtypes, plus one rounding of the result. Dense PyTorch
 is run on the inputs of the case, and on full batches with its widths, scales, dtypes and distribution: the error on few
@@ -12,22 +24,29 @@ rows may be small by chance. The batches have its length and short ones, since r
 every mask. The errors of single rows, in the Euclidean norm as in the contract, may be twice the sum of the norm of the
 dense errors on the inputs and the largest error of a row in the batches. The error of a reduced loss may be twice the
 largest error of a dense row times the sum of the rows' weights; that of a token's gradient twice the largest error of a
-dense token times the largest weight in its sequence. To this, one rounding is added.
+dense token times the largest weight in its sequence. To this, one rounding is added. The error of dense PyTorch also
+depends on the order in which it adds the features, which it is free to choose: before a case is wrong, the dense errors
+on its inputs are the largest of several orders. With scores of 30 and more, they vary by a factor of ten.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import hashlib
 import math
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from ctypes import CDLL
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -43,15 +62,29 @@ from minilm_kernels.relation.masks import Mask
 from tests.relation.backends import cuda
 from tests.relation.cases import Case
 
-BACKENDS = ("cuda", "triton", "cpu", "torch")
-SHARES = (0.7, 0.02, 0.18, 0.1)  # the number of cases of each backend; a case of the interpreter takes half a second
+ROOT = Path(__file__).parents[2]
+EVERY = {"cuda": 1, "triton": 40, "cpu": 4, "torch": 7}  # a backend computes the multiples of its number
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _COMMON = ((16, 8), (16, 6), (16, 12), (64, 32))
 _WIDTHS = (*_COMMON, *_COMMON, (12, 6), (32, 16), (1, 1), (7, 17), (24, 40), (3, 64))
-_LENGTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 97, 127, 128, 129)
+_SCALES = ((None, None), (None, None), (None, None), (0.2, None), (None, -0.3), (-0.3, 0.2))  # teacher, student
+# Share, border lengths and the range of other lengths.
+_SIZES = (
+    (0.82, (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33), (1, 40)),
+    (0.14, (47, 49, 63, 64, 65, 79, 81, 95, 97), (41, 100)),
+    (0.04, (111, 113, 127, 128, 129, 145), (101, 150)),
+)
+_SHORTEST = 23  # length of the batches whose dense errors are computed for every distribution
+_SHORT = 40  # the longest sequence in Triton's interpreter
 _SMEM = ((232448, 233472), (232448, 30000))  # bytes of shared memory of a block and of an SM
 _LITTLE_SMEM = (16384, 16384)  # for long sequences of narrow heads, which then do not fit
+_FEW_WARPS = 0.85  # the share of calls of row-wise kernels on a GPU in which a block has few warps
 _POISON = (math.nan, math.inf, -math.inf, 3e38)
+
+
+_ORDERS = 16
+_REPORT_SECONDS = 10
+_CRASHES = [-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGILL]
 
 
 @dataclass(frozen=True)
@@ -91,21 +124,23 @@ class Drawn:
     about: str
 
 
-def draw(seed: int, half: bool = True, length: int | None = None) -> Drawn:
-    """The case of a seed. Without `half`, bfloat16 becomes float16, for Triton's interpreter; `length` is a limit."""
+def draw(seed: int) -> Drawn:
+    """The case of a seed. In those of Triton's interpreter, bfloat16 becomes float16, and sequences are short."""
     choose = random.Random(seed)
+    interpreted = seed % EVERY["triton"] == 0
     dtypes = tuple(choose.choice(_DTYPES) for _ in range(2)) if choose.random() < 0.2 else (choose.choice(_DTYPES),) * 2
-    if not half:
+    if interpreted:
         dtypes = tuple(torch.float16 if dtype == torch.bfloat16 else dtype for dtype in dtypes)
     cross = choose.random() < 0.4
     widths = choose.choice(_WIDTHS)
-    scales = tuple(choose.choice((None, None, None, 0.2, -0.3)) for _ in range(2))
+    scales = choose.choice(_SCALES)
     distribution = Distribution(dtypes, widths, choose.choice((0.1, 1.0, 1.0, 3.0)), scales, cross)
-    heads = choose.choice((1, 1, 2, 3, 4))
+    heads = choose.choice((1, 1, 1, 2, 2, 3, 4))
     groups = tuple(choose.choice([g for g in (1, 2, 3, 4) if heads % g == 0]) for _ in range(2)) if cross else (1, 1)
-    longest = choose.choice(_LENGTHS) if choose.random() < 0.6 else choose.randint(1, 150)
-    longest = min(longest, length or longest)
-    sequences = choose.randint(1, 3)
+    _, borders, others = choose.choices(_SIZES, [share for share, _, _ in _SIZES])[0]
+    longest = choose.choice(borders) if choose.random() < 0.6 else choose.randint(*others)
+    longest = min(longest, _SHORT) if interpreted else longest
+    sequences = choose.choice((1, 1, 2, 3))
     lengths = [choose.choice((longest, choose.randint(0, longest))) for _ in range(sequences)]
     kwargs: dict = {}
     padding = choose.choice(("none", "right", "left", "holes", "packed"))
@@ -189,39 +224,74 @@ def _errors(case: Case, visible: Tensor) -> tuple[float, float, float]:
 
 @cache
 def dense_errors(distribution: Distribution, length: int) -> tuple[float, float]:
-    """The largest errors in full batches without a mask."""
-    everything = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-    sizes = ((6, length), (30, 5), (60, 2))
-    errors = [_errors(distribution.draw(size, 3, (1, 1), 7), everything) for size in sizes]
-    return max(row for row, _, _ in errors), max(token for _, token, _ in errors)
+    """The largest errors of rows and tokens in full batches without a mask: of this length, of 23, and short ones."""
+    if length == _SHORTEST:  # the other half of the batch has sequences of 5 and 2 tokens, in one call for speed
+        sequence = torch.arange(7).repeat_interleave(torch.tensor([5, 5, 5, 2, 2, 2, 2]))
+        short = sequence[:, None] == sequence
+        visible = torch.stack([torch.ones_like(short)] * 6 + [short] * 6)[:, None]
+        row, token, _ = _errors(distribution.draw((12, length), 3, (1, 1), 7), visible)
+        return row, token
+    row, token, _ = _errors(distribution.draw((6, length), 3, (1, 1), 7), torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    short_row, short_token = dense_errors(distribution, _SHORTEST)
+    return max(row, short_row), max(token, short_token)
 
 
-def problem(drawn: Drawn, backend: str) -> str | None:
-    """Runs a case. Returns a description of what is wrong with its result, or None."""
-    value, grads = drawn.poisoned.run(drawn.reduction, backend, drawn.upstream)
-    expected, expected_grads = drawn.case.oracle(drawn.reduction, drawn.upstream)
+# Takes random numbers, the case, and whether the GPU must be a large one.
+Choose = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The result of a case in float64, and the errors that are allowed."""
+
+    value: Tensor
+    grads: list[Tensor]
+    limit: float
+    token_limits: Tensor  # (B, S, 1) or (T, 1), before the rounding and the sums over the query heads of a key head
+
+
+def expect(drawn: Drawn, orders: int = 0) -> Expected:
+    """The result of a case. `orders`: also so many random orders of the features give dense PyTorch's errors."""
+    value, grads = drawn.case.oracle(drawn.reduction, drawn.upstream)
     token_shape = drawn.case.token_shape()
-    longest = max(23, token_shape[-1] if not drawn.mask.packed else int(drawn.case.kwargs["cu_seqlens"].diff().max()))
+    longest = max(
+        _SHORTEST, token_shape[-1] if not drawn.mask.packed else int(drawn.case.kwargs["cu_seqlens"].diff().max())
+    )
     # A few lengths only, so that errors of the dense loss are found in the cache.
-    own_row, own_token, own_norm = _errors(drawn.case, drawn.mask.dense()[:, None])
-    row, token = dense_errors(drawn.distribution, next(n for n in (23, 64, 150) if n >= longest))
-    token_error = max(own_token, token)
-    rounding = torch.finfo(torch.float32).eps * expected.norm().item()
+    same = (drawn.case, *(_reordered(drawn.case, seed) for seed in range(orders)))
+    own_row, own_token, own_norm = map(max, *(_errors(case, drawn.mask.dense()[:, None]) for case in same), (0, 0, 0))
+    row, token = dense_errors(drawn.distribution, next(n for n in (_SHORTEST, 64, 150) if n >= longest))
+    rounding = torch.finfo(torch.float32).eps * value.norm().item()
     weights = _row_weights(drawn)  # (B, A, S) or (A, T)
     if drawn.reduction == "none":
         limit = 2 * (own_norm + row) + rounding
     else:
         upstream = drawn.upstream.double().abs().clamp(min=1e-300)
         limit = 2 * max(own_row, row) * (weights / upstream).sum().item() + rounding
-    error = (value.double() - expected).norm().item()
-    if not error <= limit:
-        return f"value: error {error:.3g}, allowed {limit:.3g}, expected {expected.norm().item():.6g} (norm)"
-    allowed = 2 * token_error * _largest_weight(drawn, weights)[..., None]  # (B, S, 1) or (T, 1)
-    for name, grad, expected_grad in zip("qk", grads, expected_grads, strict=False):
-        group = weights.shape[-2] // grad.shape[-2]  # a key head sums the gradients of its query heads
+    return Expected(value, grads, limit, 2 * max(own_token, token) * _largest_weight(drawn, weights)[..., None])
+
+
+def _reordered(case: Case, seed: int) -> Case:
+    """The same call with the features of each model in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    query_t, _, query_s, _ = case.tensors
+    orders = [torch.randperm(query.shape[-1], generator=generator) for query in (query_t, query_s)]
+    return replace(case, tensors=tuple(x if x is None else x[..., orders[n // 2]] for n, x in enumerate(case.tensors)))
+
+
+def problem(drawn: Drawn, expected: Expected, backend: str) -> str | None:
+    """Runs a case. Returns a description of what is wrong with its result, or None."""
+    value, grads = drawn.poisoned.run(drawn.reduction, backend, drawn.upstream)
+    error = (value.double() - expected.value).norm().item()
+    if not error <= expected.limit:
+        norm = expected.value.norm().item()
+        return f"value: error {error:.3g}, allowed {expected.limit:.3g}, expected {norm:.6g} (norm)"
+    for name, grad, expected_grad in zip("qk", grads, expected.grads, strict=False):
+        group = drawn.case.tensors[2].shape[-2] // grad.shape[-2]  # a key head sums the gradients of its query heads
         errors = (grad.double() - expected_grad).norm(dim=-1)
         unit = torch.finfo(grad.dtype)
-        most = group * allowed + unit.eps * expected_grad.norm(dim=-1) + unit.smallest_normal * grad.shape[-1]
+        rounding = unit.eps * expected_grad.norm(dim=-1) + unit.smallest_normal * grad.shape[-1]
+        most = group * expected.token_limits + rounding
         if not (errors <= most).all():
             worst = (errors - most).nan_to_num(nan=math.inf).argmax()
             found, allowed = (x.expand_as(errors).flatten()[worst] for x in (errors, most))
@@ -254,30 +324,23 @@ def _largest_weight(drawn: Drawn, weights: Tensor) -> Tensor:
 
 
 @contextmanager
-def _emulation(folder: Path | None) -> Iterator[Path]:
-    """A folder with the emulated CUDA kernels: the given one, or a new one."""
-    if folder is not None:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as new:
-        cuda.build(Path(new))
-        yield Path(new)
-
-
-@contextmanager
-def _served(backend: str, folder: Path | None) -> Iterator[Callable[[random.Random, Drawn], None]]:
+def _served(backend: str, folder: Path | None) -> Iterator[Choose]:
     """Makes a backend run on this machine. Yields a function that chooses among its machines and kinds of code."""
     if backend == "cuda":
-        with _emulation(folder) as built:
-            library = cuda.load(built)
-        operators = torch.ops.minilm_kernels_cuda_emulated
+        assert folder is not None, "a folder with the emulated kernels is needed"
+        library = cuda.load(folder)
+        operators = library.operators
         emulated = {"operators": operators, "device_type": "cpu", "load_error": None, "device": lambda _device: (0, 0)}
 
-        def choose(draw: random.Random, drawn: Drawn) -> None:
+        def choose(draw: random.Random, drawn: Drawn, large: bool = False) -> None:
             narrow = max(drawn.distribution.widths) <= 16
             smem = draw.choice((*_SMEM, _LITTLE_SMEM) if narrow else _SMEM)
             processors = [draw.choice((1, 4, 132)) for _ in library.emulated_set_props.argtypes[len(smem) :]]
-            library.emulated_set_props(*smem, *processors)
+            row_wise = drawn.distribution.cross or drawn.reduction == "none"
+            if row_wise and draw.random() < _FEW_WARPS:
+                smem = (_least_smem(library, drawn) * draw.choice((1, 1, 1, 2)),) * 2
+            # Not every shape has an emulated kernel for sequences beyond shared memory, since compiling it takes long.
+            library.emulated_set_props(*(_SMEM[0] if large else smem), *processors)
             library.emulated_set_seed(draw.getrandbits(64))  # the order of the warps
 
         with mock.patch.multiple(native.cuda, **emulated):
@@ -292,68 +355,203 @@ def _served(backend: str, folder: Path | None) -> Iterator[Callable[[random.Rand
         assert native.cpu.unavailable_reason() is None
         sets = native.cpu.instruction_sets()
         with mock.patch.dict(os.environ):
-            yield lambda draw, _: os.environ.update({native.INSTRUCTION_SET_VARIABLE: draw.choice(sets)})
+            yield lambda draw, *_: os.environ.update({native.INSTRUCTION_SET_VARIABLE: draw.choice(sets)})
         return
-    yield lambda draw, _: None
+    yield lambda *_: None
 
 
-def check(backend: str, seeds: range, seconds: float = math.inf, folder: Path | None = None) -> tuple[int, list[str]]:
-    """The number of cases, and a line for each that is wrong. `folder` has the emulated CUDA kernels."""
+def _least_smem(library: CDLL, drawn: Drawn) -> int:
+    """Bytes of shared memory that a block of a call needs, with the fewest warps and tokens."""
+    query_t, key_t, query_s, key_s = drawn.case.tensors
+    teacher, student = ([x for x in pair if x is not None] for pair in ((query_t, key_t), (query_s, key_s)))
+    library.emulated_set_props(1024, 1024, *(1 for _ in library.emulated_set_props.argtypes[2:]))
+    indices = [0, len(teacher) - 1]
+    reason = library.operators.unsupported_reason(teacher, student, indices, 0)
+    return int(reason.split("need ")[1].split(" bytes")[0])
+
+
+def check(
+    backends: Iterable[str], seeds: range, folder: Path | None = None, seconds: float = math.inf,
+    done: Callable[[int, list[str], list[str]], None] = lambda *_: None,
+) -> tuple[Counter[str], list[str]]:  # fmt: skip
+    """Computes the seeds' cases of some backends.
+
+    Args:
+        folder: has the emulated CUDA kernels.
+        seconds: no seed begins later.
+        done: is called after each seed, with the seed, its backends and the lines of its wrong cases.
+
+    Returns:
+        The number of cases of each backend, and a line for each that is wrong.
+    """
     torch.set_num_threads(1)
-    count = 0
+    counts: Counter[str] = Counter()
     wrong: list[str] = []
-    interpreted = backend == "triton"
-    with _served(backend, folder) as choose:
+    with ExitStack() as stack:
+        choose = {backend: stack.enter_context(_served(backend, folder)) for backend in backends}
         begin = time.monotonic()
         for seed in seeds:
             if time.monotonic() - begin > seconds:
                 break
-            drawn = draw(seed, half=not interpreted, length=40 if interpreted else None)
-            choose(random.Random(seed), drawn)
+            names = [backend for backend in choose if seed % EVERY[backend] == 0]
+            found = _wrong(seed, {name: choose[name] for name in names}) if names else []
+            counts.update(names)
+            wrong += found
+            done(seed, names, found)
+    return counts, wrong
+
+
+def _wrong(seed: int, choose: dict[str, Choose]) -> list[str]:
+    drawn = draw(seed)
+    expected = expect(drawn)
+    lines = []
+    for backend in choose:
+        try:
+            choose[backend](random.Random(seed), drawn)
             try:
-                found = problem(drawn, backend)
-            except Exception as error:
-                found = f"{type(error).__name__}: {error}"
-            count += 1
-            if found is not None:
-                wrong.append(f"WRONG --backends {backend} --seed {seed}: {found}; {drawn.about}")
-                print(wrong[-1], flush=True)
-    return count, wrong
+                found = problem(drawn, expected, backend)
+            except RuntimeError as error:
+                if "the emulation has no such kernel" not in str(error):
+                    raise
+                choose[backend](random.Random(seed), drawn, True)
+                found = problem(drawn, expected, backend)
+            if found:
+                found = problem(drawn, expect(drawn, _ORDERS), backend)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        if found is not None:
+            lines.append(f"WRONG --backends {backend} --seed {seed}: {found}; {drawn.about}")
+    return lines
+
+
+class Journal:
+    """A file with a line for each finished seed, its backends, and a line for each wrong case."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        self.lines = text.split("\n")[:-1]  # what follows the last line break is unfinished
+
+    @property
+    def wrong(self) -> list[str]:
+        return [line for line in self.lines if line.startswith("WRONG")]
+
+    @property
+    def seeds(self) -> dict[int, list[str]]:
+        rows = (line.split() for line in self.lines if line[:1].isdigit())
+        return {int(seed): backends for seed, *backends in rows}
+
+    def add(self, seed: int, backends: list[str], wrong: list[str]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in [*wrong, " ".join([str(seed), *backends])]))
+
+    def trim(self) -> None:
+        """Removes an unfinished line."""
+        self.path.write_text("".join(f"{line}\n" for line in self.lines), encoding="utf-8")
+
+
+def _sources() -> str:
+    """A hash of everything on which the results depend."""
+    digest = hashlib.sha256()
+    for folder, pattern in (("minilm_kernels", "**/*.py"), ("csrc", "**/*.*"), ("tests/relation", "**/*.*")):
+        for path in sorted(ROOT.joinpath(folder).glob(pattern)):
+            if path.suffix in (".py", ".h", ".cuh", ".cpp", ".inl"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Runs all cases in `options.jobs` processes, and shows what is done."""
+    seeds = math.ceil(options.cases / sum(1 / EVERY[backend] for backend in options.backends))
+    seeds += -seeds % options.jobs
+    if options.seed is not None:
+        options.first, options.jobs, seeds = options.seed, 1, 1
+    name = f"{_sources()}-{options.first}-{seeds}-{options.jobs}-{'-'.join(options.backends)}"
+    folder = options.folder / name
+    if options.seed is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    emulated = options.folder / f"{_sources()}-emulated"
+    if "cuda" in options.backends and not (emulated / "emulated.so").exists():
+        emulated.mkdir(exist_ok=True)
+        cuda.build(emulated)
+    command = [sys.executable, "-m", "tests.relation.random_cases", "--backends", *options.backends]
+    command += ["--seconds", str(options.seconds), "--folder", str(emulated), "--stride", str(options.jobs)]
+    command += ["--end", str(options.first + seeds), "--first"]
+    paths = [folder / f"{number}.txt" for number in range(options.jobs)]
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if "triton" in options.backends else {})
+
+    def next_seed(number: int) -> int:
+        return max(Journal(paths[number]).seeds, default=options.first + number - options.jobs) + options.jobs
+
+    def begin(number: int) -> subprocess.Popen[bytes]:
+        Journal(paths[number]).trim()
+        arguments = [*command, str(next_seed(number)), "--journal", str(paths[number])]
+        return subprocess.Popen(arguments, env=environment, cwd=ROOT)
+
+    before = sum(len(Journal(path).seeds) for path in paths)
+    started = time.monotonic()
+    jobs = {number: begin(number) for number in range(options.jobs)}
+    status = 0
+    while jobs:
+        time.sleep(_REPORT_SECONDS if all(job.poll() is None for job in jobs.values()) else 0)
+        for number, job in list(jobs.items()):
+            if job.poll() is None:
+                continue
+            if job.returncode in _CRASHES:
+                line = f"WRONG --seed {next_seed(number)}: the process ended with signal {-job.returncode}"
+                Journal(paths[number]).add(next_seed(number), [], [line])
+                jobs[number] = begin(number)
+                continue
+            status |= job.returncode != 0
+            del jobs[number]
+        _report([Journal(path) for path in paths], seeds, before, time.monotonic() - started)
+    journals = [Journal(path) for path in paths]
+    print(*(line for journal in journals for line in journal.wrong), sep="\n")
+    if not status and sum(len(journal.seeds) for journal in journals) == seeds:
+        shutil.rmtree(folder)
+    return int(status or any(journal.wrong for journal in journals))
+
+
+def _report(journals: list[Journal], seeds: int, before: int, seconds: float) -> None:
+    counts: Counter[str] = Counter()
+    for journal in journals:
+        counts.update(backend for backends in journal.seeds.values() for backend in backends)
+    finished = sum(len(journal.seeds) for journal in journals)
+    left = (seeds - finished) * seconds / max(1, finished - before)
+    parts = ", ".join(f"{name} {number}" for name, number in counts.items())
+    wrong = sum(len(journal.wrong) for journal in journals)
+    print(f"{finished} of {seeds} seeds; cases: {parts}; {wrong} wrong; {left / 60:.0f} minutes left", flush=True)
 
 
 def main() -> int:
     """Returns 1 if a case is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    add("--backends", nargs="+", choices=list(EVERY), default=list(EVERY))
     add("--cases", type=int, default=100_000, help="number of cases of all backends together")
     add("--first", type=int, default=0, help="the first seed")
-    add("--seed", type=int, help="run this case alone")
+    add("--seed", type=int, help="run the cases of this seed alone")
     add("--jobs", type=int, default=os.cpu_count(), help="processes")
     add("--seconds", type=float, default=math.inf, help="no case begins later")
-    add("--stride", type=int, help=argparse.SUPPRESS)  # a process of this command: every n-th case of one backend
-    add("--folder", type=Path, help="folder with the emulated CUDA kernels; default: build them")
+    add("--folder", type=Path, default=ROOT / "build/random", help="keeps the seeds that are done, and the emulation")
+    for hidden in ("--stride", "--end"):  # a process of this command: every n-th seed
+        add(hidden, type=int, help=argparse.SUPPRESS)
+    add("--journal", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.seed is not None or options.stride is not None:
-        first, step, cases = options.seed, 1, 1
-        if options.stride is not None:
-            first, step, cases = options.first, options.stride, options.cases
-        seeds = range(first, first + step * cases, step)
-        count, wrong = check(options.backends[0], seeds, options.seconds, options.folder)
-        print(f"{options.backends[0]}: {count} cases, {len(wrong)} wrong", flush=True)
-        return int(bool(wrong))
-    chosen = {name: share for name, share in zip(BACKENDS, SHARES, strict=True) if name in options.backends}
-    failed = False
-    with _emulation(options.folder) if "cuda" in chosen else nullcontext("") as folder:
-        for backend, share in chosen.items():
-            cases = math.ceil(options.cases * share / sum(chosen.values()) / options.jobs)
-            environment = os.environ | ({"TRITON_INTERPRET": "1"} if backend == "triton" else {})
-            command = [sys.executable, "-m", "tests.relation.random_cases", "--backends", backend]
-            command += ["--cases", str(cases), "--stride", str(options.jobs), "--seconds", str(options.seconds)]
-            command += ["--folder", str(folder), "--first"]
-            jobs = [subprocess.Popen([*command, str(options.first + n)], env=environment) for n in range(options.jobs)]
-            failed |= max(job.wait(timeout=24 * 3600) for job in jobs) != 0  # waits for all
-    return int(failed)
+    if options.journal is None:
+        return _run(options)
+    gc.freeze()  # the collector would visit all modules again and again
+    parent = os.getppid()
+
+    def done(seed: int, backends: list[str], wrong: list[str]) -> None:
+        Journal(options.journal).add(seed, backends, wrong)
+        if os.getppid() != parent:  # it was killed; another run may have begun
+            raise SystemExit(1)
+
+    seeds = range(options.first, options.end, options.stride)
+    _, wrong = check(options.backends, seeds, options.folder, options.seconds, done)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def build(folder: Path, races: bool = False, capability: int = 90) -> None:
     ]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
     tool = Path(ninja.BIN_DIR) / "ninja"
-    result = subprocess.run([tool, "-C", folder, "-j", "2"], capture_output=True, text=True, timeout=240)
+    result = subprocess.run([tool, "-C", folder, "-j", "2"], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-4000:]
 
 

@@ -8,7 +8,6 @@
 // eight products at a time, each of which is truncated 24 bits below the largest one.
 #pragma once
 
-#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -43,9 +42,10 @@ struct Copy {
   uint32_t words[4];
 };
 
+typedef void* Registers[5];  // much faster than jmp_buf
+
 struct Fiber {
-  jmp_buf registers;
-  ucontext_t start;
+  Registers registers;
   const int* waits_for = nullptr;  // the thread is blocked as long as this equals `seen`
   int seen = 0;
   bool started = false, done = true;
@@ -55,7 +55,7 @@ struct Fiber {
 struct Warp {
   int arrived = 0, generation = 0;
   const char* instruction = nullptr;
-  alignas(16) char in[32][64], out[32][64];
+  alignas(64) char in[32 * 64], out[32 * 64];
 };
 
 constexpr size_t kStack = 256 << 10;
@@ -64,8 +64,7 @@ constexpr int kMostThreads = 1024;
 struct Machine {
   std::vector<Fiber> fibers = std::vector<Fiber>(kMostThreads);
   std::vector<Warp> warps = std::vector<Warp>(kMostThreads / 32);
-  jmp_buf scheduler;
-  ucontext_t back;
+  Registers scheduler;
   int threads = 0, current = 0, arrived = 0, generation = 0;
   int64_t block = 0;
   char *shared = nullptr, *stacks = nullptr;
@@ -83,27 +82,46 @@ struct Machine {
 
 extern Machine machine;
 
+[[noreturn, gnu::noinline]] inline void jump(Registers& registers) { __builtin_longjmp(registers, 1); }
+
 inline void yield(const int* waits_for) {
   Fiber& fiber = machine.fibers[machine.current];
   fiber.waits_for = waits_for;
   fiber.seen = *waits_for;
-  if (_setjmp(fiber.registers) == 0) _longjmp(machine.scheduler, 1);
+  if (__builtin_setjmp(fiber.registers) == 0) jump(machine.scheduler);
 }
 
+// A fiber runs the same thread of all blocks, one after the other, since starting a fiber takes system calls.
 inline void enter() {
-  machine.body(machine.context);
-  machine.fibers[machine.current].done = true;
-  _longjmp(machine.scheduler, 1);
+  for (;;) {
+    machine.body(machine.context);
+    Fiber& fiber = machine.fibers[machine.current];
+    fiber.done = true;
+    if (__builtin_setjmp(fiber.registers) == 0) jump(machine.scheduler);
+  }
+}
+
+inline void start(int thread) {
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = machine.stacks + thread * kStack;
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, enter, 0);
+  machine.in_fiber = true;
+  setcontext(&context);
 }
 
 inline void resume(int thread) {
   Fiber& fiber = machine.fibers[thread];
   machine.current = thread;
-  machine.in_fiber = true;
-  if (_setjmp(machine.scheduler) == 0) {
-    if (fiber.started) _longjmp(fiber.registers, 1);
-    fiber.started = true;
-    setcontext(&fiber.start);
+  if (__builtin_setjmp(machine.scheduler) == 0) {
+    if (!fiber.started) {
+      fiber.started = true;
+      start(thread);
+    }
+    machine.in_fiber = true;
+    jump(fiber.registers);
   }
   machine.in_fiber = false;
 }
@@ -125,14 +143,8 @@ inline void run_block(int64_t block, int threads) {
     if (machine.stacks == MAP_FAILED) fail("no memory for stacks");
   }
   for (int t = 0; t < threads; ++t) {
-    Fiber& fiber = machine.fibers[t];
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = machine.stacks + t * kStack;
-    fiber.start.uc_stack.ss_size = kStack;
-    fiber.start.uc_link = &machine.back;
-    makecontext(&fiber.start, enter, 0);
-    fiber.started = fiber.done = false;
-    fiber.waits_for = nullptr;
+    machine.fibers[t].done = false;
+    machine.fibers[t].waits_for = nullptr;
   }
   for (Warp& warp : machine.warps) warp.arrived = 0;
   const int warps = threads / 32;
@@ -175,57 +187,58 @@ Out together(const char* instruction, const In& in, const Compute& compute) {
   const int lane = machine.current % 32;
   if (warp.arrived == 0) warp.instruction = instruction;
   if (warp.instruction != instruction) fail("lanes of a warp execute different instructions");
-  std::memcpy(warp.in[lane], &in, sizeof in);
+  In* all = reinterpret_cast<In*>(warp.in);
+  Out* results = reinterpret_cast<Out*>(warp.out);
+  std::memcpy(all + lane, &in, sizeof in);
   if (++warp.arrived == 32) {
-    In all[32];
-    Out results[32];
-    for (int l = 0; l < 32; ++l) std::memcpy(&all[l], warp.in[l], sizeof(In));
     compute(all, results);
-    for (int l = 0; l < 32; ++l) std::memcpy(warp.out[l], &results[l], sizeof(Out));
     warp.arrived = 0;
     ++warp.generation;
   } else {
     yield(&warp.generation);
   }
   Out out;
-  std::memcpy(&out, warp.out[lane], sizeof out);
+  std::memcpy(&out, results + lane, sizeof out);
   return out;
 }
 
 inline float low(uint32_t packed) { return as_float(packed << 16); }
 inline float high(uint32_t packed) { return as_float(packed & 0xffff0000u); }
 
-inline int exponent(double x) {
-  uint64_t bits;
-  std::memcpy(&bits, &x, 8);
-  return static_cast<int>(bits >> 52 & 0x7ff) - 1023;
-}
-inline double power_of_two(int exponent) {
-  if (exponent < -1022) return 0.0;
-  uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
-  double x;
-  std::memcpy(&x, &bits, 8);
-  return x;
+// Vectors of one number for each of 8 columns, in the compiler's extension.
+typedef float Floats __attribute__((vector_size(32)));
+typedef double Doubles __attribute__((vector_size(64)));
+typedef int64_t Integers __attribute__((vector_size(64)));
+typedef int32_t Words __attribute__((vector_size(32)));
+
+// c += Σ_k a[k] b[k] over 8 products, truncated.
+inline void accumulate(Floats& c, const float* a, const Floats* b) {
+  Doubles term[9], most{}, plain{};
+  for (int k = 0; k < 8; ++k) term[k] = static_cast<double>(a[k]) * __builtin_convertvector(b[k], Doubles);
+  term[8] = __builtin_convertvector(c, Doubles);
+  for (const Doubles& x : term) {
+    const Doubles size = x < 0.0 ? -x : x;
+    most = most < size ? size : most;
+    plain += x;
+  }
+  const Integers exponents = reinterpret_cast<Integers>(most) & int64_t{0x7ff} << 52;
+  const Doubles unit = reinterpret_cast<Doubles>(exponents) * 0x1p-23, inverse = 1.0 / unit;
+  Integers sum{};
+  for (const Doubles& x : term) sum += __builtin_convertvector(x * inverse, Integers);  // towards zero
+  // The sum may have more than 24 bits, so truncate it again.
+  const Doubles result = __builtin_convertvector(sum, Doubles) * unit;
+  const Floats rounded = __builtin_convertvector(result, Floats), whole = __builtin_convertvector(plain, Floats);
+  const Doubles beyond = __builtin_convertvector(rounded, Doubles);
+  const Integers larger = (beyond < 0.0 ? -beyond : beyond) > (result < 0.0 ? -result : result);  // -1 or 0
+  const Words truncated = reinterpret_cast<Words>(rounded) + __builtin_convertvector(larger, Words);
+  const Integers ordinary = (most < 1e38) & (most >= 1e-37) & (plain - plain == 0.0);
+  c = __builtin_convertvector(ordinary, Words) ? reinterpret_cast<Floats>(truncated) : whole;
 }
 
-// c + Σ_k a[k] b[k] over 8 products, truncated.
-inline float accumulate(float c, const float* a, const float* b) {
-  double term[9], most = 0.0;
-  term[8] = c;
-  for (int k = 0; k < 8; ++k) term[k] = static_cast<double>(a[k]) * b[k];
-  for (double x : term) most = std::max(most, std::fabs(x));
-  double plain = 0.0;
-  for (double x : term) plain += x;
-  if (!(most < 1e38) || !std::isfinite(plain) || most < 1e-37) return static_cast<float>(plain);
-  const int top = exponent(most);
-  const double unit = power_of_two(top - 23), inverse = power_of_two(23 - top);
-  int64_t sum = 0;
-  for (double x : term) sum += static_cast<int64_t>(x * inverse);  // towards zero
-  // The sum may have more than 24 bits, so truncate it again.
-  double result = static_cast<double>(sum) * unit;
-  float rounded = static_cast<float>(result);
-  if (std::fabs(static_cast<double>(rounded)) > std::fabs(result)) rounded = std::nextafterf(rounded, 0.0f);
-  return rounded;
+inline bool is_zero(const float* x) {
+  uint64_t words[4];
+  std::memcpy(words, x, sizeof words);
+  return ((words[0] | words[1] | words[2] | words[3]) & 0x7fffffff7fffffff) == 0;
 }
 
 struct Product {
@@ -240,7 +253,8 @@ template <int kK, bool kHalf>
 void mma(const Product* in, Accumulator* out) {
   auto low = [](uint32_t packed) { return kHalf ? float16_to_float(packed & 0xffffu) : emulation::low(packed); };
   auto high = [](uint32_t packed) { return kHalf ? float16_to_float(packed >> 16) : emulation::high(packed); };
-  float a[16][kK], b[8][kK];
+  float a[16][kK];
+  Floats b[kK], c[16];
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
     for (int k = 0; k < kK / 8; ++k) {
@@ -248,17 +262,24 @@ void mma(const Product* in, Accumulator* out) {
         a[g + 8 * half][8 * k + 2 * t] = low(in[lane].a[2 * k + half]);
         a[g + 8 * half][8 * k + 2 * t + 1] = high(in[lane].a[2 * k + half]);
       }
-      b[g][8 * k + 2 * t] = low(in[lane].b[k]);
-      b[g][8 * k + 2 * t + 1] = high(in[lane].b[k]);
+      b[8 * k + 2 * t][g] = low(in[lane].b[k]);
+      b[8 * k + 2 * t + 1][g] = high(in[lane].b[k]);
     }
+    for (int e = 0; e < 4; ++e) c[g + 8 * (e / 2)][2 * t + e % 2] = in[lane].c[e];
   }
+  // Rows of zeros are frequent, since padding is 0.
+  Words unusual{};
+  for (const Floats& x : b) unusual |= x - x != 0.0f;
+  bool finite = true;
+  for (int n = 0; n < 8; ++n) finite &= unusual[n] == 0;
+  for (int row = 0; row < 16; ++row)
+    for (int k = 0; k < kK; k += 8)
+      if (finite && is_zero(&a[row][k]))
+        c[row] += 0.0f;
+      else
+        accumulate(c[row], &a[row][k], &b[k]);
   for (int lane = 0; lane < 32; ++lane)
-    for (int e = 0; e < 4; ++e) {
-      const int row = lane / 4 + 8 * (e / 2), column = lane % 4 * 2 + e % 2;
-      float c = in[lane].c[e];
-      for (int k = 0; k < kK; k += 8) c = accumulate(c, &a[row][k], &b[column][k]);
-      out[lane].c[e] = c;
-    }
+    for (int e = 0; e < 4; ++e) out[lane].c[e] = c[lane / 4 + 8 * (e / 2)][lane % 4 * 2 + e % 2];
 }
 
 }  // namespace emulation

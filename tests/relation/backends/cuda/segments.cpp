@@ -18,6 +18,10 @@ template <bool kCausal>
 void (*kernel_of(const std::string& name))(const LaunchParams) {
   if (name.find("segments_1_2_1_1_") == 0) return segments<1, 2, 1, 1, kCausal>;
   if (name.find("segments_1_2_1_2_") == 0) return segments<1, 2, 1, 2, kCausal>;
+  if (name.find("segments_1_2_4_1_") == 0) return segments<1, 2, 4, 1, kCausal>;
+  if (name.find("segments_1_2_4_2_") == 0) return segments<1, 2, 4, 2, kCausal>;
+  if (name.find("segments_4_2_1_2_") == 0) return segments<4, 2, 1, 2, kCausal>;
+  if (name.find("segments_4_2_4_2_") == 0) return segments<4, 2, 4, 2, kCausal>;
   if (name.find("segments_1_8_1_4_") == 0) return segments<1, 8, 1, 4, kCausal>;
   if (name.find("segments_4_2_4_1_") == 0) return segments<4, 2, 4, 1, kCausal>;
   if (name.find("segments_4_2_1_1_") == 0) return segments<4, 2, 1, 1, kCausal>;
