@@ -250,7 +250,8 @@ struct Strips {
 
   // By polynomial: the pairs of the first 8 rows and the first 8 columns of 16 × 16. This set is its own transpose and
   // the same in both phases and all parts, so that E_ij = E_ji has the same bits wherever it is computed.
-  static MINILM_DEVICE Numbers exponential(const Numbers& u, int n, int e) {
+  template <class T>  // Numbers
+  static MINILM_DEVICE T exponential(const T& u, int n, int e) {
     if constexpr (kPolynomials)
       if (n == 0 && e < 2) return exp2_polynomial(u);
     return exp2_fast(u);
