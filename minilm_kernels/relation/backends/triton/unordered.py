@@ -75,8 +75,8 @@ def _load_pairs(stats, rows, length, FULL: tl.constexpr):
 
 
 @triton.jit
-def _store_pairs(stats, rows, length, x_t, x_s):
-    tl.store(_row_pairs(stats, rows), tl.join(x_t, x_s), mask=(rows < length)[:, None])
+def _store_pairs(stats, rows, length, x_t, x_s, FULL: tl.constexpr):
+    tl.store(_row_pairs(stats, rows), tl.join(x_t, x_s), mask=None if FULL else (rows < length)[:, None])
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def _find_row_pivots(
         pivot_s = tl.maximum(pivot_s, tl.max(tl.where(visible, score_s, float("-inf")), 1))
     pivot_t = tl.ceil(pivot_t)
     pivot_s = tl.ceil(pivot_s)
-    _store_pairs(pivots, i, length, pivot_t, pivot_s)
+    _store_pairs(pivots, i, length, pivot_t, pivot_s, False)
     return pivot_t[:, None], pivot_s[:, None]
 
 
@@ -177,7 +177,7 @@ def _strip_sums(
         sums_t += _row_sums(e_t)
         sums_s += _row_sums(e_s)
         # static: end sums_diagonal
-    _store_pairs(sums, i, length, tl.sum(sums_t, 1), tl.sum(sums_s, 1))
+    _store_pairs(sums, i, length, tl.sum(sums_t, 1), tl.sum(sums_s, 1), FULL)
     tl.debug_barrier()  # other threads add to these sums
 
 
@@ -349,10 +349,13 @@ def _gradient_of(out, position, out_stride, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _store_gradient(out, out_stride, rows, gradient, length, D_S: tl.constexpr):
+def _store_gradient(out, out_stride, rows, gradient, length, D_S: tl.constexpr, FULL: tl.constexpr):
     WIDTH: tl.constexpr = gradient.shape[1]
-    mask = (rows.i < length)[:, None] & (tl.arange(0, WIDTH)[None, :] < D_S)
-    tl.store(_gradient_of(out, rows.position, out_stride, WIDTH), gradient, mask=mask)
+    address = _gradient_of(out, rows.position, out_stride, WIDTH)
+    if FULL and D_S == WIDTH:
+        tl.store(address, gradient)
+    else:
+        tl.store(address, gradient, mask=(rows.i < length)[:, None] & (tl.arange(0, WIDTH)[None, :] < D_S))
 
 
 @triton.jit
@@ -414,8 +417,8 @@ def _strip_gradient(
         acc_1, excess_sum, product_sum = _diagonal_pairs(
             rows_1, keys, acc_1, excess_sum, product_sum, t, s, pivots, program, PRECISION, MASK, FULL, WIDE, WARPS
         )
-    _store_gradient(out, out_stride, rows_0, factor * acc_0, length, D_S)
-    _store_gradient(out, out_stride, rows_1, factor * acc_1, length, D_S)
+    _store_gradient(out, out_stride, rows_0, factor * acc_0, length, D_S, FULL)
+    _store_gradient(out, out_stride, rows_1, factor * acc_1, length, D_S, FULL)
     tl.debug_barrier()  # other threads add to these rows
     return _add_exactly(value, lost, excess_sum - LN2 * product_sum)
 
