@@ -13,7 +13,11 @@ from tests.relation.cases import Case, error, make
 from . import cuda, test_cuda_emulated
 from .test_cuda_emulated import _LONG, _check, _check_sequences, _check_windows, _use, _use_windows, device  # noqa: F401
 
-pytestmark = [pytest.mark.skipif(cuda.COMPILER is None, reason="no C++ compiler"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.skipif(cuda.COMPILER is None, reason="no C++ compiler"),
+    pytest.mark.slow,
+    pytest.mark.nightly,
+]
 
 # The same tests with the kernels of this capability.
 for _module, _names in (
