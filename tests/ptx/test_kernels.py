@@ -137,7 +137,7 @@ def test_rows_that_count_and_grouped_keys(family, relations, groups, mask, reduc
         ("windows", (16, 8), 300, "bfloat16"),
         ("windows", (64, 32), 100, "bfloat16"),
         ("windows sm_100", (16, 8), 300, "bfloat16"),
-        ("float32 windows", (16, 8), 300, "float32"),
+        pytest.param("float32 windows", (16, 8), 300, "float32", marks=pytest.mark.nightly),
     ],
 )
 def test_strips_of_several_warps(gpu, widths, length, dtype, mask):

@@ -241,7 +241,7 @@ MINILM_DEVICE float find_means(const HeadTokens& load, int chunks, float* means,
 // has the factor Σ_j G_ij = 0; that of a key has no keys. If a pass computes both orders of the pairs of a self
 // relation, its scores are symmetric, and nothing is subtracted.
 struct KeyMeans {
-  float *t, *s;    // of teacher and student
+  float *t, *s;    // the teacher's and the student's
   float* scratch;  // two floats per thread
   bool used;
 

@@ -168,8 +168,10 @@ def test_every_kernel_compiles_without_spills(widths, dtype, architecture, cache
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, *(pytest.param(x, marks=pytest.mark.nightly) for x in (90, 100)), 120])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("widths", [(8, 8), (32, 16), (16, 16), (24, 24)], ids=str)
+@pytest.mark.parametrize(("widths", "dtype"), [
+    *((widths, dtype) for widths in ((8, 8), (32, 16), (16, 16), (24, 24)) for dtype in ("bfloat16", "float16")),
+    pytest.param((32, 16), "float32", marks=pytest.mark.nightly),
+], ids=str)  # fmt: skip
 def test_loops_over_pairs_keep_everything_in_registers(widths, dtype, architecture, cache, tmp_path):
     pytest.importorskip("triton", reason="its wheel brings the disassembler")
     names = [name for name in kernel_names(*widths, dtype, dtype) if name.startswith(("symmetric", "segments"))]
