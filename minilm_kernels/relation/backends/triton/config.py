@@ -65,7 +65,7 @@ def supports_pipelining() -> bool:
 
 def diagonal_stages(arch: int) -> int:
     """Returns the stages of the diagonal's loops in the kernel of unordered pairs: those that do not spill."""
-    return 2 if arch == 90 and _version() >= (3, 9) else 1
+    return 2 if arch <= 90 and _version() >= (3, 9) else 1
 
 
 @dataclass(frozen=True)

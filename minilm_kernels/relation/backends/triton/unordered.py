@@ -372,7 +372,7 @@ def _strip_gradient(
     A turn takes one half of the rows after the other, which halves the registers that hold scores.
     """
     length = program.length
-    # Where DG is 8, half of a product of padded width would be wasted.
+    # If DG is 8, half of a product of padded width would be wasted.
     LAYOUT_G: tl.constexpr = LAYOUT_S if WIDE else (LAYOUT_S[0], DG, LAYOUT_S[2])
     D_S: tl.constexpr = LAYOUT_G[0]
     WIDTH: tl.constexpr = LAYOUT_G[1]
