@@ -260,7 +260,8 @@ def variants_of(
 
         loops = {"SUMS": loops_of("sums"), "INVERSES": (), "GRADIENT": loops_of("gradients")}
         given = {
-            "STAGES": diagonal_stages(arch),
+            "SUM_STAGES": diagonal_stages(arch)[0],
+            "STAGES": diagonal_stages(arch)[1],
             "WARPS": config.num_warps,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,

@@ -393,6 +393,7 @@ class _Group:
         filled = [grads[r, call.inputs.relations[r][0]] for r in self.relations]
         out = [call.new((1 + copies, *x.shape), zeros=True) for x in filled] if copies else filled
         values = call.new((len(self.relations), call.sequences, call.inputs.heads, parts))
+        sum_stages, stages = diagonal_stages(arch)
         arguments = {
             **self.operands,
             "sums": self.new_row_stats(copies, numbers=2),
@@ -406,7 +407,8 @@ class _Group:
             "SHIFT": self._shift,
             "SPLIT": copies > 0,
             "WARPS": config.num_warps,
-            "STAGES": diagonal_stages(arch),
+            "SUM_STAGES": sum_stages,
+            "STAGES": stages,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
         }

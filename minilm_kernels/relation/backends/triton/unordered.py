@@ -440,7 +440,7 @@ def unordered_kernel(
     ALIGN_T: tl.constexpr, ALIGN_S: tl.constexpr, PRECISION: tl.constexpr, SHIFT: tl.constexpr,
     PACKED: tl.constexpr, HAS_INDICES: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, MASK: tl.constexpr,
     SUMS: tl.constexpr, INVERSES: tl.constexpr, GRADIENT: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, WARPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUM_STAGES: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of a head to `out`, and the sum of its rows' KL to `values`. A grid of (heads, parts).
 
@@ -491,18 +491,18 @@ def unordered_kernel(
             for step in range(0, steps):
                 _strip_sums(
                     _strip(step, part, parts, BLOCK_M, SPLIT), t, s, sums, earlier_sums, pivots, program, indices,
-                    LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, True, False, STAGES, BLOCK_M, BLOCK_N,
+                    LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, True, False, SUM_STAGES, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             for start in range(rest, rest_end, HALF):
                 _strip_sums(
                     start, t, s, sums, earlier_sums, pivots, program, indices,
-                    LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, False, False, STAGES, HALF, BLOCK_N,
+                    LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, False, False, SUM_STAGES, HALF, BLOCK_N,
                 )  # fmt: skip
         else:
             for start in range(part * HALF, length, parts * HALF):
                 _strip_sums(
                     start, t, s, sums, earlier_sums, pivots, program, indices,
-                    LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, False, True, STAGES, HALF, BLOCK_N,
+                    LAYOUT_T, LAYOUT_S, PRECISION, HAS_INDICES, MASK, False, True, SUM_STAGES, HALF, BLOCK_N,
                 )  # fmt: skip
 
     if INVERSES:
