@@ -11,8 +11,8 @@ machines, and no other test in which so many run; the CPU library is the next; `
 case of the interpreter takes as long as twenty of the emulation.
 
 Most calls are short, since mistakes are made at the borders of tiles: with up to 33 tokens, a call has one to three
-tiles of 16, full ones and others. One call in seven has up to 100 tokens, a second strip of 64 rows that is not full,
-and one in 25 up to 150, several rounds of strips and blocks of 128 rows. The emulated GPUs are of several sizes: with
+tiles of 16, full ones and others. One call in seven has up to 100 tokens, a second strip or block of 64 rows that is
+not full, and one in 25 up to 150, three of them, in several rounds. The emulated GPUs are of several sizes: with
 little shared memory, blocks are of 16 rows and windows short, so that short sequences have several of them.
 
 A run that was interrupted goes on where it stopped, if neither the sources nor the options have changed; build/random
