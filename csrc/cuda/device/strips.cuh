@@ -171,8 +171,8 @@ MINILM_DEVICE Float2 operator-(const Float2& a) { return {-a.x, -a.y}; }
 MINILM_DEVICE void operator+=(Float2& a, const Float2& b) { a = a + b; }
 MINILM_DEVICE Float2 exp2_fast(const Float2& u) { return {exp2_fast(u.x), exp2_fast(u.y)}; }
 
-// 2^u = 2^n p(f) with multiply-adds, for u <= 127. n is u rounded to an integer, by adding a number whose unit is 1, and
-// f = u - n, which is exact. p errs by 3e-9 relative to 2^f, its roundings by less than 1.4 · 2^-24; p(0) = 1
+// 2^u = 2^n p(f) with multiply-adds, for u <= 127. n is u rounded to an integer, by adding a number whose unit is 1,
+// and f = u - n, which is exact. p errs by 3e-9 relative to 2^f, its roundings by less than 1.4 · 2^-24; p(0) = 1
 // (docs/cuda.md). Results are 0 up to u = -127, and between 0 and 2^-126 up to -126.
 MINILM_DEVICE Float2 exp2_polynomial(Float2 u) {
   u = {fmaxf(u.x, -127.0f), fmaxf(u.y, -127.0f)};
@@ -464,9 +464,7 @@ struct Strips {
 
   struct Value {
     Numbers grad[2 / kWide] = {}, divergence[2 / kWide] = {};
-    MINILM_DEVICE float operator()() const {
-      return fmaf(-kLn2, total(divergence), total(grad)) * (1.0f / kGradScale);
-    }
+    MINILM_DEVICE float operator()() const { return fmaf(-kLn2, total(divergence), total(grad)) * (1.0f / kGradScale); }
   };
 
   // Gradients of a strip's rows, of a tile of 16 rows and a chunk.
