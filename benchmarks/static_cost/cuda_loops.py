@@ -34,11 +34,11 @@ def variants(arch: int = 90) -> Iterator[CudaVariant]:
     for dtype in ("bfloat16", "float16", "float32"):
         for widths in _STRIP_ROWS:
             if in_strips(dtype, *widths):
-                yield strips(dtype, *widths, "self")
+                yield strips(dtype, *widths, "self", arch)
         if dtype == "float32":
             continue
         for group in ("self causal", "self prefix", "self long"):
-            yield strips(dtype, 16, 8, group)
+            yield strips(dtype, 16, 8, group, arch)
     for dtype, d_t, d_s in (("bfloat16", 128, 64), ("float32", 64, 32)):
         yield tiles(dtype, d_t, d_s)
     for dtype, d_t, d_s in (("bfloat16", 16, 8), ("bfloat16", 64, 32), ("float16", 16, 8), ("float32", 16, 8)):
@@ -50,9 +50,9 @@ def _padded(width: int) -> int:
     return -(-width // 8) * 8
 
 
-def symmetric(dtype: str, d_t: int, d_s: int) -> CudaVariant:
+def symmetric(dtype: str, d_t: int, d_s: int, arch: int = 90) -> CudaVariant:
     """Returns the kernel of self relations, with its schedule: strips or tiles."""
-    return strips(dtype, d_t, d_s, "self") if in_strips(dtype, d_t, d_s) else tiles(dtype, d_t, d_s)
+    return strips(dtype, d_t, d_s, "self", arch) if in_strips(dtype, d_t, d_s) else tiles(dtype, d_t, d_s)
 
 
 def in_strips(dtype: str, d_t: int, d_s: int) -> bool:
@@ -86,7 +86,12 @@ def _symmetric(dtype: str, d_t: int, d_s: int, group: str, loops: tuple[SourceLo
     return CudaVariant(kernel, f"{kernel}_{form}_{t}_{form}_{s}_{causal}", group, dtype, d_t, d_s, warps, loops, shared)
 
 
-def strips(dtype: str, d_t: int, d_s: int, group: str) -> CudaVariant:
+def _share_of_ex2(dtype: str, d_t: int, d_s: int, arch: int) -> float:
+    """Share of the exponentials that are no polynomials (has_polynomials in launch_params.h)."""
+    return 0.75 if arch == 100 and dtype != "float32" and _STRIP_ROWS[d_t, d_s] == 64 else 1.0
+
+
+def strips(dtype: str, d_t: int, d_s: int, group: str, arch: int = 90) -> CudaVariant:
     """Returns the symmetric kernel of strips.
 
     `group`: "self", "self causal", "self prefix" (of the whole sequence), or "self long" for the kernel of heads that
@@ -130,8 +135,11 @@ def strips(dtype: str, d_t: int, d_s: int, group: str) -> CudaVariant:
 
     def loop(phase: str, part: str, marker: str, macs: int, work: Callable[[int], Work]) -> SourceLoop:
         mine = square if part == "diagonal" else pairs
+        exponentials = round(pairs * _share_of_ex2(dtype, d_t, d_s, arch))
         branches = part in ("diagonal", "tail")
-        return SourceLoop(phase, mine, pairs, macs, marker, per="warp", part=part, conditional=branches, work=work)
+        return SourceLoop(
+            phase, mine, exponentials, macs, marker, per="warp", part=part, conditional=branches, work=work
+        )
 
     # Without a mask, a square has no product for its columns. The first 16 rows meet no other columns.
     on_diagonal = gradient - (of_columns * 16 // rows if group in ("self", "self long") else 0)

@@ -98,11 +98,12 @@ def static_rows(
 
 def _cuda(relation: str, work: str, sizes: Sizes, arch: str, length: int) -> tuple[list[Variant], bool]:
     """The kernels that the CUDA backend launches, and whether one of them has a block per head."""
+    number = int(arch.removeprefix("sm_"))
     fits = cuda_loops.symmetric_bytes(*sizes, length) <= MACHINES[arch].shared - 1024
     if relation == "self" and work == "training" and fits:
-        return [cuda_variant(cuda_loops.symmetric(*sizes), arch)], True
+        return [cuda_variant(cuda_loops.symmetric(*sizes, number), arch)], True
     if relation == "self" and work == "training" and cuda_loops.in_strips(*sizes):
-        return [cuda_variant(cuda_loops.strips(*sizes, "self long"), arch)], False
+        return [cuda_variant(cuda_loops.strips(*sizes, "self long", number), arch)], False
     group = f"{relation} {'evaluation' if work == 'evaluation' else 'row-wise'}"
     return [cuda_variant(kernel, arch) for kernel in cuda_loops.rows(*sizes, group)], False
 

@@ -18,16 +18,18 @@ from .build import FOLDER
 from .device import Device, poison
 from .driver import driver
 
-# Number of the GPU, and bytes of shared memory per block and per SM. On sm_90, short sequences get blocks of one warp.
+# Number and compute capability of the GPU, and bytes of shared memory per block and per SM. PTX for 8.0 also runs on
+# newer GPUs; 10.0 has instructions of its own. With the memory of sm_90, short sequences get blocks of one warp.
 # With little memory per SM, they get several warps. With little memory per block, long sequences take the row-wise path
 # or, with strips, windows: of two strips of (16, 8) in bfloat16 in "windows".
 GPUS = {
-    "sm_90": (1, 232448, 233472),
-    "crowded": (2, 232448, 30000),
-    "small": (3, 16384, 16384),
-    "windows": (4, 20736, 21760),
+    "sm_90": (1, 80, 232448, 233472),
+    "crowded": (2, 80, 232448, 30000),
+    "small": (3, 80, 16384, 16384),
+    "windows": (4, 80, 20736, 21760),
+    "crowded sm_100": (5, 100, 232448, 30000),
+    "windows sm_100": (6, 100, 20736, 21760),
 }
-ARCHITECTURE = 80  # PTX for it also runs on newer GPUs
 
 
 class _Scratch(TorchDispatchMode):
@@ -85,8 +87,8 @@ def cuda_backend(device: Device, gpu: str, folder: Path = FOLDER):
     if reason := cuda_compiler.unavailable_reason():
         raise RuntimeError(reason)
     standin = driver(folder)
-    number, *shared = GPUS[gpu]
-    standin.set_gpu(number, ARCHITECTURE, *shared)
+    number = GPUS[gpu][0]
+    standin.set_gpu(*GPUS[gpu])
     torch.ops.load_library(native.cuda.library)
 
     as_ptx = partial(cuda_compiler.compile_kernels, target="ptx", line_info=True)

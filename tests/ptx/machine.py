@@ -25,7 +25,7 @@ DTYPES = {"pred": np.dtype(bool), "f32": np.dtype(np.float32), "f64": np.dtype(n
 for _kind, _letter in (("b", "u"), ("u", "u"), ("s", "i")):
     DTYPES |= {f"{_kind}{8 * n}": np.dtype(f"{_letter}{n}") for n in (1, 2, 4, 8)}
 DTYPES |= {"f16": np.dtype(np.uint16), "bf16": np.dtype(np.uint16)}  # stored as bits
-DTYPES |= {"f16x2": np.dtype(np.uint32), "bf16x2": np.dtype(np.uint32)}
+DTYPES |= {"f16x2": np.dtype(np.uint32), "bf16x2": np.dtype(np.uint32), "f32x2": np.dtype(np.uint64)}
 
 Operation = Callable[["Active"], None]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -106,6 +107,36 @@ def test_floats():
     assert (compute("mov.b32 %f1, %r4; max.f32 %f2, %f1, 0f40000000; mov.b32 %r10, %f2;", nan, np.float32) == 2).all()
     assert (compute("mov.b32 %f1, %r4; setp.neu.f32 %p1, %f1, %f1; selp.b32 %r10, 1, 0, %p1;", nan) == 1).all()
     assert (compute("mov.b32 %f1, %r4; setp.ne.f32 %p1, %f1, %f1; selp.b32 %r10, 1, 0, %p1;", nan) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("opcode", "exact"),
+    [
+        ("add.rn.f32x2 %d9, %d7, %d8;", lambda a, b: a + b),
+        ("sub.rn.f32x2 %d9, %d7, %d8;", lambda a, b: a - b),
+        ("mul.rn.f32x2 %d9, %d7, %d8;", lambda a, b: a * b),
+        ("fma.rn.f32x2 %d9, %d7, %d8, %d7;", lambda a, b: a * b + a),
+    ],
+)
+def test_two_floats_in_a_register(opcode, exact):
+    """Both halves, against exact fractions: no other float32 is nearer. Threads that do not take part keep theirs."""
+    first = FLOATS
+    own, other = np.float32(0.7), np.float32(-1.9)
+    for half in ("%f5", "%f6"):
+        body = f"""
+            mov.b32 %f1, %r4; mov.f32 %f2, 0f{own.view(np.uint32):08x}; mov.f32 %f3, 0f{other.view(np.uint32):08x};
+            mov.b64 %d7, {{%f1, %f2}}; mov.b64 %d8, {{%f3, %f1}}; mov.b64 %d9, 0;
+            setp.lt.u32 %p1, %r1, 31; @%p1 {opcode} mov.b64 {{%f5, %f6}}, %d9; mov.b32 %r10, {half};"""
+        got = compute(body, first, np.float32)
+        for lane in range(31):
+            pair = (first[lane], other) if half == "%f5" else (own, first[lane])
+            wanted, result = exact(*(Fraction(float(x)) for x in pair)), got[lane]
+            near = [
+                abs(Fraction(float(x)) - wanted)
+                for x in (np.nextafter(result, -np.float32(9)), np.nextafter(result, np.float32(9)))
+            ]
+            assert abs(Fraction(float(result)) - wanted) <= min(near)
+        assert got[31] == 0
 
 
 def test_packing_to_bfloat16_rounds_to_even():

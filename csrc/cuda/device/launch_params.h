@@ -25,6 +25,9 @@ constexpr int student_planes(int format, int chunks) {
 // Those above 4e-9 then have all bits.
 constexpr float grad_scale(int format) { return format >= kFloat16 ? 16384.0f : 1.0f; }
 
+// float32 numbers of an instruction: compute capability 10.x has additions, products and fused ones of two.
+constexpr int numbers_at_once(int capability) { return capability / 10 == 10 ? 2 : 1; }
+
 // The schedule of a symmetric kernel, chosen so that no loop over pairs spills registers.
 struct SymmetricSchedule {
   int strip_rows;  // rows of a strip (strips.cuh); 0: the kernel combines tiles
@@ -37,10 +40,18 @@ constexpr SymmetricSchedule symmetric_schedule(int format_s, int chunks_t, int f
   const bool single = format_s == kFloat32 || format_t == kFloat32;
   if (chunks_t == 0 || registers > (single ? 20 : 40)) return {0, format_s == kFloat32 ? 8 : 12};
   if (single) return {registers <= 10 ? 64 : 32, 8};
+  if (registers <= 10 && numbers_at_once(capability) == 2) return {64, 16};
   // With float16 tokens, a loop of causal pairs spills at 16 warps on sm_90.
   if (registers <= 10) return {64, capability < 100 && format_s == 1 && format_t == 1 ? 16 : 12};
   if (registers <= 20) return {32, 12};
   return {32, 8};
+}
+
+// Strips compute a quarter of their exponentials by polynomials where exponentials bind by far. Compute capability 10.3
+// has twice as many per clock.
+constexpr bool has_polynomials(int format_s, int chunks_t, int format_t, int chunks_s, int capability) {
+  return capability == 100 && format_s != kFloat32 && format_t != kFloat32 &&
+         symmetric_schedule(format_s, chunks_t, format_t, chunks_s, capability).strip_rows == 64;
 }
 
 // Warps of a block that combines windows of a longer head: two blocks on an SM, so that one loads while one computes.

@@ -46,6 +46,42 @@ MINILM_DEVICE float add(float x, float y) { return __fadd_rn(x, y); }  // never 
 MINILM_DEVICE float sub(float x, float y) { return __fsub_rn(x, y); }
 MINILM_DEVICE float mul(float x, float y) { return __fmul_rn(x, y); }
 
+struct Float2 {
+  float x, y;
+};
+
+// Two numbers in one instruction, which needs compute capability 10.0.
+MINILM_DEVICE uint64_t join(const Float2& pair) {
+  uint64_t bits;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(bits) : "f"(pair.x), "f"(pair.y));
+  return bits;
+}
+MINILM_DEVICE Float2 separate(uint64_t bits) {
+  Float2 pair;
+  asm("mov.b64 {%0, %1}, %2;" : "=f"(pair.x), "=f"(pair.y) : "l"(bits));
+  return pair;
+}
+MINILM_DEVICE Float2 operator+(const Float2& a, const Float2& b) {
+  uint64_t sum;
+  asm("add.rn.f32x2 %0, %1, %2;" : "=l"(sum) : "l"(join(a)), "l"(join(b)));
+  return separate(sum);
+}
+MINILM_DEVICE Float2 operator-(const Float2& a, const Float2& b) {
+  uint64_t difference;
+  asm("sub.rn.f32x2 %0, %1, %2;" : "=l"(difference) : "l"(join(a)), "l"(join(b)));
+  return separate(difference);
+}
+MINILM_DEVICE Float2 operator*(const Float2& a, const Float2& b) {
+  uint64_t product;
+  asm("mul.rn.f32x2 %0, %1, %2;" : "=l"(product) : "l"(join(a)), "l"(join(b)));
+  return separate(product);
+}
+MINILM_DEVICE Float2 fused(const Float2& a, const Float2& b, const Float2& c) {  // a · b + c, rounded once
+  uint64_t sum;
+  asm("fma.rn.f32x2 %0, %1, %2, %3;" : "=l"(sum) : "l"(join(a)), "l"(join(b)), "l"(join(c)));
+  return separate(sum);
+}
+
 // Packs two numbers as bfloat16, rounded to nearest even. `low` is in the lower 16 bits.
 MINILM_DEVICE uint32_t pack_bfloat16(float low, float high) {
   uint32_t packed;
@@ -60,9 +96,6 @@ MINILM_DEVICE uint32_t pack_float16(float low, float high) {
   return packed;
 }
 
-struct Float2 {
-  float x, y;
-};
 MINILM_DEVICE Float2 unpack_float16(uint32_t packed) {
   Float2 pair;
   asm("cvt.f32.f16 %0, %1;" : "=f"(pair.x) : "h"(static_cast<uint16_t>(packed)));

@@ -145,6 +145,47 @@ struct ColumnTokens {
   }
 };
 
+// Numbers of a lane, of neighbouring columns, that are computed at once: two on compute capability 10.x, else one.
+template <int kCount>
+struct NumbersOf {
+  using type = float;
+};
+template <>
+struct NumbersOf<2> {
+  using type = Float2;
+};
+MINILM_DEVICE void load(float& x, const float* from) { x = *from; }
+MINILM_DEVICE void load(Float2& x, const float* from) { x = {from[0], from[1]}; }
+MINILM_DEVICE void store(float* to, float x) { *to = x; }
+MINILM_DEVICE void store(float* to, const Float2& x) { to[0] = x.x, to[1] = x.y; }
+MINILM_DEVICE void append(float& x, float last) { x = last; }
+MINILM_DEVICE void append(Float2& x, float last) { x = {x.y, last}; }
+MINILM_DEVICE float total(float x) { return x; }
+MINILM_DEVICE float total(const Float2& x) { return x.x + x.y; }
+MINILM_DEVICE float total(const float (&x)[2]) { return x[0] + x[1]; }
+MINILM_DEVICE float total(const Float2 (&x)[1]) { return total(x[0]); }
+MINILM_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+MINILM_DEVICE Float2 fused(const Float2& a, float b, const Float2& c) { return fused(a, {b, b}, c); }
+MINILM_DEVICE Float2 fused(const Float2& a, float b, float c) { return fused(a, {b, b}, {c, c}); }
+MINILM_DEVICE Float2 operator-(const Float2& a) { return {-a.x, -a.y}; }
+MINILM_DEVICE void operator+=(Float2& a, const Float2& b) { a = a + b; }
+MINILM_DEVICE Float2 exp2_fast(const Float2& u) { return {exp2_fast(u.x), exp2_fast(u.y)}; }
+
+// 2^u = 2^n p(f) with multiply-adds, for u <= 127. n is u rounded to an integer, by adding a number whose unit is 1, and
+// f = u - n, which is exact. p errs by 3e-9 relative to 2^f, its roundings by less than 1.4 · 2^-24; p(0) = 1
+// (docs/cuda.md). Results are 0 up to u = -127, and between 0 and 2^-126 up to -126.
+MINILM_DEVICE Float2 exp2_polynomial(Float2 u) {
+  u = {fmaxf(u.x, -127.0f), fmaxf(u.y, -127.0f)};
+  constexpr float kInteger = 12582912.0f;  // 1.5 · 2^23
+  const Float2 shifted = u + Float2{kInteger, kInteger};
+  const Float2 f = u - (shifted - Float2{kInteger, kInteger});
+  Float2 p = fused(f, 1.5330708e-4f, 1.3390975e-3f);
+  constexpr float kCoefficients[] = {9.6184965e-3f, 5.5503596e-2f, 0.24022648f, 0.69314718f, 1.0f};
+  MINILM_UNROLL_FOR (int k = 0; k < 5; ++k) p = fused(p, f, Float2{kCoefficients[k], kCoefficients[k]});
+  auto scaled = [](float x, float integer) { return as_float(as_bits(x) + (as_bits(integer) << 23)); };
+  return {scaled(p.x, shifted.x), scaled(p.y, shifted.y)};
+}
+
 // A constant as an argument.
 template <bool kValue>
 struct Flag {
@@ -191,6 +232,23 @@ struct Strips {
   // Splits of score gradients, and the format of their products.
   static constexpr int kSplits = grad_splits_in(kFormat), kProducts = kSplits == 2 ? kFloat16 : kFormat;
   static constexpr float kGradScale = grad_scale(kFormat);  // a factor of 1/l, and thus of M
+  static constexpr int kWide = numbers_at_once(kCapability);
+  static constexpr bool kPolynomials = has_polynomials(kFormat, kChunksT, kFormatT, kChunksS, kCapability);
+  using Numbers = typename NumbersOf<kWide>::type;
+  static MINILM_DEVICE Numbers neighbours(const float* first) {
+    Numbers numbers;
+    load(numbers, first);
+    return numbers;
+  }
+
+  // By polynomial: the pairs of the first 8 rows and the first 8 columns of 16 × 16. This set is its own transpose and
+  // the same in both phases and all parts, so that E_ij = E_ji has the same bits wherever it is computed.
+  template <class T>  // Numbers
+  static MINILM_DEVICE T exponential(const T& u, int n, int e) {
+    if constexpr (kPolynomials)
+      if (n == 0 && e < 2) return exp2_polynomial(u);
+    return exp2_fast(u);
+  }
 
   struct Rows {
     RowOperands<kFormatT, kTiles, kChunksT> t;
@@ -213,9 +271,9 @@ struct Strips {
       t.template scores<kSquare>(u_t, m, columns_t);
       s.template scores<kSquare>(u_s, m, columns_s);
       MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
-        MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) {
-          u_t[n][e] = fmaf(u_t[n][e], scale_t, -reference_t);
-          u_s[n][e] = fmaf(u_s[n][e], scale_s, -reference_s);
+        MINILM_UNROLL_FOR (int e = 0; e < 4; e += kWide) {
+          store(&u_t[n][e], fused(neighbours(&u_t[n][e]), scale_t, -reference_t));
+          store(&u_s[n][e], fused(neighbours(&u_s[n][e]), scale_s, -reference_s));
         }
     }
   };
@@ -275,7 +333,7 @@ struct Strips {
   // ---- Phase 1 ----
 
   struct Sums {
-    float t[kTiles][2], s[kTiles][2];
+    Numbers t[kTiles][2], s[kTiles][2];
   };
 
   // Square: the columns are the rows of tile `first`. Ragged: rows of the 16-row tiles first ... last - 1; with
@@ -293,9 +351,14 @@ struct Strips {
       constexpr bool kSquare = decltype(square)::value;
       float u_t[2][4], u_s[2][4];
       rows.template exponents<kSquare>(u_t, u_s, m, columns_t, columns_s);
+      Numbers own_t = {}, own_s = {}, column_t = {}, column_s = {};
       MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
         MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) {
-          float x_t = exp2_fast(u_t[n][e]), x_s = exp2_fast(u_s[n][e]);
+          if (e % kWide == 0) {
+            store(&u_t[n][e], exponential(neighbours(&u_t[n][e]), n, e));
+            store(&u_s[n][e], exponential(neighbours(&u_s[n][e]), n, e));
+          }
+          float x_t = u_t[n][e], x_s = u_s[n][e];
           float mirrored_t = x_t, mirrored_s = x_s;
           if (kMasked) {
             if (kPart == Part::square) {  // tokens beyond the end may get anything
@@ -307,18 +370,20 @@ struct Strips {
               if (i >= length || (kCausal && i > j && i >= bound)) mirrored_t = mirrored_s = 0.0f;
             }
           }
+          append(own_t, x_t), append(own_s, x_s), append(column_t, mirrored_t), append(column_s, mirrored_s);
+          if (e % kWide != kWide - 1) continue;
           if (kPart != Part::columns_only && !kSquare) {
-            sums.t[m][e / 2] += x_t;
-            sums.s[m][e / 2] += x_s;
+            sums.t[m][e / 2] += own_t;
+            sums.s[m][e / 2] += own_s;
           }
-          float &to_t = column_sums[2 * n + e % 2], &to_s = column_sums[4 + 2 * n + e % 2];
+          float *to_t = &column_sums[2 * n + e % 2 + 1 - kWide], *to_s = to_t + 4;
           if (kPart == Part::ragged) {
-            to_t = fmaf(mirrored_t, weight, to_t);
-            to_s = fmaf(mirrored_s, weight, to_s);
+            store(to_t, fused(column_t, weight, neighbours(to_t)));
+            store(to_s, fused(column_s, weight, neighbours(to_s)));
           } else {
             const bool begin = (kPart == Part::square ? kSquare : m == 0) && e / 2 == 0;
-            to_t = begin ? mirrored_t : to_t + mirrored_t;
-            to_s = begin ? mirrored_s : to_s + mirrored_s;
+            store(to_t, begin ? column_t : neighbours(to_t) + column_t);
+            store(to_s, begin ? column_s : neighbours(to_s) + column_s);
           }
         }
     };
@@ -383,7 +448,7 @@ struct Strips {
     const int lane = lane_index(), k = lane % 4;  // the lane that distributed_sums gives model k / 2, half k % 2
     float* at = sum_of(shared, strip * kRows + k % 2 * 8 + lane / 4, k / 2);
     MINILM_UNROLL_FOR (int m = 0; m < kTiles; ++m) {
-      float x[4] = {sums.t[m][0], sums.t[m][1], sums.s[m][0], sums.s[m][1]};
+      float x[4] = {total(sums.t[m][0]), total(sums.t[m][1]), total(sums.s[m][0]), total(sums.s[m][1])};
       at[64 * m] += distributed_sums(x, 1);
     }
   }
@@ -391,9 +456,9 @@ struct Strips {
   // ---- Phase 2 ----
 
   struct Value {
-    float grad[2] = {}, divergence[2] = {};
+    Numbers grad[2 / kWide] = {}, divergence[2 / kWide] = {};
     MINILM_DEVICE float operator()() const {
-      return fmaf(-kLn2, divergence[0] + divergence[1], grad[0] + grad[1]) * (1.0f / kGradScale);
+      return fmaf(-kLn2, total(divergence), total(grad)) * (1.0f / kGradScale);
     }
   };
 
@@ -526,20 +591,22 @@ struct Strips {
       MINILM_UNROLL_FOR (int n = 0; n < 2; ++n) factors(factor_t[n], factor_s[n], own, column_factors[0][n]);
     }
     if (kCausal && kSquare) keep_later_rows(factor_t, factor_s, bound);
-    float total = 0.0f, divergence = 0.0f;
+    Numbers total = {}, divergence = {};
     MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
-      MINILM_UNROLL_FOR (int e = 0; e < 4; ++e) {
-        const float p = exp2_fast(u_t[n][e]) * factor_t[n][e];
-        const float x = fmaf(exp2_fast(u_s[n][e]), factor_s[n][e], -p);
-        float& to = kTwice ? total : value.grad[kSquare ? 0 : m % 2];
-        float& to_divergence = kTwice ? divergence : value.divergence[kSquare ? 0 : m % 2];
+      MINILM_UNROLL_FOR (int e = 0; e < 4; e += kWide) {
+        const Numbers one_t = neighbours(&u_t[n][e]), one_s = neighbours(&u_s[n][e]);
+        const Numbers p = exponential(one_t, n, e) * neighbours(&factor_t[n][e]);
+        const Numbers x = fused(exponential(one_s, n, e), neighbours(&factor_s[n][e]), -p);
+        const int chain = kSquare ? 0 : m % 2 / kWide;
+        Numbers& to = kTwice ? total : value.grad[chain];
+        Numbers& to_divergence = kTwice ? divergence : value.divergence[chain];
         to += x;
-        to_divergence = fmaf(p, u_s[n][e] - u_t[n][e], to_divergence);
-        u_s[n][e] = x;
+        to_divergence = fused(p, one_s - one_t, to_divergence);
+        store(&u_s[n][e], x);
       }
     if (kTwice) {
-      value.grad[0] = fmaf(0.5f, total, value.grad[0]);
-      value.divergence[0] = fmaf(0.5f, divergence, value.divergence[0]);
+      value.grad[0] = fused(total, 0.5f, value.grad[0]);
+      value.divergence[0] = fused(divergence, 0.5f, value.divergence[0]);
     }
     MINILM_UNROLL_FOR (int q = 0; q < 4; ++q) {
       const float low = u_s[q / 2][2 * (q % 2)], high = u_s[q / 2][2 * (q % 2) + 1];

@@ -53,6 +53,27 @@ def _simple(function, arity: int):
     return build
 
 
+def _float_pairs(function, arity: int, build):
+    """A builder for f32x2, whose registers hold two float32, and for the other types, which `build` takes."""
+
+    def build_pairs(machine, instruction):
+        if kind_of(instruction) != "f32x2":
+            return build(machine, instruction)
+        if not {"rn", "f32x2"}.issuperset(instruction.opcode[1:]):
+            raise NotImplementedError(instruction.text)
+        target, *sources = (
+            place(operand, "f32x2").view(np.float32)
+            for place, operand in zip((machine.target, *[machine.source] * arity), instruction.operands, strict=True)
+        )
+
+        def operation(active) -> None:
+            np.copyto(target, function(*sources), where=active.mask.repeat(2))
+
+        return operation
+
+    return build_pairs
+
+
 def _fma(a, b, c):
     """a * b + c, rounded to 53 bits and then to 24. It differs from a single rounding in about one of 2^29 cases."""
     if a.dtype == np.float64:
@@ -297,11 +318,11 @@ def _popcount(x):
 
 
 BUILDERS = {
-    "add": _simple(np.add, 2),
-    "sub": _simple(np.subtract, 2),
-    "mul": _build_mul,
+    "add": _float_pairs(np.add, 2, _simple(np.add, 2)),
+    "sub": _float_pairs(np.subtract, 2, _simple(np.subtract, 2)),
+    "mul": _float_pairs(np.multiply, 2, _build_mul),
     "mad": _build_mad,
-    "fma": _simple(_fma, 3),
+    "fma": _float_pairs(_fma, 3, _simple(_fma, 3)),
     "div": _simple(_divide, 2),
     "rem": _simple(_remainder, 2),
     "neg": _simple(np.negative, 1),

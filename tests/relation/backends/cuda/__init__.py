@@ -14,20 +14,21 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[3] / "csrc"
 COMPILER = next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
 _FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-ffp-contract=off", "-Wall", "-Werror"]
-_FLAGS += ["-DMINILM_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{HERE}", f"-I{SOURCES}"]
+_FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{HERE}", f"-I{SOURCES}"]
 
 
 _KERNELS = ("row_wise.cpp", "segments.cpp", "symmetric.cpp")
 
 
-def build(folder: Path, races: bool = False) -> None:
+def build(folder: Path, races: bool = False, capability: int = 90) -> None:
     """Compiles the emulated library. With `races`, its kernels report every access to the race check (races.cpp)."""
     import ninja
 
     torch_folder = Path(torch.__file__).parent
     host = (path for path in sorted(SOURCES.glob("cuda/host/*.cpp")) if path.name != "gpu.cpp")
     units = [*host, *sorted(HERE.glob("*.cpp"))]
-    flags = " ".join([*_FLAGS, f"-DMINILM_LIBRARY={_operators(races)}", "-isystem", str(torch_folder / "include")])
+    defined = [f"-DMINILM_LIBRARY={_operators(races, capability)}", f"-DMINILM_EMULATED={capability}"]
+    flags = " ".join([*_FLAGS, *defined, "-isystem", str(torch_folder / "include")])
     objects = [f"{unit.name}.o" for unit in units]
     lines = [
         f"rule compile\n  command = {COMPILER} {flags} $seen -x c++ -c $in -o $out",
@@ -44,11 +45,11 @@ def build(folder: Path, races: bool = False) -> None:
     assert result.returncode == 0, result.stdout[-4000:]
 
 
-def _operators(races: bool) -> str:
-    return "minilm_kernels_cuda_races" if races else "minilm_kernels_cuda_emulated"
+def _operators(races: bool, capability: int) -> str:
+    return f"minilm_kernels_cuda_{'races' if races else 'emulated'}" + (f"_{capability}" if capability != 90 else "")
 
 
-def load(folder: Path, races: bool = False) -> ctypes.CDLL:
+def load(folder: Path, races: bool = False, capability: int = 90) -> ctypes.CDLL:
     """Loads the library, whose operators are `loaded.operators`."""
     library = folder / "emulated.so"
     torch.ops.load_library(library)
@@ -58,7 +59,7 @@ def load(folder: Path, races: bool = False) -> ctypes.CDLL:
     loaded.emulated_plan_parts.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     loaded.emulated_take_races.argtypes = (ctypes.c_char_p, ctypes.c_int64)
     loaded.emulated_ignore_barrier.argtypes = (ctypes.c_char_p, ctypes.c_int)
-    loaded.operators = getattr(torch.ops, _operators(races))
+    loaded.operators = getattr(torch.ops, _operators(races, capability))
     return loaded
 
 

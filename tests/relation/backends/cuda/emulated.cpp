@@ -18,7 +18,7 @@ Machine machine;
 namespace {
 
 int segment_launches = 0;
-DeviceProps device_props{232448, 233472, 90, 132};  // sm_90
+DeviceProps device_props{232448, 233472, kCapability, 132};  // an H100's, or B200's, shared memory
 
 }  // namespace
 
@@ -42,7 +42,7 @@ const char* launch(int, const Launch& launch, void*) {
 
 extern "C" __attribute__((visibility("default"))) void emulated_set_props(int64_t smem_per_block, int64_t smem_per_sm,
                                                                           int processors) {
-  minilm::cuda::device_props = {smem_per_block, smem_per_sm, 90, processors};
+  minilm::cuda::device_props = {smem_per_block, smem_per_sm, minilm::cuda::kCapability, processors};
 }
 
 // With seed 0, warps run in order; with other seeds, they run in a random order.

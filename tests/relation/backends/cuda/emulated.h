@@ -284,7 +284,7 @@ void mma(const Product* in, Accumulator* out) {
 
 }  // namespace emulation
 
-constexpr int kCapability = 90;
+constexpr int kCapability = MINILM_EMULATED;  // 90 for compute capability 9.0
 
 inline int thread_index() { return emulation::machine.current; }
 inline int thread_count() { return emulation::machine.threads; }
@@ -331,6 +331,15 @@ inline float exp2_fast(float x) {
 inline float add(float x, float y) { return x + y; }
 inline float sub(float x, float y) { return x - y; }
 inline float mul(float x, float y) { return x * y; }
+struct Float2 {
+  float x, y;
+};
+inline Float2 operator+(const Float2& a, const Float2& b) { return {a.x + b.x, a.y + b.y}; }
+inline Float2 operator-(const Float2& a, const Float2& b) { return {a.x - b.x, a.y - b.y}; }
+inline Float2 operator*(const Float2& a, const Float2& b) { return {a.x * b.x, a.y * b.y}; }
+inline Float2 fused(const Float2& a, const Float2& b, const Float2& c) {
+  return {std::fmaf(a.x, b.x, c.x), std::fmaf(a.y, b.y, c.y)};
+}
 inline uint32_t pack_bfloat16(float low, float high) {
   auto round = [](float x) -> uint32_t {
     uint32_t bits = as_bits(x);
@@ -339,9 +348,6 @@ inline uint32_t pack_bfloat16(float low, float high) {
   };
   return round(low) | round(high) << 16;
 }
-struct Float2 {
-  float x, y;
-};
 inline Float2 unpack_float16(uint32_t packed) {
   return {float16_to_float(packed & 0xffffu), float16_to_float(packed >> 16)};
 }
