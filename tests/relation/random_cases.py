@@ -12,8 +12,9 @@ case of the interpreter takes as long as twenty of the emulation.
 
 Most calls are short, since mistakes are made at the borders of tiles: with up to 33 tokens, a call has one to three
 tiles of 16, full ones and others. One call in seven has up to 100 tokens, a second strip or block of 64 rows that is
-not full, and one in 25 up to 150, three of them, in several rounds. The emulated GPUs are of several sizes: with
-little shared memory, blocks are of 16 rows and windows short, so that short sequences have several of them.
+not full, and one in 25 up to 150, three of them, in several rounds. The emulated GPUs are of compute capability 9.0 or
+10.0, and of several sizes: with little shared memory, blocks are of 16 rows and windows short, so that short sequences
+have several of them.
 
 A run that was interrupted goes on where it stopped, if neither the sources nor the options have changed; build/random
 has the seeds that are done. An emulated kernel that ends its process is a wrong case, and the run goes on behind it.
@@ -49,13 +50,14 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from ctypes import CDLL
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from unittest import mock
 
 import torch
@@ -81,6 +83,7 @@ _SIZES = (
 )
 _SHORTEST = 23  # length of the batches whose dense errors are computed for every distribution
 _SHORT = 40  # the longest sequence in Triton's interpreter
+_CAPABILITIES = (90, 100)  # compute capability 10.0 has other kernels, with packed arithmetic
 _SMEM = ((232448, 233472), (232448, 30000))  # bytes of shared memory of a block and of an SM
 _LITTLE_SMEM = (16384, 16384)  # for long sequences of narrow heads, which then do not fit
 _FEW_WARPS = 0.85  # the share of calls of row-wise kernels on a GPU in which a block has few warps
@@ -329,15 +332,15 @@ def _largest_weight(drawn: Drawn, weights: Tensor) -> Tensor:
 
 
 @contextmanager
-def _served(backend: str, folder: Path | None) -> Iterator[Choose]:
+def _served(backend: str, emulated: Mapping[int, Path]) -> Iterator[Choose]:
     """Makes a backend run on this machine. Yields a function that chooses among its machines and kinds of code."""
     if backend == "cuda":
-        assert folder is not None, "a folder with the emulated kernels is needed"
-        library = cuda.load(folder)
-        operators = library.operators
-        emulated = {"operators": operators, "device_type": "cpu", "load_error": None, "device": lambda _device: (0, 0)}
+        libraries = [cuda.load(folder, capability=capability) for capability, folder in emulated.items()]
+        patched = {"operators": None, "device_type": "cpu", "load_error": None, "device": lambda _device: (0, 0)}
 
         def choose(draw: random.Random, drawn: Drawn, large: bool = False) -> None:
+            library = draw.choice(libraries)
+            native.cuda.operators = library.operators
             narrow = max(drawn.distribution.widths) <= 16
             smem = draw.choice((*_SMEM, _LITTLE_SMEM) if narrow else _SMEM)
             processors = [draw.choice((1, 4, 132)) for _ in library.emulated_set_props.argtypes[len(smem) :]]
@@ -348,7 +351,7 @@ def _served(backend: str, folder: Path | None) -> Iterator[Choose]:
             library.emulated_set_props(*(_SMEM[0] if large else smem), *processors)
             library.emulated_set_seed(draw.getrandbits(64))  # the order of the warps
 
-        with mock.patch.multiple(native.cuda, **emulated):
+        with mock.patch.multiple(native.cuda, **patched):
             yield choose
         return
     if backend == "triton":
@@ -376,13 +379,13 @@ def _least_smem(library: CDLL, drawn: Drawn) -> int:
 
 
 def check(
-    backends: Iterable[str], seeds: range, folder: Path | None = None, seconds: float = math.inf,
-    done: Callable[[int, list[str], list[str]], None] = lambda *_: None,
+    backends: Iterable[str], seeds: range, emulated: Mapping[int, Path] = MappingProxyType({}),
+    seconds: float = math.inf, done: Callable[[int, list[str], list[str]], None] = lambda *_: None,
 ) -> tuple[Counter[str], list[str]]:  # fmt: skip
     """Computes the seeds' cases of some backends.
 
     Args:
-        folder: has the emulated CUDA kernels.
+        emulated: folders with the emulated CUDA kernels, by compute capability.
         seconds: no seed begins later.
         done: is called after each seed, with the seed, its backends and the lines of its wrong cases.
 
@@ -393,7 +396,7 @@ def check(
     counts: Counter[str] = Counter()
     wrong: list[str] = []
     with ExitStack() as stack:
-        choose = {backend: stack.enter_context(_served(backend, folder)) for backend in backends}
+        choose = {backend: stack.enter_context(_served(backend, emulated)) for backend in backends}
         begin = time.monotonic()
         for seed in seeds:
             if time.monotonic() - begin > seconds:
@@ -477,9 +480,11 @@ def _run(options: argparse.Namespace) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     emulated = options.folder / f"{_sources()}-emulated"
-    if "cuda" in options.backends and not (emulated / "emulated.so").exists():
-        emulated.mkdir(exist_ok=True)
-        cuda.build(emulated)
+    for capability in _CAPABILITIES if "cuda" in options.backends else ():
+        part = emulated / str(capability)
+        if not (part / "emulated.so").exists():
+            part.mkdir(parents=True, exist_ok=True)
+            cuda.build(part, capability=capability)
     command = [sys.executable, "-m", "tests.relation.random_cases", "--backends", *options.backends]
     command += ["--seconds", str(options.seconds), "--folder", str(emulated), "--stride", str(options.jobs)]
     command += ["--end", str(options.first + seeds), "--first"]
@@ -555,7 +560,8 @@ def main() -> int:
             raise SystemExit(1)
 
     seeds = range(options.first, options.end, options.stride)
-    _, wrong = check(options.backends, seeds, options.folder, options.seconds, done)
+    emulated = {capability: options.folder / str(capability) for capability in _CAPABILITIES}
+    _, wrong = check(options.backends, seeds, emulated, options.seconds, done)
     return int(bool(wrong))
 
 
