@@ -24,15 +24,17 @@ is run on the inputs of the case, and on full batches with its widths, scales, d
 rows may be small by chance. The batches have its length and short ones, since rows with few visible keys exist under
 every mask. The errors of single rows, in the Euclidean norm as in the contract, may be twice the sum of the norm of the
 dense errors on the inputs and the largest error of a row in the batches. The error of a reduced loss may be twice the
-largest error of a dense row times the sum of the rows' weights; that of a token's gradient twice the sum of the largest
-error of a dense token on the inputs and of one in the batches, times the largest weight in its sequence. To this, one
-rounding is added.
+largest error of a dense row times the sum of the rows' weights; that of a token's gradient twice the largest error of a
+dense token on the inputs and in the batches, times the largest weight in its sequence. To this, one rounding is added.
 
-Two facts shape these limits. The error of ex2.approx, 2^-22, is as large as several roundings: in rows of three keys, a
-token's gradient has 2.8 times the largest dense error of a token (seed 7885), while the norm over all tokens is 1.7
-times the dense one; so the two errors are added. And dense PyTorch's error depends on the order in which it adds the
-features, which it is free to choose: with scores of 30 and more, it varies by a factor of eight (seed 2380). So before
-a case is wrong, the dense errors on its inputs are the largest of several orders.
+A GPU's exponentials have a relative error of up to u = 2^-22 (ex2.approx), several roundings, which the emulation makes
+as well. If few keys share a row, such errors do not average out. A sum of exponentials then errs by u at most, and
+q = E / l by 2 u q to first order, as p does. With row weights w, a token's gradient may therefore have a further error
+of 2 u scale Σ_j (w_i (q + p)_ij + w_j (q + p)_ji) |x_j|, feature by feature, and likewise in cross relations.
+
+Dense PyTorch's error depends on the order in which it adds the features, which it is free to choose: with scores of 30
+and more, it varies by a factor of eight (seed 2380). So before a case is wrong, the dense errors on its inputs are the
+largest of several orders.
 """
 
 from __future__ import annotations
@@ -90,6 +92,7 @@ _FEW_WARPS = 0.85  # the share of calls of row-wise kernels on a GPU in which a 
 _POISON = (math.nan, math.inf, -math.inf, 3e38)
 
 
+_EXPONENTIAL_ERROR = 2.0**-22  # relative, of ex2.approx
 _ORDERS = 16
 _REPORT_SECONDS = 10
 _CRASHES = [-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGILL]
@@ -203,21 +206,45 @@ def _dense(case: Case, visible: Tensor) -> tuple[Tensor, list[Tensor]]:
     """
     query_t, key_t, query_s, key_s = case.tensors
     leaves = [x.detach().requires_grad_() for x in (query_s, key_s) if x is not None]
-    has_keys = visible.any(-1, keepdim=True)
-
-    def log_relation(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        key = key.repeat_interleave(query.shape[-2] // key.shape[-2], dim=-2)
-        if query.dim() == 3:  # packed tokens are a batch of one sequence
-            query, key = query[None], key[None]
-        scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) * scale
-        return scores.masked_fill(~visible & has_keys, -math.inf).masked_fill(~has_keys, 0.0).log_softmax(-1)
-
-    log_t = log_relation(query_t, query_t if key_t is None else key_t, case.kwargs.get("teacher_scale"))
-    log_s = log_relation(leaves[0], leaves[-1], case.kwargs.get("student_scale"))
+    log_t = _log_relation(query_t, query_t if key_t is None else key_t, case.kwargs.get("teacher_scale"), visible)
+    log_s = _log_relation(leaves[0], leaves[-1], case.kwargs.get("student_scale"), visible)
     rows = (log_t.exp() * (log_t - log_s).masked_fill(~visible, 0.0)).sum(-1)
     rows.sum().backward()
     return rows.detach().double(), [x.grad.double() for x in leaves]
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """Tokens of (B, S, A, D) or (T, A, D) as (B, heads, S, D). Packed tokens are a batch of one sequence."""
+    x = x.repeat_interleave(heads // x.shape[-2], dim=-2)
+    return (x[None] if x.dim() == 3 else x).transpose(1, 2)
+
+
+def _log_relation(query: Tensor, key: Tensor, scale: float | None, visible: Tensor) -> Tensor:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    has_keys = visible.any(-1, keepdim=True)
+    scores = _by_head(query, query.shape[-2]) @ _by_head(key, query.shape[-2]).mT * scale
+    return scores.masked_fill(~visible & has_keys, -math.inf).masked_fill(~has_keys, 0.0).log_softmax(-1)
+
+
+def _errors_of_exponentials(drawn: Drawn, weights: Tensor) -> list[Tensor]:
+    """The errors of a token's gradients, queries and keys, that exponentials may cause: (B, S, A) or (T, A)."""
+    visible = drawn.mask.dense()[:, None]
+    case = drawn.case.to(torch.float64)
+    query_t, key_t, query, key = case.tensors
+    heads, own = query.shape[-2], key is None
+    scale = case.kwargs.get("student_scale")
+    log_t = _log_relation(query_t, query_t if own else key_t, case.kwargs.get("teacher_scale"), visible)
+    log_s = _log_relation(query, query if own else key, scale, visible)
+    shares = (log_t.exp() + log_s.exp()).masked_fill(~visible, 0.0) * weights.view(log_s.shape[:-1])[..., None]
+    factor = 2 * _EXPONENTIAL_ERROR * abs(query.shape[-1] ** -0.5 if scale is None else scale)
+    of_query = shares @ _by_head(query if own else key, heads).abs()
+    of_key = shares.mT @ _by_head(query, heads).abs()
+    parts = [of_query + of_key] if own else [of_query, of_key]
+    shapes = [(*x.shape[:-1], heads // x.shape[-2], x.shape[-1]) for x in ((query,) if own else (query, key))]
+    return [
+        factor * part.transpose(1, 2).reshape(shape).sum(-2).norm(dim=-1)
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
 
 
 def _errors(case: Case, visible: Tensor) -> tuple[float, float, float]:
@@ -256,6 +283,7 @@ class Expected:
     grads: list[Tensor]
     limit: float
     token_limits: Tensor  # (B, S, 1) or (T, 1), before the rounding and the sums over the query heads of a key head
+    exponentials: list[Tensor]  # what exponentials may add, (B, S, A) or (T, A) of each gradient
 
 
 def expect(drawn: Drawn, orders: int = 0) -> Expected:
@@ -276,7 +304,8 @@ def expect(drawn: Drawn, orders: int = 0) -> Expected:
     else:
         upstream = drawn.upstream.double().abs().clamp(min=1e-300)
         limit = 2 * max(own_row, row) * (weights / upstream).sum().item() + rounding
-    return Expected(value, grads, limit, 2 * (own_token + token) * _largest_weight(drawn, weights)[..., None])
+    token_limits = 2 * max(own_token, token) * _largest_weight(drawn, weights)[..., None]
+    return Expected(value, grads, limit, token_limits, _errors_of_exponentials(drawn, weights))
 
 
 def _reordered(case: Case, seed: int) -> Case:
@@ -294,12 +323,12 @@ def problem(drawn: Drawn, expected: Expected, backend: str) -> str | None:
     if not error <= expected.limit:
         norm = expected.value.norm().item()
         return f"value: error {error:.3g}, allowed {expected.limit:.3g}, expected {norm:.6g} (norm)"
-    for name, grad, expected_grad in zip("qk", grads, expected.grads, strict=False):
+    for name, grad, expected_grad, more in zip("qk", grads, expected.grads, expected.exponentials, strict=False):
         group = drawn.case.tensors[2].shape[-2] // grad.shape[-2]  # a key head sums the gradients of its query heads
         errors = (grad.double() - expected_grad).norm(dim=-1)
         unit = torch.finfo(grad.dtype)
         rounding = unit.eps * expected_grad.norm(dim=-1) + unit.smallest_normal * grad.shape[-1]
-        most = group * expected.token_limits + rounding
+        most = group * expected.token_limits + more + rounding
         if not (errors <= most).all():
             worst = (errors - most).nan_to_num(nan=math.inf).argmax()
             found, allowed = (x.expand_as(errors).flatten()[worst] for x in (errors, most))

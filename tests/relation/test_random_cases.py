@@ -33,9 +33,10 @@ def test_a_sample_of_the_emulated_kernels(made_once):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="a token in rows of 3 keys: 1.05 times the limit of a token, 1.7 times the dense norm of all")
-def test_the_error_of_ex2_in_short_rows(made_once):
-    _, wrong = random_cases.check(["cuda"], range(12106, 12107), made_once("emulated", cuda.build))
+@pytest.mark.parametrize("seed", [7885, 12106])
+def test_the_error_of_ex2_in_short_rows(seed, made_once):
+    """In rows of 3 keys, the error of a gradient is that of the exponentials."""
+    _, wrong = random_cases.check(["cuda"], range(seed, seed + 1), {90: made_once("emulated", cuda.build)})
     assert wrong == []
 
 
