@@ -24,8 +24,9 @@ is run on the inputs of the case, and on full batches with its widths, scales, d
 rows may be small by chance. The batches have its length and short ones, since rows with few visible keys exist under
 every mask. The errors of single rows, in the Euclidean norm as in the contract, may be twice the sum of the norm of the
 dense errors on the inputs and the largest error of a row in the batches. The error of a reduced loss may be twice the
-largest error of a dense row times the sum of the rows' weights; that of a token's gradient twice the largest error of a
-dense token on the inputs and in the batches, times the largest weight in its sequence. To this, one rounding is added.
+largest error of a dense row times the sum of the rows' weights; that of a token's gradient twice the sum of the largest
+error of a dense token on the inputs and of one in the batches, times the largest weight in its sequence: the largest
+error of few tokens is itself a matter of chance. To this, one rounding is added.
 
 A GPU's exponentials have a relative error of up to u = 2^-22 (ex2.approx), several roundings, which the emulation makes
 as well. If few keys share a row, such errors do not average out. A sum of exponentials then errs by u at most, and
@@ -304,7 +305,7 @@ def expect(drawn: Drawn, orders: int = 0) -> Expected:
     else:
         upstream = drawn.upstream.double().abs().clamp(min=1e-300)
         limit = 2 * max(own_row, row) * (weights / upstream).sum().item() + rounding
-    token_limits = 2 * max(own_token, token) * _largest_weight(drawn, weights)[..., None]
+    token_limits = 2 * (own_token + token) * _largest_weight(drawn, weights)[..., None]
     return Expected(value, grads, limit, token_limits, _errors_of_exponentials(drawn, weights))
 
 
