@@ -98,7 +98,7 @@ cuda: $(INSTALLED)  ## compile the CUDA kernels of head widths 16 and 8 for all 
 	printf '%s\n' bfloat16 float16 float32 | xargs -P $(JOBS) -I DTYPE \
 		$(BIN)/python -m minilm_kernels precompile --cache build/cuda --dtype DTYPE --widths 16,8 --arch $(ARCHITECTURES)
 
-random: $(INSTALLED)  ## 100 000 random calls against float64, over emulation, interpreter and CPU backends; an hour
+random: $(INSTALLED)  ## 100 000 random calls against float64, over emulation, interpreter and CPU backends; twenty minutes
 	$(BIN)/python -m tests.relation.random_cases --jobs $(JOBS) $(ARGS)
 
 mutants: $(INSTALLED)  ## put bugs into copies of the sources, one at a time; the tests must find each
