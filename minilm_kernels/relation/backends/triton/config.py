@@ -154,7 +154,8 @@ class LaunchConfig:
         # A scheduler holds 3 warps with 168 registers, and 2 with up to 255. In all other cases, 168 spill in a loop.
         many = warps == 1 and bidirectional and arch <= 90 and _version() >= (3, 9)
         many = many and not any(width % 8 for width in widths)
-        stages = 3 if warps < 4 or supports_pipelining() else 1  # four warps multiply by wgmma
+        # Four warps multiply by wgmma, and with more stages Triton 3.7 stores between a fence and the product.
+        stages = 3 if warps < 4 or _version() >= (3, 8) else 1
         return cls(64 * warps, 16, warps, stages, 168 if many else 255)
 
     @classmethod
