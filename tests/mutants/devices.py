@@ -150,8 +150,8 @@ MUTANTS = [
     ),
     Mutant(
         _CUDA + "row_wise.cuh",
-        "chunks_s, splits_s, forward && !relation.self);",
-        "chunks_s, splits_s);",
+        "chunks_s, splits_s, forward && !relation.self, forward",
+        "chunks_s, splits_s, false, forward",
         _ROWS_AND_GROUPS,
         "a NaN in a query that does not count changes the result",
     ),
