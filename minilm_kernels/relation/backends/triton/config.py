@@ -113,14 +113,15 @@ class LaunchConfig:
         """
         older = _version() < (3, 9)
         if itemsize == 4 and precision == "bf16x6":
-            # 128 rows share the work of splitting a looped tile. On sm_100, older Tritons spill them.
+            # 128 rows share the work of splitting a looped tile. On sm_100, older Tritons spill them, and 3.8 also
+            # spills 64 x 32 at widths above 32.
             tight = older and arch >= 100
             rows = 128 if width <= 32 and not tight else 64
             if kernel == "gradient":  # some intricate gradients spill, to reach 168 registers, unless more are allowed
                 return cls(rows, 16, 4, 1, 255 if intricate or tight else None)
             # 168 registers spill on sm_80. On sm_90, Triton 3.8 computes an exponential twice to save some.
             ample = indices_and_prefix or tight or (arch == 90 and _version()[:2] == (3, 8))
-            return cls(rows, 32, 4, 1, 255 if ample else None)
+            return cls(rows, 16 if tight and width > 32 else 32, 4, 1, 255 if ample else None)
         if itemsize == 4:
             # Each thread holds slices of rows. Of the tiles that were tried, these are the largest that do not spill.
             if width > 64:
