@@ -284,7 +284,7 @@ class Expected:
     grads: list[Tensor]
     limit: float
     token_limits: Tensor  # (B, S, 1) or (T, 1), before the rounding and the sums over the query heads of a key head
-    exponentials: list[Tensor]  # what exponentials may add, (B, S, A) or (T, A) of each gradient
+    exponentials: list[Tensor]  # errors of exponentials, (B, S, A) or (T, A) of each gradient
 
 
 def expect(drawn: Drawn, orders: int = 0) -> Expected:
