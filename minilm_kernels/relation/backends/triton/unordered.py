@@ -245,6 +245,14 @@ def _load_gradient_tokens(
 
 
 @triton.jit
+def _inverses(rows, keys):
+    """Returns the inverse sums of teacher and student, of rows as columns and of keys as rows of a tile."""
+    q_inv_t, q_inv_s = tl.split(rows.inverses)
+    k_inv_t, k_inv_s = tl.split(keys.inverses)
+    return q_inv_t[:, None], q_inv_s[:, None], k_inv_t[None, :], k_inv_s[None, :]
+
+
+@triton.jit
 def _earlier_pairs(
     rows, keys, acc, excess_sum, product_sum, t, s, program,
     PRECISION: tl.constexpr, MASK: tl.constexpr, FULL: tl.constexpr, WARPS: tl.constexpr,
@@ -252,12 +260,7 @@ def _earlier_pairs(
     """Returns q - p of the rows' pairs with earlier tokens and of the mirrored pairs, added up, and `acc` with their
     part of the rows' gradient; adds to the sums of q - p and of p (u_s - u_t)."""
     # static: begin gradients
-    q_inv_t, q_inv_s = tl.split(rows.inverses)
-    q_inv_t = q_inv_t[:, None]
-    q_inv_s = q_inv_s[:, None]
-    k_inv_t, k_inv_s = tl.split(keys.inverses)
-    k_inv_t = k_inv_t[None, :]
-    k_inv_s = k_inv_s[None, :]
+    q_inv_t, q_inv_s, k_inv_t, k_inv_s = _inverses(rows, keys)
     u_t = tl.fma(_dot(rows.tile_t, keys.tile_t, PRECISION), t.scale, -t.pivot)
     u_s = tl.fma(_dot(rows.tile_s, keys.tile_s, PRECISION), s.scale, -s.pivot)
     if MASK == CAUSAL:
@@ -289,12 +292,7 @@ def _diagonal_pairs(
     length = program.length
     i = rows.i[:, None]
     j = keys.i[None, :]
-    q_inv_t, q_inv_s = tl.split(rows.inverses)
-    q_inv_t = q_inv_t[:, None]
-    q_inv_s = q_inv_s[:, None]
-    k_inv_t, k_inv_s = tl.split(keys.inverses)
-    k_inv_t = k_inv_t[None, :]
-    k_inv_s = k_inv_s[None, :]
+    q_inv_t, q_inv_s, k_inv_t, k_inv_s = _inverses(rows, keys)
     dot_t = _dot(rows.tile_t, keys.tile_t, PRECISION)
     dot_s = _dot(rows.tile_s, keys.tile_s, PRECISION)
     # static: end gradients_diagonal
