@@ -226,6 +226,8 @@ class TeacherCache:
         return False
 
     def _write(self, first: int, samples: Samples, qkv: QKV, copied: torch.cuda.Event | None) -> None:
+        if self._full:  # found out by an earlier write, after this one was submitted
+            return
         if copied is not None:
             copied.synchronize()
         lengths = _lengths(samples)

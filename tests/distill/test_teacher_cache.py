@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import shutil
+import threading
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import closing
@@ -315,6 +316,25 @@ def test_a_full_disk_ends_the_cache_and_not_the_run(
     monkeypatch.setattr(teacher_cache.os, "open", full)
     cached = distill(settings(cache_teacher=tmp_path / "cache", **EXACT))
     assert weights(cached) == weights(plain)
+    assert capsys.readouterr().err.count("later samples are not stored: [Errno 28] No space left") == 1
+
+
+def test_writes_that_wait_behind_a_failed_one_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    all_wait, opened = threading.Event(), []
+
+    def full(path: Path, *arguments: Any) -> int:
+        assert all_wait.wait(60)
+        opened.append(path)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(teacher_cache.os, "open", full)
+    with closing(make_cache(tmp_path)) as cache:
+        for place in range(0, 4 * teacher_cache.WRITES_BEHIND, 4):
+            cache.store(place, make_samples(), make_values(packed=True))
+        all_wait.set()
+    assert len(opened) == 1
     assert capsys.readouterr().err.count("later samples are not stored: [Errno 28] No space left") == 1
 
 
