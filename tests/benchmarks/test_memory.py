@@ -1,5 +1,6 @@
 """Peak memory is measured, limits hold, and the largest batch is found."""
 
+import mmap
 import os
 import signal
 
@@ -47,6 +48,22 @@ def test_peak_is_what_is_held_at_once():
 
 def test_peak_sees_memory_beside_the_allocator():
     assert 47 <= isolated(_peak_mib, _hold_48_beside_the_allocator) < 54
+
+
+def _peak_mib_while_pages_of_a_file_are_taken(path):
+    path.write_bytes(bytes(64 * MIB))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+        assert not any(pages[:: mmap.PAGESIZE])  # maps all of them
+
+        def step():
+            pages.madvise(mmap.MADV_DONTNEED)
+            _hold_48_beside_the_allocator()
+
+        return peak_bytes(step, "cpu") / MIB
+
+
+def test_peak_while_the_system_takes_pages_of_files(tmp_path):
+    assert 47 <= isolated(_peak_mib_while_pages_of_a_file_are_taken, tmp_path / "file") < 54
 
 
 def test_allocations_beyond_the_limit_fail_and_the_limit_ends():
