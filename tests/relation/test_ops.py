@@ -91,6 +91,7 @@ def test_compiles_to_one_graph_with_dynamic_shapes(backend, mask):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     weights = [torch.randn(9, 12, requires_grad=True) for _ in range(3)]
+    compilations = set()
     for length in (23, 16, 11):
         kwargs = dict(MASKS[mask])
         if "cu_seqlens" in kwargs:
@@ -106,7 +107,8 @@ def test_compiles_to_one_graph_with_dynamic_shapes(backend, mask):
             results.append((value.detach(), *torch.autograd.grad(value, weights)))
         for eager, fused in zip(*results, strict=True):
             torch.testing.assert_close(fused, eager)
-    assert counter.frame_count == 1
+        compilations.add(counter.frame_count)  # torch 2.11 counts twice: it begins again during the first call
+    assert len(compilations) == 1
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
@@ -348,8 +350,10 @@ def test_a_second_derivative_is_refused(second, reduction):
 @pytest.mark.parametrize("reduction", ["sequence", "none"])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_second_derivative_is_refused(compiler, reduction):
+    """PyTorch refuses it; before torch 2.13, only if the gradient needs a tensor that requires a gradient itself."""
     torch._dynamo.reset()
-    loss = torch.compile(_loss(reduction), fullgraph=True, backend=compiler)
+    eager = _loss(reduction)
+    loss = torch.compile(lambda x: eager(x * x), fullgraph=True, backend=compiler)
     student = torch.randn(2, 9, 4, 6, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"double backward|create_graph=False"):
         _penalty_backward(loss, student)
