@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import struct
+import threading
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,6 +104,7 @@ class TeacherCache:
         self._thread = ThreadPoolExecutor(1, "minilm-cache")
         self._writes: deque[Future[None]] = deque()
         self._full = self._damaged = False
+        self._saying = threading.Lock()  # two threads read if memory runs out
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_once(self.folder / "header.json", header)
@@ -220,9 +222,10 @@ class TeacherCache:
                 )
             if complete and _checksum(views) == checksum:
                 return True
-        if not self._damaged:
+        with self._saying:
+            first, self._damaged = not self._damaged, True
+        if first:
             say(f"--cache-teacher: {path} {problem} at sample {number}; the teacher runs again for such samples")
-        self._damaged = True
         return False
 
     def _write(self, first: int, samples: Samples, qkv: QKV, copied: torch.cuda.Event | None) -> None:

@@ -36,7 +36,7 @@ from typing import Any
 
 MODES = ("kill", "half", "term", "interrupt2", "eio", "eio-on", "full1", "full")  # in the order of strike.c, from 1
 LIBRARY = "MINILM_KERNELS_STRIKE"
-PATIENCE = 60.0
+PATIENCE = 240.0
 STEPS, STOPPED_AT = 6, 4
 
 

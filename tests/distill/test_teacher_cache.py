@@ -232,6 +232,26 @@ def test_damage_is_found_said_and_repaired(
         assert capsys.readouterr().err.count(f"{file} is damaged at sample 0") == 1
 
 
+def test_damage_that_two_threads_find_at_once_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop reads beside the thread that reads ahead, if micro-batches become smaller."""
+    samples, said = make_samples(), list[str]()
+    with closing(make_cache(tmp_path)) as cache:
+        cache.store(0, samples, make_values(packed=True))
+    (file,) = cache.folder.glob("*.bin")
+    damaged_byte(200)(file)
+
+    def say(message: str) -> None:
+        said.append(message)
+        if len(said) == 1:
+            other = threading.Thread(target=cache.read, args=(0, samples))
+            other.start()
+            other.join(600)
+
+    monkeypatch.setattr(teacher_cache, "say", say)
+    assert cache.read(0, samples) is None
+    assert len(said) == 1
+
+
 def test_a_file_that_cannot_be_read_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with closing(make_cache(tmp_path)) as cache:
         (cache.folder / "00000000.bin").mkdir()
@@ -325,7 +345,7 @@ def test_writes_that_wait_behind_a_failed_one_are_dropped(
     all_wait, opened = threading.Event(), []
 
     def full(path: Path, *arguments: Any) -> int:
-        assert all_wait.wait(60)
+        assert all_wait.wait(600)
         opened.append(path)
         raise OSError(errno.ENOSPC, "No space left on device")
 
