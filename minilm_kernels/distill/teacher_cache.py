@@ -241,10 +241,11 @@ class TeacherCache:
                 tokens = _token_hash(samples.ids[index], samples.positions[index])
                 fields = _FIELDS.pack(_MAGIC, tokens, lengths[index], _checksum(views))
                 with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
-                    file.seek(offset)
-                    file.write(fields + _CHECKSUM.pack(zlib.crc32(fields)))
+                    file.seek(offset + _HEADER_BYTES)
                     for view in views:
                         file.write(view)
+                    file.seek(offset)  # the header comes last: until then, there is no entry to read
+                    file.write(fields + _CHECKSUM.pack(zlib.crc32(fields)))
         except OSError as error:
             self._full = True
             say(f"--cache-teacher: {self.folder} cannot be written, and later samples are not stored: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import math
 import os
 import shutil
@@ -356,6 +357,32 @@ def test_writes_that_wait_behind_a_failed_one_are_dropped(
         all_wait.set()
     assert len(opened) == 1
     assert capsys.readouterr().err.count("later samples are not stored: [Errno 28] No space left") == 1
+
+
+def test_an_entry_that_is_being_written_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A step that is repeated with smaller micro-batches reads what its first attempt is still storing."""
+    samples, real = make_samples(), os.fdopen
+    begun, seen = threading.Event(), threading.Event()
+
+    class Slow(io.FileIO):
+        def write(self, content: Any) -> int:
+            written = super().write(content)
+            begun.set()
+            assert seen.wait(600)
+            return written
+
+    monkeypatch.setattr(teacher_cache.os, "fdopen", lambda handle, mode: Slow(handle, mode))
+    with closing(make_cache(tmp_path)) as cache:
+        cache.store(0, samples, make_values(packed=True))
+        assert begun.wait(600)
+        found = cache.read(0, samples)
+        seen.set()
+    monkeypatch.setattr(teacher_cache.os, "fdopen", real)
+    assert found is None
+    assert cache.read(0, samples) is not None
+    assert not capsys.readouterr().err
 
 
 def test_writers_of_the_same_and_of_other_entries_do_not_disturb_each_other(tmp_path: Path) -> None:
