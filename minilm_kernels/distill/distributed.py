@@ -67,7 +67,11 @@ class DistContext:
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
                 self._started = True
             # Flags are exchanged on the CPU, so that they never wait for the device.
-            self._control = dist.new_group(backend="gloo")
+            try:
+                self._control = dist.new_group(backend="gloo")
+            except BaseException:
+                self.__exit__()  # a process that ends with a group may abort
+                raise
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -299,6 +299,22 @@ def test_a_missing_or_empty_variable_is_one_process(
     assert (found.world_size, found.rank) == (count, rank)
 
 
+def test_a_group_that_is_not_complete_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process ends while the groups are made. A process that ends with a group may abort."""
+    calls: list[str] = []
+
+    def fails(**options: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend: calls.append(backend))
+    monkeypatch.setattr(distributed.dist, "new_group", fails)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: calls.append("left"))
+    with pytest.raises(RuntimeError, match="closed by peer"), distributed.DistContext("cpu"):
+        pass
+    assert calls == ["gloo", "left"]
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
