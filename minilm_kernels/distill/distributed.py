@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -70,15 +71,18 @@ class DistContext:
             try:
                 self._control = dist.new_group(backend="gloo")
             except BaseException:
-                self.__exit__()  # a process that ends with a group may abort
+                self.__exit__()
                 raise
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self.world_size > 1:
+            gc.collect()  # a process that ends with a group may abort; sharded models hold theirs until then
         if self._started:
             dist.destroy_process_group()
         elif self._control is not None:
             dist.destroy_process_group(self._control)
+        self._control = None
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sums a tensor on the device over all processes, in place."""

@@ -299,6 +299,21 @@ def test_a_missing_or_empty_variable_is_one_process(
     assert (found.world_size, found.rank) == (count, rank)
 
 
+def test_nothing_keeps_a_group_that_was_left() -> None:
+    """A sharded model is a cycle that holds its group, with which the process must not end."""
+    code = """
+import gc, weakref
+gc.disable()
+class Model: pass
+with DistContext("cpu") as context:
+    model = Model()
+    model.itself, model.group = model, dist.group.WORLD
+    model = weakref.ref(model)
+print(model(), context._control)
+"""
+    assert two_ranks(*alone(distributed, code)) == [(0, "None None\n")] * 2
+
+
 def test_a_group_that_is_not_complete_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process ends while the groups are made. A process that ends with a group may abort."""
     calls: list[str] = []
