@@ -54,6 +54,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # of models that hold the processes' group, with which a process may abort at its end
+    gc.collect()  # models may hold the processes' group, and a process that ends with one may abort
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
