@@ -303,9 +303,9 @@ shape, cross = (1, {length}, {heads}), {cross}
 q_t, k_t, q_s, k_s = (draw(*shape, width) for width in (32, 32, 16, 16))
 student = [x.requires_grad_() for x in ((q_s, k_s) if cross else (q_s,))]
 open("/proc/self/clear_refs", "w").write("5")
-before = status("VmRSS")
+before, files = status("VmRSS"), status("RssFile")
 value = relation_kl(q_t, k_t if cross else None, q_s, k_s if cross else None, backend="cpu")
-print(status("VmHWM") - before - sum(x.numel() * 4 for x in student) / 2**20)
+print(status("VmHWM") - before - sum(x.numel() * 4 for x in student) / 2**20, status("RssFile") - files)
 """
 
 
@@ -317,8 +317,12 @@ print(status("VmHWM") - before - sum(x.numel() * 4 for x in student) / 2**20)
 def test_peak_memory(length, heads, cross, threads):
     """A call allocates at most 32 MiB in addition to the gradient, for any S and any number of threads."""
     script = _PEAK.format(length=length, heads=heads, cross=cross, threads=threads)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=600)
-    assert 0 < float(result.stdout) <= 32
+    for _ in range(5):
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=600)
+        rise, files = map(float, result.stdout.split())
+        if files >= 0:  # otherwise the system has taken pages of files meanwhile, which hide a rise of the same size
+            break
+    assert 0 < rise <= 32
 
 
 def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
