@@ -8,6 +8,7 @@ last tenth is the eval set.
 """
 
 import argparse
+import gc
 
 import torch
 from datasets import load_dataset
@@ -32,16 +33,11 @@ def main() -> None:
     text = load_dataset("text", data_files=args.text, split="train").train_test_split(0.1, shuffle=False)
     tokens = text.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=512), batched=True)
 
+    options = {"max_steps": args.max_steps, "per_device_train_batch_size": args.batch_size, "report_to": "none"}
+    options |= {"learning_rate": args.learning_rate, "use_cpu": not torch.cuda.is_available()}
     trainer = RelationTrainer(
         student,
-        RelationTrainingArguments(
-            args.output,
-            max_steps=args.max_steps,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            report_to="none",
-            use_cpu=not torch.cuda.is_available(),
-        ),
+        RelationTrainingArguments(args.output, **options),
         teacher=teacher,
         relation_loss=MiniLMv2Loss(args.relation_heads),
         processing_class=tokenizer,  # the collator pads with it
@@ -58,3 +54,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # models may hold the processes' group, and a process that ends with one may abort
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,8 +1,9 @@
-"""Processes of tests: two or more that compute together over gloo, and the descendants of one."""
+"""Processes of tests: two or more that compute together over gloo, distillation runs, and the descendants of one."""
 
 import contextlib
 import gc
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -10,6 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from minilm_kernels.distill.metrics import read_metrics
+
+PATIENCE = 600.0  # seconds that anything may take on a busy machine
 
 
 def end_process() -> None:
@@ -34,13 +39,25 @@ def _worker(rank: int, work: Callable[[int, str], None], folder: str, processes:
 def run_two(work: Callable[[int, str], None], folder: Path, processes: int = 2) -> None:
     """Runs `work(rank, folder)` in two (or more) processes of one group."""
     workers = torch.multiprocessing.spawn(_worker, (work, str(folder), processes), nprocs=processes, join=False)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     try:
         while not workers.join(timeout=5):
             assert time.monotonic() < deadline, "the workers do not end"
     finally:
         for process in workers.processes:
             process.kill()
+
+
+def wait_for_step(metrics: Path, step: int, *processes: subprocess.Popen[str]) -> None:
+    """Waits until a run in processes has written the metrics of `step`."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        ended = [process for process in processes if process.poll() is not None]  # their metrics are whole
+        if any(record["step"] >= step for record in read_metrics(metrics)):
+            return
+        assert not ended, [process.communicate(timeout=PATIENCE)[0] for process in ended]
+        assert time.monotonic() < deadline, "the run does not advance"
+        time.sleep(0.005)
 
 
 def children(parent: int) -> list[int]:

@@ -374,7 +374,7 @@ def test_speech_models_are_recorded_without_a_copy():
 
 @pytest.mark.slow
 def test_a_sample_of_all_architectures():
-    rows = [row for rows in scan(sorted(random.Random(0).sample(model_types(), 40))) for row in rows]
+    rows = [row for rows in scan(sorted(random.Random(0).sample(model_types(), 40)), timeout=600) for row in rows]
     assert not wrong(rows)
     assert sum(bool(row.get("before")) for row in rows) > 15
 
@@ -383,6 +383,6 @@ def test_the_scan_notices_wrong_values(monkeypatch):
     from minilm_kernels import _architectures
 
     monkeypatch.setitem(_architectures._DIVISIONS, "blocks", lambda x, *_: x.chunk(3, dim=-1)[::-1])
-    ((row,),) = scan(["gpt2"])
+    ((row,),) = scan(["gpt2"], timeout=600)
     assert row["before"] == "unproved"
     assert "has another order than 'blocks'" in row["reasons"]["extract"]

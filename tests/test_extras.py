@@ -13,7 +13,7 @@ def run_without(modules: list[str], code: str, *words: str) -> subprocess.Comple
     """Runs `code` in an interpreter in which the modules cannot be imported."""
     blocked = f"import sys; sys.modules.update(dict.fromkeys({modules!r}))\n"
     command = [sys.executable, "-c", blocked + textwrap.dedent(code), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 SLOW = pytest.mark.slow

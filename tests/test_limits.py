@@ -81,7 +81,7 @@ def test_a_test_that_hangs_is_ended_and_named(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, *short, "-n", "1"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     result = subprocess.run(
-        [*command, tmp_path], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+        [*command, tmp_path], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert "test_in_python - Failed: Timeout (>3.0s)" in result.stdout
     assert "test_in_c - worker 'gw0' crashed" in result.stdout

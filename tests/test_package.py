@@ -52,7 +52,7 @@ def test_the_version_stands_in_one_place():
 )
 def test_importing_is_as_cheap_as_it_can_be(code, missing):
     code = f"import sys; {code}; sys.exit({missing!r} in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=600).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_importing_is_as_cheap_as_it_can_be(code, missing):
     ],
 )
 def test_names_and_operators_are_there_when_they_are_used(code):
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=600).returncode == 0
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def loss(teacher, student):
 
 loss(torch.randn(2, 9, 4, 8), torch.randn(2, 9, 4, 8, requires_grad=True)).backward()
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=600).returncode == 0
 
 
 class TestSourceTree:
@@ -163,7 +163,7 @@ class TestSourceTree:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=600,
         )
         assert result.returncode == 0, result.stderr
         assert result.stdout.strip() == mk.__version__

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -75,14 +76,16 @@ def preparation(settings: dict[str, Any]) -> tuple[Speed, int]:
     """
     command = [sys.executable, "-c", _PREPARE, json.dumps(settings)]
     peak = 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None:
-            peak = max(peak, tree_bytes(process.pid))
-            time.sleep(_MEMORY_SECONDS)
-        out, errors = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"the preparation ended with {process.returncode}: {errors.strip()[-300:]}")
-    return Speed(*json.loads(out.splitlines()[-1])), peak
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said, tempfile.TemporaryFile("w+") as out:  # not full pipes
+        with subprocess.Popen(command, stdout=out, stderr=said) as process:
+            while process.poll() is None:
+                peak = max(peak, tree_bytes(process.pid))
+                time.sleep(_MEMORY_SECONDS)
+        for file in (said, out):
+            file.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"the preparation ended with {process.returncode}: {said.read().strip()[-300:]}")
+        return Speed(*json.loads(out.read().splitlines()[-1])), peak
 
 
 def tree_bytes(pid: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -67,14 +68,21 @@ class DistContext:
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
                 self._started = True
             # Flags are exchanged on the CPU, so that they never wait for the device.
-            self._control = dist.new_group(backend="gloo")
+            try:
+                self._control = dist.new_group(backend="gloo")
+            except BaseException:
+                self.__exit__()
+                raise
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self.world_size > 1:
+            gc.collect()  # a process that ends with a group may abort; sharded models hold theirs until then
         if self._started:
             dist.destroy_process_group()
         elif self._control is not None:
             dist.destroy_process_group(self._control)
+        self._control = None
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sums a tensor on the device over all processes, in place."""

@@ -157,7 +157,8 @@ def _weights(folder: Path) -> list[Path]:
         (name for name in ("model.safetensors", "model.safetensors.index.json") if (folder / name).exists()), None
     )
     if named is None:
-        others = [file.name for pattern in ("*.bin", "*.pt", "*.h5", "*.msgpack") for file in folder.glob(pattern)]
+        suffixes = (".bin", ".pt", ".h5", ".msgpack")
+        others = sorted(file.name for file in folder.iterdir() if file.suffix in suffixes)
         found = f"only {', '.join(others)}; convert it with save_pretrained" if others else "no weights"
         raise ValueError(f"it contains {found}")
     names = [str(named)]

@@ -426,7 +426,7 @@ class TrainingLoop:
         write_student(target, self.config, self.models, weights, self.metrics_path, evaluations, processes, step)
 
     def train(self, signals: StopSignals) -> None:
-        """Trains until the last step or a stop signal. `signals.received` is then equal on all processes."""
+        """Trains until the last step or a stop signal of any process."""
         config, dist, state = self.config, self.dist, self.state
         dist.on_main(self._begin)
         if state.step:
@@ -452,7 +452,6 @@ class TrainingLoop:
             if state.step % config.save_steps == 0 or last or stop or improved:
                 self._save()
             began += time.perf_counter() - paused
-        signals.received = stop
 
     def _begin(self) -> None:
         """Begins or continues metrics.jsonl, and removes old checkpoints."""

@@ -18,8 +18,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 ABORTING = (signal.SIGINT, signal.SIGTERM)
 # These signals are not caught if the program already has a handler for them.
 _FREE = (signal.SIGUSR1, signal.SIGXCPU)
-# torchrun forwards signals that the terminal may have sent to the workers already.
-ECHO_SECONDS = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+# torchrun forwards signals that the terminal may have sent to the workers already, on a busy machine seconds later.
+ECHO_SECONDS = 5.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
 
 class StopSignals:

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import struct
+import threading
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,6 +104,7 @@ class TeacherCache:
         self._thread = ThreadPoolExecutor(1, "minilm-cache")
         self._writes: deque[Future[None]] = deque()
         self._full = self._damaged = False
+        self._saying = threading.Lock()  # two threads read if memory runs out
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_once(self.folder / "header.json", header)
@@ -220,9 +222,10 @@ class TeacherCache:
                 )
             if complete and _checksum(views) == checksum:
                 return True
-        if not self._damaged:
+        with self._saying:
+            first, self._damaged = not self._damaged, True
+        if first:
             say(f"--cache-teacher: {path} {problem} at sample {number}; the teacher runs again for such samples")
-        self._damaged = True
         return False
 
     def _write(self, first: int, samples: Samples, qkv: QKV, copied: torch.cuda.Event | None) -> None:
@@ -238,10 +241,11 @@ class TeacherCache:
                 tokens = _token_hash(samples.ids[index], samples.positions[index])
                 fields = _FIELDS.pack(_MAGIC, tokens, lengths[index], _checksum(views))
                 with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
-                    file.seek(offset)
-                    file.write(fields + _CHECKSUM.pack(zlib.crc32(fields)))
+                    file.seek(offset + _HEADER_BYTES)
                     for view in views:
                         file.write(view)
+                    file.seek(offset)  # the header comes last: until then, there is no entry to read
+                    file.write(fields + _CHECKSUM.pack(zlib.crc32(fields)))
         except OSError as error:
             self._full = True
             say(f"--cache-teacher: {self.folder} cannot be written, and later samples are not stored: {error}")

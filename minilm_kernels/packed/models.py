@@ -6,6 +6,7 @@ checkpointing, DistributedDataParallel and torch.compile; a context would be gon
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ KEYWORDS = frozenset((*BORDERS, "prefix_lens", "is_causal"))
 # Float32 rounding gives less than 1e-6; in small random encoders, one of six tokens changes the others by 2e-3.
 _TOLERANCE = 1e-4
 
-_calls: list[nn.Module] | None = None  # modules that have attended, while a model is tried out
+_calls: list[nn.Module] | None = None  # modules that have attended, in any thread, while a model is tried out
+_trying = threading.Lock()
 
 
 def takes_borders(model: Any) -> bool:
@@ -129,8 +131,8 @@ def _attention(
         raise ValueError(f"{name}: packed attention takes no {' or '.join(given) or 'attention_mask'}")
     if query.shape[0] != 1:
         raise ValueError(f"{name}: packed attention takes one row, (1, T), got {query.shape[0]} rows")
-    if _calls is not None:
-        _calls.append(module)
+    if (calls := _calls) is not None:
+        calls.append(module)
     # Under autocast, norms and rotations leave queries and keys in float32.
     query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     output = packed_attention(
@@ -164,19 +166,23 @@ def _try_out(model: Any) -> None:
     rows = ([*first, *second], [*second, ids[3], *second], [*first, ids[0], ids[0]])
     keywords = borders(torch.tensor([0, 3, 5], dtype=torch.int32, device=device), 3)
     modes = {module: module.training for module in model.modules()}
-    outputs, _calls = [], []
+    outputs: list[Tensor] = []
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with _trying, torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             if model.training:  # attention dropout
                 _run(model, rows[0], keywords)
             model.eval()
             for row in rows:
-                _calls = []
-                outputs.append(_run(model, row, keywords))
-                if len(_calls) != config.num_hidden_layers:
-                    raise ValueError(f"{len(_calls)} of its {config.num_hidden_layers} layers attend by this function")
+                calls: list[nn.Module] = []
+                _calls = calls
+                try:
+                    outputs.append(_run(model, row, keywords))
+                finally:
+                    _calls = None
+                count = sum(module in modes for module in calls)
+                if count != config.num_hidden_layers:
+                    raise ValueError(f"{count} of its {config.num_hidden_layers} layers attend by this function")
     finally:
-        _calls = None
         for module, mode in modes.items():
             module.training = mode
     limit = _TOLERANCE * outputs[0].abs().max()

@@ -7,9 +7,9 @@ and add the module to `MODULES`.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from typing import TypeVar
 
 from torch import Tensor
@@ -23,6 +23,8 @@ from .inputs import Backend, BackendUnavailable, RelationInputs, Scaling
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
+_warned: set[str] = set()
+_warning = threading.Lock()
 
 MODULES: dict[BackendName, Backend] = dict(
     zip(BACKENDS, (native.cuda, triton, native.cpu, blocked, reference), strict=True)
@@ -87,10 +89,13 @@ def scale(name: BackendName, scaling: Scaling) -> list[Tensor] | None:
     return None
 
 
-@cache
 def warn_once(message: str) -> None:
-    """Logs a warning unless the same one was logged before."""
-    _log.warning(message)
+    """Logs a warning unless the same one was logged before, by any thread."""
+    with _warning:
+        first = message not in _warned
+        _warned.add(message)
+    if first:
+        _log.warning(message)
 
 
 def _unsupported_reasons(name: BackendName, inputs: RelationInputs) -> list[str]:

@@ -85,7 +85,7 @@ def test_base(tmp_path, monkeypatch, capsys):
     file.write_text(wrong, encoding="utf-8")
     git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "base"]):
-        subprocess.run([*git, *words], check=True, timeout=60)
+        subprocess.run([*git, *words], check=True, timeout=600)
     file.write_text(right, encoding="utf-8")
     for name in ("benchmarks", "examples"):
         (repository / name).symlink_to(root / name)
@@ -93,7 +93,7 @@ def test_base(tmp_path, monkeypatch, capsys):
     run = "--device cpu --shapes 1x2x32x4x4 --providers torch --seconds 0.01 --threads 1"
     assert main(["compare", "--base", "HEAD", "--run", run, "--rounds", "1"]) == 0
     assert "loss torch float32 B=1 A=2 S=32 4/4 qq none full wall: wrong → ok" in capsys.readouterr().out
-    listed = subprocess.run([*git, "worktree", "list"], capture_output=True, text=True, check=True, timeout=60).stdout
+    listed = subprocess.run([*git, "worktree", "list"], capture_output=True, text=True, check=True, timeout=600).stdout
     assert len(listed.splitlines()) == 1
     with pytest.raises(SystemExit):
         main(["compare", "--base", "nothing", "--run", run])

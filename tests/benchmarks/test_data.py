@@ -39,6 +39,15 @@ def test_memory_counts_children():
     assert preparation.tree_bytes(process.pid) == 0
 
 
+def test_a_preparation_may_say_much(monkeypatch):
+    said = "import sys; sys.stderr.write('x' * 200_000); print('y' * 200_000); "
+    monkeypatch.setattr(preparation, "_PREPARE", said + "print([1, 2, 3])")
+    assert preparation.preparation({})[0] == preparation.Speed(1, 2, 3)
+    monkeypatch.setattr(preparation, "_PREPARE", said + "sys.exit(3)")
+    with pytest.raises(RuntimeError, match="ended with 3: x"):
+        preparation.preparation({})
+
+
 def test_wrong_tokens_are_counted(tmp_path):
     made = corpus.tokenizer(200)
     for name in ("teacher", "run"):

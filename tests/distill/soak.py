@@ -23,7 +23,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from typing import Any
 
 MODES = ("kill", "half", "term", "interrupt2", "eio", "eio-on", "full1", "full")  # in the order of strike.c, from 1
 LIBRARY = "MINILM_KERNELS_STRIKE"
-PATIENCE = 60.0
+PATIENCE = 240.0
 STEPS, STOPPED_AT = 6, 4
 
 
@@ -85,14 +84,14 @@ class Soak:
 
     def run(self, scenario: Scenario, *, resume: bool, at: int = 0, how: int = 0, stop: bool = False) -> list[int]:
         """Exit statuses of the ranks. Interrupts the first rank; if `stop`, by a signal in step `STOPPED_AT`."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a free port, which it has already
         children = []
         for rank in range(scenario.ranks):
             child = os.fork()
             if not child:
-                self._child(scenario, rank, port, resume, at, how, stop)
+                self._child(scenario, rank, store.port, resume, at, how, stop)
             children.append(child)
         ends = [_wait(child, PATIENCE) for child in children]
         return [os.waitstatus_to_exitcode(end) for end in ends]
@@ -108,6 +107,7 @@ class Soak:
             if scenario.ranks > 1:
                 os.environ |= {"WORLD_SIZE": str(scenario.ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
             from minilm_kernels.distill import cli, loop
 
             if stop:

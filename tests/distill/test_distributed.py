@@ -7,7 +7,6 @@ import os
 import random
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,15 +16,17 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from minilm_kernels.distill import DistillConfig, distill, distributed, signals
 from minilm_kernels.distill import distributed as processes
 from minilm_kernels.distill.metrics import read_metrics
-from tests.processes import children
+from tests.processes import PATIENCE, children, wait_for_step
 
 Settings = Callable[..., DistillConfig]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-PATIENCE = 120.0
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @contextlib.contextmanager
@@ -49,21 +50,27 @@ def started(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]
         process.communicate(timeout=PATIENCE)
 
 
-def wait_for_step(process: subprocess.Popen[str], metrics: Path, step: int) -> None:
-    """Waits until the run in `process` has written the metrics of `step`."""
-    deadline = time.monotonic() + PATIENCE
-    while not any(record["step"] >= step for record in read_metrics(metrics)):
-        assert process.poll() is None, process.communicate(timeout=PATIENCE)[0]
-        assert time.monotonic() < deadline, "the run does not advance"
-        time.sleep(0.005)
-
-
 def options(config: DistillConfig) -> list[str]:
     return shlex.split(config.command())[1:]
 
 
+def held(step: int) -> list[str]:
+    """`minilm-distill` that waits for a signal after some steps."""
+    return ["-c", f"from tests.distill.held import main; main({step})"]
+
+
+def held_script(folder: Path, step: int) -> list[str]:
+    """The same as a script, for torchrun."""
+    script = folder / "held.py"
+    script.write_text(held(step)[1], encoding="utf-8")
+    return [str(script)]
+
+
 def test_a_run_killed_at_a_random_step_continues_to_the_same_bits(settings: Settings, tmp_path: Path) -> None:
-    """Kills a run of 300 steps at a random moment, with so many checkpoints that some kills interrupt one."""
+    """Kills a run of 300 steps at a random moment, with so many checkpoints that some kills interrupt one.
+
+    It waits before the last step, so that it never ends by itself.
+    """
     changes: dict[str, Any] = {
         "max_steps": 300,
         "max_seq_length": 16,
@@ -80,8 +87,8 @@ def test_a_run_killed_at_a_random_step_continues_to_the_same_bits(settings: Sett
     print(f"seed of the moment: {seed}")
     chance = random.Random(seed)
     config = settings(**changes)
-    with started("-m", "minilm_kernels.distill", *options(config)) as process:
-        wait_for_step(process, tmp_path / "run" / "metrics.jsonl", chance.randint(1, 250))
+    with started(*held(299), *options(config)) as process:
+        wait_for_step(tmp_path / "run" / "metrics.jsonl", chance.randint(1, 299), process)
         time.sleep(chance.random() * 0.2)
         process.kill()
         assert process.wait(PATIENCE) == -signal.SIGKILL
@@ -127,7 +134,7 @@ def test_a_chain_killed_in_every_stage_continues_to_the_same_bits(settings: Sett
     for number, (metrics, step) in enumerate(moments):
         resume = ["--resume-from-checkpoint"] if number else []
         with started("-m", "minilm_kernels.distill", *options(config), *resume) as process:
-            wait_for_step(process, metrics, step)
+            wait_for_step(metrics, step, process)
             time.sleep(chance.random() * 0.3)
             process.kill()
             assert process.wait(PATIENCE) in (-signal.SIGKILL, 0)
@@ -154,14 +161,13 @@ def test_a_chain_of_two_processes_is_that_of_one(settings: Settings, tmp_path: P
     }
     distill(settings(output_dir=tmp_path / "one", **changes))
     config = settings(**changes)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "minilm_kernels.distill"]
-    with started(*torchrun, *options(config)) as process:
-        wait_for_step(process, tmp_path / "run" / "assistant-1" / "metrics.jsonl", 2)
+    with started(*TORCHRUN, *held_script(tmp_path, 10), *options(config)) as process:
+        wait_for_step(tmp_path / "run" / "assistant-1" / "metrics.jsonl", 2, process)
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=PATIENCE)[0]
     assert " of assistant-1; continue with\n  torchrun --nproc-per-node 2" in said
     assert not (tmp_path / "run" / "student").exists()
-    with started(*torchrun, *options(config), "--resume-from-checkpoint") as process:
+    with started(*TORCHRUN, "-m", "minilm_kernels.distill", *options(config), "--resume-from-checkpoint") as process:
         said = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, said
     for folder in ("assistant-1", "."):
@@ -182,16 +188,15 @@ def test_two_processes_take_the_steps_of_one(settings: Settings, tmp_path: Path)
     }
     one = distill(settings(output_dir=tmp_path / "one", **changes))
     config = settings(**changes)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "minilm_kernels.distill"]
     metrics = tmp_path / "run" / "metrics.jsonl"
-    with started(*torchrun, *options(config)) as process:
-        wait_for_step(process, metrics, 2)
+    with started(*TORCHRUN, *held_script(tmp_path, 20), *options(config)) as process:
+        wait_for_step(metrics, 2, process)
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=PATIENCE)[0]
     [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
     stopped = int(checkpoint.name.removeprefix("step-"))
     assert f"stopped at step {stopped}; continue with\n  torchrun --nproc-per-node 2" in said
-    with started(*torchrun, *options(config), "--resume-from-checkpoint") as process:
+    with started(*TORCHRUN, "-m", "minilm_kernels.distill", *options(config), "--resume-from-checkpoint") as process:
         said = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, said
 
@@ -217,10 +222,9 @@ def alone(module: Any, code: str) -> list[str]:
 
 def two_ranks(*command: str) -> list[tuple[int, str]]:
     """Runs two processes in one group. Returns their exit statuses and outputs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a free port, which it has already
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     with started(*command, RANK="0", **common) as first, started(*command, RANK="1", **common) as second:
         said = [process.communicate(timeout=PATIENCE)[0] for process in (first, second)]
     return [(process.returncode, text) for process, text in zip((first, second), said, strict=True)]
@@ -293,6 +297,37 @@ def test_a_missing_or_empty_variable_is_one_process(
         monkeypatch.setenv(name, value)
     found = distributed.DistContext("cpu")
     assert (found.world_size, found.rank) == (count, rank)
+
+
+def test_nothing_keeps_a_group_that_was_left() -> None:
+    """A sharded model is a cycle that holds its group, with which the process must not end."""
+    code = """
+import gc, weakref
+gc.disable()
+class Model: pass
+with DistContext("cpu") as context:
+    model = Model()
+    model.itself, model.group = model, dist.group.WORLD
+    model = weakref.ref(model)
+print(model(), context._control)
+"""
+    assert two_ranks(*alone(distributed, code)) == [(0, "None None\n")] * 2
+
+
+def test_a_group_that_is_not_complete_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process ends while the groups are made. A process that ends with a group may abort."""
+    calls: list[str] = []
+
+    def fails(**options: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend: calls.append(backend))
+    monkeypatch.setattr(distributed.dist, "new_group", fails)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: calls.append("left"))
+    with pytest.raises(RuntimeError, match="closed by peer"), distributed.DistContext("cpu"):
+        pass
+    assert calls == ["gloo", "left"]
 
 
 @pytest.mark.parametrize(
@@ -371,11 +406,14 @@ def test_torchruns_echo_does_not_abort() -> None:
     """The terminal sends SIGINT to all processes, and torchrun forwards it, so that workers receive it twice."""
     code = """
 import time
+now = 0.0
+time.monotonic = lambda: now
 with StopSignals() as signals:
-    for _ in range(2):
-        os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    now = ECHO_SECONDS - 0.01
+    os.kill(os.getpid(), signal.SIGINT)
     print("goes on", signals.received, flush=True)
-    time.sleep(ECHO_SECONDS + 0.1)
+    now = ECHO_SECONDS
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(600)
 """

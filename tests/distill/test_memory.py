@@ -203,7 +203,7 @@ def test_all_processes_halve_together(settings: Settings, tmp_path: Path) -> Non
     words = settings(**changes).command().split()[1:]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*launch, *words], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*launch, *words], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[:3000]
     assert [done.stderr.count(f"continuing with micro-batches of {size} samples") for size in (3, 2)] == [1, 1]
     newest = max((tmp_path / "run" / "checkpoints").iterdir())

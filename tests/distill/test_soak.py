@@ -16,8 +16,8 @@ COMMAND = [sys.executable, "-m", "tests.distill.soak"]
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
 def test_a_run_survives_a_kill_at_a_few_operations() -> None:
-    options = ["--keep", "1", "--resume-too", "--damage", "--every", "60"]
-    done = subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=280, cwd=ROOT)
+    options = ["--keep", "1", "--resume-too", "--damage", "--every", "60", "--seconds", "600"]
+    done = subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=850, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     tried = int(done.stdout.split()[-1])
     assert f"survived {tried} of {tried}" in done.stdout

@@ -174,6 +174,24 @@ def test_a_signal_while_an_assistant_is_written_ends_the_run(
     check_equal(tmp_path / "run", whole)
 
 
+def test_a_signal_during_the_last_checkpoint_of_an_assistant_ends_the_run(
+    settings: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        save = loop.TrainingLoop._save
+        patch.setattr(
+            loop.TrainingLoop,
+            "_save",
+            lambda run: (run.state.step == 4 and os.kill(os.getpid(), signal.SIGTERM)) or save(run),
+        )
+        stopped = distill(settings(**CHAIN))
+    assert (stopped.stopped_by, stopped.step, stopped.student) == (signal.SIGTERM, 4, None)
+    began = record_starts(monkeypatch)
+    distill(settings(**CHAIN, resume_from_checkpoint=True))
+    assert began == [("student", 0)]
+    check_equal(tmp_path / "run", whole)
+
+
 def test_other_settings_are_refused_in_every_stage(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

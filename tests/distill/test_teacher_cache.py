@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import math
 import os
 import shutil
@@ -232,6 +233,26 @@ def test_damage_is_found_said_and_repaired(
         assert capsys.readouterr().err.count(f"{file} is damaged at sample 0") == 1
 
 
+def test_damage_that_two_threads_find_at_once_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop reads beside the thread that reads ahead, if micro-batches become smaller."""
+    samples, said = make_samples(), list[str]()
+    with closing(make_cache(tmp_path)) as cache:
+        cache.store(0, samples, make_values(packed=True))
+    (file,) = cache.folder.glob("*.bin")
+    damaged_byte(200)(file)
+
+    def say(message: str) -> None:
+        said.append(message)
+        if len(said) == 1:
+            other = threading.Thread(target=cache.read, args=(0, samples))
+            other.start()
+            other.join(600)
+
+    monkeypatch.setattr(teacher_cache, "say", say)
+    assert cache.read(0, samples) is None
+    assert len(said) == 1
+
+
 def test_a_file_that_cannot_be_read_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with closing(make_cache(tmp_path)) as cache:
         (cache.folder / "00000000.bin").mkdir()
@@ -325,7 +346,7 @@ def test_writes_that_wait_behind_a_failed_one_are_dropped(
     all_wait, opened = threading.Event(), []
 
     def full(path: Path, *arguments: Any) -> int:
-        assert all_wait.wait(60)
+        assert all_wait.wait(600)
         opened.append(path)
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -336,6 +357,32 @@ def test_writes_that_wait_behind_a_failed_one_are_dropped(
         all_wait.set()
     assert len(opened) == 1
     assert capsys.readouterr().err.count("later samples are not stored: [Errno 28] No space left") == 1
+
+
+def test_an_entry_that_is_being_written_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A step that is repeated with smaller micro-batches reads what its first attempt is still storing."""
+    samples, real = make_samples(), os.fdopen
+    begun, seen = threading.Event(), threading.Event()
+
+    class Slow(io.FileIO):
+        def write(self, content: Any) -> int:
+            written = super().write(content)
+            begun.set()
+            assert seen.wait(600)
+            return written
+
+    monkeypatch.setattr(teacher_cache.os, "fdopen", lambda handle, mode: Slow(handle, mode))
+    with closing(make_cache(tmp_path)) as cache:
+        cache.store(0, samples, make_values(packed=True))
+        assert begun.wait(600)
+        found = cache.read(0, samples)
+        seen.set()
+    monkeypatch.setattr(teacher_cache.os, "fdopen", real)
+    assert found is None
+    assert cache.read(0, samples) is not None
+    assert not capsys.readouterr().err
 
 
 def test_writers_of_the_same_and_of_other_entries_do_not_disturb_each_other(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,10 +20,9 @@ from safetensors.torch import load_file
 from minilm_kernels.distill import DistillConfig, distill
 from minilm_kernels.distill.metrics import read_metrics
 from tests.distill.tiny import make_texts, save_model
-from tests.processes import children
+from tests.processes import PATIENCE, children, wait_for_step
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-PATIENCE = 200.0
 Settings = Callable[..., DistillConfig]
 
 
@@ -48,11 +46,17 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def commands(tmp_path: Path) -> Path:
-    """A folder with the commands `torchrun` and `minilm-distill` of this interpreter, for PATH."""
+    """A folder with the commands `torchrun` and `minilm-distill` of this interpreter, for PATH.
+
+    Before step 140, runs wait for a signal or for the file `released`.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name, module in (("torchrun", "torch.distributed.run"), ("minilm-distill", "minilm_kernels.distill")):
-        command(folder / name, f'exec "{sys.executable}" -m {module} "$@"')
+    code = f"import pathlib, tests.distill.held as held\nheld.main(140, pathlib.Path({str(tmp_path / 'released')!r}))"
+    (folder / "held.py").write_text(code, encoding="utf-8")
+    words = '"${@/#minilm_kernels.distill/held}"'
+    command(folder / "torchrun", f'exec "{sys.executable}" -m torch.distributed.run {words}')
+    command(folder / "minilm-distill", f'exec "{sys.executable}" -m held "$@"')
     return folder
 
 
@@ -70,7 +74,7 @@ def started(path: Path, arguments: list[str], bin: Path, **variables: str) -> It
     """Starts a script, and kills it and its children at the end."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     environment |= {"PATH": f"{bin}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **variables}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]))
+    environment["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES.parent), str(bin), *filter(None, sys.path)])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen([str(path), *arguments], env=environment, start_new_session=True, **pipes)
     try:
@@ -80,16 +84,6 @@ def started(path: Path, arguments: list[str], bin: Path, **variables: str) -> It
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         process.communicate(timeout=PATIENCE)
-
-
-def wait_for_step(metrics: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not any(record["step"] >= step for record in read_metrics(metrics)):
-        assert all(process.poll() is None for process in processes), [
-            p.communicate(timeout=PATIENCE)[0] for p in processes
-        ]
-        assert time.monotonic() < deadline, "the run does not advance"
-        time.sleep(0.005)
 
 
 def free_port() -> int:
@@ -128,9 +122,10 @@ def test_torchrun_on_two_machines_goes_on_after_a_killed_process(
         started(script, words, commands, **variables) as first,
         started(script, words, commands, **variables) as second,
     ):
-        wait_for_step(tmp_path / "run" / "metrics.jsonl", chance.randint(1, 120), [first, second])
+        wait_for_step(tmp_path / "run" / "metrics.jsonl", chance.randint(1, 120), first, second)
         [worker] = children(chance.choice([first, second]).pid)
         os.kill(worker, signal.SIGKILL)
+        (tmp_path / "released").touch()
         said = [process.communicate(timeout=PATIENCE)[0] for process in (first, second)]
         assert [process.returncode for process in (first, second)] == [0, 0], said
     assert any(word in "".join(said) for word in ("continuing after step", "starting from the beginning")), said
@@ -164,14 +159,15 @@ def test_the_slurm_job_is_queued_again_and_continues(settings: Settings, command
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "nodes", "SLURM_CPUS_PER_TASK": "1"}
     two = {**job, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
     with started(script, words, commands, **two) as process:
-        wait_for_step(tmp_path / "run" / "metrics.jsonl", 20, [process])
+        wait_for_step(tmp_path / "run" / "metrics.jsonl", 20, process)
         for child in children(process.pid):
-            if b"minilm_kernels.distill" in Path(f"/proc/{child}/cmdline").read_bytes():
+            if b"\0held\0" in Path(f"/proc/{child}/cmdline").read_bytes():
                 os.kill(child, signal.SIGUSR1)
         said = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 128 + signal.SIGUSR1, said
     assert requeued.read_text().split() == [job["SLURM_JOB_ID"]]
     requeued.unlink()
+    (tmp_path / "released").touch()
     one = {**job, "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}
     with started(script, words, commands, **one) as process:
         said = process.communicate(timeout=PATIENCE)[0]
@@ -201,5 +197,5 @@ def test_an_engine_takes_at_most_forty_lines(name: str) -> None:
 
 def test_scripts_are_valid_shell() -> None:
     for script in sorted(EXAMPLES.glob("*.sh")):
-        done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr

@@ -45,7 +45,7 @@ def launch(processes: int, *arguments: str | Path) -> str:
         env=os.environ | settings,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

@@ -8,22 +8,18 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import pytest
 from safetensors.torch import load_file
 
 from minilm_kernels.distill import DistillConfig, distill
-from minilm_kernels.distill.metrics import read_metrics
 from tests.distill.conftest import short_run
 from tests.distill.tiny import make_texts, save_model
+from tests.processes import PATIENCE, wait_for_step
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 280.0
 
 
-@pytest.mark.timeout(400)
 def test_workers_go_on_after_a_killed_one(tmp_path: Path) -> None:
     """The main process, which has locked the folder, is killed. The bits are those of one process."""
     teacher, text = save_model(tmp_path / "teacher"), tmp_path / "text.txt"
@@ -46,11 +42,7 @@ def test_workers_go_on_after_a_killed_one(tmp_path: Path) -> None:
         text=True,
     ) as process:
         try:
-            deadline = time.monotonic() + PATIENCE
-            while not any(record["step"] >= 20 for record in read_metrics(tmp_path / "run" / "metrics.jsonl")):
-                assert process.poll() is None, process.communicate(timeout=PATIENCE)[0]
-                assert time.monotonic() < deadline, "the run does not advance"
-                time.sleep(0.01)
+            wait_for_step(tmp_path / "run" / "metrics.jsonl", 20, process)
             found = re.search(r"process (\d+)", (tmp_path / "run" / ".lock").read_text())
             assert found
             os.kill(int(found[1]), signal.SIGKILL)

@@ -214,7 +214,7 @@ def test_example(tmp_path):
     command = [sys.executable, script, *(tmp_path / name for name in ("teacher", "student", "prompts.txt", "out"))]
     options = ["--relation-heads=4", "--max-steps=20", "--max-completion-length=6", "--learning-rate=1e-2"]
     run = subprocess.run(
-        [*command, *options, "--relation-weight=10"], capture_output=True, text=True, timeout=240, check=False
+        [*command, *options, "--relation-weight=10"], capture_output=True, text=True, timeout=600, check=False
     )
     assert run.returncode == 0, run.stderr
     before, after = map(float, re.search(r"eval KL (\S+) before, (\S+) after", run.stdout).groups())

@@ -556,4 +556,32 @@ MUTANTS = [
         _T + "test_trimming.py -k stopped",
         "a resumed run counts its vocabulary again, in another text",
     ),
+    Mutant(
+        _D + "teacher_cache.py",
+        "file.seek(offset + _HEADER_BYTES)",
+        "file.seek(offset)",
+        _T + "test_teacher_cache.py -k being_written",
+        "a step that is repeated reports the values that it is still storing as damaged",
+    ),
+    Mutant(
+        _D + "teacher_cache.py",
+        "        if self._full:  # found out by an earlier write, after this one was submitted\n            return\n",
+        "",
+        _T + "test_teacher_cache.py -k wait_behind",
+        "a full disk is reported for every write that was waiting",
+    ),
+    Mutant(
+        _D + "loop.py",
+        "            began += time.perf_counter() - paused\n",
+        "            began += time.perf_counter() - paused\n        signals.received = stop\n",
+        _T + "test_stages.py -k last_checkpoint",
+        "a signal during the last checkpoint of an assistant is forgotten",
+    ),
+    Mutant(
+        _D + "distributed.py",
+        "        self._control = None\n\n    def sum",
+        "\n    def sum",
+        _T + "test_distributed.py -k nothing_keeps",
+        "a process may abort at its end",
+    ),
 ]

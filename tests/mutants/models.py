@@ -35,6 +35,13 @@ MUTANTS = [
     ),
     Mutant(
         "minilm_kernels/packed/models.py",
+        "sum(module in modes for module in calls)",
+        "len(calls)",
+        "tests/packed/test_models.py -k another_thread",
+        "packed attention is refused while another thread runs another model",
+    ),
+    Mutant(
+        "minilm_kernels/packed/models.py",
         "        dropout=dropout,\n",
         "",
         "tests/packed/test_models.py -k dropout",

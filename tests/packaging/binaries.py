@@ -10,7 +10,7 @@ import native
 
 
 def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
 
 
 def symbols_from_elsewhere(library: Path) -> set[str]:
@@ -29,7 +29,7 @@ def stable_abi() -> set[str]:
     include = native.find_torch().folder / "include"
     source = '#include "torch/csrc/inductor/aoti_torch/c/shim.h"\n#include "torch/csrc/stable/c/shim.h"\n'
     command = ["c++", "-E", "-P", "-x", "c++", "-std=c++17", native.STABLE_ABI, "-I", str(include), "-"]
-    text = subprocess.run(command, input=source, capture_output=True, text=True, check=True, timeout=120).stdout
+    text = subprocess.run(command, input=source, capture_output=True, text=True, check=True, timeout=600).stdout
     names = set(re.findall(r"\b((?:aoti_)?torch_\w+)\s*\(", text))
     assert len(names) > 100
     return names

@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
 
 
 def add_stand_ins(folder: Path) -> list[str]:

@@ -92,7 +92,7 @@ def clean_environ() -> dict[str, str]:
 def checkout(folder: Path) -> Path:
     """Copies the files that git tracks or would add, with their uncommitted changes."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True, timeout=600).stdout
     for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -107,5 +107,5 @@ def interpreter(version: str) -> str | None:
         return None
     code = "import ensurepip, sys; print(sys.executable)"
     environ = os.environ | {"PYENV_VERSION": version}
-    result = subprocess.run([found, "-c", code], env=environ, capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run([found, "-c", code], env=environ, capture_output=True, text=True, check=False, timeout=600)
     return result.stdout.strip() if result.returncode == 0 else None

@@ -125,7 +125,7 @@ def test_without_the_extras_the_losses_work_and_errors_name_the_extra(newcomer):
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=600,
         )
         assert result.returncode == status, result.stdout + result.stderr
         assert expected in result.stdout + result.stderr

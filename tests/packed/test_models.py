@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -344,6 +345,20 @@ def test_layers_that_do_not_attend_are_counted(monkeypatch: Any) -> None:
     with pytest.raises(ValueError, match="3 of its 4 layers attend by this function"):
         use_packed_attention(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_forward_in_another_thread_does_not_disturb(monkeypatch: Any) -> None:
+    model, other = (make_teacher("bert") for _ in range(2))
+    use_packed_attention(other)
+    batch, real = packed(other), packed_models._run
+
+    def beside(*arguments: Any) -> Tensor:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(other, **batch).result(600)
+        return real(*arguments)
+
+    monkeypatch.setattr(packed_models, "_run", beside)
+    use_packed_attention(model)
 
 
 def test_a_model_that_mixes_documents_is_refused(monkeypatch: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 NATIVE = Path(__file__).parent / "native"
-LIMIT = 240  # seconds that one compiler may take
+LIMIT = 600  # seconds that one compiler may take
 FOLDER = Path(__file__).parents[2] / "build" / "ptx"  # default folder for compiled code
 
 

@@ -64,7 +64,7 @@ def new_gpu(monkeypatch):
     monkeypatch.setattr(native.cuda, "loader", cuda_loader.KernelLoader())
     monkeypatch.setattr(native.cuda, "reasons", {})
     monkeypatch.setattr(native.cuda, "device_type", "cpu")
-    dispatch.warn_once.cache_clear()
+    dispatch._warned.clear()
     return make
 
 

@@ -243,8 +243,8 @@ def _limit_threads(limit: int, device: torch.device) -> Iterator[None]:
     If a batched product has at least as many matrices as threads, every thread computes whole matrices. If it has
     fewer, PyTorch splits matrices, and the bits of the result depend on the number of threads.
 
-    The number of threads is that of the process, so that other Python threads run with fewer for the same time. A
-    product per matrix would not avoid this: PyTorch splits single matrices among its threads, too.
+    Python threads that first use PyTorch meanwhile also compute on `limit` threads, from then on. A product per matrix
+    would not avoid this: PyTorch splits single matrices among its threads, too.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads <= limit:

@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,6 +41,7 @@ class KernelCache:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = default_folder() if folder is None else folder
         self._warned = False
+        self._warning = threading.Lock()  # several threads compile and store kernels
         self._unstored: dict[str, bytes] = {}
 
     def get(self, digest: str) -> bytes | None:
@@ -112,8 +114,9 @@ class KernelCache:
             os.close(handle)
 
     def _warn(self, problem: str) -> None:
-        if not self._warned:
-            self._warned = True
+        with self._warning:
+            first, self._warned = not self._warned, True
+        if first:
             _log.warning(
                 "the cache of compiled CUDA kernels in %s cannot be used (%s): every process compiles its own kernels; "
                 "set %s to use another folder",

@@ -8,6 +8,7 @@ operators `torch.ops.minilm_kernels_cpu` and `torch.ops.minilm_kernels_cuda`. Th
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -42,10 +43,13 @@ class NativeBackend:
         self.library = _PACKAGE / f"_{name}.abi3.so"
         self.operators: Any = getattr(torch.ops, f"minilm_kernels_{name}")
         self.load_error: str | None = NOT_LOADED  # reason why the library cannot be used; None once it is loaded
+        self._loading = threading.Lock()
 
     def unavailable_reason(self) -> str | None:
         if self.load_error == NOT_LOADED:
-            self.load_error = self._load()
+            with self._loading:
+                if self.load_error == NOT_LOADED:  # no other thread has loaded it
+                    self.load_error = self._load()
         return self.load_error
 
     def unsupported_reasons(self, inputs: RelationInputs) -> list[str]:

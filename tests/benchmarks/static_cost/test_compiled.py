@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="its wheel holds the disassembler")
 def static(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     command = [sys.executable, "-m", "benchmarks", "static", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
 
 @pytest.fixture(scope="module")

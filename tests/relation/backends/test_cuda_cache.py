@@ -6,7 +6,9 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -158,6 +160,34 @@ def test_the_cache_is_a_file(tmp_path, caplog):
     assert len([record for record in caplog.records if "writing" in record.getMessage()]) == 1
 
 
+def test_threads_that_fail_at_once_warn_once(tmp_path, caplog):
+    """Two threads store kernels, and each could see that there was no warning yet."""
+    (tmp_path / "cache").write_text("mine")
+    both = threading.Barrier(2)
+
+    class Meeting(KernelCache):
+        said = False
+
+        @property
+        def _warned(self):
+            found = self.said
+            with suppress(threading.BrokenBarrierError):
+                both.wait(1)
+            return found
+
+        @_warned.setter
+        def _warned(self, value):
+            self.said = value
+
+    cache = Meeting(tmp_path / "cache")
+    threads = [threading.Thread(target=cache.put, args=(digit * 64, CODE, ABOUT)) for digit in "01"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(600)
+    assert len(caplog.records) == 1
+
+
 def test_default_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -199,7 +229,7 @@ def test_killed_writers_and_readers_beside_them(cache):
     finally:
         for writer in writers:
             writer.kill()
-            writer.communicate(timeout=30)
+            writer.communicate(timeout=600)
     left = [path for path in cache.folder.iterdir() if path != _file(cache)]
     for path in left:  # an hour later, the next writer removes them
         os.utime(path, (time.time() - 4000,) * 2)

@@ -286,7 +286,7 @@ def test_eight_processes_at_once(tmp_path):
         )
 
     def outcome(process: subprocess.Popen) -> str:
-        said, _ = process.communicate(timeout=300)
+        said, _ = process.communicate(timeout=600)
         assert process.returncode == 0, said
         return said
 

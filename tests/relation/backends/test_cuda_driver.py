@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 
+from minilm_kernels.relation import dispatch
 from minilm_kernels.relation.backends import cuda_compiler, native
 from minilm_kernels.relation.inputs import BackendUnavailable
 from tests.relation.cases import make
@@ -123,7 +124,7 @@ def test_launches_of_several_lengths_on_several_threads(gpu):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(600)
     assert failures == []
     assert gpu.of("cuFuncSetAttribute") == []
     together = sorted(shared for _, _, shared in gpu.of("cuLaunchKernel"))
@@ -134,7 +135,7 @@ def test_threads_that_miss_the_same_kernels_load_them_once(gpu, compiled):
     ready = threading.Barrier(4)
 
     def work() -> None:
-        ready.wait(60)
+        ready.wait(600)
         _run()
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -142,7 +143,7 @@ def test_threads_that_miss_the_same_kernels_load_them_once(gpu, compiled):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(600)
     assert [names for names, _ in compiled] == [["symmetric_1_2_1_1_0", "reduce"], ["scale"]]
     assert len(gpu.of("cuModuleLoadData")) == 3
     assert len(gpu.of("cuLaunchKernel")) == 12
@@ -250,9 +251,9 @@ def test_no_driver_library_to_use(gpu, tmp_path, source, expected):
     if source is not None:
         library = tmp_path / "libcuda.so.1"
         flags = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c", "-"]
-        subprocess.run(["gcc", *flags, "-o", library], input=source, text=True, check=True, timeout=60)
+        subprocess.run(["gcc", *flags, "-o", library], input=source, text=True, check=True, timeout=600)
         command.append(str(library))
-    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
     assert f"backend cuda: {expected}" in said
 
 
@@ -271,3 +272,20 @@ def test_a_process_does_not_load_kernels_for_ever(gpu, monkeypatch, caplog):
     assert len(warnings) == 1
     assert "backend cuda failed; the next one serves the call" in warnings[0]
     _run()  # loaded kernels still work
+
+
+def test_threads_warn_once(monkeypatch):
+    """A second thread warns while the first one is about to."""
+    said = []
+
+    def warning(message):
+        said.append(message)
+        if len(said) == 1:
+            other = threading.Thread(target=dispatch.warn_once, args=(message,))
+            other.start()
+            other.join(600)
+
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch._log, "warning", warning)
+    dispatch.warn_once("a warning of this test")
+    assert said == ["a warning of this test"]

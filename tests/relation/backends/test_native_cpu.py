@@ -255,18 +255,24 @@ def test_all_of_a_gradient_is_written(poisoned, threads, length, reduction):
 
 
 def test_the_lock_of_python_is_released():
-    """Other threads run while a kernel runs. The switch interval is endless, so the kernel must release the GIL."""
-    x, y = torch.randn(1, 4096, 8, 16), torch.randn(1, 4096, 8, 8)  # long enough for another thread to be scheduled
-    entered, finished = threading.Event(), []
+    """Other threads run while a kernel runs. The switch interval is endless, so the kernel must release the GIL.
+
+    Kernels run until this thread has been scheduled during one of them.
+    """
+    x, y = torch.randn(1, 4096, 2, 16), torch.randn(1, 4096, 2, 8)
+    entered, finished, scheduled = threading.Event(), [], []
     values, grad = torch.empty(1), torch.zeros_like(y)
     masks = (torch.arange(4096), torch.tensor([0, 4096]), None, None, False)
     arguments = (*masks, torch.ones(1), None, values, None, [grad])
 
     def work():
         entered.set()
-        torch.ops.minilm_kernels_cpu.relation_kl(
-            [x], [y], [0, 0], [0.25, 0.35], *arguments, native.cpu.instruction_sets()[0]
-        )
+        for _ in range(200):
+            torch.ops.minilm_kernels_cpu.relation_kl(
+                [x], [y], [0, 0], [0.25, 0.35], *arguments, native.cpu.instruction_sets()[0]
+            )
+            if scheduled:
+                break
         finished.append(True)
 
     interval = sys.getswitchinterval()
@@ -274,9 +280,10 @@ def test_the_lock_of_python_is_released():
     try:
         worker = threading.Thread(target=work)
         worker.start()
-        assert entered.wait(60)
+        assert entered.wait(600)
+        scheduled.append(True)
         running = not finished
-        worker.join(240)
+        worker.join(600)
     finally:
         sys.setswitchinterval(interval)
     assert running
@@ -296,9 +303,9 @@ shape, cross = (1, {length}, {heads}), {cross}
 q_t, k_t, q_s, k_s = (draw(*shape, width) for width in (32, 32, 16, 16))
 student = [x.requires_grad_() for x in ((q_s, k_s) if cross else (q_s,))]
 open("/proc/self/clear_refs", "w").write("5")
-before = status("VmRSS")
+before, files = status("VmRSS"), status("RssFile")
 value = relation_kl(q_t, k_t if cross else None, q_s, k_s if cross else None, backend="cpu")
-print(status("VmHWM") - before - sum(x.numel() * 4 for x in student) / 2**20)
+print(status("VmHWM") - before - sum(x.numel() * 4 for x in student) / 2**20, status("RssFile") - files)
 """
 
 
@@ -310,8 +317,12 @@ print(status("VmHWM") - before - sum(x.numel() * 4 for x in student) / 2**20)
 def test_peak_memory(length, heads, cross, threads):
     """A call allocates at most 32 MiB in addition to the gradient, for any S and any number of threads."""
     script = _PEAK.format(length=length, heads=heads, cross=cross, threads=threads)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=200)
-    assert 0 < float(result.stdout) <= 32
+    for _ in range(5):
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=600)
+        rise, files = map(float, result.stdout.split())
+        if files >= 0:  # otherwise the system has taken pages of files meanwhile, which hide a rise of the same size
+            break
+    assert 0 < rise <= 32
 
 
 def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
@@ -338,7 +349,8 @@ def elsewhere(tmp_path):
 
 def test_an_installation_without_the_library_says_why(elsewhere, tmp_path, recwarn):
     assert elsewhere() == "the package was installed without its CPU library"
-    assert not recwarn  # the library was left out on request
+    about_it = [warning for warning in recwarn if "minilm_kernels" in str(warning.message)]
+    assert not about_it  # the library was left out on request
     (tmp_path / "minilm_kernels/_cpu.missing").write_text("no C++ compiler was found", encoding="utf-8")
     with pytest.warns(UserWarning, match="slower backend `torch` serves.*no C\\+\\+ compiler"):
         assert "no C++ compiler was found" in elsewhere()
@@ -354,6 +366,22 @@ def test_a_source_tree_without_the_library_says_the_way_out(elsewhere, tmp_path)
     assert f"source tree {tmp_path}," in reason
     assert "`pip install -e .`" in reason
     assert "start Python in another folder" in reason
+
+
+def test_two_threads_load_a_library_once():
+    loads = []
+
+    class Slow(native.NativeBackend):
+        def _load(self):
+            loads.append(threading.current_thread())
+            other.start()
+            other.join(0.5)  # which waits for this one, or loads the library as well
+
+    backend = Slow("cpu")
+    other = threading.Thread(target=backend.unavailable_reason)
+    assert backend.unavailable_reason() is None
+    other.join(600)
+    assert loads == [threading.current_thread()]
 
 
 def test_a_slow_fallback_is_said_once(monkeypatch, tmp_path):

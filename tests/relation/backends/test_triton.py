@@ -86,7 +86,7 @@ def _usage(compiled) -> dict[str, int]:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         listing = subprocess.run(
-            [tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True, timeout=60
+            [tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True, timeout=600
         ).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", listing)}
 
