@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from minilm_kernels import __version__
 
@@ -29,6 +29,11 @@ class _Parser(argparse.ArgumentParser):
         """Prints the error and how to get help, without the long usage text, and exits."""
         say(f"error: {message}\n{_HELP}")
         raise SystemExit(2)
+
+    def print_help(self, file: Any = None) -> None:
+        """Passes over a reader that has gone, as argparse does from Python 3.11 on."""
+        with suppress(OSError):
+            super().print_help(file)
 
 
 def build_parser() -> argparse.ArgumentParser:

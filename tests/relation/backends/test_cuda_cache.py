@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -140,7 +141,7 @@ def test_where_nothing_can_be_written_one_warning_is_all(cache, monkeypatch, cap
             _full() if flags & os.O_CREAT else real_open(path, flags, *a, **k)
         ))  # fmt: skip
     else:
-        monkeypatch.setattr(os, call, _full)
+        monkeypatch.setattr(Path if call == "mkdir" else os, call, _full)
     cache.put(DIGEST, CODE, ABOUT)
     cache.put("1" * 64, CODE, ABOUT)
     monkeypatch.undo()
