@@ -14,10 +14,13 @@ def _output(*command: str) -> str:
 
 
 def symbols_from_elsewhere(library: Path) -> set[str]:
-    """The undefined symbols, without those of the C and C++ libraries, which have a version."""
+    """The undefined symbols, without those of the C and C++ libraries.
+
+    These have a version, unless torch's own libraries export them, too, as those of torch 2.11 do with parts of std.
+    """
     names = {line.split()[-1] for line in _output("nm", "-D", "--undefined-only", str(library)).splitlines()}
     optional = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
-    return {name for name in names - optional if not re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_", name)}
+    return {name for name in names - optional if not re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_|^_ZNK?St", name)}
 
 
 def libraries_named_by(library: Path) -> set[str]:
