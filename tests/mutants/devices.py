@@ -122,8 +122,8 @@ MUTANTS = [
     ),
     Mutant(
         _CUDA + "row_wise.cuh",
-        "grad += row < visible_to_other ? other_weight * (q - p) : 0.0f;",
-        "grad += row < visible_to_other ? (q - p) : 0.0f;",
+        "float key_grad = row < visible_to_other ? other_weight * (q - p) : 0.0f;",
+        "float key_grad = row < visible_to_other ? (q - p) : 0.0f;",
         _EMULATED,
         'with reduction="none" the keys\' gradients ignore the upstream gradient',
     ),
@@ -150,8 +150,8 @@ MUTANTS = [
     ),
     Mutant(
         _CUDA + "row_wise.cuh",
-        "chunks_s, splits_s, forward && !relation.self, forward",
-        "chunks_s, splits_s, false, forward",
+        "format_s, forward && !is_self(relation), forward",
+        "format_s, false, forward",
         _ROWS_AND_GROUPS,
         "a NaN in a query that does not count changes the result",
     ),

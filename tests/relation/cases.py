@@ -159,11 +159,11 @@ def dense(case: Case, upstream: Tensor | None = None) -> tuple[Tensor, list[Tens
     leaves = [x.detach().requires_grad_() for x in (q_s, k_s) if x is not None]
     k_t = q_t if k_t is None else k_t
 
-    def log_relation(query: Tensor, key: Tensor) -> Tensor:
-        scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) * query.shape[-1] ** -0.5
-        return scores.log_softmax(-1)
+    def log_relation(query: Tensor, key: Tensor, model: str) -> Tensor:
+        scale = case.kwargs.get(f"{model}_scale", query.shape[-1] ** -0.5)
+        return (query.transpose(1, 2) @ key.permute(0, 2, 3, 1) * scale).log_softmax(-1)
 
-    log_t, log_s = log_relation(q_t, k_t), log_relation(leaves[0], leaves[-1])
+    log_t, log_s = log_relation(q_t, k_t, "teacher"), log_relation(leaves[0], leaves[-1], "student")
     rows = (log_t.exp() * (log_t - log_s)).sum(-1)
     rows.backward(torch.ones_like(rows) if upstream is None else upstream.to(rows))
     return rows.detach(), [x.grad for x in leaves]
