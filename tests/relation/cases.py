@@ -173,3 +173,18 @@ def error(got: Tensor, expected: Tensor) -> float:
     """Returns the relative error in the Euclidean norm, or the absolute error if the expected value is 0."""
     difference, norm = (got.double() - expected.double()).norm().item(), expected.double().norm().item()
     return difference / norm if norm else difference
+
+
+def check_beside_dense(case: Case, reduction: str, backend: str) -> None:
+    """Checks that errors are at most twice those of dense PyTorch, plus one rounding.
+
+    The reduction is "sum", or "none" with random weights of rows.
+    """
+    weights = torch.randn(case.row_shape(), generator=torch.Generator().manual_seed(3)) if reduction == "none" else None
+    value, grads = case.run(reduction, backend, weights)
+    expected, expected_grads = case.oracle(reduction, weights)
+    rows, dense_grads = dense(case, weights)
+    eps = torch.finfo(torch.float32).eps
+    assert error(value, expected) <= 2 * error(rows, case.oracle("none")[0]) + eps
+    for grad, dense_grad, expected_grad in zip(grads, dense_grads, expected_grads, strict=True):
+        assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps

@@ -18,7 +18,7 @@ from minilm_kernels.relation.api import relation_kl_multi
 from minilm_kernels.relation.backends import native
 from minilm_kernels.relation.masks import Mask
 from tests.relation import test_contract
-from tests.relation.cases import MALFORMED, Case, all_nan, dense, error, make, malformed
+from tests.relation.cases import MALFORMED, Case, all_nan, check_beside_dense, dense, error, make, malformed
 from tests.relation.scaling import check_scaling
 
 from . import cuda
@@ -314,14 +314,7 @@ def test_common_component_of_both_orders(library, backend, kind, change):
     if kind == "beyond shared memory":
         library.emulated_set_props(20480, 20480, 132)
     q_t, _, q_s, _ = (x if x is None else _COMMON[change](x) for x in make(batch=1, length=150, widths=widths).tensors)
-    case, reduction = Case((q_t, None, q_s, None), scales), "none" if "rows" in kind else "sum"
-    weights = torch.randn(case.row_shape(), generator=torch.Generator().manual_seed(3)) if reduction == "none" else None
-    value, (grad,) = case.run(reduction, backend, weights)
-    expected, (expected_grad,) = case.oracle(reduction, weights)
-    rows, (dense_grad,) = dense(case, weights)
-    eps = torch.finfo(torch.float32).eps
-    assert error(value, expected) <= 2 * error(rows, case.oracle("none")[0]) + eps
-    assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps
+    check_beside_dense(Case((q_t, None, q_s, None), scales), "none" if "rows" in kind else "sum", backend)
 
 
 @pytest.mark.parametrize("mask", [*_LONG, "packed"])
