@@ -21,7 +21,7 @@ struct ModelBuffers {
   float *key_tokens, *query_tokens;  // student with gradient: unscaled tokens in the layout of gradients.inl
   float *key_grads, *query_grads;    // student with gradient: one accumulator per slice, in the same layout
   float* recent_grads;               // student with gradient: sums that are not yet part of key_grads (TwoStepSum)
-  float* mean;                       // of the keys
+  float* mean;                       // mean of the keys
   float *norms, *offsets;            // if queries are keys: u_ii; the term b_i that token i adds to its scores. The
                                      // symmetric path replaces norms by the score gradient of the diagonal
 };
