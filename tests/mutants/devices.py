@@ -14,6 +14,7 @@ _EMULATED = (
     "'unordered_pairs or malformed or bounds or masks_and_reductions or range_of_norms or beyond_shared or lengths "
     "or nan'"
 )
+_MEANS = "tests/relation/backends/test_cuda_emulated.py -k common_component_of_both_orders"
 _STRIPS = "tests/relation/backends/test_cuda_emulated.py -k 'unordered_pairs or strips'"
 _ROWS_AND_GROUPS = (
     "tests/relation/backends/test_cuda_emulated.py -k "
@@ -168,6 +169,13 @@ MUTANTS = [
         "if (first == streamed.first && head == work.head) {",
         _ROWS_AND_GROUPS,
         "all query heads of a group meet the teacher's keys of the first one",
+    ),
+    Mutant(
+        _CUDA + "row_wise.cuh",
+        "if (kForward) key_grads[m][half] += key_grad;",
+        "if (!kForward) key_grads[m][half] += key_grad;",
+        _MEANS,
+        "gradients of keys lack their multiple of the mean",
     ),
     Mutant(
         _CUDA + "row_wise.cuh",

@@ -182,6 +182,7 @@ template <int kFormat, bool kExact, bool kForward, bool kBackward>
 MINILM_DEVICE void row_wise_tile(const TileOperands& own, const TileOperands& other, int chunks_t, int format_t,
                                  int chunks_s, int format_s, float scale_t, float scale_s, const Sequence& sequence,
                                  TileOrigin origin, PerRow& kl, float* sums, int plane, PerRow& key_grads) {
+  // Row-wise kernels have weights in any case. Without a test, the compiler does not make two copies of the code.
   const bool weighted = kFormat != kFloat32 && splits_in(format_s) == 3;
   MINILM_NO_UNROLL_FOR (int half = 0; half < 2; ++half) {
     const TileOperands columns = at(other, 16 * half);
