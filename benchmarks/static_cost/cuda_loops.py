@@ -194,10 +194,13 @@ def rows(dtype: str, d_t: int, d_s: int, group: str) -> Iterator[CudaVariant]:
             words are names only.
     """
     splits, t, s = _SPLITS[dtype], _padded(d_t) // 8, _padded(d_s) // 8
-    shape = f"{t}_{splits}_{s}_{splits}"
+    both = group.startswith("self") and "evaluation" not in group
+    form = _FORMATS[dtype] if both and dtype == "float32" else splits
+    shape = f"{t}_{form}_{s}_{form}"
     products = {1: 1, 2: 4, 3: 6}[splits]
     square = _TILE * _TILE
-    scores = square * products * (_padded(d_t) + _padded(d_s))
+    offsets = 8 if form == _FORMATS["float32"] else 0
+    scores = square * (products * (_padded(d_t) + _padded(d_s)) + 2 * offsets)
 
     def variant(kernel: str, symbol: str, marker: str, exponentials: int, macs: int, turns: int = 1) -> CudaVariant:
         """`turns` of the loop make a tile. Without exponentials, it cannot be found out."""
@@ -223,7 +226,7 @@ def rows(dtype: str, d_t: int, d_s: int, group: str) -> Iterator[CudaVariant]:
         yield variant("row_wise", "row_wise_0", "", 0, scores, 2)
         return
     yield stats(splits == 3)
-    if "self" in group:
+    if both:
         yield row_wise("row_wise both", "forward+backward")
     else:
         yield row_wise("row_wise query", "forward")

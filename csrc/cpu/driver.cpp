@@ -256,9 +256,9 @@ private:
       model.keys = layout.take<float>(length * model.width);
       bool shared = relation.self && operands.scale >= 0;
       model.queries = shared ? model.keys : layout.take<float>(length * model.width);
-      model.norms = symmetric ? layout.take<float>(length) : nullptr;
-      model.offsets = symmetric ? layout.take<float>(length) : nullptr;
-      model.mean = symmetric ? layout.take<float>(model.width) : nullptr;
+      model.norms = shared ? layout.take<float>(length) : nullptr;
+      model.offsets = shared ? layout.take<float>(length) : nullptr;
+      model.mean = layout.take<float>(model.width);
     };
     for (int64_t h = 0; h < heads; ++h) {
       Task& task = work[h].task;
@@ -348,15 +348,16 @@ private:
   }
 
   void prepare(Task& task) const {
-    task.symmetric = task.teacher.norms && task.length >= kMinSymmetricTokens && !few_rows_count(task);
+    task.symmetric =
+        may_be_symmetric(task.relation - relations_) && task.length >= kMinSymmetricTokens && !few_rows_count(task);
     if (task.symmetric && find_reference(task, task.teacher) && find_reference(task, task.student)) return;
     if (task.symmetric) {  // restore the tokens that find_reference changed
       const Task* only = &task;
       for (int64_t block = 0; block < task.blocks; ++block) k_.gather(&only, 1, block);
     }
-    task.symmetric = false;
-    k_.apply_scale(task, task.teacher);
-    k_.apply_scale(task, task.student);
+    task.symmetric = task.paired = false;
+    for (const ModelBuffers* model : {&task.teacher, &task.student})
+      (model->queries == model->keys ? k_.center : k_.center_keys)(task, *model);
   }
 
   // Calls body(worker, item) for every item. Workers take the next item as soon as they are free.

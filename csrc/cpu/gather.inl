@@ -186,13 +186,44 @@ MINILM_INLINE float scale_factor(const ModelBuffers& model) {
   return std::sqrt(std::fabs(model.operands->scale) / kLn2);
 }
 
-void apply_scale(const Task& task, const ModelBuffers& model) {
-  auto scale_by = [&](float* x, float factor) {
-    for (int64_t i = 0; i < task.blocks * model.width; ++i) store(x + i * V, mul(load(x + i * V), set1(factor)));
-  };
+// Sets mean to that of the keys, or to 0 in features whose deviation is larger: subtracting such a mean would only add
+// rounding errors.
+void find_mean(const Task& task, const ModelBuffers& model) {
+  int64_t width = model.width;
+  constexpr int kTogether = 8;  // features that are summed at the same time
+  for (int64_t first = 0; first < width; first += kTogether) {
+    int count = static_cast<int>(width - first < kTogether ? width - first : kTogether);
+    F sums[kTogether], squares[kTogether];
+    for (int k = 0; k < kTogether; ++k) sums[k] = squares[k] = set1(0.0f);
+    auto add_key = [&](const float* keys, int k) __attribute__((always_inline)) {
+      F x = load(keys + k * V);
+      sums[k] = add(sums[k], x);
+      squares[k] = fma(x, x, squares[k]);
+    };
+    for (int64_t b = 0; b < task.blocks; ++b) {
+      const float* keys = model.keys + (b * width + first) * V;
+      if (count == kTogether)
+        for (int k = 0; k < kTogether; ++k) add_key(keys, k);
+      else
+        for (int k = 0; k < count; ++k) add_key(keys, k);
+    }
+    for (int k = 0; k < count; ++k) {
+      float sum = sum_lanes(sums[k]), mean = sum / static_cast<float>(task.length);
+      model.mean[first + k] = 2.0f * mean * sum > sum_lanes(squares[k]) ? mean : 0.0f;
+    }
+  }
+}
+
+// Subtracts the mean from keys that are not the queries, which changes no probability of a row, and applies the scale.
+void center_keys(const Task& task, const ModelBuffers& model) {
+  find_mean(task, model);
   float factor = scale_factor(model);
-  scale_by(model.keys, factor);
-  if (model.queries != model.keys) scale_by(model.queries, model.operands->scale < 0 ? -factor : factor);
+  F scale = set1(model.operands->scale < 0 ? -factor : factor);
+  for (int64_t i = 0; i < task.blocks * model.width; ++i) {
+    float *keys = model.keys + i * V, *queries = model.queries + i * V;
+    store(keys, mul(sub(load(keys), set1(model.mean[i % model.width])), set1(factor)));
+    store(queries, mul(load(queries), scale));
+  }
 }
 
 }  // namespace

@@ -21,8 +21,9 @@ struct ModelBuffers {
   float *key_tokens, *query_tokens;  // student with gradient: unscaled tokens in the layout of gradients.inl
   float *key_grads, *query_grads;    // student with gradient: one accumulator per slice, in the same layout
   float* recent_grads;               // student with gradient: sums that are not yet part of key_grads (TwoStepSum)
-  float* norms;                      // symmetric path: u_ii, later the score gradient of the diagonal
-  float *mean, *offsets;             // symmetric path: mean of all tokens; the term b_i that token i adds to its scores
+  float* mean;                       // mean of the keys
+  float *norms, *offsets;            // if queries are keys: u_ii; the term b_i that token i adds to its scores. The
+                                     // symmetric path replaces norms by the score gradient of the diagonal
 };
 
 struct Task {
@@ -58,7 +59,7 @@ struct Kernels {
   Range (*range)(const float* x, int64_t count);                           // NaN unless all are finite
   void (*center)(const Task&, const ModelBuffers&);                        // subtract the mean, apply the scale
   void (*shift)(const Task&, const ModelBuffers&, float reference);        // change the reference score
-  void (*apply_scale)(const Task&, const ModelBuffers&);                   // multiply tokens by the factor of the scale
+  void (*center_keys)(const Task&, const ModelBuffers&);                   // the same if queries are not the keys
   void (*symmetric_sums)(const Task&, int64_t slice, float* scratch);      // phase 1
   void (*symmetric_rows)(const Task&);                                     // between the phases
   void (*symmetric_gradient)(const Task&, int64_t slice, float* scratch);  // phase 2

@@ -41,7 +41,7 @@ const Kernels MINILM_KERNELS = {
     range,
     center,
     shift,
-    apply_scale,
+    center_keys,
     symmetric_sums,
     symmetric_rows,
     symmetric_gradient,

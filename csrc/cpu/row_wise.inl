@@ -64,6 +64,15 @@ MINILM_INLINE bool any_counts(const Task& task, int64_t first, int64_t rows) {
   return false;
 }
 
+// If the rows are the keys, their mean has been subtracted (center).
+MINILM_INLINE void row_scores(const ModelBuffers& model, int64_t first, int64_t blocks, float* u) {
+  if (model.queries == model.keys)
+    scores<Product::offset>({model.queries, first, model.keys, model.width, model.offsets + first, model.offsets},
+                            blocks, u);
+  else
+    scores<Product::plain>({model.queries, first, model.keys, model.width}, blocks, u);
+}
+
 void row_wise(const Task& task, int64_t slice, float* scratch) {
   const ModelBuffers &t = task.teacher, &s = task.student;
   int64_t size = task.blocks * V * token_floats(s.width), block_floats = task.blocks * R * V;
@@ -84,8 +93,8 @@ void row_wise(const Task& task, int64_t slice, float* scratch) {
     int64_t most = first + rows > task.prefix ? first + rows : task.prefix;  // keys that the last row sees
     int64_t least = first + 1 > task.prefix ? first + 1 : task.prefix;       // keys that the first row sees
     int64_t blocks = (most - 1) / V + 1;
-    scores<Product::plain>({t.queries, first, t.keys, t.width}, blocks, u_t);
-    scores<Product::plain>({s.queries, first, s.keys, s.width}, blocks, u_s);
+    row_scores(t, first, blocks, u_t);
+    row_scores(s, first, blocks, u_s);
     for (int64_t b = least / V; b < blocks; ++b)
       for (int r = 0; r < R; ++r) {
         int64_t end = first + r + 1 > task.prefix ? first + r + 1 : task.prefix;

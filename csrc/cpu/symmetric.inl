@@ -31,21 +31,8 @@ Range range(const float* x, int64_t count) {
 // u_ij = x̃_i·x̃_j + b_i + b_j: scores round at the size of their differences, even if all tokens share large features.
 // Sets offsets to b_i and norms to u_ii.
 void center(const Task& task, const ModelBuffers& model) {
+  find_mean(task, model);
   int64_t width = model.width;
-  constexpr int kTogether = 8;  // features that are summed at the same time
-  for (int64_t first = 0; first < width; first += kTogether) {
-    int count = static_cast<int>(width - first < kTogether ? width - first : kTogether);
-    F sums[kTogether];
-    for (int k = 0; k < kTogether; ++k) sums[k] = set1(0.0f);
-    for (int64_t b = 0; b < task.blocks; ++b) {
-      const float* keys = model.keys + (b * width + first) * V;
-      if (count == kTogether)
-        for (int k = 0; k < kTogether; ++k) sums[k] = add(sums[k], load(keys + k * V));
-      else
-        for (int k = 0; k < count; ++k) sums[k] = add(sums[k], load(keys + k * V));
-    }
-    for (int k = 0; k < count; ++k) model.mean[first + k] = sum_lanes(sums[k]) / static_cast<float>(task.length);
-  }
   float factor = scale_factor(model);
   for (int64_t b = 0; b < task.blocks; ++b) {
     float* keys = model.keys + b * width * V;

@@ -14,6 +14,7 @@ _EMULATED = (
     "'unordered_pairs or malformed or bounds or masks_and_reductions or range_of_norms or beyond_shared or lengths "
     "or nan'"
 )
+_MEANS = "tests/relation/backends/test_cuda_emulated.py -k common_component_of_both_orders"
 _STRIPS = "tests/relation/backends/test_cuda_emulated.py -k 'unordered_pairs or strips'"
 _ROWS_AND_GROUPS = (
     "tests/relation/backends/test_cuda_emulated.py -k "
@@ -122,8 +123,8 @@ MUTANTS = [
     ),
     Mutant(
         _CUDA + "row_wise.cuh",
-        "grad += row < visible_to_other ? other_weight * (q - p) : 0.0f;",
-        "grad += row < visible_to_other ? (q - p) : 0.0f;",
+        "float key_grad = row < visible_to_other ? other_weight * (q - p) : 0.0f;",
+        "float key_grad = row < visible_to_other ? (q - p) : 0.0f;",
         _EMULATED,
         'with reduction="none" the keys\' gradients ignore the upstream gradient',
     ),
@@ -150,8 +151,8 @@ MUTANTS = [
     ),
     Mutant(
         _CUDA + "row_wise.cuh",
-        "chunks_s, splits_s, forward && !relation.self, forward",
-        "chunks_s, splits_s, false, forward",
+        "format_s, forward && !is_self(relation), forward",
+        "format_s, false, forward",
         _ROWS_AND_GROUPS,
         "a NaN in a query that does not count changes the result",
     ),
@@ -168,6 +169,13 @@ MUTANTS = [
         "if (first == streamed.first && head == work.head) {",
         _ROWS_AND_GROUPS,
         "all query heads of a group meet the teacher's keys of the first one",
+    ),
+    Mutant(
+        _CUDA + "row_wise.cuh",
+        "if (kForward) key_grads[m][half] += key_grad;",
+        "if (!kForward) key_grads[m][half] += key_grad;",
+        _MEANS,
+        "gradients of keys lack their multiple of the mean",
     ),
     Mutant(
         _CUDA + "row_wise.cuh",

@@ -159,11 +159,11 @@ def dense(case: Case, upstream: Tensor | None = None) -> tuple[Tensor, list[Tens
     leaves = [x.detach().requires_grad_() for x in (q_s, k_s) if x is not None]
     k_t = q_t if k_t is None else k_t
 
-    def log_relation(query: Tensor, key: Tensor) -> Tensor:
-        scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) * query.shape[-1] ** -0.5
-        return scores.log_softmax(-1)
+    def log_relation(query: Tensor, key: Tensor, model: str) -> Tensor:
+        scale = case.kwargs.get(f"{model}_scale", query.shape[-1] ** -0.5)
+        return (query.transpose(1, 2) @ key.permute(0, 2, 3, 1) * scale).log_softmax(-1)
 
-    log_t, log_s = log_relation(q_t, k_t), log_relation(leaves[0], leaves[-1])
+    log_t, log_s = log_relation(q_t, k_t, "teacher"), log_relation(leaves[0], leaves[-1], "student")
     rows = (log_t.exp() * (log_t - log_s)).sum(-1)
     rows.backward(torch.ones_like(rows) if upstream is None else upstream.to(rows))
     return rows.detach(), [x.grad for x in leaves]
@@ -173,3 +173,18 @@ def error(got: Tensor, expected: Tensor) -> float:
     """Returns the relative error in the Euclidean norm, or the absolute error if the expected value is 0."""
     difference, norm = (got.double() - expected.double()).norm().item(), expected.double().norm().item()
     return difference / norm if norm else difference
+
+
+def check_beside_dense(case: Case, reduction: str, backend: str) -> None:
+    """Checks that errors are at most twice those of dense PyTorch, plus one rounding.
+
+    The reduction is "sum", or "none" with random weights of rows.
+    """
+    weights = torch.randn(case.row_shape(), generator=torch.Generator().manual_seed(3)) if reduction == "none" else None
+    value, grads = case.run(reduction, backend, weights)
+    expected, expected_grads = case.oracle(reduction, weights)
+    rows, dense_grads = dense(case, weights)
+    eps = torch.finfo(torch.float32).eps
+    assert error(value, expected) <= 2 * error(rows, case.oracle("none")[0]) + eps
+    for grad, dense_grad, expected_grad in zip(grads, dense_grads, expected_grads, strict=True):
+        assert error(grad, expected_grad) <= 2 * error(dense_grad, expected_grad) + eps

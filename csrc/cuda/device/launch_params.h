@@ -9,11 +9,15 @@ constexpr int kTile = 32;          // tokens of a tile: a warp processes 32 × 3
 constexpr int kMaxRelations = 16;  // relations of a launch, limited by the 4 KiB of kernel parameters
 
 // Formats of tokens on tensor cores: the sum of 1, 2 or 3 bfloat16 numbers, its splits. The symmetric path takes
-// float16 numbers as they are. Its float32 tokens are three splits of their difference from the mean, and one plane of
-// offsets (tile.cuh); the gradient multiplies the tokens themselves, as the sum of two float16 numbers.
+// float16 numbers as they are. Float32 tokens, if both orders of a self relation's pairs are computed, are three splits
+// of their difference from the mean, and one plane of offsets (tile.cuh). The gradient of the symmetric path multiplies
+// the tokens themselves, as the sum of two float16 numbers.
 constexpr int kFloat16 = 4, kFloat32 = 5;
 constexpr int splits_in(int format) { return format == kFloat16 ? 1 : format == kFloat32 ? 3 : format; }
 constexpr int score_planes(int format, int chunks) { return splits_in(format) * chunks + (format == kFloat32); }
+
+// Format of splits in the row-wise path. `both`: both orders of a self relation's pairs are computed.
+constexpr int row_wise_format(int splits, bool both) { return both && splits == 3 ? kFloat32 : splits; }
 
 // The same for score gradients M and the tokens that they are multiplied with.
 constexpr int grad_splits_in(int format) { return format == kFloat32 ? 2 : splits_in(format); }

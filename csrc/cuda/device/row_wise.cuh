@@ -125,11 +125,12 @@ MINILM_DEVICE float log2_of(float score, float scale, float log2_sum, const floa
 }
 
 // Replaces the student's scores of half a tile by score gradients. kForward: the own tokens are rows, and their KL
-// divergence is added to kl. kBackward: the own tokens are keys, and the other tokens are rows.
+// divergence is added to kl. kBackward: the own tokens are keys, and the other tokens are rows. With both, score
+// gradients of keys are added to key_grads.
 template <bool kExact, bool kForward, bool kBackward>
 MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&score_s)[2][2][4], float scale_t,
                                    float scale_s, const Sequence& sequence, TileOrigin origin, const TileOperands& own,
-                                   const TileOperands& other, PerRow& kl) {
+                                   const TileOperands& other, bool weighted, PerRow& kl, PerRow& key_grads) {
   MINILM_UNROLL_FOR (int n = 0; n < 2; ++n)
     MINILM_UNROLL_FOR (int c = 0; c < 2; ++c) {
       const int column = other_column(n, c);
@@ -142,7 +143,7 @@ MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&scor
           max_t = other.rows.max_t[column];
           max_s = other.rows.max_s[column];
         }
-        if (other.weights) other_weight = other.weights[column];
+        if (weighted || other.weights) other_weight = other.weights[column];
         visible_to_other = bound_of(sequence, origin.other + column) - origin.own;
       }
       MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
@@ -157,7 +158,7 @@ MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&scor
             float p = exp2_of<kExact>(log_p), q = exp2_of<kExact>(log_q);
             bool visible = origin.other + column < bound_of(sequence, origin.own + row);
             kl[m][half] += visible ? exact_term(p, q, log_q - log_p) : 0.0f;
-            float weight = own.weights ? own.weights[row] : 1.0f;
+            float weight = weighted || own.weights ? own.weights[row] : 1.0f;
             grad = visible ? weight * (q - p) : 0.0f;
           }
           // static: end forward
@@ -165,7 +166,9 @@ MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&scor
           if (kBackward) {
             float p = exp2_of<kExact>(log2_of<kExact>(x_t, scale_t, other_t, &max_t));
             float q = exp2_of<kExact>(log2_of<kExact>(x_s, scale_s, other_s, &max_s));
-            grad += row < visible_to_other ? other_weight * (q - p) : 0.0f;
+            float key_grad = row < visible_to_other ? other_weight * (q - p) : 0.0f;
+            if (kForward) key_grads[m][half] += key_grad;
+            grad += key_grad;
           }
           // static: end backward
           score_s[m][n][e] = grad;
@@ -174,37 +177,27 @@ MINILM_DEVICE void add_score_grads(const float (&score_t)[2][2][4], float (&scor
 }
 
 // Adds one tile's contribution to the KL divergence of the own tokens' rows and, if kFormat > 0, to the gradient of the
-// own tokens, times grad_scale(kFormat).
+// own tokens, times grad_scale(kFormat). key_grads: see add_score_grads.
 template <int kFormat, bool kExact, bool kForward, bool kBackward>
 MINILM_DEVICE void row_wise_tile(const TileOperands& own, const TileOperands& other, int chunks_t, int format_t,
                                  int chunks_s, int format_s, float scale_t, float scale_s, const Sequence& sequence,
-                                 TileOrigin origin, PerRow& kl, float* sums, int plane) {
+                                 TileOrigin origin, PerRow& kl, float* sums, int plane, PerRow& key_grads) {
+  // Row-wise kernels have weights in any case. Without a test, the compiler does not make two copies of the code.
+  const bool weighted = kFormat != kFloat32 && splits_in(format_s) == 3;
   MINILM_NO_UNROLL_FOR (int half = 0; half < 2; ++half) {
     const TileOperands columns = at(other, 16 * half);
     float score_t[2][2][4], score_s[2][2][4];
     scores(score_t, own.teacher, columns.teacher, chunks_t, format_t);
     scores(score_s, own.student, columns.student, chunks_s, format_s);
     add_score_grads<kExact, kForward, kBackward>(score_t, score_s, scale_t, scale_s, sequence,
-                                                 {origin.own, origin.other + 16 * half}, own, columns, kl);
+                                                 {origin.own, origin.other + 16 * half}, own, columns, weighted, kl,
+                                                 key_grads);
     if constexpr (kFormat > 0)
       add_gradients<kFormat, false>(score_s, sums, nullptr, plane, own.student, columns.student, chunks_s);
   }
 }
 
 // ---- Means ------------------------------------------------------------------------------------------------------
-
-// The tokens of a head in global memory.
-struct HeadTokens {
-  const TensorView& x;
-  const Sequence& sequence;
-  int64_t base;
-
-  MINILM_DEVICE HeadTokens(const TensorView& view, const Sequence& of, int64_t head)
-      : x(view), sequence(of), base(of.batch * view.batch_stride + head * view.head_stride) {}
-  MINILM_DEVICE void operator()(int token, int chunk, float (&value)[8]) const {
-    load_chunk(x, base + position_of(sequence, token) * x.position_stride, chunk, value);
-  }
-};
 
 // As find_means in tile.cuh. `scratch`: two floats per thread.
 MINILM_DEVICE float find_means(const HeadTokens& load, int chunks, float* means, float* scratch) {
@@ -239,19 +232,36 @@ MINILM_DEVICE float find_means(const HeadTokens& load, int chunks, float* means,
 // A constant vector in all keys adds a constant to the scores of a row, which changes no probability: the row-wise
 // kernels subtract the mean of a float32 head's keys. The gradient of a query is a sum over keys, in which the constant
 // has the factor Σ_j G_ij = 0; that of a key has no keys. If a pass computes both orders of the pairs of a self
-// relation, its scores are symmetric, and nothing is subtracted.
+// relation, its scores are symmetric: all its tokens are less their mean, and have offsets (format kFloat32). As
+// add_means says, the gradient of a token as a key is then incomplete.
 struct KeyMeans {
   float *t, *s;    // the teacher's and the student's
   float* scratch;  // two floats per thread
-  bool used;
 
   MINILM_DEVICE const float* operator()(float* means, const TensorView& keys, const Sequence& sequence, int head,
-                                        int chunks, int splits) const {
-    if (splits < 3 || !used) return nullptr;
+                                        int chunks, int format) const {
+    if (splits_in(format) < 3) return nullptr;
     find_means(HeadTokens(keys, sequence, head), chunks, means, scratch);
     return means;
   }
 };
+
+// Token j's gradient as a key is Σ_i G_ij x_i. If the tokens are less their mean, μ Σ_i G_ij is missing; this adds it
+// to the gradients of a warp's own tokens. Each lane adds to numbers that it has written.
+MINILM_DEVICE void add_means(float* grads, int plane, int chunks, const float* means, const PerRow& key_grads) {
+  const int feature = lane_index() % 4 * 2;
+  MINILM_UNROLL_FOR (int m = 0; m < 2; ++m)
+    MINILM_UNROLL_FOR (int half = 0; half < 2; ++half) {
+      float sum = key_grads[m][half];
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        float* grad = grads + chunk * plane + own_row(m, half) * 8 + feature;
+        const Float2 before = load_float2(grad), mean = load_float2(means + 8 * chunk + feature);
+        store_float2(grad, fmaf(sum, mean.x, before.x), fmaf(sum, mean.y, before.y));
+      }
+    }
+}
 
 // ---- Kernels ----------------------------------------------------------------------------------------------------
 
@@ -264,9 +274,7 @@ struct RowWiseLayout {
   double* scratch;
   int own;
 
-  // `reduced`: the keys' means are subtracted.
-  MINILM_DEVICE RowWiseLayout(char* memory, int own_tokens, int streamed, int planes_t, int planes_s, int grad_chunks,
-                              bool reduced)
+  MINILM_DEVICE RowWiseLayout(char* memory, int own_tokens, int streamed, int planes_t, int planes_s, int grad_chunks)
       : own(own_tokens) {
     char* next = memory;
     auto tokens = [&](int count, int planes) {
@@ -291,7 +299,6 @@ struct RowWiseLayout {
     means.t = floats(planes_t / 3 * 8);
     means.s = floats(planes_s / 3 * 8);
     means.scratch = reinterpret_cast<float*>(writable(other_t));
-    means.used = reduced;
     scratch = reinterpret_cast<double*>(next);
   }
 };
@@ -373,25 +380,25 @@ MINILM_DEVICE TokenRange find_streamed(const Sequence& sequence, int first, int 
   return {0, sequence.length};
 }
 
-// Chunks and splits of both models' tokens. Template arguments that are 0 (in the emulation) are replaced by the values
-// of the relation.
-template <int kChunksT, int kSplitsT, int kChunksS, int kSplitsS>
+// Chunks and formats of both models' tokens. Template arguments that are 0 (in the emulation) are replaced by the
+// values of the call.
+template <int kChunksT, int kFormatT, int kChunksS, int kFormatS>
 struct Shape {
-  int given_chunks_t, given_splits_t, given_chunks_s, given_splits_s;
+  int given_chunks_t, given_format_t, given_chunks_s, given_format_s;
 
-  MINILM_DEVICE explicit Shape(const Relation& relation)
+  MINILM_DEVICE Shape(const Relation& relation, bool gradient)
       : given_chunks_t(chunks_of(relation.teacher.key.width)),
-        given_splits_t(max_of(splits_of(relation.teacher.query.dtype), splits_of(relation.teacher.key.dtype))),
+        given_format_t(row_wise_format(splits_of(relation.teacher), relation.self && gradient)),
         given_chunks_s(chunks_of(relation.student.key.width)),
-        given_splits_s(max_of(splits_of(relation.student.query.dtype), splits_of(relation.student.key.dtype))) {}
+        given_format_s(row_wise_format(splits_of(relation.student), relation.self && gradient)) {}
   MINILM_DEVICE int chunks_t() const { return kChunksT ? kChunksT : given_chunks_t; }
-  MINILM_DEVICE int splits_t() const { return kSplitsT ? kSplitsT : given_splits_t; }
+  MINILM_DEVICE int format_t() const { return kFormatT ? kFormatT : given_format_t; }
   MINILM_DEVICE int chunks_s() const { return kChunksS ? kChunksS : given_chunks_s; }
-  MINILM_DEVICE int splits_s() const { return kSplitsS ? kSplitsS : given_splits_s; }
+  MINILM_DEVICE int format_s() const { return kFormatS ? kFormatS : given_format_s; }
 };
 
 // kExact: see exp2_of. RowWiseKernel must have the same value.
-template <bool kExact, int kChunksT, int kSplitsT, int kChunksS, int kSplitsS>
+template <bool kExact, int kChunksT, int kFormatT, int kChunksS, int kFormatS>
 struct RowStatsKernel {
   static MINILM_DEVICE void run(const LaunchParams& params, char* memory) {
     const int own = thread_count(), warp = warp_index() * kTile;
@@ -404,18 +411,18 @@ struct RowStatsKernel {
       const HeadScratch scratch(params, relation, work.n, sequence, work.head);
       if (scratch.range->shared) return finish_sums(params, sequence, scratch, work.first);
     }
-    const Shape<kChunksT, kSplitsT, kChunksS, kSplitsS> shape(relation);
-    const int chunks_t = shape.chunks_t(), splits_t = shape.splits_t();
-    const int chunks_s = shape.chunks_s(), splits_s = shape.splits_s();
-    const RowWiseLayout shared(memory, own, params.capacity, chunks_t * splits_t, chunks_s * splits_s, 0,
-                               !relation.self || !params.call.gradient);
+    const Shape<kChunksT, kFormatT, kChunksS, kFormatS> shape(relation, params.call.gradient);
+    const int chunks_t = shape.chunks_t(), format_t = shape.format_t();
+    const int chunks_s = shape.chunks_s(), format_s = shape.format_s();
+    const RowWiseLayout shared(memory, own, params.capacity, score_planes(format_t, chunks_t),
+                               score_planes(format_s, chunks_s), 0);
     const int head = work.head, key_head_t = head / relation.teacher.group, key_head_s = head / relation.student.group;
-    load_tokens(relation.teacher.query, sequence, head, work.first, own, writable(shared.own_t), shared.own_t.plane,
-                chunks_t, splits_t, !relation.self);
-    load_tokens(relation.student.query, sequence, head, work.first, own, writable(shared.own_s), shared.own_s.plane,
-                chunks_s, splits_s, !relation.self);
-    const float* means_t = shared.means(shared.means.t, relation.teacher.key, sequence, key_head_t, chunks_t, splits_t);
-    const float* means_s = shared.means(shared.means.s, relation.student.key, sequence, key_head_s, chunks_s, splits_s);
+    const float* means_t = shared.means(shared.means.t, relation.teacher.key, sequence, key_head_t, chunks_t, format_t);
+    const float* means_s = shared.means(shared.means.s, relation.student.key, sequence, key_head_s, chunks_s, format_s);
+    load_tokens(relation.teacher.query, sequence, head, work.first, own, shared.own_t, chunks_t, format_t,
+                !relation.self, format_t == kFloat32 ? means_t : nullptr);
+    load_tokens(relation.student.query, sequence, head, work.first, own, shared.own_s, chunks_s, format_s,
+                !relation.self, format_s == kFloat32 ? means_s : nullptr);
     const TokenRange streamed = find_streamed(sequence, work.first, own, true, false);
     const float scale_t = relation.teacher.scale * kLog2e, scale_s = relation.student.scale * kLog2e;
 
@@ -426,17 +433,17 @@ struct RowStatsKernel {
     }
     MINILM_NO_UNROLL_FOR (int first = streamed.first; first < streamed.end; first += params.capacity) {
       syncthreads();
-      load_tokens(relation.teacher.key, sequence, key_head_t, first, params.capacity, writable(shared.other_t),
-                  shared.other_t.plane, chunks_t, splits_t, false, means_t);
-      load_tokens(relation.student.key, sequence, key_head_s, first, params.capacity, writable(shared.other_s),
-                  shared.other_s.plane, chunks_s, splits_s, false, means_s);
+      load_tokens(relation.teacher.key, sequence, key_head_t, first, params.capacity, shared.other_t, chunks_t,
+                  format_t, false, means_t);
+      load_tokens(relation.student.key, sequence, key_head_s, first, params.capacity, shared.other_s, chunks_s,
+                  format_s, false, means_s);
       syncthreads();
       MINILM_NO_UNROLL_FOR (int tile = 0; tile < params.capacity; tile += kTile) {
         const TileOrigin origin{work.first + warp, first + tile};
         float score[2][4][4];
-        scores(score, at(shared.own_t, warp), at(shared.other_t, tile), chunks_t, splits_t);
+        scores(score, at(shared.own_t, warp), at(shared.other_t, tile), chunks_t, format_t);
         add_row_stats<kExact>(max_t, total_t, score, scale_t, sequence, origin);
-        scores(score, at(shared.own_s, warp), at(shared.other_s, tile), chunks_s, splits_s);
+        scores(score, at(shared.own_s, warp), at(shared.other_s, tile), chunks_s, format_s);
         add_row_stats<kExact>(max_s, total_s, score, scale_s, sequence, origin);
       }
     }
@@ -454,7 +461,7 @@ struct Direction {
 };
 
 // kSplits: splits of the student's tokens and of the score gradients; 0: no gradient.
-template <int kSplits, int kChunksT, int kSplitsT, int kChunksS, int kSplitsS>
+template <int kSplits, int kChunksT, int kFormatT, int kChunksS, int kFormatS>
 struct RowWiseKernel {
   static constexpr bool kExact = kSplits == 0 || kSplits == 3;
 
@@ -474,16 +481,16 @@ struct RowWiseKernel {
       const HeadScratch scratch(params, relation, work.n, sequence, work.head);
       if (scratch.range->shared) return finish(params, work, scratch, memory, partial);
     }
-    const bool forward = !params.keys, backward = kSplits > 0 && (params.keys || relation.self);
+    const bool forward = has_offsets() || !params.keys, backward = kSplits > 0 && (params.keys || is_self(relation));
     const TensorView& own_x_t = params.keys ? relation.teacher.key : relation.teacher.query;
     const TensorView& own_x_s = params.keys ? relation.student.key : relation.student.query;
     const TensorView& other_x_t = params.keys ? relation.teacher.query : relation.teacher.key;
     const TensorView& other_x_s = params.keys ? relation.student.query : relation.student.key;
-    const Shape<kChunksT, kSplitsT, kChunksS, kSplits ? kSplits : kSplitsS> shape(relation);
-    const int chunks_t = shape.chunks_t(), splits_t = shape.splits_t();
-    const int chunks_s = shape.chunks_s(), splits_s = shape.splits_s();
-    const RowWiseLayout shared(memory, own_tokens, params.capacity, chunks_t * splits_t, chunks_s * splits_s,
-                               kSplits ? chunks_s : 0, !relation.self || kSplits == 0);
+    const Shape<kChunksT, kFormatT, kChunksS, kFormatS> shape(relation, kSplits > 0);
+    const int chunks_t = shape.chunks_t(), format_t = shape.format_t();
+    const int chunks_s = shape.chunks_s(), format_s = shape.format_s();
+    const RowWiseLayout shared(memory, own_tokens, params.capacity, score_planes(format_t, chunks_t),
+                               score_planes(format_s, chunks_s), kSplits ? chunks_s : 0);
     if (kSplits)
       for (int i = thread_index(); i < chunks_s * own_tokens * 8; i += thread_count()) shared.grads[i] = 0.0f;
     const TokenRange streamed = find_streamed(sequence, work.first, own_tokens, forward, backward);
@@ -491,26 +498,26 @@ struct RowWiseKernel {
     const TileOperands own = at(TileOperands{shared.own_t, shared.own_s, shared.own_rows, shared.own_weights}, warp);
     const TileOperands all{shared.other_t, shared.other_s, shared.other_rows, shared.other_weights};
 
-    PerRow kl = {};
+    PerRow kl = {}, key_grads = {};
     const float *means_t = nullptr, *means_s = nullptr;
     MINILM_NO_UNROLL_FOR (int head = work.head, first = streamed.first; head < work.end_head;) {
       const int key_head_t = head / relation.teacher.group, key_head_s = head / relation.student.group;
       const int64_t row_stats_at = first_row_stats(params, work, head), row_at = first_row(params, work, head);
       syncthreads();
       if (first == streamed.first) {
-        means_t = shared.means(shared.means.t, relation.teacher.key, sequence, key_head_t, chunks_t, splits_t);
-        means_s = shared.means(shared.means.s, relation.student.key, sequence, key_head_s, chunks_s, splits_s);
-        load_tokens(own_x_t, sequence, forward ? head : key_head_t, work.first, own_tokens, writable(shared.own_t),
-                    shared.own_t.plane, chunks_t, splits_t, forward && !relation.self, forward ? nullptr : means_t);
-        load_tokens(own_x_s, sequence, forward ? head : key_head_s, work.first, own_tokens, writable(shared.own_s),
-                    shared.own_s.plane, chunks_s, splits_s, forward && !relation.self, forward ? nullptr : means_s);
+        means_t = shared.means(shared.means.t, relation.teacher.key, sequence, key_head_t, chunks_t, format_t);
+        means_s = shared.means(shared.means.s, relation.student.key, sequence, key_head_s, chunks_s, format_s);
+        load_tokens(own_x_t, sequence, forward ? head : key_head_t, work.first, own_tokens, shared.own_t, chunks_t,
+                    format_t, forward && !is_self(relation), forward && format_t != kFloat32 ? nullptr : means_t);
+        load_tokens(own_x_s, sequence, forward ? head : key_head_s, work.first, own_tokens, shared.own_s, chunks_s,
+                    format_s, forward && !is_self(relation), forward && format_s != kFloat32 ? nullptr : means_s);
         load_row_stats(params, sequence, row_stats_at, row_at, work.first, own_tokens, shared.own_rows,
                        shared.own_weights);
       }
-      load_tokens(other_x_t, sequence, forward ? key_head_t : head, first, params.capacity, writable(shared.other_t),
-                  shared.other_t.plane, chunks_t, splits_t, !forward, forward ? means_t : nullptr);
-      load_tokens(other_x_s, sequence, forward ? key_head_s : head, first, params.capacity, writable(shared.other_s),
-                  shared.other_s.plane, chunks_s, splits_s, !forward, forward ? means_s : nullptr);
+      load_tokens(other_x_t, sequence, forward ? key_head_t : head, first, params.capacity, shared.other_t, chunks_t,
+                  format_t, !forward, forward ? means_t : nullptr);
+      load_tokens(other_x_s, sequence, forward ? key_head_s : head, first, params.capacity, shared.other_s, chunks_s,
+                  format_s, !forward, forward ? means_s : nullptr);
       load_row_stats(params, sequence, row_stats_at, row_at, first, params.capacity, shared.other_rows,
                      shared.other_weights);
       syncthreads();
@@ -520,8 +527,8 @@ struct RowWiseKernel {
         float* sums = shared.grads + warp * 8;
         auto process = [&](auto direction) {
           row_wise_tile<kSplits, kExact, (direction.value != 2), (direction.value != 1)>(
-              own, other, chunks_t, splits_t, chunks_s, splits_s, scale_t, scale_s, sequence, origin, kl, sums,
-              own_tokens * 8);
+              own, other, chunks_t, format_t, chunks_s, format_s, scale_t, scale_s, sequence, origin, kl, sums,
+              own_tokens * 8, key_grads);
         };
         if (kSplits == 0 || !backward)
           process(Direction<1>{});
@@ -538,10 +545,19 @@ struct RowWiseKernel {
     }
 
     if (forward) write_rows(params, work, kl, warp, shared.scratch, partial);
+    if (kSplits == 3 && format_s == kFloat32)
+      add_means(shared.grads + warp * 8, own_tokens * 8, chunks_s, means_s, key_grads);
     if (kSplits) {
       syncthreads();
       write_gradient(params, work, own_x_s.width, chunks_s, shared);
     }
+  }
+
+  // Kernels with gradient and float32 tokens are for self relations, which have offsets, or for cross relations.
+  static constexpr bool has_offsets() { return kFormatT == kFloat32 || kFormatS == kFloat32; }
+  static MINILM_DEVICE bool is_self(const Relation& relation) {
+    if (has_offsets()) return true;
+    return (kSplits == 0 || (kFormatT != 3 && kFormatS != 3)) && relation.self;
   }
 
   // Completes the own tokens of a head that the segment kernel has computed.

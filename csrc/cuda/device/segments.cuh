@@ -228,16 +228,9 @@ struct SegmentKernel {
                                        const float* means, float factor) {
     const BlockState& state = window.state();
     if constexpr (kTokens == kFloat32) {
-      const HeadTokens tokens(x, state.sequence, state.head);
-      const int left = state.sequence.length - window.first;
-      subtract_means(to, left, count, kChunks, means, factor, [&](int i, int chunk, float (&value)[8]) {
-        if (i < left)
-          tokens(window.first + i, chunk, value);
-        else
-          MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) value[d] = 0.0f;
-      });
+      subtract_means(to, HeadTokens(x, state.sequence, state.head), window.first, count, kChunks, means, factor);
     } else {
-      load_tokens(x, state.sequence, state.head, window.first, count, writable(to), to.plane, kChunks, kTokens);
+      load_tokens(x, state.sequence, state.head, window.first, count, to, kChunks, kTokens);
     }
   }
 

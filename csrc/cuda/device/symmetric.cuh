@@ -281,10 +281,10 @@ struct SymmetricKernel {
   static MINILM_DEVICE void load(const LaunchParams& params, const Shared& shared) {
     const BlockState& state = shared.state();
     const int tokens = static_cast<int>(round_up(state.sequence.length, kStripRows ? kStripRows : kTile));
-    load_tokens(state.relation->teacher.key, state.sequence, state.head, 0, tokens, writable(shared.teacher(0)),
-                shared.plane(), shared.chunks_t(), shared.format_t());
-    load_tokens(state.relation->student.key, state.sequence, state.head, 0, tokens, writable(shared.student(0)),
-                shared.plane(), shared.chunks_s(), kFormat);
+    load_tokens(state.relation->teacher.key, state.sequence, state.head, 0, tokens, shared.teacher(0),
+                shared.chunks_t(), shared.format_t());
+    load_tokens(state.relation->student.key, state.sequence, state.head, 0, tokens, shared.student(0),
+                shared.chunks_s(), kFormat);
     if (shared.format_t() == kFloat32) {
       float* means = shared.grads(0);
       syncthreads();
@@ -454,13 +454,13 @@ struct SymmetricKernel {
     syncthreads();
     double value = 0.0;
     for (int tile = warp_index(); tile < state.tiles; tile += warps) {
-      PerRow kl = {};
+      PerRow kl = {}, key_grads = {};
       MINILM_NO_UNROLL_FOR (int other = 0; other < state.tiles; ++other) {
         const TileOperands all{shared.teacher(0), shared.student(0), shared.row_stats(), nullptr};
         row_wise_tile<kFormat, kExact, true, true>(at(all, tile * kTile), at(all, other * kTile), shared.chunks_t(),
                                                    shared.format_t(), shared.chunks_s(), kFormat, state.scale_t,
                                                    state.scale_s, state.sequence, {tile * kTile, other * kTile}, kl,
-                                                   shared.grads(tile * kTile), shared.grads_plane());
+                                                   shared.grads(tile * kTile), shared.grads_plane(), key_grads);
       }
       MINILM_UNROLL_FOR (int i = 0; i < 4; ++i) value += kl[i / 2][i % 2];
     }

@@ -26,6 +26,9 @@ MINILM_DEVICE int splits_of(DType dtype) { return dtype == DType::bfloat16 ? 1 :
 MINILM_DEVICE int format_of(DType dtype) {  // in the symmetric path
   return dtype == DType::bfloat16 ? 1 : dtype == DType::float16 ? kFloat16 : kFloat32;
 }
+MINILM_DEVICE int splits_of(const ModelOperands& model) {
+  return max_of(splits_of(model.query.dtype), splits_of(model.key.dtype));
+}
 MINILM_DEVICE int chunks_of(int width) { return (width + 7) / 8; }
 
 // ---- Sequences --------------------------------------------------------------------------------------------------
@@ -119,53 +122,18 @@ MINILM_DEVICE void load_chunk(const TensorView& x, int64_t at, int chunk, float 
 MINILM_DEVICE float low_of(uint32_t packed) { return as_float(packed << 16); }
 MINILM_DEVICE float high_of(uint32_t packed) { return as_float(packed & 0xffff0000u); }
 
-// Tells whether chunks of tokens in global memory are aligned and have all their features in the kernel's format.
-MINILM_DEVICE bool is_copyable(const TensorView& x, int64_t base, int format) {
-  const DType copied = format == kFloat16 ? DType::float16 : DType::bfloat16;
-  return splits_in(format) == 1 && x.dtype == copied && x.feature_stride == 1 && x.width % 8 == 0 &&
-         x.position_stride % 8 == 0 && (reinterpret_cast<uintptr_t>(x.data) + base * 2) % 16 == 0;
-}
+// The tokens of a head in global memory.
+struct HeadTokens {
+  const TensorView& x;
+  const Sequence& sequence;
+  int64_t base;
 
-// Loads `count` tokens of one head, from token `first` of the sequence on, with all threads of the block. Tokens beyond
-// the end of the sequence are 0 and, with `rows`, those of rows that do not count. `means`, if given, are subtracted
-// from the others. `plane`: size of a plane in bytes; a plane holds one chunk of one split. Neighbouring threads load
-// the chunks of a token, then those of the next token. One head of a token may be as small as 16 bytes; blocks of
-// neighbouring heads run at the same time and share the sectors in L2.
-MINILM_DEVICE void load_tokens(const TensorView& x, const Sequence& sequence, int64_t head, int first, int count,
-                               char* planes, int plane, int chunks, int format, bool rows = false,
-                               const float* means = nullptr) {
-  int64_t base = sequence.batch * x.batch_stride + head * x.head_stride;
-  if (is_copyable(x, base, format)) {
-    const char* from = static_cast<const char*>(x.data) + base * 2;
-    for (int item = thread_index(); item < count * chunks; item += thread_count()) {
-      const int slot = item / chunks, chunk = item % chunks, token = first + slot;
-      const bool exists = rows ? counts(sequence, token) : token < sequence.length;
-      const int64_t offset = exists ? position_of(sequence, token) * x.position_stride + 8 * chunk : 0;
-      copy_or_clear(planes + chunk * plane + slot * 16, from + offset * 2, exists);
-    }
-    return wait_for_copies();
+  MINILM_DEVICE HeadTokens(const TensorView& view, const Sequence& of, int64_t head)
+      : x(view), sequence(of), base(of.batch * view.batch_stride + head * view.head_stride) {}
+  MINILM_DEVICE void operator()(int token, int chunk, float (&value)[8]) const {
+    load_chunk(x, base + position_of(sequence, token) * x.position_stride, chunk, value);
   }
-  for (int item = thread_index(); item < count * chunks; item += thread_count()) {
-    int slot = item / chunks, chunk = item % chunks;
-    float value[8] = {};
-    if (rows ? counts(sequence, first + slot) : first + slot < sequence.length) {
-      load_chunk(x, base + position_of(sequence, first + slot) * x.position_stride, chunk, value);
-      if (means)
-        MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) value[d] = sub(value[d], means[8 * chunk + d]);
-    }
-    char* to = planes + chunk * plane + slot * 16;
-    for (int split = 0; split < splits_in(format); ++split) {
-      Uint4 words;
-      MINILM_UNROLL_FOR (int d = 0; d < 4; ++d) {
-        words.word[d] = format == kFloat16 ? pack_float16(value[2 * d], value[2 * d + 1])
-                                           : pack_bfloat16(value[2 * d], value[2 * d + 1]);
-        value[2 * d] = sub(value[2 * d], low_of(words.word[d]));
-        value[2 * d + 1] = sub(value[2 * d + 1], high_of(words.word[d]));
-      }
-      store_uint4(to + split * chunks * plane, words);
-    }
-  }
-}
+};
 
 // Writes factor · sums to the features of a chunk of a token's gradient.
 MINILM_DEVICE void write_chunk(float* out, int width, int chunk, const float* sums, float factor) {
@@ -203,7 +171,7 @@ MINILM_DEVICE Tokens at(const Tokens& x, int token) { return {x.planes + token *
 
 MINILM_DEVICE char* writable(const Tokens& x) { return const_cast<char*>(x.planes); }
 
-// ---- Float32 tokens of the symmetric path -----------------------------------------------------------------------
+// ---- Float32 tokens of self relations ---------------------------------------------------------------------------
 //
 // In trained models all tokens share features that are much larger than the others, and a score would round at the size
 // of their squares. With the mean μ of the tokens, x̃ = x - μ and the offset b_i = μ·x̃_i,
@@ -301,6 +269,70 @@ MINILM_DEVICE void subtract_means(const Tokens& to, int length, int capacity, in
     const uint32_t ones = i < length ? 0x3f803f80u : 0u;
     store_uint4(planes + offsets * plane + i * 16,
                 {{first, pack_bfloat16(sub(rest, high_of(first)), 0.0f), ones, ones}});
+  }
+}
+
+// As subtract_means, with `count` tokens from token `first` of the sequence on.
+MINILM_DEVICE void subtract_means(const Tokens& to, const HeadTokens& load, int first, int count, int chunks,
+                                  const float* means, float factor) {
+  const int left = load.sequence.length - first;
+  subtract_means(to, left, count, chunks, means, factor, [&](int i, int chunk, float (&value)[8]) {
+    if (i < left)
+      load(first + i, chunk, value);
+    else
+      MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) value[d] = 0.0f;
+  });
+}
+
+// Tells whether chunks of tokens in global memory are aligned and have all their features in the kernel's format.
+MINILM_DEVICE bool is_copyable(const TensorView& x, int64_t base, int format) {
+  const DType copied = format == kFloat16 ? DType::float16 : DType::bfloat16;
+  return splits_in(format) == 1 && x.dtype == copied && x.feature_stride == 1 && x.width % 8 == 0 &&
+         x.position_stride % 8 == 0 && (reinterpret_cast<uintptr_t>(x.data) + base * 2) % 16 == 0;
+}
+
+// Loads `count` tokens of one head, from token `first` of the sequence on, with all threads of the block. Tokens beyond
+// the end of the sequence are 0 and, with `rows`, those of rows that do not count. `means`, if given, are subtracted
+// from the others; with kFloat32, the tokens then also get offsets, and `rows` is not supported. Neighbouring threads
+// load the chunks of a token, then those of the next token. One head of a token may be as small as 16 bytes; blocks of
+// neighbouring heads run at the same time and share the sectors in L2.
+MINILM_DEVICE void load_tokens(const TensorView& x, const Sequence& sequence, int64_t head, int first, int count,
+                               const Tokens& to, int chunks, int format, bool rows = false,
+                               const float* means = nullptr) {
+  if (format == kFloat32 && means)
+    return subtract_means(to, HeadTokens(x, sequence, head), first, count, chunks, means, 0.0f);
+  char* planes = writable(to);
+  const int plane = to.plane;
+  int64_t base = sequence.batch * x.batch_stride + head * x.head_stride;
+  if (is_copyable(x, base, format)) {
+    const char* from = static_cast<const char*>(x.data) + base * 2;
+    for (int item = thread_index(); item < count * chunks; item += thread_count()) {
+      const int slot = item / chunks, chunk = item % chunks, token = first + slot;
+      const bool exists = rows ? counts(sequence, token) : token < sequence.length;
+      const int64_t offset = exists ? position_of(sequence, token) * x.position_stride + 8 * chunk : 0;
+      copy_or_clear(planes + chunk * plane + slot * 16, from + offset * 2, exists);
+    }
+    return wait_for_copies();
+  }
+  for (int item = thread_index(); item < count * chunks; item += thread_count()) {
+    int slot = item / chunks, chunk = item % chunks;
+    float value[8] = {};
+    if (rows ? counts(sequence, first + slot) : first + slot < sequence.length) {
+      load_chunk(x, base + position_of(sequence, first + slot) * x.position_stride, chunk, value);
+      if (means)
+        MINILM_UNROLL_FOR (int d = 0; d < 8; ++d) value[d] = sub(value[d], means[8 * chunk + d]);
+    }
+    char* to = planes + chunk * plane + slot * 16;
+    for (int split = 0; split < splits_in(format); ++split) {
+      Uint4 words;
+      MINILM_UNROLL_FOR (int d = 0; d < 4; ++d) {
+        words.word[d] = format == kFloat16 ? pack_float16(value[2 * d], value[2 * d + 1])
+                                           : pack_bfloat16(value[2 * d], value[2 * d + 1]);
+        value[2 * d] = sub(value[2 * d], low_of(words.word[d]));
+        value[2 * d + 1] = sub(value[2 * d + 1], high_of(words.word[d]));
+      }
+      store_uint4(to + split * chunks * plane, words);
+    }
   }
 }
 

@@ -16,11 +16,11 @@ namespace {
 constexpr int64_t kMaxBlocks = 0x7fffffff;  // grid limit of a launch
 
 // The largest number of planes of each kind over several relations.
-Planes max_planes(const std::vector<const Relation*>& relations, const DeviceProps& props,
-                  Planes (*planes)(const Relation&, const DeviceProps&) = planes_of) {
+template <class PlanesOf, class Option>
+Planes max_planes(const std::vector<const Relation*>& relations, PlanesOf* planes_of, const Option& option) {
   Planes all{};
   for (const Relation* relation : relations) {
-    const Planes one = planes(*relation, props);
+    const Planes one = planes_of(*relation, option);
     all = {
         std::max(all.teacher, one.teacher),
         std::max(all.student, one.student),
@@ -45,7 +45,7 @@ public:
     if (!symmetric_.empty())
       max_symmetric_length_ = std::min<int64_t>(
           call.max_length,
-          plan_symmetric(props, max_planes(symmetric_, props, symmetric_planes_of), call.max_length).tokens);
+          plan_symmetric(props, max_planes(symmetric_, symmetric_planes_of, props), call.max_length).tokens);
     const bool equal_lengths = !call.packed && !call.padded;
     if (max_symmetric_length_ == 0 || (equal_lengths && max_symmetric_length_ < call.max_length)) {
       symmetric_.clear();
@@ -54,7 +54,7 @@ public:
     if (max_symmetric_length_ < call.max_length) plan_longer();
     for (const Relation* relation : all_)
       if (!is_symmetric(relation) || max_symmetric_length_ < call.max_length) row_wise_.push_back(relation);
-    row_wise_plan_ = plan_row_wise(props, max_planes(row_wise_, props), call.gradient);
+    row_wise_plan_ = plan_row_wise(props, max_planes(row_wise_, row_wise_planes_of, call.gradient), call.gradient);
     row_blocks_ = row_wise_.empty() ? 0 : total_ / own() + call.num_sequences;
     segment_slots_ = segmented_.empty() ? 0 : heads() * parts_;
     symmetric_slots_ = symmetric_.empty() ? 0 : heads();
@@ -94,7 +94,7 @@ public:
     params.first_slot = segment_slots_;
     for (const auto& [kernel, relations] :
          by_kernel(symmetric_, [&](const Relation& r) { return symmetric_kernel(r, call.causal); })) {
-      const SymmetricPlan plan = plan_symmetric(props_, max_planes(relations, props_, symmetric_planes_of),
+      const SymmetricPlan plan = plan_symmetric(props_, max_planes(relations, symmetric_planes_of, props_),
                                                 round_up(max_symmetric_length_, kTile));
       fill(params, relations);
       params.capacity = plan.tokens;
@@ -110,11 +110,6 @@ private:
   bool may_be_symmetric(const Relation& relation) const {
     return relation.self && call_.gradient && !call_.row_grads && relation.teacher.scale >= 0 &&
            relation.student.scale >= 0;
-  }
-  // Accurate exponentials are for float32 students, and for calls without gradient, which report the KL divergence
-  // itself.
-  bool needs_exact(const Relation& relation) const {
-    return !call_.gradient || planes_of(relation, props_).student_splits == 3;
   }
   bool is_symmetric(const Relation* relation) const { return contains(symmetric_, relation); }
   bool is_segmented(const Relation* relation) const { return contains(segmented_, relation); }
@@ -205,7 +200,7 @@ private:
       if (!is_segmented(relation)) (is_symmetric(relation) ? symmetric : others).push_back(relation);
     auto add = [&](const Relations& relations, bool segmented) {
       for (const auto& [kernel, some] :
-           by_kernel(relations, [&](const Relation& r) { return row_stats_kernel(r, needs_exact(r)); })) {
+           by_kernel(relations, [&](const Relation& r) { return row_stats_kernel(r, call.gradient); })) {
         if (segmented) add_segments(segment_kernel(*some[0], call.causal), some, 0);
         add_row_wise(kernel, some);
       }
@@ -283,7 +278,7 @@ std::string unsupported_reason(const std::vector<Relation>& relations, bool grad
            "." + std::to_string(props.capability % 10);
   std::vector<const Relation*> all;
   for (const Relation& relation : relations) all.push_back(&relation);
-  const Planes planes = max_planes(all, props);
+  const Planes planes = max_planes(all, row_wise_planes_of, gradient);
   if (plan_row_wise(props, planes, gradient).warps == 0)
     return "heads of these widths and dtypes need " + std::to_string(row_wise_bytes(planes, kTile, kTile, gradient)) +
            " bytes of shared memory, but a block of this GPU has " + std::to_string(props.smem_per_block);

@@ -20,6 +20,10 @@ int splits_of(const ModelOperands& half) {
   return std::max(splits(half.query.dtype), splits(half.key.dtype));
 }
 
+int row_wise_format_of(const ModelOperands& half, const Relation& relation, bool gradient) {
+  return row_wise_format(splits_of(half), relation.self && gradient);
+}
+
 // In a self relation, queries and keys are the same tokens.
 int format_of(const ModelOperands& half) {
   return half.key.dtype == DType::bfloat16 ? 1 : half.key.dtype == DType::float16 ? kFloat16 : kFloat32;
@@ -33,11 +37,14 @@ std::string name(const char* kind, std::initializer_list<int> arguments) {
 
 }  // namespace
 
-Planes planes_of(const Relation& relation, const DeviceProps&) {
+Planes row_wise_planes_of(const Relation& relation, bool gradient) {
   const ModelOperands &teacher = relation.teacher, &student = relation.student;
-  const int chunks_t = chunks_of(teacher), splits_t = splits_of(teacher);
-  const int chunks_s = chunks_of(student), splits_s = splits_of(student);
-  return {chunks_t * splits_t, chunks_s * splits_s, chunks_s, splits_s, {}};
+  const int chunks_t = chunks_of(teacher), chunks_s = chunks_of(student);
+  return {score_planes(row_wise_format_of(teacher, relation, gradient), chunks_t),
+          score_planes(row_wise_format_of(student, relation, gradient), chunks_s),
+          chunks_s,
+          splits_of(student),
+          {}};
 }
 
 Planes symmetric_planes_of(const Relation& relation, const DeviceProps& props) {
@@ -58,15 +65,20 @@ std::string segment_kernel(const Relation& relation, bool causal) {
   return name("segments", {format_of(student), chunks_of(teacher), format_of(teacher), chunks_of(student), causal});
 }
 
-std::string row_stats_kernel(const Relation& relation, bool exact) {
+// Accurate exponentials are for float32 students, and for calls without gradient, which report the KL divergence
+// itself.
+std::string row_stats_kernel(const Relation& relation, bool gradient) {
   const ModelOperands &teacher = relation.teacher, &student = relation.student;
-  return name("row_stats", {exact, chunks_of(teacher), splits_of(teacher), chunks_of(student), splits_of(student)});
+  return name("row_stats", {!gradient || splits_of(student) == 3, chunks_of(teacher),
+                            row_wise_format_of(teacher, relation, gradient), chunks_of(student),
+                            row_wise_format_of(student, relation, gradient)});
 }
 
 std::string row_wise_kernel(const Relation& relation, bool gradient) {
   const ModelOperands &teacher = relation.teacher, &student = relation.student;
-  return name("row_wise", {gradient ? splits_of(student) : 0, chunks_of(teacher), splits_of(teacher),
-                           chunks_of(student), splits_of(student)});
+  return name("row_wise",
+              {gradient ? splits_of(student) : 0, chunks_of(teacher), row_wise_format_of(teacher, relation, gradient),
+               chunks_of(student), row_wise_format_of(student, relation, gradient)});
 }
 
 int64_t symmetric_bytes(const Planes& planes, int tokens) {

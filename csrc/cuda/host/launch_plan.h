@@ -13,13 +13,13 @@ struct Planes {
   int teacher, student, student_chunks, student_splits;
   SymmetricSchedule schedule;
 };
-Planes planes_of(const Relation& relation, const DeviceProps& props);            // row-wise
+Planes row_wise_planes_of(const Relation& relation, bool gradient);
 Planes symmetric_planes_of(const Relation& relation, const DeviceProps& props);  // self relations
 
 // Names of the kernels that a relation needs. The name contains the template arguments; see device/kernels.cuh.
 std::string symmetric_kernel(const Relation& relation, bool causal);
 std::string segment_kernel(const Relation& relation, bool causal);
-std::string row_stats_kernel(const Relation& relation, bool exact);
+std::string row_stats_kernel(const Relation& relation, bool gradient);
 std::string row_wise_kernel(const Relation& relation, bool gradient);
 inline const char* reduction_kernel() { return "reduce"; }
 inline const char* sequences_kernel() { return "sequences"; }

@@ -129,14 +129,20 @@ def compile_kernels(
 def kernel_names(width_t: int, width_s: int, dtype_t: str = "bfloat16", dtype_s: str = "bfloat16") -> list[str]:
     """Names of all kernels that losses with these head widths may need, for any mask, length and reduction."""
     chunks_t, chunks_s = (-(-width // 8) for width in (width_t, width_s))
-    splits_t, splits_s = _SPLITS[dtype_t], _SPLITS[dtype_s]
-    shape = f"{chunks_t}_{splits_t}_{chunks_s}_{splits_s}"
     format_t, format_s = (_FORMATS[dtype] for dtype in (dtype_t, dtype_s))
     own = f"{format_s}_{chunks_t}_{format_t}_{chunks_s}"
-    symmetric = [f"{kind}_{own}_{causal}" for kind in ("symmetric", "segments") for causal in (0, 1)]
-    # The approximate exponential (exact = 0) is used for training in half precision only.
-    row_stats = [f"row_stats_{exact}_{shape}" for exact in ((1,) if splits_s == 3 else (0, 1))]
-    return [*symmetric, *row_stats, *(f"row_wise_{splits}_{shape}" for splits in (0, splits_s)), *SHARED]
+    names = [f"{kind}_{own}_{causal}" for kind in ("symmetric", "segments") for causal in (0, 1)]
+    splits_t, splits_s = _SPLITS[dtype_t], _SPLITS[dtype_s]
+    shape = f"{chunks_t}_{splits_t}_{chunks_s}_{splits_s}"
+    names += [f"row_stats_1_{shape}", f"row_wise_0_{shape}"]
+    # Self relations with gradient have another format of float32 tokens than cross relations. The approximate
+    # exponential (exact = 0) is used for training in half precision only.
+    both_t, both_s = (
+        _FORMATS[dtype] if splits == 3 else splits for dtype, splits in ((dtype_t, splits_t), (dtype_s, splits_s))
+    )
+    for trained in (shape, f"{chunks_t}_{both_t}_{chunks_s}_{both_s}"):
+        names += [f"row_stats_{int(splits_s == 3)}_{trained}", f"row_wise_{splits_s}_{trained}"]
+    return [*dict.fromkeys(names), *SHARED]
 
 
 @cache

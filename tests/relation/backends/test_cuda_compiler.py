@@ -109,13 +109,14 @@ def _loss(relations: list[tuple[str, str]], kwargs: dict, dtype, reduction: str,
     ids=["full", "padded", "causal", "packed"],
 )
 @pytest.mark.parametrize("props", [(90, 232448, 233472), (80, 30000, 31000)], ids=["symmetric", "row-wise"])
-def test_a_loss_of_one_shape_needs_at_most_eight_kernels(needed, props, kwargs, dtype):
+def test_a_loss_of_one_shape_needs_few_kernels(needed, props, kwargs, dtype):
     for relations in ([("q", "q"), ("k", "k"), ("v", "v")], [("q", "k"), ("v", "v")]):
         for reduction in ("sequence", "none"):
             for gradient in (True, False):
                 call = _loss(relations, kwargs, DTYPES[dtype], reduction, gradient)
                 names = needed(call, *props)
-                assert 0 < len(names - set(cuda_compiler.SHARED)) <= 4
+                # Self and cross relations have different row-wise kernels in float32.
+                assert 0 < len(names - set(cuda_compiler.SHARED)) <= (6 if dtype == "float32" else 4)
 
 
 @pytest.fixture(scope="module")

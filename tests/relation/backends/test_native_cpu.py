@@ -12,7 +12,7 @@ from minilm_kernels import backend_status, relation_kl
 from minilm_kernels._choices import REDUCTIONS
 from minilm_kernels.relation.api import relation_kl_multi
 from minilm_kernels.relation.backends import native
-from tests.relation.cases import MASKS, Case, dense, error, make
+from tests.relation.cases import MASKS, Case, check_beside_dense, dense, error, make
 
 pytestmark = pytest.mark.skipif(backend_status()["cpu"] != "ready", reason=str(backend_status()["cpu"]))
 INSTRUCTION_SETS = native.cpu.instruction_sets() if backend_status()["cpu"] == "ready" else []
@@ -115,6 +115,16 @@ def test_any_range_of_norms(instruction_set, spread):
     ranges = (norms.amax(1) - norms.amin(1)).flatten()
     assert (ranges.max() < 83) == (spread < 3)  # on both sides of the limit
     _check(case)
+
+
+@pytest.mark.parametrize("widths", [(16, 8), (64, 32)], ids=str)
+@pytest.mark.parametrize("kind", ["rows", "wide range", "negative scales", "cross"])
+def test_common_component(instruction_set, kind, widths):
+    """All tokens share a feature that is 100 times as large as the others."""
+    case = make(batch=1, length=150, widths=widths, cross=kind == "cross")
+    tensors = tuple(x if x is None else torch.cat([x[..., :-1], 100 + x[..., -1:]], -1) for x in case.tensors)
+    scales = {"teacher_scale": -0.25, "student_scale": -0.35} if kind == "negative scales" else {}
+    check_beside_dense(Case(tensors, scales), "none" if kind == "rows" else "sum", "cpu")
 
 
 def test_equal_norms_beyond_the_range_of_exp(instruction_set):
