@@ -39,7 +39,7 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     with freed_memory_returned():  # so that the resident memory is the memory in use
-        return max(_resident_rise(run), _allocated_peak(run))  # the profiler last: it needs memory itself
+        return max(_allocated_peak(run), _resident_rise(run))
 
 
 def _allocated_peak(run: Callable[[], Any]) -> int:

@@ -371,8 +371,8 @@ def _served(backend: str, emulated: Mapping[int, Path]) -> Iterator[Choose]:
         def choose(draw: random.Random, drawn: Drawn, large: bool = False) -> None:
             library = draw.choice(libraries)
             native.cuda.operators = library.operators
-            narrow = max(drawn.distribution.widths) <= 16
-            smem = draw.choice((*_SMEM, _LITTLE_SMEM) if narrow else _SMEM)
+            little = max(drawn.distribution.widths) <= 16 and _least_smem(library, drawn) <= _LITTLE_SMEM[0]
+            smem = draw.choice((*_SMEM, _LITTLE_SMEM) if little else _SMEM)
             processors = [draw.choice((1, 4, 132)) for _ in library.emulated_set_props.argtypes[len(smem) :]]
             row_wise = drawn.distribution.cross or drawn.reduction == "none"
             if row_wise and draw.random() < _FEW_WARPS:
