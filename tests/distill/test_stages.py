@@ -155,35 +155,20 @@ def test_a_chain_stops_and_continues_in_the_right_stage(
     assert (again.student, again.step) == (moved / "student", 6)
 
 
-@pytest.mark.slow
-def test_a_signal_while_an_assistant_is_written_ends_the_run(
-    settings: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("method", ["_save", pytest.param("write_student", marks=pytest.mark.slow)])
+def test_a_signal_at_the_end_of_an_assistant_ends_the_run(
+    method: str, settings: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It comes during the last checkpoint or while the assistant is written."""
     with monkeypatch.context() as patch:
-        write = loop.TrainingLoop.write_student
-        patch.setattr(
-            loop.TrainingLoop,
-            "write_student",
-            lambda *arguments: os.kill(os.getpid(), signal.SIGTERM) or write(*arguments),
-        )
-        stopped = distill(settings(**CHAIN))
-    assert (stopped.stopped_by, stopped.student) == (signal.SIGTERM, None)
-    began = record_starts(monkeypatch)
-    distill(settings(**CHAIN, resume_from_checkpoint=True))
-    assert began == [("student", 0)]
-    check_equal(tmp_path / "run", whole)
+        real = getattr(loop.TrainingLoop, method)
 
+        def signalled(run: Any, *arguments: Any) -> Any:
+            if run.state.step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(run, *arguments)
 
-def test_a_signal_during_the_last_checkpoint_of_an_assistant_ends_the_run(
-    settings: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        save = loop.TrainingLoop._save
-        patch.setattr(
-            loop.TrainingLoop,
-            "_save",
-            lambda run: (run.state.step == 4 and os.kill(os.getpid(), signal.SIGTERM)) or save(run),
-        )
+        patch.setattr(loop.TrainingLoop, method, signalled)
         stopped = distill(settings(**CHAIN))
     assert (stopped.stopped_by, stopped.step, stopped.student) == (signal.SIGTERM, 4, None)
     began = record_starts(monkeypatch)
