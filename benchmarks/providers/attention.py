@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from benchmarks.measure.workload import Inputs, Loss
 
@@ -101,11 +100,7 @@ def sdpa(inputs: Inputs) -> Loss:
     width = -(-max(inputs.widths) // 8) * 8  # the kernels need one width, on CUDA a multiple of 8
     scales = tuple(d**-0.5 for d in inputs.widths)
 
-    def relation(*heads: Tensor) -> Tensor:
-        wide = (pad(x, (0, width - x.shape[-1])) for x in heads)
-        return _Relation.apply(kernels, mask.weights, scales, *wide)
-
-    return relation_sum(inputs, mask, relation)
+    return relation_sum(inputs, mask, partial(_Relation.apply, kernels, mask.weights, scales), width)
 
 
 def flex(inputs: Inputs) -> Loss:
@@ -125,12 +120,11 @@ def flex(inputs: Inputs) -> Loss:
     torch._dynamo.reset()
     attention = partial(torch.compile(flex_attention, dynamic=False), block_mask=blocks, return_lse=True)
 
-    def relation(*heads: Tensor) -> Tensor:
-        q_t, k_t, q_s, k_s = (pad(x, (0, width - x.shape[-1])) for x in heads)
+    def relation(q_t: Tensor, k_t: Tensor, q_s: Tensor, k_s: Tensor) -> Tensor:
         o_tt, lse_t = attention(q_t, k_t, k_t, scale=scale_t)
         o_ts, _ = attention(q_t, k_t, k_s, scale=scale_t)
         _, lse_s = attention(q_s, k_s, k_s, scale=scale_s)
         kl = scale_t * _dot(q_t, o_tt) - scale_s * _dot(q_s, o_ts) - lse_t + lse_s
         return (kl * mask.weights).sum()
 
-    return relation_sum(inputs, mask, relation)
+    return relation_sum(inputs, mask, relation, width)

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure.workload import Heads, Inputs, Loss
@@ -36,13 +37,20 @@ def _log_softmax(query: Tensor, key: Tensor, masked: Tensor | None, fp32: bool) 
     return scores.log_softmax(-1)
 
 
-def relation_sum(inputs: Inputs, mask: DenseMask, relation: Callable[..., Tensor]) -> Loss:
-    """The sum of `relation(q_t, k_t, q_s, k_s)` over the relations, for (B, A, S, D) heads."""
+def relation_sum(inputs: Inputs, mask: DenseMask, relation: Callable[..., Tensor], width: int = 0) -> Loss:
+    """The sum of `relation(q_t, k_t, q_s, k_s)` over the relations, for (B, A, S, D) heads.
+
+    Narrower heads than `width` get zeros for the missing features.
+    """
+
+    def prepare(x: Tensor) -> Tensor:
+        x = mask.padded(x)
+        return x if x.shape[-1] >= width else pad(x, (0, width - x.shape[-1]))
 
     def loss(teacher: Heads, student: Heads) -> Tensor:
-        padded = [{name: mask.padded(x) for name, x in heads.items()} for heads in (teacher, student)]
+        prepared = [{name: prepare(x) for name, x in heads.items()} for heads in (teacher, student)]
         return torch.stack(
-            [relation(*(heads[name] for heads in padded for name in names)) for names in inputs.relations]
+            [relation(*(heads[name] for heads in prepared for name in names)) for names in inputs.relations]
         ).sum()
 
     return loss

@@ -8,6 +8,8 @@ from benchmarks.measure.correctness import Oracle, loss_and_gradients
 from benchmarks.measure.timed_loss import TimedLoss
 from benchmarks.measure.workload import MASKS, Workload
 from benchmarks.providers import PROVIDERS, Unsupported
+from benchmarks.providers.dense import relation_sum
+from benchmarks.providers.provider import DenseMask
 from minilm_kernels.relation import relation_kl_multi
 from minilm_kernels.relation.masks import Mask
 
@@ -70,6 +72,24 @@ def test_liger_and_flex_are_refused_on_a_cpu():
     for name, message in (("liger-kernel", "GPUs"), ("flex", "CPUs")):
         with pytest.raises(Unsupported, match=message):
             PROVIDERS[name].build(Workload(1, 1, 8, 4, 4).inputs())
+
+
+def test_heads_are_widened_once():
+    """A second copy of the query as the key of a self relation would be unfair to a provider's memory."""
+    inputs = Workload(1, 2, 8, 8, 4, "qq,qk").inputs()
+    found = []
+
+    def relation(*heads):
+        found.append(heads)
+        return torch.zeros(())
+
+    relation_sum(inputs, DenseMask.of(inputs), relation, width=8)(inputs.teacher, inputs.student)
+    (q_t, same_t, q_s, same_s), (again_t, k_t, again_s, k_s) = found
+    assert q_t is same_t is again_t
+    assert q_s is same_s is again_s
+    assert q_t.data_ptr() == inputs.teacher["q"].data_ptr()  # wide enough
+    torch.testing.assert_close(q_s, torch.nn.functional.pad(inputs.student["q"].transpose(1, 2), (0, 4)))
+    assert [x.shape for x in (k_t, k_s)] == [(1, 2, 8, 8)] * 2
 
 
 def test_modes():
