@@ -53,7 +53,7 @@ format: $(INSTALLED)  ## format the code in place
 docs: $(INSTALLED)  ## build the documentation into build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-bench: $(INSTALLED)  ## run all CPU benchmarks in eight minutes; update the tables and plots of README and docs
+bench: $(INSTALLED)  ## run all CPU benchmarks in ten minutes; update the tables and plots of README and docs
 	$(BIN)/python -m benchmarks cpu --update README.md docs/benchmarks.md docs/cpu.md --plots docs/plots $(ARGS)
 
 ratios: $(INSTALLED)  ## check ratios of time and memory between providers that are measured in one run
