@@ -650,7 +650,8 @@ def logit_kl(
     the size of the gradients (Hinton et al., arXiv 1503.02531).
 
     Args:
-        teacher_logits: (..., vocabulary); it must not require grad.
+        teacher_logits: (..., vocabulary); it must not require grad. A logit of -inf, as of a forbidden token, adds
+            nothing to the divergence.
         student_logits: (..., vocabulary), of the same shape.
         mask: (...), nonzero on the n rows that count, such as `attention_mask` or `labels != -100`; None for all.
         temperature: τ.
@@ -672,6 +673,8 @@ def logit_kl(
     temperature = _checked_temperature(temperature)
     teacher, student, count = _rows("logits", teacher_logits, student_logits, mask)
     log_t, log_s = (functional.log_softmax(x / temperature, dim=-1) for x in (teacher, student))
+    impossible = log_t == -torch.inf  # contributes 0, not 0 · inf
+    log_t, log_s = (x.masked_fill(impossible, 0.0) for x in (log_t, log_s))
     return functional.kl_div(log_s, log_t, reduction="sum", log_target=True) * temperature**2 / count
 
 

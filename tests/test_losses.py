@@ -512,6 +512,25 @@ def test_logit_kl(temperature):
     assert half.abs() < 1e-2  # a constant changes nothing
 
 
+@pytest.mark.parametrize("both", [False, True], ids=["teacher", "both"])
+def test_logits_of_forbidden_tokens(both):
+    teacher, student = (torch.randn(B, S, 7, dtype=torch.float64) for _ in range(2))
+    teacher[..., [1, 4]] = -math.inf
+    if both:
+        student[..., [1, 4]] = -math.inf
+    student.requires_grad_()
+    p, q = (x.softmax(-1) for x in (teacher, student))
+    seen = torch.tensor([0, 2, 3, 5, 6])
+    expected = (p * (p / q).log())[..., seen].sum(-1).mean()
+    value = logit_kl(teacher, student)
+    torch.testing.assert_close(value, expected)
+    (grad,) = torch.autograd.grad(value, student)
+    torch.testing.assert_close(grad, (q - p).detach() / (B * S))
+
+    student.data[0, 0, 0] = -math.inf  # the teacher allows this token
+    assert logit_kl(teacher, student) == math.inf
+
+
 def test_hidden_mse():
     teacher, student = torch.randn(B, S, 5), torch.randn(B, S, 5)
     torch.testing.assert_close(hidden_mse(teacher, student), torch.nn.functional.mse_loss(student, teacher))
