@@ -574,7 +574,7 @@ MUTANTS = [
         _D + "loop.py",
         "            began += time.perf_counter() - paused\n",
         "            began += time.perf_counter() - paused\n        signals.received = stop\n",
-        _T + "test_stages.py -k last_checkpoint",
+        _T + "test_stages.py -k signal_at_the_end",
         "a signal during the last checkpoint of an assistant is forgotten",
     ),
     Mutant(
