@@ -11,7 +11,7 @@ _TILES = "tests/relation/backends/test_triton_kernels.py -k tiles_of_every_kind"
 _WIDE = "tests/relation/backends/test_triton_kernels.py -k 'beyond_one_pivot and (holes or causal)'"
 _EMULATED = (
     "tests/relation/backends/test_cuda_emulated.py -k "
-    "'unordered_pairs or malformed or bounds or masks_and_reductions or range_of_norms or beyond_shared or lengths "
+    "'unordered_pairs or malformed or masks_and_reductions or range_of_norms or beyond_shared or lengths "
     "or nan'"
 )
 _MEANS = "tests/relation/backends/test_cuda_emulated.py -k common_component_of_both_orders"
